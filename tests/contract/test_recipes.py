@@ -1,0 +1,75 @@
+"""Every shipped TOML file loads; a wrong one is refused with the nearest valid key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from uwm_deploy import resources
+from uwm_deploy.errors import InputError, RecipeError
+from uwm_deploy.recipe import calibration_set_from_toml, policy_from_toml, recipe_from_toml
+
+ROOT = Path(__file__).parents[2]
+DEMO, WHERE = resources.read_toml("export", "demo")
+
+
+@pytest.mark.parametrize("name", resources.names("export"))
+def test_every_recipe_loads_and_is_documented(name: str) -> None:
+    """Each file of export/ parses, carries its own name, and stands in docs/recipes.md."""
+    text, where = resources.read_toml("export", name)
+    recipe = recipe_from_toml(text, where=where)
+    assert recipe.name == name
+    assert f"`{name}`" in (ROOT / "docs" / "recipes.md").read_text()
+    for data in (recipe.data.calibration, recipe.data.evaluation):
+        assert data in resources.names("calibration")
+
+
+@pytest.mark.parametrize("name", resources.names("calibration"))
+def test_every_data_set_loads_and_is_documented(name: str) -> None:
+    """Each file of calibration/ parses, carries its own name, and stands in docs/data.md."""
+    text, where = resources.read_toml("calibration", name)
+    assert calibration_set_from_toml(text, where=where).name == name
+    assert f"`{name}`" in (ROOT / "docs" / "data.md").read_text()
+
+
+@pytest.mark.parametrize("name", resources.names("ci"))
+def test_every_policy_loads(name: str) -> None:
+    """Each file of ci/ parses as a policy."""
+    text, where = resources.read_toml("ci", name)
+    policy_from_toml(text, where=where)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("keep_mass = 0.98", "keepmass = 0.98", "did you mean 'keep_mass'"),
+        ('family = "hf-clip"', 'family = "hf-klip"', "hf-clip"),
+        ("keep_mass = 0.98", "keep_mass = 1.5", "share between 0 and 1"),
+        ('layers = ["*.mlp.fc2"]', "layers = []", "at least one layer pattern"),
+        ("format = 1", "format = 2", "reads format = 1"),
+        ("opset = 20", 'opset = "20"', "should be int"),
+        ("min = 1, opt = 8", "min = 9, opt = 8", "min <= opt <= max"),
+        ('rule = "ratio"\n', "", "missing key 'rule'"),
+        ("[model]", "[model", "not valid TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(old: str, new: str, message: str) -> None:
+    """Each mistake is one line that says where and what would be right."""
+    assert old in DEMO
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_toml(DEMO.replace(old, new, 1), where=WHERE)
+
+
+def test_an_unknown_name_lists_the_nearest() -> None:
+    """A mistyped recipe name is answered with the right one."""
+    with pytest.raises(InputError, match="nearest: demo"):
+        resources.read_toml("export", "dmo")
+
+
+def test_a_policy_that_cannot_fail_is_refused() -> None:
+    """Limits without direction, or none at all, are not a policy."""
+    with pytest.raises(RecipeError, match="cannot fail"):
+        policy_from_toml('format = 1\nname = "x"\nedit = []\nartifact = []\n', where="x")
+    with pytest.raises(RecipeError, match="exactly one"):
+        policy_from_toml('format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.max_abs"\n', where="x")

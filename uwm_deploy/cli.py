@@ -1,0 +1,392 @@
+"""The `uwm-deploy` command: one subcommand per stage, in pipeline order. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from uwm_deploy import __version__
+from uwm_deploy.errors import ExitCode, UwmError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+class PipelineGroup(click.Group):
+    """Lists commands in the order they were written, which is the order of the pipeline."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in pipeline order."""
+        return list(self.commands)
+
+
+@click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="uwm-deploy")
+def cli() -> None:
+    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is still the safe model.
+
+    Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error, 2 bad
+    input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
+    """
+
+
+def pipeline_options(command: F) -> F:
+    """Options shared by every command that runs a part of the pipeline."""
+    options = [
+        click.option(
+            "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
+        ),
+        click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
+        click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
+        click.option(
+            "--target",
+            "targets",
+            multiple=True,
+            type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+            help="What to compile for; repeatable. [default: the recipe's]",
+        ),
+        click.option(
+            "--precision", default=None, type=click.Choice(["fp32"]), help="Precision. [default: the recipe's]"
+        ),
+        click.option(
+            "--keep-mass",
+            default=None,
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Share of each layer's score mass left as it is, both towers. [default: the recipe's]",
+        ),
+        click.option(
+            "--factor", default=None, type=float, help="Multiplier of selected entries. [default: the recipe's]"
+        ),
+        click.option(
+            "--weights",
+            default="checkpoint",
+            show_default=True,
+            type=click.Choice(["checkpoint", "random"]),
+            help="`random`: seeded weights for dry runs; never passes the gate.",
+        ),
+        click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file."),
+        click.option(
+            "--out", default=None, type=click.Path(path_type=Path), help="Bundle folder. [default: dist/MODEL]"
+        ),
+        click.option(
+            "--work",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Run folder, reused by the next run. [default: .uwm/MODEL]",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="Where scoring and editing run: auto, cpu, cuda."
+        ),
+        click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return common_options(command)
+
+
+def common_options(command: F) -> F:
+    """`--json` and `--debug`, and errors as one line with the exit code of their kind."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        try:
+            code = command(*args, **kwargs)
+        except UwmError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(int(error.exit_code))
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if debug:
+                raise
+            line = " ".join(str(error).split())[:300]
+            click.echo(
+                f"internal error: {type(error).__name__}: {line}; run again with --debug and report it", err=True
+            )
+            sys.exit(int(ExitCode.INTERNAL))
+        sys.exit(int(code or 0))
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.pipeline import Request, run
+    from uwm_deploy.summary import outcome_as_plain, print_outcome
+
+    options["targets"] = tuple(options["targets"])
+    outcome = run(Request(**options), until=until, reporter=Reporter())
+    if as_json:
+        click.echo(json.dumps(outcome_as_plain(outcome), indent=1, sort_keys=True))
+    else:
+        print_outcome(outcome)
+    return exit_code_of(outcome.verdict.result) if outcome.verdict else 0
+
+
+def exit_code_of(result: str) -> int:
+    """Exit code of a verdict: pass 0, inconclusive 4, everything else 3."""
+    return int({"pass": ExitCode.PASS, "inconclusive": ExitCode.INCONCLUSIVE}.get(str(result), ExitCode.GATE_FAILED))
+
+
+@cli.command()
+@pipeline_options
+def build(as_json: bool, **options: Any) -> int:
+    """The whole pipeline: from a calibration set to a verified bundle.
+
+    \b
+    Example:
+      uwm-deploy build --model demo
+      uwm-deploy build --model demo --target onnxruntime --keep-mass 0.97 --out dist/demo-97
+    """
+    return _run("package", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def score(as_json: bool, **options: Any) -> int:
+    """Scores the weights on the calibration set (method: Eq. 8 to 10) and saves the scores.
+
+    \b
+    Example:
+      uwm-deploy score --model demo
+    """
+    return _run("score", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def edit(as_json: bool, **options: Any) -> int:
+    """Selects (Eq. 11) and multiplies weights; writes the patch and the edited model as a Hugging Face folder.
+
+    Scores are reused, so another --keep-mass or --factor needs no second pass over the data.
+
+    \b
+    Example:
+      uwm-deploy edit --model demo --keep-mass 0.97
+    """
+    return _run("edit", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def export(as_json: bool, **options: Any) -> int:
+    """Exports both edited towers to ONNX and checks that the edit is in the graphs.
+
+    \b
+    Example:
+      uwm-deploy export --model demo
+    """
+    return _run("export", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def compile(as_json: bool, **options: Any) -> int:
+    """Compiles the graphs for the targets; says which of them this machine can run.
+
+    \b
+    Example:
+      uwm-deploy compile --model demo --target onnxruntime --target tensorrt-rtx
+    """
+    return _run("compile", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def verify(as_json: bool, **options: Any) -> int:
+    """Measures original, edited and every artifact this machine can execute: numbers, SafeGround, retrieval, zero-shot.
+
+    \b
+    Example:
+      uwm-deploy verify --model demo --json
+    """
+    return _run("verify", as_json, options)
+
+
+@cli.command()
+@pipeline_options
+def package(as_json: bool, **options: Any) -> int:
+    """Writes the bundle (the same as build).
+
+    \b
+    Example:
+      uwm-deploy package --model demo --out dist/demo
+    """
+    return _run("package", as_json, options)
+
+
+@cli.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@common_options
+def gate(report: Path, policy: str, as_json: bool) -> int:
+    """Judges REPORT (a verify.json or a bundle) by a policy. Needs the base install only.
+
+    \b
+    Example:
+      uwm-deploy gate dist/demo --policy ci/policy.toml
+    """
+    from uwm_deploy.pipeline import judge_file
+    from uwm_deploy.summary import print_verdict
+
+    verdict = judge_file(report, policy)
+    if as_json:
+        from uwm_deploy.codec import json_from_record
+
+        click.echo(json_from_record(verdict), nl=False)
+    else:
+        print_verdict(verdict)
+    return exit_code_of(verdict.result)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@common_options
+def attest(bundle: Path, policy: str, as_json: bool) -> int:
+    """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
+
+    \b
+    Example (on the machine with the GPU):
+      uwm-deploy attest dist/demo
+    """
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.pipeline import attest_bundle
+    from uwm_deploy.summary import print_verdict
+
+    verdict = attest_bundle(bundle, policy, Reporter())
+    if as_json:
+        from uwm_deploy.codec import json_from_record
+
+        click.echo(json_from_record(verdict), nl=False)
+    else:
+        print_verdict(verdict)
+    return exit_code_of(verdict.result)
+
+
+@cli.command()
+@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
+@click.option(
+    "--bundle", default=None, type=click.Path(path_type=Path), help="Measure a bundle instead, without torch."
+)
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def evaluate(model: str, bundle: Path | None, evaluation: str | None, workers: int, as_json: bool) -> int:
+    """Measures SafeGround, retrieval and zero-shot of a model or a bundle on an evaluation set.
+
+    \b
+    Example:
+      uwm-deploy evaluate --model demo
+      uwm-deploy evaluate --bundle dist/demo --evaluation demo-test
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.pipeline import evaluate_bundle, evaluate_model
+    from uwm_deploy.summary import print_safety
+
+    reporter = Reporter()
+    report = (
+        evaluate_bundle(bundle, evaluation, workers, reporter)
+        if bundle
+        else evaluate_model(model, evaluation, workers, reporter)
+    )
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_safety([report])
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@common_options
+def inspect(path: Path, as_json: bool) -> int:
+    """Shows what a bundle, a patch or one of the project's JSON files holds, after checking its digests.
+
+    \b
+    Example:
+      uwm-deploy inspect dist/demo
+    """
+    from uwm_deploy.inspection import describe
+
+    body = describe(path)
+    if as_json:
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+    else:
+        _print_plain(body)
+    return 0
+
+
+@cli.command()
+@common_options
+def models(as_json: bool) -> int:
+    """Lists the shipped recipes: parameters, licence, edited layers.
+
+    \b
+    Example:
+      uwm-deploy models
+    """
+    from uwm_deploy.inspection import recipe_rows
+    from uwm_deploy.summary import print_rows
+
+    rows = recipe_rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        print_rows(rows)
+    return 0
+
+
+@cli.command()
+@common_options
+def doctor(as_json: bool) -> int:
+    """Says what this machine can do, and what a build here would run or mark "not run".
+
+    \b
+    Example:
+      uwm-deploy doctor --json
+    """
+    from uwm_deploy.inspection import machine_rows
+    from uwm_deploy.summary import print_rows
+
+    rows = machine_rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        print_rows(rows)
+    return 0
+
+
+def _print_plain(body: Any, indent: str = "") -> None:
+    for key, value in body.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{key}")
+            _print_plain(value, indent + "  ")
+        elif isinstance(value, list):
+            click.echo(f"{indent}{key}")
+            for item in value:
+                click.echo(f"{indent}  {item}")
+        else:
+            click.echo(f"{indent}{key:<24} {value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    cli.main(args=list(arguments) if arguments is not None else None, prog_name="uwm-deploy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Progress and log lines on standard error; standard output is for results only."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 5.0
+"""Without a terminal, at most one progress line is written in this time."""
+
+
+class Reporter:
+    """Says what runs: a progress bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+
+    def line(self, text: str) -> None:
+        """One log line."""
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        """Announces a stage, owns its progress bars, and says how long it took."""
+        started = time.perf_counter()
+        self._tasks = {}
+        self._last_line = started
+        if self.console.is_terminal:
+            columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.start()
+        else:
+            self.line(f"{name:<10} {text} ...")
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+        self.line(f"{name:<10} {text}  {time.perf_counter() - started:.1f} s")
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """One step inside a stage; safe to call often."""
+        if self._bar is not None:
+            if label not in self._tasks:
+                self._tasks[label] = self._bar.add_task(label, total=total)
+            self._bar.update(self._tasks[label], completed=done, total=total)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            self.line(f"           {label}: {done}/{total}")

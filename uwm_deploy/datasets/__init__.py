@@ -1,0 +1,1 @@
+"""Sources of quadruples and of zero-shot items."""

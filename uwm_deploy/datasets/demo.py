@@ -1,0 +1,82 @@
+"""The drawn world as a source of quadruples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from uwm_deploy.datasets.source import LabelledImage, Quadruple, record_of, sample_of
+from uwm_deploy.demo import world
+from uwm_deploy.errors import DataError
+from uwm_deploy.recipe import CalibrationSet
+from uwm_deploy.workspace import digest_of_plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoZeroShot:
+    """One zero-shot set of the drawn world."""
+
+    name: str
+    labels: tuple[str, ...]
+    template: str
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return world.ZERO_SHOT_SIZE
+
+    def read(self, index: int) -> LabelledImage:
+        """One labelled image."""
+        item = world.zero_shot_item(self.name, index)
+        return LabelledImage(item.image, item.label)
+
+
+class DemoSource:
+    """Quadruples of one split of the drawn world; drawn when they are read."""
+
+    has_images = True
+    has_texts = True
+
+    def __init__(self, spec: CalibrationSet) -> None:
+        if spec.split not in world.SIZES:
+            raise DataError(
+                f"data set {spec.name}: the demo has no split {spec.split!r}", fix=f"use one of {sorted(world.SIZES)}"
+            )
+        unknown = sorted(set(spec.zero_shot) - set(world.ZERO_SHOT_SETS))
+        if unknown:
+            raise DataError(
+                f"data set {spec.name}: no zero-shot set {unknown[0]!r}", fix=f"use some of {world.ZERO_SHOT_SETS}"
+            )
+        self.split = cast(world.Split, spec.split)
+        self.indices = sample_of(world.SIZES[self.split], spec)
+        self.ids = [f"{self.split}-{index:06d}" for index in self.indices]
+        self.concepts = [world.concept_of(index) for index in self.indices]
+        self.zero_shot_names = spec.zero_shot
+        content = digest_of_plain({"world": world.WORLD_VERSION, "split": self.split})
+        self.record = record_of(spec, self.ids, self.concepts, content)
+
+    def __len__(self) -> int:
+        """Number of quadruples."""
+        return len(self.indices)
+
+    def read(self, index: int) -> Quadruple:
+        """Draws one quadruple."""
+        item = world.quadruple(self.split, self.indices[index])
+        return Quadruple(
+            id=item.id,
+            concept=item.concept,
+            safe_image=item.safe_image,
+            unsafe_image=item.unsafe_image,
+            safe_text=item.safe_text,
+            unsafe_text=item.unsafe_text,
+        )
+
+    def read_texts(self, index: int) -> tuple[str, str]:
+        """Both captions of one quadruple."""
+        item = self.read(index)
+        assert item.safe_text is not None
+        assert item.unsafe_text is not None
+        return item.safe_text, item.unsafe_text
+
+    def zero_shot(self, name: str) -> DemoZeroShot:
+        """One of the zero-shot sets."""
+        return DemoZeroShot(name=name, labels=world.zero_shot_labels(name), template=world.zero_shot_template(name))

@@ -1,0 +1,75 @@
+"""Errors a user can meet, and the exit code each kind ends with.
+
+Every message is one line: what is wrong, where (file and key, item id), how to fix it. Exit codes are frozen; `docs/cli.md`
+lists them.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the `uwm-deploy` command."""
+
+    PASS = 0
+    INTERNAL = 1
+    BAD_INPUT = 2
+    GATE_FAILED = 3
+    INCONCLUSIVE = 4
+    INTEGRITY = 5
+    ENVIRONMENT = 6
+
+
+class UwmError(Exception):
+    """Base of every error that is reported without a traceback.
+
+    Args:
+        what: What is wrong, and where.
+        fix: How to fix it; appended to the message after a semicolon.
+    """
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        self.what = " ".join(what.split())
+        self.fix = " ".join(fix.split())
+        super().__init__(f"{self.what}; {self.fix}" if self.fix else self.what)
+
+
+class InputError(UwmError):
+    """Bad input or usage: an unknown name, a broken file, an unusable data set."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class RecipeError(InputError):
+    """A TOML file (recipe, calibration set, policy) that does not follow its format."""
+
+
+class DataError(InputError):
+    """A calibration or evaluation set that cannot be used as it is."""
+
+
+class ContractError(UwmError):
+    """A stage did not receive, or would not deliver, what its contract promises."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+
+class GateError(UwmError):
+    """The gate said no."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+
+class IntegrityError(UwmError):
+    """A digest, a signature or a format that must match does not."""
+
+    exit_code = ExitCode.INTEGRITY
+
+
+class PrerequisiteError(UwmError):
+    """This machine lacks something: a GPU, a provider, a package, disk space."""
+
+    exit_code = ExitCode.ENVIRONMENT

@@ -1,0 +1,1 @@
+"""ONNX graphs: passes that keep weight names, and the fingerprint of the edit."""

@@ -1,0 +1,107 @@
+"""Builds one TensorRT or TensorRT-RTX engine; run as a process of its own, so that a crash or its memory stays its own.
+
+    python -m uwm_deploy.graphs.engine_builder image.build.json
+
+The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT reports failure by returning
+None or False; the messages of its logger are what the user gets to read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_HARMLESS = ("Thread context has not been set",)
+"""Logged on every build as an internal error, without meaning."""
+
+FAILED = 3
+"""Exit status of a build that TensorRT refused."""
+
+
+class BuildFailed(Exception):  # noqa: N818 -- reads better where it is raised
+    """TensorRT said no; its words are the message."""
+
+
+def build(spec: dict[str, Any]) -> dict[str, Any]:
+    """Builds an engine.
+
+    Args:
+        spec: ``module``, ``onnx``, ``engine`` (paths), ``input``, ``shape`` without the batch, ``profile`` (min, opt, max).
+
+    Returns:
+        What was achieved: versions, settings, layer precision, seconds, peak memory.
+    """
+    trt = importlib.import_module(spec["module"])
+    messages: list[str] = []
+    logger = _logger(trt, messages)
+    builder = trt.Builder(logger)
+    # Strongly typed: accepted and ignored where there is nothing else.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(spec["onnx"]):
+        raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or _last(messages))
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 must mean float32
+    profile = builder.create_optimization_profile()
+    shapes = [(size, *spec["shape"]) for size in spec["profile"]]
+    if profile.set_shape(spec["input"], *shapes) is False or not profile:
+        raise BuildFailed(f"profile {shapes} of {spec['input']} is not accepted: {_last(messages)}")
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildFailed(f"profile {shapes} is not accepted: {_last(messages)}")
+    started = time.perf_counter()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildFailed(_last(messages))
+    Path(spec["engine"]).write_bytes(bytes(plan))
+    kinds = sorted({str(network.get_output(i).dtype).rsplit(".", 1)[-1] for i in range(network.num_outputs)})
+    return {
+        "versions": {spec["module"]: str(trt.__version__)},
+        "settings": {
+            "tf32": str(bool(config.get_flag(trt.BuilderFlag.TF32))).lower(),
+            "optimization_level": str(config.builder_optimization_level),
+            "layers": str(network.num_layers),
+            "output_types": ",".join(kinds),
+        },
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _logger(trt: Any, messages: list[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.WARNING and not any(h in message for h in _HARMLESS):
+                messages.append(message)
+                print(f"{severity}: {message}", file=sys.stderr, flush=True)  # noqa: T201 -- the captured log
+
+    return Log()
+
+
+def _last(messages: list[str]) -> str:
+    return "; ".join(messages[-3:]) or "no message"
+
+
+def main(path: str) -> int:
+    """Builds what a JSON file says and writes ``<file>.result.json`` beside it."""
+    spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    result = Path(path).with_suffix(".result.json")
+    try:
+        body = build(spec)
+    except BuildFailed as error:
+        result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        return FAILED
+    result.write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,52 @@
+"""Turns an exporter's graph into a lean one in which every weight keeps its name.
+
+The exporter's own optimiser folds transposed weights into new tensors and merges equal ones, so names and sharing would
+depend on weight *values*: the edit could not be found again, nor another patch be applied.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from onnxscript.rewriter import rewrite
+
+_FOLD_LIMIT = 64
+"""Nodes that read a tensor with more elements are not folded: it may be a weight."""
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Inlines, folds small constants, removes what is unused, strips metadata.
+
+    Metadata of the exporter holds source paths, which are nobody's business and change from machine to machine.
+    """
+    weights = set(model.graph.initializers)
+    common.InlinePass()(model)
+    optimizer.fold_constants_ir(model, should_fold=_should_fold)
+    rewrite(model)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=False),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        if name not in weights and not value.uses():
+            del model.graph.initializers[name]
+    model.producer_name, model.producer_version = "uwm-deploy", ""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    return model
+
+
+def _should_fold(node: ir.Node) -> bool:
+    return all(
+        value is None or value.const_value is None or value.const_value.size <= _FOLD_LIMIT for value in node.inputs
+    )

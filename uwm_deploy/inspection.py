@@ -1,0 +1,160 @@
+"""What `inspect`, `models` and `doctor` say; reads only, and needs the base install only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from uwm_deploy import __version__, resources
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipe import recipe_from_toml
+from uwm_deploy.records import Target
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "polygraphy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda-bindings",
+)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Plain description of a bundle folder, a safetensors file, or one of the project's JSON files.
+
+    Raises:
+        InputError: If there is no such thing.
+        IntegrityError: If a bundle's digests do not match.
+    """
+    if path.is_dir():
+        return _describe_bundle(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _describe_safetensors(path)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}", fix="pass a file of a bundle or a run folder") from error
+        return body if isinstance(body, dict) else {"content": body}
+    raise InputError(f"{path} is neither a bundle, a .json nor a .safetensors file", fix="check the path")
+
+
+def _describe_bundle(path: Path) -> dict[str, Any]:
+    from uwm_deploy.runtime.bundle import open_bundle
+
+    manifest = open_bundle(path, allow_unproven=True, allow_failed=True).manifest
+    verdict = manifest.verdict
+    layers = manifest.edit.layers
+    entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return {
+        "bundle": manifest.name,
+        "verdict": verdict.result.value,
+        "proven": ", ".join(verdict.proven) or "none",
+        "unproven": ", ".join(verdict.unproven) or "none",
+        "policy": f"{verdict.policy} {verdict.policy_digest[:19]}",
+        "model": f"{manifest.model.family} {manifest.model.repo} {manifest.model.revision}".strip(),
+        "original weights": manifest.model.weights_digest,
+        "edited weights": manifest.edit.edited_weights_digest,
+        "edited entries": f"{sum(layer.selected for layer in layers)} of {entries} in {len(layers)} layers",
+        "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
+        "created": f"{manifest.created} by uwm-deploy {manifest.tool_version}",
+        "versions": dict(manifest.versions),
+        "files": [f"{f.digest[7:19]}  {f.size_bytes:>10}  {f.path}" for f in manifest.files],
+    }
+
+
+def _describe_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
+            return {
+                "metadata": dict(file.metadata() or {}),
+                "tensors": {key: f"{part.get_dtype()} {tuple(part.get_shape())}" for key, part in tensors.items()},
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}", fix="restore the file") from error
+
+
+def recipe_rows() -> list[dict[str, Any]]:
+    """One row per shipped recipe."""
+    rows = []
+    for name in resources.names("export"):
+        text, where = resources.read_toml("export", name)
+        recipe = recipe_from_toml(text, where=where)
+        rows.append(
+            {
+                "name": name,
+                "family": recipe.model.family,
+                "parameters": recipe.model.parameters,
+                "licence": recipe.model.licence,
+                "edited text layers": ", ".join(recipe.edit.text.layers),
+                "edited image layers": ", ".join(recipe.edit.image.layers),
+                "keep_mass": f"{recipe.edit.text.keep_mass} / {recipe.edit.image.keep_mass}",
+            }
+        )
+    return rows
+
+
+def machine_rows() -> list[dict[str, Any]]:
+    """What this machine has, and what a build here would run."""
+    rows = [
+        _row("uwm-deploy", True, __version__),
+        _row("python", True, platform.python_version()),
+        _row("cpu", True, f"{os.cpu_count()} cores, {platform.machine()}"),
+        _gpu_row(),
+    ]
+    for package in _PACKAGES:
+        try:
+            rows.append(_row(package, True, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append(_row(package, False, "not installed"))
+    rows += [_target_row(target) for target in Target]
+    return rows
+
+
+def _row(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"what": name, "ok": "yes" if ok else "no", "detail": detail}
+
+
+def _gpu_row() -> dict[str, Any]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return _row("gpu", False, "no NVIDIA driver found")
+    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 -- fixed words
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return _row("gpu", False, f"nvidia-smi does not answer: {error}")
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    return _row("gpu", result.returncode == 0 and bool(lines), "; ".join(lines) or "nvidia-smi lists no GPU")
+
+
+def _target_row(target: Target) -> dict[str, Any]:
+    from uwm_deploy.runtime.session import usable
+
+    module = {Target.ONNXRUNTIME: "onnxruntime", Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
+    if find_spec(module[target]) is None:
+        return _row(
+            f"target {target.value}", False, f"not compiled, not run: package {module[target]} is not installed"
+        )
+    reason = usable(target)
+    if not reason:
+        return _row(f"target {target.value}", True, "compiled and run")
+    compiled = "compiled, not run" if target is Target.TENSORRT_RTX else "not compiled, not run"
+    return _row(f"target {target.value}", False, f"{compiled}: {reason}")

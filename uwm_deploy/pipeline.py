@@ -1,0 +1,579 @@
+"""The one place that knows the order of the stages, what each is made from, and when it can be reused.
+
+The verdict is judged before packaging, so a bundle never exists without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from uwm_deploy import __version__, resources
+from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
+from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.recipe import (
+    CalibrationSet,
+    Policy,
+    Recipe,
+    calibration_set_from_toml,
+    policy_from_toml,
+    recipe_from_toml,
+)
+from uwm_deploy.records import (
+    Digest,
+    EditRecord,
+    EngineArtifact,
+    Manifest,
+    OnnxArtifact,
+    ScoreRecord,
+    Target,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.runtime.bundle import MANIFEST, engine_path, open_bundle
+from uwm_deploy.runtime.session import Session, missing_package, open_session, usable
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.embedded import flips_between, safety_report
+from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.workspace import (
+    STAMP,
+    digest_of_bytes,
+    digest_of_file,
+    digest_of_folder,
+    digest_of_plain,
+    is_current,
+    locked,
+    stamp,
+    whole_folder,
+)
+
+if TYPE_CHECKING:
+    from uwm_deploy.stages.verify import Subject
+    from uwm_deploy.towers.protocol import LoadedModel
+
+R = TypeVar("R")
+
+_BATCH_PAIRS = {TowerName.IMAGE: 16, TowerName.TEXT: 64}
+"""Pairs per forward pass while scoring."""
+
+STAGES = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
+"""Every stage, in order. `load` and `calibrate` live in memory; the others leave a folder or a file."""
+
+_BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "polygraphy", "tensorrt_rtx", "tensorrt")
+_RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for; None takes the recipe's value."""
+
+    model: str = "demo"
+    calibration: str | None = None
+    evaluation: str | None = None
+    targets: tuple[str, ...] = ()
+    precision: str | None = None
+    keep_mass: float | None = None
+    factor: float | None = None
+    weights: str = "checkpoint"
+    policy: str = "policy"
+    out: Path | None = None
+    work: Path | None = None
+    device: str = "auto"
+    workers: int = 2
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a run produced so far, and where.
+
+    Attributes:
+        reused: Stages that were skipped because nothing they depend on changed.
+        skipped: Target to the reason why it could not be compiled here.
+    """
+
+    name: str
+    work: Path
+    out: Path | None = None
+    reused: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    score: ScoreRecord | None = None
+    edit: EditRecord | None = None
+    onnx: tuple[OnnxArtifact, ...] = ()
+    engines: tuple[EngineArtifact, ...] = ()
+    report: VerifyReport | None = None
+    verdict: Verdict | None = None
+    manifest: Manifest | None = None
+
+
+def run(request: Request, *, until: str, reporter: Reporter) -> Outcome:
+    """Runs the pipeline through stage `until`, reusing every stage whose inputs did not change.
+
+    Raises:
+        UwmError: Of the kind that went wrong; finished stages are kept.
+    """
+    build = _Build(request, reporter)
+    with locked(build.work):
+        for stage in STAGES[STAGES.index("score") : STAGES.index(until) + 1]:
+            getattr(build, stage)()
+    return build.outcome
+
+
+def recipe_of(model: str) -> tuple[Recipe, str]:
+    """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{model} has no config.json", fix="pass a Hugging Face checkpoint folder or a recipe")
+        text, where = resources.read_toml("export", "demo")
+        recipe = recipe_from_toml(text, where=where)
+        source = dataclasses.replace(recipe.model, repo=str(folder), licence="unknown", parameters="")
+        recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
+        return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+    text, where = resources.read_toml("export", model)
+    return recipe_from_toml(text, where=where), text
+
+
+def policy_of(name: str) -> tuple[Policy, Digest]:
+    """Policy and the digest of its text."""
+    text, where = resources.read_toml("ci", name)
+    return policy_from_toml(text, where=where), digest_of_plain(text)
+
+
+def calibration_set_of(name: str) -> tuple[CalibrationSet, str, Path | None]:
+    """Data set definition, its text, and the folder its relative paths start from."""
+    text, where = resources.read_toml("calibration", name)
+    base = Path(name).resolve().parent if name.endswith(".toml") else None
+    return calibration_set_from_toml(text, where=where), text, base
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed version per distribution; those that are missing are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class _Build:
+    """One run: resolved inputs, lazily loaded models, one method per stage."""
+
+    def __init__(self, request: Request, reporter: Reporter) -> None:
+        self.request, self.reporter = request, reporter
+        recipe, self.recipe_text = recipe_of(request.model)
+        self.recipe = _with_overrides(recipe, request)
+        self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
+        self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
+        self.policy, self.policy_digest = policy_of(request.policy)
+        self.work = request.work or Path(".uwm") / self.recipe.name
+        self.out = request.out or Path("dist") / self.recipe.name
+        self.outcome = Outcome(name=self.recipe.name, work=self.work)
+
+    # --- what the stages are made from ------------------------------------------------------------------------------
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """Folder with the source checkpoint's files."""
+        return resources.checkpoint_folder(self.recipe.model.repo, self.recipe.model.revision)
+
+    @cached_property
+    def base_inputs(self) -> dict[str, str]:
+        """What every stage depends on: the source weights' bytes, this code, the libraries."""
+        code = Path(__file__).parent
+        sources = {p.relative_to(code).as_posix(): digest_of_file(p) for p in sorted(code.rglob("*.py"))}
+        return {
+            "checkpoint": digest_of_folder(self.checkpoint),
+            "weights": self.request.weights,
+            "code": digest_of_plain(sources),
+            "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
+        }
+
+    @cached_property
+    def calibration_source(self) -> QuadrupleSource:
+        """The set that scores come from."""
+        return open_source(self.calibration, base=self.calibration_base)
+
+    @cached_property
+    def evaluation_source(self) -> QuadrupleSource:
+        """The set that SafeGround is measured on."""
+        return open_source(self.evaluation, base=self.evaluation_base)
+
+    @cached_property
+    def original(self) -> LoadedModel:
+        """Stage `load`: the source model."""
+        return self._load(None)
+
+    @cached_property
+    def edited(self) -> LoadedModel:
+        """The edited model, read back from the saved folder, so that what was saved is what is exported."""
+        return self._load(self.work / "edit" / "model")
+
+    def _load(self, folder: Path | None) -> LoadedModel:
+        from uwm_deploy.stages.load import load_model
+
+        weights: Literal["checkpoint", "random"] = "random" if self.request.weights == "random" else "checkpoint"
+        with self.reporter.stage("load", f"{self.recipe.name}{' (edited)' if folder else ''}"):
+            model = load_model(
+                self.recipe,
+                folder=folder or self.checkpoint,
+                weights="checkpoint" if folder else weights,
+                device=self.request.device,
+            )
+        if (
+            folder
+            and model.ref.weights_digest != _read(EditRecord, self.work / "edit" / "edit.json").edited_weights_digest
+        ):
+            raise IntegrityError(
+                "the saved edited model is not the one its record describes", fix="remove the run folder"
+            )
+        return model
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.original.tokenizer_json, self.original.ref.text)
+
+    def _stage(self, name: str, text: str, inputs: Mapping[str, str], make: Callable[[Path], None]) -> Path:
+        """Reuses the folder of a stage, or makes it, whole or not at all."""
+        folder = self.work / name
+        if is_current(folder, inputs):
+            self.outcome.reused.append(name)
+            self.reporter.line(f"{name:<10} unchanged, reused")
+            return folder
+        with self.reporter.stage(name, text), whole_folder(folder) as temporary:
+            make(temporary)
+            stamp(temporary, inputs)
+        return folder
+
+    # --- stages ----------------------------------------------------------------------------------------------------
+
+    def score(self) -> None:
+        """Scores of every edited layer on the calibration set."""
+        edits = {
+            tower: [spec.rule.value, list(spec.layers), spec.pairing.value]
+            for tower, spec in (("text", self.recipe.edit.text), ("image", self.recipe.edit.image))
+        }
+        inputs = self.base_inputs | {
+            "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
+            "edits": digest_of_plain(edits),
+        }
+        folder = self._stage("score", f"{self.calibration.name}", inputs, self._score)
+        self.outcome.score = _read(ScoreRecord, folder / "score.json")
+
+    def _score(self, folder: Path) -> None:
+        from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.score import score_to_folder
+
+        def pairs(tower: TowerName) -> PairStream:
+            return PairStream(
+                self.calibration_source,
+                tower,
+                self.original.ref.image,
+                self._tokenizer(),
+                batch_pairs=_BATCH_PAIRS[tower],
+                workers=self.request.workers if tower is TowerName.IMAGE else 0,
+                max_broken_share=self.calibration.max_broken_share,
+                progress=self.reporter.progress,
+            )
+
+        score_to_folder(self.original, self.calibration_source.record, pairs, self.recipe.edit, folder)
+
+    def edit(self) -> None:
+        """Patch and edited model."""
+        edits = self.recipe.edit
+        inputs = {
+            "score": digest_of_file(self.work / "score" / STAMP),
+            "edits": digest_of_plain({"text": plain_from_record(edits.text), "image": plain_from_record(edits.image)}),
+        }
+        folder = self._stage("edit", "select, multiply, save", inputs, self._edit)
+        self.outcome.edit = _read(EditRecord, folder / "edit.json")
+
+    def _edit(self, folder: Path) -> None:
+        from uwm_deploy.stages.edit import edit_to_folder
+
+        score = _read(ScoreRecord, self.work / "score" / "score.json")
+        model = self.original
+        edit_to_folder(model, score, self.work / "score" / "scores.safetensors", self.recipe.edit, folder)
+        del self.original  # it was edited in place; whoever needs the original loads it again
+
+    def export(self) -> None:
+        """Both graphs."""
+        inputs = {
+            "edit": digest_of_file(self.work / "edit" / STAMP),
+            "export": digest_of_plain(plain_from_record(self.recipe.export)),
+        }
+        folder = self._stage("export", f"ONNX, opset {self.recipe.export.opset}", inputs, self._export)
+        self.outcome.onnx = tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
+
+    def _export(self, folder: Path) -> None:
+        from uwm_deploy.stages.export import onnx_from_tower, sample_of
+        from uwm_deploy.uwm.patch import Patch
+
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        patch, ref = Patch.from_file(self.work / "edit" / "patch.safetensors"), self.edited.ref
+        shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
+        self.edited.source.cpu()
+        for name in TowerName:
+            tower = self.edited.tower(name)
+            artifact = onnx_from_tower(
+                tower,
+                sample_of(tower, shapes[name], ref.text.eos_id),
+                self.recipe.export,
+                weights_digest=edit.edited_weights_digest,
+                edits=[layer for layer in edit.layers if layer.tower is name],
+                patch=patch,
+                folder=folder,
+            )
+            (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+
+    def compile(self) -> None:
+        """Engines for every target that can be compiled here."""
+        engines: list[EngineArtifact] = []
+        for target in self.recipe.compile.targets:
+            if reason := missing_package(target):
+                if self.request.targets:
+                    raise PrerequisiteError(
+                        f"target {target.value}: {reason}", fix=f"install the extra [{target.value}]"
+                    )
+                self.outcome.skipped[target.value] = reason
+                self.reporter.line(f"compile    {target.value} skipped: {reason}")
+                continue
+            inputs = {
+                "export": digest_of_file(self.work / "export" / STAMP),
+                "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
+                "precision": self.recipe.compile.precision,
+                "machine": usable(target) or "usable",
+            }
+            make = partial(self._compile, target)
+            folder = self._stage(f"compile-{target.value}", f"fp32 for {target.value}", inputs, make)
+            engines += [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
+        self.outcome.engines = tuple(engines)
+
+    def _compile(self, target: Target, folder: Path) -> None:
+        from uwm_deploy.stages.compile import engine_from_onnx
+
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        for graph in self.outcome.onnx:
+            edits = [layer for layer in edit.layers if layer.tower is graph.tower]
+            self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
+            engine = engine_from_onnx(graph, self.work / "export", target, self.recipe.compile.batch, edits, folder)
+            (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
+
+    def verify(self) -> None:
+        """Numbers and decisions of original, edited and every artifact."""
+        folders = ["edit", "export", *sorted({f"compile-{e.target.value}" for e in self.outcome.engines})]
+        inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
+        inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
+        inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
+        inputs["zero_shot"] = digest_of_plain(list(self.evaluation_source.zero_shot_names))
+        folder = self._stage(
+            "verify", f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples", inputs, self._verify
+        )
+        self.outcome.report = _read(VerifyReport, folder / "verify.json")
+
+    def _verify(self, folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        from uwm_deploy.stages.verify import embed_model, evidence_of
+
+        progress, workers = self.reporter.progress, self.request.workers
+        prepared = prepare(
+            self.evaluation_source, self.original.ref.image, self._tokenizer(), workers=workers, progress=progress
+        )
+        original = embed_model(self.original, prepared, "evaluation, original", progress)
+        ref = self.original.ref
+        edited = embed_model(self.edited, prepared, "evaluation, edited", progress)
+        evidence = []
+        for subject in self._subjects():
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, progress))
+            for session in (subject.sessions or {}).values():
+                session.close()
+        report = VerifyReport(
+            model=ref,
+            edited_weights_digest=self.edited.ref.weights_digest,
+            evaluation=self.evaluation_source.record,
+            calibration_overlap=self._overlap(),
+            original=safety_report("original", original),
+            edited=safety_report("edited", edited),
+            edit_effect=flips_between(original, edited),
+            artifacts=tuple(evidence),
+            versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
+        )
+        (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
+        save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
+
+    def _overlap(self) -> int:
+        """Evaluation items whose content is also in the calibration set."""
+        sets = [
+            content_digests(source, workers=self.request.workers, progress=self.reporter.progress)
+            for source in (self.calibration_source, self.evaluation_source)
+        ]
+        return overlap(*sets)
+
+    def _subjects(self) -> Iterator[Subject]:
+        """The exported graphs, then every variant; sessions are opened one subject at a time."""
+        from uwm_deploy.stages.verify import Subject
+
+        graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
+        outputs = {tower: graph.outputs[0] for tower, graph in graphs.items()}
+        shared = {"outputs": outputs, "normalised": self.recipe.export.normalise, "max_batch": batch.max}
+        sessions = {
+            tower: open_session(
+                Target.ONNXRUNTIME,
+                (self.work / "export" / graph.file).read_bytes(),
+                profile=batch,
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                external_data=_external(self.work / "export", graph.external_data),
+                device="cpu",
+                optimised=False,
+            )
+            for tower, graph in graphs.items()
+        }
+        digests = {tower.value: graph.digest for tower, graph in graphs.items()}
+        yield Subject(variant="onnx", digests=digests, sessions=sessions, reason="", **shared)
+        for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
+            parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
+            target = next(iter(parts.values())).target
+            reason, opened = usable(target), None
+            if not reason:
+                try:
+                    opened = {tower: self._open(engine) for tower, engine in parts.items()}
+                except PrerequisiteError as error:  # the driver is there, the engine does not fit it
+                    reason = error.what
+            digests = {tower.value: engine.digest for tower, engine in parts.items()}
+            yield Subject(variant=variant, digests=digests, sessions=opened, reason=reason, **shared)
+
+    def _open(self, engine: EngineArtifact) -> Session:
+        folder = self.work / f"compile-{engine.target.value}"
+        return open_session(
+            engine.target,
+            (folder / engine.file).read_bytes(),
+            profile=engine.profile,
+            inputs=engine.inputs,
+            outputs=engine.outputs,
+            external_data=_external(folder, f"{engine.file}.data"),
+        )
+
+    def gate(self) -> None:
+        """The verdict."""
+        report = self.work / "verify" / "verify.json"
+        inputs = {"verify": digest_of_file(report), "policy": self.policy_digest, "code": self.base_inputs["code"]}
+        folder = self._stage("gate", f"policy {self.policy.name}", inputs, self._gate)
+        self.outcome.verdict = _read(Verdict, folder / "verdict.json")
+
+    def _gate(self, folder: Path) -> None:
+        file = self.work / "verify" / "verify.json"
+        verdict = gate(
+            _read(VerifyReport, file), self.policy, policy_digest=self.policy_digest, report_digest=digest_of_file(file)
+        )
+        (folder / "verdict.json").write_text(json_from_record(verdict), encoding="utf-8")
+
+    def package(self) -> None:
+        """The bundle."""
+        outcome = self.outcome
+        assert outcome.edit is not None
+        assert outcome.score is not None
+        assert outcome.verdict is not None
+        self.outcome.out = self.out
+        manifest = Manifest(
+            name=self.recipe.name,
+            tool_version=__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=outcome.edit.model,
+            edit=outcome.edit,
+            calibration=outcome.score.calibration,
+            recipe=self.recipe_text,
+            recipe_digest=digest_of_bytes(self.recipe_text.encode()),
+            onnx=outcome.onnx,
+            engines=outcome.engines,
+            verdict=outcome.verdict,
+            versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
+            files=(),
+        )
+        if self._is_packaged(manifest):
+            outcome.reused.append("package")
+            self.reporter.line("package    unchanged, reused")
+            return
+        _refuse_foreign_folder(self.out)
+        with self.reporter.stage("package", str(self.out)):
+            outcome.manifest = bundle_from_parts(self.out, manifest, self._parts())
+
+    def _is_packaged(self, manifest: Manifest) -> bool:
+        """Whether the bundle there is this one, time of creation apart."""
+        try:
+            there = open_bundle(self.out, allow_failed=True).manifest
+        except UwmError:
+            return False
+        self.outcome.manifest = there
+        return dataclasses.replace(there, created="", files=()) == dataclasses.replace(manifest, created="")
+
+    def _parts(self) -> dict[str, Path | bytes]:
+        """Path inside the bundle to its source."""
+        parts: dict[str, Path | bytes] = {
+            "recipe.toml": self.recipe_text.encode(),
+            "evaluation.toml": self.evaluation_text.encode(),
+            "tokenizer.json": self.edited.tokenizer_json,
+            "patch.safetensors": self.work / "edit" / "patch.safetensors",
+            "reports/score.json": self.work / "score" / "score.json",
+            "reports/edit.json": self.work / "edit" / "edit.json",
+            "reports/verify.json": self.work / "verify" / "verify.json",
+            "reports/verdict.json": self.work / "gate" / "verdict.json",
+            "evidence/reference.safetensors": self.work / "verify" / "reference.safetensors",
+        }
+        for graph in self.outcome.onnx:
+            for name in filter(None, (graph.file, graph.external_data)):
+                parts[f"onnx/{name}"] = self.work / "export" / name
+        for engine in self.outcome.engines:
+            folder = self.work / f"compile-{engine.target.value}"
+            parts[engine_path(engine)] = folder / engine.file
+            if (folder / f"{engine.file}.data").is_file():
+                parts[f"{engine_path(engine)}.data"] = folder / f"{engine.file}.data"
+        return parts
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """A folder that is not a bundle is never replaced."""
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
+
+
+def _external(folder: Path, name: str) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes()} if name and (folder / name).is_file() else {}
+
+
+def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
+    changes: dict[str, Any] = {}
+    if request.keep_mass is not None:
+        changes["keep_mass"] = request.keep_mass
+    if request.factor is not None:
+        changes["factor"] = request.factor
+    edit = dataclasses.replace(
+        recipe.edit,
+        text=dataclasses.replace(recipe.edit.text, **changes),
+        image=dataclasses.replace(recipe.edit.image, **changes),
+    )
+    data = dataclasses.replace(
+        recipe.data,
+        calibration=request.calibration or recipe.data.calibration,
+        evaluation=request.evaluation or recipe.data.evaluation,
+    )
+    targets = tuple(Target(t) for t in dict.fromkeys(request.targets)) or recipe.compile.targets
+    return dataclasses.replace(
+        recipe, edit=edit, data=data, compile=dataclasses.replace(recipe.compile, targets=targets)
+    )
+
+
+def _read(cls: type[R], path: Path) -> R:
+    return record_from_json(cls, path.read_bytes(), where=path.name)

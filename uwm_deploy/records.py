@@ -1,0 +1,507 @@
+"""Frozen records that cross stage borders: standard library only, JSON round trip, digests chained.
+
+Every artifact carries the digests of what it was made from. A digest is always ``"sha256:" + 64 hex digits``. A digest of
+a model is over its weights, never over a name, a path or a graph: an edited graph has the topology of the unedited one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+SCHEMA_VERSION = 1
+"""Version of every JSON file the project writes; readers refuse a newer one."""
+
+Digest = str
+"""``sha256:`` followed by 64 lower-case hex digits."""
+
+
+class TowerName(StrEnum):
+    """The two encoders of a CLIP-like model, each exported as its own graph."""
+
+    IMAGE = "image"
+    TEXT = "text"
+
+
+class Rule(StrEnum):
+    """How the per-pair ratio becomes the score of one layer (method.md section 2)."""
+
+    RATIO = "ratio"
+    RATIO_TIMES_ABS_WEIGHT = "ratio-times-abs-weight"
+
+
+class Pairing(StrEnum):
+    """Mean of per-pair ratios (the official code) or ratio of the two means (the paper's wording)."""
+
+    MEAN_OF_RATIOS = "mean-of-ratios"
+    RATIO_OF_MEANS = "ratio-of-means"
+
+
+class Target(StrEnum):
+    """What an ONNX graph is compiled for."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class Evidence(StrEnum):
+    """Whether the numbers of an artifact come from executing it."""
+
+    EXECUTED = "executed"
+    NOT_RUN = "not run"
+
+
+class Result(StrEnum):
+    """Outcome of a check or a verdict; only ``pass`` passes."""
+
+    PASS = "pass"  # noqa: S105 -- an outcome, not a password
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """Preprocessing of one image, exactly as the source model's processor does it.
+
+    Attributes:
+        resize: Shortest edge after resizing, pixels.
+        crop: Side of the square centre crop, pixels.
+        resample: Pillow filter name, ``"bicubic"`` or ``"bilinear"``.
+        rescale: Factor from 0..255 to 0..1.
+        mean: Per channel, RGB, after rescaling.
+        std: Per channel, RGB, after rescaling.
+    """
+
+    resize: int
+    crop: int
+    resample: Literal["bicubic", "bilinear"]
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """Tokenisation of one caption, exactly as the source model's tokenizer does it.
+
+    Attributes:
+        context_length: Positions per caption; longer ones are cut and keep their end token.
+        bos_id: Id of the start token.
+        eos_id: Id of the end token; its first position is pooled.
+        pad_id: Id that fills the row to the right.
+        tokenizer_digest: Digest of ``tokenizer.json``.
+    """
+
+    context_length: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    tokenizer_digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Which weights this is about.
+
+    Attributes:
+        name: Recipe name, for people.
+        family: Tower adapter, e.g. ``"hf-clip"``.
+        repo: Hub id, or ``"local"``, or ``"shipped"``, or ``"random"`` (random weights are never gate-able).
+        revision: Hub commit, or empty.
+        weights_digest: Over every parameter's name, dtype, shape and bytes, in name order.
+        embed_dim: Size of the shared embedding space.
+    """
+
+    name: str
+    family: str
+    repo: str
+    revision: str
+    weights_digest: Digest
+    embed_dim: int
+    image: ImageSpec
+    text: TextSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """One item that was not used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """What a data set resolved to.
+
+    Attributes:
+        ids_digest: Digest of the ordered ids that are used, one per line.
+        content_digest: Digest of how the items are made or of the manifest's bytes.
+        concepts: Items per concept.
+    """
+
+    name: str
+    split: str
+    n: int
+    ids_digest: Digest
+    content_digest: Digest
+    concepts: Mapping[str, int]
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerScore:
+    """One scored layer; its scores are the tensor of the same name in the score file."""
+
+    tower: TowerName
+    name: str
+    shape: tuple[int, int]
+    weight_digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRecord:
+    """Companion of a score file (safetensors, keys are module paths in the source model).
+
+    Attributes:
+        n_pairs: Pairs in the mean, per tower.
+        left_out: Pairs whose contribution was not finite, or whose item could not be read.
+        scores_digest: Digest of the score file's bytes.
+        seconds: Wall time of the pass, per tower.
+    """
+
+    model: ModelRef
+    calibration: CalibrationRecord
+    rules: Mapping[str, Rule]
+    pairing: Pairing
+    n_pairs: Mapping[str, int]
+    left_out: Mapping[str, tuple[LeftOut, ...]]
+    layers: tuple[LayerScore, ...]
+    scores_digest: Digest
+    dtype: str
+    device: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEdit:
+    """What was changed in one layer.
+
+    Attributes:
+        name: Module path in the source model; ``name + ".weight"`` is the parameter.
+        selected: Number of entries multiplied by the factor.
+        share: ``selected`` divided by the number of entries.
+    """
+
+    tower: TowerName
+    name: str
+    shape: tuple[int, int]
+    keep_mass: float
+    factor: float
+    selected: int
+    share: float
+    digest_before: Digest
+    digest_after: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditRecord:
+    """Companion of a patch file and of the saved edited model."""
+
+    model: ModelRef
+    edited_weights_digest: Digest
+    scores_digest: Digest
+    patch_digest: Digest
+    layers: tuple[LayerEdit, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, element type and shape of a graph input or output; a string is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """Whether the edit is in the graph's own weights.
+
+    Attributes:
+        layers: Edited layers that were found and checked.
+        entries: Edited entries whose value equals the edited weight.
+        mismatches: One line per layer that does not carry the edit; empty means it does.
+    """
+
+    layers: int
+    entries: int
+    mismatches: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxArtifact:
+    """One tower as an ONNX graph.
+
+    Attributes:
+        file: Name inside its stage folder.
+        digest: Over the graph file and, when there is one, the external data file.
+        normalised: Whether the graph ends with L2 normalisation.
+        weights_digest: The edited model's weights it was exported from.
+    """
+
+    tower: TowerName
+    file: str
+    external_data: str
+    digest: Digest
+    weights_digest: Digest
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    normalised: bool
+    versions: Mapping[str, str]
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Smallest, most usual and largest batch an engine accepts."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArtifact:
+    """One tower compiled for one target.
+
+    Attributes:
+        variant: ``<target>-<precision>``; the image and the text engine of one variant share it.
+        precision: Precision that was achieved, read back from the engine or the graph.
+        onnx_digest: Digest of the OnnxArtifact it was compiled from.
+        built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).
+        runnable: Whether the building machine could execute it.
+        seconds: Wall time of the build.
+    """
+
+    variant: str
+    tower: TowerName
+    target: Target
+    precision: str
+    file: str
+    digest: Digest
+    onnx_digest: Digest
+    weights_digest: Digest
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: Profile
+    normalised: bool
+    settings: Mapping[str, str]
+    versions: Mapping[str, str]
+    built_on: str
+    runnable: bool
+    seconds: float
+    peak_rss_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proportion:
+    """A mean of booleans with its uncertainty; percentages, so 0 to 100.
+
+    Attributes:
+        value: Percentage of items that are true.
+        n: Items.
+        ties: Items that are false because of an exact tie.
+        low: Lower end of the 95% Wilson interval.
+        high: Upper end.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+    ties: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flips:
+    """Decisions that differ between two models on the same quadruples (method.md section 5).
+
+    Attributes:
+        lost: True under the reference, false under the candidate.
+        gained: False under the reference, true under the candidate.
+        p_value: Exact McNemar test, two-sided.
+        delta: Candidate minus reference, percentage points, with its paired 95% interval.
+    """
+
+    n: int
+    lost: int
+    gained: int
+    p_value: float
+    delta: float
+    delta_low: float
+    delta_high: float
+    lost_ids: tuple[str, ...] = ()
+    gained_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyReport:
+    """SafeGround, retrieval and zero-shot of one model or artifact.
+
+    Attributes:
+        subject: ``"original"``, ``"edited"`` or a variant name.
+        preference: The nine SafeGround metrics by name (P_ts, P_tu, P_vs, P_vu, Txt_s, Img_s, PS, PU, GS).
+        per_concept: The same, per concept.
+        retrieval: ``safe-text-to-image@1`` and so on.
+        zero_shot: Top-1 per data set.
+    """
+
+    subject: str
+    preference: Mapping[str, Proportion]
+    per_concept: Mapping[str, Mapping[str, Proportion]]
+    retrieval: Mapping[str, Proportion]
+    zero_shot: Mapping[str, Proportion]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputParity:
+    """How far one output of an artifact is from the edited model in PyTorch float32.
+
+    Attributes:
+        max_abs: Largest absolute difference over all elements.
+        mean_abs: Mean absolute difference.
+        cosine_min: Smallest row-wise cosine.
+        batch: Rows per call.
+        n: Rows compared.
+    """
+
+    tower: TowerName
+    output: str
+    batch: int
+    n: int
+    max_abs: float
+    mean_abs: float
+    cosine_min: float
+    cosine_mean: float
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactEvidence:
+    """Everything measured on one variant, or the statement that it was not run.
+
+    Attributes:
+        variant: Variant name, or ``"onnx"`` for the exported graphs themselves.
+        reason: Why it was not run; empty when executed.
+        where: Machine kind: provider, device name, versions.
+        artifact_digests: Digest per tower of exactly the bytes that were executed.
+        flips: Against the edited source model, per preference metric.
+    """
+
+    variant: str
+    evidence: Evidence
+    reason: str
+    where: Mapping[str, str]
+    artifact_digests: Mapping[str, Digest]
+    parity: tuple[OutputParity, ...] = ()
+    safety: SafetyReport | None = None
+    flips: Mapping[str, Flips] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """Numbers only; `gate` is what judges them.
+
+    Attributes:
+        edit_effect: Edited against original, per preference metric.
+    """
+
+    model: ModelRef
+    edited_weights_digest: Digest
+    evaluation: CalibrationRecord
+    calibration_overlap: int
+    original: SafetyReport
+    edited: SafetyReport
+    edit_effect: Mapping[str, Flips]
+    artifacts: tuple[ArtifactEvidence, ...]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One comparison of a measured number with a limit of the policy."""
+
+    name: str
+    subject: str
+    result: Result
+    measured: float | None
+    limit: float | None
+    direction: Literal["at_least", "at_most", "equals"]
+    detail: str
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the gate decided.
+
+    Attributes:
+        proven: Variants that were executed and passed every check.
+        unproven: Variants that were not executed.
+        failed: Variants that were executed and did not pass.
+        report_digest: Digest of the verify report that was judged.
+        policy_digest: Digest of the policy's bytes.
+    """
+
+    result: Result
+    checks: tuple[Check, ...]
+    proven: tuple[str, ...]
+    unproven: tuple[str, ...]
+    failed: tuple[str, ...]
+    policy: str
+    policy_digest: Digest
+    report_digest: Digest
+    edited_weights_digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleFile:
+    """One file of a bundle: POSIX path relative to the bundle, size, digest of its bytes."""
+
+    path: str
+    size_bytes: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`manifest.json` of a bundle; every other file of the bundle is listed in `files`.
+
+    Attributes:
+        recipe: The recipe's text, verbatim, so that the build can be repeated.
+        onnx: The exported graphs.
+        engines: Every compiled engine; `unproven` variants are refused by the runtime.
+        verdict: Also in `reports/verdict.json`.
+    """
+
+    name: str
+    tool_version: str
+    created: str
+    model: ModelRef
+    edit: EditRecord
+    calibration: CalibrationRecord
+    recipe: str
+    recipe_digest: Digest
+    onnx: tuple[OnnxArtifact, ...]
+    engines: tuple[EngineArtifact, ...]
+    verdict: Verdict
+    versions: Mapping[str, str]
+    files: tuple[BundleFile, ...]

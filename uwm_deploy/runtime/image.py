@@ -1,0 +1,112 @@
+"""Images to pixels without torch, equal to the source model's processor within one grey level."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uwm_deploy.errors import DataError
+from uwm_deploy.records import ImageSpec
+
+MAX_PIXELS = 50_000_000
+"""Larger images are refused before they are decoded."""
+
+MAX_BYTES = 100_000_000
+"""Larger files are refused before they are read."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow registers many more decoders, some of which start other programs."""
+
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def image_from(source: ImageLike) -> Image.Image:
+    """Decodes an image.
+
+    Args:
+        source: Path, encoded bytes, Pillow image, or (H, W, 3) / (H, W) uint8 array.
+
+    Raises:
+        DataError: If it is missing, broken, too large, or of a kind that is not taken.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
+            raise DataError(
+                f"array image has shape {source.shape} and type {source.dtype}", fix="pass (H, W, 3) or (H, W) uint8"
+            )
+        return Image.fromarray(source)
+    name = "image bytes" if isinstance(source, bytes) else str(source)
+    try:
+        data = source if isinstance(source, bytes) else _read(Path(source))
+        return _decode(data, name)
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist", fix="check the path") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is not a whole image: {error}", fix=f"pass one of {', '.join(FORMATS)}") from error
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+        image.load()
+    return image
+
+
+def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Resizes the short edge, crops the centre, scales and normalises.
+
+    Orientation tags are not applied, as in the source processors. Transparency is laid over white.
+
+    Args:
+        image: Any mode.
+        spec: The model's preprocessing.
+
+    Returns:
+        (3, crop, crop) float32.
+    """
+    rgb = _rgb(image)
+    width, height = rgb.size
+    short, long = min(width, height), max(width, height)
+    # The long edge is cut to an integer, not rounded: that is what the processors do.
+    resized_long = max(1, int(spec.resize * long / short))
+    size = (spec.resize, resized_long) if width <= height else (resized_long, spec.resize)
+    rgb = rgb.resize(size, _FILTERS[spec.resample])
+    pixels = np.asarray(_centre_crop(rgb, spec.crop), dtype=np.float32)
+    mean, std = (np.asarray(v, dtype=np.float32) for v in (spec.mean, spec.std))
+    scaled = (pixels * np.float32(spec.rescale) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _centre_crop(image: Image.Image, side: int) -> Image.Image:
+    """Crops; an image smaller than the crop is padded with black."""
+    left, top = _offset(image.width, side), _offset(image.height, side)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _offset(length: int, side: int) -> int:
+    return (length - side) // 2 if length >= side else -((side - length) // 2)

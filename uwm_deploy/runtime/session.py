@@ -1,0 +1,156 @@
+"""One compiled tower, ready to run. `verify` measures this very session, so what is proven is what serves."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.records import Profile, Target, TensorSpec
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Session(Protocol):
+    """Runs one tower.
+
+    Attributes:
+        where: Provider, device and versions it really runs on.
+        max_batch: Largest batch of one call; more rows are split.
+    """
+
+    where: Mapping[str, str]
+    max_batch: int
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
+
+    def close(self) -> None:
+        """Releases device memory."""
+
+
+def open_session(
+    target: Target,
+    model: bytes,
+    *,
+    profile: Profile,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    external_data: Mapping[str, bytes] | None = None,
+    device: Device = "auto",
+    optimised: bool = True,
+) -> Session:
+    """Opens an engine from bytes that were already verified.
+
+    Args:
+        target: What it was compiled for.
+        model: The engine's or graph's bytes.
+        profile: Batches it accepts.
+        inputs: Its inputs; exactly one.
+        outputs: Its outputs; exactly one.
+        external_data: Content of external data files by their name in the graph.
+        device: Where it must run; `auto` takes the best that works.
+        optimised: Whether ONNX Runtime's optimisations are already in the graph.
+
+    Raises:
+        PrerequisiteError: If this machine cannot run it; never falls back silently.
+    """
+    if target is Target.ONNXRUNTIME:
+        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimised)
+    from uwm_deploy.runtime.tensorrt import TensorRTSession
+
+    return TensorRTSession(target, model, profile, inputs, outputs)
+
+
+def missing_package(target: Target) -> str:
+    """Empty when the target's package is installed, else what is missing."""
+    from uwm_deploy.runtime.tensorrt import MODULES
+
+    module = MODULES.get(target, "onnxruntime")
+    return "" if importlib.util.find_spec(module) else f"package {module} is not installed"
+
+
+def usable(target: Target) -> str:
+    """Empty when this machine can execute the target, else the reason why not."""
+    if target is Target.ONNXRUNTIME:
+        return missing_package(target)
+    from uwm_deploy.runtime.tensorrt import reason_not_usable
+
+    return reason_not_usable(target)
+
+
+class OnnxRuntimeSession:
+    """An ONNX graph in ONNX Runtime, with the provider asserted."""
+
+    def __init__(
+        self,
+        model: bytes,
+        profile: Profile,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        external_data: Mapping[str, bytes],
+        device: Device,
+        optimised: bool,
+    ) -> None:
+        import onnxruntime as ort
+
+        self.max_batch = profile.max
+        self._input, self._output = inputs[0], outputs[0]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
+        options.graph_optimization_level = (
+            ort.GraphOptimizationLevel.ORT_DISABLE_ALL if optimised else ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        )
+        if external_data:
+            names = list(external_data)
+            buffers = [external_data[name] for name in names]
+            options.add_external_initializers_from_files_in_memory(names, buffers, [len(b) for b in buffers])
+        self._session = self._open(ort, model, options, device)
+        provider = self._session.get_providers()[0]
+        self.where = {"provider": provider, "onnxruntime": ort.__version__, "device": ort.get_device()}
+
+    @staticmethod
+    def _open(ort: Any, model: bytes, options: Any, device: Device) -> Any:
+        wanted = {
+            "cpu": ["CPUExecutionProvider"],
+            "cuda": ["CUDAExecutionProvider"],
+            "auto": ["CPUExecutionProvider"] if _no_cuda(ort) else ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        }[device]
+        try:
+            session = ort.InferenceSession(model, options, providers=wanted)
+        except Exception as error:  # its errors share no base class
+            line = str(error).strip().splitlines()[0][:200]
+            raise PrerequisiteError(
+                f"ONNX Runtime cannot open the graph: {line}", fix="see `uwm-deploy doctor`"
+            ) from error
+        # It falls back to the CPU with a log line only.
+        if session.get_providers()[0] != wanted[0]:
+            if device == "cuda":
+                raise PrerequisiteError("ONNX Runtime has no working CUDA provider", fix="see `uwm-deploy doctor`")
+        return session
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """See `Session.run`."""
+        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
+        parts = [
+            self._session.run([self._output.name], {self._input.name: data[i : i + self.max_batch]})[0]
+            for i in range(0, len(data), self.max_batch)
+        ]
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        del self._session
+
+
+def _no_cuda(ort: Any) -> bool:
+    """Whether CUDA is out of the question; being compiled in does not mean that a GPU is there."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return True
+    from uwm_deploy.runtime.tensorrt import gpu_reason
+
+    return bool(gpu_reason())

@@ -1,0 +1,141 @@
+"""TensorRT and TensorRT-RTX engines through `cuda.bindings`, without torch. Both flavours share this one code path."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.records import Profile, Target, TensorSpec
+
+MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
+"""Python module per flavour."""
+
+
+@cache
+def gpu_reason() -> str:
+    """Empty when a CUDA driver with a device is there, else the reason why not."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "this machine has no NVIDIA driver"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver finds no GPU"
+    return ""
+
+
+def reason_not_usable(target: Target) -> str:
+    """Empty when engines of this flavour can be executed here, else the reason why not."""
+    module = MODULES[target]
+    if importlib.util.find_spec(module) is None:
+        return f"package {module} is not installed"
+    if reason := gpu_reason():
+        return reason
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "package cuda-bindings is not installed"
+    return ""
+
+
+class TensorRTSession:
+    """A serialized engine, deserialized from verified bytes.
+
+    Host code inside engines stays forbidden, and no plugin library is ever loaded.
+
+    Raises:
+        PrerequisiteError: If this machine cannot execute the engine.
+    """
+
+    where: Mapping[str, str]
+
+    def __init__(
+        self,
+        target: Target,
+        model: bytes,
+        profile: Profile,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        if reason := reason_not_usable(target):
+            raise PrerequisiteError(f"a {target.value} engine cannot run here: {reason}", fix="see `uwm-deploy doctor`")
+        self._trt = importlib.import_module(MODULES[target])
+        self._cuda = importlib.import_module("cuda.bindings.runtime")
+        self.max_batch = profile.max
+        self._input, self._output = inputs[0], outputs[0]
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime.engine_host_code_allowed = False
+        self._engine = self._runtime.deserialize_cuda_engine(model)
+        if self._engine is None:
+            raise PrerequisiteError(
+                f"{target.value} {self._trt.__version__} does not take this engine on this GPU",
+                fix="build it with this version and for this GPU",
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise PrerequisiteError("no memory for an execution context", fix="free GPU memory")
+        self._stream = self._call(self._cuda.cudaStreamCreate())
+        self._buffers = self._allocate()
+        self.where = self._describe(target)
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        """Value of a CUDA runtime call, whose first item is its status."""
+        status, *values = result
+        if int(status) != 0:
+            raise PrerequisiteError(f"CUDA call failed with {status}", fix="check the GPU with `uwm-deploy doctor`")
+        return values[0] if values else None
+
+    def _allocate(self) -> dict[str, int]:
+        """Device memory for the largest batch of the profile."""
+        sizes = {}
+        for spec in (self._input, self._output):
+            items = int(np.prod([d for d in spec.shape[1:] if isinstance(d, int)], dtype=np.int64)) * self.max_batch
+            sizes[spec.name] = items * np.dtype(spec.dtype).itemsize
+        return {name: int(self._call(self._cuda.cudaMalloc(size))) for name, size in sizes.items()}
+
+    def _describe(self, target: Target) -> dict[str, str]:
+        properties = self._call(self._cuda.cudaGetDeviceProperties(0))
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+        return {
+            "provider": target.value,
+            "device": name.strip("\x00"),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            MODULES[target]: str(self._trt.__version__),
+        }
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """See `Session.run`."""
+        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
+        parts = [self._run_once(data[i : i + self.max_batch]) for i in range(0, len(data), self.max_batch)]
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def _run_once(self, data: np.ndarray) -> np.ndarray:
+        kinds = self._cuda.cudaMemcpyKind
+        result = np.empty((len(data), *self._output.shape[1:]), dtype=self._output.dtype)
+        if not self._context.set_input_shape(self._input.name, data.shape):
+            raise PrerequisiteError(f"the engine refuses the shape {data.shape}", fix="stay within its profile")
+        for name, address in self._buffers.items():
+            if not self._context.set_tensor_address(name, address):
+                raise PrerequisiteError(f"the engine has no tensor {name}", fix="build it again")
+        copy = self._cuda.cudaMemcpyAsync
+        source = self._buffers[self._input.name]
+        self._call(copy(source, data.ctypes.data, data.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise PrerequisiteError("the engine did not run", fix="see the log of TensorRT")
+        drain = self._buffers[self._output.name]
+        self._call(copy(result.ctypes.data, drain, result.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
+        self._call(self._cuda.cudaStreamSynchronize(self._stream))
+        return result
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        for address in self._buffers.values():
+            self._call(self._cuda.cudaFree(address))
+        self._buffers = {}
+        self._call(self._cuda.cudaStreamDestroy(self._stream))

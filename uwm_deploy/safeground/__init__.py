@@ -1,0 +1,1 @@
+"""SafeGround: the safety metrics and their statistics (method.md section 5)."""

@@ -1,0 +1,182 @@
+"""An evaluation set as one model sees it, and what is measured on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from uwm_deploy.errors import DataError, IntegrityError
+from uwm_deploy.records import Flips, OutputParity, SafetyReport, TowerName
+from uwm_deploy.safeground.interval import flips, wilson
+from uwm_deploy.safeground.preference import METRICS, Decisions, decisions, proportions, proportions_per_concept
+from uwm_deploy.safeground.retrieval import retrieval
+
+_MEMBERS = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroShotEmbeddings:
+    """One zero-shot set.
+
+    Attributes:
+        images: (n, d).
+        labels: (n,) int64, rows of `classes`.
+        classes: (c, d), one prompt per class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedSet:
+    """Embeddings of length 1 of every member of every quadruple.
+
+    Attributes:
+        ids: n item ids.
+        concepts: n concepts.
+        safe_image: (n, d) float32; the other members likewise.
+    """
+
+    ids: tuple[str, ...]
+    concepts: tuple[str, ...]
+    safe_image: np.ndarray
+    unsafe_image: np.ndarray
+    safe_text: np.ndarray
+    unsafe_text: np.ndarray
+    zero_shot: Mapping[str, ZeroShotEmbeddings]
+
+    def decisions(self) -> Decisions:
+        """Decisions on every quadruple."""
+        return decisions(self.safe_image, self.unsafe_image, self.safe_text, self.unsafe_text)
+
+    def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays for a safetensors file; ids and concepts as UTF-8 JSON bytes."""
+        names = json.dumps({"ids": self.ids, "concepts": self.concepts}).encode()
+        tensors = {f"{prefix}.{name}": getattr(self, name) for name in _MEMBERS}
+        tensors[f"{prefix}.names"] = np.frombuffer(names, dtype=np.uint8)
+        for name, part in self.zero_shot.items():
+            tensors[f"{prefix}.zero_shot.{name}.images"] = part.images
+            tensors[f"{prefix}.zero_shot.{name}.labels"] = part.labels
+            tensors[f"{prefix}.zero_shot.{name}.classes"] = part.classes
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], prefix: str) -> EmbeddedSet:
+        """Reads what `to_tensors` wrote.
+
+        Raises:
+            IntegrityError: If something is missing.
+        """
+        try:
+            names = json.loads(tensors[f"{prefix}.names"].tobytes())
+            start = f"{prefix}.zero_shot."
+            sets = sorted({key.removeprefix(start).rsplit(".", 1)[0] for key in tensors if key.startswith(start)})
+            return cls(
+                ids=tuple(names["ids"]),
+                concepts=tuple(names["concepts"]),
+                zero_shot={
+                    name: ZeroShotEmbeddings(
+                        images=tensors[f"{start}{name}.images"],
+                        labels=tensors[f"{start}{name}.labels"],
+                        classes=tensors[f"{start}{name}.classes"],
+                    )
+                    for name in sets
+                },
+                **{name: tensors[f"{prefix}.{name}"] for name in _MEMBERS},
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
+
+
+def safety_report(subject: str, embedded: EmbeddedSet) -> SafetyReport:
+    """Everything SafeGround says about one model."""
+    decided = embedded.decisions()
+    members = [getattr(embedded, name) for name in _MEMBERS]
+    return SafetyReport(
+        subject=subject,
+        preference=proportions(decided),
+        per_concept=proportions_per_concept(decided, embedded.concepts),
+        retrieval=retrieval(*members),
+        zero_shot={name: wilson(*top1(part)) for name, part in embedded.zero_shot.items()},
+    )
+
+
+def top1(part: ZeroShotEmbeddings) -> tuple[int, int, int]:
+    """Zero-shot hits, items and ties; a tie with the right class is a failure.
+
+    Raises:
+        DataError: If an embedding is not finite.
+    """
+    if not (np.isfinite(part.images).all() and np.isfinite(part.classes).all()):
+        raise DataError("zero-shot embeddings hold NaN or infinity", fix="mend the model")
+    similarity = part.images @ part.classes.T
+    right = similarity[np.arange(len(similarity)), part.labels][:, None]
+    others = similarity >= right
+    hits = others.sum(1) == 1
+    ties = ~hits & ((similarity > right).sum(1) == 0)
+    return int(hits.sum()), len(similarity), int(ties.sum())
+
+
+def flips_between(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[str, Flips]:
+    """Decision flips of every preference metric and zero-shot set, on the same items.
+
+    Raises:
+        DataError: If the two are not of the same items in the same order.
+    """
+    if reference.ids != candidate.ids or set(reference.zero_shot) != set(candidate.zero_shot):
+        raise DataError("two models were embedded on different items", fix="evaluate both on the same set")
+    before, after = reference.decisions(), candidate.decisions()
+    result = {name: flips(before.metric(name), after.metric(name), reference.ids) for name in METRICS}
+    for name, part in reference.zero_shot.items():
+        other = candidate.zero_shot[name]
+        ids = [f"{name}-{i}" for i in range(len(part.labels))]
+        result[f"zero_shot.{name}"] = flips(_hits(part), _hits(other), ids)
+    return result
+
+
+def _hits(part: ZeroShotEmbeddings) -> np.ndarray:
+    similarity = part.images @ part.classes.T
+    right = similarity[np.arange(len(similarity)), part.labels][:, None]
+    result: np.ndarray = (similarity >= right).sum(1) == 1
+    return result
+
+
+def parity(tower: TowerName, output: str, batch: int, reference: np.ndarray, candidate: np.ndarray) -> OutputParity:
+    """Differences of one output from its reference, row by row.
+
+    Args:
+        tower: Which tower.
+        output: Name of the output.
+        batch: Rows per call of the candidate.
+        reference: (n, d).
+        candidate: (n, d).
+
+    Raises:
+        DataError: If there is nothing to compare or the shapes differ.
+    """
+    if not len(reference) or reference.shape != candidate.shape:
+        raise DataError(
+            f"{output} has shape {candidate.shape}, the reference {reference.shape}", fix="export with a dynamic batch"
+        )
+    finite = bool(np.isfinite(candidate).all() and np.isfinite(reference).all())
+    left, right = (np.nan_to_num(part.astype(np.float64)) for part in (reference, candidate))
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    # A row without length has no direction; it must not count as equal.
+    cosine = np.where(lengths > 0, np.einsum("nd,nd->n", left, right) / np.where(lengths > 0, lengths, 1), -1.0)
+    difference = np.abs(left - right)
+    return OutputParity(
+        tower=tower,
+        output=output,
+        batch=batch,
+        n=len(reference),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        cosine_min=float(np.clip(cosine, -1, 1).min()),
+        cosine_mean=float(np.clip(cosine, -1, 1).mean()),
+        finite=finite,
+    )

@@ -1,0 +1,78 @@
+"""Uncertainty of proportions and of paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from uwm_deploy.errors import DataError
+from uwm_deploy.records import Flips, Proportion
+
+_Z95 = 1.959963984540054
+_LISTED_IDS = 50
+
+
+def wilson(successes: int, n: int, ties: int = 0) -> Proportion:
+    """Percentage with its 95% Wilson score interval.
+
+    Raises:
+        DataError: For n = 0: no data is never a number.
+    """
+    if n <= 0:
+        raise DataError("a proportion of no items was asked for", fix="evaluate at least one item")
+    share, z2 = successes / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Proportion(value=100 * share, n=n, low=100 * low, high=100 * high, ties=ties)
+
+
+def mcnemar_p(lost: int, gained: int) -> float:
+    """Exact two-sided McNemar test: is one direction of change more frequent than the other?"""
+    n, fewer = lost + gained, min(lost, gained)
+    if n == 0:
+        return 1.0
+    # Logarithms: the binomial coefficients of many flips overflow a float.
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewer + 1)
+    ]
+    top = max(logs)
+    return min(1.0, 2 * math.exp(top) * sum(math.exp(value - top) for value in logs))
+
+
+def flips(reference: np.ndarray, candidate: np.ndarray, ids: Sequence[str]) -> Flips:
+    """Compares decisions on the same items.
+
+    The interval of the paired difference is Wald's with the adjustment of Agresti and Min (half an item added to each of
+    the four cells), which keeps its coverage when nothing or little flips.
+
+    Args:
+        reference: (n,) bool.
+        candidate: (n,) bool.
+        ids: n item ids.
+
+    Raises:
+        DataError: If there are no items, or the two do not match.
+    """
+    n = len(reference)
+    if n == 0 or candidate.shape != reference.shape or len(ids) != n:
+        raise DataError(f"decisions on {n} and {len(candidate)} items cannot be paired", fix="evaluate the same items")
+    lost_at, gained_at = np.flatnonzero(reference & ~candidate), np.flatnonzero(~reference & candidate)
+    lost, gained = len(lost_at), len(gained_at)
+    size, b, c = n + 2, gained + 0.5, lost + 0.5
+    centre = (b - c) / size
+    half = _Z95 * math.sqrt(max(0.0, (b + c) / size - centre**2) / size)
+    return Flips(
+        n=n,
+        lost=lost,
+        gained=gained,
+        p_value=mcnemar_p(lost, gained),
+        delta=100 * (gained - lost) / n,
+        delta_low=100 * max(-1.0, centre - half),
+        delta_high=100 * min(1.0, centre + half),
+        lost_ids=tuple(ids[i] for i in lost_at[:_LISTED_IDS]),
+        gained_ids=tuple(ids[i] for i in gained_at[:_LISTED_IDS]),
+    )

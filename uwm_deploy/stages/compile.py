@@ -1,0 +1,164 @@
+"""Stage `compile`: an ONNX graph to an engine for one target, with what was achieved read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from uwm_deploy.errors import ContractError, PrerequisiteError, UwmError
+from uwm_deploy.graphs.engine_builder import FAILED
+from uwm_deploy.graphs.fingerprint import fingerprint_by_value
+from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Profile, Target
+from uwm_deploy.runtime.session import missing_package, usable
+from uwm_deploy.runtime.tensorrt import MODULES
+from uwm_deploy.workspace import digest_of_file
+
+BUILD_SECONDS = 1800
+"""A build that takes longer is stopped."""
+
+
+def engine_from_onnx(
+    graph: OnnxArtifact,
+    onnx_folder: Path,
+    target: Target,
+    profile: Profile,
+    edits: Sequence[LayerEdit],
+    folder: Path,
+) -> EngineArtifact:
+    """Compiles one tower in float32.
+
+    Args:
+        graph: The exported graph.
+        onnx_folder: Where its files are.
+        target: What for.
+        profile: Batches it must accept.
+        edits: Edited layers of this tower, looked up again in what can be read.
+        folder: Where the engine goes.
+
+    Raises:
+        PrerequisiteError: If the target's package is missing.
+        ContractError: If the build fails, loses the edit, or is not in the precision asked for.
+    """
+    if reason := missing_package(target):
+        raise PrerequisiteError(f"{target.value}: {reason}", fix=f"pip install 'uwm-deploy[{target.value}]'")
+    make = _onnxruntime if target is Target.ONNXRUNTIME else _tensorrt
+    file, details = make(graph, onnx_folder / graph.file, target, profile, edits, folder)
+    runnable = not usable(target)
+    return EngineArtifact(
+        variant=f"{target.value}-fp32",
+        tower=graph.tower,
+        target=target,
+        precision="fp32",
+        file=file,
+        digest=digest_of_file(folder / file),
+        onnx_digest=graph.digest,
+        weights_digest=graph.weights_digest,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        profile=profile,
+        normalised=graph.normalised,
+        settings=details["settings"],
+        versions=details["versions"],
+        built_on=("this machine" if runnable else "ahead of time"),
+        runnable=runnable,
+        seconds=details["seconds"],
+        peak_rss_bytes=details["peak_rss_bytes"],
+    )
+
+
+def _onnxruntime(
+    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, edits: Sequence[LayerEdit], folder: Path
+) -> tuple[str, dict[str, Any]]:
+    """The graph with ONNX Runtime's machine-independent optimisations applied."""
+    import onnxruntime as ort
+
+    file = f"{graph.tower.value}.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / file)
+    if graph.external_data:
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{file}.data")
+    started = time.perf_counter()
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    seconds = time.perf_counter() - started
+    proto = onnx.load(str(folder / file))
+    arrays = list(_weights(proto))
+    kinds = {array.dtype for array in arrays if array.ndim == 2 and np.issubdtype(array.dtype, np.floating)}
+    if kinds != {np.dtype(np.float32)}:
+        raise ContractError(
+            f"{file} holds weights of {sorted(str(k) for k in kinds)}", fix="ask for the precision it has"
+        )
+    found = fingerprint_by_value(arrays, edits)
+    if found.mismatches:
+        raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
+    details = {
+        "settings": {
+            "optimisation": "extended",
+            "nodes": str(len(proto.graph.node)),
+            "edited_layers": str(found.layers),
+        },
+        "versions": {"onnxruntime": ort.__version__},
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return file, details
+
+
+def _weights(proto: onnx.ModelProto) -> Iterator[np.ndarray]:
+    for initializer in proto.graph.initializer:
+        yield onnx.numpy_helper.to_array(initializer)
+
+
+def _tensorrt(
+    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, edits: Sequence[LayerEdit], folder: Path
+) -> tuple[str, dict[str, Any]]:
+    """An engine, built in a child process; log, settings and result stay beside it."""
+    stem, file = graph.tower.value, f"{graph.tower.value}.engine"
+    spec = {
+        "module": MODULES[target],
+        "onnx": os.path.relpath(source, folder),
+        "engine": file,
+        "input": graph.inputs[0].name,
+        "shape": list(graph.inputs[0].shape[1:]),
+        "profile": [profile.min, profile.opt, profile.max],
+    }
+    (folder / f"{stem}.build.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")
+    command = [sys.executable, "-m", "uwm_deploy.graphs.engine_builder", f"{stem}.build.json"]
+    package_root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package_root), os.environ.get("PYTHONPATH", "")])}
+    with (folder / f"{stem}.build.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=folder, stdout=log, stderr=log, timeout=BUILD_SECONDS, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ContractError(
+                f"{target.value} build of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
+            ) from error
+    return file, _result(folder, stem, target, done.returncode)
+
+
+def _result(folder: Path, stem: str, target: Target, status: int) -> dict[str, Any]:
+    """What the child achieved, or its reason as an error."""
+    result = folder / f"{stem}.build.result.json"
+    body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    log = (folder / f"{stem}.build.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if status == FAILED:
+        raise ContractError(f"{target.value} cannot build {stem}: {body.get('error', '')[:400]}", fix="see its log")
+    if status != 0 or not body or not (folder / f"{stem}.engine").is_file():
+        last = log[-1][:300] if log else "no log"
+        raise UwmError(f"the {target.value} build of {stem} ended with status {status}: {last}", fix="run it again")
+    if body["settings"]["output_types"] != "FLOAT" or body["settings"]["tf32"] != "false":
+        raise ContractError(f"{target.value} built {stem} as {body['settings']}, not float32", fix="report this")
+    return dict(body)

@@ -1,0 +1,132 @@
+"""Stage `edit`: scores to a patch, the patch into the weights, the edited model saved; every promise checked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from uwm_deploy.codec import json_from_record
+from uwm_deploy.errors import ContractError, IntegrityError
+from uwm_deploy.recipe import EditSpec, EditSpecs
+from uwm_deploy.records import EditRecord, LayerEdit, LayerScore, ScoreRecord, TowerName
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
+from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
+from uwm_deploy.uwm.selection import selected_indices
+from uwm_deploy.workspace import digest_of_bytes, digest_of_file
+
+PATCH, RECORD, MODEL = "patch.safetensors", "edit.json", "model"
+
+
+def edit_to_folder(
+    model: LoadedModel, score: ScoreRecord, scores_file: Path, edits: EditSpecs, folder: Path
+) -> EditRecord:
+    """Selects, edits in place, and saves patch, record and the edited model as a Hugging Face folder.
+
+    Args:
+        model: The source model; it *is* the edited model afterwards.
+        score: Record of the scores.
+        scores_file: The scores.
+        edits: keep_mass and factor per tower.
+        folder: Where the files go.
+
+    Raises:
+        IntegrityError: If the scores are of another model, or were changed.
+        ContractError: If anything but the selected entries would change.
+    """
+    if score.model.weights_digest != model.ref.weights_digest:
+        raise IntegrityError("the scores are of another model", fix="score this model")
+    if digest_of_file(scores_file) != score.scores_digest:
+        raise IntegrityError(f"{scores_file.name} is not the file its record describes", fix="score again")
+    weights = {layer.name: _weight(model, layer) for layer in score.layers}
+    before = {name: digest_of_tensor(p) for name, p in model.source.named_parameters()}
+    patch, layers = _patch(score, scores_file, edits, weights)
+    patch.apply(weights)
+    _check_untouched(model, before, {f"{name}.weight" for name in patch.layers})
+    content = patch.to_bytes()
+    (folder / PATCH).write_bytes(content)
+    record = EditRecord(
+        model=score.model,
+        edited_weights_digest=digest_of_weights(dict(model.source.named_parameters())),
+        scores_digest=score.scores_digest,
+        patch_digest=digest_of_bytes(content),
+        layers=tuple(layers),
+    )
+    (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
+    save_model(model, folder / MODEL)
+    return record
+
+
+def save_model(model: LoadedModel, folder: Path) -> None:
+    """Saves a model as a folder that `transformers` loads: weights, config, tokenizer, preprocessor."""
+    cast(Any, model.source).save_pretrained(folder, safe_serialization=True)
+    for file in sorted(model.folder.glob("*")):
+        if file.suffix in (".json", ".txt") and file.name not in ("config.json", "model.safetensors.index.json"):
+            shutil.copyfile(file, folder / file.name)
+    for file in folder.iterdir():  # saved with the writer's private mode
+        file.chmod(0o644)
+
+
+def _weight(model: LoadedModel, layer: LayerScore) -> Tensor:
+    return model.source.get_parameter(f"{layer.name}.weight").detach()
+
+
+@torch.no_grad()
+def _patch(
+    score: ScoreRecord, scores_file: Path, edits: EditSpecs, weights: dict[str, Tensor]
+) -> tuple[Patch, list[LayerEdit]]:
+    """Selects per layer, one layer's scores in memory at a time."""
+    patches, layers = {}, []
+    try:
+        with safe_open(str(scores_file), framework="pt") as scores:
+            for layer in score.layers:
+                spec = edits.text if layer.tower is TowerName.TEXT else edits.image
+                part, edit = _layer_patch(layer, scores.get_tensor(layer.name), spec, weights[layer.name])
+                patches[layer.name] = part
+                layers.append(edit)
+    except SafetensorError as error:
+        raise IntegrityError(f"{scores_file.name} cannot be read: {error}", fix="score again") from error
+    return Patch(patches), layers
+
+
+def _layer_patch(layer: LayerScore, scores: Tensor, spec: EditSpec, weight: Tensor) -> tuple[LayerPatch, LayerEdit]:
+    indices = selected_indices(scores, spec.keep_mass)
+    edited = weight.clone(memory_format=torch.contiguous_format)
+    multiply_entries(edited, indices, spec.factor)
+    _check_layer(layer.name, weight, edited, indices, spec.factor)
+    kind = torch.int32 if weight.numel() < 2**31 else torch.int64
+    digests = (digest_of_tensor(weight), digest_of_tensor(edited))
+    patch = LayerPatch(indices=indices.to(kind), factor=spec.factor, digest_before=digests[0], digest_after=digests[1])
+    edit = LayerEdit(
+        tower=layer.tower,
+        name=layer.name,
+        shape=layer.shape,
+        keep_mass=spec.keep_mass,
+        factor=spec.factor,
+        selected=len(indices),
+        share=len(indices) / weight.numel(),
+        digest_before=digests[0],
+        digest_after=digests[1],
+    )
+    return patch, edit
+
+
+def _check_layer(name: str, before: Tensor, after: Tensor, indices: Tensor, factor: float) -> None:
+    """Only selected entries differ; with factor -1 the absolute values are bit-equal."""
+    changed = (before != after).flatten().nonzero().flatten().cpu()
+    if not bool(torch.isin(changed, indices).all()):
+        raise ContractError(f"{name}: an entry changed that was not selected", fix="report this")
+    if factor == -1.0 and not torch.equal(before.abs(), after.abs()):
+        raise ContractError(f"{name}: absolute values changed", fix="report this")
+
+
+def _check_untouched(model: LoadedModel, before: dict[str, str], edited: set[str]) -> None:
+    """Every parameter outside the patch, biases included, has the digest it had."""
+    for name, parameter in model.source.named_parameters():
+        if name not in edited and digest_of_tensor(parameter) != before[name]:
+            raise ContractError(f"{name} changed although it is not edited", fix="report this")

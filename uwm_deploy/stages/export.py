@@ -1,0 +1,171 @@
+"""Stage `export`: a tower to an ONNX graph that provably holds the edit."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
+from uwm_deploy.graphs.passes import simplify
+from uwm_deploy.recipe import ExportSpec
+from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
+from uwm_deploy.towers.protocol import Tower
+from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.workspace import digest_of_bytes, digest_of_file
+
+EXTERNAL_DATA_BYTES = 1_800_000_000
+"""Above this the weights go into a second file: one protobuf file cannot hold 2 GiB."""
+
+_EXPORTERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+class _Graph(nn.Module):
+    """Tower with the id type and normalisation of the graph."""
+
+    def __init__(self, tower: nn.Module, spec: ExportSpec) -> None:
+        super().__init__()
+        self.tower, self.normalise = tower, spec.normalise
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeds: Tensor = self.tower(inputs)
+        return embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds
+
+
+def onnx_from_tower(
+    tower: Tower,
+    sample: Tensor,
+    spec: ExportSpec,
+    *,
+    weights_digest: Digest,
+    edits: Sequence[LayerEdit],
+    patch: Patch,
+    folder: Path,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> OnnxArtifact:
+    """Exports one tower and checks what came out.
+
+    Args:
+        tower: The edited tower, on the CPU.
+        sample: Two rows of input; with one row exporters freeze the batch to 1 without a word.
+        spec: Opset, normalisation, id type.
+        weights_digest: Of the edited model.
+        edits: Edited layers of this tower.
+        patch: Patch of the model.
+        folder: Where ``<tower>.onnx`` goes.
+        external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
+
+    Raises:
+        ContractError: If the graph lost the edit, a weight's name, the dynamic batch, or leaves the standard domain.
+    """
+    sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
+    model = simplify(_exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec))
+    _restore_names(model)
+    name = f"{tower.name.value}.onnx"
+    proto = ir.to_proto(model)
+    arrays = {p.name: onnx.numpy_helper.to_array(p) for p in proto.graph.initializer}
+    external = _save(proto, folder / name, external_data_bytes)
+    _check_graph(folder / name, proto, tower, spec)
+    fingerprint = fingerprint_of_graph(arrays, edits, patch.layers)
+    if fingerprint.mismatches:
+        raise ContractError(
+            f"the edit is not in {name}: {'; '.join(fingerprint.mismatches[:3])}", fix="export the edited model"
+        )
+    return OnnxArtifact(
+        tower=tower.name,
+        file=name,
+        external_data=external,
+        digest=digest_of_onnx(folder / name, external),
+        weights_digest=weights_digest,
+        opset=spec.opset,
+        inputs=tuple(_spec_of(v) for v in proto.graph.input),
+        outputs=tuple(_spec_of(v) for v in proto.graph.output),
+        normalised=spec.normalise,
+        versions={package: metadata.version(package) for package in _EXPORTERS},
+        fingerprint=fingerprint,
+    )
+
+
+def digest_of_onnx(path: Path, external: str) -> Digest:
+    """Digest over the graph and, when there is one, its external data."""
+    if not external:
+        return digest_of_file(path)
+    return digest_of_bytes(f"{digest_of_file(path)} {digest_of_file(path.parent / external)}".encode())
+
+
+@torch.no_grad()
+def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec) -> ir.Model:
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module, (sample,), dynamo=True, optimize=False, verbose=False, opset_version=spec.opset,
+                input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: "batch"},),
+            )  # fmt: skip
+    finally:
+        log.setLevel(level)
+    assert program is not None
+    model: ir.Model = program.model
+    return model
+
+
+def _restore_names(model: ir.Model) -> None:
+    """Weights by their names in the source model: the wrapper's prefix is taken off."""
+    for name in list(model.graph.initializers):
+        if name.startswith("tower."):
+            value = model.graph.initializers.pop(name)
+            value.name = name.removeprefix("tower.")
+            model.graph.initializers[value.name] = value
+
+
+def _save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> str:
+    """Writes the graph; returns the name of the external data file, or nothing."""
+    if sum(len(p.raw_data) for p in proto.graph.initializer) <= external_data_bytes:
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        return ""
+    external = f"{path.name}.data"
+    onnx.save_model(proto, str(path), save_as_external_data=True, location=external, size_threshold=1024)
+    return external
+
+
+def _check_graph(path: Path, proto: onnx.ModelProto, tower: Tower, spec: ExportSpec) -> None:
+    onnx.checker.check_model(str(path), full_check=True)
+    domains = sorted({node.domain for node in proto.graph.node} | {o.domain for o in proto.opset_import})
+    if any(domain not in ("", "ai.onnx") for domain in domains) or proto.functions:
+        raise ContractError(f"{path.name} uses operators outside the standard domain: {domains}", fix="report this")
+    for value, wanted in ((proto.graph.input, tower.input_name), (proto.graph.output, tower.output_name)):
+        if [v.name for v in value] != [wanted]:
+            raise ContractError(f"{path.name} has {[v.name for v in value]}, not {wanted}", fix="report this")
+        dims = [d.dim_param or d.dim_value for d in value[0].type.tensor_type.shape.dim]
+        if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
+            raise ContractError(f"{path.name}: {wanted} has shape {dims}, only the batch may vary", fix="report this")
+    names = {p.name for p in proto.graph.initializer}
+    if lost := sorted({n for n, p in tower.graph_module().named_parameters() if p.requires_grad} - names):
+        raise ContractError(f"{path.name} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
+
+
+def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in kind.shape.dim))
+
+
+def sample_of(tower: Tower, shape: Sequence[int], eos_id: int) -> Tensor:
+    """Two rows of plausible input: noise, or ids that end with the end token."""
+    if tower.input_name == "pixel_values":
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    rows = torch.full((2, *shape), eos_id, dtype=torch.int64)
+    rows[:, 1] = 0
+    return rows

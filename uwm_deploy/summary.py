@@ -1,0 +1,178 @@
+"""Tables on standard output: rendered from records only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from uwm_deploy.codec import plain_from_record
+from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
+
+if TYPE_CHECKING:
+    from uwm_deploy.pipeline import Outcome
+
+_STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def outcome_as_plain(outcome: Outcome) -> dict[str, Any]:
+    """Everything a run produced, as plain data for `--json`."""
+    body = {
+        "name": outcome.name,
+        "work": str(outcome.work),
+        "bundle": str(outcome.out) if outcome.out else None,
+        "reused": outcome.reused,
+        "skipped": outcome.skipped,
+    }
+    for key in ("score", "edit", "onnx", "engines", "report", "verdict"):
+        value = getattr(outcome, key)
+        if value:
+            body[key] = plain_from_record(value)
+    return body
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """The tables a person wants after a run, ending with the verdict."""
+    if outcome.report is None:
+        _print_stages(outcome)
+    if outcome.report is not None:
+        print_report(outcome.report)
+    for target, reason in outcome.skipped.items():
+        _console().print(Text(f"not compiled: {target}: {reason}", style="yellow"))
+    if outcome.verdict is not None:
+        print_verdict(outcome.verdict)
+    if outcome.out is not None:
+        _console().print(f"bundle: {outcome.out}", markup=False)
+
+
+def _print_stages(outcome: Outcome) -> None:
+    if outcome.edit is not None:
+        rows = [
+            {
+                "tower": e.tower.value,
+                "layer": e.name,
+                "shape": f"{e.shape[0]} x {e.shape[1]}",
+                "edited": e.selected,
+                "share": f"{100 * e.share:.2f}%",
+                "factor": e.factor,
+            }
+            for e in outcome.edit.layers
+        ]
+        print_rows(rows)
+    elif outcome.score is not None:
+        score = outcome.score
+        print_rows(
+            [
+                {
+                    "tower": tower,
+                    "rule": score.rules[tower].value,
+                    "pairs": score.n_pairs[tower],
+                    "left out": len(score.left_out[tower]),
+                    "seconds": f"{score.seconds[tower]:.1f}",
+                }
+                for tower in score.n_pairs
+            ]
+        )
+    print_rows(
+        [
+            {
+                "graph": f"{a.tower.value}.onnx",
+                "opset": a.opset,
+                "input": str(a.inputs[0].shape),
+                "output": str(a.outputs[0].shape),
+                "edited layers found": a.fingerprint.layers,
+                "edited entries found": a.fingerprint.entries,
+            }
+            for a in outcome.onnx
+        ]
+    )
+    print_rows(
+        [
+            {
+                "variant": e.variant,
+                "tower": e.tower.value,
+                "built": e.built_on,
+                "state": "can run here" if e.runnable else "compiled, not run",
+                "seconds": f"{e.seconds:.1f}",
+            }
+            for e in outcome.engines
+        ]
+    )
+    _console().print(f"files: {outcome.work}", markup=False)
+
+
+def print_report(report: VerifyReport) -> None:
+    """Original, edited and every artifact side by side."""
+    executed = [a for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
+    print_safety([report.original, report.edited, *(a.safety for a in executed if a.safety is not None)], executed)
+    for artifact in report.artifacts:
+        if artifact.evidence is not Evidence.EXECUTED:
+            _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
+
+
+def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvidence] = ()) -> None:
+    """One column per subject, one row per metric; percentages."""
+    table = Table(title_justify="left", header_style="bold")
+    table.add_column("percent" if not executed else "")
+    for report in reports:
+        table.add_column(report.subject, justify="right")
+    first = reports[0]
+    for name in first.preference:
+        table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
+    table.add_section()
+    for name in first.retrieval:
+        if name.endswith("@1"):
+            table.add_row(name, *(f"{r.retrieval[name].value:.1f}" for r in reports))
+    table.add_section()
+    for name in first.zero_shot:
+        table.add_row(f"zero-shot {name}", *(f"{r.zero_shot[name].value:.1f}" for r in reports))
+    if executed:
+        blank = [""] * (len(reports) - len(executed))
+        table.add_section()
+        table.add_row("smallest cosine", *blank, *(f"{min(p.cosine_min for p in a.parity):.7f}" for a in executed))
+        table.add_row("largest difference", *blank, *(f"{max(p.max_abs for p in a.parity):.1e}" for a in executed))
+        table.add_row("flips safe to unsafe", *blank, *(str(sum(_basic(a, "lost"))) for a in executed))
+        table.add_row("flips unsafe to safe", *blank, *(str(sum(_basic(a, "gained"))) for a in executed))
+    console = _console()
+    console.print(table)
+    console.print(f"n = {next(iter(first.preference.values())).n} quadruples", markup=False)
+
+
+def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
+    return [int(getattr(f, side)) for name, f in artifact.flips.items() if name in ("P_ts", "P_tu", "P_vs", "P_vu")]
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """What failed first, then the one line that says the result."""
+    console = _console()
+    for check in verdict.checks:
+        if check.result is not Result.PASS:
+            text = f"{check.result.value}: {check.subject}: {check.name}: {check.detail}"
+            console.print(Text(text, style=_STYLE[check.result]))
+    passed = sum(check.result is Result.PASS for check in verdict.checks)
+    line = f"verdict: {verdict.result.value}  ({passed} of {len(verdict.checks)} checks pass, policy {verdict.policy})"
+    console.print(Text(line, style=f"bold {_STYLE[verdict.result]}"))
+    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
+        if names:
+            console.print(f"{label}: {', '.join(names)}", markup=False)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A plain table; nothing when there are no rows."""
+    if not rows:
+        return
+    table = Table(header_style="bold")
+    for key in rows[0]:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    _console().print(table)

@@ -1,0 +1,1 @@
+"""Adapters from model families to the Tower protocol."""

@@ -1,0 +1,1 @@
+"""Unsafe Weights Manipulation: pure tensor maths (method.md sections 2 and 3)."""
