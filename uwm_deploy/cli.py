@@ -32,8 +32,8 @@ class PipelineGroup(click.Group):
 def cli() -> None:
     """Makes CLIP-like models safer without training, compiles them, and proves that what ships is still the safe model.
 
-    Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error, 2 bad
-    input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
+    Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error,
+    2 bad input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
     """
 
 
@@ -254,8 +254,10 @@ def gate(report: Path, policy: str, as_json: bool) -> int:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @common_options
-def attest(bundle: Path, policy: str, as_json: bool) -> int:
+def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool) -> int:
     """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
 
     \b
@@ -266,7 +268,7 @@ def attest(bundle: Path, policy: str, as_json: bool) -> int:
     from uwm_deploy.pipeline import attest_bundle
     from uwm_deploy.summary import print_verdict
 
-    verdict = attest_bundle(bundle, policy, Reporter())
+    verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter())
     if as_json:
         from uwm_deploy.codec import json_from_record
 

@@ -56,7 +56,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _describe_bundle(path: Path) -> dict[str, Any]:
     from uwm_deploy.runtime.bundle import open_bundle
 
-    manifest = open_bundle(path, allow_unproven=True, allow_failed=True).manifest
+    manifest = open_bundle(path, allow_failed=True).manifest
     verdict = manifest.verdict
     layers = manifest.edit.layers
     entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)

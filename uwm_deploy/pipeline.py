@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uwm_deploy import __version__, resources
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
+from uwm_deploy.datasets.embedding import content_digests, embed, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.recipe import (
@@ -34,13 +34,14 @@ from uwm_deploy.records import (
     EngineArtifact,
     Manifest,
     OnnxArtifact,
+    SafetyReport,
     ScoreRecord,
     Target,
     TowerName,
     Verdict,
     VerifyReport,
 )
-from uwm_deploy.runtime.bundle import MANIFEST, engine_path, open_bundle
+from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, open_bundle
 from uwm_deploy.runtime.session import Session, missing_package, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report
@@ -577,3 +578,81 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
 
 def _read(cls: type[R], path: Path) -> R:
     return record_from_json(cls, path.read_bytes(), where=path.name)
+
+
+def judge_file(path: Path, policy_name: str) -> Verdict:
+    """Judges the report of a bundle or a `verify.json`; nothing is written.
+
+    Raises:
+        InputError: If there is no report.
+        IntegrityError: If the bundle or the report was changed.
+    """
+    policy, policy_digest = policy_of(policy_name)
+    if path.is_dir():
+        content = open_bundle(path, allow_failed=True).read("reports/verify.json")
+    else:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json"
+            ) from error
+    report = record_from_json(VerifyReport, content, where=path.name)
+    return gate(report, policy, policy_digest=policy_digest, report_digest=digest_of_bytes(content))
+
+
+def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers: int, reporter: Reporter) -> Verdict:
+    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence."""
+    from uwm_deploy.stages.attest import attest
+
+    policy, policy_digest = policy_of(policy_name)
+
+    def judge(report: VerifyReport, digest: Digest) -> Verdict:
+        return gate(report, policy, policy_digest=policy_digest, report_digest=digest)
+
+    with locked(path.resolve().parent / f".{path.resolve().name}.attest"):
+        bundle = open_bundle(path, allow_failed=True)
+        with reporter.stage("attest", str(path)):
+            return attest(bundle, _source_of(bundle, evaluation), judge, workers=workers, progress=reporter.progress)
+
+
+def evaluate_bundle(path: Path, evaluation: str | None, workers: int, reporter: Reporter) -> SafetyReport:
+    """SafeGround of a bundle's best variant here, without torch."""
+    from uwm_deploy.runtime.encoder import SafeEncoder
+
+    bundle = open_bundle(path)
+    source = _source_of(bundle, evaluation)
+    encoder = SafeEncoder.open(path)
+    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text)
+    with reporter.stage("evaluate", f"{encoder.variant} on {source.record.name}"):
+        prepared = prepare(source, bundle.manifest.model.image, tokenizer, workers=workers, progress=reporter.progress)
+        images, texts = (encoder.session(tower) for tower in (TowerName.IMAGE, TowerName.TEXT))
+        batch = images.max_batch
+        embedded = embed(
+            prepared, images.run, texts.run, label=encoder.variant, batch=batch, progress=reporter.progress
+        )
+        return safety_report(encoder.variant, embedded)
+
+
+def evaluate_model(model: str, evaluation: str | None, workers: int, reporter: Reporter) -> SafetyReport:
+    """SafeGround of a source model in PyTorch."""
+    from uwm_deploy.stages.load import load_model
+    from uwm_deploy.stages.verify import embed_model
+
+    recipe, _ = recipe_of(model)
+    spec, _, base = calibration_set_of(evaluation or recipe.data.evaluation)
+    source = open_source(spec, base=base)
+    with reporter.stage("evaluate", f"{recipe.name} on {spec.name}"):
+        loaded = load_model(recipe, folder=resources.checkpoint_folder(recipe.model.repo, recipe.model.revision))
+        tokenizer = Tokenizer(loaded.tokenizer_json, loaded.ref.text)
+        prepared = prepare(source, loaded.ref.image, tokenizer, workers=workers, progress=reporter.progress)
+        return safety_report(recipe.name, embed_model(loaded, prepared, recipe.name, reporter.progress))
+
+
+def _source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
+    """The set that is asked for, or the one the bundle was measured on."""
+    if evaluation:
+        spec, _, base = calibration_set_of(evaluation)
+        return open_source(spec, base=base)
+    text = bundle.read("evaluation.toml").decode()
+    return open_source(calibration_set_from_toml(text, where="evaluation.toml"), base=None)

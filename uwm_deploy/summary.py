@@ -11,6 +11,7 @@ from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
 from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
+from uwm_deploy.safeground.preference import METRICS
 
 if TYPE_CHECKING:
     from uwm_deploy.pipeline import Outcome
@@ -126,7 +127,7 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     for report in reports:
         table.add_column(report.subject, justify="right")
     first = reports[0]
-    for name in first.preference:
+    for name in METRICS:
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
     table.add_section()
     for name in first.retrieval:

@@ -46,7 +46,7 @@ def digest_of_plain(value: Any) -> Digest:
 
 def digest_of_folder(folder: Path) -> Digest:
     """Digest over the relative paths and bytes of all files below a folder, in path order."""
-    return digest_of_plain({name: digest for name, digest in _file_digests(folder).items()})
+    return digest_of_plain(_file_digests(folder))
 
 
 @contextlib.contextmanager

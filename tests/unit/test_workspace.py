@@ -93,7 +93,10 @@ def test_a_full_disk_is_a_clear_error() -> None:
     from uwm_deploy.errors import ExitCode, PrerequisiteError
     from uwm_deploy.workspace import disk_errors
 
-    with pytest.raises(PrerequisiteError, match="no space left") as caught, disk_errors(Path("/dev/full")):
-        with open("/dev/full", "wb", buffering=0) as stream:
+    def fill() -> None:
+        with disk_errors(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as stream:
             stream.write(b"x")
+
+    with pytest.raises(PrerequisiteError, match="no space left") as caught:
+        fill()
     assert caught.value.exit_code is ExitCode.ENVIRONMENT

@@ -53,11 +53,10 @@ def _star() -> list[tuple[float, float]]:
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, ink: Ink) -> None:
     """Draws one of `SHAPES` into a box, in canvas pixels."""
-    left, top, right, bottom = box
     if shape == "circle":
         draw.ellipse(box, fill=ink)
     elif shape == "ring":
-        draw.ellipse(box, outline=ink, width=max(3, int((right - left) * 0.2)))
+        draw.ellipse(box, outline=ink, width=max(3, int((box[2] - box[0]) * 0.2)))
     elif shape == "cross":
         _polygon(draw, box, ink, [(0.35, 0), (0.65, 0), (0.65, 1), (0.35, 1)])
         _polygon(draw, box, ink, [(0, 0.35), (1, 0.35), (1, 0.65), (0, 0.65)])

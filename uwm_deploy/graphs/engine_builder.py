@@ -2,15 +2,15 @@
 
     python -m uwm_deploy.graphs.engine_builder image.build.json
 
-The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT reports failure by returning
-None or False; the messages of its logger are what the user gets to read.
+The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT reports failure by
+returning None or False; the messages of its logger are what the user gets to read.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import resource
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +31,8 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds an engine.
 
     Args:
-        spec: ``module``, ``onnx``, ``engine`` (paths), ``input``, ``shape`` without the batch, ``profile`` (min, opt, max).
+        spec: ``module``, ``onnx``, ``engine`` (paths), ``input``, ``shape`` without the batch, ``profile`` (min, opt,
+            max).
 
     Returns:
         What was achieved: versions, settings, layer precision, seconds, peak memory.
@@ -58,7 +59,7 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildFailed(_last(messages))
-    Path(spec["engine"]).write_bytes(bytes(plan))
+    _write(Path(spec["engine"]), plan)
     kinds = sorted({str(network.get_output(i).dtype).rsplit(".", 1)[-1] for i in range(network.num_outputs)})
     return {
         "versions": {spec["module"]: str(trt.__version__)},
@@ -69,12 +70,29 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
             "output_types": ",".join(kinds),
         },
         "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": _peak_rss_bytes(),
     }
 
 
+def _peak_rss_bytes() -> int:
+    """Most memory of this process; 0 where it cannot be known. `getrusage` would carry the parent's peak over."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _write(path: Path, plan: Any) -> None:
+    """The whole engine or none, without a second copy in memory."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("wb") as stream:
+        stream.write(memoryview(plan))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
 def _logger(trt: Any, messages: list[str]) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

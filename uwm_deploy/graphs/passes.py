@@ -24,9 +24,9 @@ def simplify(model: ir.Model) -> ir.Model:
     common.InlinePass()(model)
     optimizer.fold_constants_ir(model, should_fold=_should_fold)
     rewrite(model)
-    for step in (
+    steps = (
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.LiftConstantsToInitializersPass(lift_all_constants=False),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
@@ -34,12 +34,15 @@ def simplify(model: ir.Model) -> ir.Model:
         common.OutputFixPass(),
         common.NameFixPass(),
         common.ClearMetadataAndDocStringPass(),
-    ):
+    )
+    for step in steps:
         step(model)
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
         if name not in weights and not value.uses():
             del model.graph.initializers[name]
+    for value in (v for node in model.graph for v in node.outputs):
+        value.metadata_props.clear()
     model.producer_name, model.producer_version = "uwm-deploy", ""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -103,6 +103,10 @@ class SafeEncoder:
         product: np.ndarray = left @ right.T
         return product
 
+    def session(self, tower: TowerName) -> Session:
+        """The session of one tower, for inputs that are preprocessed already."""
+        return self._sessions[tower]
+
     def close(self) -> None:
         """Releases both sessions."""
         for session in self._sessions.values():

@@ -46,7 +46,7 @@ def image_from(source: ImageLike) -> Image.Image:
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else _read(Path(source))
-        return _decode(data, name)
+        return _decode(data)
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist", fix="check the path") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -59,7 +59,7 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data), formats=FORMATS)

@@ -128,9 +128,8 @@ class OnnxRuntimeSession:
                 f"ONNX Runtime cannot open the graph: {line}", fix="see `uwm-deploy doctor`"
             ) from error
         # It falls back to the CPU with a log line only.
-        if session.get_providers()[0] != wanted[0]:
-            if device == "cuda":
-                raise PrerequisiteError("ONNX Runtime has no working CUDA provider", fix="see `uwm-deploy doctor`")
+        if device == "cuda" and session.get_providers()[0] != wanted[0]:
+            raise PrerequisiteError("ONNX Runtime has no working CUDA provider", fix="see `uwm-deploy doctor`")
         return session
 
     def run(self, batch: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from uwm_deploy.errors import ContractError, PrerequisiteError, UwmError
+from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.graphs.engine_builder import FAILED
-from uwm_deploy.graphs.fingerprint import fingerprint_by_value
+from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_value
 from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Profile, Target
 from uwm_deploy.runtime.session import missing_package, usable
 from uwm_deploy.runtime.tensorrt import MODULES
@@ -47,12 +46,17 @@ def engine_from_onnx(
 
     Raises:
         PrerequisiteError: If the target's package is missing.
+        IntegrityError: If the graph's files are not those its record describes.
         ContractError: If the build fails, loses the edit, or is not in the precision asked for.
     """
     if reason := missing_package(target):
         raise PrerequisiteError(f"{target.value}: {reason}", fix=f"pip install 'uwm-deploy[{target.value}]'")
-    make = _onnxruntime if target is Target.ONNXRUNTIME else _tensorrt
-    file, details = make(graph, onnx_folder / graph.file, target, profile, edits, folder)
+    _check_source(graph, onnx_folder)
+    source = onnx_folder / graph.file
+    if target is Target.ONNXRUNTIME:
+        file, details = _onnxruntime(graph, source, edits, folder)
+    else:
+        file, details = _tensorrt(graph, source, target, profile, folder)
     runnable = not usable(target)
     return EngineArtifact(
         variant=f"{target.value}-fp32",
@@ -69,15 +73,25 @@ def engine_from_onnx(
         normalised=graph.normalised,
         settings=details["settings"],
         versions=details["versions"],
-        built_on=("this machine" if runnable else "ahead of time"),
+        built_on="cpu" if target is Target.ONNXRUNTIME else "this machine" if runnable else "ahead of time",
         runnable=runnable,
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
     )
 
 
+def _check_source(graph: OnnxArtifact, folder: Path) -> None:
+    """Nothing is compiled from bytes that export did not promise."""
+    path = folder / graph.file
+    files = [path, *([folder / graph.external_data] if graph.external_data else [])]
+    if any(not file.is_file() or file.is_symlink() for file in files):
+        raise IntegrityError(f"{graph.file} is not complete in {folder.name}/", fix="export again")
+    if digest_of_onnx(path, graph.external_data) != graph.digest:
+        raise IntegrityError(f"{graph.file} is not the file its record describes", fix="export again")
+
+
 def _onnxruntime(
-    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, edits: Sequence[LayerEdit], folder: Path
+    graph: OnnxArtifact, source: Path, edits: Sequence[LayerEdit], folder: Path
 ) -> tuple[str, dict[str, Any]]:
     """The graph with ONNX Runtime's machine-independent optimisations applied."""
     import onnxruntime as ort
@@ -110,7 +124,7 @@ def _onnxruntime(
         },
         "versions": {"onnxruntime": ort.__version__},
         "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": 0,  # not measured: it shares this process with the model
     }
     return file, details
 
@@ -121,7 +135,7 @@ def _weights(proto: onnx.ModelProto) -> Iterator[np.ndarray]:
 
 
 def _tensorrt(
-    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, edits: Sequence[LayerEdit], folder: Path
+    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, folder: Path
 ) -> tuple[str, dict[str, Any]]:
     """An engine, built in a child process; log, settings and result stay beside it."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
@@ -152,6 +166,7 @@ def _tensorrt(
 def _result(folder: Path, stem: str, target: Target, status: int) -> dict[str, Any]:
     """What the child achieved, or its reason as an error."""
     result = folder / f"{stem}.build.result.json"
+    (folder / f".tmp-{stem}.engine").unlink(missing_ok=True)
     body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     log = (folder / f"{stem}.build.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if status == FAILED:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
+from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.recipe import ExportSpec
 from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
 from uwm_deploy.towers.protocol import Tower
 from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.workspace import digest_of_bytes, digest_of_file
 
 EXTERNAL_DATA_BYTES = 1_800_000_000
 """Above this the weights go into a second file: one protobuf file cannot hold 2 GiB."""
@@ -65,9 +64,11 @@ def onnx_from_tower(
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
 
     Raises:
-        ContractError: If the graph lost the edit, a weight's name, the dynamic batch, or leaves the standard domain.
+        ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
+            the tower does not pool at the end token.
     """
     sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
+    _check_pooling(tower, sample)
     model = simplify(_exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec))
     _restore_names(model)
     name = f"{tower.name.value}.onnx"
@@ -95,13 +96,6 @@ def onnx_from_tower(
     )
 
 
-def digest_of_onnx(path: Path, external: str) -> Digest:
-    """Digest over the graph and, when there is one, its external data."""
-    if not external:
-        return digest_of_file(path)
-    return digest_of_bytes(f"{digest_of_file(path)} {digest_of_file(path.parent / external)}".encode())
-
-
 @torch.no_grad()
 def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec) -> ir.Model:
     log = logging.getLogger("torch.onnx")
@@ -121,6 +115,34 @@ def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec)
     return model
 
 
+@torch.no_grad()
+def _check_pooling(tower: Tower, sample: Tensor) -> None:
+    """The text embedding is read at the first end token: what follows changes nothing, the word before it does.
+
+    A configuration with another end id than the tokenizer's makes transformers pool at the largest id, or at the start.
+    """
+    mask = tower.valid_tokens(sample)
+    if mask is None:
+        return
+    end = int(mask[0].sum()) - 1
+    eos_id, length = int(sample[0, end]), sample.shape[1]
+    if length < 4 or bool(mask[0].all()):
+        raise ContractError("the sample text has no end token with room after it", fix="pass a caption and its padding")
+    words = max(m.num_embeddings for m in tower.graph_module().modules() if isinstance(m, nn.Embedding))
+    others = [i for i in (words - 1, 0, 1, 2) if i != eos_id]
+    base = torch.full_like(sample[:1], eos_id)
+    base[0, 0], base[0, 1] = others[0], others[1]
+    after, before = base.clone(), base.clone()
+    after[0, 3:] = others[0]
+    before[0, 1] = others[2]
+    embeds = tower.embed(torch.cat([base, after, before]))
+    scale = float(embeds[0].abs().max())
+    if float((embeds[1] - embeds[0]).abs().max()) > 1e-4 * scale or torch.equal(embeds[2], embeds[0]):
+        raise ContractError(
+            f"the text tower does not pool at its end token (id {eos_id})", fix="set eos_token_id in its config.json"
+        )
+
+
 def _restore_names(model: ir.Model) -> None:
     """Weights by their names in the source model: the wrapper's prefix is taken off."""
     for name in list(model.graph.initializers):
@@ -136,12 +158,16 @@ def _save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> str:
         path.write_bytes(proto.SerializeToString(deterministic=True))
         return ""
     external = f"{path.name}.data"
+    (path.parent / external).unlink(missing_ok=True)  # the writer appends
     onnx.save_model(proto, str(path), save_as_external_data=True, location=external, size_threshold=1024)
     return external
 
 
 def _check_graph(path: Path, proto: onnx.ModelProto, tower: Tower, spec: ExportSpec) -> None:
     onnx.checker.check_model(str(path), full_check=True)
+    opsets = [(o.domain, o.version) for o in proto.opset_import]
+    if opsets != [("", spec.opset)]:
+        raise ContractError(f"{path.name} imports {opsets}, not opset {spec.opset}", fix="use an opset of 18 or later")
     domains = sorted({node.domain for node in proto.graph.node} | {o.domain for o in proto.opset_import})
     if any(domain not in ("", "ai.onnx") for domain in domains) or proto.functions:
         raise ContractError(f"{path.name} uses operators outside the standard domain: {domains}", fix="report this")
@@ -152,7 +178,7 @@ def _check_graph(path: Path, proto: onnx.ModelProto, tower: Tower, spec: ExportS
         if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
             raise ContractError(f"{path.name}: {wanted} has shape {dims}, only the batch may vary", fix="report this")
     names = {p.name for p in proto.graph.initializer}
-    if lost := sorted({n for n, p in tower.graph_module().named_parameters() if p.requires_grad} - names):
+    if lost := sorted({n for n, _ in tower.graph_module().named_parameters()} - names):
         raise ContractError(f"{path.name} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
 
 
@@ -167,5 +193,5 @@ def sample_of(tower: Tower, shape: Sequence[int], eos_id: int) -> Tensor:
     if tower.input_name == "pixel_values":
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     rows = torch.full((2, *shape), eos_id, dtype=torch.int64)
-    rows[:, 1] = 0
+    rows[:, :3] = 1 if eos_id == 0 else 0
     return rows

@@ -1,0 +1,146 @@
+"""Stage `attest`: executes, on a machine that can, the variants that the building machine could not. Needs no torch.
+
+The reference is the edited model's embeddings that the build stored in the bundle, so nothing but the bundle and the
+evaluation set is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.datasets.embedding import PreparedSet, Progress, embed, prepare
+from uwm_deploy.datasets.source import QuadrupleSource
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.records import ArtifactEvidence, Digest, Evidence, OutputParity, TowerName, Verdict, VerifyReport
+from uwm_deploy.runtime.bundle import Bundle, engine_path
+from uwm_deploy.runtime.session import Session, open_session, usable
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
+from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.workspace import digest_of_bytes
+
+SINGLE_ROWS = 8
+"""Rows compared one at a time."""
+
+Judge = Callable[[VerifyReport, Digest], Verdict]
+
+
+def attest(bundle: Bundle, source: QuadrupleSource, judge: Judge, *, workers: int, progress: Progress) -> Verdict:
+    """Adds evidence for every unproven variant that this machine can execute, and judges again.
+
+    Args:
+        bundle: An opened bundle.
+        source: The evaluation set that the bundle was measured on.
+        judge: The gate, with its policy.
+        workers: Decoding processes.
+        progress: Called as it goes on.
+
+    Raises:
+        InputError: If the set is not the one the bundle was measured on.
+        PrerequisiteError: If nothing unproven can be executed here.
+    """
+    manifest = bundle.manifest
+    report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
+    if source.record.ids_digest != report.evaluation.ids_digest:
+        raise InputError(
+            f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
+            fix="pass the same evaluation set",
+        )
+    waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
+    reasons = {v: usable(next(iter(bundle.engines(v).values())).target) for v in waiting}
+    here = [variant for variant in waiting if not reasons[variant]]
+    if not here:
+        why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"
+        raise PrerequisiteError(
+            f"nothing to attest here ({why})", fix="run it on a machine that can execute the variant"
+        )
+    reference = reference_of(bundle)
+    tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
+    prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
+    fresh = {variant: _evidence(bundle, variant, prepared, reference, progress) for variant in here}
+    updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
+    content = json_from_record(updated).encode()
+    verdict = judge(updated, digest_of_bytes(content))
+    _rewrite(bundle, content, verdict)
+    return verdict
+
+
+def reference_of(bundle: Bundle) -> EmbeddedSet:
+    """The edited model's embeddings of the evaluation set."""
+    try:
+        tensors = load(bundle.read("evidence/reference.safetensors"))
+    except SafetensorError as error:
+        raise IntegrityError(f"evidence/reference.safetensors cannot be read: {error}", fix="build again") from error
+    return EmbeddedSet.from_tensors(tensors, "edited")
+
+
+def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
+    """Sessions of a variant, from bytes that were checked as they were read."""
+    return {
+        tower: open_session(
+            engine.target,
+            bundle.read(engine_path(engine)),
+            profile=engine.profile,
+            inputs=engine.inputs,
+            outputs=engine.outputs,
+            external_data={
+                Path(f.path).name: bundle.read(f.path)
+                for f in bundle.manifest.files
+                if f.path == f"{engine_path(engine)}.data"
+            },
+        )
+        for tower, engine in bundle.engines(variant).items()
+    }
+
+
+def _evidence(
+    bundle: Bundle, variant: str, prepared: PreparedSet, reference: EmbeddedSet, progress: Progress
+) -> ArtifactEvidence:
+    engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
+    largest = engines[TowerName.IMAGE].profile.max
+    inputs = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
+    wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
+    measured = [
+        _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
+        for tower in TowerName
+        for batch in sorted({1, largest})
+    ]
+    run_image, run_text = sessions[TowerName.IMAGE].run, sessions[TowerName.TEXT].run
+    embedded = embed(prepared, run_image, run_text, label=f"evaluation, {variant}", batch=largest, progress=progress)
+    where = dict(sessions[TowerName.IMAGE].where)
+    for session in sessions.values():
+        session.close()
+    return ArtifactEvidence(
+        variant=variant,
+        evidence=Evidence.EXECUTED,
+        reason="",
+        where=where,
+        artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
+        parity=tuple(measured),
+        safety=safety_report(variant, embedded),
+        flips=flips_between(reference, embedded),
+    )
+
+
+def _parity(
+    tower: TowerName, output: str, session: Session, inputs: np.ndarray, wanted: np.ndarray, batch: int
+) -> OutputParity:
+    """Embeddings of length 1 against the stored reference."""
+    n = min(len(inputs), SINGLE_ROWS if batch == 1 else 2 * batch)
+    rows = np.concatenate([session.run(inputs[i : min(i + batch, n)]) for i in range(0, n, batch)])
+    return parity(tower, output, batch, wanted[:n], rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict) -> None:
+    """The bundle with new evidence and verdict, in place of the old one, whole or not at all."""
+    parts: dict[str, Path | bytes] = {file.path: bundle.path / file.path for file in bundle.manifest.files}
+    parts["reports/verify.json"] = report
+    parts["reports/verdict.json"] = json_from_record(verdict).encode()
+    bundle_from_parts(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)
