@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -36,10 +38,11 @@ def tokenizer_from_captions(texts: Iterable[str], merges: int = 500) -> CLIPToke
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=CONTEXT_LENGTH)
 
 
-def _closed_vocabulary(trained: Tokenizer, alphabet: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Every byte, alone and at a word's end, then every merged token: no text is out of vocabulary."""
-    import json
+def _closed_vocabulary(trained: Tokenizer, alphabet: list[str]) -> tuple[dict[str, int], Any]:
+    """Every byte, alone and at a word's end, then every merged token: no text is out of vocabulary.
 
+    The merges are pairs, which CLIPTokenizer takes but does not declare; hence no exact type for them.
+    """
     pairs = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     tokens = alphabet + [f"{letter}</w>" for letter in alphabet]
     known = set(tokens)

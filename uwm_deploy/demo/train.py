@@ -137,7 +137,7 @@ def _step(optimiser: torch.optim.AdamW, loss: Tensor, rate: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimiser.step()
@@ -151,7 +151,14 @@ def _batch_rows(scenes: int, batch: int, rng: np.random.Generator) -> np.ndarray
 
 
 def contrast(
-    model: CLIPModel, corpus: Corpus, tokenizer: CLIPTokenizer, *, steps: int, batch: int, rng: np.random.Generator
+    model: CLIPModel,
+    corpus: Corpus,
+    tokenizer: CLIPTokenizer,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    rng: np.random.Generator,
 ) -> None:
     """Phase two: symmetric InfoNCE; equal captions inside a batch are no negatives of each other."""
     encoded = tokenizer(corpus.texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH)
@@ -167,23 +174,40 @@ def contrast(
         logits = output.logits_per_text.masked_fill(same, -1e4)
         target = torch.arange(batch)
         loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-        _step(optimiser, loss, _rate(step, steps, 1e-3))
+        _step(optimiser, loss, _rate(step, steps, rate))
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         _say("contrast", step, steps, loss.item(), started)
 
 
-def train(out: Path, *, seed: int, scenes: int, attribute_steps: int, steps: int, batch: int) -> None:
-    """Draws, trains and saves."""
+def train(
+    out: Path,
+    *,
+    start: Path | None,
+    seed: int,
+    scenes: int,
+    attribute_steps: int,
+    steps: int,
+    batch: int,
+    rate: float,
+) -> None:
+    """Draws, trains from scratch or goes on from a folder that an earlier run wrote, and saves."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     corpus = corpus_of(scenes)
     print(f"drew {scenes} scenes", flush=True)
-    tokenizer = tokenizer_from_captions(corpus.texts)
-    model = CLIPModel._from_config(config_of(tokenizer), attn_implementation="eager").train()
+    if start is not None:
+        tokenizer = CLIPTokenizer.from_pretrained(start)
+        model = CLIPModel.from_pretrained(start, attn_implementation="eager")
+    else:
+        tokenizer = tokenizer_from_captions(corpus.texts)
+        # Untyped in transformers; the public constructor cannot choose the attention, and eager is the faster one here.
+        model = CLIPModel._from_config(config_of(tokenizer), attn_implementation="eager")  # type: ignore[no-untyped-call]
+    model.train()
     learn_attributes(model, corpus, steps=attribute_steps, batch=batch, rng=rng)
-    contrast(model, corpus, tokenizer, steps=steps, batch=batch, rng=rng)
-    save(model.eval(), tokenizer, out)
+    contrast(model, corpus, tokenizer, steps=steps, batch=batch, rate=rate, rng=rng)
+    model.train(mode=False)
+    save(model, tokenizer, out)
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
@@ -197,26 +221,32 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, out: Path) -> None:
         image_std=list(STD),
         resample=Image.Resampling.BICUBIC,
     ).save_pretrained(out)
+    # Written readable by the owner alone, which an installed package must not be.
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
     """Command line of the training script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument("--start", type=Path, help="folder of an earlier run to go on from; from scratch without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=16_000, help="training scenes, two images each")
     parser.add_argument("--attribute-steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=1000, help="contrastive steps")
     parser.add_argument("--batch", type=int, default=160)
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate of the contrastive phase")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     train(
         arguments.out,
+        start=arguments.start,
         seed=arguments.seed,
         scenes=arguments.scenes,
         attribute_steps=arguments.attribute_steps,
         steps=arguments.steps,
         batch=arguments.batch,
+        rate=arguments.rate,
     )
 
 

@@ -150,19 +150,23 @@ def _scene(
     box = drawing.box_at(float(rng.uniform(0.36, 0.64)), float(rng.uniform(0.36, 0.64)), size)
     if not objects and rng.random() < 0.25:
         other_shape, other_colour = captions.pick(rng, drawing.SHAPES), captions.pick(rng, tuple(drawing.COLOURS))
-        _draw_object(
-            canvas, rng, background, other_shape, other_colour, drawing.box_at(*rng.uniform(0.12, 0.88, 2), 0.2)
-        )
+        _draw_object(canvas, rng, background, other_shape, other_colour, _place(rng, 0.12, 0.2))
         things.append(captions.object_words(rng, other_colour, other_shape))
     _draw_object(canvas, rng, background, shape, colour, box)
     look_alike = ""
     if rng.random() < LOOK_ALIKE_SHARE:
         look_alike = captions.pick(rng, tuple(drawing.LOOK_ALIKES))
-        place = drawing.box_at(*rng.uniform(0.15, 0.85, 2), float(rng.uniform(0.14, 0.3)))
+        place = _place(rng, 0.15, (0.14, 0.3))
         canvas = drawing.paste(canvas, drawing.LOOK_ALIKES[look_alike], place, rng, float(rng.uniform(0.4, 1.0)))
     return _Scene(
         canvas=canvas, things=things, look_alike=look_alike, shape=shape, colour=colour, background=background
     )
+
+
+def _place(rng: np.random.Generator, margin: float, size: float | tuple[float, float]) -> drawing.Box:
+    """Box with its centre at least a margin from the edges; a size in a range is drawn after the place."""
+    x, y = rng.uniform(margin, 1 - margin, 2)
+    return drawing.box_at(float(x), float(y), float(rng.uniform(*size)) if isinstance(size, tuple) else size)
 
 
 def _draw_object(

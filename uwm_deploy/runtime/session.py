@@ -85,6 +85,8 @@ def usable(target: Target) -> str:
 class OnnxRuntimeSession:
     """An ONNX graph in ONNX Runtime, with the provider asserted."""
 
+    where: Mapping[str, str]
+
     def __init__(
         self,
         model: bytes,

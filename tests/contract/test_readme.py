@@ -1,0 +1,69 @@
+"""README and docs say what is so: their commands run, their links lead somewhere, the wheel holds what it should."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from uwm_deploy.cli import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_readme_is_short_and_has_two_commands() -> None:
+    """Under 120 lines; one command builds, one tests, each under its heading."""
+    assert len(README.splitlines()) < 120
+    build = re.search(r"## Build\n.*?\n    (.+?)\n", README, re.DOTALL)
+    tests = re.search(r"## Test\n.*?\n    (.+?)\n", README, re.DOTALL)
+    assert build is not None
+    assert "uwm-deploy build --model demo" in build[1]
+    assert tests is not None
+    assert "pytest" in tests[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link of a page is a file."""
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_docs_exist(page: Path) -> None:
+    """Every `uwm-deploy X` in README and docs is a command, and its options are known."""
+    for command, rest in re.findall(r"uwm-deploy ([a-z]+)([^\n`#]*)", page.read_text()):
+        assert command in cli.commands, command
+        text = CliRunner().invoke(cli, [command, "--help"]).output
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in text, (command, option)
+
+
+def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
+    """The wheel has all modules, the TOML files under _shipped, the demo model, and nothing else at its top."""
+    source = tmp_path / "source"  # building writes into the source tree
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, tracked):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    assert {name.split("/")[0] for name in names} == {"uwm_deploy", "uwm_deploy-0.1.0.dist-info"}
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "uwm_deploy").rglob("*.py")}
+    assert modules <= names
+    for kind in ("export", "calibration", "ci"):
+        shipped = {f"uwm_deploy/_shipped/{kind}/{p.name}" for p in (ROOT / kind).glob("*.toml")}
+        assert shipped
+        assert shipped <= names
+    assert {"uwm_deploy/py.typed", "uwm_deploy/demo/model/model.safetensors"} <= names
+    assert not any("tests" in name for name in names)
