@@ -428,7 +428,11 @@ class _Build:
 
         graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
         outputs = {tower: graph.outputs[0] for tower, graph in graphs.items()}
-        shared = {"outputs": outputs, "normalised": self.recipe.export.normalise, "max_batch": batch.max}
+        shared: dict[str, Any] = {
+            "outputs": outputs,
+            "normalised": self.recipe.export.normalise,
+            "max_batch": batch.max,
+        }
         sessions = {
             tower: open_session(
                 Target.ONNXRUNTIME,
@@ -613,7 +617,14 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
     with locked(path.resolve().parent / f".{path.resolve().name}.attest"):
         bundle = open_bundle(path, allow_failed=True)
         with reporter.stage("attest", str(path)):
-            return attest(bundle, _source_of(bundle, evaluation), judge, workers=workers, progress=reporter.progress)
+            return attest(
+                bundle,
+                _source_of(bundle, evaluation),
+                judge,
+                bundle_from_parts,
+                workers=workers,
+                progress=reporter.progress,
+            )
 
 
 def evaluate_bundle(path: Path, evaluation: str | None, workers: int, reporter: Reporter) -> SafetyReport:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_scoring.py --size vit-l14 --pairs 64
 
-Both sides run in turn, batch by batch, so that a noisy machine disturbs both. Weights are random (jittered), inputs are noise
-and captions of mixed length. Prints the ratio scored / bare, the memory that scoring adds beside the scores themselves, and
-text scoring with length-sorted batches against padding everything to 77.
+Both sides run in turn, batch by batch, so that a noisy machine disturbs both. Weights are random (jittered), inputs are
+noise and captions of mixed length. Prints the ratio scored / bare, the memory that scoring adds beside the scores
+themselves, and text scoring with length-sorted batches against padding everything to 77.
 """
 
 from __future__ import annotations
@@ -114,12 +114,11 @@ def compare(tower: HfClipTower, pairs: int, size: int, trim: bool) -> None:
     scores = sum(scorer.weight.numel() * 4 for scorer in scorers.values())
     total_bare, total_scored = sum(bare), sum(scored) + flush
     per_batch = statistics.median(s / b for s, b in zip(scored, bare, strict=True))
-    held = sum(t.numel() * 4 for scorer in scorers.values() for part in scorer._safe + scorer._unsafe for t in part)
     added = peak_scored - peak_bare - scores
     print(
-        f"{tower.name.value:<6} {'sorted' if trim else 'padded':<7} bare {total_bare:7.2f} s  scored {total_scored:7.2f} s  "
+        f"{tower.name.value:<6} {'sorted' if trim else 'padded':<7} bare {total_bare:.2f} s  scored {total_scored:.2f} s  "
         f"ratio {total_scored / total_bare:.4f}  median per batch {per_batch:.4f}  "
-        f"scores {scores / 2**20:.0f} MiB  added beside them {added / 2**20:+.0f} MiB  (gathered now {held / 2**20:.0f} MiB)",
+        f"scores {scores / 2**20:.0f} MiB  added beside them {added / 2**20:+.0f} MiB",
         flush=True,
     )
 

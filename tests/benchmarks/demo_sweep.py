@@ -77,7 +77,9 @@ def main() -> None:
             reports = measure(edited, sets)
             print(row(f"{keep}", reports), flush=True)
             drop = zero_shot_mean(base["calibration"]) - zero_shot_mean(reports["calibration"])
-            best = max(best, (reports["calibration"].preference["GS"].value if drop <= ALLOWED_DROP else -1.0, f"{keep}"))
+            best = max(
+                best, (reports["calibration"].preference["GS"].value if drop <= ALLOWED_DROP else -1.0, f"{keep}")
+            )
     print(f"picked on the calibration split: {best[1]}")
 
 

@@ -51,11 +51,24 @@ def test_commands_in_docs_exist(page: Path) -> None:
 def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
     """The wheel has all modules, the TOML files under _shipped, the demo model, and nothing else at its top."""
     source = tmp_path / "source"  # building writes into the source tree
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, tracked):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {name.split("/")[0] for name in names} == {"uwm_deploy", "uwm_deploy-0.1.0.dist-info"}

@@ -19,7 +19,9 @@ from uwm_deploy.safeground.retrieval import RECALLS, recalls, retrieval
 def _rows(seed: int, n: int, coarse: bool) -> list[np.ndarray]:
     """Four sets of embeddings; coarse ones make exact ties."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(-1, 2, (4, n, 3)).astype(np.float32) if coarse else rng.normal(size=(4, n, 8)).astype(np.float32)
+    rows = (
+        rng.integers(-1, 2, (4, n, 3)).astype(np.float32) if coarse else rng.normal(size=(4, n, 8)).astype(np.float32)
+    )
     return list(rows)
 
 

@@ -47,7 +47,9 @@ def _set(folder: Path, rows: list[dict[str, str]] | str, **keys: object) -> str:
     text = rows if isinstance(rows, str) else "\n".join(json.dumps(row) for row in rows)
     (folder / "pairs.jsonl").write_text(text)
     extra = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-    (folder / "set.toml").write_text(f'format = 1\nname = "set"\nsource = "manifest"\nmanifest = "pairs.jsonl"\n{extra}')
+    (folder / "set.toml").write_text(
+        f'format = 1\nname = "set"\nsource = "manifest"\nmanifest = "pairs.jsonl"\n{extra}'
+    )
     return str(folder / "set.toml")
 
 

@@ -74,7 +74,10 @@ def test_the_build_passes_and_says_what_was_not_run(built) -> None:
 def test_only_selected_entries_change(built) -> None:
     """The saved edited model differs from the source in the sign of the patched entries, and nowhere else."""
     request, outcome = built
-    before, after = load_file(DEMO / "model.safetensors"), load_file(request.work / "edit" / "model" / "model.safetensors")
+    before, after = (
+        load_file(DEMO / "model.safetensors"),
+        load_file(request.work / "edit" / "model" / "model.safetensors"),
+    )
     patch = Patch.from_file(request.work / "edit" / "patch.safetensors")
     assert set(before) == set(after)
     for name, tensor in before.items():
@@ -107,7 +110,10 @@ def test_a_second_build_reuses_everything(built) -> None:
     arguments = ["build", "--json"]
     for name in ("calibration", "evaluation", "policy", "out", "work"):
         arguments += [f"--{name}", str(getattr(request, name))]
-    code = f"import sys; from uwm_deploy.cli import cli\ntry:\n cli({arguments!r})\nfinally:\n print('torch' in sys.modules, file=sys.stderr)"
+    code = (
+        f"import sys; from uwm_deploy.cli import cli\ntry:\n cli({arguments!r})\n"
+        "finally:\n print('torch' in sys.modules, file=sys.stderr)"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stderr.strip().endswith("False")
@@ -176,7 +182,9 @@ def test_attest_adds_evidence(built, tmp_path: Path) -> None:
     manifest = outcome.manifest
     variant = "onnxruntime-fp32"
     artifacts = tuple(
-        dataclasses.replace(a, evidence=Evidence.NOT_RUN, parity=(), safety=None, flips={}) if a.variant == variant else a
+        dataclasses.replace(a, evidence=Evidence.NOT_RUN, parity=(), safety=None, flips={})
+        if a.variant == variant
+        else a
         for a in outcome.report.artifacts
     )
     _repackage(request, manifest, dataclasses.replace(outcome.report, artifacts=artifacts), tmp_path / "bundle")
@@ -268,7 +276,16 @@ def test_an_engine_of_another_bundle_is_refused(built, tmp_path: Path) -> None:
         open_bundle(tmp_path / "b")
 
 
-CAPTIONS = ["", "a", "red " * 200, "fire 🔥 and 水", "一个红色的圆圈", "tabs\tand\nlines", "it's <|endoftext|> here", "ÀÉÎ ﬁ"]
+CAPTIONS = [
+    "",
+    "a",
+    "red " * 200,
+    "fire 🔥 and 水",
+    "一个红色的圆圈",
+    "tabs\tand\nlines",
+    "it's <|endoftext|> here",
+    "ÀÉÎ ﬁ",
+]
 
 
 def test_ids_equal_transformers() -> None:

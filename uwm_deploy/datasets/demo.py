@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from uwm_deploy.datasets.source import LabelledImage, Quadruple, record_of, sample_of
+from uwm_deploy.datasets.source import LabelledImage, Quadruple, ZeroShotSet, record_of, sample_of
 from uwm_deploy.demo import world
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
@@ -46,7 +45,7 @@ class DemoSource:
             raise DataError(
                 f"data set {spec.name}: no zero-shot set {unknown[0]!r}", fix=f"use some of {world.ZERO_SHOT_SETS}"
             )
-        self.split = cast(world.Split, spec.split)
+        self.split = spec.split
         self.indices = sample_of(world.SIZES[self.split], spec)
         self.ids = [f"{self.split}-{index:06d}" for index in self.indices]
         self.concepts = [world.concept_of(index) for index in self.indices]
@@ -77,6 +76,6 @@ class DemoSource:
         assert item.unsafe_text is not None
         return item.safe_text, item.unsafe_text
 
-    def zero_shot(self, name: str) -> DemoZeroShot:
+    def zero_shot(self, name: str) -> ZeroShotSet:
         """One of the zero-shot sets."""
         return DemoZeroShot(name=name, labels=world.zero_shot_labels(name), template=world.zero_shot_template(name))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from uwm_deploy.datasets.source import Quadruple, ZeroShotSet, record_of, sample_of
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
@@ -55,7 +57,7 @@ class ManifestSource:
             DataError: If an image is missing or broken; the item is named.
         """
         row = self.rows[index]
-        images = {}
+        images: dict[str, Image.Image | None] = {}
         for key in ("safe_image", "unsafe_image"):
             if key not in row:
                 images[key] = None

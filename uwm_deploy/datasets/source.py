@@ -54,9 +54,17 @@ class LabelledImage(NamedTuple):
 class ZeroShotSet(Protocol):
     """A labelled set with a prompt per class."""
 
-    name: str
-    labels: tuple[str, ...]
-    template: str
+    @property
+    def name(self) -> str:
+        """Name of the set."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names."""
+
+    @property
+    def template(self) -> str:
+        """Prompt with `{}` for the class name."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -69,8 +77,8 @@ class QuadrupleSource(Protocol):
     """A set of quadruples with random access, so that worker processes can read it."""
 
     record: CalibrationRecord
-    ids: Sequence[str]
-    concepts: Sequence[str]
+    ids: list[str]
+    concepts: list[str]
     has_images: bool
     has_texts: bool
     zero_shot_names: tuple[str, ...]

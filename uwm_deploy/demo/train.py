@@ -201,8 +201,8 @@ def train(
         model = CLIPModel.from_pretrained(start, attn_implementation="eager")
     else:
         tokenizer = tokenizer_from_captions(corpus.texts)
-        # Untyped in transformers; the public constructor cannot choose the attention, and eager is the faster one here.
-        model = CLIPModel._from_config(config_of(tokenizer), attn_implementation="eager")  # type: ignore[no-untyped-call]
+        # The public constructor cannot choose the attention, and eager is the faster one here.
+        model = CLIPModel._from_config(config_of(tokenizer), attn_implementation="eager")
     model.train()
     learn_attributes(model, corpus, steps=attribute_steps, batch=batch, rng=rng)
     contrast(model, corpus, tokenizer, steps=steps, batch=batch, rate=rate, rng=rng)

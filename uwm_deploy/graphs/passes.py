@@ -26,7 +26,7 @@ def simplify(model: ir.Model) -> ir.Model:
     rewrite(model)
     steps = (
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedFunctionsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=False),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

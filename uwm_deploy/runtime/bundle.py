@@ -82,6 +82,8 @@ def open_bundle(path: str | Path, *, allow_failed: bool = False) -> Bundle:
     except OSError as error:
         raise InputError(f"{path}/{MANIFEST} cannot be read: {error.strerror}", fix="check its permissions") from error
     manifest = record_from_json(Manifest, text, where=MANIFEST)
+    if json_from_record(manifest).encode() != text:
+        raise IntegrityError(f"{MANIFEST} is not as it was written", fix=_RESTORE)
     _check_files(folder, manifest)
     _check_chain(manifest)
     _check_reports(folder, manifest)

@@ -80,7 +80,7 @@ class SafeEncoder:
         Raises:
             DataError: If an image is broken; its position is named.
         """
-        several = list(images) if isinstance(images, (list, tuple)) else [images]
+        several: list[ImageLike] = list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
         size, session = self._sessions[TowerName.IMAGE].max_batch, self._sessions[TowerName.IMAGE]
         if not several:
             return self._nothing()

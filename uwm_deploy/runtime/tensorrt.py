@@ -117,7 +117,8 @@ class TensorRTSession:
 
     def _run_once(self, data: np.ndarray) -> np.ndarray:
         kinds = self._cuda.cudaMemcpyKind
-        result = np.empty((len(data), *self._output.shape[1:]), dtype=self._output.dtype)
+        width = [d for d in self._output.shape[1:] if isinstance(d, int)]
+        result = np.empty((len(data), *width), dtype=self._output.dtype)
         if not self._context.set_input_shape(self._input.name, data.shape):
             raise PrerequisiteError(f"the engine refuses the shape {data.shape}", fix="stay within its profile")
         for name, address in self._buffers.items():

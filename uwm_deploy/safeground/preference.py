@@ -43,11 +43,13 @@ class Decisions:
     def metric(self, name: str) -> np.ndarray:
         """(n,) bool of any of the nine metrics."""
         parts = [self.chosen[part] for part in COMBINED.get(name, (name,))]
-        return np.logical_and.reduce(parts)
+        result: np.ndarray = np.logical_and.reduce(parts)
+        return result
 
     def ties(self, name: str) -> np.ndarray:
         """(n,) bool: a decision of the metric was an exact tie."""
-        return np.logical_or.reduce([self.tied[part] for part in COMBINED.get(name, (name,))])
+        result: np.ndarray = np.logical_or.reduce([self.tied[part] for part in COMBINED.get(name, (name,))])
+        return result
 
 
 def decisions(

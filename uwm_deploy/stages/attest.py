@@ -7,7 +7,7 @@ evaluation set is needed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +18,39 @@ from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.datasets.embedding import PreparedSet, Progress, embed, prepare
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.records import ArtifactEvidence, Digest, Evidence, OutputParity, TowerName, Verdict, VerifyReport
+from uwm_deploy.records import (
+    ArtifactEvidence,
+    Digest,
+    Evidence,
+    Manifest,
+    OutputParity,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
 from uwm_deploy.runtime.bundle import Bundle, engine_path
 from uwm_deploy.runtime.session import Session, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
-from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.workspace import digest_of_bytes
 
 SINGLE_ROWS = 8
 """Rows compared one at a time."""
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
+Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
 
 
-def attest(bundle: Bundle, source: QuadrupleSource, judge: Judge, *, workers: int, progress: Progress) -> Verdict:
+def attest(
+    bundle: Bundle, source: QuadrupleSource, judge: Judge, write: Write, *, workers: int, progress: Progress
+) -> Verdict:
     """Adds evidence for every unproven variant that this machine can execute, and judges again.
 
     Args:
         bundle: An opened bundle.
         source: The evaluation set that the bundle was measured on.
         judge: The gate, with its policy.
+        write: What writes a bundle, whole or not at all.
         workers: Decoding processes.
         progress: Called as it goes on.
 
@@ -68,7 +80,7 @@ def attest(bundle: Bundle, source: QuadrupleSource, judge: Judge, *, workers: in
     updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
     content = json_from_record(updated).encode()
     verdict = judge(updated, digest_of_bytes(content))
-    _rewrite(bundle, content, verdict)
+    _rewrite(bundle, content, verdict, write)
     return verdict
 
 
@@ -138,9 +150,9 @@ def _parity(
     return parity(tower, output, batch, wanted[:n], rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
-def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict) -> None:
+def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> None:
     """The bundle with new evidence and verdict, in place of the old one, whole or not at all."""
     parts: dict[str, Path | bytes] = {file.path: bundle.path / file.path for file in bundle.manifest.files}
     parts["reports/verify.json"] = report
     parts["reports/verdict.json"] = json_from_record(verdict).encode()
-    bundle_from_parts(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)
+    write(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)

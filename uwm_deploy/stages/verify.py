@@ -33,7 +33,7 @@ SINGLE_ROWS = 8
 BATCH_CALLS = 2
 """Calls compared at the largest batch."""
 
-_EMBED_BATCH = 64
+_EMBED_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
