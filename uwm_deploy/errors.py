@@ -57,12 +57,6 @@ class ContractError(UwmError):
     exit_code = ExitCode.GATE_FAILED
 
 
-class GateError(UwmError):
-    """The gate said no."""
-
-    exit_code = ExitCode.GATE_FAILED
-
-
 class IntegrityError(UwmError):
     """A digest, a signature or a format that must match does not."""
 

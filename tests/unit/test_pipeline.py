@@ -19,11 +19,11 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from uwm_deploy import resources
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.errors import GateError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline import Request, attest_bundle, evaluate_bundle, judge_file, recipe_of, run
 from uwm_deploy.records import Evidence, Result, ScoreRecord, VerifyReport
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.uwm.patch import Patch
@@ -322,7 +322,7 @@ def test_the_runtime_needs_no_torch(built) -> None:
     request, _ = built
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnx', 'polygraphy']))\n"
-        "from PIL import Image; from uwm_deploy.runtime.encoder import SafeEncoder\n"
+        "from PIL import Image; from uwm_deploy.runtime import SafeEncoder\n"
         f"e = SafeEncoder.open({str(request.out)!r})\n"
         "print(e.encode_image([Image.new('RGB', (70, 50))]).shape, e.encode_text('a star').shape)\n"
     )
@@ -338,8 +338,3 @@ def test_a_broken_image_is_named(built, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     with pytest.raises(UwmError, match="image 1"):
         SafeEncoder.open(request.out).encode_image([tmp_path / "good.png", tmp_path / "bad.png"])
-
-
-def test_gate_error_has_its_exit_code() -> None:
-    """A failed gate ends with 3."""
-    assert int(GateError("x").exit_code) == 3
