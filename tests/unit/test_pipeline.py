@@ -22,8 +22,8 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline import Request, attest_bundle, evaluate_bundle, judge_file, recipe_of, run
 from uwm_deploy.records import Evidence, Result, ScoreRecord, VerifyReport
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.uwm.patch import Patch

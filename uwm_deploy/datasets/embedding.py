@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -173,11 +174,16 @@ def _read_all(read: Callable[[int], T], n: int, workers: int, label: str, progre
     if workers == 0:
         return [read(index) for index in range(n)]
     rows: list[T] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=ignore_interrupts) as pool:
         for row in pool.map(read, range(n), chunksize=max(1, min(64, n // (4 * workers)))):
             rows.append(row)
             progress(label, len(rows), n)
     return rows
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; only the parent acts on it, and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def overlap(left: Sequence[str] | set[str], right: Sequence[str] | set[str]) -> int:

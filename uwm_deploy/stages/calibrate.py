@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from uwm_deploy.datasets.embedding import ignore_interrupts
 from uwm_deploy.datasets.source import PairBatch, QuadrupleSource
 from uwm_deploy.errors import DataError
 from uwm_deploy.records import ImageSpec, LeftOut, TowerName
@@ -154,6 +155,10 @@ def _same(items: list[Any]) -> list[Any]:
     return items
 
 
+def _leave_interrupts(_: int) -> None:
+    ignore_interrupts()
+
+
 def _loader(dataset: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:
     return DataLoader(
         dataset,
@@ -163,4 +168,5 @@ def _loader(dataset: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:
         collate_fn=_same,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_leave_interrupts if workers else None,
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.utils import logging as transformers_logging
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.recipe import Recipe
@@ -19,6 +20,7 @@ from uwm_deploy.uwm.digests import digest_of_weights
 from uwm_deploy.workspace import digest_of_bytes
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+transformers_logging.disable_progress_bar()  # progress is ours to show
 _FILTERS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
 
 

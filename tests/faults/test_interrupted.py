@@ -1,0 +1,65 @@
+"""A build that is killed in any stage leaves nothing half-written, and the next one resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _command(folder: Path) -> list[str]:
+    for name, split, limit in (("cal", "calibration", 64), ("eval", "test", 240)):
+        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
+        (folder / f"{name}.toml").write_text(text)
+    (folder / "policy.toml").write_text(
+        'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9999\n'
+    )
+    sets = ["--calibration", str(folder / "cal.toml"), "--evaluation", str(folder / "eval.toml")]
+    where = ["--work", str(folder / "work"), "--out", str(folder / "out"), "--policy", str(folder / "policy.toml")]
+    return [sys.executable, "-m", "uwm_deploy.cli", "build", "--json", "--target", "onnxruntime", *sets, *where]
+
+
+def _killed_at(command: list[str], stage: str, with_signal: signal.Signals) -> None:
+    """Starts a build and sends it a signal as soon as a stage begins."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(stage) and line.rstrip().endswith("..."):
+            os.killpg(process.pid, with_signal)
+            break
+    rest = process.stderr.read()
+    process.wait()
+    assert "Traceback" not in rest
+    assert process.returncode == (130 if with_signal is signal.SIGINT else -with_signal)
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_killed_builds_resume(with_signal: signal.Signals, tmp_path: Path) -> None:
+    """Killed in one stage after the other, every finished stage is whole and reused, and no half folder has a name."""
+    command = _command(tmp_path)
+    done: list[str] = []
+    for stage in ("score", "export", "verify"):
+        _killed_at(command, stage, with_signal)
+        names = {p.name for p in (tmp_path / "work").iterdir() if not p.name.startswith(".")}
+        assert stage not in names
+        for name in names:
+            assert (tmp_path / "work" / name / "stage.json").is_file()
+        assert not (tmp_path / "out").exists()
+        assert set(done) <= names
+        done = sorted(names)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    last = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result = json.loads(last.stdout)
+    assert {"score", "edit", "export", "compile-onnxruntime"} <= set(result["reused"])
+    assert result["verdict"]["result"] == "pass"
+    assert not [p for p in (tmp_path / "work").iterdir() if p.name.startswith(".tmp-")]
