@@ -30,7 +30,7 @@ PATCH = 6
 WIDTH = 96
 LAYERS = 4
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-_ATTRIBUTE_WEIGHTS = torch.tensor([2.0, 0.5, 0.5, 1.5])  # shape, colour, background, hazard: the hard ones count more
+_ATTRIBUTE_WEIGHTS = torch.tensor([2.0, 0.5, 0.5, 2.5])  # shape, colour, background, hazard: the hard ones count more
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +231,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--start", type=Path, help="folder of an earlier run to go on from; from scratch without it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=16_000, help="training scenes, two images each")
-    parser.add_argument("--attribute-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=1000, help="contrastive steps")
+    parser.add_argument("--scenes", type=int, default=32_000, help="training scenes, two images each")
+    parser.add_argument("--attribute-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2200, help="contrastive steps")
     parser.add_argument("--batch", type=int, default=160)
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate of the contrastive phase")
     arguments = parser.parse_args()

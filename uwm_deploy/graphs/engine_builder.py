@@ -1,9 +1,9 @@
-"""Builds one TensorRT or TensorRT-RTX engine; run as a process of its own, so that a crash or its memory stays its own.
+"""Builds one engine; run as a process of its own, so that a crash or its memory stays its own.
 
     python -m uwm_deploy.graphs.engine_builder image.build.json
 
-The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT reports failure by
-returning None or False; the messages of its logger are what the user gets to read.
+The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT and TensorRT-RTX
+report failure by returning None or False; the messages of their logger are what the user gets to read.
 """
 
 from __future__ import annotations
@@ -20,23 +20,54 @@ _HARMLESS = ("Thread context has not been set",)
 """Logged on every build as an internal error, without meaning."""
 
 FAILED = 3
-"""Exit status of a build that TensorRT refused."""
+"""Exit status of a build that the target's builder refused."""
 
 
 class BuildFailed(Exception):  # noqa: N818 -- reads better where it is raised
-    """TensorRT said no; its words are the message."""
+    """The builder said no; its words are the message."""
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds an engine.
 
     Args:
-        spec: ``module``, ``onnx``, ``engine`` (paths), ``input``, ``shape`` without the batch, ``profile`` (min, opt,
-            max).
+        spec: ``module``, ``onnx``, ``engine`` (paths); for ONNX Runtime ``external_data`` (file name or empty); for
+            TensorRT ``input``, ``shape`` without the batch, ``profile`` (min, opt, max).
 
     Returns:
-        What was achieved: versions, settings, layer precision, seconds, peak memory.
+        What was achieved: versions, settings, seconds, peak memory.
     """
+    return _optimise(spec) if spec["module"] == "onnxruntime" else _plan(spec)
+
+
+def _optimise(spec: dict[str, Any]) -> dict[str, Any]:
+    """The graph with ONNX Runtime's machine-independent optimisations applied."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = spec["engine"]
+    if spec["external_data"]:
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", spec["external_data"]
+        )
+    started = time.perf_counter()
+    try:
+        ort.InferenceSession(spec["onnx"], options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors share no base class
+        raise BuildFailed(str(error)) from error
+    return {
+        "versions": {"onnxruntime": ort.__version__},
+        "settings": {"optimisation": "extended"},
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": _peak_rss_bytes(),
+    }
+
+
+def _plan(spec: dict[str, Any]) -> dict[str, Any]:
+    """A TensorRT or TensorRT-RTX engine."""
     trt = importlib.import_module(spec["module"])
     messages: list[str] = []
     logger = _logger(trt, messages)

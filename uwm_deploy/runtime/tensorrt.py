@@ -31,6 +31,16 @@ def gpu_reason() -> str:
     return ""
 
 
+@cache
+def device_name() -> str:
+    """Name of the first GPU, as its driver gives it; "cpu" where there is none."""
+    if gpu_reason():
+        return "cpu"
+    driver, name = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(100)
+    driver.cuDeviceGetName(name, len(name), 0)
+    return name.value.decode(errors="replace")
+
+
 def reason_not_usable(target: Target) -> str:
     """Empty when engines of this flavour can be executed here, else the reason why not."""
     module = MODULES[target]

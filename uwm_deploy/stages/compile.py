@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from uwm_deploy.graphs.engine_builder import FAILED
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_value
 from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Profile, Target
 from uwm_deploy.runtime.session import missing_package, usable
-from uwm_deploy.runtime.tensorrt import MODULES
+from uwm_deploy.runtime.tensorrt import MODULES, device_name
 from uwm_deploy.workspace import digest_of_file
 
 BUILD_SECONDS = 1800
@@ -73,7 +72,7 @@ def engine_from_onnx(
         normalised=graph.normalised,
         settings=details["settings"],
         versions=details["versions"],
-        built_on="cpu" if target is Target.ONNXRUNTIME else "this machine" if runnable else "ahead of time",
+        built_on="cpu" if target is Target.ONNXRUNTIME else device_name() if runnable else "ahead of time",
         runnable=runnable,
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
@@ -93,19 +92,16 @@ def _check_source(graph: OnnxArtifact, folder: Path) -> None:
 def _onnxruntime(
     graph: OnnxArtifact, source: Path, edits: Sequence[LayerEdit], folder: Path
 ) -> tuple[str, dict[str, Any]]:
-    """The graph with ONNX Runtime's machine-independent optimisations applied."""
-    import onnxruntime as ort
-
-    file = f"{graph.tower.value}.onnx"
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(folder / file)
-    if graph.external_data:
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{file}.data")
-    started = time.perf_counter()
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    seconds = time.perf_counter() - started
+    """The optimised graph, its precision and the edit read back from it."""
+    stem, file = graph.tower.value, f"{graph.tower.value}.onnx"
+    external = f"{file}.data" if graph.external_data else ""
+    spec = {
+        "module": "onnxruntime",
+        "onnx": os.path.relpath(source, folder),
+        "engine": file,
+        "external_data": external,
+    }
+    details = _built(spec, Target.ONNXRUNTIME, stem, folder)
     proto = onnx.load(str(folder / file))
     arrays = list(_weights(proto))
     kinds = {array.dtype for array in arrays if array.ndim == 2 and np.issubdtype(array.dtype, np.floating)}
@@ -116,16 +112,7 @@ def _onnxruntime(
     found = fingerprint_by_value(arrays, edits)
     if found.mismatches:
         raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
-    details = {
-        "settings": {
-            "optimisation": "extended",
-            "nodes": str(len(proto.graph.node)),
-            "edited_layers": str(found.layers),
-        },
-        "versions": {"onnxruntime": ort.__version__},
-        "seconds": seconds,
-        "peak_rss_bytes": 0,  # not measured: it shares this process with the model
-    }
+    details["settings"] |= {"nodes": str(len(proto.graph.node)), "edited_layers": str(found.layers)}
     return file, details
 
 
@@ -137,7 +124,7 @@ def _weights(proto: onnx.ModelProto) -> Iterator[np.ndarray]:
 def _tensorrt(
     graph: OnnxArtifact, source: Path, target: Target, profile: Profile, folder: Path
 ) -> tuple[str, dict[str, Any]]:
-    """An engine, built in a child process; log, settings and result stay beside it."""
+    """An engine in float32."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
     spec = {
         "module": MODULES[target],
@@ -147,6 +134,14 @@ def _tensorrt(
         "shape": list(graph.inputs[0].shape[1:]),
         "profile": [profile.min, profile.opt, profile.max],
     }
+    body = _built(spec, target, stem, folder)
+    if body["settings"]["output_types"] != "FLOAT" or body["settings"]["tf32"] != "false":
+        raise ContractError(f"{target.value} built {stem} as {body['settings']}, not float32", fix="report this")
+    return file, body
+
+
+def _built(spec: Mapping[str, Any], target: Target, stem: str, folder: Path) -> dict[str, Any]:
+    """Builds in a child process; log, settings and result stay beside the engine."""
     (folder / f"{stem}.build.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")
     command = [sys.executable, "-m", "uwm_deploy.graphs.engine_builder", f"{stem}.build.json"]
     package_root = Path(__file__).resolve().parents[2]
@@ -160,20 +155,18 @@ def _tensorrt(
             raise ContractError(
                 f"{target.value} build of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
             ) from error
-    return file, _result(folder, stem, target, done.returncode)
+    return _result(folder, stem, str(spec["engine"]), target, done.returncode)
 
 
-def _result(folder: Path, stem: str, target: Target, status: int) -> dict[str, Any]:
+def _result(folder: Path, stem: str, file: str, target: Target, status: int) -> dict[str, Any]:
     """What the child achieved, or its reason as an error."""
     result = folder / f"{stem}.build.result.json"
-    (folder / f".tmp-{stem}.engine").unlink(missing_ok=True)
+    (folder / f".tmp-{file}").unlink(missing_ok=True)
     body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     log = (folder / f"{stem}.build.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if status == FAILED:
         raise ContractError(f"{target.value} cannot build {stem}: {body.get('error', '')[:400]}", fix="see its log")
-    if status != 0 or not body or not (folder / f"{stem}.engine").is_file():
+    if status != 0 or not body or not (folder / file).is_file():
         last = log[-1][:300] if log else "no log"
         raise UwmError(f"the {target.value} build of {stem} ended with status {status}: {last}", fix="run it again")
-    if body["settings"]["output_types"] != "FLOAT" or body["settings"]["tf32"] != "false":
-        raise ContractError(f"{target.value} built {stem} as {body['settings']}, not float32", fix="report this")
     return dict(body)
