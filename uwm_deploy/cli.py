@@ -43,6 +43,13 @@ def pipeline_options(command: F) -> F:
         click.option(
             "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
         ),
+        click.option(
+            "--checkpoint",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Folder with the recipe's weights, instead of the hub.",
+        ),
+        click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
         click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
         click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
         click.option(

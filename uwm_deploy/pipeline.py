@@ -6,6 +6,7 @@ The verdict is judged before packaging, so a bundle never exists without one.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -80,6 +81,8 @@ class Request:
     """What the user asked for; None takes the recipe's value."""
 
     model: str = "demo"
+    checkpoint: Path | None = None
+    revision: str | None = None
     calibration: str | None = None
     evaluation: str | None = None
     targets: tuple[str, ...] = ()
@@ -132,17 +135,35 @@ def run(request: Request, *, until: str, reporter: Reporter) -> Outcome:
 
 def recipe_of(model: str) -> tuple[Recipe, str]:
     """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{model} has no config.json", fix="pass a Hugging Face checkpoint folder or a recipe")
-        text, where = resources.read_toml("export", "demo")
-        recipe = recipe_from_toml(text, where=where)
-        source = dataclasses.replace(recipe.model, repo=str(folder), licence="unknown", parameters="")
-        recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
-        return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+    if Path(model).is_dir():
+        return _recipe_of_folder(Path(model))
     text, where = resources.read_toml("export", model)
     return recipe_from_toml(text, where=where), text
+
+
+_RULES_OF = {"clip": "clip-vit-b32", "siglip": "siglip-base", "open_clip": "open-clip-vit-b32"}
+"""Recipe whose rules a checkpoint folder gets, by the type in its config."""
+
+
+def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
+    """Any CLIP-like checkpoint: the family is read from its config."""
+    kind: object = "open_clip"
+    if not (folder / "open_clip_config.json").is_file():
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
+            ) from error
+    if kind not in _RULES_OF:
+        raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
+    text, where = resources.read_toml("export", _RULES_OF[str(kind)])
+    recipe = recipe_from_toml(text, where=where)
+    source = dataclasses.replace(
+        recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
+    )
+    recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
+    return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
 
 
 def policy_of(name: str) -> tuple[Policy, Digest]:
@@ -186,9 +207,12 @@ class _Build:
     # --- what the stages are made from ------------------------------------------------------------------------------
 
     @cached_property
-    def checkpoint(self) -> Path:
-        """Folder with the source checkpoint's files."""
-        return resources.checkpoint_folder(self.recipe.model.repo, self.recipe.model.revision)
+    def checkpoint(self) -> Path | None:
+        """Folder with the source checkpoint's files; None for random weights of the recipe's own architecture."""
+        source = self.recipe.model
+        if self.request.weights == "random" and source.architecture and not Path(source.repo).is_dir():
+            return None
+        return resources.checkpoint_folder(source.repo, source.revision)
 
     @cached_property
     def base_inputs(self) -> dict[str, str]:
@@ -196,7 +220,7 @@ class _Build:
         code = Path(__file__).parent
         sources = {p.relative_to(code).as_posix(): digest_of_file(p) for p in sorted(code.rglob("*.py"))}
         return {
-            "checkpoint": digest_of_folder(self.checkpoint),
+            "checkpoint": digest_of_folder(self.checkpoint) if self.checkpoint else digest_of_plain(self.recipe_text),
             "weights": self.request.weights,
             "code": digest_of_plain(sources),
             "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
@@ -324,7 +348,7 @@ class _Build:
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
         patch, ref = Patch.from_file(self.work / "edit" / "patch.safetensors"), self.edited.ref
         shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
-        self.edited.source.cpu()
+        self.edited.to("cpu")
         for name in TowerName:
             tower = self.edited.tower(name)
             artifact = onnx_from_tower(
@@ -559,6 +583,11 @@ def _external(folder: Path, name: str) -> dict[str, bytes]:
 
 
 def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
+    source = recipe.model
+    if request.checkpoint is not None:
+        source = dataclasses.replace(source, repo=str(request.checkpoint.resolve()), revision="")
+    if request.revision is not None:
+        source = dataclasses.replace(source, revision=request.revision)
     changes: dict[str, Any] = {}
     if request.keep_mass is not None:
         changes["keep_mass"] = request.keep_mass
@@ -576,7 +605,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
     )
     targets = tuple(Target(t) for t in dict.fromkeys(request.targets)) or recipe.compile.targets
     return dataclasses.replace(
-        recipe, edit=edit, data=data, compile=dataclasses.replace(recipe.compile, targets=targets)
+        recipe, model=source, edit=edit, data=data, compile=dataclasses.replace(recipe.compile, targets=targets)
     )
 
 

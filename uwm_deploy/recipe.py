@@ -9,8 +9,8 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import IntegrityError, RecipeError
@@ -22,23 +22,45 @@ FORMAT = 1
 R = TypeVar("R")
 
 
+Family = Literal["hf-clip", "siglip", "open-clip"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Sizes of the towers, enough to make the model with random weights and without its checkpoint.
+
+    Attributes:
+        open_clip: Name of one of open_clip's own configurations; then the tables below only change it.
+        text: Entries of the text tower's configuration in the family's own names.
+        image: The same for the image tower.
+        projection_dim: Size of the shared embedding space, where it is not part of the tables.
+    """
+
+    open_clip: str = ""
+    text: Mapping[str, int | float | str] = field(default_factory=dict)
+    image: Mapping[str, int | float | str] = field(default_factory=dict)
+    projection_dim: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
     """Where the checkpoint comes from.
 
     Attributes:
-        family: Tower adapter; `hf-clip` today.
+        family: Tower adapter.
         repo: ``"shipped:<folder>"``, a Hugging Face id, or a local folder.
         revision: Hub commit; needed for a hub id so that a build can be repeated.
         licence: SPDX name or a short statement, shown by `uwm-deploy models`.
         parameters: Approximate number, shown by `uwm-deploy models`.
+        architecture: What `--weights random` builds when the checkpoint is not at hand.
     """
 
-    family: Literal["hf-clip"]
+    family: Family
     repo: str
     revision: str = ""
     licence: str = "unknown"
     parameters: str = ""
+    architecture: Architecture | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,8 +264,9 @@ def _refuse_unknown_keys(kind: Any, body: Mapping[str, Any], where: str) -> None
             raise RecipeError(
                 f"{where}: unknown key {key!r}", fix=f"did you mean {near[0]!r}?" if near else f"valid: {sorted(hints)}"
             )
-        if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]):
-            _refuse_unknown_keys(hints[key], value, f"{where}: {key}")
+        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
+        if isinstance(value, dict) and inner:
+            _refuse_unknown_keys(inner, value, f"{where}: {key}")
     missing = [
         f.name
         for f in dataclasses.fields(kind)

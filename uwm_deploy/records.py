@@ -68,12 +68,15 @@ class ImageSpec:
     """Preprocessing of one image, exactly as the source model's processor does it.
 
     Attributes:
-        resize: Shortest edge after resizing, pixels.
+        resize: Shortest edge after resizing, or both edges when `fit` is ``"squash"``, pixels.
         crop: Side of the square centre crop, pixels.
         resample: Pillow filter name, ``"bicubic"`` or ``"bilinear"``.
         rescale: Factor from 0..255 to 0..1.
         mean: Per channel, RGB, after rescaling.
         std: Per channel, RGB, after rescaling.
+        fit: Keep the shape and crop, or squash to a square.
+        crop_offset: How half a pixel of the crop's corner is rounded: down, or to even.
+        alpha: Transparency is laid over white, or its channel is dropped.
     """
 
     resize: int
@@ -82,6 +85,9 @@ class ImageSpec:
     rescale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Literal["crop", "squash"] = "crop"
+    crop_offset: Literal["floor", "round"] = "floor"
+    alpha: Literal["white", "drop"] = "white"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +96,21 @@ class TextSpec:
 
     Attributes:
         context_length: Positions per caption; longer ones are cut and keep their end token.
-        bos_id: Id of the start token.
-        eos_id: Id of the end token; its first position is pooled.
-        pad_id: Id that fills the row to the right.
+        eos_id: Id of the end token.
+        pad_id: Id that fills the row.
         tokenizer_digest: Digest of ``tokenizer.json``.
+        padding_side: Where a short row is filled.
+        fixed_length: Whether the padding belongs to the input (SigLIP, CoCa), so that a row may not be cut to its tokens.
+        cleaning: What is done to a caption before `tokenizer.json` sees it.
     """
 
     context_length: int
-    bos_id: int
     eos_id: int
     pad_id: int
     tokenizer_digest: Digest
+    padding_side: Literal["right", "left"] = "right"
+    fixed_length: bool = False
+    cleaning: Literal["none", "open-clip"] = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

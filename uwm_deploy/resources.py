@@ -67,7 +67,8 @@ def checkpoint_folder(repo: str, revision: str) -> Path:
         raise InputError(f"checkpoint folder {repo} does not exist", fix="check the path")
     if not revision:
         raise InputError(
-            f"no revision is pinned for {repo}", fix="set model.revision to a commit of the hub repository"
+            f"no revision is pinned for {repo}",
+            fix="pass --revision with a commit of the hub repository, or --checkpoint with a folder",
         )
     try:
         from huggingface_hub import snapshot_download

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from uwm_deploy.recipe import EditSpec
-from uwm_deploy.records import Rule, TowerName
+from uwm_deploy.records import Rule, TextSpec, TowerName
 from uwm_deploy.stages.score import scoring
-from uwm_deploy.towers.hf_clip import HfClipTower, random_clip
+from uwm_deploy.towers.hf_clip import random_clip, towers_of
+from uwm_deploy.towers.protocol import ModuleTower
 from uwm_deploy.uwm.saliency import STD_EPS, LayerScorer
 
 EOS = 49407
@@ -92,7 +93,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 @torch.inference_mode()
-def compare(tower: HfClipTower, pairs: int, size: int, trim: bool) -> None:
+def compare(tower: ModuleTower, pairs: int, size: int, trim: bool) -> None:
     """Bare and scored forward in turn."""
     edit, process = EDITS[tower.name], psutil.Process()
     scorers = {
@@ -132,13 +133,14 @@ def main() -> None:
     parser.add_argument("--tower", choices=["image", "text", "both"], default="both")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    model = random_clip(config_of(arguments.size))
+    spec = TextSpec(context_length=77, eos_id=EOS, pad_id=EOS, tokenizer_digest="")
+    image, text = towers_of(random_clip(config_of(arguments.size)), spec)
     print(f"{arguments.size}, {arguments.pairs} pairs, {arguments.batch} a batch, 2 threads, torch {torch.__version__}")
     if arguments.tower in ("image", "both"):
-        compare(HfClipTower(model, TowerName.IMAGE, EOS), arguments.pairs, arguments.batch, True)
+        compare(image, arguments.pairs, arguments.batch, True)
     if arguments.tower in ("text", "both"):
         for trim in (True, False):
-            compare(HfClipTower(model, TowerName.TEXT, EOS), 4 * arguments.pairs, 4 * arguments.batch, trim)
+            compare(text, 4 * arguments.pairs, 4 * arguments.batch, trim)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import LayerEdit, OnnxArtifact, TowerName
+from uwm_deploy.records import LayerEdit, OnnxArtifact, TextSpec, TowerName
 from uwm_deploy.stages.export import onnx_from_tower
-from uwm_deploy.towers.hf_clip import HfClipTower, random_clip
+from uwm_deploy.towers.hf_clip import random_clip, towers_of
+from uwm_deploy.towers.protocol import ModuleTower
 from uwm_deploy.uwm.digests import digest_of_tensor
 from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
 
@@ -22,19 +23,21 @@ PATTERNS = {TowerName.IMAGE: ["*.mlp.fc2"], TowerName.TEXT: ["*.self_attn.out_pr
 WEIGHTS_DIGEST = "sha256:" + "ab" * 32
 
 
-def _tower(name: TowerName) -> HfClipTower:
+def _tower(name: TowerName) -> ModuleTower:
     shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = shared | {"vocab_size": 100, "max_position_embeddings": LENGTH}
     text |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     vision = shared | {"image_size": SIDE, "patch_size": 8}
-    return HfClipTower(random_clip(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), name, EOS)
+    model = random_clip(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    spec = TextSpec(context_length=LENGTH, eos_id=EOS, pad_id=0, tokenizer_digest="")
+    return towers_of(model, spec)[0 if name is TowerName.IMAGE else 1]
 
 
 @dataclass(frozen=True)
 class Case:
     """One tower, unedited in the model, with the edit that belongs to it."""
 
-    tower: HfClipTower
+    tower: ModuleTower
     edits: tuple[LayerEdit, ...]
     patch: Patch
 

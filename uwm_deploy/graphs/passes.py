@@ -6,23 +6,29 @@ depend on weight *values*: the edit could not be found again, nor another patch 
 
 from __future__ import annotations
 
+from collections.abc import Set
+from functools import partial
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 from onnxscript.rewriter import rewrite
 
 _FOLD_LIMIT = 64
-"""Nodes that read a tensor with more elements are not folded: it may be a weight."""
+"""Nodes that read a constant with more elements are not folded, whatever it is: the result may be large."""
 
 
-def simplify(model: ir.Model) -> ir.Model:
-    """Inlines, folds small constants, removes what is unused, strips metadata.
+def simplify(model: ir.Model, weights: Set[str]) -> None:
+    """Inlines, folds small constants, removes what is unused, strips metadata, in place.
+
+    Args:
+        model: The exporter's graph.
+        weights: Names of the weights; each keeps its name and value, and is not folded into anything.
 
     Metadata of the exporter holds source paths, which are nobody's business and change from machine to machine.
     """
-    weights = set(model.graph.initializers)
     common.InlinePass()(model)
-    optimizer.fold_constants_ir(model, should_fold=_should_fold)
+    optimizer.fold_constants_ir(model, should_fold=partial(_should_fold, weights))
     rewrite(model)
     steps = (
         common.RemoveUnusedNodesPass(),
@@ -46,10 +52,12 @@ def simplify(model: ir.Model) -> ir.Model:
     model.producer_name, model.producer_version = "uwm-deploy", ""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    return model
 
 
-def _should_fold(node: ir.Node) -> bool:
+def _should_fold(weights: Set[str], node: ir.Node) -> bool:
     return all(
-        value is None or value.const_value is None or value.const_value.size <= _FOLD_LIMIT for value in node.inputs
+        value is None
+        or value.const_value is None
+        or (value.name not in weights and value.const_value.size <= _FOLD_LIMIT)
+        for value in node.inputs
     )

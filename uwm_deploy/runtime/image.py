@@ -70,9 +70,9 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Resizes the short edge, crops the centre, scales and normalises.
+    """Resizes, crops, scales and normalises as the spec says.
 
-    Orientation tags are not applied, as in the source processors. Transparency is laid over white.
+    Orientation tags are not applied, as in the source processors.
 
     Args:
         image: Any mode.
@@ -81,20 +81,16 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     Returns:
         (3, crop, crop) float32.
     """
-    rgb = _rgb(image)
-    width, height = rgb.size
-    short, long = min(width, height), max(width, height)
-    # The long edge is cut to an integer, not rounded: that is what the processors do.
-    resized_long = max(1, int(spec.resize * long / short))
-    size = (spec.resize, resized_long) if width <= height else (resized_long, spec.resize)
-    rgb = rgb.resize(size, _FILTERS[spec.resample])
-    pixels = np.asarray(_centre_crop(rgb, spec.crop), dtype=np.float32)
+    # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
+    whole = _over_white(image) if spec.alpha == "white" else image
+    cropped = _centre_crop(whole.resize(_resized(whole.size, spec), _FILTERS[spec.resample]), spec)
+    pixels = np.asarray(cropped.convert("RGB"), dtype=np.float32)
     mean, std = (np.asarray(v, dtype=np.float32) for v in (spec.mean, spec.std))
     scaled = (pixels * np.float32(spec.rescale) - mean) / std
     return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _over_white(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
@@ -102,11 +98,23 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre_crop(image: Image.Image, side: int) -> Image.Image:
+def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    if spec.fit == "squash":
+        return spec.resize, spec.resize
+    width, height = size
+    # The long edge is cut to an integer, not rounded: that is what the processors do.
+    long = max(1, int(spec.resize * max(size) / min(size)))
+    return (spec.resize, long) if width <= height else (long, spec.resize)
+
+
+def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Crops; an image smaller than the crop is padded with black."""
-    left, top = _offset(image.width, side), _offset(image.height, side)
-    return image.crop((left, top, left + side, top + side))
+    left, top = (_offset(length, spec) for length in image.size)
+    return image.crop((left, top, left + spec.crop, top + spec.crop))
 
 
-def _offset(length: int, side: int) -> int:
-    return (length - side) // 2 if length >= side else -((side - length) // 2)
+def _offset(length: int, spec: ImageSpec) -> int:
+    spare = length - spec.crop
+    if spec.crop_offset == "round" and spare >= 0:
+        return round(spare / 2)
+    return spare // 2 if spare >= 0 else -(-spare // 2)

@@ -1,7 +1,8 @@
-"""Captions to ids without transformers, equal to its CLIP tokenizer."""
+"""Captions to ids without torch or transformers, equal to the source model's tokenizer."""
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 
@@ -42,7 +43,17 @@ class Tokenizer:
         Returns:
             (n, context_length) int64; longer captions are cut and keep their end token, shorter ones are padded.
         """
-        rows = np.full((len(texts), self.spec.context_length), self.spec.pad_id, dtype=np.int64)
-        for row, encoding in zip(rows, self._backend.encode_batch(list(texts)), strict=True):
-            row[: len(encoding.ids)] = encoding.ids
+        spec = self.spec
+        rows = np.full((len(texts), spec.context_length), spec.pad_id, dtype=np.int64)
+        cleaned = [_open_clip_cleaned(text) for text in texts] if spec.cleaning == "open-clip" else list(texts)
+        for row, encoding in zip(rows, self._backend.encode_batch(cleaned), strict=True):
+            ids = encoding.ids
+            row[slice(len(ids)) if spec.padding_side == "right" else slice(len(row) - len(ids), None)] = ids
         return rows
+
+
+def _open_clip_cleaned(text: str) -> str:
+    """Mends mojibake and character references; case and white space are the tokenizer's own normalisation."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()

@@ -24,7 +24,8 @@ class PairStream:
     """Pairs of one tower in batches, preprocessed by the code that serves.
 
     Image pairs are decoded in worker processes, in order, with bounded memory. Text pairs are sorted by length, so that a
-    batch is padded to its own longest caption only; scores are sums, so the order does not matter.
+    batch is padded to its own longest caption only, where the model's rows may be cut; scores are sums, so the order does
+    not matter.
 
     Attributes:
         left_out: Items that could not be read, after iterating.
@@ -50,7 +51,8 @@ class PairStream:
         self.left_out: list[LeftOut] = []
         self._source, self._tower, self._image, self._tokenizer = source, tower, image, tokenizer
         self._batch_pairs, self._workers = batch_pairs, workers
-        self._max_broken_share, self._progress, self._sorted = max_broken_share, progress, sort_by_length
+        self._max_broken_share, self._progress = max_broken_share, progress
+        self._sorted = sort_by_length and not tokenizer.spec.fixed_length
 
     def __len__(self) -> int:
         """Pairs in the set, broken ones included."""

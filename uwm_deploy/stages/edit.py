@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +24,7 @@ PATCH, RECORD, MODEL = "patch.safetensors", "edit.json", "model"
 def edit_to_folder(
     model: LoadedModel, score: ScoreRecord, scores_file: Path, edits: EditSpecs, folder: Path
 ) -> EditRecord:
-    """Selects, edits in place, and saves patch, record and the edited model as a Hugging Face folder.
+    """Selects, edits in place, and saves patch, record and the edited model as its own library's folder.
 
     Args:
         model: The source model; it *is* the edited model afterwards.
@@ -58,18 +56,8 @@ def edit_to_folder(
         layers=tuple(layers),
     )
     (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
-    save_model(model, folder / MODEL)
+    model.save(folder / MODEL)
     return record
-
-
-def save_model(model: LoadedModel, folder: Path) -> None:
-    """Saves a model as a folder that `transformers` loads: weights, config, tokenizer, preprocessor."""
-    cast(Any, model.source).save_pretrained(folder, safe_serialization=True)
-    for file in sorted(model.folder.glob("*")):
-        if file.suffix in (".json", ".txt") and file.name not in ("config.json", "model.safetensors.index.json"):
-            shutil.copyfile(file, folder / file.name)
-    for file in folder.iterdir():  # saved with the writer's private mode
-        file.chmod(0o644)
 
 
 def _weight(model: LoadedModel, layer: LayerScore) -> Tensor:

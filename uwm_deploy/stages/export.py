@@ -69,8 +69,9 @@ def onnx_from_tower(
     """
     sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
     _check_pooling(tower, sample)
-    model = simplify(_exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec))
+    model = _exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec)
     _restore_names(model)
+    simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
     name = f"{tower.name.value}.onnx"
     proto = ir.to_proto(model)
     arrays = {p.name: onnx.numpy_helper.to_array(p) for p in proto.graph.initializer}
@@ -122,7 +123,7 @@ def _check_pooling(tower: Tower, sample: Tensor) -> None:
     A configuration with another end id than the tokenizer's makes transformers pool at the largest id, or at the start.
     """
     mask = tower.valid_tokens(sample)
-    if mask is None:
+    if mask is None or not tower.pools_at_end:
         return
     end = int(mask[0].sum()) - 1
     eos_id, length = int(sample[0, end]), sample.shape[1]

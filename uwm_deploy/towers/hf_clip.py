@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import TowerName
+from uwm_deploy.recipe import Architecture
+from uwm_deploy.records import ImageSpec, TextSpec, TowerName
+from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
+from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens, jitter
+
+FAMILY = "hf-clip"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class _ImageGraph(nn.Module):
@@ -39,59 +46,92 @@ class _TextGraph(nn.Module):
         return result
 
 
-class HfClipTower:
-    """One tower of a `CLIPModel`; see `Tower`."""
-
-    def __init__(self, model: CLIPModel, name: TowerName, eos_id: int) -> None:
-        self.name = name
-        self.embed_dim = int(model.config.projection_dim)
-        image = name is TowerName.IMAGE
-        self.input_name = "pixel_values" if image else "input_ids"
-        self.output_name = "image_embeds" if image else "text_embeds"
-        self._graph: nn.Module = _ImageGraph(model) if image else _TextGraph(model)
-        self._eos_id = eos_id
-
-    def embed(self, inputs: Tensor) -> Tensor:
-        """See `Tower.embed`."""
-        result: Tensor = self._graph(inputs)
-        return result
-
-    def graph_module(self) -> nn.Module:
-        """See `Tower.graph_module`."""
-        return self._graph
-
-    def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
-        """See `Tower.layers`."""
-        linear = {name: m for name, m in self._graph.named_modules() if isinstance(m, nn.Linear)}
-        found: dict[str, nn.Linear] = {}
-        for pattern in patterns:
-            matches = fnmatch.filter(linear, pattern)
-            if not matches:
-                examples = ", ".join(list(linear)[:3])
-                raise InputError(
-                    f"layer pattern {pattern!r} matches no linear layer of the {self.name.value} tower",
-                    fix=f"its layers are named like {examples}",
-                )
-            found |= {name: linear[name] for name in matches}
-        return found
-
-    def valid_tokens(self, inputs: Tensor) -> Tensor | None:
-        """See `Tower.valid_tokens`: up to and including the first end token, which is where the mask is 1."""
-        if self.name is TowerName.IMAGE:
-            return None
-        ends = (inputs == self._eos_id).int()
-        return (ends.cumsum(1) - ends) == 0
+def towers_of(model: CLIPModel, text: TextSpec) -> tuple[ModuleTower, ModuleTower]:
+    """Image and text tower of a model."""
+    dim = int(model.config.projection_dim)
+    return (
+        ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim),
+        ModuleTower(_TextGraph(model), TowerName.TEXT, dim, caption_tokens(text), pools_at_end=True),
+    )
 
 
-@torch.no_grad()
-def random_clip(config: object, seed: int = 0) -> CLIPModel:
-    """The architecture of a config with seeded random weights.
+def from_folder(folder: Path, *, random: bool) -> LoadedParts:
+    """Loads a checkpoint folder, or only its architecture.
 
-    Every parameter is jittered: freshly initialised layers hold equal zeros and ones, which hides faults of exporters
-    that merge equal tensors.
+    Raises:
+        InputError: See `towers.checkpoint`; and if the config pools the text at another token than the tokenizer's end.
     """
+    checkpoint.config_of_type(folder, ("clip",), FAMILY)
+    config = CLIPConfig.from_pretrained(folder)
+    model = random_clip(config) if random else checkpoint.pretrained(CLIPModel, folder, config=config)
+    tokenizer = checkpoint.tokenizer_of(folder)
+    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings))
+    _check_end_token(config, spec)
+
+    def save(target: Path) -> None:
+        model.save_pretrained(target)
+        checkpoint.copy_side_files(folder, target)
+        checkpoint.readable(target)
+
+    return _parts(model, checkpoint.image_spec(folder), spec, content, save)
+
+
+def from_architecture(architecture: Architecture) -> LoadedParts:
+    """Random weights, with the vocabulary and preprocessing that all OpenAI-style checkpoints share."""
+    tokenizer = CLIPTokenizer(*clip_vocabulary("<|startoftext|>", "<|endoftext|>"), model_max_length=77)
+    end = int(tokenizer.eos_token_id)
+    text = {"eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end, **architecture.text}
+    config = CLIPConfig(
+        text_config=text, vision_config=dict(architecture.image), projection_dim=architecture.projection_dim
+    )
+    model, side = random_clip(config), int(config.vision_config.image_size)
+    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings))
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=list(MEAN),
+        image_std=list(STD), resample=3,
+    )  # fmt: skip
+    image = ImageSpec(resize=side, crop=side, resample="bicubic", rescale=1 / 255, mean=MEAN, std=STD)
+
+    def save(target: Path) -> None:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(target)
+        checkpoint.readable(target)
+
+    return _parts(model, image, spec, content, save)
+
+
+def _parts(model: CLIPModel, image: ImageSpec, text: TextSpec, tokenizer_json: bytes, save: Any) -> LoadedParts:
+    image_tower, text_tower = towers_of(model, text)
+    return LoadedParts(
+        source=model,
+        image_tower=image_tower,
+        text_tower=text_tower,
+        image=image,
+        text=text,
+        embed_dim=int(model.config.projection_dim),
+        tokenizer_json=tokenizer_json,
+        save=save,
+    )
+
+
+def _check_end_token(config: CLIPConfig, text: TextSpec) -> None:
+    """Both pooling rules in use for CLIP must find the tokenizer's end token.
+
+    With eos_token_id 2 in the config the position of the *largest id* is pooled: right only if the end token has it.
+    """
+    pooled = int(config.text_config.eos_token_id)
+    if pooled == 2 and text.eos_id == int(config.text_config.vocab_size) - 1:
+        return
+    if pooled != text.eos_id:
+        raise InputError(
+            f"config pools the text at token {pooled}, but the tokenizer ends texts with {text.eos_id}",
+            fix="set text_config.eos_token_id to the tokenizer's end token",
+        )
+
+
+def random_clip(config: object, seed: int = 0) -> CLIPModel:
+    """The architecture of a config with seeded, jittered random weights."""
     torch.manual_seed(seed)
     model = CLIPModel._from_config(config, attn_implementation="eager").eval()
-    for parameter in model.parameters():
-        parameter.add_(0.01 * torch.randn_like(parameter))
+    jitter(model)
     return model

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from uwm_deploy.records import ModelRef, TowerName
+from uwm_deploy.errors import InputError
+from uwm_deploy.records import ImageSpec, ModelRef, TextSpec, TowerName
+
+INPUTS = {TowerName.IMAGE: "pixel_values", TowerName.TEXT: "input_ids"}
+OUTPUTS = {TowerName.IMAGE: "image_embeds", TowerName.TEXT: "text_embeds"}
 
 
 class Tower(Protocol):
@@ -20,12 +26,14 @@ class Tower(Protocol):
         embed_dim: Size of the shared embedding space.
         input_name: Name of the graph input, ``pixel_values`` or ``input_ids``.
         output_name: Name of the graph output, ``image_embeds`` or ``text_embeds``.
+        pools_at_end: Whether a caption's embedding is read at its end token, so that what follows changes nothing.
     """
 
     name: TowerName
     embed_dim: int
     input_name: str
     output_name: str
+    pools_at_end: bool
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Embeds (B, 3, H, W) float32 pixels or (B, L) ids into (B, d), projection inside, not normalised."""
@@ -44,6 +52,96 @@ class Tower(Protocol):
         """Module from the one graph input to the embedding; its parameters have their names in the source model."""
 
 
+ValidTokens = Callable[[Tensor], Tensor]
+
+
+class ModuleTower:
+    """A tower around a module from the graph's one input to the embedding.
+
+    Args:
+        graph: Its parameters have their names in the source model.
+        name: Which tower.
+        embed_dim: Width of the result.
+        valid_tokens: (B, L) ids to (B, T) bool; None when all tokens count.
+        pools_at_end: See `Tower`.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        name: TowerName,
+        embed_dim: int,
+        valid_tokens: ValidTokens | None = None,
+        *,
+        pools_at_end: bool = False,
+    ) -> None:
+        self.name, self.embed_dim, self.pools_at_end = name, embed_dim, pools_at_end
+        self.input_name, self.output_name = INPUTS[name], OUTPUTS[name]
+        self._graph, self._valid_tokens = graph, valid_tokens
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """See `Tower.embed`."""
+        result: Tensor = self._graph(inputs)
+        return result
+
+    def graph_module(self) -> nn.Module:
+        """See `Tower.graph_module`."""
+        return self._graph
+
+    def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+        """See `Tower.layers`."""
+        linear = {name: m for name, m in self._graph.named_modules() if isinstance(m, nn.Linear)}
+        found: dict[str, nn.Linear] = {}
+        for pattern in patterns:
+            matches = fnmatch.filter(linear, pattern)
+            if not matches:
+                examples = ", ".join(list(linear)[:3])
+                raise InputError(
+                    f"layer pattern {pattern!r} matches no linear layer of the {self.name.value} tower",
+                    fix=f"its layers are named like {examples}",
+                )
+            found |= {name: linear[name] for name in matches}
+        return found
+
+    def valid_tokens(self, inputs: Tensor) -> Tensor | None:
+        """See `Tower.valid_tokens`."""
+        return self._valid_tokens(inputs) if self._valid_tokens else None
+
+
+def caption_tokens(spec: TextSpec) -> ValidTokens:
+    """The tokens of a caption, where a tokenizer's attention mask is 1: its end token counts, its padding does not."""
+
+    def valid(ids: Tensor) -> Tensor:
+        ends = (ids == spec.eos_id).int()
+        if spec.padding_side == "left":
+            return ids != spec.pad_id
+        # The padding may be the end token itself: what comes after the first one is padding.
+        return (ends.cumsum(1) - ends) == 0
+
+    return valid
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedParts:
+    """What a family's adapter makes of a checkpoint.
+
+    Attributes:
+        source: Module that owns all parameters, under their names in the source model.
+        embed_dim: Size of the shared embedding space.
+        tokenizer_json: Content of the tokenizer file that goes into bundles.
+        save: Writes the model in its current state as a folder that its own library loads.
+    """
+
+    source: nn.Module
+    image_tower: Tower
+    text_tower: Tower
+    image: ImageSpec
+    text: TextSpec
+    embed_dim: int
+    tokenizer_json: bytes
+    save: Callable[[Path], None]
+
+
 @dataclass(slots=True)
 class LoadedModel:
     """A model in memory.
@@ -54,7 +152,7 @@ class LoadedModel:
         image: Image tower.
         text: Text tower.
         tokenizer_json: Content of the tokenizer file that goes into bundles.
-        folder: Checkpoint folder it came from.
+        save: Writes the model in its current state as a folder that its own library loads.
     """
 
     ref: ModelRef
@@ -62,8 +160,23 @@ class LoadedModel:
     image: Tower
     text: Tower
     tokenizer_json: bytes
-    folder: Path
+    save: Callable[[Path], None]
 
     def tower(self, name: TowerName) -> Tower:
         """One tower by name."""
         return self.image if name is TowerName.IMAGE else self.text
+
+    def to(self, device: str) -> None:
+        """Moves all of it. The towers share the source's parameters, but hold buffers of their own."""
+        for module in (self.source, self.image.graph_module(), self.text.graph_module()):
+            module.to(device)
+
+
+@torch.no_grad()
+def jitter(model: nn.Module) -> None:
+    """Moves every parameter a little: freshly initialised layers hold equal zeros and ones, which hides faults.
+
+    Exporters merge equal tensors, and a layer of zeros computes the same whatever becomes of it.
+    """
+    for parameter in model.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))

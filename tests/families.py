@@ -1,0 +1,46 @@
+"""Every shipped recipe at reduced size: the same family, activation and text rules, two layers, random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+from uwm_deploy import resources
+from uwm_deploy.recipe import Architecture, Recipe, recipe_from_toml
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.towers.protocol import LoadedModel
+
+NAMES = tuple(name for name in resources.names("export") if name != "demo")
+FAMILIES = ("clip-vit-l14", "siglip-base", "siglip2-base", "open-clip-vit-b32", "dfn-vit-h14", "coca-vit-l14")
+"""One recipe per way of being built."""
+
+_HF = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_OPEN_CLIP = {"layers": 2, "width": 64}
+
+
+def recipe_of(name: str) -> Recipe:
+    """A shipped recipe."""
+    text, where = resources.read_toml("export", name)
+    return recipe_from_toml(text, where=where)
+
+
+def reduced(name: str) -> Recipe:
+    """The recipe with towers of two narrow layers."""
+    recipe = recipe_of(name)
+    whole = recipe.model.architecture
+    assert whole is not None
+    if recipe.model.family == "open-clip":
+        text, image = {"heads": 4, **_OPEN_CLIP}, {"head_width": 16, "image_size": 56, "patch_size": 14, **_OPEN_CLIP}
+        small = Architecture(open_clip=whole.open_clip, text=text, image=image)
+    else:
+        image = {**whole.image, **_HF, "image_size": 32, "patch_size": 8}
+        small = dataclasses.replace(
+            whole, text={**whole.text, **_HF}, image=image, projection_dim=16 if whole.projection_dim else 0
+        )
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, architecture=small))
+
+
+@cache
+def model_of(name: str) -> LoadedModel:
+    """The reduced model; not to be changed."""
+    return load_model(reduced(name), folder=None, weights="random", device="cpu")

@@ -1,0 +1,128 @@
+"""Every recipe from score to ONNX Runtime, reduced, with random weights; scores and masks against the slow formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.families import FAMILIES, NAMES, model_of, reduced
+from tests.oracles import uwm_oracle
+from uwm_deploy.datasets.demo import DemoSource
+from uwm_deploy.pipeline import calibration_set_of
+from uwm_deploy.records import Profile, Target, TowerName
+from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.stages.calibrate import PairStream
+from uwm_deploy.stages.edit import edit_to_folder
+from uwm_deploy.stages.export import onnx_from_tower, sample_of
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.stages.score import score_to_folder
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.uwm.selection import selected_indices
+
+PAIRS = 6
+AGREEMENT = 0.9995
+
+
+def source() -> DemoSource:
+    spec, _, _ = calibration_set_of("demo")
+    return DemoSource(dataclasses.replace(spec, limit=PAIRS))
+
+
+def pairs_of(model: LoadedModel, name: TowerName) -> PairStream:
+    return PairStream(
+        source(), name, model.ref.image, Tokenizer(model.tokenizer_json, model.ref.text),
+        batch_pairs=4, workers=0, max_broken_share=0.0, progress=lambda *_: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
+    """Scores, edits, saves, loads, exports with its fingerprint; ONNX Runtime embeds as PyTorch does."""
+    recipe = reduced(name)
+    model = load_model(recipe, folder=None, device="cpu")
+    before = {n: p.detach().clone() for n, p in model.source.named_parameters()}
+    score = score_to_folder(model, source().record, lambda t: pairs_of(model, t), recipe.edit, tmp_path)
+    edit = edit_to_folder(model, score, tmp_path / "scores.safetensors", recipe.edit, tmp_path)
+    patch = Patch.from_file(tmp_path / "patch.safetensors")
+    edited = load_model(recipe, folder=tmp_path / "model", device="cpu")
+    for layer, part in patch.layers.items():
+        before[f"{layer}.weight"].view(-1)[part.indices.long()] *= -1
+    for parameter, value in edited.source.named_parameters():
+        assert torch.equal(value, before[parameter])
+    assert all(layer.selected for layer in edit.layers)
+    for tower in TowerName:
+        check_export(edited, tower, recipe, edit, patch, tmp_path)
+
+
+def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, patch: Patch, folder: Path) -> None:
+    tower, ref = model.tower(name), model.ref
+    shape = (3, ref.image.crop, ref.image.crop) if name is TowerName.IMAGE else (ref.text.context_length,)
+    artifact = onnx_from_tower(
+        tower, sample_of(tower, shape, ref.text.eos_id), recipe.export, weights_digest=edit.edited_weights_digest,
+        edits=[layer for layer in edit.layers if layer.tower is name], patch=patch, folder=folder,
+    )  # fmt: skip
+    assert artifact.fingerprint.layers == 2
+    assert not artifact.fingerprint.mismatches
+    session = open_session(
+        Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=Profile(min=1, opt=2, max=5),
+        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimised=False,
+    )  # fmt: skip
+    batch = next(iter(pairs_of(model, name)))
+    rows = np.concatenate([batch.safe, batch.unsafe])
+    if name is TowerName.TEXT:
+        captions = ["", "cat", "word " * 200, "一只猫", *(["a cat"] * 3)]
+        rows = Tokenizer(model.tokenizer_json, ref.text).encode(captions)
+    with torch.inference_mode():
+        wanted = tower.embed(torch.from_numpy(rows)).numpy()
+    wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+    for size in (1, 2, len(rows)):
+        assert np.abs(session.run(rows[:size]) - wanted[:size]).max() < 1e-5
+
+
+@pytest.mark.parametrize("tower", list(TowerName))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, tmp_path: Path) -> None:
+    """Scores computed from the layer's inputs, sample by sample in float64, select the same entries."""
+    model, recipe = model_of(name), reduced(name)
+    spec = recipe.edit.image if tower is TowerName.IMAGE else recipe.edit.text
+    layers = model.tower(tower).layers(spec.layers)
+    seen: dict[str, dict[str, list[np.ndarray]]] = {n: {"safe": [], "unsafe": []} for n in layers}
+
+    def keep(layer: str, valid: Any, half: int) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            rows = inputs[0].double().numpy()
+            for i, row in enumerate(rows):
+                seen[layer]["safe" if i < half else "unsafe"].append(row if valid is None else row[valid[i]])
+
+        return hook
+
+    with torch.inference_mode():
+        for batch in pairs_of(model, tower):
+            inputs = torch.from_numpy(np.concatenate([batch.safe, batch.unsafe]))
+            valid = model.tower(tower).valid_tokens(inputs)
+            mask = None if valid is None else valid.numpy()
+            hooks = [m.register_forward_pre_hook(keep(n, mask, len(batch.ids))) for n, m in layers.items()]
+            model.tower(tower).embed(inputs)
+            for hook in hooks:
+                hook.remove()
+    score_to_folder(model, source().record, lambda t: pairs_of(model, t), recipe.edit, tmp_path)
+    from safetensors.torch import load_file
+
+    fast = load_file(tmp_path / "scores.safetensors")
+    for layer, module in layers.items():
+        weight = module.weight.detach().double().numpy()
+        eps = 1e-8 if tower is TowerName.IMAGE else 0.0
+        slow = uwm_oracle.score(seen[layer]["safe"], seen[layer]["unsafe"], weight, spec.rule.value, eps)
+        np.testing.assert_allclose(fast[layer].numpy(), slow, rtol=1e-3)
+        chosen, wanted = (
+            np.isin(np.arange(weight.size), selected_indices(torch.from_numpy(np.asarray(s)), spec.keep_mass).numpy())
+            for s in (fast[layer].numpy(), slow)
+        )
+        assert (chosen == wanted).mean() >= AGREEMENT

@@ -1,0 +1,75 @@
+"""Attention whose projections are called as modules.
+
+`nn.MultiheadAttention` reads the weight of its output projection directly: a hook on that layer never fires, so its
+inputs cannot be scored (method.md section 4), and its fused kernels export to a graph that is harder to read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class ExplicitAttention(nn.Module):
+    """Computes what an `nn.MultiheadAttention` (batch first) computes, on its very parameters, under the same names.
+
+    Args:
+        source: The module it takes the place of.
+    """
+
+    def __init__(self, source: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if source.bias_k is not None or source.add_zero_attn or not source.batch_first:
+            raise ValueError("this kind of attention is not supported")
+        self.num_heads, self.head_dim = source.num_heads, source.head_dim
+        self.in_proj_weight, self.in_proj_bias = source.in_proj_weight, source.in_proj_bias
+        self.q_proj_weight, self.k_proj_weight, self.v_proj_weight = (
+            source.q_proj_weight, source.k_proj_weight, source.v_proj_weight,
+        )  # fmt: skip
+        self.out_proj = source.out_proj
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Attends.
+
+        Args:
+            query: (B, L, E).
+            key: (B, S, kdim); the very object `query` for self-attention.
+            value: (B, S, vdim).
+            need_weights: For the signature only; weights are never returned.
+            attn_mask: Added to the logits: (L, S) or (B * heads, L, S).
+
+        Returns:
+            (B, L, E), and None in the place of the weights.
+        """
+        q, k, v = (self._heads(part) for part in self._projected(query, key, value))
+        logits = (q / math.sqrt(self.head_dim)) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            logits = logits + (attn_mask if attn_mask.ndim == 2 else attn_mask.view(logits.shape))
+        mixed = (torch.softmax(logits, -1) @ v).transpose(1, 2).flatten(2)
+        return self.out_proj(mixed), None
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        if self.in_proj_weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            return functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        return tuple(functional.linear(*part) for part in zip((query, key, value), weights, biases, strict=True))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def make_attention_explicit(model: nn.Module) -> None:
+    """Replaces every `nn.MultiheadAttention` inside a model."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, ExplicitAttention(child))

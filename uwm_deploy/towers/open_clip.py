@@ -1,0 +1,231 @@
+"""open_clip's CLIP and CoCa: the towers it builds itself, with the vocabulary it ships."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import CLIP, CoCa, CustomTextCLIP, get_model_config
+from open_clip.factory import load_checkpoint
+from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipe import Architecture
+from uwm_deploy.records import ImageSpec, TextSpec, TowerName
+from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers.attention import make_attention_explicit
+from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
+from uwm_deploy.towers.hf_clip import MEAN, STD
+from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, ValidTokens, caption_tokens, jitter
+from uwm_deploy.workspace import digest_of_bytes
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
+_START, _END = "<start_of_text>", "<end_of_text>"
+
+
+class _ImageGraph(nn.Module):
+    """Pixels to embedding; CoCa's tower also gives its tokens, which nobody needs here."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, d)."""
+        result = self.visual(pixel_values)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class _CustomTextGraph(nn.Module):
+    """Ids to embedding, through a text tower that is a module of its own. Rows have full length."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.text = model.text
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) to (B, d)."""
+        result = self.text(input_ids)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class _TextGraph(nn.Module):
+    """Ids to embedding, through a text tower whose parts lie in the model itself.
+
+    Written out because the model's own method takes rows of full length only; with causal attention the padding changes
+    nothing, so short batches need not be padded.
+    """
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.token_embedding, self.positional_embedding = model.token_embedding, model.positional_embedding
+        self.transformer, self.ln_final, self.text_projection = (
+            model.transformer, model.ln_final, model.text_projection,
+        )  # fmt: skip
+        self.register_buffer("attn_mask", model.attn_mask, persistent=False)
+        self._pool, self._end = model.text_pool_type, getattr(model, "text_eos_id", None)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) to (B, d)."""
+        length = input_ids.shape[1]
+        rows = self.token_embedding(input_ids) + self.positional_embedding[:length]
+        rows = self.ln_final(self.transformer(rows, attn_mask=self.attn_mask[:length, :length]))
+        pooled = text_global_pool(rows, input_ids, self._pool, eos_token_id=self._end)
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled)
+        return pooled @ self.text_projection
+
+
+def from_folder(folder: Path, *, random: bool) -> LoadedParts:
+    """Loads a folder in the layout of open_clip's hub repositories, or only its architecture.
+
+    Raises:
+        InputError: See `towers.checkpoint`; and for towers that open_clip takes from another library.
+    """
+    body = checkpoint.json_file(folder, CONFIG)
+    try:
+        config, preprocess = dict(body["model_cfg"]), dict(body.get("preprocess_cfg", {}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder.name}/{CONFIG} has no model_cfg", fix="use a complete checkpoint") from error
+    model = _model(config, folder.name)
+    if random:
+        jitter(model)
+    else:
+        _load_weights(model, folder)
+    return _parts(model, config, preprocess)
+
+
+def from_architecture(architecture: Architecture) -> LoadedParts:
+    """Random weights for one of open_clip's own configurations."""
+    config = get_model_config(architecture.open_clip)
+    if config is None:
+        raise InputError(
+            f"open_clip has no configuration {architecture.open_clip!r}", fix="see open_clip.list_models()"
+        )
+    config["text_cfg"] |= architecture.text
+    config["vision_cfg"] |= architecture.image
+    model = _model(config, architecture.open_clip)
+    jitter(model)
+    return _parts(model, config, {})
+
+
+def _model(config: Mapping[str, Any], name: str) -> nn.Module:
+    text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
+    if "hf_model_name" in text or "timm_model_name" in vision or "hf_tokenizer_name" in text:
+        raise InputError(f"{name} has a tower of another library", fix="use its Hugging Face version, if there is one")
+    kinds = {"coca": CoCa, "custom": CustomTextCLIP, "plain": CLIP}
+    kind = "coca" if "multimodal_cfg" in config else "custom" if config.get("custom_text") else "plain"
+    arguments = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "custom_text"}
+    torch.manual_seed(0)
+    return kinds[kind](**arguments).float().eval()
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    names = {file.name: file for file in checkpoint.weight_files(folder)}
+    file = next((names[name] for name in _WEIGHT_NAMES if name in names), None)
+    if file is None:
+        raise InputError(f"checkpoint {folder.name} has none of {', '.join(_WEIGHT_NAMES)}", fix="use a complete one")
+    try:
+        load_checkpoint(model, str(file))
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise checkpoint.does_not_fit(folder, error) from error
+    checkpoint.check_finite(folder, model.named_parameters())
+
+
+def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any]) -> LoadedParts:
+    make_attention_explicit(model)
+    positions = int(config["text_cfg"].get("context_length", 77))
+    plain = isinstance(model, CLIP)
+    spec, content = _text_spec(positions, fixed_length=not plain)
+    dim = int(config["embed_dim"])
+    text_graph = _TextGraph(model) if plain else _CustomTextGraph(model)
+    image = _image_spec(config, preprocess)
+
+    def save(target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        body = {"model_cfg": config, "preprocess_cfg": _preprocess_config(image)}
+        (target / CONFIG).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        checkpoint.readable(target)
+
+    return LoadedParts(
+        source=model,
+        image_tower=ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim),
+        text_tower=ModuleTower(
+            text_graph, TowerName.TEXT, dim, _valid_tokens(model, spec), pools_at_end=not isinstance(model, CoCa)
+        ),
+        image=image,
+        text=spec,
+        embed_dim=dim,
+        tokenizer_json=content,
+        save=save,
+    )
+
+
+def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
+    """CoCa appends a class token to every caption; it is a token like any other."""
+    inner = caption_tokens(spec)
+    if not isinstance(model, CoCa):
+        return inner
+
+    def valid(ids: Tensor) -> Tensor:
+        caption = inner(ids)
+        return torch.cat([caption, caption.new_ones(len(ids), 1)], 1)
+
+    return valid
+
+
+def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
+    tokenizer = CLIPTokenizer(*clip_vocabulary(_START, _END), bos_token=_START, eos_token=_END, unk_token=_END)
+    # The same splitting, but for the names of the special tokens.
+    content = tokenizer.backend_tokenizer.to_str().replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>", f"{_START}|{_END}")
+    content = Tokenizer.from_str(content).to_str()
+    encoded = content.encode()
+    spec = TextSpec(
+        context_length=positions,
+        eos_id=int(tokenizer.eos_token_id),
+        pad_id=0,
+        fixed_length=fixed_length,
+        cleaning="open-clip",
+        tokenizer_digest=digest_of_bytes(encoded),
+    )
+    return spec, encoded
+
+
+def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> ImageSpec:
+    size = preprocess.get("size") or config["vision_cfg"].get("image_size", 224)
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    mode, resample = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
+    if sides[0] != sides[-1] or mode not in ("shortest", "squash") or resample not in ("bicubic", "bilinear"):
+        raise InputError(f"{CONFIG} asks for preprocessing that is not supported", fix="use a square size")
+    mean, std = (tuple(float(v) for v in preprocess.get(key) or known) for key, known in (("mean", MEAN), ("std", STD)))
+    return ImageSpec(
+        resize=int(sides[0]),
+        crop=int(sides[0]),
+        resample=resample,
+        rescale=1 / 255,
+        mean=mean,
+        std=std,
+        fit="squash" if mode == "squash" else "crop",
+        crop_offset="round",
+        alpha="drop",
+    )
+
+
+def _preprocess_config(spec: ImageSpec) -> dict[str, Any]:
+    """What `_image_spec` reads."""
+    mode = "squash" if spec.fit == "squash" else "shortest"
+    return {
+        "mean": list(spec.mean), "std": list(spec.std), "interpolation": spec.resample, "resize_mode": mode,
+    }  # fmt: skip

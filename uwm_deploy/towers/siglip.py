@@ -1,0 +1,159 @@
+"""SigLIP and SigLIP 2 of fixed resolution, as `transformers` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipe import Architecture
+from uwm_deploy.records import ImageSpec, TowerName
+from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers.attention import make_attention_explicit
+from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens, jitter
+
+FAMILY = "siglip"
+SIGLIP2_VOCABULARY = 256_000
+"""Size of the Gemma vocabulary, by which SigLIP 2 is told from SigLIP."""
+
+
+class _ImageGraph(nn.Module):
+    """Pixels to embedding."""
+
+    def __init__(self, model: SiglipModel) -> None:
+        super().__init__()
+        self.vision_model = model.vision_model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, d)."""
+        result: Tensor = self.vision_model(pixel_values=pixel_values).pooler_output
+        return result
+
+
+class _TextGraph(nn.Module):
+    """Ids to embedding. No mask and always full length: the last position is pooled, padding or not."""
+
+    def __init__(self, model: SiglipModel) -> None:
+        super().__init__()
+        self.text_model = model.text_model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) to (B, d)."""
+        result: Tensor = self.text_model(input_ids=input_ids).pooler_output
+        return result
+
+
+def from_folder(folder: Path, *, random: bool) -> LoadedParts:
+    """Loads a checkpoint folder, or only its architecture.
+
+    Raises:
+        InputError: See `towers.checkpoint`.
+    """
+    checkpoint.config_of_type(folder, ("siglip",), FAMILY)
+    config = SiglipConfig.from_pretrained(folder)
+    model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config=config)
+    tokenizer = _tokenizer_of(folder)
+    if config.text_config.vocab_size == SIGLIP2_VOCABULARY:
+        _lowercase(tokenizer)
+
+    def save(target: Path) -> None:
+        model.save_pretrained(target)
+        checkpoint.copy_side_files(folder, target)
+        checkpoint.readable(target)
+
+    return _parts(model, checkpoint.image_spec(folder), tokenizer, save)
+
+
+def from_architecture(architecture: Architecture) -> LoadedParts:
+    """Random weights with a stand-in tokenizer of bytes: the real vocabularies come with the checkpoints only."""
+    text = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, **architecture.text}
+    config = SiglipConfig(text_config=text, vision_config=dict(architecture.image))
+    model, side = random_siglip(config), int(config.vision_config.image_size)
+    tokenizer = byte_tokenizer(
+        int(config.text_config.max_position_embeddings),
+        separate_padding=config.text_config.vocab_size == SIGLIP2_VOCABULARY,
+    )
+    half = (0.5, 0.5, 0.5)
+    processor = SiglipImageProcessor(size={"height": side, "width": side}, image_mean=half, image_std=half, resample=3)
+    image = ImageSpec(resize=side, crop=side, resample="bicubic", rescale=1 / 255, mean=half, std=half, fit="squash")
+
+    def save(target: Path) -> None:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(target)
+        checkpoint.readable(target)
+
+    return _parts(model, image, tokenizer, save)
+
+
+def _parts(model: SiglipModel, image: ImageSpec, tokenizer: Any, save: Callable[[Path], None]) -> LoadedParts:
+    positions = int(model.config.text_config.max_position_embeddings)
+    spec, content = checkpoint.text_spec(tokenizer, positions, fixed_length=True)
+    make_attention_explicit(model)
+    dim = int(model.config.vision_config.hidden_size)
+    return LoadedParts(
+        source=model,
+        image_tower=ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim),
+        text_tower=ModuleTower(_TextGraph(model), TowerName.TEXT, dim, caption_tokens(spec)),
+        image=image,
+        text=spec,
+        embed_dim=dim,
+        tokenizer_json=content,
+        save=save,
+    )
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    """From `tokenizer.json`; the class that some checkpoints name needs another library and gives the same ids."""
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"checkpoint {folder.name} has no tokenizer.json", fix="convert its spiece.model to one")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types for a broken tokenizer
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {folder.name} has no usable tokenizer: {line}", fix="fetch it again") from error
+
+
+def _lowercase(tokenizer: Any) -> None:
+    """SigLIP 2 was trained on lower-case captions, which its published tokenizer files do not make."""
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None or "Lowercase" not in backend.to_str():
+        steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+        backend.normalizer = normalizers.Sequence(steps)
+
+
+def byte_tokenizer(positions: int, *, separate_padding: bool) -> PreTrainedTokenizerFast:
+    """One token per byte and SigLIP's rules: lower case, an end token, filled up to full length.
+
+    Args:
+        positions: Length of a row.
+        separate_padding: SigLIP 2 fills with a token of its own, SigLIP with the end token.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>" if separate_padding else "</s>",
+        model_max_length=positions,
+        padding_side="right",
+    )
+
+
+def random_siglip(config: object, seed: int = 0) -> SiglipModel:
+    """The architecture of a config with seeded, jittered random weights."""
+    torch.manual_seed(seed)
+    model = SiglipModel._from_config(config, attn_implementation="eager").eval()
+    jitter(model)
+    return model
