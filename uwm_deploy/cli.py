@@ -320,6 +320,82 @@ def evaluate(model: str, bundle: Path | None, evaluation: str | None, workers: i
 
 
 @cli.command()
+@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
+@click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder with the recipe's weights, instead of the hub.",
+)
+@click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
+@click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]")
+@click.option("--on", default=None, help="Set that every point is measured on. [default: the calibration set]")
+@click.option(
+    "--keep-mass",
+    "keep_masses",
+    default="0.9:0.995",
+    show_default=True,
+    help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98.",
+)
+@click.option("--factor", "factors", default="-1", show_default=True, help="List of multipliers, e.g. -1,0,0.5.")
+@click.option(
+    "--pick",
+    "max_drop",
+    default=None,
+    type=click.FloatRange(min=0),
+    help="Pick the highest GS among the points that lose at most this many points of zero-shot mean.",
+)
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder. [default: .uwm/MODEL/sweep]")
+@click.option("--work", default=None, type=click.Path(path_type=Path), help="Run folder. [default: .uwm/MODEL]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def sweep(
+    keep_masses: str,
+    factors: str,
+    on: str | None,
+    max_drop: float | None,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Measures many edits from one scoring pass; writes a table and a picture of safety gained against knowledge kept.
+
+    Points are measured, and one may be picked, on the calibration set or the set of --on, never on the evaluation set.
+
+    \b
+    Example:
+      uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.pipeline import Request, resolved_recipe
+    from uwm_deploy.summary import print_rows
+    from uwm_deploy.sweep import factors_of, keep_masses_of, rows
+    from uwm_deploy.sweep import sweep as run_sweep
+
+    request = Request(**options)
+    folder = out or (request.work or Path(".uwm") / resolved_recipe(request).name) / "sweep"
+    report = run_sweep(
+        request,
+        keep_masses=keep_masses_of(keep_masses),
+        factors=factors_of(factors),
+        on=on,
+        max_drop=max_drop,
+        out=folder,
+        reporter=Reporter(),
+    )
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_rows(rows(report))
+        if max_drop is not None:
+            click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
+        click.echo(f"table and picture: {folder}")
+    return 0
+
+
+@cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @common_options
 def inspect(path: Path, as_json: bool) -> int:

@@ -133,6 +133,16 @@ def run(request: Request, *, until: str, reporter: Reporter) -> Outcome:
     return build.outcome
 
 
+def resolved_recipe(request: Request) -> Recipe:
+    """The recipe with what the user asked for in its place."""
+    return _with_overrides(recipe_of(request.model)[0], request)
+
+
+def load_source(request: Request, reporter: Reporter) -> LoadedModel:
+    """The unedited model that a request names."""
+    return _Build(request, reporter).original
+
+
 def recipe_of(model: str) -> tuple[Recipe, str]:
     """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
     if Path(model).is_dir():

@@ -380,6 +380,40 @@ class SafetyReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPoint:
+    """One edit of a sweep.
+
+    Attributes:
+        shares: Edited entries divided by all entries of the edited layers, per tower.
+        safety: Measured with this edit.
+    """
+
+    keep_mass: float
+    factor: float
+    shares: Mapping[str, float]
+    safety: SafetyReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """Every point of a sweep, and which one a rule picked.
+
+    Attributes:
+        measured_on: The set that every point was measured on.
+        rule: The rule of the pick in words; empty when nothing was to be picked.
+        picked: Position in `points`; None when nothing was to be picked, or no point keeps the rule's limit.
+    """
+
+    model: ModelRef
+    measured_on: CalibrationRecord
+    scores_digest: Digest
+    original: SafetyReport
+    points: tuple[SweepPoint, ...]
+    rule: str
+    picked: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputParity:
     """How far one output of an artifact is from the edited model in PyTorch float32.
 

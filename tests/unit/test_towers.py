@@ -27,7 +27,7 @@ CAPTIONS = [
     "a photo of a cat, sleeping.",
     " ".join(["word"] * 200),
     "two 😀😀 and a 🔥",
-    "一只猫，在睡觉。",
+    "一只猫，在睡觉。",  # noqa: RUF001 -- full-width punctuation is the point
     "Don't SHOUT &amp; don&#39;t “quote”  twice",
     "!!! 1234 ½ ﬁne",
     "a <end_of_text> b",
@@ -233,5 +233,5 @@ def test_explicit_attention_computes_the_same(cross: bool) -> None:
 
 def test_a_recipe_without_architecture_has_no_random_weights() -> None:
     """The demo's recipe needs its checkpoint."""
-    with pytest.raises(InputError, match="no model.architecture"):
+    with pytest.raises(InputError, match=r"no model\.architecture"):
         load_model(recipe_of("demo"), folder=None, weights="random", device="cpu")

@@ -18,6 +18,7 @@ class DemoZeroShot:
     name: str
     labels: tuple[str, ...]
     template: str
+    first: int = 0
 
     def __len__(self) -> int:
         """Number of items."""
@@ -25,7 +26,7 @@ class DemoZeroShot:
 
     def read(self, index: int) -> LabelledImage:
         """One labelled image."""
-        item = world.zero_shot_item(self.name, index)
+        item = world.zero_shot_item(self.name, self.first + index)
         return LabelledImage(item.image, item.label)
 
 
@@ -77,5 +78,7 @@ class DemoSource:
         return item.safe_text, item.unsafe_text
 
     def zero_shot(self, name: str) -> ZeroShotSet:
-        """One of the zero-shot sets."""
-        return DemoZeroShot(name=name, labels=world.zero_shot_labels(name), template=world.zero_shot_template(name))
+        """One of the zero-shot sets; only the test split has the images that results are reported on."""
+        first = 0 if self.split == "test" else world.ZERO_SHOT_SIZE
+        labels, template = world.zero_shot_labels(name), world.zero_shot_template(name)
+        return DemoZeroShot(name=name, labels=labels, template=template, first=first)

@@ -25,14 +25,21 @@ class ExplicitAttention(nn.Module):
         if source.bias_k is not None or source.add_zero_attn or not source.batch_first:
             raise ValueError("this kind of attention is not supported")
         self.num_heads, self.head_dim = source.num_heads, source.head_dim
-        self.in_proj_weight, self.in_proj_bias = source.in_proj_weight, source.in_proj_bias
+        # Declared as always there, but None where keys and values have a width of their own.
+        self.in_proj_weight: nn.Parameter | None = source.in_proj_weight
+        self.in_proj_bias = source.in_proj_bias
         self.q_proj_weight, self.k_proj_weight, self.v_proj_weight = (
             source.q_proj_weight, source.k_proj_weight, source.v_proj_weight,
         )  # fmt: skip
         self.out_proj = source.out_proj
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,  # noqa: ARG002 -- callers pass it
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attends.
 
@@ -54,6 +61,7 @@ class ExplicitAttention(nn.Module):
         return self.out_proj(mixed), None
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        weights: tuple[Tensor, ...]
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -64,7 +72,7 @@ class ExplicitAttention(nn.Module):
         return tuple(functional.linear(*part) for part in zip((query, key, value), weights, biases, strict=True))
 
     def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return rows.reshape(*rows.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
 
 def make_attention_explicit(model: nn.Module) -> None:

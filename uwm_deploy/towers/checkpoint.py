@@ -170,11 +170,10 @@ def image_spec(folder: Path) -> ImageSpec:
             f"{folder.name}/preprocessor_config.json asks for preprocessing that is not supported",
             fix="it must resize (short edge and a square crop, or to a square), rescale and normalise, bicubic or bilinear",
         )
-    mean, std = (tuple(float(v) for v in body.get(key, ())) for key in ("image_mean", "image_std"))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise InputError(
-            f"{folder.name}/preprocessor_config.json: image_mean or image_std", fix="give three values each"
-        )
+    name = f"{folder.name}/preprocessor_config.json: image_mean or image_std"
+    mean, std = (three(body.get(key, ()), name) for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise InputError(f"{name} is not positive", fix="give three positive values")
     return ImageSpec(
         resize=resize,
         crop=side,
@@ -184,6 +183,18 @@ def image_spec(folder: Path) -> ImageSpec:
         std=std,
         fit="squash" if squash else "crop",
     )
+
+
+def three(values: Iterable[float], where: str) -> tuple[float, float, float]:
+    """One number per colour channel.
+
+    Raises:
+        InputError: If there are not three.
+    """
+    numbers = [float(value) for value in values]
+    if len(numbers) != 3:
+        raise InputError(f"{where}: {len(numbers)} values", fix="give three values, one per channel")
+    return numbers[0], numbers[1], numbers[2]
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

@@ -33,17 +33,22 @@ _WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetens
 _START, _END = "<start_of_text>", "<end_of_text>"
 
 
+def _first(result: Any) -> Tensor:
+    """The embedding, of a tower that may give its tokens as well."""
+    embeds: Tensor = result[0] if isinstance(result, tuple) else result
+    return embeds
+
+
 class _ImageGraph(nn.Module):
     """Pixels to embedding; CoCa's tower also gives its tokens, which nobody needs here."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.visual = model.visual
+        self.visual: Any = model.visual
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, d)."""
-        result = self.visual(pixel_values)
-        return result[0] if isinstance(result, tuple) else result
+        return _first(self.visual(pixel_values))
 
 
 class _CustomTextGraph(nn.Module):
@@ -51,12 +56,11 @@ class _CustomTextGraph(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.text = model.text
+        self.text: Any = model.text
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) to (B, d)."""
-        result = self.text(input_ids)
-        return result[0] if isinstance(result, tuple) else result
+        return _first(self.text(input_ids))
 
 
 class _TextGraph(nn.Module):
@@ -72,6 +76,7 @@ class _TextGraph(nn.Module):
         self.transformer, self.ln_final, self.text_projection = (
             model.transformer, model.ln_final, model.text_projection,
         )  # fmt: skip
+        self.attn_mask: Tensor
         self.register_buffer("attn_mask", model.attn_mask, persistent=False)
         self._pool, self._end = model.text_pool_type, getattr(model, "text_eos_id", None)
 
@@ -80,10 +85,10 @@ class _TextGraph(nn.Module):
         length = input_ids.shape[1]
         rows = self.token_embedding(input_ids) + self.positional_embedding[:length]
         rows = self.ln_final(self.transformer(rows, attn_mask=self.attn_mask[:length, :length]))
-        pooled = text_global_pool(rows, input_ids, self._pool, eos_token_id=self._end)
-        if isinstance(self.text_projection, nn.Linear):
-            return self.text_projection(pooled)
-        return pooled @ self.text_projection
+        pooled: Tensor = text_global_pool(rows, input_ids, self._pool, eos_token_id=self._end)
+        linear = isinstance(self.text_projection, nn.Linear)
+        embeds: Tensor = self.text_projection(pooled) if linear else pooled @ self.text_projection
+        return embeds
 
 
 def from_folder(folder: Path, *, random: bool) -> LoadedParts:
@@ -127,7 +132,8 @@ def _model(config: Mapping[str, Any], name: str) -> nn.Module:
     kind = "coca" if "multimodal_cfg" in config else "custom" if config.get("custom_text") else "plain"
     arguments = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "custom_text"}
     torch.manual_seed(0)
-    return kinds[kind](**arguments).float().eval()
+    model: nn.Module = kinds[kind](**arguments).float().eval()
+    return model
 
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
@@ -209,7 +215,9 @@ def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
     mode, resample = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
     if sides[0] != sides[-1] or mode not in ("shortest", "squash") or resample not in ("bicubic", "bilinear"):
         raise InputError(f"{CONFIG} asks for preprocessing that is not supported", fix="use a square size")
-    mean, std = (tuple(float(v) for v in preprocess.get(key) or known) for key, known in (("mean", MEAN), ("std", STD)))
+    mean, std = (
+        checkpoint.three(preprocess.get(key) or known, CONFIG) for key, known in (("mean", MEAN), ("std", STD))
+    )
     return ImageSpec(
         resize=int(sides[0]),
         crop=int(sides[0]),

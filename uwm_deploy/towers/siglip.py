@@ -136,15 +136,15 @@ def byte_tokenizer(positions: int, *, separate_padding: bool) -> PreTrainedToken
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *letters])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))  # noqa: S106 -- a token of text
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="</s>",
-        unk_token="<unk>",
+        eos_token="</s>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
         pad_token="<pad>" if separate_padding else "</s>",
         model_max_length=positions,
         padding_side="right",

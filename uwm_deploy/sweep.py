@@ -1,0 +1,315 @@
+"""Many edits from one scoring pass: each point measured, the trade-off drawn, one point picked by a stated rule."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from uwm_deploy.codec import json_from_record
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.embedding import PreparedSet, prepare
+from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.errors import InputError, UwmError
+from uwm_deploy.pipeline import Request, calibration_set_of, load_source, resolved_recipe, run
+from uwm_deploy.records import SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.stages.verify import embed_model
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.selection import selected_indices
+from uwm_deploy.workspace import whole_folder
+
+POINTS_OF_A_RANGE = 8
+"""Points of `LOW:HIGH` when their number is not given."""
+
+PICKED_METRIC = "GS"
+
+
+def keep_masses_of(text: str) -> tuple[float, ...]:
+    """Values of ``0.9:0.995``, ``0.9:0.995:12`` or ``0.9,0.95,0.98``, ascending.
+
+    A range is spaced evenly in the logarithm of the share that is edited, ``1 - keep_mass``, which is what matters.
+
+    Raises:
+        InputError: If it is none of these, or a value is not between 0 and 1.
+    """
+    try:
+        if ":" in text:
+            low, high, *rest = text.split(":")
+            count = int(rest[0]) if rest else POINTS_OF_A_RANGE
+            first, last = math.log(1 - float(low)), math.log(1 - float(high))
+            steps = [first + (last - first) * i / max(1, count - 1) for i in range(count)]
+            values = [1 - math.exp(step) for step in steps]
+        else:
+            values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--keep-mass {text!r} is not understood", fix="use 0.9:0.995 or 0.9,0.95,0.98") from error
+    if not values or any(not 0 < value < 1 for value in values):
+        raise InputError(f"--keep-mass {text!r} holds a value outside 0 to 1", fix="use shares between 0 and 1")
+    return tuple(sorted({round(value, 6) for value in values}))
+
+
+def factors_of(text: str) -> tuple[float, ...]:
+    """Values of ``-1,0,0.5``.
+
+    Raises:
+        InputError: If one is not a number.
+    """
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise InputError(f"--factor {text!r} is not a list of numbers", fix="use -1,0,0.5") from error
+
+
+def sweep(
+    request: Request,
+    *,
+    keep_masses: Sequence[float],
+    factors: Sequence[float],
+    on: str | None,
+    max_drop: float | None,
+    out: Path,
+    reporter: Reporter,
+) -> SweepReport:
+    """Scores once (or reuses the scores), then measures every point, and writes table, picture and JSON.
+
+    Args:
+        request: Model, calibration set and where to work.
+        keep_masses: See `keep_masses_of`.
+        factors: Multipliers of the selected entries.
+        on: Set that is measured; the calibration set without it.
+        max_drop: With it a point is picked: highest GS among those that lose at most so many points of zero-shot mean.
+        out: Folder for `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
+        reporter: Progress.
+
+    Raises:
+        InputError: If a point is to be picked on the evaluation set, or on a set without zero-shot sets.
+    """
+    recipe = resolved_recipe(request)
+    measured_on = on or recipe.data.calibration
+    spec, _, base = calibration_set_of(measured_on)
+    source = open_source(spec, base=base)
+    if max_drop is not None:
+        _check_may_pick(source, recipe.data.evaluation)
+    score = run(request, until="score", reporter=reporter)
+    assert score.score is not None
+    model = load_source(request, reporter)
+    tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
+    with reporter.stage("sweep", f"{len(keep_masses) * len(factors)} points on {measured_on}"):
+        prepared = prepare(source, model.ref.image, tokenizer, workers=request.workers, progress=reporter.progress)
+        original = _measured(model, prepared, "original", reporter)
+        points = []
+        for keep_mass, factor, shares in edited_points(
+            model, score.score, score.work / "score" / "scores.safetensors", keep_masses, factors
+        ):
+            report = _measured(model, prepared, f"{keep_mass:g}, {factor:g}", reporter)
+            points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=report))
+        result = SweepReport(
+            model=model.ref,
+            measured_on=source.record,
+            scores_digest=score.score.scores_digest,
+            original=original,
+            points=tuple(points),
+            rule="" if max_drop is None else rule_text(max_drop),
+            picked=None if max_drop is None else pick(original, points, max_drop),
+        )
+        with whole_folder(out) as folder:
+            write(result, folder)
+    return result
+
+
+def _measured(model: LoadedModel, prepared: PreparedSet, label: str, reporter: Reporter) -> SafetyReport:
+    return safety_report(label, embed_model(model, prepared, label, reporter.progress))
+
+
+def _check_may_pick(source: QuadrupleSource, evaluation: str) -> None:
+    """What the result is reported on must have no say in how it is made."""
+    spec, _, base = calibration_set_of(evaluation)
+    try:
+        others = set(open_source(spec, base=base).ids) if source.record.name != spec.name else set(source.ids)
+    except UwmError:  # the evaluation set is not at hand; only its name can be compared
+        others = set()
+    if common := others & set(source.ids):
+        raise InputError(
+            f"{source.record.name} shares {len(common)} items with the evaluation set {evaluation}",
+            fix="pick on the calibration or a validation set",
+        )
+    if not source.zero_shot_names:
+        raise InputError(
+            f"data set {source.record.name} names no zero-shot sets, so what an edit costs cannot be measured",
+            fix="add `zero_shot` to its TOML",
+        )
+
+
+@dataclass(slots=True)
+class _Undo:
+    """Original values of the entries of one weight that were touched."""
+
+    weight: Tensor
+    touched: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def multiply(self, indices: Tensor, factor: float) -> None:
+        flat = self.weight.view(-1)
+        at = indices.to(flat.device)
+        self.touched.append(at)
+        self.values.append(flat[at].clone())
+        flat[at] = flat[at] * factor
+
+    def restore(self) -> None:
+        flat = self.weight.view(-1)
+        for at, values in zip(self.touched, self.values, strict=True):
+            flat[at] = values
+        self.touched, self.values = [], []
+
+
+@torch.no_grad()
+def edited_points(
+    model: LoadedModel, score: ScoreRecord, scores_file: Path, keep_masses: Sequence[float], factors: Sequence[float]
+) -> Iterator[tuple[float, float, dict[str, float]]]:
+    """Puts every point into the model in turn, and leaves the model as it was.
+
+    Selections are nested: what a larger keep_mass selects, a smaller one selects too. So each step multiplies only the
+    entries that are new.
+
+    Yields:
+        keep_mass, factor, and the share of edited entries per tower, while the model holds that edit.
+    """
+    weights = {layer.name: model.source.get_parameter(f"{layer.name}.weight").detach() for layer in score.layers}
+    undo = {name: _Undo(weight) for name, weight in weights.items()}
+    with safe_open(str(scores_file), framework="pt") as scores:
+        for factor in factors:
+            done = {name: torch.empty(0, dtype=torch.int64) for name in weights}
+            try:
+                for keep_mass in sorted(keep_masses, reverse=True):
+                    for name, undoing in undo.items():
+                        chosen = selected_indices(scores.get_tensor(name), keep_mass)
+                        undoing.multiply(chosen[~torch.isin(chosen, done[name])], factor)
+                        done[name] = chosen
+                    yield keep_mass, factor, _shares(score, done)
+            finally:
+                for undoing in undo.values():
+                    undoing.restore()
+
+
+def _shares(score: ScoreRecord, chosen: Mapping[str, Tensor]) -> dict[str, float]:
+    """Edited entries divided by all entries of the edited layers, per tower."""
+    shares = {}
+    for tower in TowerName:
+        layers = [layer for layer in score.layers if layer.tower is tower]
+        total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        shares[tower.value] = sum(len(chosen[layer.name]) for layer in layers) / total if total else 0.0
+    return shares
+
+
+def rule_text(max_drop: float) -> str:
+    """The rule of `pick`, in words."""
+    return f"highest {PICKED_METRIC} among the points whose zero-shot mean falls by at most {max_drop:g} points"
+
+
+def pick(original: SafetyReport, points: Sequence[SweepPoint], max_drop: float) -> int | None:
+    """Position of the point that the rule picks; of equals the one that edits least; None when no point keeps the limit."""
+    allowed = [i for i, p in enumerate(points) if zero_shot_mean(original) - zero_shot_mean(p.safety) <= max_drop]
+    return max(allowed, key=lambda i: (gain(original, points[i]), points[i].keep_mass), default=None)
+
+
+def gain(original: SafetyReport, point: SweepPoint) -> float:
+    """Points of GS that an edit adds."""
+    return point.safety.preference[PICKED_METRIC].value - original.preference[PICKED_METRIC].value
+
+
+def zero_shot_mean(report: SafetyReport) -> float:
+    """Mean top-1 over the zero-shot sets, percent; NaN without any."""
+    values = [p.value for p in report.zero_shot.values()]
+    return sum(values) / len(values) if values else math.nan
+
+
+COLUMNS = ("keep_mass", "factor", "text share %", "image share %")
+METRICS = ("P_ts", "P_tu", "P_vs", "P_vu", "PS", "PU", "GS")
+
+
+def rows(report: SweepReport) -> list[dict[str, str]]:
+    """The table: the original first, then every point; the picked one is marked."""
+
+    def cells(safety: SafetyReport) -> dict[str, str]:
+        mean = zero_shot_mean(safety)
+        values = {name: f"{safety.preference[name].value:.1f}" for name in METRICS}
+        return {**values, "zero-shot": "-" if math.isnan(mean) else f"{mean:.1f}"}
+
+    table = [dict.fromkeys(COLUMNS, "-") | {"keep_mass": "original"} | cells(report.original) | {"picked": ""}]
+    for i, point in enumerate(report.points):
+        setting = (
+            f"{point.keep_mass:g}", f"{point.factor:g}",
+            f"{100 * point.shares['text']:.2f}", f"{100 * point.shares['image']:.2f}",
+        )  # fmt: skip
+        picked = {"picked": "*" if i == report.picked else ""}
+        table.append(dict(zip(COLUMNS, setting, strict=True)) | cells(point.safety) | picked)
+    return table
+
+
+def write(report: SweepReport, folder: Path) -> None:
+    """JSON, CSV, Markdown and the picture."""
+    table = rows(report)
+    (folder / "sweep.json").write_text(json_from_record(report), encoding="utf-8")
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    (folder / "sweep.csv").write_text(stream.getvalue(), encoding="utf-8")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (list(table[0]), ["---"] * len(table[0]))]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in table]
+    (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(report, folder / "sweep.png")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points that no other beats in both coordinates (higher is better), by first coordinate."""
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
+    front, best = [], -math.inf
+    for i in order:
+        if points[i][1] > best:
+            front.append(i)
+            best = points[i][1]
+    return front[::-1]
+
+
+def draw(report: SweepReport, path: Path) -> None:
+    """Safety gain against zero-shot kept, one line per factor, the Pareto front marked."""
+    from matplotlib.figure import Figure
+
+    base = zero_shot_mean(report.original)
+    kept = [zero_shot_mean(p.safety) - base for p in report.points]
+    gains = [gain(report.original, p) for p in report.points]
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="0.8", linewidth=1, zorder=0)
+    axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+    for factor in dict.fromkeys(p.factor for p in report.points):
+        at = [i for i, p in enumerate(report.points) if p.factor == factor]
+        axes.plot([kept[i] for i in at], [gains[i] for i in at], marker="o", markersize=4, label=f"factor {factor:g}")
+        for i in at:
+            label = f"{report.points[i].keep_mass:.3g}"
+            axes.annotate(label, (kept[i], gains[i]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    if not math.isnan(base):
+        front = pareto(list(zip(kept, gains, strict=True)))
+        axes.scatter(
+            [kept[i] for i in front], [gains[i] for i in front], s=90, facecolors="none", edgecolors="0.4",
+            label="not beaten by any other point",
+        )  # fmt: skip
+    if report.picked is not None:
+        axes.scatter(
+            kept[report.picked], gains[report.picked], marker="*", s=160, color="black", label="picked", zorder=3
+        )
+    axes.set_xlabel("zero-shot mean, change in points")
+    axes.set_ylabel("GS, change in points")
+    axes.set_title(f"{report.model.name} on {report.measured_on.name} (n = {report.measured_on.n}); labels: keep_mass")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
