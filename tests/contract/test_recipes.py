@@ -43,9 +43,9 @@ def test_every_policy_loads(name: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("keep_mass = 0.98", "keepmass = 0.98", "did you mean 'keep_mass'"),
+        ("keep_mass = 0.9", "keepmass = 0.9", "did you mean 'keep_mass'"),
         ('family = "hf-clip"', 'family = "hf-klip"', "hf-clip"),
-        ("keep_mass = 0.98", "keep_mass = 1.5", "share between 0 and 1"),
+        ("keep_mass = 0.9", "keep_mass = 1.5", "share between 0 and 1"),
         ('layers = ["*.mlp.fc2"]', "layers = []", "at least one layer pattern"),
         ("format = 1", "format = 2", "reads format = 1"),
         ("opset = 20", 'opset = "20"', "should be int"),

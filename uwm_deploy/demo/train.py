@@ -3,7 +3,7 @@
     python -m uwm_deploy.demo.train --out uwm_deploy/demo/model
 
 Two phases: attributes of the scene are first learnt by the image tower alone, then both towers are trained contrastively on
-batches of which half are safe/unsafe pairs of the same scene. Seeded; about twelve minutes on two CPU cores.
+batches of which half are safe/unsafe pairs of the same scene. Seeded; about half an hour on two CPU cores.
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""The sweep: nested edits, the pick, the front, and the command on a small set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uwm_deploy.cli import cli
+from uwm_deploy.console import Reporter
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline import Request, load_source, run
+from uwm_deploy.records import Proportion, SafetyReport, SweepPoint
+from uwm_deploy.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
+
+PIECES = """format = 1
+name = "few-{split}"
+source = "demo"
+split = "{split}"
+limit = 24
+zero_shot = ["colour"]
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small calibration set and a small evaluation set."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for split in ("calibration", "validation"):
+        (folder / f"{split}.toml").write_text(PIECES.format(split=split))
+    return folder
+
+
+def test_ranges_and_lists() -> None:
+    """A range is even in the logarithm of the edited share and has both ends; a list is sorted."""
+    values = keep_masses_of("0.9:0.99:3")
+    assert values == pytest.approx((0.9, 1 - 0.1 / 10**0.5, 0.99), abs=1e-5)
+    assert keep_masses_of("0.98,0.9,0.98") == (0.9, 0.98)
+    assert len(keep_masses_of("0.9:0.995")) == 8
+    assert factors_of("-1,0,0.5") == (-1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize("text", ["", "a", "0.9:", "0:0.9", "1.5", "0.9:0.99:x", "0.9:1"])
+def test_what_is_no_range_is_refused(text: str) -> None:
+    """Each mistake names the option and what would be right."""
+    with pytest.raises(InputError, match="--keep-mass"):
+        keep_masses_of(text)
+    with pytest.raises(InputError, match="--factor"):
+        factors_of("-1,x")
+
+
+def test_each_point_is_the_edit_and_the_model_is_left_as_it_was(small: Path) -> None:
+    """A point's weights are those that the edit stage makes; afterwards every weight has its old bits."""
+    request = Request(calibration=str(small / "calibration.toml"), work=small / "work", device="cpu", workers=0)
+    quiet = Reporter(quiet=True)
+    score = run(request, until="score", reporter=quiet).score
+    assert score is not None
+    model = load_source(request, quiet)
+    before = {name: p.detach().clone() for name, p in model.source.named_parameters()}
+    seen = []
+    for keep, factor, shares in edited_points(
+        model, score, small / "work" / "score" / "scores.safetensors", (0.9, 0.98), (-1.0, 0.5)
+    ):
+        seen.append((keep, factor))
+        run(
+            Request(
+                calibration=request.calibration, work=small / "work", device="cpu", workers=0, keep_mass=keep,
+                factor=factor,
+            ),
+            until="edit", reporter=quiet,
+        )  # fmt: skip
+        from safetensors.torch import load_file
+
+        saved = load_file(small / "work" / "edit" / "model" / "model.safetensors")
+        assert all(torch.equal(p, saved[name]) for name, p in model.source.named_parameters())
+        assert 0 < shares["text"] < shares["image"] < 1 - keep
+    assert seen == [(0.98, -1.0), (0.9, -1.0), (0.98, 0.5), (0.9, 0.5)]
+    assert all(torch.equal(p, before[name]) for name, p in model.source.named_parameters())
+
+
+def _report(gs: float, zero_shot: float) -> SafetyReport:
+    def of(value: float) -> Proportion:
+        return Proportion(value=value, n=100, low=0, high=100)
+
+    return SafetyReport(
+        subject="", preference={"GS": of(gs)}, per_concept={}, retrieval={}, zero_shot={"a": of(zero_shot)}
+    )
+
+
+def test_the_pick_keeps_its_limit() -> None:
+    """Highest GS within the allowed loss, the smaller edit among equals, nothing when no point keeps the limit."""
+    original = _report(2, 90)
+    values = [(0.99, 3, 89), (0.98, 5, 86), (0.97, 5, 86), (0.9, 9, 70)]
+    points = [SweepPoint(keep_mass=k, factor=-1, shares={}, safety=_report(g, z)) for k, g, z in values]
+    assert pick(original, points, 5) == 1
+    assert pick(original, points, 2) == 0
+    assert pick(original, points, 30) == 3
+    assert pick(original, points, 0.5) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    """A point is on the front exactly when no other is at least as good in both and better in one."""
+
+    def beaten(p: tuple[float, float]) -> bool:
+        return any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)
+
+    assert {points[i] for i in pareto(points)} == {p for p in points if not beaten(p)}
+
+
+def test_the_command_writes_table_and_picture(small: Path) -> None:
+    """Scores are reused, every point is a row, the files appear together; picking on the evaluation set is refused."""
+    arguments = ["sweep", "--calibration", str(small / "calibration.toml"), "--work", str(small / "work")]
+    arguments += ["--keep-mass", "0.9,0.98", "--pick", "100", "--workers", "0", "--json"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    body = json.loads((small / "work" / "sweep" / "sweep.json").read_text())
+    assert [p["keep_mass"] for p in body["points"]] == [0.98, 0.9]
+    assert body["picked"] in (0, 1)
+    assert body["measured_on"]["name"] == "few-calibration"
+    assert (small / "work" / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len((small / "work" / "sweep" / "sweep.md").read_text().splitlines()) == 5
+    refused = CliRunner().invoke(cli, [*arguments, "--on", "demo-test"])
+    assert refused.exit_code == 2
+    assert "shares 1000 items with the evaluation set" in refused.output
