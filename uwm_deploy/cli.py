@@ -13,6 +13,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
+from uwm_deploy.records import Method, Selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,13 +64,33 @@ def pipeline_options(command: F) -> F:
             "--precision", default=None, type=click.Choice(["fp32"]), help="Precision. [default: the recipe's]"
         ),
         click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, "
+            "keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+        click.option(
             "--keep-mass",
             default=None,
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share of each layer's score mass left as it is, both towers. [default: the recipe's]",
+            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
+            "[default: the recipe's or the method's]",
         ),
         click.option(
-            "--factor", default=None, type=float, help="Multiplier of selected entries. [default: the recipe's]"
+            "--factor",
+            default=None,
+            type=float,
+            help="Multiplier of selected entries. [default: the recipe's or the method's]",
         ),
         click.option(
             "--weights",
@@ -286,37 +307,154 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
 
 
 @cli.command()
-@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
+@click.option("--model", default=None, help="Recipe name, recipe file or checkpoint folder. [default: demo]")
 @click.option(
     "--bundle", default=None, type=click.Path(path_type=Path), help="Measure a bundle instead, without torch."
 )
-@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]")
+@click.option(
+    "--compare",
+    "compared",
+    multiple=True,
+    metavar="[LABEL=]MODEL[:METHOD]",
+    help="One row of the paper's table: recipe, checkpoint or saved edited folder, or bundle; with a method, edited "
+    "first. Repeatable; all rows are measured on the same items.",
+)
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the first model's]")
+@click.option(
+    "--zero-shot",
+    multiple=True,
+    help="Zero-shot sets: all, none, names apart by commas, or imagefolder:PATH::TEMPLATE; repeatable. "
+    "[default: the evaluation set's]",
+)
+@click.option(
+    "--data",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
+)
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
 @common_options
-def evaluate(model: str, bundle: Path | None, evaluation: str | None, workers: int, as_json: bool) -> int:
-    """Measures SafeGround, retrieval and zero-shot of a model or a bundle on an evaluation set.
+def evaluate(
+    model: str | None,
+    bundle: Path | None,
+    compared: tuple[str, ...],
+    evaluation: str | None,
+    zero_shot: tuple[str, ...],
+    data: Path | None,
+    workers: int,
+    markdown: bool,
+    as_json: bool,
+) -> int:
+    """Measures SafeGround, retrieval and zero-shot of models and bundles on an evaluation set.
 
     \b
     Example:
       uwm-deploy evaluate --model demo
       uwm-deploy evaluate --bundle dist/demo --evaluation demo-test
+      uwm-deploy evaluate --compare CLIP=demo --compare UWM=demo:uwm --zero-shot shape,colour --markdown
     """
+    from uwm_deploy import comparison
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import evaluate_bundle, evaluate_model
-    from uwm_deploy.summary import print_safety
+    from uwm_deploy.datasets.zero_shot import names_from
+    from uwm_deploy.errors import InputError
+    from uwm_deploy.evaluation import Subject, subject_from
+    from uwm_deploy.evaluation import evaluate as measure
+    from uwm_deploy.pipeline import Request
+    from uwm_deploy.summary import print_rows, print_safety
 
-    reporter = Reporter()
-    report = (
-        evaluate_bundle(bundle, evaluation, workers, reporter)
-        if bundle
-        else evaluate_model(model, evaluation, workers, reporter)
+    if sum(map(bool, (model, bundle, compared))) > 1:
+        raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
+    single = str(bundle or model or "demo")
+    request = Request(workers=workers)
+    subjects = [subject_from(text, request) for text in compared] or [
+        Subject(label=single, model=single, bundle=bundle is not None, request=request)
+    ]
+    reports = measure(
+        subjects,
+        evaluation=evaluation,
+        zero_shot=names_from(zero_shot) if zero_shot else None,
+        data=data,
+        workers=workers,
+        reporter=Reporter(),
     )
+    labels = [subject.label for subject in subjects]
     if as_json:
-        click.echo(json_from_record(report), nl=False)
+        one = json_from_record(reports[0]).rstrip()
+        many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
+        click.echo(many if compared else one)
+    elif markdown:
+        click.echo(comparison.markdown_table(comparison.table_rows(labels, reports)))
+        click.echo("\n" + "\n".join(comparison.notes(reports)))
+    elif compared:
+        print_rows(comparison.table_rows(labels, reports))
+        click.echo("\n".join(comparison.notes(reports)))
     else:
-        print_safety([report])
+        print_safety(reports)
     return 0
+
+
+@cli.command()
+@click.argument("table")
+@click.option("--demo", is_flag=True, help="The same code on the demo model and its sets; nothing is published for it.")
+@click.option("--calibration", default=None, help="Set that edits are made from. [default: the table's]")
+@click.option("--evaluation", default=None, help="Set of quadruples. [default: the table's]")
+@click.option(
+    "--data",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
+)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    metavar="RECIPE=FOLDER",
+    help="Folder with a recipe's weights; repeatable. [default: the hub's cache]",
+)
+@click.option("--download", is_flag=True, help="Fetch weights that are not on this machine.")
+@click.option(
+    "--work",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder for the run folders of edits. [default: .uwm/methods]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@click.option("--markdown", is_flag=True, help="The table in Markdown.")
+@common_options
+def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json: bool, **options: Any) -> int:
+    """Measures a published TABLE (uwm-table-1, uwm-zero-shot, uwm-architectures) and shows both, with the tolerance.
+
+    Rows without data or weights here are "not run". Exit codes: 0 all that ran agrees, 3 something does not, 6 nothing
+    could run.
+
+    \b
+    Example:
+      uwm-deploy reproduce uwm-table-1 --demo
+      uwm-deploy reproduce uwm-zero-shot --data /data/zero-shot --download
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.comparison import markdown_table
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.reproduction import Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.reproduction import reproduce as measure
+    from uwm_deploy.summary import print_rows
+
+    settings = Settings(checkpoints=checkpoints_from(checkpoints), **options)
+    result = measure(table, settings, Reporter())
+    rows = rows_of(result)
+    if as_json:
+        click.echo(json_from_record(result), nl=False)
+        return int(result.exit_code)
+    click.echo(result.title)
+    if markdown and rows:
+        click.echo(markdown_table(rows) + "\n")
+    else:
+        print_rows(rows)
+    click.echo("\n".join(lines_of(result)))
+    return int(result.exit_code)
 
 
 @cli.command()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uwm_deploy import __version__, resources
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import content_digests, embed, overlap, prepare
+from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.recipe import (
     CalibrationSet,
@@ -34,9 +35,10 @@ from uwm_deploy.records import (
     EditRecord,
     EngineArtifact,
     Manifest,
+    Method,
     OnnxArtifact,
-    SafetyReport,
     ScoreRecord,
+    Selection,
     Target,
     TowerName,
     Verdict,
@@ -48,6 +50,7 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.uwm.methods import needs_gradients, with_method
 from uwm_deploy.workspace import (
     STAMP,
     digest_of_bytes,
@@ -87,6 +90,9 @@ class Request:
     evaluation: str | None = None
     targets: tuple[str, ...] = ()
     precision: str | None = None
+    method: str | None = None
+    selection: str | None = None
+    per_concept: bool = False
     keep_mass: float | None = None
     factor: float | None = None
     weights: str = "checkpoint"
@@ -295,24 +301,31 @@ class _Build:
 
     def score(self) -> None:
         """Scores of every edited layer on the calibration set."""
-        edits = {
-            tower: [spec.rule.value, list(spec.layers), spec.pairing.value]
-            for tower, spec in (("text", self.recipe.edit.text), ("image", self.recipe.edit.image))
+        edits = self.recipe.edit
+        formulas = {
+            tower.value: [spec.rule.value, list(spec.layers), spec.pairing.value, spec.gradient_batch]
+            for tower in TowerName
+            for spec in (edits.of(tower),)
         }
+        seed = self.calibration.seed if needs_gradients(edits.method) else None
         inputs = self.base_inputs | {
             "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
-            "edits": digest_of_plain(edits),
+            "edits": digest_of_plain([edits.method.value, edits.per_concept, seed, formulas]),
         }
-        folder = self._stage("score", f"{self.calibration.name}", inputs, self._score)
+        folder = self._stage("score", self._named_method(self.calibration.name), inputs, self._score)
         self.outcome.score = _read(ScoreRecord, folder / "score.json")
 
     def _score(self, folder: Path) -> None:
         from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.pairs import scoring_order
         from uwm_deploy.stages.score import score_to_folder
+
+        edits, whole = self.recipe.edit, self.calibration_source
+        source = scoring_order(whole, edits, self.calibration.seed)
 
         def pairs(tower: TowerName) -> PairStream:
             return PairStream(
-                self.calibration_source,
+                source,
                 tower,
                 self.original.ref.image,
                 self._tokenizer(),
@@ -320,19 +333,31 @@ class _Build:
                 workers=self.request.workers if tower is TowerName.IMAGE else 0,
                 max_broken_share=self.calibration.max_broken_share,
                 progress=self.reporter.progress,
+                sort_by_length=not (edits.per_concept or needs_gradients(edits.method)),
             )
 
-        score_to_folder(self.original, self.calibration_source.record, pairs, self.recipe.edit, folder)
+        concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
+        score_to_folder(self.original, whole.record, pairs, edits, folder, concepts)
+
+    def _named_method(self, text: str) -> str:
+        """A line about a stage; the default method is not worth a word."""
+        edits = self.recipe.edit
+        words = [] if edits.method is Method.UWM else [edits.method.value]
+        return ", ".join([*words, *(["per concept"] if edits.per_concept else []), text])
 
     def edit(self) -> None:
         """Patch and edited model."""
         edits = self.recipe.edit
         inputs = {
             "score": digest_of_file(self.work / "score" / STAMP),
-            "edits": digest_of_plain({"text": plain_from_record(edits.text), "image": plain_from_record(edits.image)}),
+            "edits": digest_of_plain(plain_from_record(edits)),
         }
-        folder = self._stage("edit", "select, multiply, save", inputs, self._edit)
+        nothing = edits.method is Method.NONE
+        text = self._named_method("save" if nothing else "select, multiply, save")
+        folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
+        if nothing:
+            self.reporter.line("edit       method none: nothing is edited, so the gate cannot pass")
 
     def _edit(self, folder: Path) -> None:
         from uwm_deploy.stages.edit import edit_to_folder
@@ -407,11 +432,17 @@ class _Build:
 
     def verify(self) -> None:
         """Numbers and decisions of original, edited and every artifact."""
+        source = self.evaluation_source
         folders = ["edit", "export", *sorted({f"compile-{e.target.value}" for e in self.outcome.engines})]
         inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
         inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
         inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
-        inputs["zero_shot"] = digest_of_plain(list(self.evaluation_source.zero_shot_names))
+        inputs["zero_shot"] = digest_of_plain(
+            [
+                [fingerprint_of(source.zero_shot(name)) for name in source.zero_shot_names],
+                sorted(source.zero_shot_missing),
+            ]
+        )
         folder = self._stage(
             "verify", f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples", inputs, self._verify
         )
@@ -423,11 +454,10 @@ class _Build:
         from uwm_deploy.stages.verify import embed_model, evidence_of
 
         progress, workers = self.reporter.progress, self.request.workers
-        prepared = prepare(
-            self.evaluation_source, self.original.ref.image, self._tokenizer(), workers=workers, progress=progress
-        )
-        original = embed_model(self.original, prepared, "evaluation, original", progress)
         ref = self.original.ref
+        prepared = prepare(self.evaluation_source, ref.image, self._tokenizer(), workers=workers, progress=progress)
+        original = embed_model(self.original, prepared, "evaluation, original", progress)
+        del self.original  # one model in memory at a time
         edited = embed_model(self.edited, prepared, "evaluation, edited", progress)
         evidence = []
         for subject in self._subjects():
@@ -598,15 +628,13 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         source = dataclasses.replace(source, repo=str(request.checkpoint.resolve()), revision="")
     if request.revision is not None:
         source = dataclasses.replace(source, revision=request.revision)
-    changes: dict[str, Any] = {}
-    if request.keep_mass is not None:
-        changes["keep_mass"] = request.keep_mass
-    if request.factor is not None:
-        changes["factor"] = request.factor
-    edit = dataclasses.replace(
+    edit = with_method(
         recipe.edit,
-        text=dataclasses.replace(recipe.edit.text, **changes),
-        image=dataclasses.replace(recipe.edit.image, **changes),
+        method=Method(request.method) if request.method else None,
+        selection=Selection(request.selection) if request.selection else None,
+        keep_mass=request.keep_mass,
+        factor=request.factor,
+        per_concept=request.per_concept,
     )
     data = dataclasses.replace(
         recipe.data,
@@ -664,39 +692,6 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
                 workers=workers,
                 progress=reporter.progress,
             )
-
-
-def evaluate_bundle(path: Path, evaluation: str | None, workers: int, reporter: Reporter) -> SafetyReport:
-    """SafeGround of a bundle's best variant here, without torch."""
-    from uwm_deploy.runtime.encoder import SafeEncoder
-
-    bundle = open_bundle(path)
-    source = _source_of(bundle, evaluation)
-    encoder = SafeEncoder.open(path)
-    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text)
-    with reporter.stage("evaluate", f"{encoder.variant} on {source.record.name}"):
-        prepared = prepare(source, bundle.manifest.model.image, tokenizer, workers=workers, progress=reporter.progress)
-        images, texts = (encoder.session(tower) for tower in (TowerName.IMAGE, TowerName.TEXT))
-        batch = images.max_batch
-        embedded = embed(
-            prepared, images.run, texts.run, label=encoder.variant, batch=batch, progress=reporter.progress
-        )
-        return safety_report(encoder.variant, embedded)
-
-
-def evaluate_model(model: str, evaluation: str | None, workers: int, reporter: Reporter) -> SafetyReport:
-    """SafeGround of a source model in PyTorch."""
-    from uwm_deploy.stages.load import load_model
-    from uwm_deploy.stages.verify import embed_model
-
-    recipe, _ = recipe_of(model)
-    spec, _, base = calibration_set_of(evaluation or recipe.data.evaluation)
-    source = open_source(spec, base=base)
-    with reporter.stage("evaluate", f"{recipe.name} on {spec.name}"):
-        loaded = load_model(recipe, folder=resources.checkpoint_folder(recipe.model.repo, recipe.model.revision))
-        tokenizer = Tokenizer(loaded.tokenizer_json, loaded.ref.text)
-        prepared = prepare(source, loaded.ref.image, tokenizer, workers=workers, progress=reporter.progress)
-        return safety_report(recipe.name, embed_model(loaded, prepared, recipe.name, reporter.progress))
 
 
 def _source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import IntegrityError, RecipeError
-from uwm_deploy.records import Pairing, Profile, Rule, Target
+from uwm_deploy.records import Method, Pairing, Profile, Rule, Selection, Target, TowerName
 
 FORMAT = 1
 """Version of the TOML formats."""
@@ -70,9 +70,12 @@ class EditSpec:
     Attributes:
         rule: How scores are formed (method.md section 2).
         layers: Glob patterns over module paths; one that matches nothing is an error.
-        keep_mass: Share of each layer's score mass that is left as it is, between 0 and 1.
+        keep_mass: Share that is left as it is, between 0 and 1: of each layer's score mass, or of its entries when
+            `selection` is hard.
         factor: Multiplier of the selected entries; -1 negates.
-        pairing: Mean of ratios (the official code) or ratio of means (the paper's wording).
+        pairing: Mean of ratios (the official code) or ratio of means (the paper's wording); for the method `uwm`.
+        selection: By score mass (Eq. 11) or by number of entries.
+        gradient_batch: Pairs per gradient, for the gradient baselines; 0 takes the published number.
     """
 
     rule: Rule
@@ -80,14 +83,27 @@ class EditSpec:
     keep_mass: float
     factor: float = -1.0
     pairing: Pairing = Pairing.MEAN_OF_RATIOS
+    selection: Selection = Selection.ADAPTIVE
+    gradient_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditSpecs:
-    """One EditSpec per tower."""
+    """One EditSpec per tower.
+
+    Attributes:
+        method: The method that the values below are for (docs/methods.md).
+        per_concept: One score per concept of the set, selections united.
+    """
 
     text: EditSpec
     image: EditSpec
+    method: Method = Method.UWM
+    per_concept: bool = False
+
+    def of(self, tower: TowerName) -> EditSpec:
+        """The one of a tower."""
+        return self.image if tower is TowerName.IMAGE else self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,25 +157,67 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSet:
-    """One file of `calibration/`: which quadruples, never their content.
+class Columns:
+    """Which columns of a table hold what; a member without a column is a member the set does not have.
 
     Attributes:
-        source: ``"demo"`` (the drawn world) or ``"manifest"`` (JSON Lines, see docs/data.md).
+        id: Column, or a pattern such as ``"{row:06d}"``; the column ``id`` when empty.
+        concept: Column; every item is of the concept ``all`` when empty.
+        split: Column that is compared with the set's `split`; every row is used when empty.
+        safe_text: Column.
+        unsafe_text: Column.
+        safe_image: Column with a path or with image bytes, or a path pattern such as ``"coco/{coco_id:012d}.jpg"``, or
+            several of them, of which the first file that exists is taken.
+        unsafe_image: The same.
+    """
+
+    id: str = ""
+    concept: str = ""
+    split: str = ""
+    safe_text: str = ""
+    unsafe_text: str = ""
+    safe_image: str | tuple[str, ...] = ""
+    unsafe_image: str | tuple[str, ...] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSet:
+    """One file of `calibration/`: which quadruples, never their content (docs/data.md).
+
+    Attributes:
+        source: ``"demo"`` (the drawn world), ``"manifest"`` (JSON Lines or Parquet with our own column names),
+            ``"table"`` (JSON, JSON Lines, CSV or Parquet with any column names) or ``"webdataset"`` (tar shards).
         split: Split of the source.
-        manifest: Path of the manifest, for that source; relative to the TOML file.
+        folder: Where the files are: below the TOML file's folder, for a shipped set below ``$UWM_DEPLOY_DATA``.
+        manifest: File, for that source.
+        table: File or glob, for that source; ``{split}`` stands for the split.
+        shards: Files for the source ``"webdataset"``, as names, globs or brace ranges.
+        columns: What the table's columns mean.
+        concept_names: Concept as written (in lower case) to the name it gets.
+        missing_images: Whether an item without its image file is broken, or left out of the set before it is sampled.
+        sampling: Seeded sample of `limit` items; seeded sample of `per_concept` items of every concept; or the first
+            `limit` items after Python's own shuffle (the official code).
         limit: Largest number of quadruples; 0 takes all.
-        seed: Seed of the sample when `limit` is smaller than the set.
+        per_concept: Largest number of quadruples per concept, for that sampling.
+        seed: Seed of the sample.
         max_broken_share: Share of items that may be unreadable before it is an error.
         zero_shot: Zero-shot sets of the source measured along with it.
     """
 
     format: int
     name: str
-    source: Literal["demo", "manifest"]
+    source: Literal["demo", "manifest", "table", "webdataset"]
     split: str = ""
+    folder: str = ""
     manifest: str = ""
+    table: str = ""
+    shards: str | tuple[str, ...] = ""
+    columns: Columns = field(default_factory=Columns)
+    concept_names: Mapping[str, str] = field(default_factory=dict)
+    missing_images: Literal["error", "drop"] = "error"
+    sampling: Literal["sample", "per-concept", "shuffle"] = "sample"
     limit: int = 0
+    per_concept: int = 0
     seed: int = 0
     max_broken_share: float = 0.01
     zero_shot: tuple[str, ...] = ()
@@ -215,6 +273,15 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
         if not edit.layers:
             raise RecipeError(f"{where}: edit.{tower}.layers is empty", fix="name at least one layer pattern")
+        if edit.rule is Rule.MEAN_ABS_GRADIENT or edit.pairing in (Pairing.UNSAFE_ONLY, Pairing.DIFFERENCE):
+            raise RecipeError(
+                f"{where}: edit.{tower} asks for a formula that belongs to a method of its own",
+                fix="set edit.method; docs/methods.md lists them",
+            )
+        if edit.gradient_batch < 0:
+            raise RecipeError(
+                f"{where}: edit.{tower}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number"
+            )
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")
@@ -224,9 +291,45 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
 def calibration_set_from_toml(text: str, *, where: str) -> CalibrationSet:
     """Parses a data set definition; see `recipe_from_toml`."""
     spec = _record_from_toml(CalibrationSet, text, where)
-    if spec.source == "manifest" and not spec.manifest:
-        raise RecipeError(f"{where}: source is manifest but `manifest` is missing", fix="name the JSON Lines file")
+    files = {"manifest": spec.manifest, "table": spec.table, "webdataset": spec.shards}
+    keys = {"manifest": "manifest", "table": "table", "webdataset": "shards"}
+    for source, value in files.items():
+        if source == spec.source and not value:
+            raise RecipeError(f"{where}: source is {source} but `{keys[source]}` is missing", fix="name the file")
+        if source != spec.source and value:
+            raise RecipeError(f"{where}: `{keys[source]}` with source {spec.source}", fix=f"use source = {source!r}")
+    if spec.source != "table" and spec.columns != Columns():
+        raise RecipeError(f"{where}: `columns` with source {spec.source}", fix="use source = 'table'")
+    if spec.source == "demo" and (spec.folder or spec.concept_names or spec.missing_images != "error"):
+        raise RecipeError(f"{where}: the demo has no files", fix="remove folder, concept_names and missing_images")
+    _check_columns(spec, where)
+    _check_sampling(spec, where)
     return spec
+
+
+def _check_columns(spec: CalibrationSet, where: str) -> None:
+    columns = spec.columns
+    for kind, safe, unsafe in (
+        ("text", columns.safe_text, columns.unsafe_text),
+        ("image", columns.safe_image, columns.unsafe_image),
+    ):
+        if bool(safe) != bool(unsafe):
+            raise RecipeError(
+                f"{where}: columns name one {kind} of the pair", fix=f"give safe_{kind} and unsafe_{kind}"
+            )
+    if spec.source == "table" and not (columns.safe_text or columns.safe_image):
+        raise RecipeError(f"{where}: columns name neither texts nor images", fix="see docs/data.md")
+
+
+def _check_sampling(spec: CalibrationSet, where: str) -> None:
+    if spec.limit < 0 or spec.per_concept < 0 or spec.seed < 0:
+        raise RecipeError(f"{where}: limit, per_concept and seed are not negative", fix="use 0 for no limit")
+    if not 0.0 <= spec.max_broken_share <= 1.0:
+        raise RecipeError(f"{where}: max_broken_share is {spec.max_broken_share}", fix="use a share between 0 and 1")
+    if (spec.sampling == "per-concept") != bool(spec.per_concept):
+        raise RecipeError(f"{where}: per_concept and sampling = 'per-concept' go together", fix="give both or neither")
+    if spec.sampling == "per-concept" and spec.limit:
+        raise RecipeError(f"{where}: limit with sampling = 'per-concept'", fix="use per_concept alone")
 
 
 def policy_from_toml(text: str, *, where: str) -> Policy:

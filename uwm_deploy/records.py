@@ -25,18 +25,47 @@ class TowerName(StrEnum):
     TEXT = "text"
 
 
+class Method(StrEnum):
+    """How entries are found; docs/methods.md. All end in the same kind of patch, verified and gated in the same way."""
+
+    UWM = "uwm"
+    GRADIENT_UNSAFE = "gradient-unsafe"
+    GRADIENT_SAFE_CLIP = "gradient-safe-clip"
+    UNSAFE_ONLY = "unsafe-only"
+    RATIO_HARD = "ratio-hard"
+    DIFFERENCE = "difference"
+    RATIO_OF_MEANS = "ratio-of-means"
+    NONE = "none"
+
+
+class Selection(StrEnum):
+    """Entries with the top share of the score mass (Eq. 11), or the top share of the entries by score."""
+
+    ADAPTIVE = "adaptive"
+    HARD = "hard"
+
+
 class Rule(StrEnum):
-    """How the per-pair ratio becomes the score of one layer (method.md section 2)."""
+    """How the per-pair ratio becomes the score of one layer (method.md section 2).
+
+    The last one is of the gradient baselines: it stands in records, never in a recipe.
+    """
 
     RATIO = "ratio"
     RATIO_TIMES_ABS_WEIGHT = "ratio-times-abs-weight"
+    MEAN_ABS_GRADIENT = "mean-abs-gradient"
 
 
 class Pairing(StrEnum):
-    """Mean of per-pair ratios (the official code) or ratio of the two means (the paper's wording)."""
+    """Mean of per-pair ratios (the official code) or ratio of the two means (the paper's wording).
+
+    The last two are of the ablations of these names: they stand in records, never in a recipe.
+    """
 
     MEAN_OF_RATIOS = "mean-of-ratios"
     RATIO_OF_MEANS = "ratio-of-means"
+    UNSAFE_ONLY = "unsafe-only"
+    DIFFERENCE = "difference"
 
 
 class Target(StrEnum):
@@ -150,8 +179,10 @@ class CalibrationRecord:
 
     Attributes:
         ids_digest: Digest of the ordered ids that are used, one per line.
-        content_digest: Digest of how the items are made or of the manifest's bytes.
+        content_digest: Digest of how the items are made, or of their concepts, texts and encoded images.
         concepts: Items per concept.
+        left_out: Items that are not in the set, the first hundred of them by name.
+        left_out_counts: All of them, by reason.
     """
 
     name: str
@@ -161,6 +192,7 @@ class CalibrationRecord:
     content_digest: Digest
     concepts: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
+    left_out_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,20 +206,41 @@ class LayerScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScorePart:
+    """Scores of one tower from the pairs of one concept, a file of their own.
+
+    Attributes:
+        file: Name beside the record; keys are module paths in the source model.
+        digest: Of the file's bytes.
+        n_pairs: Pairs of the concept in the mean.
+    """
+
+    tower: TowerName
+    concept: str
+    file: str
+    digest: Digest
+    n_pairs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRecord:
     """Companion of a score file (safetensors, keys are module paths in the source model).
 
     Attributes:
+        rules: Per tower; empty for the method `none`.
+        pairing: None for methods that form no pairs of activations.
         n_pairs: Pairs in the mean, per tower.
         left_out: Pairs whose contribution was not finite, or whose item could not be read.
         scores_digest: Digest of the score file's bytes.
         seconds: Wall time of the pass, per tower.
+        gradient_batch: Pairs per gradient, per tower; empty for methods without gradients.
+        parts: The files that hold the scores when there is one score per concept; then the score file itself is empty.
     """
 
     model: ModelRef
     calibration: CalibrationRecord
     rules: Mapping[str, Rule]
-    pairing: Pairing
+    pairing: Pairing | None
     n_pairs: Mapping[str, int]
     left_out: Mapping[str, tuple[LeftOut, ...]]
     layers: tuple[LayerScore, ...]
@@ -195,6 +248,9 @@ class ScoreRecord:
     dtype: str
     device: str
     seconds: Mapping[str, float]
+    method: Method = Method.UWM
+    gradient_batch: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[ScorePart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +259,7 @@ class LayerEdit:
 
     Attributes:
         name: Module path in the source model; ``name + ".weight"`` is the parameter.
+        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard.
         selected: Number of entries multiplied by the factor.
         share: ``selected`` divided by the number of entries.
     """
@@ -216,17 +273,45 @@ class LayerEdit:
     share: float
     digest_before: Digest
     digest_after: Digest
+    selection: Selection = Selection.ADAPTIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TowerEdit:
+    """Every setting that made the edit of one tower.
+
+    Attributes:
+        pairing: None for methods that form no pairs of activations.
+        keep_mass: See `LayerEdit`.
+        gradient_batch: Pairs per gradient; 0 for methods without gradients.
+    """
+
+    rule: Rule
+    pairing: Pairing | None
+    selection: Selection
+    keep_mass: float
+    factor: float
+    gradient_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRecord:
-    """Companion of a patch file and of the saved edited model."""
+    """Companion of a patch file and of the saved edited model.
+
+    Attributes:
+        layers: With the method `none` every layer, with nothing selected.
+        settings: Per tower; empty for the method `none`.
+        concepts: Concepts whose selections were united; empty when all pairs make one score.
+    """
 
     model: ModelRef
     edited_weights_digest: Digest
     scores_digest: Digest
     patch_digest: Digest
     layers: tuple[LayerEdit, ...]
+    method: Method = Method.UWM
+    settings: Mapping[str, TowerEdit] = field(default_factory=dict)
+    concepts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,6 +455,7 @@ class SafetyReport:
         per_concept: The same, per concept.
         retrieval: ``safe-text-to-image@1`` and so on.
         zero_shot: Top-1 per data set.
+        zero_shot_missing: Sets that were asked for and did not run, with the reason; never counted as 0.
     """
 
     subject: str
@@ -377,6 +463,7 @@ class SafetyReport:
     per_concept: Mapping[str, Mapping[str, Proportion]]
     retrieval: Mapping[str, Proportion]
     zero_shot: Mapping[str, Proportion]
+    zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,12 +49,13 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
     return file.read_text(encoding="utf-8"), f"{kind}/{name_or_path}.toml"
 
 
-def checkpoint_folder(repo: str, revision: str) -> Path:
+def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> Path:
     """Folder that holds a checkpoint's files.
 
     Args:
         repo: ``"shipped:demo"``, a local folder, or a Hugging Face id.
         revision: Hub commit; needed for a hub id.
+        local_only: Take what is on this machine; download nothing.
 
     Raises:
         InputError: If there is no such folder, or the hub cannot give it.
@@ -74,7 +75,7 @@ def checkpoint_folder(repo: str, revision: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.txt"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=local_only))
     except Exception as error:  # the hub client has many error types, all of which mean "not to be had"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
+from uwm_deploy.comparison import MEAN, cell
 from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
 from uwm_deploy.safeground.preference import METRICS
 
@@ -136,6 +137,8 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     table.add_section()
     for name in first.zero_shot:
         table.add_row(f"zero-shot {name}", *(f"{r.zero_shot[name].value:.1f}" for r in reports))
+    if len(first.zero_shot) + len(first.zero_shot_missing) > 1:
+        table.add_row("zero-shot mean", *(cell(r, MEAN) for r in reports))
     if executed:
         blank = [""] * (len(reports) - len(executed))
         table.add_section()
@@ -146,6 +149,8 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     console = _console()
     console.print(table)
     console.print(f"n = {next(iter(first.preference.values())).n} quadruples", markup=False)
+    for name, reason in first.zero_shot_missing.items():
+        console.print(Text(f"zero-shot {name}: not run: {reason}", style="yellow"))
 
 
 def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:

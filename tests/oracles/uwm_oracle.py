@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 
 
@@ -27,6 +30,30 @@ def score_of_means(safe: list[np.ndarray], unsafe: list[np.ndarray], weight: np.
     """Eq. 10 in the paper's wording: one ratio of two means."""
     over = np.mean([saliency_over_std(u, weight, eps) for u in unsafe], axis=0)
     return over / np.mean([saliency_over_std(s, weight, eps) for s in safe], axis=0)
+
+
+def score_of_unsafe(unsafe: list[np.ndarray], weight: np.ndarray, rule: str, eps: float) -> np.ndarray:
+    """Ablation: mean of Phi over the unsafe side alone."""
+    result = np.mean([saliency_over_std(u, weight, eps) for u in unsafe], axis=0)
+    return result * np.abs(weight) if rule == "ratio-times-abs-weight" else result
+
+
+def score_of_difference(
+    safe: list[np.ndarray], unsafe: list[np.ndarray], weight: np.ndarray, rule: str, eps: float
+) -> np.ndarray:
+    """Ablation: mean of the differences of Phi, unsafe minus safe."""
+    differences = [
+        saliency_over_std(u, weight, eps) - saliency_over_std(s, weight, eps) for s, u in zip(safe, unsafe, strict=True)
+    ]
+    result = np.mean(differences, axis=0)
+    return result * np.abs(weight) if rule == "ratio-times-abs-weight" else result
+
+
+def selected_hard(scores: np.ndarray, keep: Fraction) -> np.ndarray:
+    """Flat indices of all but the lowest ``floor(keep * entries)`` scores; of equals the earlier ones are lower."""
+    flat = scores.astype(np.float64).ravel()
+    order = sorted(range(flat.size), key=lambda i: (flat[i], i))
+    return np.sort(np.array(order[math.floor(keep * flat.size) :], dtype=np.int64))
 
 
 def selected(scores: np.ndarray, keep_mass: float) -> np.ndarray:

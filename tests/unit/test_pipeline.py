@@ -20,7 +20,8 @@ from uwm_deploy import resources
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.pipeline import Request, attest_bundle, evaluate_bundle, judge_file, recipe_of, run
+from uwm_deploy.evaluation import evaluate, subject_from
+from uwm_deploy.pipeline import Request, attest_bundle, judge_file, recipe_of, run
 from uwm_deploy.records import Evidence, Result, ScoreRecord, VerifyReport
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
@@ -213,7 +214,14 @@ def _repackage(request: Request, manifest, report: VerifyReport, out: Path) -> N
 def test_evaluate_measures_the_bundle_itself(built) -> None:
     """Measuring the bundle again gives the numbers of its report."""
     request, outcome = built
-    again = evaluate_bundle(request.out, None, 0, Reporter(quiet=True))
+    [again] = evaluate(
+        [subject_from(str(request.out))],
+        evaluation=None,
+        zero_shot=None,
+        data=None,
+        workers=0,
+        reporter=Reporter(quiet=True),
+    )
     proven = next(a for a in outcome.report.artifacts if a.variant == again.subject)
     assert again.preference == proven.safety.preference
     assert again.zero_shot == proven.safety.zero_shot

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uwm_deploy.datasets.source import LabelledImage, Quadruple, ZeroShotSet, record_of, sample_of
+from uwm_deploy.datasets.sampling import sample_of
+from uwm_deploy.datasets.source import LabelledImage, Quadruple, ZeroShotSet, record_of
+from uwm_deploy.datasets.zero_shot import open_suite
 from uwm_deploy.demo import world
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
@@ -41,16 +43,13 @@ class DemoSource:
             raise DataError(
                 f"data set {spec.name}: the demo has no split {spec.split!r}", fix=f"use one of {sorted(world.SIZES)}"
             )
-        unknown = sorted(set(spec.zero_shot) - set(world.ZERO_SHOT_SETS))
-        if unknown:
-            raise DataError(
-                f"data set {spec.name}: no zero-shot set {unknown[0]!r}", fix=f"use some of {world.ZERO_SHOT_SETS}"
-            )
         self.split = spec.split
-        self.indices = sample_of(world.SIZES[self.split], spec)
+        self.indices = sample_of(world.SIZES[self.split], spec, world.concept_of)
         self.ids = [f"{self.split}-{index:06d}" for index in self.indices]
         self.concepts = [world.concept_of(index) for index in self.indices]
-        self.zero_shot_names = spec.zero_shot
+        suite = open_suite(spec.zero_shot, demo_split=self.split)
+        self.zero_shot_names, self.zero_shot_missing = tuple(suite.sets), suite.missing
+        self._zero_shot = suite.sets
         content = digest_of_plain({"world": world.WORLD_VERSION, "split": self.split})
         self.record = record_of(spec, self.ids, self.concepts, content)
 
@@ -78,7 +77,12 @@ class DemoSource:
         return item.safe_text, item.unsafe_text
 
     def zero_shot(self, name: str) -> ZeroShotSet:
-        """One of the zero-shot sets; only the test split has the images that results are reported on."""
-        first = 0 if self.split == "test" else world.ZERO_SHOT_SIZE
-        labels, template = world.zero_shot_labels(name), world.zero_shot_template(name)
-        return DemoZeroShot(name=name, labels=labels, template=template, first=first)
+        """One of the zero-shot sets."""
+        return self._zero_shot[name]
+
+
+def demo_zero_shot(name: str, split: str) -> ZeroShotSet:
+    """A set of the drawn world; only the test split has the images that results are reported on."""
+    first = 0 if split == "test" else world.ZERO_SHOT_SIZE
+    labels, template = world.zero_shot_labels(name), world.zero_shot_template(name)
+    return DemoZeroShot(name=name, labels=labels, template=template, first=first)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
-from typing import TypeVar
 
 import numpy as np
 
-from uwm_deploy.datasets.source import QuadrupleSource, ZeroShotSet
+from uwm_deploy.datasets.crops import CropStore, PixelRows
+from uwm_deploy.datasets.reading import Progress, read_all
+from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import ImageSpec
-from uwm_deploy.runtime.image import pixels_from_image
+from uwm_deploy.records import Digest, ImageSpec
+from uwm_deploy.runtime.image import crop_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings
 from uwm_deploy.workspace import digest_of_bytes
 
 Encode = Callable[[np.ndarray], np.ndarray]
-Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
+Inputs = np.ndarray | PixelRows
+"""Rows of one input; pixels are normalised as slices of them are taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedZeroShot:
     """Inputs of one zero-shot set: pixels (n, 3, H, W), labels (n,), class prompts as ids (c, L)."""
 
-    pixels: np.ndarray
+    pixels: Inputs
     labels: np.ndarray
     prompts: np.ndarray
 
@@ -39,17 +37,19 @@ class PreparedSet:
     """Preprocessed evaluation set.
 
     Attributes:
-        safe_pixels: (n, 3, H, W) float32.
+        safe_pixels: (n, 3, H, W) float32, made slice by slice from crops that lie in a temporary file when they are many.
         safe_ids: (n, L) int64.
+        zero_shot_missing: Sets that were asked for and are not here, with the reason.
     """
 
     ids: tuple[str, ...]
     concepts: tuple[str, ...]
-    safe_pixels: np.ndarray
-    unsafe_pixels: np.ndarray
+    safe_pixels: Inputs
+    unsafe_pixels: Inputs
     safe_ids: np.ndarray
     unsafe_ids: np.ndarray
     zero_shot: dict[str, PreparedZeroShot]
+    zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -59,22 +59,26 @@ def prepare(
 
     Raises:
         DataError: If an item cannot be read, or has no image or no text: an evaluation leaves nothing out.
+        PrerequisiteError: If the disk has no room for the preprocessed images.
     """
     if not (source.has_images and source.has_texts):
         raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
-    rows = _read_all(partial(_quadruple, source, image), len(source), workers, "evaluation images", progress)
-    safe, unsafe, texts = zip(*rows, strict=True)
+    store = CropStore(image)
+    safe, unsafe = store.rows(len(source)), store.rows(len(source))
+    read = partial(_quadruple, source, safe, unsafe)
+    texts = list(read_all(read, len(source), workers, "evaluation images", progress))
     zero_shot = {
-        name: _zero_shot(source.zero_shot(name), image, tokenizer, workers, progress) for name in source.zero_shot_names
+        name: _zero_shot(source.zero_shot(name), store, tokenizer, workers, progress) for name in source.zero_shot_names
     }
     return PreparedSet(
         ids=tuple(source.ids),
         concepts=tuple(source.concepts),
-        safe_pixels=np.stack(safe),
-        unsafe_pixels=np.stack(unsafe),
+        safe_pixels=safe,
+        unsafe_pixels=unsafe,
         safe_ids=tokenizer.encode([pair[0] for pair in texts]),
         unsafe_ids=tokenizer.encode([pair[1] for pair in texts]),
         zero_shot=zero_shot,
+        zero_shot_missing=source.zero_shot_missing,
     )
 
 
@@ -91,7 +95,7 @@ def embed(
         batch: Rows per call.
         progress: Called as it goes on.
     """
-    work: list[tuple[str, Encode, np.ndarray]] = [
+    work: list[tuple[str, Encode, Inputs]] = [
         ("safe_image", encode_image, prepared.safe_pixels),
         ("unsafe_image", encode_image, prepared.unsafe_pixels),
         ("safe_text", encode_text, prepared.safe_ids),
@@ -118,6 +122,7 @@ def embed(
             name: ZeroShotEmbeddings(images=rows[f"{name}.images"], labels=part.labels, classes=rows[f"{name}.classes"])
             for name, part in prepared.zero_shot.items()
         },
+        zero_shot_missing=prepared.zero_shot_missing,
     )
 
 
@@ -128,62 +133,49 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> set[str]:
+def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> set[Digest]:
     """Digest of the content of every readable quadruple, whatever its id."""
-    found = _read_all(partial(_content, source), len(source), workers, "overlap check", progress)
+    found = read_all(partial(_content, source), len(source), workers, "overlap check", progress)
     return {digest for digest in found if digest}
 
 
-def _content(source: QuadrupleSource, index: int) -> str:
-    try:
-        item = source.read(index)
-    except DataError:
-        return ""
+def content_digest(item: Quadruple) -> Digest:
+    """Digest of a quadruple's pixels and texts."""
     parts = [image.convert("RGB").tobytes() if image else b"" for image in (item.safe_image, item.unsafe_image)]
     texts = [(text or "").encode() for text in (item.safe_text, item.unsafe_text)]
     return digest_of_bytes(b"\0".join([*parts, *texts]))
 
 
-def _quadruple(source: QuadrupleSource, spec: ImageSpec, index: int) -> tuple[np.ndarray, np.ndarray, tuple[str, str]]:
+def _content(source: QuadrupleSource, index: int) -> Digest:
+    try:
+        return content_digest(source.read(index))
+    except DataError:
+        return ""
+
+
+def _quadruple(source: QuadrupleSource, safe: PixelRows, unsafe: PixelRows, index: int) -> tuple[str, str]:
+    """Puts the images where they belong, and returns the texts."""
     item = source.read(index)
     if item.safe_image is None or item.unsafe_image is None or item.safe_text is None or item.unsafe_text is None:
         raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
-    return (
-        pixels_from_image(item.safe_image, spec),
-        pixels_from_image(item.unsafe_image, spec),
-        (item.safe_text, item.unsafe_text),
-    )
+    safe.crops[index] = crop_from_image(item.safe_image, safe.spec)
+    unsafe.crops[index] = crop_from_image(item.unsafe_image, unsafe.spec)
+    return item.safe_text, item.unsafe_text
 
 
-def _labelled(part: ZeroShotSet, spec: ImageSpec, index: int) -> tuple[np.ndarray, int]:
+def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:
     item = part.read(index)
-    return pixels_from_image(item.image, spec), item.label
+    pixels.crops[index] = crop_from_image(item.image, pixels.spec)
+    return item.label
 
 
 def _zero_shot(
-    part: ZeroShotSet, image: ImageSpec, tokenizer: Tokenizer, workers: int, progress: Progress
+    part: ZeroShotSet, store: CropStore, tokenizer: Tokenizer, workers: int, progress: Progress
 ) -> PreparedZeroShot:
-    rows = _read_all(partial(_labelled, part, image), len(part), workers, f"zero-shot {part.name}", progress)
-    pixels, labels = zip(*rows, strict=True)
+    pixels = store.rows(len(part))
+    labels = list(read_all(partial(_labelled, part, pixels), len(part), workers, f"zero-shot {part.name}", progress))
     prompts = tokenizer.encode([part.template.format(label) for label in part.labels])
-    return PreparedZeroShot(pixels=np.stack(pixels), labels=np.array(labels, dtype=np.int64), prompts=prompts)
-
-
-def _read_all(read: Callable[[int], T], n: int, workers: int, label: str, progress: Progress) -> list[T]:
-    """Every item in order, in worker processes."""
-    if workers == 0:
-        return [read(index) for index in range(n)]
-    rows: list[T] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=ignore_interrupts) as pool:
-        for row in pool.map(read, range(n), chunksize=max(1, min(64, n // (4 * workers)))):
-            rows.append(row)
-            progress(label, len(rows), n)
-    return rows
-
-
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; only the parent acts on it, and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return PreparedZeroShot(pixels=pixels, labels=np.array(labels, dtype=np.int64), prompts=prompts)
 
 
 def overlap(left: Sequence[str] | set[str], right: Sequence[str] | set[str]) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,8 +15,10 @@ from PIL import Image
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
-from uwm_deploy.records import CalibrationRecord, LeftOut
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.records import CalibrationRecord, Digest, LeftOut
+
+ROOT_VARIABLE = "UWM_DEPLOY_DATA"
+"""Environment variable with the folder of all data sets that ship as a definition only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +78,18 @@ class ZeroShotSet(Protocol):
 
 
 class QuadrupleSource(Protocol):
-    """A set of quadruples with random access, so that worker processes can read it."""
+    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order."""
 
-    record: CalibrationRecord
     ids: list[str]
     concepts: list[str]
     has_images: bool
     has_texts: bool
     zero_shot_names: tuple[str, ...]
+    zero_shot_missing: Mapping[str, str]
+
+    @property
+    def record(self) -> CalibrationRecord:
+        """What the set resolved to; digests of all its content are made when it is first asked for."""
 
     def __len__(self) -> int:
         """Number of quadruples."""
@@ -96,58 +104,95 @@ class QuadrupleSource(Protocol):
         """One of `zero_shot_names`."""
 
 
-def open_source(spec: CalibrationSet, *, base: Path | None) -> QuadrupleSource:
+def open_source(spec: CalibrationSet, *, base: Path | None, allow_twice: bool = False) -> QuadrupleSource:
     """Opens the set that a TOML file defines.
 
     Args:
         spec: The definition.
-        base: Folder that relative paths start from; None for the current one.
+        base: Folder of the TOML file; None for one that ships with the project or stands in a bundle.
+        allow_twice: Do not refuse a set with an id that occurs more than once.
 
     Raises:
         DataError: If it is empty or malformed.
+        PrerequisiteError: If a package that reads it is missing.
     """
+    source = _opened(spec, base)
+    if not source.ids:
+        raise DataError(f"data set {spec.name} has no quadruples", fix="check its file, split and limit")
+    if not allow_twice:
+        twice = [item for item, count in Counter(source.ids).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"data set {spec.name}: id {twice[0]!r} occurs more than once", fix="give every item its own id"
+            )
+    return source
+
+
+def _opened(spec: CalibrationSet, base: Path | None) -> QuadrupleSource:
     if spec.source == "demo":
         from uwm_deploy.datasets.demo import DemoSource
 
         return DemoSource(spec)
-    from uwm_deploy.datasets.manifest import ManifestSource
+    folder = folder_of(spec, base)
+    if spec.source == "webdataset":
+        from uwm_deploy.datasets.shards import open_shards
 
-    return ManifestSource(spec, base or Path())
+        return open_shards(spec, folder, base)
+    from uwm_deploy.datasets.table import open_table
+
+    return open_table(spec, folder, base)
 
 
-def sample_of(n: int, spec: CalibrationSet) -> list[int]:
-    """Indices that are used, in order: all, or a seeded sample of `limit`."""
-    if spec.limit <= 0 or spec.limit >= n:
-        return list(range(n))
-    chosen = np.random.default_rng(spec.seed).choice(n, size=spec.limit, replace=False)
-    return sorted(int(i) for i in chosen)
+def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
+    """Folder that a set's files are in.
+
+    Args:
+        spec: The definition.
+        base: Folder of its TOML file; without one, `$UWM_DEPLOY_DATA` when the set names a folder, else the current one.
+
+    Raises:
+        DataError: If it is not there; says which one was expected.
+    """
+    folder = Path(spec.folder).expanduser()
+    if not spec.folder:
+        return base or Path()
+    if not folder.is_absolute():
+        root = base or (Path(value) if (value := os.environ.get(ROOT_VARIABLE, "")) else None)
+        if root is None:
+            raise DataError(
+                f"data set {spec.name} expects its files in ${ROOT_VARIABLE}/{spec.folder}, and {ROOT_VARIABLE} is not set",
+                fix="set it to the folder of your data sets; docs/data.md says what goes where",
+            )
+        folder = root / folder
+    if not folder.is_dir():
+        raise DataError(
+            f"data set {spec.name} expects its files in {folder}, which is no folder",
+            fix=f"put them there or set {ROOT_VARIABLE}; docs/data.md says what goes where"
+            if base is None
+            else "check `folder` in its TOML file",
+        )
+    return folder
 
 
 def record_of(
     spec: CalibrationSet,
     ids: Sequence[str],
     concepts: Sequence[str],
-    content_digest: str,
+    content_digest: Digest,
     left_out: Sequence[LeftOut] = (),
+    left_out_counts: Mapping[str, int] | None = None,
 ) -> CalibrationRecord:
-    """Record of a set; checks that ids are unique and that there are any.
-
-    Raises:
-        DataError: If the set is empty or an id occurs twice.
-    """
-    if not ids:
-        raise DataError(f"data set {spec.name} has no quadruples", fix="check its manifest, split and limit")
-    twice = [item for item, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"data set {spec.name}: id {twice[0]!r} occurs more than once", fix="give every item its own id"
-        )
+    """Record of a set."""
+    ordered = hashlib.sha256()
+    for position, item in enumerate(ids):
+        ordered.update(f"\n{item}".encode() if position else item.encode())
     return CalibrationRecord(
         name=spec.name,
         split=spec.split,
         n=len(ids),
-        ids_digest=digest_of_bytes("\n".join(ids).encode()),
+        ids_digest=f"sha256:{ordered.hexdigest()}",
         content_digest=content_digest,
         concepts=dict(sorted(Counter(concepts).items())),
         left_out=tuple(left_out),
+        left_out_counts=dict(left_out_counts or {}),
     )

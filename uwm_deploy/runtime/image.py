@@ -81,13 +81,22 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     Returns:
         (3, crop, crop) float32.
     """
+    return pixels_from_crops(crop_from_image(image, spec), spec)
+
+
+def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """The first half of `pixels_from_image`, a quarter of its size: resized and cropped, (crop, crop, 3) uint8."""
     # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
     whole = _over_white(image) if spec.alpha == "white" else image
     cropped = _centre_crop(whole.resize(_resized(whole.size, spec), _FILTERS[spec.resample]), spec)
-    pixels = np.asarray(cropped.convert("RGB"), dtype=np.float32)
+    return np.asarray(cropped.convert("RGB"))
+
+
+def pixels_from_crops(crops: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """The second half: crops (..., crop, crop, 3) uint8, scaled and normalised, to (..., 3, crop, crop) float32."""
     mean, std = (np.asarray(v, dtype=np.float32) for v in (spec.mean, spec.std))
-    scaled = (pixels * np.float32(spec.rescale) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)
+    scaled = (crops.astype(np.float32) * np.float32(spec.rescale) - mean) / std
+    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3), dtype=np.float32)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

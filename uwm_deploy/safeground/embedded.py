@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records import Flips, OutputParity, SafetyReport, TowerName
-from uwm_deploy.safeground.interval import flips, wilson
+from uwm_deploy.safeground.interval import flips
 from uwm_deploy.safeground.preference import METRICS, Decisions, decisions, proportions, proportions_per_concept
 from uwm_deploy.safeground.retrieval import retrieval
+from uwm_deploy.safeground.zero_shot import TopOne, top1
 
 _MEMBERS = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 
@@ -40,6 +41,7 @@ class EmbeddedSet:
         ids: n item ids.
         concepts: n concepts.
         safe_image: (n, d) float32; the other members likewise.
+        zero_shot_missing: Sets that were asked for and are not here, with the reason.
     """
 
     ids: tuple[str, ...]
@@ -49,6 +51,7 @@ class EmbeddedSet:
     safe_text: np.ndarray
     unsafe_text: np.ndarray
     zero_shot: Mapping[str, ZeroShotEmbeddings]
+    zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
 
     def decisions(self) -> Decisions:
         """Decisions on every quadruple."""
@@ -87,7 +90,10 @@ class EmbeddedSet:
                     )
                     for name in sets
                 },
-                **{name: tensors[f"{prefix}.{name}"] for name in _MEMBERS},
+                safe_image=tensors[f"{prefix}.safe_image"],
+                unsafe_image=tensors[f"{prefix}.unsafe_image"],
+                safe_text=tensors[f"{prefix}.safe_text"],
+                unsafe_text=tensors[f"{prefix}.unsafe_text"],
             )
         except (KeyError, ValueError, TypeError) as error:
             raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
@@ -102,24 +108,9 @@ def safety_report(subject: str, embedded: EmbeddedSet) -> SafetyReport:
         preference=proportions(decided),
         per_concept=proportions_per_concept(decided, embedded.concepts),
         retrieval=retrieval(*members),
-        zero_shot={name: wilson(*top1(part)) for name, part in embedded.zero_shot.items()},
+        zero_shot={name: _recognised(part).proportion() for name, part in embedded.zero_shot.items()},
+        zero_shot_missing=dict(embedded.zero_shot_missing),
     )
-
-
-def top1(part: ZeroShotEmbeddings) -> tuple[int, int, int]:
-    """Zero-shot hits, items and ties; a tie with the right class is a failure.
-
-    Raises:
-        DataError: If an embedding is not finite.
-    """
-    if not (np.isfinite(part.images).all() and np.isfinite(part.classes).all()):
-        raise DataError("zero-shot embeddings hold NaN or infinity", fix="mend the model")
-    similarity = part.images @ part.classes.T
-    right = similarity[np.arange(len(similarity)), part.labels][:, None]
-    others = similarity >= right
-    hits = others.sum(1) == 1
-    ties = ~hits & ((similarity > right).sum(1) == 0)
-    return int(hits.sum()), len(similarity), int(ties.sum())
 
 
 def flips_between(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[str, Flips]:
@@ -135,15 +126,12 @@ def flips_between(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[str, F
     for name, part in reference.zero_shot.items():
         other = candidate.zero_shot[name]
         ids = [f"{name}-{i}" for i in range(len(part.labels))]
-        result[f"zero_shot.{name}"] = flips(_hits(part), _hits(other), ids)
+        result[f"zero_shot.{name}"] = flips(_recognised(part).hits, _recognised(other).hits, ids)
     return result
 
 
-def _hits(part: ZeroShotEmbeddings) -> np.ndarray:
-    similarity = part.images @ part.classes.T
-    right = similarity[np.arange(len(similarity)), part.labels][:, None]
-    result: np.ndarray = (similarity >= right).sum(1) == 1
-    return result
+def _recognised(part: ZeroShotEmbeddings) -> TopOne:
+    return top1(part.images, part.labels, part.classes)
 
 
 def parity(tower: TowerName, output: str, batch: int, reference: np.ndarray, candidate: np.ndarray) -> OutputParity:

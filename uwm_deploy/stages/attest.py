@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.datasets.embedding import PreparedSet, Progress, embed, prepare
+from uwm_deploy.datasets.embedding import Inputs, PreparedSet, embed, prepare
+from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records import (
@@ -117,7 +118,7 @@ def _evidence(
 ) -> ArtifactEvidence:
     engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
     largest = engines[TowerName.IMAGE].profile.max
-    inputs = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
+    inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
     wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
     measured = [
         _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
@@ -142,7 +143,7 @@ def _evidence(
 
 
 def _parity(
-    tower: TowerName, output: str, session: Session, inputs: np.ndarray, wanted: np.ndarray, batch: int
+    tower: TowerName, output: str, session: Session, inputs: Inputs, wanted: np.ndarray, batch: int
 ) -> OutputParity:
     """Embeddings of length 1 against the stored reference."""
     n = min(len(inputs), SINGLE_ROWS if batch == 1 else 2 * batch)

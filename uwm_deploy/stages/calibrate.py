@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from uwm_deploy.datasets.embedding import ignore_interrupts
+from uwm_deploy.datasets.reading import Progress, ignore_interrupts
 from uwm_deploy.datasets.source import PairBatch, QuadrupleSource
 from uwm_deploy.errors import DataError
 from uwm_deploy.records import ImageSpec, LeftOut, TowerName
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]
+WINDOW_PAIRS = 8192
+"""Text pairs in memory at a time."""
 
 _NAMED_ITEMS = 5
 
@@ -23,9 +24,9 @@ _NAMED_ITEMS = 5
 class PairStream:
     """Pairs of one tower in batches, preprocessed by the code that serves.
 
-    Image pairs are decoded in worker processes, in order, with bounded memory. Text pairs are sorted by length, so that a
-    batch is padded to its own longest caption only, where the model's rows may be cut; scores are sums, so the order does
-    not matter.
+    Memory does not grow with the set. Image pairs are decoded in worker processes, in order. Text pairs are sorted by
+    length within windows of `WINDOW_PAIRS`, so that a batch is padded to its own longest caption only, where the model's
+    rows may be cut; scores are sums, so the order does not matter.
 
     Attributes:
         left_out: Items that could not be read, after iterating.
@@ -80,16 +81,21 @@ class PairStream:
             self._progress(f"{self._tower.value} pairs", done, len(self._source))
 
     def _texts(self) -> Iterator[PairBatch]:
-        safe, unsafe, ids = [], [], []
-        for items in _loader(_TextPairs(self._source), 256, 0):
-            self._leave_out([item for item in items if isinstance(item, LeftOut)], len(self._source))
-            for item in items:
-                if not isinstance(item, LeftOut):
-                    ids.append(item[0])
-                    safe.append(item[1])
-                    unsafe.append(item[2])
-        if not ids:
+        done, total = 0, len(self._source)
+        for items in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
+            self._leave_out([item for item in items if isinstance(item, LeftOut)], done + len(items))
+            pairs = [item for item in items if not isinstance(item, LeftOut)]
+            for batch in self._window(pairs):
+                yield batch
+                done += len(batch.ids)
+                self._progress(f"{self._tower.value} pairs", done, total)
+            done += len(items) - len(pairs)
+
+    def _window(self, pairs: Sequence[tuple[str, str, str]]) -> Iterator[PairBatch]:
+        """Some pairs in batches of similar length."""
+        if not pairs:
             return
+        ids, safe, unsafe = zip(*pairs, strict=True)
         left, right = self._tokenizer.encode(safe), self._tokenizer.encode(unsafe)
         lengths = np.maximum(self._lengths(left), self._lengths(right))
         order = np.argsort(lengths, kind="stable") if self._sorted else np.arange(len(ids))
@@ -97,7 +103,6 @@ class PairStream:
             rows = order[start : start + self._batch_pairs]
             width = int(lengths[rows].max()) if self._sorted else left.shape[1]
             yield PairBatch(ids=tuple(ids[i] for i in rows), safe=left[rows, :width], unsafe=right[rows, :width])
-            self._progress(f"{self._tower.value} pairs", start + len(rows), len(ids))
 
     def _lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens up to and including the first end token."""
@@ -145,12 +150,13 @@ class _TextPairs(Dataset[Any]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        pair = self.source.read_texts(index)
-        return (
-            LeftOut(id=self.source.ids[index], reason="no text pair")
-            if pair is None
-            else (self.source.ids[index], *pair)
-        )
+        try:
+            pair = self.source.read_texts(index)
+        except DataError as error:
+            return LeftOut(id=self.source.ids[index], reason=error.what)
+        if pair is None:
+            return LeftOut(id=self.source.ids[index], reason="no text pair")
+        return (self.source.ids[index], *pair)
 
 
 def _same(items: list[Any]) -> list[Any]:

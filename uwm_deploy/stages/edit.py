@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import ContractError, IntegrityError
 from uwm_deploy.recipe import EditSpec, EditSpecs
-from uwm_deploy.records import EditRecord, LayerEdit, LayerScore, ScoreRecord, TowerName
+from uwm_deploy.records import EditRecord, LayerEdit, LayerScore, Method, ScoreRecord, Selection, TowerEdit, TowerName
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
+from uwm_deploy.uwm.methods import PRESETS
 from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
 from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file
@@ -29,18 +32,21 @@ def edit_to_folder(
     Args:
         model: The source model; it *is* the edited model afterwards.
         score: Record of the scores.
-        scores_file: The scores.
-        edits: keep_mass and factor per tower.
+        scores_file: The scores; those of single concepts lie beside it.
+        edits: Selection, keep_mass and factor per tower, for the method of the scores.
         folder: Where the files go.
 
     Raises:
-        IntegrityError: If the scores are of another model, or were changed.
+        IntegrityError: If the scores are of another model or method, or were changed.
         ContractError: If anything but the selected entries would change.
     """
     if score.model.weights_digest != model.ref.weights_digest:
         raise IntegrityError("the scores are of another model", fix="score this model")
-    if digest_of_file(scores_file) != score.scores_digest:
-        raise IntegrityError(f"{scores_file.name} is not the file its record describes", fix="score again")
+    if score.method is not edits.method:
+        raise IntegrityError(
+            f"the scores are of method {score.method.value}, not {edits.method.value}", fix="score with this method"
+        )
+    _check_files(score, scores_file)
     weights = {layer.name: _weight(model, layer) for layer in score.layers}
     before = {name: digest_of_tensor(p) for name, p in model.source.named_parameters()}
     patch, layers = _patch(score, scores_file, edits, weights)
@@ -54,6 +60,9 @@ def edit_to_folder(
         scores_digest=score.scores_digest,
         patch_digest=digest_of_bytes(content),
         layers=tuple(layers),
+        method=score.method,
+        settings={name: _setting(score, name, edits.of(TowerName(name))) for name in score.rules},
+        concepts=tuple(dict.fromkeys(part.concept for part in score.parts)),
     )
     (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
     model.save(folder / MODEL)
@@ -64,26 +73,82 @@ def _weight(model: LoadedModel, layer: LayerScore) -> Tensor:
     return model.source.get_parameter(f"{layer.name}.weight").detach()
 
 
+def _check_files(score: ScoreRecord, scores_file: Path) -> None:
+    wanted = [(scores_file, score.scores_digest), *((scores_file.parent / p.file, p.digest) for p in score.parts)]
+    for file, digest in wanted:
+        if not file.is_file() or digest_of_file(file) != digest:
+            raise IntegrityError(f"{file.name} is not the file its record describes", fix="score again")
+
+
+def _setting(score: ScoreRecord, tower: str, spec: EditSpec) -> TowerEdit:
+    return TowerEdit(
+        rule=score.rules[tower],
+        pairing=score.pairing,
+        selection=spec.selection,
+        keep_mass=spec.keep_mass,
+        factor=spec.factor,
+        gradient_batch=score.gradient_batch.get(tower, 0),
+    )
+
+
 @torch.no_grad()
 def _patch(
     score: ScoreRecord, scores_file: Path, edits: EditSpecs, weights: dict[str, Tensor]
 ) -> tuple[Patch, list[LayerEdit]]:
     """Selects per layer, one layer's scores in memory at a time."""
     patches, layers = {}, []
-    try:
-        with safe_open(str(scores_file), framework="pt") as scores:
-            for layer in score.layers:
-                spec = edits.text if layer.tower is TowerName.TEXT else edits.image
-                part, edit = _layer_patch(layer, scores.get_tensor(layer.name), spec, weights[layer.name])
-                patches[layer.name] = part
-                layers.append(edit)
-    except SafetensorError as error:
-        raise IntegrityError(f"{scores_file.name} cannot be read: {error}", fix="score again") from error
+    for layer in score.layers:
+        if score.method is Method.NONE:
+            indices, spec = torch.empty(0, dtype=torch.int64), _untouched(edits.of(layer.tower))
+        else:
+            spec = edits.of(layer.tower)
+            indices = selected_entries(score, scores_file, layer, spec)
+        part, edit = _layer_patch(layer, indices, spec, weights[layer.name])
+        patches[layer.name] = part
+        layers.append(edit)
     return Patch(patches), layers
 
 
-def _layer_patch(layer: LayerScore, scores: Tensor, spec: EditSpec, weight: Tensor) -> tuple[LayerPatch, LayerEdit]:
-    indices = selected_indices(scores, spec.keep_mass)
+def _untouched(spec: EditSpec) -> EditSpec:
+    """The method `none`, as it stands in records whatever the recipe says."""
+    setting = PRESETS[Method.NONE].of(TowerName.IMAGE)
+    return dataclasses.replace(spec, keep_mass=setting.keep_mass, factor=setting.factor, selection=setting.selection)
+
+
+def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, spec: EditSpec) -> Tensor:
+    """Ascending flat indices of the entries of one layer to edit; with one score per concept, the union of theirs.
+
+    Args:
+        score: Record of the scores.
+        scores_file: The scores; those of single concepts lie beside it.
+        layer: One of the record's layers.
+        spec: Selection and keep_mass.
+
+    Raises:
+        IntegrityError: If a score file cannot be read.
+    """
+    parts = [scores_file.parent / part.file for part in score.parts if part.tower is layer.tower]
+    signed = PRESETS[score.method].signed and spec.selection is Selection.ADAPTIVE
+    chosen = [
+        # A negative difference is an entry that safe inputs use more: it has no mass to select.
+        selected_indices(scores.clamp_(min=0) if signed else scores, spec.keep_mass, spec.selection)
+        for scores in _scores_of(layer.name, parts or [scores_file])
+    ]
+    return chosen[0] if len(chosen) == 1 else torch.unique(torch.cat(chosen))
+
+
+def _scores_of(layer: str, files: list[Path]) -> Iterator[Tensor]:
+    """Scores of one layer, file by file."""
+    for path in files:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                scores: Tensor = file.get_tensor(layer)
+        except SafetensorError as error:
+            raise IntegrityError(f"{path.name} cannot be read: {error}", fix="score again") from error
+        yield scores
+
+
+def _layer_patch(layer: LayerScore, indices: Tensor, spec: EditSpec, weight: Tensor) -> tuple[LayerPatch, LayerEdit]:
     edited = weight.clone(memory_format=torch.contiguous_format)
     multiply_entries(edited, indices, spec.factor)
     _check_layer(layer.name, weight, edited, indices, spec.factor)
@@ -100,6 +165,7 @@ def _layer_patch(layer: LayerScore, scores: Tensor, spec: EditSpec, weight: Tens
         share=len(indices) / weight.numel(),
         digest_before=digests[0],
         digest_after=digests[1],
+        selection=spec.selection,
     )
     return patch, edit
 

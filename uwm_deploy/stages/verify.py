@@ -14,7 +14,8 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from uwm_deploy.datasets.embedding import Encode, PreparedSet, Progress, embed
+from uwm_deploy.datasets.embedding import Encode, Inputs, PreparedSet, embed
+from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.records import (
     ArtifactEvidence,
     Digest,
@@ -98,7 +99,7 @@ def evidence_of(
             artifact_digests=dict(subject.digests),
         )
     sessions = subject.sessions
-    rows = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
+    rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
     measured = [
         _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
         for name in TowerName
@@ -125,7 +126,7 @@ def evidence_of(
 
 
 def _parity(
-    subject: Subject, name: TowerName, tower: Tower, session: Session, rows: np.ndarray, batch: int
+    subject: Subject, name: TowerName, tower: Tower, session: Session, rows: Inputs, batch: int
 ) -> OutputParity:
     """Runs the same inputs through both Polygraphy runners and compares row by row."""
     output = subject.outputs[name]
@@ -153,7 +154,7 @@ def _parity(
 class EncoderRunner(BaseRunner):  # type: ignore[misc]
     """A Polygraphy runner around any function from a batch to embeddings."""
 
-    def __init__(self, name: str, encode: Encode, input_name: str, output: TensorSpec, sample: np.ndarray) -> None:
+    def __init__(self, name: str, encode: Encode, input_name: str, output: TensorSpec, sample: Inputs) -> None:
         super().__init__(name=name)
         self._encode, self._input, self._output, self._sample = encode, input_name, output, sample
 

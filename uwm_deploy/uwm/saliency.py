@@ -1,7 +1,8 @@
 """Scores of linear layers in closed form (method.md section 2, Eq. 8 to 10).
 
 The mean of ``|W|`` over outputs cancels in the ratio of unsafe to safe, so a pair contributes a rank-one matrix:
-``r[i] * c[j]``. Sums and counts are kept, so results do not depend on the batch size.
+``r[i] * c[j]``. Sums and counts are kept, so results do not depend on the batch size. Where nothing cancels
+(`unsafe-only`, `difference`) a side of a pair is rank one as well; the mean of ``|W|`` is multiplied in once, at the end.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class LayerScorer:
     Attributes:
         weight: (out, in); only its absolute value is used.
         rule: Whether the final score is multiplied by ``|W|``.
+        pairing: How both sides of a pair become its score.
         eps: Added to standard deviations.
         left_out: Called with the batch's positions of pairs that are not finite.
     """
@@ -110,6 +112,8 @@ class LayerScorer:
         if self.pairing is Pairing.MEAN_OF_RATIOS:
             columns = (unsafe_norm * safe_std) / (safe_norm * unsafe_std)
             self._accumulate([(unsafe_rows / safe_rows, columns)])
+        elif self.pairing is Pairing.UNSAFE_ONLY:
+            self._accumulate([(unsafe_rows, unsafe_norm / unsafe_std)])
         else:
             self._accumulate([(unsafe_rows, unsafe_norm / unsafe_std), (safe_rows, safe_norm / safe_std)])
         self._safe, self._unsafe, self._ids = [], [], []
@@ -130,13 +134,21 @@ class LayerScorer:
     def score(self) -> Tensor:
         """Final score (out, in), float32; ends the scorer, whose sums it takes over."""
         self.flush()
+        score, *others = self._sums
         if self.pairing is Pairing.MEAN_OF_RATIOS:
-            (total,) = self._sums
-            score = total.div_(max(1, self.count))
+            score.div_(max(1, self.count))
+        elif self.pairing is Pairing.RATIO_OF_MEANS:
+            score.div_(others[0])
         else:
-            unsafe, safe = self._sums
-            score = unsafe.div_(safe)
+            if self.pairing is Pairing.DIFFERENCE:
+                score.sub_(others[0])
+            self._scale_by_column_means(score)
         self._sums = []
         if self.rule is Rule.RATIO_TIMES_ABS_WEIGHT:
             score.mul_(self.weight.detach().abs())
         return score
+
+    def _scale_by_column_means(self, score: Tensor) -> None:
+        """Sums of ``r[i] * c[j]`` to means of Phi: the rows' mean over inputs, and the mean of ``|W|`` over outputs."""
+        magnitude = self.weight.detach().abs().float()
+        score.mul_(magnitude.mean(0)).div_(max(1, self.count) * self.weight.shape[1])

@@ -1,0 +1,469 @@
+"""Every method ends in the same kind of patch: settings, both passes, unions per concept, and what may be reused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from tests.families import FAMILIES, model_of, reduced
+from uwm_deploy.cli import cli
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.demo import DemoSource
+from uwm_deploy.datasets.source import PairBatch
+from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, RecipeError
+from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.recipe import EditSpecs, recipe_from_toml
+from uwm_deploy.records import LeftOut, Method, Pairing, Result, Rule, ScoreRecord, Selection, TowerName
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.stages import score_gradients
+from uwm_deploy.stages.calibrate import PairStream
+from uwm_deploy.stages.edit import edit_to_folder
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.stages.pairs import Tally, scoring_order
+from uwm_deploy.stages.score import score_to_folder
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.gradient import LOSSES, Embedded
+from uwm_deploy.uwm.methods import PRESETS, gradient_batch, needs_gradients, with_method
+from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.uwm.selection import entries_of_share, selected_indices
+
+ROOT = Path(__file__).parents[2]
+PAIRS = 6
+GRADIENTS = [method for method in Method if needs_gradients(method)]
+ACTIVATIONS = [method for method in Method if not needs_gradients(method) and method is not Method.NONE]
+
+
+def source_of(limit: int = PAIRS) -> DemoSource:
+    spec, _, _ = calibration_set_of("demo")
+    return DemoSource(dataclasses.replace(spec, limit=limit))
+
+
+def stream(model: LoadedModel, source, tower: TowerName, *, sort: bool = True) -> PairStream:
+    return PairStream(
+        source, tower, model.ref.image, Tokenizer(model.tokenizer_json, model.ref.text), batch_pairs=4, workers=0,
+        max_broken_share=0.0, progress=lambda *_: None, sort_by_length=sort,
+    )  # fmt: skip
+
+
+def scored(model: LoadedModel, edits: EditSpecs, folder: Path, limit: int = PAIRS) -> ScoreRecord:
+    """Scores as the pipeline does."""
+    folder.mkdir(exist_ok=True)
+    whole = source_of(limit)
+    source = scoring_order(whole, edits, 0)
+    sort = not (edits.per_concept or needs_gradients(edits.method))
+    concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
+    return score_to_folder(
+        model, whole.record, lambda tower: stream(model, source, tower, sort=sort), edits, folder, concepts
+    )
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[EditSpecs, LoadedModel]:
+    """The shipped model and what its recipe edits; not to be changed."""
+    from uwm_deploy import resources
+
+    recipe, _ = recipe_of("demo")
+    return recipe.edit, load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")
+
+
+def fresh_demo() -> LoadedModel:
+    from uwm_deploy import resources
+
+    recipe, _ = recipe_of("demo")
+    return load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_speaks_for_its_own_method(demo) -> None:
+    """Without another method nothing of the recipe changes but what was asked for."""
+    edits, _ = demo
+    assert with_method(edits) == edits
+    assert with_method(edits, method=Method.UWM) == edits
+    other = with_method(edits, keep_mass=0.7, selection=Selection.HARD)
+    assert (other.text.keep_mass, other.text.selection, other.text.factor) == (0.7, Selection.HARD, edits.text.factor)
+
+
+@pytest.mark.parametrize("method", [m for m in Method if m is not Method.UWM])
+def test_another_method_brings_its_own_settings(method: Method, demo) -> None:
+    """Selection, keep_mass and factor are the preset's; layers and rule are the model's."""
+    edits, _ = demo
+    found = with_method(edits, method=method)
+    assert found.method is method
+    for tower in TowerName:
+        wanted, spec = PRESETS[method].of(tower), found.of(tower)
+        assert (spec.selection, spec.keep_mass, spec.factor) == (wanted.selection, wanted.keep_mass, wanted.factor)
+        assert (spec.layers, spec.rule) == (edits.of(tower).layers, edits.of(tower).rule)
+    if method is not Method.NONE:
+        asked = with_method(edits, method=method, keep_mass=0.5, factor=0.25, selection=Selection.ADAPTIVE)
+        assert {(s.keep_mass, s.factor, s.selection) for s in (asked.text, asked.image)} == {(0.5, 0.25, "adaptive")}
+
+
+def test_the_published_settings() -> None:
+    """The numbers of the official run script, and its one inconsistency."""
+    unsafe, safe_clip = PRESETS[Method.GRADIENT_UNSAFE], PRESETS[Method.GRADIENT_SAFE_CLIP]
+    assert (unsafe.text.selection, unsafe.image.selection) == (Selection.HARD, Selection.ADAPTIVE)
+    assert {(s.keep_mass, s.factor) for s in (unsafe.text, unsafe.image)} == {(0.965, 0.0)}
+    assert {(s.selection, s.keep_mass, s.factor) for s in (safe_clip.text, safe_clip.image)} == {("hard", 0.995, 0.0)}
+    assert {(s.selection, s.keep_mass, s.factor) for s in (PRESETS[Method.UWM].text,)} == {("adaptive", 0.98, -1.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "image"), [("clip-vit-l14", 512, 64), ("coca-vit-l14", 128, 32), ("siglip-base", 128, 16)]
+)
+def test_published_batches(name: str, text: int, image: int) -> None:
+    """Pairs per gradient as in the official code; a recipe may say otherwise."""
+    ref, edits = model_of(name).ref, reduced(name).edit
+    assert [gradient_batch(edits.of(t), t, ref) for t in (TowerName.TEXT, TowerName.IMAGE)] == [text, image]
+    assert gradient_batch(dataclasses.replace(edits.text, gradient_batch=7), TowerName.TEXT, ref) == 7
+
+
+@pytest.mark.parametrize("given", [{"keep_mass": 0.9}, {"factor": 0.0}, {"selection": "hard"}, {"per_concept": True}])
+def test_nothing_has_no_settings(given: dict, demo) -> None:
+    """A setting that would be ignored is refused."""
+    with pytest.raises(InputError, match="method none edits nothing, so --"):
+        with_method(demo[0], method=Method.NONE, **given)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('rule = "mean-abs-gradient"', "method of its own"),
+        ('rule = "ratio"\npairing = "difference"', "method of its own"),
+        ('rule = "ratio"\ngradient_batch = -1', "gradient_batch is -1"),
+        ('rule = "ratio"\nselection = "soft"', "soft"),
+    ],
+)
+def test_a_recipe_names_methods_not_formulas(line: str, message: str) -> None:
+    """Formulas of other methods cannot be mixed into a recipe's rule."""
+    text = (ROOT / "export" / "demo.toml").read_text()
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_toml(re.sub(r'rule = "ratio"', line, text), where="x.toml")
+
+
+def test_a_recipe_may_be_for_another_method() -> None:
+    """Then its own values hold, and the default method brings the published ones."""
+    text = (ROOT / "export" / "demo.toml").read_text()
+    head, _, rest = text.partition("[edit.text]")
+    recipe = recipe_from_toml(f'{head}[edit]\nmethod = "difference"\nper_concept = true\n[edit.text]{rest}', where="x")
+    assert recipe.edit.method is Method.DIFFERENCE
+    assert with_method(recipe.edit) == recipe.edit
+    assert with_method(recipe.edit, method=Method.UWM).image.keep_mass == 0.98
+    assert not with_method(recipe.edit, method=Method.NONE).per_concept
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "wanted"), [(100, 0.98, 2), (100, 0.29, 71), (1000, 0.995, 5), (7, 0.98, 1), (50, 0.999, 1)]
+)
+def test_number_of_entries_of_a_share(count: int, keep: float, wanted: int) -> None:
+    """All but floor(keep * count), also where that product is not exact."""
+    assert entries_of_share(count, keep) == wanted
+
+
+# --- scores of every kind -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_importance_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers: the gradient of the whole batch, though it was taken in parts; the model is as it was."""
+    model = model_of(name)
+    edits = with_method(reduced(name).edit, method=Method.GRADIENT_UNSAFE)
+    monkeypatch.setattr(score_gradients, "PART", 4)
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.source.named_parameters()}
+    record = scored(model, edits, tmp_path)
+    assert record.n_pairs == {"text": PAIRS, "image": PAIRS}
+    assert set(record.rules.values()) == {Rule.MEAN_ABS_GRADIENT}
+    assert record.pairing is None
+    for n, p in model.source.named_parameters():
+        assert torch.equal(p, before[n][0])
+        assert p.requires_grad is before[n][1]
+        assert p.grad is None
+    fast = load_file(tmp_path / "scores.safetensors")
+    for tower in TowerName:
+        for layer, wanted in _naive(model, edits, tower).items():
+            np.testing.assert_allclose(fast[layer], wanted, rtol=2e-3, atol=2e-4 * float(wanted.max()))
+
+
+def _naive(model: LoadedModel, edits: EditSpecs, tower: TowerName) -> dict[str, torch.Tensor]:
+    """One graph over all pairs."""
+    source = scoring_order(source_of(), edits, 0)
+    other = TowerName.TEXT if tower is TowerName.IMAGE else TowerName.IMAGE
+    embeddings = {}
+    for name in (tower, other):
+        batches = list(stream(model, source, name, sort=False))
+        sides = (np.concatenate([getattr(b, side) for b in batches]) for side in ("safe", "unsafe"))
+        embeddings[name] = [model.tower(name).embed(torch.from_numpy(side)) for side in sides]
+    (query, own), (safe, unsafe) = embeddings[tower], embeddings[other]
+    fixed = (own.detach(), safe.detach(), unsafe.detach())
+    unit = Embedded(*(torch.nn.functional.normalize(part, dim=1) for part in (query, *fixed)))
+    layers = model.tower(tower).layers(edits.of(tower).layers)
+    loss = LOSSES[PRESETS[edits.method].loss](unit)
+    gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+    return dict(zip(layers, (gradient.abs() for gradient in gradients), strict=True))
+
+
+@pytest.mark.parametrize("method", [*ACTIVATIONS, *GRADIENTS])
+def test_every_method_ends_in_a_patch(method: Method, demo, tmp_path: Path) -> None:
+    """Scores, a patch that says its factor, a record that says everything; no method selects like another."""
+    edits = with_method(demo[0], method=method)
+    model = fresh_demo()
+    score = scored(model, edits, tmp_path, 12)
+    assert score.method is method
+    record = edit_to_folder(model, score, tmp_path / "scores.safetensors", edits, tmp_path)
+    assert record.method is method
+    assert record.concepts == ()
+    assert all(layer.selected for layer in record.layers)
+    assert {(layer.factor, layer.selection) for layer in record.layers} == {
+        (s.factor, s.selection) for s in (edits.text, edits.image)
+    }
+    if method in GRADIENTS:
+        assert {tower: setting.gradient_batch for tower, setting in record.settings.items()} == {
+            "text": 512,
+            "image": 64,
+        }
+    for layer in record.layers:
+        if layer.selection is Selection.HARD:
+            assert layer.selected == entries_of_share(layer.shape[0] * layer.shape[1], layer.keep_mass)
+    patch = Patch.from_file(tmp_path / "patch.safetensors")
+    assert {part.factor for part in patch.layers.values()} == {edits.text.factor}
+    assert model.source.get_parameter(f"{record.layers[0].name}.weight").isfinite().all()
+
+
+def test_ratio_hard_has_the_scores_of_the_method(demo, tmp_path: Path) -> None:
+    """Only the selection differs; the other ablations have scores of their own."""
+    edits, model = demo
+    files = {}
+    for method in ACTIVATIONS:
+        scored(model, with_method(edits, method=method), tmp_path / method.value)
+        files[method] = load_file(tmp_path / method.value / "scores.safetensors")
+    layer = next(iter(files[Method.UWM]))
+    assert torch.equal(files[Method.UWM][layer], files[Method.RATIO_HARD][layer])
+    for method in (Method.UNSAFE_ONLY, Method.DIFFERENCE, Method.RATIO_OF_MEANS):
+        assert not torch.allclose(files[Method.UWM][layer], files[method][layer])
+    assert (files[Method.DIFFERENCE][layer] < 0).any()
+
+
+def test_a_negative_difference_has_no_mass(demo, tmp_path: Path) -> None:
+    """Chosen by mass, the difference never edits an entry that safe inputs use more."""
+    edits = with_method(demo[0], method=Method.DIFFERENCE, selection=Selection.ADAPTIVE, keep_mass=0.5)
+    model = fresh_demo()
+    score = scored(model, edits, tmp_path)
+    scores = load_file(tmp_path / "scores.safetensors")
+    edit_to_folder(model, score, tmp_path / "scores.safetensors", edits, tmp_path)
+    for layer, part in Patch.from_file(tmp_path / "patch.safetensors").layers.items():
+        assert (scores[layer].flatten()[part.indices.long()] > 0).all()
+
+
+def test_scores_of_another_method_are_refused(demo, tmp_path: Path) -> None:
+    """A patch never says a method whose scores it was not made from."""
+    edits, model = demo
+    score = scored(model, edits, tmp_path)
+    other = with_method(edits, method=Method.RATIO_HARD)
+    with pytest.raises(IntegrityError, match="of method uwm, not ratio-hard"):
+        edit_to_folder(model, score, tmp_path / "scores.safetensors", other, tmp_path)
+
+
+# --- per concept ----------------------------------------------------------------------------------------------------
+
+
+def test_selections_of_concepts_are_united(demo, tmp_path: Path) -> None:
+    """One score per concept, from its own pairs alone; an entry of several concepts is multiplied once."""
+    edits = with_method(demo[0], per_concept=True)
+    model, limit = fresh_demo(), 40
+    before = {n: p.detach().clone() for n, p in model.source.named_parameters()}
+    score = scored(model, edits, tmp_path / "all", limit)
+    concepts = sorted(set(source_of(limit).concepts))
+    assert [p.concept for p in score.parts if p.tower is TowerName.TEXT] == concepts
+    assert score.n_pairs == {"text": limit, "image": limit}
+    assert sum(part.n_pairs for part in score.parts) == 2 * limit
+    _only_of_its_concept(model, demo[0], score, tmp_path, limit)
+    record = edit_to_folder(model, score, tmp_path / "all" / "scores.safetensors", edits, tmp_path)
+    assert record.concepts == tuple(concepts)
+    patch = Patch.from_file(tmp_path / "patch.safetensors")
+    for layer in record.layers:
+        parts = [p for p in score.parts if p.tower is layer.tower]
+        files = [load_file(tmp_path / "all" / part.file)[layer.name] for part in parts]
+        single = [set(selected_indices(scores, edits.of(layer.tower).keep_mass).tolist()) for scores in files]
+        assert set(patch.layers[layer.name].indices.tolist()) == set.union(*single)
+        assert max(map(len, single)) < layer.selected < sum(map(len, single))
+        flat = before[f"{layer.name}.weight"].view(-1)
+        flat[patch.layers[layer.name].indices.long()] *= -1
+        assert torch.equal(model.source.get_parameter(f"{layer.name}.weight"), before[f"{layer.name}.weight"])
+
+
+def _only_of_its_concept(model: LoadedModel, edits: EditSpecs, score: ScoreRecord, folder: Path, limit: int) -> None:
+    """The last concept's scores equal those of a set that holds nothing else."""
+    part = [p for p in score.parts if p.tower is TowerName.IMAGE][-1]
+    source = source_of(limit)
+    chosen = [i for i, concept in enumerate(source.concepts) if concept == part.concept]
+    assert part.n_pairs == len(chosen)
+    source.indices = [source.indices[i] for i in chosen]
+    source.ids = [source.ids[i] for i in chosen]
+    (folder / "one").mkdir()
+    score_to_folder(model, source.record, lambda tower: stream(model, source, tower), edits, folder / "one")
+    alone, joint = load_file(folder / "one" / "scores.safetensors"), load_file(folder / "all" / part.file)
+    for layer, scores in joint.items():
+        torch.testing.assert_close(scores, alone[layer], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_per_concept(demo, tmp_path: Path) -> None:
+    """The baselines unite selections too; a batch never mixes concepts."""
+    edits = with_method(demo[0], method=Method.GRADIENT_SAFE_CLIP, per_concept=True)
+    model = fresh_demo()
+    score = scored(model, edits, tmp_path, 24)
+    assert len({part.concept for part in score.parts}) > 1
+    record = edit_to_folder(model, score, tmp_path / "scores.safetensors", edits, tmp_path)
+    at_least = [entries_of_share(layer.shape[0] * layer.shape[1], layer.keep_mass) for layer in record.layers]
+    assert all(layer.selected > least for layer, least in zip(record.layers, at_least, strict=True))
+
+
+def test_a_stream_that_mixes_concepts_is_refused(demo, tmp_path: Path) -> None:
+    """A set that is not in scoring order would give a concept two scores."""
+    edits, model = with_method(demo[0], per_concept=True), demo[1]
+    source = source_of(40)
+    concepts = dict(zip(source.ids, source.concepts, strict=True))
+    with pytest.raises(ContractError, match="comes twice"):
+        score_to_folder(model, source.record, lambda t: stream(model, source, t), edits, tmp_path, concepts)
+
+
+def test_a_changed_part_is_refused(demo, tmp_path: Path) -> None:
+    """Scores of a concept are held to their digest like any other."""
+    edits, model = with_method(demo[0], per_concept=True), fresh_demo()
+    score = scored(model, edits, tmp_path)
+    (tmp_path / score.parts[0].file).write_bytes((tmp_path / score.parts[1].file).read_bytes())
+    with pytest.raises(IntegrityError, match="not the file its record describes"):
+        edit_to_folder(model, score, tmp_path / "scores.safetensors", edits, tmp_path)
+
+
+# --- what the gradient pass reads -----------------------------------------------------------------------------------
+
+
+class _Fake:
+    """A stream with items that are missing."""
+
+    def __init__(self, ids: list[str], missing: list[str], shape: tuple[int, ...], batch: int) -> None:
+        self.left_out = [LeftOut(id=item, reason="broken") for item in missing]
+        self.ids, self.shape, self.batch = [i for i in ids if i not in missing], shape, batch
+
+    def __iter__(self):
+        for start in range(0, len(self.ids), self.batch):
+            ids = tuple(self.ids[start : start + self.batch])
+            rows = np.stack([np.full(self.shape, int(item), dtype=np.float32) for item in ids])
+            yield PairBatch(ids=ids, safe=rows, unsafe=rows + 0.5)
+
+
+def test_items_are_joined_by_id() -> None:
+    """An item that lacks one side is left out and named, on whichever side; the others keep their own partner."""
+    ids = [str(i) for i in range(23)]
+    images = _Fake(ids, ["3", "4", "22"], (2,), 5)
+    texts, tally = score_gradients._Rows(_Fake(ids, ["0", "9"], (3,), 4)), Tally(TowerName.TEXT)
+    parts = list(score_gradients._parts(images, texts, tally))
+    assert [item for part in parts for item in part.ids] == [i for i in ids if i not in ("0", "3", "4", "9", "22")]
+    assert max(len(part.ids) for part in parts) == score_gradients.PART
+    for part in parts:
+        for side, offset in ((0, 0.0), (1, 0.5)):
+            wanted = np.array([int(item) for item in part.ids], dtype=np.float32) + offset
+            assert (part.members[TowerName.IMAGE][side] == wanted[:, None]).all()
+            assert (part.members[TowerName.TEXT][side] == wanted[:, None]).all()
+    assert [item.id for item in tally.left_out()] == ["0", "9"]
+    assert sorted(texts.rest(), key=int) == ["3", "4", "22"]
+
+
+@pytest.mark.parametrize("side", ["images", "texts"])
+def test_gradients_need_whole_quadruples(side: str, demo) -> None:
+    """A set for one tower is refused before anything is read, and the error names the method."""
+    source = source_of()
+    setattr(source, f"has_{side}", False)
+    edits = with_method(demo[0], method=Method.GRADIENT_UNSAFE)
+    with pytest.raises(DataError, match=f"has no {side}, and method gradient-unsafe"):
+        scoring_order(source, edits, 0)
+    assert scoring_order(source, demo[0], 0) is source
+
+
+def test_the_order_is_seeded(demo) -> None:
+    """Batches of gradients are of a shuffled set, the same for the same seed."""
+    edits, source = with_method(demo[0], method=Method.GRADIENT_UNSAFE), source_of(30)
+    one, two, other = (scoring_order(source, edits, seed) for seed in (1, 1, 2))
+    assert one.ids == two.ids != other.ids
+    assert sorted(one.ids) == sorted(source.ids)
+    assert one.read(3).id == one.ids[3]
+    assert one.record == source.record
+
+
+# --- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def request_of(tmp_path: Path) -> Request:
+    for name, split, limit in (("cal", "calibration", 24), ("eval", "test", 24)):
+        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
+        (tmp_path / f"{name}.toml").write_text(text)
+    return Request(
+        calibration=str(tmp_path / "cal.toml"), evaluation=str(tmp_path / "eval.toml"), targets=("onnxruntime",),
+        out=tmp_path / "out", work=tmp_path / "work", device="cpu", workers=0,
+    )  # fmt: skip
+
+
+def test_scores_serve_other_settings_but_no_other_method(request_of: Request) -> None:
+    """Another keep_mass, factor or selection selects again; another method, or per concept, scores again."""
+    quiet = Reporter(quiet=True)
+    first = run(request_of, until="edit", reporter=quiet)
+    assert first.edit.method is Method.UWM
+    for changes, reused in (
+        ({"keep_mass": 0.9}, True), ({"selection": "hard"}, True), ({"factor": 0.0}, True),
+        ({"method": "ratio-hard"}, False), ({"method": "gradient-unsafe"}, False),
+        ({"method": "gradient-unsafe", "selection": "hard"}, True), ({"per_concept": True}, False),
+    ):  # fmt: skip
+        outcome = run(dataclasses.replace(request_of, **changes), until="edit", reporter=quiet)
+        assert (outcome.reused == ["score"]) is reused, changes
+    assert outcome.edit.concepts
+    assert outcome.edit.settings["image"].pairing is Pairing.MEAN_OF_RATIOS
+
+
+def test_nothing_is_edited_and_the_gate_says_so(request_of: Request) -> None:
+    """The method `none` passes through every stage unedited; what is measured is the original, and it never passes."""
+    outcome = run(dataclasses.replace(request_of, method="none"), until="gate", reporter=Reporter(quiet=True))
+    assert outcome.edit.method is Method.NONE
+    assert outcome.edit.edited_weights_digest == outcome.edit.model.weights_digest
+    assert [layer.selected for layer in outcome.edit.layers] == [0] * len(outcome.edit.layers)
+    assert outcome.score.n_pairs == {}
+    assert outcome.report.original.preference == outcome.report.edited.preference
+    assert outcome.verdict.result is Result.FAIL
+    (reason,) = [c for c in outcome.verdict.checks if c.name == "the edit changes the weights"]
+    assert (reason.result, reason.detail) == (Result.FAIL, "the edited weights are the original ones")
+
+
+def test_a_set_of_texts_is_one_line_of_error(tmp_path: Path) -> None:
+    """On the command line too, with the exit code of bad input."""
+    rows = [{"id": f"i{n}", "safe_text": f"a red thing {n}", "unsafe_text": f"a fire {n}"} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "set.toml").write_text('format = 1\nname = "set"\nsource = "manifest"\nmanifest = "pairs.jsonl"\n')
+    command = ["score", "--work", str(tmp_path / "w"), "--calibration", str(tmp_path / "set.toml"), "--workers", "0"]
+    result = CliRunner().invoke(cli, [*command, "--method", "gradient-safe-clip"])
+    assert result.exit_code == 2
+    assert "has no images, and method gradient-safe-clip" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_every_method_is_documented() -> None:
+    """`--help` names each; docs/methods.md has each with the settings that it really has."""
+    text = CliRunner().invoke(cli, ["build", "--help"]).output
+    page = (ROOT / "docs" / "methods.md").read_text()
+    for method, preset in PRESETS.items():
+        assert method.value in text
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{method.value}` |"))
+        if method is Method.NONE:
+            continue
+        for setting in (preset.text, preset.image):
+            assert setting.selection.value in row
+            assert f"{setting.keep_mass:g}" in row
+            assert f"{setting.factor:g}" in row

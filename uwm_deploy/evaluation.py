@@ -1,0 +1,282 @@
+"""Measures models, saved folders and bundles on one set: SafeGround, retrieval and zero-shot.
+
+Quadruples are preprocessed once for all models with the same preprocessing; zero-shot images pass through in batches, so
+that sets of any size can be measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from uwm_deploy import resources
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.embedding import Encode, PreparedSet, embed, prepare
+from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.datasets.zero_shot import Suite, open_suite, recognise
+from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.records import ImageSpec, Method, Proportion, SafetyReport, TextSpec, TowerName
+from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.embedded import safety_report
+
+_EMBED_BATCH = 16
+"""Rows per forward pass of a model in PyTorch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One thing to measure.
+
+    Attributes:
+        label: Its row in a table.
+        model: Recipe name, recipe file, checkpoint folder, saved edited folder or bundle.
+        method: Edit that is made first; `none` measures what is there.
+        bundle: It must be a bundle.
+        request: How an edit is made: calibration set, checkpoint folder, run folder, device.
+    """
+
+    label: str
+    model: str
+    method: Method = Method.NONE
+    bundle: bool = False
+    request: Request = field(default_factory=Request)
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether it is a bundle, which needs no torch."""
+        return self.bundle or (Path(self.model) / MANIFEST).is_file()
+
+
+def subject_from(text: str, request: Request | None = None) -> Subject:
+    """Parses ``[LABEL=]MODEL[:METHOD]``.
+
+    Args:
+        text: As on the command line; a path that exists is taken whole.
+        request: How an edit is made.
+
+    Raises:
+        InputError: If there is no such method, or nothing is named.
+    """
+    label, equals, rest = ("", "", text) if Path(text).exists() else text.partition("=")
+    if not equals:
+        label, rest = text, text
+    model, method = rest, Method.NONE.value
+    if ":" in rest and not Path(rest).exists():
+        model, _, method = rest.rpartition(":")
+    if not label or not model:
+        raise InputError(f"{text!r} names no model", fix="write MODEL, LABEL=MODEL or MODEL:METHOD")
+    if method not in list(Method):
+        raise InputError(f"{text!r}: no method is named {method!r}", fix=f"use one of {', '.join(Method)}")
+    return Subject(label=label, model=model, method=Method(method), request=request or Request())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What every subject is measured on.
+
+    Attributes:
+        source: Quadruples; None when only zero-shot is wanted.
+        suite: Zero-shot sets.
+    """
+
+    source: QuadrupleSource | None
+    suite: Suite
+
+
+def ground_of(
+    evaluation: str | None, zero_shot: Sequence[str] | None, *, data: Path | None, default: Subject
+) -> Ground:
+    """Opens the evaluation set and its zero-shot sets.
+
+    Args:
+        evaluation: Name or TOML file; None takes the one of `default`.
+        zero_shot: Names; None takes those the evaluation set names.
+        data: Folder of the zero-shot sets; None takes `$UWM_DEPLOY_DATA/zero-shot`.
+        default: The first subject.
+
+    Raises:
+        InputError: If there is no such set.
+        DataError: If it is empty or malformed.
+    """
+    spec, base = _evaluation_of(default) if evaluation is None else calibration_set_of(evaluation)[::2]
+    names = spec.zero_shot if zero_shot is None else zero_shot
+    demo_split = spec.split if spec.source == "demo" and zero_shot is None else "test"
+    suite = open_suite(names, data=data, base=base if zero_shot is None else None, demo_split=demo_split)
+    return Ground(source=open_source(dataclasses.replace(spec, zero_shot=()), base=base), suite=suite)
+
+
+def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
+    if subject.is_bundle:
+        text = open_bundle(subject.model).read("evaluation.toml").decode()
+        return calibration_set_from_toml(text, where="evaluation.toml"), None
+    return calibration_set_of(recipe_of(subject.model)[0].data.evaluation)[::2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoders:
+    """Both encoders of a subject, opened.
+
+    Attributes:
+        name: For the report: recipe name, or the variant of a bundle.
+        batch: Rows per call.
+    """
+
+    name: str
+    image: ImageSpec
+    text: TextSpec
+    tokenizer: Tokenizer
+    encode_image: Encode
+    encode_text: Encode
+    batch: int
+
+
+def open_encoders(subject: Subject, reporter: Reporter) -> Encoders:
+    """Opens a bundle without torch, or loads a model, editing it first when a method is asked for.
+
+    Raises:
+        UwmError: If it cannot be opened, loaded or edited.
+    """
+    if subject.is_bundle:
+        if subject.method is not Method.NONE:
+            raise InputError(f"{subject.label} is a bundle, which is edited already", fix="leave the method out")
+        return _bundle_encoders(Path(subject.model))
+    return _model_encoders(subject, reporter)
+
+
+def _bundle_encoders(path: Path) -> Encoders:
+    from uwm_deploy.runtime.encoder import SafeEncoder
+
+    encoder = SafeEncoder.open(path)
+    bundle, ref = open_bundle(path), encoder.manifest.model
+    images, texts = (encoder.session(tower) for tower in (TowerName.IMAGE, TowerName.TEXT))
+    return Encoders(
+        name=encoder.variant,
+        image=ref.image,
+        text=ref.text,
+        tokenizer=Tokenizer(bundle.read("tokenizer.json"), ref.text),
+        encode_image=images.run,
+        encode_text=texts.run,
+        batch=images.max_batch,
+    )
+
+
+def _model_encoders(subject: Subject, reporter: Reporter) -> Encoders:
+    from uwm_deploy.stages.load import load_model
+    from uwm_deploy.stages.verify import encode_with
+
+    recipe, _ = recipe_of(subject.model)
+    if subject.method is Method.NONE:
+        source = recipe.model
+        folder = subject.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
+    else:
+        outcome = run(_edit_request(subject, recipe.name), until="edit", reporter=reporter)
+        folder = outcome.work / "edit" / "model"
+    with reporter.stage("load", subject.label):
+        model = load_model(recipe, folder=folder, device=subject.request.device)
+    return Encoders(
+        name=recipe.name if subject.method is Method.NONE else f"{recipe.name}, {subject.method.value}",
+        image=model.ref.image,
+        text=model.ref.text,
+        tokenizer=Tokenizer(model.tokenizer_json, model.ref.text),
+        encode_image=encode_with(model.image),
+        encode_text=encode_with(model.text),
+        batch=_EMBED_BATCH,
+    )
+
+
+def _edit_request(subject: Subject, name: str) -> Request:
+    """A run folder of its own, so that the user's own run of the same model stays as it is."""
+    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method.value}"
+    return dataclasses.replace(subject.request, model=subject.model, method=subject.method.value, work=work)
+
+
+class Evaluator:
+    """Measures one subject after the other on the same ground."""
+
+    def __init__(self, ground: Ground, *, workers: int, reporter: Reporter) -> None:
+        self.ground, self.workers, self.reporter = ground, workers, reporter
+        self._prepared: tuple[tuple[ImageSpec, TextSpec], PreparedSet] | None = None
+
+    def measure(self, encoders: Encoders) -> SafetyReport:
+        """SafeGround, retrieval and every zero-shot set that is here; the others are listed as missing.
+
+        Raises:
+            DataError: If a quadruple cannot be read, or an embedding is not finite.
+        """
+        ground, progress = self.ground, self.reporter.progress
+        name = ground.source.record.name if ground.source else "zero-shot sets"
+        with self.reporter.stage("evaluate", f"{encoders.name} on {name}"):
+            report = SafetyReport(subject=encoders.name, preference={}, per_concept={}, retrieval={}, zero_shot={})
+            if ground.source is not None:
+                embedded = embed(
+                    self._inputs(ground.source, encoders),
+                    encoders.encode_image,
+                    encoders.encode_text,
+                    label=encoders.name,
+                    batch=encoders.batch,
+                    progress=progress,
+                )
+                report = safety_report(encoders.name, embedded)
+            zero_shot, missing = self._zero_shot(encoders)
+        return dataclasses.replace(report, zero_shot=zero_shot, zero_shot_missing=missing)
+
+    def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
+        key = (encoders.image, encoders.text)
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = None  # its memory, before the next one takes some
+            prepared = prepare(
+                source, encoders.image, encoders.tokenizer, workers=self.workers, progress=self.reporter.progress
+            )
+            self._prepared = key, prepared
+        return self._prepared[1]
+
+    def _zero_shot(self, encoders: Encoders) -> tuple[dict[str, Proportion], dict[str, str]]:
+        found, missing = {}, dict(self.ground.suite.missing)
+        for name, part in self.ground.suite.sets.items():
+            try:
+                found[name] = recognise(
+                    part,
+                    encoders.image,
+                    encoders.tokenizer,
+                    encoders.encode_image,
+                    encoders.encode_text,
+                    batch=encoders.batch,
+                    workers=self.workers,
+                    progress=self.reporter.progress,
+                ).proportion()
+            except BrokenItemError as error:
+                missing[name] = error.what
+        return found, missing
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    *,
+    evaluation: str | None,
+    zero_shot: Sequence[str] | None,
+    data: Path | None,
+    workers: int,
+    reporter: Reporter,
+) -> list[SafetyReport]:
+    """Reports in the order of the subjects, all on the same items.
+
+    Args:
+        subjects: At least one.
+        evaluation: See `ground_of`.
+        zero_shot: See `ground_of`.
+        data: See `ground_of`.
+        workers: Decoding processes.
+        reporter: Progress.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
+    evaluator = Evaluator(ground, workers=workers, reporter=reporter)
+    return [evaluator.measure(open_encoders(subject, reporter)) for subject in subjects]

@@ -1,0 +1,170 @@
+"""What a scoring pass reads: streams of pairs, in the order and the groups that a method wants, and what became of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import Tensor
+
+from uwm_deploy.datasets.source import PairBatch, Quadruple, QuadrupleSource
+from uwm_deploy.errors import ContractError, DataError
+from uwm_deploy.recipe import EditSpecs
+from uwm_deploy.records import LeftOut, TowerName
+from uwm_deploy.uwm.methods import needs_gradients
+
+MAX_LEFT_OUT_SHARE = 0.01
+"""More pairs without a finite contribution are an error (method.md section 2)."""
+
+_NAMED_ITEMS = 5
+
+
+class Pairs(Protocol):
+    """Batches of pairs, and what could not be read."""
+
+    left_out: list[LeftOut]
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        """Batches in order."""
+
+
+PairsOf = Callable[[TowerName], Pairs]
+
+Group = tuple[str, dict[str, Tensor], int]
+"""Concept, or nothing when all pairs make one score; scores by layer, on the CPU; pairs in them."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the pairs of one tower.
+
+    Attributes:
+        tower: Which.
+        total: Pairs that reached it.
+        count: Pairs in the scores.
+        not_finite: Ids of pairs that some layer left out.
+        unread: Items that never reached the tower, by id.
+    """
+
+    tower: TowerName
+    total: int = 0
+    count: int = 0
+    not_finite: dict[str, None] = field(default_factory=dict)
+    unread: dict[str, LeftOut] = field(default_factory=dict)
+
+    def leave_out(self, ids: Iterable[str]) -> None:
+        """Names pairs without a finite contribution."""
+        self.not_finite.update(dict.fromkeys(ids))
+
+    def not_read(self, items: Iterable[LeftOut]) -> None:
+        """Names items that never reached the tower; the first reason of an item stays."""
+        for item in items:
+            self.unread.setdefault(item.id, item)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Everything that is not in the scores, with its reason."""
+        return (*self.unread.values(), *(LeftOut(id=i, reason="not finite") for i in self.not_finite))
+
+    def check(self) -> None:
+        """Checks that there were pairs, and that nearly all of them count.
+
+        Raises:
+            DataError: If there were none, or more than 1% have no finite contribution.
+        """
+        if self.total == 0:
+            raise DataError(f"no pair reached the {self.tower.value} tower", fix="check the calibration set")
+        if len(self.not_finite) > MAX_LEFT_OUT_SHARE * self.total:
+            raise DataError(
+                f"{len(self.not_finite)} of {self.total} {self.tower.value} pairs have no finite score "
+                f"({', '.join(list(self.not_finite)[:_NAMED_ITEMS])})",
+                fix="remove empty captions and constant images",
+            )
+
+    def counted(self, count: int, concept: str) -> int:
+        """Takes the pairs of one score into the count.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if not concept:
+            self.check()
+        elif count == 0:
+            raise DataError(f"concept {concept!r} has no {self.tower.value} pair with a score", fix="check its items")
+        self.count += count
+        return count
+
+
+def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> QuadrupleSource:
+    """The set in the order that a method wants.
+
+    Concepts one after the other for one score per concept; a seeded shuffle for gradients, which depend on what stands
+    together in a batch; else the set itself.
+
+    Raises:
+        DataError: If the method needs quadruples and the set has only images or only texts.
+    """
+    order = list(range(len(source)))
+    if needs_gradients(edits.method):
+        if not (source.has_images and source.has_texts):
+            raise DataError(
+                f"data set {source.record.name} has no {'texts' if source.has_images else 'images'}, and method "
+                f"{edits.method.value} compares each with the other",
+                fix="use a set of whole quadruples, or another --method",
+            )
+        order = [int(i) for i in np.random.default_rng(seed).permutation(len(source))]
+    if edits.per_concept:
+        order.sort(key=lambda index: source.concepts[index])
+    return source if order == sorted(order) else cast(QuadrupleSource, _InOrder(source, order))
+
+
+class _InOrder:
+    """A set in another order; whatever does not depend on the order is the set's own."""
+
+    def __init__(self, source: QuadrupleSource, order: Sequence[int]) -> None:
+        self._source, self._order = source, order
+        self.ids = [source.ids[index] for index in order]
+        self.concepts = [source.concepts[index] for index in order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, index: int) -> Quadruple:
+        return self._source.read(self._order[index])
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        return self._source.read_texts(self._order[index])
+
+
+def runs(batches: Iterable[PairBatch], concepts: Mapping[str, str] | None) -> Iterator[tuple[str, Iterable[PairBatch]]]:
+    """Batches by concept, each to be read before the next; a batch is cut where the concept changes.
+
+    Args:
+        batches: In scoring order.
+        concepts: Item id to concept; None keeps everything together, under no name.
+
+    Raises:
+        ContractError: If a concept comes twice.
+    """
+    if concepts is None:
+        yield "", batches
+        return
+    seen: set[str] = set()
+    for concept, rows in itertools.groupby(_cut(batches, concepts), key=lambda batch: concepts[batch.ids[0]]):
+        if concept in seen:
+            raise ContractError(f"concept {concept!r} comes twice in the stream", fix="stream the set in scoring order")
+        seen.add(concept)
+        yield concept, rows
+
+
+def _cut(batches: Iterable[PairBatch], concepts: Mapping[str, str]) -> Iterator[PairBatch]:
+    for batch in batches:
+        start = 0
+        for _, ids in itertools.groupby(batch.ids, key=concepts.__getitem__):
+            rows = slice(start, start := start + len(list(ids)))
+            yield PairBatch(ids=batch.ids[rows], safe=batch.safe[rows], unsafe=batch.unsafe[rows])
