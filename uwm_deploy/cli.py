@@ -13,7 +13,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
-from uwm_deploy.records import Method, Selection
+from uwm_deploy.records import Method, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +78,14 @@ def pipeline_options(command: F) -> F:
         ),
         click.option(
             "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+        click.option(
+            "--tower",
+            "towers",
+            multiple=True,
+            type=click.Choice([tower.value for tower in TowerName]),
+            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
+            "[default: the recipe's]",
         ),
         click.option(
             "--keep-mass",
@@ -455,6 +463,31 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
         print_rows(rows)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
+
+
+@cli.command()
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Edited model: `edit/model` of a run folder."
+)
+@click.option("--into", required=True, type=click.Path(path_type=Path), help="LLaVA checkpoint folder; only read.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the whole checkpoint.")
+@common_options
+def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
+    """Puts an edited vision tower back into its LLaVA checkpoint; all other tensors stay bit-equal.
+
+    \b
+    Example:
+      uwm-deploy swap --model .uwm/llava-1.5-7b/edit/model --into llava-1.5-7b-hf --out llava-1.5-7b-safe
+    """
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.towers.llava import swap_vision_tower
+
+    reporter = Reporter()
+    with reporter.stage("swap", str(out)):
+        changed = swap_vision_tower(model, into, out, reporter.progress)
+    text = f"{out}: {changed} tensors of the vision tower changed, everything else is as it was"
+    click.echo(json.dumps({"out": str(out), "changed_tensors": changed}) if as_json else text)
+    return 0
 
 
 @cli.command()

@@ -93,6 +93,7 @@ class Request:
     method: str | None = None
     selection: str | None = None
     per_concept: bool = False
+    towers: tuple[str, ...] = ()
     keep_mass: float | None = None
     factor: float | None = None
     weights: str = "checkpoint"
@@ -231,12 +232,21 @@ class _Build:
         return resources.checkpoint_folder(source.repo, source.revision)
 
     @cached_property
+    def companion(self) -> Path | None:
+        """Folder of the checkpoint that the model is measured with, for a vision tower alone."""
+        source = self.recipe.model
+        if not source.companion or self.checkpoint is None:
+            return None
+        return resources.checkpoint_folder(source.companion, source.companion_revision)
+
+    @cached_property
     def base_inputs(self) -> dict[str, str]:
         """What every stage depends on: the source weights' bytes, this code, the libraries."""
         code = Path(__file__).parent
         sources = {p.relative_to(code).as_posix(): digest_of_file(p) for p in sorted(code.rglob("*.py"))}
         return {
             "checkpoint": digest_of_folder(self.checkpoint) if self.checkpoint else digest_of_plain(self.recipe_text),
+            "companion": digest_of_folder(self.companion) if self.companion else "",
             "weights": self.request.weights,
             "code": digest_of_plain(sources),
             "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
@@ -270,6 +280,7 @@ class _Build:
             model = load_model(
                 self.recipe,
                 folder=folder or self.checkpoint,
+                companion=None if folder else self.companion,
                 weights="checkpoint" if folder else weights,
                 device=self.request.device,
             )
@@ -310,7 +321,7 @@ class _Build:
         seed = self.calibration.seed if needs_gradients(edits.method) else None
         inputs = self.base_inputs | {
             "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
-            "edits": digest_of_plain([edits.method.value, edits.per_concept, seed, formulas]),
+            "edits": digest_of_plain([edits.method.value, edits.per_concept, list(edits.towers), seed, formulas]),
         }
         folder = self._stage("score", self._named_method(self.calibration.name), inputs, self._score)
         self.outcome.score = _read(ScoreRecord, folder / "score.json")
@@ -336,6 +347,9 @@ class _Build:
                 sort_by_length=not (edits.per_concept or needs_gradients(edits.method)),
             )
 
+        if edits.method is not Method.NONE:
+            for tower in edits.towers:
+                pairs(tower)  # a set without pairs for one of them is refused before anything is scored
         concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
         score_to_folder(self.original, whole.record, pairs, edits, folder, concepts)
 
@@ -491,7 +505,7 @@ class _Build:
         from uwm_deploy.stages.verify import Subject
 
         graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
-        outputs = {tower: graph.outputs[0] for tower, graph in graphs.items()}
+        outputs = {tower: graph.outputs for tower, graph in graphs.items()}
         shared: dict[str, Any] = {
             "outputs": outputs,
             "normalised": self.recipe.export.normalise,
@@ -635,6 +649,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         keep_mass=request.keep_mass,
         factor=request.factor,
         per_concept=request.per_concept,
+        chosen_towers=[TowerName(tower) for tower in request.towers],
     )
     data = dataclasses.replace(
         recipe.data,

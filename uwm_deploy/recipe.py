@@ -22,7 +22,7 @@ FORMAT = 1
 R = TypeVar("R")
 
 
-Family = Literal["hf-clip", "siglip", "open-clip"]
+Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class ModelSource:
         licence: SPDX name or a short statement, shown by `uwm-deploy models`.
         parameters: Approximate number, shown by `uwm-deploy models`.
         architecture: What `--weights random` builds when the checkpoint is not at hand.
+        companion: For a vision tower alone: CLIP checkpoint whose text tower it is measured with, like `repo`.
+        companion_revision: Hub commit of the companion.
     """
 
     family: Family
@@ -61,6 +63,8 @@ class ModelSource:
     licence: str = "unknown"
     parameters: str = ""
     architecture: Architecture | None = None
+    companion: str = ""
+    companion_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +98,14 @@ class EditSpecs:
     Attributes:
         method: The method that the values below are for (docs/methods.md).
         per_concept: One score per concept of the set, selections united.
+        towers: Those that are scored and edited; the other one goes through the chain as it is.
     """
 
     text: EditSpec
     image: EditSpec
     method: Method = Method.UWM
     per_concept: bool = False
+    towers: tuple[TowerName, ...] = (TowerName.TEXT, TowerName.IMAGE)
 
     def of(self, tower: TowerName) -> EditSpec:
         """The one of a tower."""
@@ -282,6 +288,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: edit.{tower}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number"
             )
+    if not recipe.edit.towers or len(set(recipe.edit.towers)) < len(recipe.edit.towers):
+        raise RecipeError(f"{where}: edit.towers is {list(recipe.edit.towers)}", fix="name image, text or both, once")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")

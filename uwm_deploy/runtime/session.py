@@ -28,6 +28,9 @@ class Session(Protocol):
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
 
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output by name, (n, ...) float32; the embedding is the first."""
+
     def close(self) -> None:
         """Releases device memory."""
 
@@ -50,7 +53,7 @@ def open_session(
         model: The engine's or graph's bytes.
         profile: Batches it accepts.
         inputs: Its inputs; exactly one.
-        outputs: Its outputs; exactly one.
+        outputs: Its outputs; the embedding is the first.
         external_data: Content of external data files by their name in the graph.
         device: Where it must run; `auto` takes the best that works.
         optimised: Whether ONNX Runtime's optimisations are already in the graph.
@@ -100,7 +103,7 @@ class OnnxRuntimeSession:
         import onnxruntime as ort
 
         self.max_batch = profile.max
-        self._input, self._output = inputs[0], outputs[0]
+        self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
@@ -136,12 +139,20 @@ class OnnxRuntimeSession:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
+        return self._run(batch, self._outputs[:1])[self._outputs[0]]
+
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Session.run_all`."""
+        return self._run(batch, self._outputs)
+
+    def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
         data = np.ascontiguousarray(batch, dtype=self._input.dtype)
         parts = [
-            self._session.run([self._output.name], {self._input.name: data[i : i + self.max_batch]})[0]
+            self._session.run(names, {self._input.name: data[i : i + self.max_batch]})
             for i in range(0, len(data), self.max_batch)
         ]
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        columns = zip(names, zip(*parts, strict=True), strict=True)
+        return {name: np.concatenate(rows).astype(np.float32, copy=False) for name, rows in columns}
 
     def close(self) -> None:
         """See `Session.close`."""

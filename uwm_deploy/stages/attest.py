@@ -25,6 +25,8 @@ from uwm_deploy.records import (
     Evidence,
     Manifest,
     OutputParity,
+    Profile,
+    Target,
     TowerName,
     Verdict,
     VerifyReport,
@@ -125,6 +127,8 @@ def _evidence(
         for tower in TowerName
         for batch in sorted({1, largest})
     ]
+    for tower in TowerName:
+        measured += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
     run_image, run_text = sessions[TowerName.IMAGE].run, sessions[TowerName.TEXT].run
     embedded = embed(prepared, run_image, run_text, label=f"evaluation, {variant}", batch=largest, progress=progress)
     where = dict(sessions[TowerName.IMAGE].where)
@@ -140,6 +144,36 @@ def _evidence(
         safety=safety_report(variant, embedded),
         flips=flips_between(reference, embedded),
     )
+
+
+def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np.ndarray) -> list[OutputParity]:
+    """Outputs after the embedding, of which no reference is stored, against the exported graph on the CPU."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    if len(graph.outputs) == 1:
+        return []
+    external = {graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {}
+    exported = open_session(
+        Target.ONNXRUNTIME,
+        bundle.read(f"onnx/{graph.file}"),
+        profile=Profile(min=1, opt=1, max=len(rows)),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data=external,
+        device="cpu",
+        optimised=False,
+    )
+    wanted, found = exported.run_all(rows), session.run_all(rows)
+    exported.close()
+    return [
+        parity(
+            tower,
+            spec.name,
+            len(rows),
+            wanted[spec.name].reshape(len(rows), -1),
+            found[spec.name].reshape(len(rows), -1),
+        )
+        for spec in graph.outputs[1:]
+    ]
 
 
 def _parity(

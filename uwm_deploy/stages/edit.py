@@ -98,11 +98,10 @@ def _patch(
     """Selects per layer, one layer's scores in memory at a time."""
     patches, layers = {}, []
     for layer in score.layers:
-        if score.method is Method.NONE:
-            indices, spec = torch.empty(0, dtype=torch.int64), _untouched(edits.of(layer.tower))
-        else:
-            spec = edits.of(layer.tower)
-            indices = selected_entries(score, scores_file, layer, spec)
+        spec = edits.of(layer.tower)
+        if layer.tower not in score.rules:
+            spec = _untouched(spec)
+        indices = selected_entries(score, scores_file, layer, spec)
         part, edit = _layer_patch(layer, indices, spec, weights[layer.name])
         patches[layer.name] = part
         layers.append(edit)
@@ -110,13 +109,15 @@ def _patch(
 
 
 def _untouched(spec: EditSpec) -> EditSpec:
-    """The method `none`, as it stands in records whatever the recipe says."""
+    """Nothing is edited, as it stands in records whatever the recipe says."""
     setting = PRESETS[Method.NONE].of(TowerName.IMAGE)
     return dataclasses.replace(spec, keep_mass=setting.keep_mass, factor=setting.factor, selection=setting.selection)
 
 
 def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, spec: EditSpec) -> Tensor:
     """Ascending flat indices of the entries of one layer to edit; with one score per concept, the union of theirs.
+
+    None of a tower that was not scored: it stays as it is.
 
     Args:
         score: Record of the scores.
@@ -127,6 +128,8 @@ def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, s
     Raises:
         IntegrityError: If a score file cannot be read.
     """
+    if layer.tower not in score.rules:
+        return torch.empty(0, dtype=torch.int64)
     parts = [scores_file.parent / part.file for part in score.parts if part.tower is layer.tower]
     signed = PRESETS[score.method].signed and spec.selection is Selection.ADAPTIVE
     chosen = [

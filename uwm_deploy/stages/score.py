@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def score_to_folder(
     folder: Path,
     concepts: Mapping[str, str] | None = None,
 ) -> ScoreRecord:
-    """Scores both towers, each on the unedited model, and saves scores and record.
+    """Scores the towers that are to be edited, each on the unedited model, and saves scores and record.
 
     Args:
         model: The source model.
@@ -59,9 +59,9 @@ def score_to_folder(
         DataError: If more than 1% of the pairs have no finite contribution, or there are none.
         ContractError: If an edited layer was never reached by the forward pass.
     """
-    pairing = _common_pairing(edits)
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
-    scored = [] if edits.method is Method.NONE else list(tallies)
+    scored = [] if edits.method is Method.NONE else [name for name in tallies if name in edits.towers]
+    pairing = _common_pairing(edits, scored)
     seconds: dict[str, float] = {}
     whole: dict[str, Tensor] = {}
     parts: list[ScorePart] = []
@@ -95,11 +95,11 @@ def score_to_folder(
     return record
 
 
-def _common_pairing(edits: EditSpecs) -> Pairing | None:
-    text, image = (pairing_of(edits.method, edits.of(name)) for name in (TowerName.TEXT, TowerName.IMAGE))
-    if text != image:
+def _common_pairing(edits: EditSpecs, scored: Sequence[TowerName]) -> Pairing | None:
+    found = {pairing_of(edits.method, edits.of(name)) for name in scored}
+    if len(found) > 1:
         raise ContractError("text and image ask for different pairings", fix="use one pairing in the recipe")
-    return text
+    return next(iter(found), None)
 
 
 def _layers(tower: Tower, edit: EditSpec) -> Iterator[LayerScore]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,6 +116,7 @@ def with_method(
     keep_mass: float | None = None,
     factor: float | None = None,
     per_concept: bool = False,
+    chosen_towers: Collection[TowerName] = (),
 ) -> EditSpecs:
     """What is edited when the user asks for a method.
 
@@ -125,6 +127,7 @@ def with_method(
         keep_mass: Instead of the method's, both towers.
         factor: Instead of the method's, both towers.
         per_concept: One score per concept, selections united.
+        chosen_towers: Towers that are edited; none leaves it to the recipe.
 
     Raises:
         InputError: If settings are given for the method that edits nothing.
@@ -140,4 +143,10 @@ def with_method(
         own = {} if chosen is edits.method else dataclasses.asdict(PRESETS[chosen].of(tower))
         towers[tower.value] = dataclasses.replace(edits.of(tower), **(own | given))
     wanted = per_concept or (edits.per_concept and chosen is not Method.NONE)
-    return EditSpecs(text=towers["text"], image=towers["image"], method=chosen, per_concept=wanted)
+    return EditSpecs(
+        text=towers["text"],
+        image=towers["image"],
+        method=chosen,
+        per_concept=wanted,
+        towers=tuple(t for t in (TowerName.TEXT, TowerName.IMAGE) if t in (chosen_towers or edits.towers)),
+    )
