@@ -13,7 +13,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
-from uwm_deploy.records import Method, Selection, TowerName
+from uwm_deploy.records import Method, Precision, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,7 +61,18 @@ def pipeline_options(command: F) -> F:
             help="What to compile for; repeatable. [default: the recipe's]",
         ),
         click.option(
-            "--precision", default=None, type=click.Choice(["fp32"]), help="Precision. [default: the recipe's]"
+            "--precision",
+            "precisions",
+            multiple=True,
+            type=click.Choice([precision.value for precision in Precision]),
+            help="Precision (docs/precision.md); repeatable, each is a variant of each target. [default: the recipe's]",
+        ),
+        click.option(
+            "--keep-float32",
+            "float32",
+            multiple=True,
+            metavar="PATTERN",
+            help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
         click.option(
             "--method",

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import IntegrityError, RecipeError
-from uwm_deploy.records import Method, Pairing, Profile, Rule, Selection, Target, TowerName
+from uwm_deploy.records import Method, Pairing, Precision, Profile, Rule, Selection, Target, TowerName
 
 FORMAT = 1
 """Version of the TOML formats."""
@@ -141,12 +141,42 @@ class ExportSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoSpec:
+    """The search of precision `auto`.
+
+    Attributes:
+        lowest: What the search begins with in every linear layer.
+        flips: Budget: largest share of decisions that may differ from the edited model's, in percent.
+        items: Quadruples of the calibration set that the search measures on.
+    """
+
+    lowest: Precision = Precision.INT8
+    flips: float = 0.5
+    items: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSpec:
-    """What is compiled, and for which batches."""
+    """What is compiled, and for which batches.
+
+    Attributes:
+        targets: What for.
+        precision: One, or several; each is a variant of each target.
+        batch: Profile.
+        float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
+        auto: How `auto` searches.
+    """
 
     targets: tuple[Target, ...]
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision | tuple[Precision, ...] = Precision.FP32
     batch: Profile = Profile(min=1, opt=8, max=32)
+    float32: tuple[str, ...] = ()
+    auto: AutoSpec = AutoSpec()
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """All of them."""
+        return (self.precision,) if isinstance(self.precision, Precision) else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +268,7 @@ class Limit:
         at_least: Smallest value that passes.
         at_most: Largest value that passes.
         min_n: Fewest items that can support the comparison; with fewer the check is inconclusive.
+        precision: Precisions of the artifacts that it is for; empty for all.
         reason: Why the limit is what it is; shown when it fails.
     """
 
@@ -245,6 +276,7 @@ class Limit:
     at_least: float | None = None
     at_most: float | None = None
     min_n: int = 1
+    precision: tuple[Precision, ...] = ()
     reason: str = ""
 
 

@@ -68,6 +68,17 @@ class Pairing(StrEnum):
     DIFFERENCE = "difference"
 
 
+class Precision(StrEnum):
+    """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    AUTO = "auto"
+
+
 class Target(StrEnum):
     """What an ONNX graph is compiled for."""
 
@@ -339,6 +350,50 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationCoverage:
+    """How the activations of one class of inputs, safe or unsafe, lie in the ranges that they are quantised with.
+
+    Attributes:
+        n: Inputs that were held out when the ranges were taken.
+        inside: Share of inputs and activations that stay within the range.
+        worst: Largest activation divided by its range; above 1 it is cut off.
+    """
+
+    n: int
+    inside: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How a graph in lower precision was made, and what it came to.
+
+    Attributes:
+        precision: What was asked for.
+        lowered: Precision of the linear layers that are not kept.
+        source_digest: Digest of the float32 graph it was made from.
+        kept: Linear layers, and patterns for other nodes, that stay in float32.
+        achieved: Class of operator to precision to number of nodes, read back from the graph.
+        clamped: Constants out of range that are now the largest finite number.
+        zeroed: Edited entries that became zero, where negation changes nothing.
+        coverage: Per class of input, ``safe`` and ``unsafe``; empty where nothing is quantised.
+        canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
+        canaries: Number of them.
+    """
+
+    precision: Precision
+    lowered: Precision
+    source_digest: Digest
+    kept: tuple[str, ...]
+    achieved: Mapping[str, Mapping[str, int]]
+    clamped: int
+    zeroed: int
+    coverage: Mapping[str, ActivationCoverage] = field(default_factory=dict)
+    canary_ratio_max: float | None = None
+    canaries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxArtifact:
     """One tower as an ONNX graph.
 
@@ -347,6 +402,7 @@ class OnnxArtifact:
         digest: Over the graph file and, when there is one, the external data file.
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
+        conversion: For a graph in lower precision, made from the exported one.
     """
 
     tower: TowerName
@@ -360,6 +416,7 @@ class OnnxArtifact:
     normalised: bool
     versions: Mapping[str, str]
     fingerprint: Fingerprint
+    conversion: Conversion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,7 +435,9 @@ class EngineArtifact:
     Attributes:
         variant: ``<target>-<precision>``; the image and the text engine of one variant share it.
         precision: Precision that was achieved, read back from the engine or the graph.
-        onnx_digest: Digest of the OnnxArtifact it was compiled from.
+        file: Name in its stage folder; an ONNX graph may have its weights in `external_data` beside it.
+        digest: Over the file and, when there is one, the external data file.
+        onnx_digest: Digest of the OnnxArtifact it was compiled from, the exported one or one in lower precision.
         built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).
         runnable: Whether the building machine could execute it.
         seconds: Wall time of the build.
@@ -402,6 +461,7 @@ class EngineArtifact:
     runnable: bool
     seconds: float
     peak_rss_bytes: int = 0
+    external_data: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -530,17 +590,21 @@ class ArtifactEvidence:
     Attributes:
         variant: Variant name, or ``"onnx"`` for the exported graphs themselves.
         reason: Why it was not run; empty when executed.
+        precision: What its linear layers compute in.
         where: Machine kind: provider, device name, versions.
         artifact_digests: Digest per tower of exactly the bytes that were executed.
+        canaries: Per edited tower, the worst canary's distance to the edited model over that to the original one.
         flips: Against the edited source model, per preference metric.
     """
 
     variant: str
+    precision: Precision
     evidence: Evidence
     reason: str
     where: Mapping[str, str]
     artifact_digests: Mapping[str, Digest]
     parity: tuple[OutputParity, ...] = ()
+    canaries: Mapping[str, float] = field(default_factory=dict)
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
 
@@ -619,6 +683,7 @@ class Manifest:
     Attributes:
         recipe: The recipe's text, verbatim, so that the build can be repeated.
         onnx: The exported graphs.
+        converted: Graphs in lower precision that engines were compiled from; only their records are in the bundle.
         engines: Every compiled engine; `unproven` variants are refused by the runtime.
         verdict: Also in `reports/verdict.json`.
     """
@@ -636,3 +701,4 @@ class Manifest:
     verdict: Verdict
     versions: Mapping[str, str]
     files: tuple[BundleFile, ...]
+    converted: tuple[OnnxArtifact, ...] = ()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ def digest_of_file(path: Path) -> Digest:
         while chunk := stream.read(_CHUNK_BYTES):
             hasher.update(chunk)
     return "sha256:" + hasher.hexdigest()
+
+
+def joined_digest(digests: Sequence[Digest]) -> Digest:
+    """Digest of several parts in their order; of one part it is the part's own."""
+    return digests[0] if len(digests) == 1 else digest_of_bytes(" ".join(digests).encode())
 
 
 def digest_of_plain(value: Any) -> Digest:

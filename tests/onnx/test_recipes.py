@@ -73,7 +73,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
     assert not artifact.fingerprint.mismatches
     session = open_session(
         Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=Profile(min=1, opt=2, max=5),
-        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimised=False,
+        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
     )  # fmt: skip
     batch = next(iter(pairs_of(model, name)))
     rows = np.concatenate([batch.safe, batch.unsafe])

@@ -9,9 +9,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import Profile, Target, TensorSpec
+from uwm_deploy.records import EngineArtifact, Profile, Target, TensorSpec
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Optimisation = Literal["done", "basic", "extended"]
+"""Of an ONNX graph: applied when it was compiled, or applied by ONNX Runtime when it is opened."""
+
+
+AT_LOAD, BASIC_AT_LOAD = "extended, at load", "basic, at load"
+"""Optimisation of a graph that is not optimised ahead: for fp16 the CPU provider would turn it into float32; with fp8
+anything but the basic ones makes an invalid graph."""
 
 
 class Session(Protocol):
@@ -44,7 +52,7 @@ def open_session(
     outputs: tuple[TensorSpec, ...],
     external_data: Mapping[str, bytes] | None = None,
     device: Device = "auto",
-    optimised: bool = True,
+    optimisation: Optimisation = "done",
 ) -> Session:
     """Opens an engine from bytes that were already verified.
 
@@ -56,16 +64,36 @@ def open_session(
         outputs: Its outputs; the embedding is the first.
         external_data: Content of external data files by their name in the graph.
         device: Where it must run; `auto` takes the best that works.
-        optimised: Whether ONNX Runtime's optimisations are already in the graph.
+        optimisation: Of an ONNX graph.
 
     Raises:
         PrerequisiteError: If this machine cannot run it; never falls back silently.
     """
     if target is Target.ONNXRUNTIME:
-        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimised)
+        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimisation)
     from uwm_deploy.runtime.tensorrt import TensorRTSession
 
     return TensorRTSession(target, model, profile, inputs, outputs)
+
+
+def open_engine(
+    engine: EngineArtifact, model: bytes, external_data: Mapping[str, bytes], *, device: Device = "auto"
+) -> Session:
+    """Opens what a record describes; see `open_session`."""
+    return open_session(
+        engine.target,
+        model,
+        profile=engine.profile,
+        inputs=engine.inputs,
+        outputs=engine.outputs,
+        external_data=external_data,
+        device=device,
+        optimisation=_WHEN[engine.settings.get("optimisation", "")],
+    )
+
+
+_WHEN: Mapping[str, Optimisation] = {"": "done", "extended": "done", AT_LOAD: "extended", BASIC_AT_LOAD: "basic"}
+"""What an engine's settings say to when its graph is optimised."""
 
 
 def missing_package(target: Target) -> str:
@@ -98,7 +126,7 @@ class OnnxRuntimeSession:
         outputs: tuple[TensorSpec, ...],
         external_data: Mapping[str, bytes],
         device: Device,
-        optimised: bool,
+        optimisation: Optimisation,
     ) -> None:
         import onnxruntime as ort
 
@@ -106,10 +134,12 @@ class OnnxRuntimeSession:
         self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
-        options.graph_optimization_level = (
-            ort.GraphOptimizationLevel.ORT_DISABLE_ALL if optimised else ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        )
+        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
+        options.graph_optimization_level = {
+            "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+            "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        }[optimisation]
         if external_data:
             names = list(external_data)
             buffers = [external_data[name] for name in names]

@@ -120,6 +120,14 @@ def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> Quadr
     return source if order == sorted(order) else cast(QuadrupleSource, _InOrder(source, order))
 
 
+def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
+    """At most `count` items of a set, evenly spaced."""
+    if len(source) <= count:
+        return source
+    order = np.linspace(0, len(source) - 1, count).round().astype(int)
+    return cast(QuadrupleSource, _InOrder(source, order.tolist()))
+
+
 class _InOrder:
     """A set in another order; whatever does not depend on the order is the set's own."""
 

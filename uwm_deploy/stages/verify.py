@@ -21,10 +21,12 @@ from uwm_deploy.records import (
     Digest,
     Evidence,
     OutputParity,
+    Precision,
     TensorSpec,
     TowerName,
 )
 from uwm_deploy.runtime.session import Session
+from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
@@ -46,6 +48,7 @@ class Subject:
 
     Attributes:
         variant: Its name in the report.
+        precision: What its linear layers compute in.
         digests: Digest per tower of the bytes the sessions were opened from.
         sessions: Opened sessions; None when this machine cannot execute it.
         reason: Why not.
@@ -55,6 +58,7 @@ class Subject:
     """
 
     variant: str
+    precision: Precision
     digests: Mapping[str, Digest]
     sessions: Mapping[TowerName, Session] | None
     reason: str
@@ -82,7 +86,12 @@ def embed_model(model: LoadedModel, prepared: PreparedSet, label: str, progress:
 
 
 def evidence_of(
-    subject: Subject, edited: LoadedModel, reference: EmbeddedSet, prepared: PreparedSet, progress: Progress
+    subject: Subject,
+    edited: LoadedModel,
+    reference: EmbeddedSet,
+    prepared: PreparedSet,
+    canaries: Mapping[TowerName, Canaries],
+    progress: Progress,
 ) -> ArtifactEvidence:
     """Executes one artifact: parity at batch 1 and at its largest batch, then the whole evaluation set.
 
@@ -91,11 +100,13 @@ def evidence_of(
         edited: The reference model, PyTorch float32.
         reference: Its embeddings.
         prepared: The evaluation set.
+        canaries: Of each edited tower.
         progress: Called as it goes on.
     """
     if subject.sessions is None:
         return ArtifactEvidence(
             variant=subject.variant,
+            precision=subject.precision,
             evidence=Evidence.NOT_RUN,
             reason=subject.reason,
             where={},
@@ -119,11 +130,13 @@ def evidence_of(
     )
     return ArtifactEvidence(
         variant=subject.variant,
+        precision=subject.precision,
         evidence=Evidence.EXECUTED,
         reason="",
         where=dict(sessions[TowerName.IMAGE].where),
         artifact_digests=dict(subject.digests),
         parity=tuple(measured),
+        canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
         safety=safety_report(subject.variant, embedded),
         flips=flips_between(reference, embedded),
     )
