@@ -38,6 +38,31 @@ def cli() -> None:
     """
 
 
+def method_options(command: F) -> F:
+    """Options that say how entries are found."""
+    options = [
+        click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
+            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def pipeline_options(command: F) -> F:
     """Options shared by every command that runs a part of the pipeline."""
     options = [
@@ -63,22 +88,7 @@ def pipeline_options(command: F) -> F:
         click.option(
             "--precision", default=None, type=click.Choice(["fp32"]), help="Precision. [default: the recipe's]"
         ),
-        click.option(
-            "--method",
-            default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, "
-            "keep-mass and factor. [default: the recipe's]",
-        ),
-        click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
-        ),
+        method_options,
         click.option(
             "--keep-mass",
             default=None,
@@ -467,6 +477,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 )
 @click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
 @click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]")
+@method_options
 @click.option("--on", default=None, help="Set that every point is measured on. [default: the calibration set]")
 @click.option(
     "--keep-mass",
@@ -475,7 +486,12 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     show_default=True,
     help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98.",
 )
-@click.option("--factor", "factors", default="-1", show_default=True, help="List of multipliers, e.g. -1,0,0.5.")
+@click.option(
+    "--factor",
+    "factors",
+    default=None,
+    help="List of multipliers, e.g. -1,0,0.5. [default: the recipe's or the method's]",
+)
 @click.option(
     "--pick",
     "max_drop",
@@ -490,7 +506,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 @common_options
 def sweep(
     keep_masses: str,
-    factors: str,
+    factors: str | None,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -504,6 +520,7 @@ def sweep(
     \b
     Example:
       uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+      uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
@@ -517,7 +534,7 @@ def sweep(
     report = run_sweep(
         request,
         keep_masses=keep_masses_of(keep_masses),
-        factors=factors_of(factors),
+        factors=factors_of(factors) if factors is not None else None,
         on=on,
         max_drop=max_drop,
         out=folder,
