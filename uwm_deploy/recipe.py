@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -274,8 +273,6 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
         if not 0.0 < edit.keep_mass < 1.0:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
-        if not math.isfinite(edit.factor):
-            raise RecipeError(f"{where}: edit.{tower}.factor is {edit.factor}", fix="use a number, such as -1 or 0")
         if not edit.layers:
             raise RecipeError(f"{where}: edit.{tower}.layers is empty", fix="name at least one layer pattern")
         if edit.rule is Rule.MEAN_ABS_GRADIENT or edit.pairing in (Pairing.UNSAFE_ONLY, Pairing.DIFFERENCE):
