@@ -284,6 +284,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: edit.{tower}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number"
             )
+    if recipe.edit.text.pairing != recipe.edit.image.pairing:
+        raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")

@@ -162,6 +162,7 @@ def test_nothing_has_no_settings(given: dict, demo) -> None:
     [
         ('rule = "mean-abs-gradient"', "method of its own"),
         ('rule = "ratio"\npairing = "difference"', "method of its own"),
+        ('rule = "ratio"\npairing = "ratio-of-means"', "different pairings"),
         ('rule = "ratio"\ngradient_batch = -1', "gradient_batch is -1"),
         ('rule = "ratio"\nselection = "soft"', "soft"),
         ('rule = "ratio"\nfactor = nan', "finite number"),
@@ -635,6 +636,7 @@ def test_every_method_is_documented() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     for method, preset in PRESETS.items():
         assert method.value in text
+        assert f"\n| {method.value} |" in page  # a row of the comparison
         row = next(line for line in page.splitlines() if line.startswith(f"| `{method.value}` |"))
         if method is Method.NONE:
             continue
