@@ -38,6 +38,31 @@ def cli() -> None:
     """
 
 
+def method_options(command: F) -> F:
+    """Options that say how entries are found."""
+    options = [
+        click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
+            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def pipeline_options(command: F) -> F:
     """Options shared by every command that runs a part of the pipeline."""
     options = [
@@ -74,22 +99,7 @@ def pipeline_options(command: F) -> F:
             metavar="PATTERN",
             help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
-        click.option(
-            "--method",
-            default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, "
-            "keep-mass and factor. [default: the recipe's]",
-        ),
-        click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
-        ),
+        method_options,
         click.option(
             "--tower",
             "towers",
@@ -511,6 +521,7 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 )
 @click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
 @click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]")
+@method_options
 @click.option("--on", default=None, help="Set that every point is measured on. [default: the calibration set]")
 @click.option(
     "--keep-mass",
@@ -519,7 +530,12 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
     show_default=True,
     help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98.",
 )
-@click.option("--factor", "factors", default="-1", show_default=True, help="List of multipliers, e.g. -1,0,0.5.")
+@click.option(
+    "--factor",
+    "factors",
+    default=None,
+    help="List of multipliers, e.g. -1,0,0.5. [default: the recipe's or the method's]",
+)
 @click.option(
     "--pick",
     "max_drop",
@@ -534,7 +550,7 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 @common_options
 def sweep(
     keep_masses: str,
-    factors: str,
+    factors: str | None,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -548,6 +564,7 @@ def sweep(
     \b
     Example:
       uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+      uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
@@ -561,7 +578,7 @@ def sweep(
     report = run_sweep(
         request,
         keep_masses=keep_masses_of(keep_masses),
-        factors=factors_of(factors),
+        factors=factors_of(factors) if factors is not None else None,
         on=on,
         max_drop=max_drop,
         out=folder,

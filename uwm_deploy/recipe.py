@@ -306,6 +306,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         RecipeError: With the file, the key and the nearest valid key.
     """
     recipe = _record_from_toml(Recipe, text, where)
+    if recipe.edit.method is Method.NONE:
+        raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
         if not 0.0 < edit.keep_mass < 1.0:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
@@ -322,6 +324,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
             )
     if not recipe.edit.towers or len(set(recipe.edit.towers)) < len(recipe.edit.towers):
         raise RecipeError(f"{where}: edit.towers is {list(recipe.edit.towers)}", fix="name image, text or both, once")
+    if recipe.edit.text.pairing != recipe.edit.image.pairing:
+        raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")

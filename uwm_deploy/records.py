@@ -270,7 +270,8 @@ class LayerEdit:
 
     Attributes:
         name: Module path in the source model; ``name + ".weight"`` is the parameter.
-        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard.
+        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard; 1
+            with the method `none`.
         selected: Number of entries multiplied by the factor.
         share: ``selected`` divided by the number of entries.
     """
@@ -547,6 +548,9 @@ class SweepReport:
 
     Attributes:
         measured_on: The set that every point was measured on.
+        method: Of the scores that every point selects from.
+        selection: Of every point, per tower.
+        concepts: Concepts whose selections were united; empty when all pairs make one score.
         rule: The rule of the pick in words; empty when nothing was to be picked.
         picked: Position in `points`; None when nothing was to be picked, or no point keeps the rule's limit.
     """
@@ -558,6 +562,9 @@ class SweepReport:
     points: tuple[SweepPoint, ...]
     rule: str
     picked: int | None
+    method: Method = Method.UWM
+    selection: Mapping[str, Selection] = field(default_factory=dict)
+    concepts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

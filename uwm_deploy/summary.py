@@ -11,6 +11,7 @@ from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
 from uwm_deploy.comparison import MEAN, cell
+from uwm_deploy.inspection import method_line
 from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
 from uwm_deploy.safeground.preference import METRICS
 
@@ -70,6 +71,7 @@ def _print_stages(outcome: Outcome) -> None:
             for e in outcome.edit.layers
         ]
         print_rows(rows)
+        _console().print(f"method: {method_line(outcome.edit)}", markup=False)
     elif outcome.score is not None:
         score = outcome.score
         print_rows(

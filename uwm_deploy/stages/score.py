@@ -26,7 +26,7 @@ from uwm_deploy.records import (
     ScoreRecord,
     TowerName,
 )
-from uwm_deploy.stages.pairs import Group, PairsOf, Tally, runs
+from uwm_deploy.stages.pairs import Group, PairsOf, Tally, no_pair_of, runs
 from uwm_deploy.stages.score_gradients import by_gradients
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.digests import digest_of_tensor
@@ -72,6 +72,8 @@ def score_to_folder(
                 parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
             else:
                 whole |= scores
+        if edits.per_concept:
+            _check_concepts(name, parts, concepts or {})
         seconds[name] = time.perf_counter() - started
     save_file(whole, folder / SCORES)
     with_gradients = scored if needs_gradients(edits.method) else []
@@ -115,6 +117,13 @@ def _saved_part(
     file = f"scores-{number:04d}.safetensors"
     save_file(scores, folder / file)
     return ScorePart(tower=tower, concept=concept, file=file, digest=digest_of_file(folder / file), n_pairs=count)
+
+
+def _check_concepts(tower: TowerName, parts: list[ScorePart], concepts: Mapping[str, str]) -> None:
+    """A concept whose items could all not be read would be missing from the union without a word."""
+    missing = set(concepts.values()) - {part.concept for part in parts if part.tower is tower}
+    if missing:
+        raise no_pair_of(min(missing), tower)
 
 
 def _groups(
