@@ -46,6 +46,8 @@ class ParquetRows:
         file = self._opened()
         metadata, schema = file.metadata, file.schema_arrow
         self.columns: tuple[str, ...] = tuple(schema.names)
+        if len(set(self.columns)) != len(self.columns):
+            raise DataError(f"table {path} names a column twice", fix="give every column its name")
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes))
         types = _types()
@@ -68,7 +70,10 @@ class ParquetRows:
         read = [name for name in columns if name not in announced]
         number = 0
         for batch in self._batches(read):
-            rows = {name: self._scanned(batch.column(name), name) for name in read}
+            try:
+                rows = {name: self._scanned(batch.column(name), name) for name in read}
+            except _ARROW_ERRORS as error:
+                raise self._broken(error) from error
             for position in range(batch.num_rows):
                 number += 1
                 row = {name: values[position] for name, values in rows.items()}
