@@ -23,6 +23,24 @@ _ARROW_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 """What pyarrow's own errors are kinds of."""
 
 
+def parquet_module(path: Path) -> Any:
+    """`pyarrow.parquet`.
+
+    Args:
+        path: What it is needed for.
+
+    Raises:
+        PrerequisiteError: If it is not installed.
+    """
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
+    except ImportError as error:
+        raise PrerequisiteError(
+            f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
+        ) from error
+    return parquet
+
+
 class Embedded:
     """Stands for image bytes that a scan did not read."""
 
@@ -112,12 +130,7 @@ class ParquetRows:
         return values
 
     def _opened(self) -> Any:
-        try:
-            from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
-        except ImportError as error:
-            raise PrerequisiteError(
-                f"reading {self.path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
-            ) from error
+        parquet = parquet_module(self.path)
         try:
             return parquet.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, memory_map=False, pre_buffer=False)
         except _ARROW_ERRORS as error:

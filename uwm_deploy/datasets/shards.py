@@ -222,7 +222,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
             while rest := stream.read(1 << 20):  # a second archive behind the first would be passed over in silence
                 if rest.count(0) != len(rest):
                     raise DataError(
-                        f"shard {path} goes on after its end at byte {end}", fix="keep joined shards as files of their own"
+                        f"shard {path} goes on after its end at byte {end}",
+                        fix="keep joined shards as files of their own",
                     )
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error

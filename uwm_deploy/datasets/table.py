@@ -13,7 +13,7 @@ from uwm_deploy.datasets.parquet import Embedded, ParquetRows, missing_column
 from uwm_deploy.datasets.patterns import Pattern, path_below
 from uwm_deploy.datasets.rows import ManyFiles, Row, Rows, rows_of_text
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipe import CalibrationSet, Columns
+from uwm_deploy.recipe import FORMAT, CalibrationSet, Columns
 
 _MANIFEST = Columns(
     id="id",
@@ -27,9 +27,22 @@ _MANIFEST = Columns(
 """Column names of a manifest; it has no others."""
 
 _MANIFEST_KEYS = ("id", "concept", "split", "safe_image", "unsafe_image", "safe_text", "unsafe_text")
-_PARQUET = (".parquet", ".pq")
+PARQUET = (".parquet", ".pq")
+JSON_LINES = (".jsonl", ".ndjson")
+"""Endings of a manifest's name."""
+
 _SPECIAL = ("row", "split")
 """What a pattern can name besides columns: the row's number from 0, and the set's split."""
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a name is a manifest's, by its ending."""
+    return Path(name).suffix.lower() in (*JSON_LINES, *PARQUET)
+
+
+def set_of_manifest(path: Path) -> CalibrationSet:
+    """The set that is all of a manifest, as if a TOML file beside it said so."""
+    return CalibrationSet(format=FORMAT, name=path.stem, source="manifest", manifest=path.name)
 
 
 def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSource:
@@ -47,7 +60,7 @@ def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSou
     manifest = spec.source == "manifest"
     paths = [folder / spec.manifest] if manifest else _table_files(spec, folder)
     parts: list[Rows] = [
-        ParquetRows(path) if path.suffix.lower() in _PARQUET else rows_of_text(path, lines=manifest) for path in paths
+        ParquetRows(path) if path.suffix.lower() in PARQUET else rows_of_text(path, lines=manifest) for path in paths
     ]
     rows = parts[0] if len(parts) == 1 else ManyFiles(parts)
     table = _Table(spec, rows, paths[0].parent if manifest else folder)
