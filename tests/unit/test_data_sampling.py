@@ -58,9 +58,9 @@ def test_a_concept_s_sample_does_not_depend_on_the_others() -> None:
     alone = ["a"] * 60
     mixed = [name for _ in range(60) for name in ("x", "a", "y")]
     other = ["y"] * 500 + ["a"] * 60
-    first, second, third = (_of("a", c, _sample(c, sampling="per-concept", per_concept=7)) for c in (alone, mixed, other))  # fmt: skip
-    assert first == second == third
-    assert _of("y", other, _sample(other, sampling="per-concept", per_concept=7)) != first
+    first, second, third = (_sample(c, sampling="per-concept", per_concept=7) for c in (alone, mixed, other))
+    assert _of("a", alone, first) == _of("a", mixed, second) == _of("a", other, third)
+    assert _of("y", other, third) != _of("a", other, third)
 
 
 def _ids_digest(source: QuadrupleSource) -> str:

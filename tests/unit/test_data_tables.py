@@ -65,7 +65,8 @@ def test_files_of_a_pattern_are_one_table(tmp_path: Path) -> None:
     """A glob's files follow each other by name, also below a folder whose own name looks like a pattern."""
     folder = tmp_path / "[a]"
     for part in (1, 0):
-        put(folder / f"part-{part}.jsonl", "".join(json.dumps(row | {"number": 10 * part + i}) + "\n" for i, row in enumerate(ROWS)))  # fmt: skip
+        rows = [row | {"number": 10 * part + i} for i, row in enumerate(ROWS)]
+        put(folder / f"part-{part}.jsonl", "\n".join(json.dumps(row) for row in rows))
     source = open_set(folder, source="table", table="part-*.jsonl", columns=COLUMNS)
     assert source.ids == [str(i) for i in (*range(5), *range(10, 15))]
     assert source.read_texts(7) == (ROWS[2]["calm"], ROWS[2]["wild"])
@@ -132,7 +133,7 @@ def test_a_huge_row_never_fills_the_memory(name: str, tmp_path: Path, monkeypatc
         "t.csv": ",".join(row) + "\n" + "1,2,3," + "x" * 5000,
         "t.json": json.dumps([row]),
     }
-    with pytest.raises(DataError, match="more than 1000 bytes|row 1 is not JSON"):
+    with pytest.raises(DataError, match=r"more than 1000 bytes|row 1 is not JSON"):
         _table(tmp_path, name, body[name])
 
 

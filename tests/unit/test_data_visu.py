@@ -111,7 +111,7 @@ def test_nsfwcaps_is_a_set_of_captions(name: str, tmp_path: Path, monkeypatch: p
             "caption": f"a tree {i}",
             "nsfw_caption": f"a fire {i}",
             "chosen_category": "Fire",
-        }  # fmt: skip
+        }
         for i in range(12)
     ]
     text = "\n".join(",".join(row.values()) for row in rows)
