@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from PIL import Image
 from pyarrow import parquet
 
@@ -24,7 +23,7 @@ INDEX_BYTES = 600
 several times that in each of these sets."""
 
 READ = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from uwm_deploy.datasets.source import open_source
 from uwm_deploy.recipe import calibration_set_from_toml
@@ -37,7 +36,9 @@ for index in range(0, len(source), 97):
     assert source.read_texts(index) == (f"calm {item.id}", f"wild {item.id}")
     if source.has_images:
         assert item.safe_image.size == item.unsafe_image.size == (24, 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, record.n)
+# Not getrusage: its peak is that of the parent, where the parent was larger when it started this process.
+peak_kilobytes = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(peak_kilobytes * 1024, record.n)
 """
 
 
@@ -91,11 +92,10 @@ def _parquet_set(folder: Path, n: int, *, group: int) -> Path:
     return folder / "set.toml"
 
 
-@pytest.mark.parametrize("group", [1000, 100_000])
-def test_a_parquet_manifest_of_100_000_lines(group: int, tmp_path: Path) -> None:
-    """360 MB of images in small row groups, or all in one: reading them all takes the memory of reading a tenth."""
+def test_a_parquet_manifest_of_100_000_lines(tmp_path: Path) -> None:
+    """360 MB of images, all in one row group, which is the hardest: reading them takes the memory of reading a tenth."""
     sizes = (10_000, 100_000)
-    small, large = (_peak_bytes(_parquet_set(tmp_path / str(n), n, group=group), n) for n in sizes)
+    small, large = (_peak_bytes(_parquet_set(tmp_path / str(n), n, group=n), n) for n in sizes)
     _assert_flat(small, large, 90_000, 90_000 * 2 * len(_noise()))
 
 
