@@ -80,7 +80,7 @@ def test_broken_items_are_named_and_counted(folder: Path) -> None:
     assert "3.png is not a whole image" in reasons[0]
     assert "504.png does not exist" in reasons[1]
     assert "half a character" in reasons[2]
-    assert report.problems == ("3 of 30 items are broken (i3, i4, i29); max_broken_share is 0.01",)
+    assert report.problems == ("broken items: 3 of 30 (i3, i4, i29), and max_broken_share is 0.01",)
     assert (report.image_pairs, report.text_pairs) == (27, 27)
 
 
@@ -123,7 +123,7 @@ def test_an_id_twice_is_a_problem(folder: Path) -> None:
     rows = [_whole(i, id=f"i{i // 2 if i < 6 else i}") for i in range(20)]
     code, report = _report(_manifest(folder, rows))
     assert (code, report.twice, report.broken_count) == (2, ("i0", "i1", "i2"), 0)
-    assert report.problems == ("3 ids occur more than once (i0, i1, i2)",)
+    assert report.problems == ("ids that occur more than once: 3 (i0, i1, i2)",)
 
 
 def test_the_same_content_under_two_ids_is_reported(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_shared_items_are_found_by_content(folder: Path) -> None:
     overlap = report.overlaps[0]
     assert (overlap.name, overlap.n, overlap.count, overlap.compared) == ("train", 20, 2, "images and texts")
     assert overlap.items == (SameContent(id="x", other="i3"), SameContent(id="y", other="i12"))
-    assert report.problems == ("2 items are in train too (x, y)",)
+    assert report.problems == ("items that are in train too: 2 (x, y)",)
     clean = _manifest(folder, rows[:8], "clean")
     assert _report(clean, "--against", train, "--against", train)[0] == 0
 
@@ -213,6 +213,6 @@ def test_the_report_for_people_names_what_is_wrong(folder: Path) -> None:
     """Ten of each kind and the problem at the end."""
     code, output = _check(_manifest(folder, [_whole(i, safe_image="none.png") for i in range(12)]), "--workers", "0")
     assert code == 2
-    assert "broken: 12\n  i0: item i0, safe_image:" in output
+    assert "broken: 12\n  i0: safe_image:" in output
     assert output.count("does not exist") == 10
-    assert "problem: 12 of 12 items are broken (i0, i1, i2, ...)" in output
+    assert "problem: broken items: 12 of 12 (i0, i1, i2, ...), and max_broken_share is 0.01" in output

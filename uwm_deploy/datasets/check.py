@@ -63,15 +63,15 @@ def check(checked: Checked, against: Sequence[Checked] = (), *, workers: int, pr
     problems = []
     if content.broken_count > spec.max_broken_share * len(source) or content.broken_count == len(source):
         problems.append(
-            f"{content.broken_count} of {len(source)} items are broken "
-            f"({_some([item.id for item in content.broken])}); max_broken_share is {spec.max_broken_share:g}"
+            f"broken items: {content.broken_count} of {len(source)} "
+            f"({_some([item.id for item in content.broken])}), and max_broken_share is {spec.max_broken_share:g}"
         )
     if twice:
-        problems.append(f"{len(twice)} ids occur more than once ({_some(twice)})")
+        problems.append(f"ids that occur more than once: {len(twice)} ({_some(twice)})")
     for overlap in overlaps:
         if overlap.count:
             names = _some([item.id for item in overlap.items])
-            problems.append(f"{overlap.count} items are in {overlap.name} too ({names})")
+            problems.append(f"items that are in {overlap.name} too: {overlap.count} ({names})")
     return DataReport(
         data=source.record,
         image_pairs=int((content.images != b"").sum()),
@@ -136,7 +136,7 @@ def _read(source: QuadrupleSource, index: int) -> _Item:
     try:
         item = source.read(index)
     except DataError as error:
-        return _Item(reason=error.what)
+        return _Item(reason=error.what.removeprefix(f"item {source.ids[index]}").lstrip(",: "))
     texts = [text for text in (item.safe_text, item.unsafe_text) if text is not None]
     has_images = item.safe_image is not None and item.unsafe_image is not None
     has_texts = len(texts) == len(("safe", "unsafe"))

@@ -68,8 +68,8 @@ def make_manifest(
         if walk.unpaired_count and not drop_unpaired:
             first = ", ".join(f"{item.id}: {item.reason}" for item in walk.unpaired[:_NAMED_IN_A_LINE])
             raise DataError(
-                f"{walk.unpaired_count} items of {folder} lack a counterpart ({first})",
-                fix="add it, or pass --drop-unpaired",
+                f"items of {folder} without a counterpart: {walk.unpaired_count} ({first})",
+                fix="add it, or pass --drop-unpaired to leave them out",
             )
         if not walk.concepts:
             raise DataError(f"{folder} has no pair of files with one name in safe/ and unsafe/", fix="see docs/data.md")
