@@ -47,7 +47,7 @@ def opened(spec: CalibrationSet, *, base: Path | None) -> Checked:
 def check(checked: Checked, against: Sequence[Checked] = (), *, workers: int, progress: Progress) -> DataReport:
     """Reads and decodes every item of a set, and of those it is compared with.
 
-    Some two hundred bytes are kept per item, however large it is.
+    Some three hundred bytes are kept per item, however large it is.
 
     Args:
         checked: The set.
