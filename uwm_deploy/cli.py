@@ -594,6 +594,91 @@ def sweep(
     return 0
 
 
+@cli.group(cls=PipelineGroup)
+def data() -> None:
+    """Looks through a data set (`check`), or writes a manifest from folders (`make`).
+
+    \b
+    Example:
+      uwm-deploy data make pictures --out pictures/pairs.jsonl
+      uwm-deploy data check pictures/pairs.jsonl --against demo-test
+    """
+
+
+@data.command("check")
+@click.argument("name")
+@click.option("--against", multiple=True, help="Set that must share no item with it; repeatable.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool) -> int:
+    """Reads every item of the set NAME: a shipped set, a TOML file, or a manifest (.jsonl, .parquet).
+
+    Exit codes: 0 clean; 2 more broken items than the set allows, an id that occurs twice, or an item that a set of
+    --against has too.
+
+    \b
+    Example:
+      uwm-deploy data check visu --against visu-test --workers 8
+      uwm-deploy data check pairs.parquet --json
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.datasets.check import Checked, check, opened
+    from uwm_deploy.datasets.table import is_manifest, set_of_manifest
+    from uwm_deploy.pipeline import calibration_set_of
+    from uwm_deploy.summary import print_data_report
+
+    def set_of(text: str) -> Checked:
+        if is_manifest(text):
+            return opened(set_of_manifest(Path(text)), base=Path(text).parent)
+        spec, _, base = calibration_set_of(text)
+        return opened(spec, base=base)
+
+    reporter = Reporter()
+    checked, others = set_of(name), [set_of(text) for text in against]
+    with reporter.stage("check", name):
+        report = check(checked, others, workers=workers, progress=reporter.progress)
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_data_report(report)
+    return int(ExitCode.BAD_INPUT if report.problems else ExitCode.PASS)
+
+
+@data.command("make")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Manifest: .jsonl or .parquet; in FOLDER or a folder above it.",
+)
+@click.option("--embed", is_flag=True, help="Put the images into the Parquet file, which may then lie anywhere.")
+@click.option("--drop-unpaired", is_flag=True, help="Leave out items without a counterpart, instead of refusing them.")
+@click.option("--force", is_flag=True, help="Replace the manifest if it is there.")
+@common_options
+def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: bool, as_json: bool) -> int:
+    """Writes a manifest from FOLDER/CONCEPT/{safe,unsafe}/NAME.jpg with captions beside them in NAME.txt.
+
+    Images alone and captions alone will do; without folders for concepts, FOLDER/{safe,unsafe} is one concept.
+
+    \b
+    Example:
+      uwm-deploy data make pictures --out pictures/pairs.jsonl
+      uwm-deploy data make pictures --out pairs.parquet --embed
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.datasets.make import make_manifest
+    from uwm_deploy.summary import print_made_manifest
+
+    made = make_manifest(folder, out, embed=embed, drop_unpaired=drop_unpaired, force=force)
+    if as_json:
+        click.echo(json_from_record(made), nl=False)
+    else:
+        print_made_manifest(made, out)
+    return 0
+
+
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @common_options

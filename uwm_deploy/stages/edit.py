@@ -84,6 +84,9 @@ def check_scores(model: LoadedModel, score: ScoreRecord, scores_file: Path, edit
         raise IntegrityError(
             f"the scores are of method {score.method.value}, not {edits.method.value}", fix="score with this method"
         )
+    scored = () if score.method is Method.NONE else edits.towers
+    if set(score.rules) != set(scored):
+        raise IntegrityError(f"the scores are of the towers {', '.join(score.rules) or 'none'}", fix="score again")
     if bool(score.parts) is not edits.per_concept:
         kind = "one per concept" if score.parts else "of all concepts together"
         raise IntegrityError(f"the scores are {kind}", fix="score again")
