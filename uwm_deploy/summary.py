@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
-from uwm_deploy.comparison import MEAN, cell
+from uwm_deploy.comparison import MEAN, cell, mean_of, missing_lines
 from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
 from uwm_deploy.safeground.preference import METRICS
 
@@ -149,8 +150,29 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     console = _console()
     console.print(table)
     console.print(f"n = {next(iter(first.preference.values())).n} quadruples", markup=False)
-    for name, reason in first.zero_shot_missing.items():
-        console.print(Text(f"zero-shot {name}: not run: {reason}", style="yellow"))
+    _print_missing(first)
+
+
+def print_measured(report: SafetyReport) -> None:
+    """One subject: every number with its interval, its items and its ties."""
+    table = Table(title=report.subject, title_justify="left", header_style="bold")
+    for name in ("", "percent", "95% interval", "n", "ties"):
+        table.add_column(name, justify="right" if name else "left")
+    recalls = {name: p for name, p in report.retrieval.items() if name.endswith("@1")}
+    for values in (report.preference, recalls, {f"zero-shot {k}": p for k, p in report.zero_shot.items()}):
+        for name, p in values.items():
+            table.add_row(name, f"{p.value:.1f}", f"{p.low:.1f} to {p.high:.1f}", str(p.n), str(p.ties))
+        table.add_section()
+    mean = mean_of(report)
+    if mean.asked > 1:
+        table.add_row("zero-shot mean", cell(report, MEAN), "", f"{mean.ran} sets", "")
+    _console().print(table)
+    _print_missing(report)
+
+
+def _print_missing(report: SafetyReport) -> None:
+    for line in missing_lines([report]):
+        _console().print(Text(line, style="yellow"))
 
 
 def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
@@ -172,13 +194,30 @@ def print_verdict(verdict: Verdict) -> None:
             console.print(f"{label}: {', '.join(names)}", markup=False)
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A plain table; nothing when there are no rows."""
+def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Mapping[str, str] | None = None) -> None:
+    """A plain table; nothing when there are no rows.
+
+    Args:
+        rows: With the same keys.
+        group: Key whose value is shown once for rows that share it, with a line between groups.
+        styles: Colour of a value.
+    """
     if not rows:
         return
     table = Table(header_style="bold")
     for key in rows[0]:
-        table.add_column(key, overflow="fold")
+        table.add_column(key, overflow="fold", justify="right" if all(_is_number(row[key]) for row in rows) else "left")
+    before = None
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        shown = {key: Text(str(value), style=(styles or {}).get(str(value), "")) for key, value in row.items()}
+        if group and row[group] == before:
+            shown[group] = Text("")
+        elif group:
+            table.add_section()
+        before = row[group] if group else None
+        table.add_row(*shown.values())
     _console().print(table)
+
+
+def _is_number(value: object) -> bool:
+    return bool(re.fullmatch(r"-|[+-]?[0-9.]+%?( .*)?", str(value)))
