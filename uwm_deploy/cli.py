@@ -439,7 +439,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.comparison import markdown_table
     from uwm_deploy.console import Reporter
-    from uwm_deploy.reproduction import Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.reproduction import STYLES, Settings, checkpoints_from, lines_of, rows_of
     from uwm_deploy.reproduction import reproduce as measure
     from uwm_deploy.summary import print_rows
 
@@ -449,11 +449,11 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     if as_json:
         click.echo(json_from_record(result), nl=False)
         return int(result.exit_code)
-    click.echo(result.title)
+    click.echo(result.title + ("\n" if markdown else ""))
     if markdown and rows:
         click.echo(markdown_table(rows) + "\n")
     else:
-        print_rows(rows)
+        print_rows(rows, group="model", styles=STYLES)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
 

@@ -75,7 +75,9 @@ def zero_shot_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> li
 def notes(reports: Sequence[SafetyReport]) -> list[str]:
     """How many items, and every set that did not run with its reason."""
     counts = sorted({p.n for report in reports for p in report.preference.values()})
-    lines = [f"n = {n} quadruples; all in percent; retrieval is recall at 1, zero-shot the mean over sets" for n in counts]
+    lines = [
+        f"n = {n} quadruples; all in percent; retrieval is recall at 1, zero-shot the mean over sets" for n in counts
+    ]
     return lines + missing_lines(reports)
 
 

@@ -220,4 +220,4 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Ma
 
 
 def _is_number(value: object) -> bool:
-    return bool(re.fullmatch(r"-|[+-]?[0-9.]+%?( .*)?", str(value)))
+    return bool(re.fullmatch(r"-|[+-]?[0-9.]+%?( \(\d+/\d+\))?", str(value)))

@@ -180,7 +180,9 @@ def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSe
         if "scipy" in str(error).lower():
             raise PrerequisiteError("scipy is not installed", fix="install the extra [build]") from error
         # What torchvision says for a missing file is to download the set, which is not done here.
-        reason = "files are missing or changed" if isinstance(error, RuntimeError) else str(error) or type(error).__name__
+        reason = (
+            "files are missing or changed" if isinstance(error, RuntimeError) else str(error) or type(error).__name__
+        )
         raise DataError(f"folder {_short(folder)} is not {spec.name}: {reason}", fix="see docs/zero-shot.md") from error
     keys = [_classes(part) for part in parts]
     if any(other != keys[0] for other in keys):
