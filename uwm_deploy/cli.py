@@ -450,10 +450,10 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
         click.echo(json_from_record(result), nl=False)
         return int(result.exit_code)
     click.echo(result.title + ("\n" if markdown else ""))
-    if markdown and rows:
+    if markdown:
         click.echo(markdown_table(rows) + "\n")
     else:
-        print_rows(rows, group="model", styles=STYLES)
+        print_rows(rows, group="model" if "metric" in rows[0] else "", styles=STYLES)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,10 +91,16 @@ def missing_lines(reports: Sequence[SafetyReport]) -> list[str]:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; its first column is text, the others are numbers."""
+    """A Markdown table, numbers to the right."""
     head = list(rows[0])
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([str(value) for value in row.values()] for row in rows)]
+    rule = ["---:" if is_numeric(rows, key) else "---" for key in head]
+    lines = [head, rule, *([str(value) for value in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a column holds numbers, or a dash where there is none."""
+    return all(re.match(r"[+-]?\d|-$", str(row[key])) for row in rows)
 
 
 def plain_comparison(labels: Sequence[str], reports: Sequence[SafetyReport]) -> dict[str, Any]:

@@ -67,6 +67,9 @@ class Cell:
     reason: str = ""
 
 
+_NOTHING = Cell(column="-", published=None, tolerance=None, measured=None, result=Agreement.NOT_RUN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One row; without cells it was not run.
@@ -296,24 +299,24 @@ def _sets_of(table: PublishedTable) -> Sequence[str]:
 
 
 def rows_of(result: Reproduction) -> list[dict[str, str]]:
-    """One line per number of the rows that ran; without the columns that no number has."""
-    rows = [
-        {
-            "model": row.label,
-            "metric": cell.column,
-            "published": _number(cell.published),
-            "measured": _number(cell.measured),
-            "95% interval": f"{cell.low:.1f} to {cell.high:.1f}" if cell.low is not None else _ABSENT,
-            "n": f"{cell.n} sets" if cell.column == MEAN else str(cell.n or _ABSENT),
-            "difference": _difference(cell),
-            "tolerance": _number(cell.tolerance),
-            "result": cell.result.value,
-        }
-        for row in result.rows
-        for cell in row.cells
-    ]
-    keys = [key for key in (rows[0] if rows else ()) if any(row[key] != _ABSENT for row in rows)]
+    """One line per number, or per row that was not run; without the columns that nothing is in."""
+    rows = [_line(row, cell) for row in result.rows for cell in row.cells or [_NOTHING]]
+    keys = [key for key in rows[0] if any(row[key] != _ABSENT for row in rows)]
     return [{key: row[key] for key in keys} for row in rows]
+
+
+def _line(row: Row, cell: Cell) -> dict[str, str]:
+    return {
+        "model": row.label,
+        "metric": cell.column,
+        "published": _number(cell.published),
+        "measured": _number(cell.measured),
+        "95% interval": f"{cell.low:.1f} to {cell.high:.1f}" if cell.low is not None else _ABSENT,
+        "n": f"{cell.n} sets" if cell.column == MEAN else str(cell.n or _ABSENT),
+        "difference": _difference(cell),
+        "tolerance": _number(cell.tolerance),
+        "result": cell.result.value,
+    }
 
 
 def lines_of(result: Reproduction) -> list[str]:
@@ -322,10 +325,11 @@ def lines_of(result: Reproduction) -> list[str]:
     cells = [cell for row in result.rows for cell in row.cells]
     counts = Counter(cell.result for cell in cells)
     counted = ", ".join(f"{counts[kind]} {kind.value}" for kind in Agreement if counts[kind])
-    fixes = dict.fromkeys(row.fix for row in absent if row.fix)
+    reasons: dict[str, list[str]] = {}
+    for row in absent:
+        reasons.setdefault("; ".join(filter(None, (row.reason, row.fix))), []).append(row.label)
     return [
-        *(f"{row.label}: not run: {row.reason}" for row in absent),
-        *(f"to run what was not run: {fix}" for fix in fixes),
+        *(f"not run: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()),
         *_reasons(cells),
         f"source: {result.source}",
         f"note: {result.note}",

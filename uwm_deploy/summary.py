@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
-from uwm_deploy.comparison import MEAN, cell, mean_of, missing_lines
+from uwm_deploy.comparison import MEAN, cell, is_numeric, mean_of, missing_lines
 from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
 from uwm_deploy.safeground.preference import METRICS
 
@@ -165,7 +164,8 @@ def print_measured(report: SafetyReport) -> None:
         table.add_section()
     mean = mean_of(report)
     if mean.asked > 1:
-        table.add_row("zero-shot mean", cell(report, MEAN), "", f"{mean.ran} sets", "")
+        value = "not run" if mean.value is None else f"{mean.value:.1f}"
+        table.add_row("zero-shot mean", value, "", f"{mean.ran} of {mean.asked} sets", "")
     _console().print(table)
     _print_missing(report)
 
@@ -206,7 +206,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Ma
         return
     table = Table(header_style="bold")
     for key in rows[0]:
-        table.add_column(key, overflow="fold", justify="right" if all(_is_number(row[key]) for row in rows) else "left")
+        table.add_column(key, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None
     for row in rows:
         shown = {key: Text(str(value), style=(styles or {}).get(str(value), "")) for key, value in row.items()}
@@ -217,7 +217,3 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Ma
         before = row[group] if group else None
         table.add_row(*shown.values())
     _console().print(table)
-
-
-def _is_number(value: object) -> bool:
-    return bool(re.fullmatch(r"-|[+-]?[0-9.]+%?( \(\d+/\d+\))?", str(value)))
