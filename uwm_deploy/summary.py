@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
 _WIDTH_WITHOUT_TERMINAL = 120
+_COLUMNS_WITH_LINES = 10
+"""More columns are printed without lines between them, so that they fit."""
 
 
 def _console() -> Console:
@@ -205,6 +208,8 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Ma
     if not rows:
         return
     table = Table(header_style="bold")
+    if len(rows[0]) > _COLUMNS_WITH_LINES:
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for key in rows[0]:
         table.add_column(key, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None

@@ -70,6 +70,14 @@ def test_every_published_table_is_known_and_sourced() -> None:
         assert all(0 <= value <= 100 for row in table.rows for value in row.values)
 
 
+def test_tables_and_tolerances_are_documented() -> None:
+    """docs/reproduce.md names every table and states every tolerance in use."""
+    text = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
+    for name, table in published().items():
+        assert f"| `{name}` |" in text
+        assert all(f"| {t} |" in text for t in {*table.tolerance, *table.edited_tolerance})
+
+
 def test_printed_means_are_those_of_the_printed_cells() -> None:
     """All but one, which the table's note names; the main table repeats them."""
     table = published()["uwm-zero-shot"]

@@ -16,7 +16,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import ROOT_VARIABLE
 from uwm_deploy.datasets.zero_shot import names_from, open_suite, recognise
 from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
-from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED
+from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED, PublishedSet
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.evaluation import Subject, open_encoders
 from uwm_deploy.records import ImageSpec, Proportion
@@ -51,6 +51,15 @@ def test_the_tiny_sets_cover_the_papers_seventeen() -> None:
     """Every published set has a tiny one here, and every column of the paper a set."""
     assert set(MAKERS) == set(NAMES)
     assert len(NAMES) == len({part.column for part in PUBLISHED}) == 17
+
+
+@pytest.mark.parametrize("part", PUBLISHED, ids=NAMES)
+def test_every_set_is_documented(part: PublishedSet) -> None:
+    """Name, column, size, prompt and folders stand in one line of docs/zero-shot.md."""
+    text = (Path(__file__).parents[2] / "docs" / "zero-shot.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| `{part.name}` ")]
+    for value in (part.column, f"{part.size:,}", part.template, *(f"`{folder}`" for folder in part.folders)):
+        assert f" {value} |" in line or f" {value}," in line, value
 
 
 @pytest.mark.parametrize("name", NAMES)
