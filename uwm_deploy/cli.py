@@ -358,7 +358,7 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
 @click.option(
     "--data",
     default=None,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
 )
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
@@ -391,7 +391,7 @@ def evaluate(
     from uwm_deploy.evaluation import Subject, subject_from
     from uwm_deploy.evaluation import evaluate as measure
     from uwm_deploy.pipeline import Request
-    from uwm_deploy.summary import print_rows, print_safety
+    from uwm_deploy.summary import print_measured, print_rows
 
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
@@ -413,14 +413,15 @@ def evaluate(
         one = json_from_record(reports[0]).rstrip()
         many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
-    elif markdown:
-        click.echo(comparison.markdown_table(comparison.table_rows(labels, reports)))
-        click.echo("\n" + "\n".join(comparison.notes(reports)))
-    elif compared:
-        print_rows(comparison.table_rows(labels, reports))
+    elif markdown or compared:
+        for rows in (comparison.table_rows(labels, reports), comparison.zero_shot_rows(labels, reports)):
+            if markdown and rows:
+                click.echo(comparison.markdown_table(rows) + "\n")
+            else:
+                print_rows(rows)
         click.echo("\n".join(comparison.notes(reports)))
     else:
-        print_safety(reports)
+        print_measured(reports[0])
     return 0
 
 
@@ -432,7 +433,7 @@ def evaluate(
 @click.option(
     "--data",
     default=None,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
 )
 @click.option(
@@ -467,7 +468,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.comparison import markdown_table
     from uwm_deploy.console import Reporter
-    from uwm_deploy.reproduction import Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.reproduction import STYLES, Settings, checkpoints_from, lines_of, rows_of
     from uwm_deploy.reproduction import reproduce as measure
     from uwm_deploy.summary import print_rows
 
@@ -477,11 +478,11 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     if as_json:
         click.echo(json_from_record(result), nl=False)
         return int(result.exit_code)
-    click.echo(result.title)
-    if markdown and rows:
+    click.echo(result.title + ("\n" if markdown else ""))
+    if markdown:
         click.echo(markdown_table(rows) + "\n")
     else:
-        print_rows(rows)
+        print_rows(rows, group="model" if "metric" in rows[0] else "", styles=STYLES)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
 
