@@ -93,6 +93,12 @@ def pipeline_options(command: F) -> F:
             help="Precision (docs/precision.md); repeatable, each is a variant of each target. [default: the recipe's]",
         ),
         click.option(
+            "--budget",
+            default=None,
+            metavar="flips=N%",
+            help="For precision auto: share of decisions that may differ. [default: the recipe's, 0.5%]",
+        ),
+        click.option(
             "--keep-float32",
             "float32",
             multiple=True,

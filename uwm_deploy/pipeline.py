@@ -38,6 +38,7 @@ from uwm_deploy.records import (
     Method,
     OnnxArtifact,
     Precision,
+    PrecisionPlan,
     ScoreRecord,
     Selection,
     Target,
@@ -66,10 +67,14 @@ from uwm_deploy.workspace import (
 
 if TYPE_CHECKING:
     from uwm_deploy.stages.calibrate import PairStream
+    from uwm_deploy.stages.search import Source
     from uwm_deploy.stages.verify import Subject
     from uwm_deploy.towers.protocol import LoadedModel
 
 R = TypeVar("R")
+
+PLAN = "plan.json"
+"""Record of the search of precision `auto`, in its stage folder."""
 
 _RANGE_PAIRS = 128
 """Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
@@ -96,7 +101,7 @@ class Request:
     targets: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
-    flips_budget: float | None = None
+    budget: str | None = None
     method: str | None = None
     selection: str | None = None
     per_concept: bool = False
@@ -130,6 +135,7 @@ class Outcome:
     onnx: tuple[OnnxArtifact, ...] = ()
     engines: tuple[EngineArtifact, ...] = ()
     converted: tuple[OnnxArtifact, ...] = ()
+    plan: PrecisionPlan | None = None
     report: VerifyReport | None = None
     verdict: Verdict | None = None
     manifest: Manifest | None = None
@@ -493,38 +499,59 @@ class _Build:
         }
         make = partial(self._convert, precision)
         folder = self._stage(f"convert-{precision.value}", f"graphs in {precision.value}", inputs, make)
+        if precision is Precision.AUTO:
+            self.outcome.plan = _read(PrecisionPlan, folder / PLAN)
         return folder, tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
 
     def _convert(self, precision: Precision, folder: Path) -> None:
         from uwm_deploy.stages.canaries import read_canaries
         from uwm_deploy.stages.convert import EIGHT_BITS, converted, ranges_of
+        from uwm_deploy.stages.search import Source
         from uwm_deploy.uwm.patch import Patch
 
-        spec, source = self.recipe.compile, self.work / "export"
+        spec, export = self.recipe.compile, self.work / "export"
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
         patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         lowered = spec.auto.lowest if precision is Precision.AUTO else precision
+        sources = {}
         for graph in self.outcome.onnx:
-            self.reporter.progress(f"{precision.value} {graph.tower.value}", 0, 1)
             ranges = None
             if lowered in EIGHT_BITS:
+                self.reporter.progress(f"ranges of the {graph.tower.value} tower", 0, 1)
                 batches = list(self._pairs(graph.tower, _RANGE_PAIRS))
                 rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
-                ranges = ranges_of(source / graph.file, rows, folder)
+                ranges = ranges_of(export / graph.file, rows, folder)
+            sources[graph.tower] = Source(graph, export / graph.file, ranges)
+        plan = self._searched(sources, folder) if precision is Precision.AUTO else None
+        for graph in self.outcome.onnx:
             artifact = converted(
                 graph,
-                source,
+                export,
                 folder,
                 precision=precision,
                 lowered=lowered,
                 patterns=spec.float32,
-                layers=(),
-                ranges=ranges,
+                layers=plan.kept[graph.tower.value] if plan else (),
+                ranges=sources[graph.tower].ranges,
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
                 patch=patch,
                 canaries=read_canaries(self.work / "canaries", graph.tower),
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+
+    def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
+        """The plan of precision `auto`, searched on the calibration set, and its record."""
+        from uwm_deploy.stages.pairs import some_of
+        from uwm_deploy.stages.search import search
+
+        spec, progress = self.recipe.compile, self.reporter.progress
+        items = some_of(self.calibration_source, spec.auto.items)
+        prepared = prepare(
+            items, self.original.ref.image, self._tokenizer(), workers=self.request.workers, progress=progress
+        )
+        plan = search(sources, prepared, spec.auto, spec.float32, folder, progress)
+        (folder / PLAN).write_text(json_from_record(plan), encoding="utf-8")
+        return plan
 
     def _engines(
         self, target: Target, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
@@ -732,6 +759,8 @@ class _Build:
         for engine in self.outcome.engines:
             folder = self.work / f"compile-{engine.variant}"
             parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
+        if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
+            parts["reports/plan.json"] = plan
         for tower in TowerName:
             if (file := self.work / "canaries" / f"{tower.value}.safetensors").is_file():
                 parts[f"evidence/canaries-{tower.value}.safetensors"] = file
@@ -775,9 +804,23 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         precision=tuple(Precision(p) for p in dict.fromkeys(request.precisions)) or spec.precisions,
         float32=(*spec.float32, *request.float32),
     )
-    if request.flips_budget is not None:
-        spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=request.flips_budget))
+    if request.budget is not None:
+        if Precision.AUTO not in spec.precisions:
+            raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
+        spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
     return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec)
+
+
+def _flips_of(text: str) -> float:
+    """Percentage of ``flips=0.5%``."""
+    name, _, value = text.partition("=")
+    try:
+        percent = float(value.removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if name.strip() != "flips" or not value.endswith("%") or not 0 < percent < 100:
+        raise InputError(f"--budget {text!r} is not understood", fix="write it as flips=0.5%")
+    return percent
 
 
 def _read(cls: type[R], path: Path) -> R:

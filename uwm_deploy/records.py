@@ -477,6 +477,62 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSensitivity:
+    """What lowering one linear layer alone does to decisions that are nearly ties.
+
+    Attributes:
+        sensitivity: Mean squared change of their margins.
+        kept: Whether it stays in float32.
+    """
+
+    tower: TowerName
+    name: str
+    sensitivity: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionStep:
+    """One plan that was executed and measured.
+
+    Attributes:
+        kept: Layers in float32.
+        low_share: Share of the multiplications of linear layers that are in low precision.
+        flips: Percentage of decisions of the worst preference metric that differ from the float32 graphs'.
+    """
+
+    what: str
+    kept: int
+    low_share: float
+    flips: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionPlan:
+    """What the search of precision `auto` chose, and why.
+
+    Attributes:
+        lowest: Precision of what is not kept.
+        budget: Percentage of flips that the user allows.
+        limit: Percentage that the search allowed on its own quadruples.
+        n: Quadruples it measured on.
+        kept: Layers in float32, per tower.
+        layers: All linear layers, the most sensitive per multiplication first.
+        steps: Every plan that was measured, in order.
+    """
+
+    lowest: Precision
+    budget: float
+    limit: float
+    n: int
+    kept: Mapping[str, tuple[str, ...]]
+    flips: float
+    low_share: float
+    layers: tuple[LayerSensitivity, ...]
+    steps: tuple[PrecisionStep, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxArtifact:
     """One tower as an ONNX graph.
 

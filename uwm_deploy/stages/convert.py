@@ -180,9 +180,7 @@ def converted(
         )
     worst = None
     if canaries is not None and lowered in EXECUTABLE:
-        worst = canaries.worst(
-            embed_with(graph, (folder / graph.file).read_bytes(), lowered, canaries.inputs, external, folder)
-        )
+        worst = canaries.worst(embed_with(graph, folder / graph.file, lowered, [canaries.inputs], external))
         if worst >= RATIO_LIMIT:
             raise ContractError(
                 f"{graph.tower.value} in {lowered.value} is {worst:.2f} times as far from the edited model as from the "
@@ -228,20 +226,28 @@ def _weights(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 def embed_with(
-    graph: OnnxArtifact, model: bytes, lowered: Precision, inputs: np.ndarray, external: str = "", folder: Path = Path()
+    graph: OnnxArtifact, path: Path, lowered: Precision, parts: Iterable[np.ndarray], external: str = ""
 ) -> np.ndarray:
-    """Embeds inputs with a graph in ONNX Runtime on the CPU, (n, d)."""
+    """Embeds inputs, (b, ...) each, to (n, d) with an ONNX file in ONNX Runtime on the CPU.
+
+    Args:
+        graph: Record with its inputs and outputs.
+        path: The file.
+        lowered: Its precision.
+        parts: Inputs, some rows at a time.
+        external: Name of its external data file beside it.
+    """
     session = open_session(
         Target.ONNXRUNTIME,
-        model,
+        path.read_bytes(),
         profile=Profile(min=1, opt=1, max=16),
         inputs=graph.inputs,
         outputs=graph.outputs,
-        external_data={external: (folder / external).read_bytes()} if external else {},
+        external_data={external: (path.parent / external).read_bytes()} if external else {},
         device="cpu",
         optimisation="basic" if lowered is Precision.FP8 else "extended",
     )
     try:
-        return session.run(inputs)
+        return np.concatenate([session.run(rows) for rows in parts])
     finally:
         session.close()
