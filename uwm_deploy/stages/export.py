@@ -35,9 +35,10 @@ class _Graph(nn.Module):
         super().__init__()
         self.tower, self.normalise = tower, spec.normalise
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        embeds: Tensor = self.tower(inputs)
-        return embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        result = self.tower(inputs)
+        embeds, *further = (result,) if isinstance(result, Tensor) else result
+        return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
 
 
 def onnx_from_tower(
@@ -107,7 +108,7 @@ def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec)
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module, (sample,), dynamo=True, optimize=False, verbose=False, opset_version=spec.opset,
-                input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: "batch"},),
+                input_names=[tower.input_name], output_names=list(tower.output_names), dynamic_shapes=({0: "batch"},),
             )  # fmt: skip
     finally:
         log.setLevel(level)
@@ -172,12 +173,15 @@ def _check_graph(path: Path, proto: onnx.ModelProto, tower: Tower, spec: ExportS
     domains = sorted({node.domain for node in proto.graph.node} | {o.domain for o in proto.opset_import})
     if any(domain not in ("", "ai.onnx") for domain in domains) or proto.functions:
         raise ContractError(f"{path.name} uses operators outside the standard domain: {domains}", fix="report this")
-    for value, wanted in ((proto.graph.input, tower.input_name), (proto.graph.output, tower.output_name)):
-        if [v.name for v in value] != [wanted]:
-            raise ContractError(f"{path.name} has {[v.name for v in value]}, not {wanted}", fix="report this")
-        dims = [d.dim_param or d.dim_value for d in value[0].type.tensor_type.shape.dim]
-        if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
-            raise ContractError(f"{path.name}: {wanted} has shape {dims}, only the batch may vary", fix="report this")
+    for values, wanted in ((proto.graph.input, (tower.input_name,)), (proto.graph.output, tower.output_names)):
+        if tuple(v.name for v in values) != wanted:
+            raise ContractError(f"{path.name} has {[v.name for v in values]}, not {list(wanted)}", fix="report this")
+        for value in values:
+            dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
+                raise ContractError(
+                    f"{path.name}: {value.name} has shape {dims}, only the batch may vary", fix="report this"
+                )
     names = {p.name for p in proto.graph.initializer}
     if lost := sorted({n for n, _ in tower.graph_module().named_parameters()} - names):
         raise ContractError(f"{path.name} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")

@@ -92,9 +92,14 @@ class Tally:
         if not concept:
             self.check()
         elif count == 0:
-            raise DataError(f"concept {concept!r} has no {self.tower.value} pair with a score", fix="check its items")
+            raise no_pair_of(concept, self.tower)
         self.count += count
         return count
+
+
+def no_pair_of(concept: str, tower: TowerName) -> DataError:
+    """The error of a concept that would be missing from a union."""
+    return DataError(f"concept {concept!r} has no {tower.value} pair with a score", fix="check its items")
 
 
 def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> QuadrupleSource:
@@ -118,6 +123,14 @@ def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> Quadr
     if edits.per_concept:
         order.sort(key=lambda index: source.concepts[index])
     return source if order == sorted(order) else cast(QuadrupleSource, _InOrder(source, order))
+
+
+def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
+    """At most `count` items of a set, evenly spaced."""
+    if len(source) <= count:
+        return source
+    order = np.linspace(0, len(source) - 1, count).round().astype(int)
+    return cast(QuadrupleSource, _InOrder(source, order.tolist()))
 
 
 class _InOrder:

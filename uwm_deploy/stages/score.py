@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from uwm_deploy.records import (
     ScoreRecord,
     TowerName,
 )
-from uwm_deploy.stages.pairs import Group, PairsOf, Tally, runs
+from uwm_deploy.stages.pairs import Group, PairsOf, Tally, no_pair_of, runs
 from uwm_deploy.stages.score_gradients import by_gradients
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.digests import digest_of_tensor
@@ -45,7 +45,7 @@ def score_to_folder(
     folder: Path,
     concepts: Mapping[str, str] | None = None,
 ) -> ScoreRecord:
-    """Scores both towers, each on the unedited model, and saves scores and record.
+    """Scores the towers that are to be edited, each on the unedited model, and saves scores and record.
 
     Args:
         model: The source model.
@@ -59,9 +59,9 @@ def score_to_folder(
         DataError: If more than 1% of the pairs have no finite contribution, or there are none.
         ContractError: If an edited layer was never reached by the forward pass.
     """
-    pairing = _common_pairing(edits)
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
-    scored = [] if edits.method is Method.NONE else list(tallies)
+    scored = [] if edits.method is Method.NONE else [name for name in tallies if name in edits.towers]
+    pairing = _common_pairing(edits, scored)
     seconds: dict[str, float] = {}
     whole: dict[str, Tensor] = {}
     parts: list[ScorePart] = []
@@ -72,6 +72,8 @@ def score_to_folder(
                 parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
             else:
                 whole |= scores
+        if edits.per_concept:
+            _check_concepts(name, parts, concepts or {})
         seconds[name] = time.perf_counter() - started
     save_file(whole, folder / SCORES)
     with_gradients = scored if needs_gradients(edits.method) else []
@@ -95,11 +97,11 @@ def score_to_folder(
     return record
 
 
-def _common_pairing(edits: EditSpecs) -> Pairing | None:
-    text, image = (pairing_of(edits.method, edits.of(name)) for name in (TowerName.TEXT, TowerName.IMAGE))
-    if text != image:
+def _common_pairing(edits: EditSpecs, scored: Sequence[TowerName]) -> Pairing | None:
+    found = {pairing_of(edits.method, edits.of(name)) for name in scored}
+    if len(found) > 1:
         raise ContractError("text and image ask for different pairings", fix="use one pairing in the recipe")
-    return text
+    return next(iter(found), None)
 
 
 def _layers(tower: Tower, edit: EditSpec) -> Iterator[LayerScore]:
@@ -115,6 +117,13 @@ def _saved_part(
     file = f"scores-{number:04d}.safetensors"
     save_file(scores, folder / file)
     return ScorePart(tower=tower, concept=concept, file=file, digest=digest_of_file(folder / file), n_pairs=count)
+
+
+def _check_concepts(tower: TowerName, parts: list[ScorePart], concepts: Mapping[str, str]) -> None:
+    """A concept whose items could all not be read would be missing from the union without a word."""
+    missing = set(concepts.values()) - {part.concept for part in parts if part.tower is tower}
+    if missing:
+        raise no_pair_of(min(missing), tower)
 
 
 def _groups(
