@@ -359,7 +359,7 @@ def test_a_broken_image_ends_its_set(
     MAKERS[name](tmp_path)
     broken = {"caltech101": "caltech101/101_ObjectCategories/accordion/image_0002.jpg"}
     file = tmp_path / broken.get(name, f"imagenet/val/{WORDNET[1]}/a.JPEG")
-    file.write_bytes(file.read_bytes()[:-40])
+    file.write_bytes(file.read_bytes()[:-6])  # the header is whole, the pixels are not
     part = open_suite([name], data=tmp_path).sets[name]
     calls = _Encoders()
     with pytest.raises(BrokenItemError, match=f"zero-shot set {name}"):
