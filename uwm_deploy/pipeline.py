@@ -409,11 +409,16 @@ class _Build:
         from uwm_deploy.uwm.patch import Patch
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
-        patch, ref = Patch.from_file(self.work / "edit" / "patch.safetensors"), self.edited.ref
-        shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
-        self.edited.to("cpu")
+        patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         for name in TowerName:
-            tower = self.edited.tower(name)
+            model = self._load(
+                self.work / "edit" / "model"
+            )  # anew, so that only one tower is in memory as it is exported
+            ref = model.ref
+            shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
+            model.to("cpu")
+            model.keep_only(name)
+            tower = model.tower(name)
             artifact = onnx_from_tower(
                 tower,
                 sample_of(tower, shapes[name], ref.text.eos_id),

@@ -56,7 +56,8 @@ def linear_layers(model: ir.Model) -> dict[str, LinearLayer]:
 def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
     """Nodes that a plan's patterns name: globs over layer names, node names and operator types.
 
-    A layer's name takes its multiplication and whatever adds its bias.
+    With a multiplication goes what turns its weight, which would be rounded on the way otherwise; a layer's name takes
+    whatever adds its bias, too.
 
     Raises:
         InputError: If a pattern matches nothing.
@@ -73,7 +74,10 @@ def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
                 fix="`uwm-deploy inspect` lists the layers of a graph",
             )
         chosen |= matches
-    return chosen
+    turns = {
+        part.transpose for part in linear_layers(model).values() if part.node in chosen and part.transpose is not None
+    }
+    return chosen | turns
 
 
 def _weights(node: ir.Node) -> Iterable[ir.Value]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.write import INLINE_BYTES, write_graph
 
 
 def activation_maxima(
@@ -36,14 +37,16 @@ def activation_maxima(
     wanted = list(dict.fromkeys(names))
     _watch(model, wanted)
     path = folder / f".tmp-watched-{source.name}"
-    ir.save(model, path)
+    external = f"{path.name}.data" if sum(v.const_value.nbytes for v in _weights(model)) > INLINE_BYTES else ""
+    write_graph(model, path, external)
     try:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     finally:
-        path.unlink()
+        for name in filter(None, (path.name, external)):
+            (folder / name).unlink()
     outputs = [_output_name(name) for name in wanted]
     rows = [session.run(outputs, {model.graph.inputs[0].name: batch}) for batch in batches]
     if not rows:
@@ -53,6 +56,10 @@ def activation_maxima(
         if not np.isfinite(values).all():
             raise ContractError(f"activation {name} is not finite", fix="mend the model or the inputs")
     return maxima
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.initializers.values() if value.const_value is not None]
 
 
 def _output_name(name: str) -> str:

@@ -18,6 +18,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
 from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
+from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records import ActivationCoverage, Conversion, LayerEdit, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
@@ -117,9 +118,10 @@ def lower(
         The graph, and the number of clamped constants.
     """
     model = ir.load(source)
-    keep = matching_nodes(model, patterns)
+    if untyped := [value.name for node in model.graph for value in node.outputs if value.dtype is None]:
+        raise ContractError(f"{source.name} does not say the type of {untyped[0]}", fix="export it again")
+    keep = matching_nodes(model, (*patterns, *layers))
     names = linear_layers(model)
-    keep |= {names[name].node for name in layers}
     if precision in HALF:
         return model, cast_graph(model, HALF[precision], keep)
     assert ranges is not None
@@ -165,8 +167,8 @@ def converted(
     achieved = achieved_precision(model)
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
-    ir.save(model, folder / graph.file, external_data=external or None)
-    onnx.checker.check_model(str(folder / graph.file), full_check=True)
+    write_graph(model, folder / graph.file, external)
+    onnx.checker.check_model(weightless(model), full_check=True)
     fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.layers)
     if fingerprint.mismatches:
         raise ContractError(

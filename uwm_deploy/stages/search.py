@@ -15,6 +15,7 @@ import onnx_ir as ir
 from uwm_deploy.datasets.embedding import Inputs, PreparedSet, unit_rows
 from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.recipe import AutoSpec
 from uwm_deploy.records import LayerSensitivity, OnnxArtifact, PrecisionPlan, PrecisionStep, TowerName
 from uwm_deploy.safeground.preference import BASIC, Decisions, decisions
@@ -173,7 +174,7 @@ class _Search:
         model, _ = lower(source.path, self.spec.lowest, self.patterns, kept, source.ranges)
         path = self.folder / f".tmp-plan-{source.path.name}"
         external = f"{path.name}.data" if source.graph.external_data else ""
-        ir.save(model, path, external_data=external or None)
+        write_graph(model, path, external)
         try:
             chosen = np.arange(len(self.inputs[tower][0])) if rows is None else rows
             pieces = np.array_split(chosen, max(1, len(chosen) // _ROWS))

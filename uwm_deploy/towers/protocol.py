@@ -178,6 +178,13 @@ class LoadedModel:
         """One tower by name."""
         return self.image if name is TowerName.IMAGE else self.text
 
+    def keep_only(self, name: TowerName) -> None:
+        """Frees the other tower, which cannot be used afterwards."""
+        kept = {id(parameter) for parameter in self.tower(name).graph_module().parameters()}
+        for parameter in self.source.parameters():
+            if id(parameter) not in kept:
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+
     def to(self, device: str) -> None:
         """Moves all of it. The towers share the source's parameters, but hold buffers of their own."""
         for module in (self.source, self.image.graph_module(), self.text.graph_module()):
