@@ -8,13 +8,15 @@ report failure by returning None or False; the messages of their logger are what
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _HARMLESS = ("Thread context has not been set",)
 """Logged on every build as an internal error, without meaning."""
@@ -88,10 +90,9 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     if config.add_optimization_profile(profile) < 0:
         raise BuildFailed(f"profile {shapes} is not accepted: {_last(messages)}")
     started = time.perf_counter()
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BuildFailed(_last(messages))
-    _write(Path(spec["engine"]), plan)
+    with _written(Path(spec["engine"])) as stream:
+        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
+            raise BuildFailed(_last(messages))
     kinds = sorted({str(network.get_output(i).dtype).rsplit(".", 1)[-1] for i in range(network.num_outputs)})
     return {
         "versions": {spec["module"]: str(trt.__version__)},
@@ -137,14 +138,31 @@ def _peak_rss_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def _write(path: Path, plan: Any) -> None:
-    """The whole engine or none, without a second copy in memory."""
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there as a whole when the block ends well, and not at all when it does not."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as stream:
-        stream.write(memoryview(plan))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _writer(trt: Any, stream: BinaryIO) -> Any:
+    """What a builder writes an engine to, piece by piece, so that it is never in memory as a whole."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: Any) -> int:
+            return stream.write(data)
+
+    return Writer()
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ def digest_of_array(array: np.ndarray) -> Digest:
     """Digest of a float32 weight, equal to that of the same PyTorch tensor."""
     plain = np.ascontiguousarray(array, dtype=np.float32)
     hasher = hashlib.sha256(f"\0torch.float32\0{tuple(plain.shape)}\0".encode())
-    hasher.update(plain.tobytes())
+    hasher.update(plain.reshape(-1).view(np.uint8).data)
     return "sha256:" + hasher.hexdigest()
 
 
@@ -62,7 +63,8 @@ def fingerprint_of_graph(
         for name in sorted(patches)
         if name not in known and f"{name}.weight" in initialisers
     ]
-    held = _digests(initialisers.values(), wanted)
+    digests = _digests(initialisers, wanted)
+    held = {digest for found in digests.values() for digest in found}
     layers, entries = 0, 0
     for edit in wanted:
         name = f"{edit.name}.weight"
@@ -71,7 +73,7 @@ def fingerprint_of_graph(
             continue
         if edit.name not in patches or patches[edit.name].digest_after != edit.digest_after:
             mismatches.append(f"{edit.name}: the edit record and the patch disagree")
-        elif problem := _problem(edit, patches[edit.name], initialisers[name], held):
+        elif problem := _problem(edit, patches[edit.name], initialisers[name], digests.get(name, set()), held):
             mismatches.append(f"{edit.name}: {problem}")
         else:
             layers, entries = layers + 1, entries + edit.selected
@@ -81,7 +83,8 @@ def fingerprint_of_graph(
 def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit]) -> Fingerprint:
     """Finds each edited weight among the tensors of a graph whose names were changed, transposed or not."""
     wanted = list(edits)
-    held = _digests(arrays, wanted)
+    digests = _digests({str(number): array for number, array in enumerate(arrays)}, wanted)
+    held = {digest for found in digests.values() for digest in found}
     mismatches, layers, entries = [] if wanted else [_NOTHING], 0, 0
     for edit in wanted:
         if _holds_unedited(edit, held):
@@ -109,14 +112,21 @@ def _identity(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
     return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _digests(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit]) -> set[Digest]:
-    """Digests of every array that has the shape of an edited layer, and of its transpose."""
-    shapes = {shape for edit in edits for shape in (edit.shape, edit.shape[::-1])}
-    held: set[Digest] = set()
-    for array in arrays:
-        if array.shape in shapes and array.dtype == np.float32:
-            held |= {digest_of_array(array), digest_of_array(array.T)}
-    return held
+def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]) -> dict[str, set[Digest]]:
+    """Digests of every array that has the shape of an edited layer, in each orientation that does."""
+    shapes = {edit.shape for edit in edits}
+    turned = [
+        (name, part)
+        for name, array in arrays.items()
+        if array.dtype == np.float32
+        for part in (array, array.T)
+        if part.shape in shapes
+    ]
+    found: dict[str, set[Digest]] = {}
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        for (name, _), digest in zip(turned, pool.map(digest_of_array, (part for _, part in turned)), strict=True):
+            found.setdefault(name, set()).add(digest)
+    return found
 
 
 def _holds_unedited(edit: LayerEdit, held: set[Digest]) -> bool:
@@ -124,9 +134,8 @@ def _holds_unedited(edit: LayerEdit, held: set[Digest]) -> bool:
     return edit.digest_before in held and edit.digest_before != edit.digest_after
 
 
-def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, held: set[Digest]) -> str:
+def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, digests: set[Digest], held: set[Digest]) -> str:
     """What is wrong with one weight, or nothing."""
-    digests = {digest_of_array(array), digest_of_array(array.T)}
     if _holds_unedited(edit, digests):
         return "holds the unedited weight"
     if _holds_unedited(edit, held):

@@ -12,7 +12,28 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
-from onnxscript.rewriter import rewrite
+from onnxscript.rewriter import RewriteRuleSet, rewrite
+from onnxscript.rewriter.rules import common as rules
+
+_RULES = RewriteRuleSet(
+    [
+        rules.add_0_rule,
+        rules.cast_cast_rule,
+        rules.collapse_slice2_rule,
+        rules.collapse_slice_rule,
+        rules.div_by_1_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.mul_by_1_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.no_op_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.sub_0_rule,
+        rules.transpose_transpose_rule,
+        rules.unsqueeze_unsqueeze_rule,
+    ]
+)
+"""The rules that find something in transformers; trying all there are takes longer than tracing the model."""
 
 _FOLD_LIMIT = 64
 """Nodes that read a constant with more elements are not folded, whatever it is: the result may be large."""
@@ -29,7 +50,7 @@ def simplify(model: ir.Model, weights: Set[str]) -> None:
     """
     common.InlinePass()(model)
     optimizer.fold_constants_ir(model, should_fold=partial(_should_fold, weights))
-    rewrite(model)
+    rewrite(model, pattern_rewrite_rules=_RULES)
     steps = (
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
