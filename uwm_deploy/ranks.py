@@ -70,6 +70,10 @@ class Ranks:
         return [parts[k % self.world][k // self.world] for k in range(sum(map(len, parts)))]
 
 
+ALONE = Ranks()
+"""One process."""
+
+
 def speaks() -> bool:
     """Whether this process is the first of its group, by what ``torchrun`` put into the environment."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.memory import Notice, halved, silent
+from uwm_deploy.memory import Notice, halved, out_of_memory, silent
 
 LOGIT_SCALE = math.exp(4.6052)
 """Fixed scale of the InfoNCE logits in the official code, 100 to five digits."""
@@ -157,15 +157,17 @@ class GradientScorer:
         self.batches += 1
 
     def _carried_to_weights(self, inputs: Tensor, wanted: Tensor) -> Exception | None:
-        """Fills the gradients of the weights; when that fails there are none, and the error is returned."""
+        """Fills the gradients of the weights; when memory runs out there are none, and the error is returned."""
         weights = list(self.weights.values())
         try:
-            for rows, by_embedding in zip(inputs.split(self.part), wanted.split(self.part), strict=True):
+            for rows, by_embedding in zip(torch.split(inputs, self.part), torch.split(wanted, self.part), strict=True):
                 with torch.enable_grad():
                     result = self.embed(rows)
                 if result.requires_grad:  # else no edited layer was reached
                     torch.autograd.backward(result, by_embedding, inputs=weights)
-        except Exception as error:  # the caller raises it again unless memory ran out
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             for weight in weights:
                 weight.grad = None
             return error.with_traceback(None)  # its frames hold the activations
