@@ -189,6 +189,7 @@ def _join_group(device: str) -> Ranks:
 def _leave_group(*, in_order: bool) -> None:
     """Ends the group, if this process joined one."""
     if group := sys.modules.get("uwm_deploy.torchrun"):
+        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
         group.leave(in_order=in_order)
 
 
