@@ -33,8 +33,8 @@ from uwm_deploy.stages.load import load_model, resolve_device, weights_bytes
 from uwm_deploy.stages.pairs import scoring_order
 from uwm_deploy.stages.score import score_to_folder
 from uwm_deploy.stages.shards import Scale, Shard, shards_of
-from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.torchrun import join
+from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.methods import needs_gradients, with_method
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.uwm.selection import selected_indices
