@@ -282,6 +282,8 @@ class _Build:
         return self._load(self.work / "edit" / "model")
 
     def _load(self, folder: Path | None) -> LoadedModel:
+        import torch
+
         from uwm_deploy.stages.load import load_model
 
         weights: Literal["checkpoint", "random"] = "random" if self.request.weights == "random" else "checkpoint"
@@ -292,6 +294,9 @@ class _Build:
                 weights="checkpoint" if folder else weights,
                 device=self.request.device,
             )
+        on_cpu = next(model.source.parameters()).device.type == "cpu"
+        if on_cpu and self.request.device == "auto" and torch.cuda.is_available():
+            self.reporter.line("load       no GPU has room for the model; it runs on the CPU")
         if (
             folder
             and model.ref.weights_digest != _read(EditRecord, self.work / "edit" / "edit.json").edited_weights_digest

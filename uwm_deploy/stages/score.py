@@ -29,8 +29,8 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.stages.fitting import Fitting
 from uwm_deploy.stages.pairs import Pairs, PairsOf, Tally
-from uwm_deploy.stages.score_gradients import by_gradients
-from uwm_deploy.stages.shards import Part, Scale, Shard, shards_of, totals
+from uwm_deploy.stages.score_gradients import PART, Sizes, by_gradients
+from uwm_deploy.stages.shards import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.digests import digest_of_tensor
 from uwm_deploy.uwm.methods import gradient_batch, needs_gradients, pairing_of, rule_of
@@ -162,10 +162,12 @@ def _groups(
     tower, edit = model.tower(tally.tower), edits.of(tally.tower)
     stream, gradients = pairs(tower.name), needs_gradients(edits.method)
 
+    sizes = Sizes(Fitting("quadruples" if gradients else "pairs", scale.notice), scale.part or PART, scale.notice)
+
     def scored(shard: Shard) -> Part:
         if gradients:
-            return by_gradients(model, lambda name: pairs(name).part(shard.items), edits, tower.name, scale)
-        return _by_activations(tower, stream.part(shard.items), edits, scale)
+            return by_gradients(model, lambda name: pairs(name).part(shard.items), edits, tower.name, sizes)
+        return _by_activations(tower, stream.part(shard.items), edits, scale.dtype, sizes.forward)
 
     def check(found: Tally) -> None:
         stream.check(list(found.unread.values()))
@@ -196,12 +198,12 @@ def _finished(tower: Tower, total: Part, edits: EditSpecs) -> dict[str, Tensor]:
     return scores
 
 
-def _by_activations(tower: Tower, batches: Pairs, edits: EditSpecs, scale: Scale) -> Part:
+def _by_activations(tower: Tower, batches: Pairs, edits: EditSpecs, dtype: Dtype, fitting: Fitting) -> Part:
     """Sums of some pairs."""
     edit, tally = edits.of(tower.name), Tally(tower.name)
     pairing = pairing_of(edits.method, edit)
     assert pairing is not None
-    scorers = _scored(tower, batches, edit, pairing, tally, scale)
+    scorers = _scored(tower, batches, edit, pairing, tally, dtype, fitting)
     tally.not_read(batches.left_out)
     return Part(
         sums={name: scorer.take_sums() for name, scorer in scorers.items()},
@@ -213,7 +215,13 @@ def _by_activations(tower: Tower, batches: Pairs, edits: EditSpecs, scale: Scale
 
 @torch.inference_mode()
 def _scored(
-    tower: Tower, batches: Iterable[PairBatch], edit: EditSpec, pairing: Pairing, tally: Tally, scale: Scale
+    tower: Tower,
+    batches: Iterable[PairBatch],
+    edit: EditSpec,
+    pairing: Pairing,
+    tally: Tally,
+    dtype: Dtype,
+    fitting: Fitting,
 ) -> dict[str, LayerScorer]:
     """Runs pairs through a tower with a scorer on every edited layer.
 
@@ -226,8 +234,7 @@ def _scored(
         for name, layer in tower.layers(edit.layers).items()
     }
     device = next(iter(scorers.values())).weight.device
-    lower = torch.autocast(device.type, torch.bfloat16, enabled=scale.dtype == "bfloat16")
-    fitting = Fitting("pairs", scale.notice)
+    lower = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with scoring(tower, scorers, edit) as set_batch:
 
         def forward(batch: PairBatch) -> None:
@@ -265,9 +272,11 @@ def bfloat16_agreement(tower: Tower, stream: Pairs, edits: EditSpecs, scale: Sca
     """
     edit = edits.of(tower.name)
     items = range(0, len(stream.ids), max(1, len(stream.ids) // AGREEMENT_PAIRS))[:AGREEMENT_PAIRS]
+    fitting = Fitting("pairs", scale.notice)
     selected: list[dict[str, Tensor]] = []
-    for dtype in ("float32", "bfloat16"):
-        part = _by_activations(tower, stream.part(items), edits, Scale(dtype=dtype, notice=scale.notice))
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        part = _by_activations(tower, stream.part(items), edits, dtype, fitting)
         count, scores = part.count, _finished(tower, part, edits)
         selected.append({name: selected_indices(s, edit.keep_mass, edit.selection) for name, s in scores.items()})
     pairs = [(layer, selected[0][name], selected[1][name]) for name, layer in tower.layers(edit.layers).items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from uwm_deploy.datasets.source import PairBatch
 from uwm_deploy.errors import ContractError
+from uwm_deploy.memory import Notice
 from uwm_deploy.recipe import EditSpecs
 from uwm_deploy.records import LeftOut, TowerName
 from uwm_deploy.stages.fitting import Fitting
 from uwm_deploy.stages.pairs import PairsOf, Tally
-from uwm_deploy.stages.shards import Part, Scale
+from uwm_deploy.stages.shards import Part
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.gradient import LOSSES, Embedded, GradientScorer, only_requiring_grad
 from uwm_deploy.uwm.methods import PRESETS, gradient_batch
@@ -26,7 +28,22 @@ PART = 16
 """Quadruples per forward pass; the gradient is that of the whole batch whatever this is."""
 
 
-def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: TowerName, scale: Scale) -> Part:
+@dataclass(slots=True)
+class Sizes:
+    """What memory holds, as it turns out while a tower is scored.
+
+    Attributes:
+        forward: Quadruples, or pairs, per forward pass without gradients.
+        part: Quadruples per forward pass with gradients.
+        notice: Takes a line whenever one of them is halved.
+    """
+
+    forward: Fitting
+    part: int
+    notice: Notice
+
+
+def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: TowerName, sizes: Sizes) -> Part:
     """Sums of the absolute gradients of the edited layers of one tower over some pairs.
 
     Args:
@@ -34,7 +51,7 @@ def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: Tow
         pairs: Stream of the pairs for a tower, both towers in the same order.
         edits: Method and layers.
         name: The tower that is scored.
-        scale: Quadruples per forward pass with gradients.
+        sizes: What memory holds; changed when it holds less.
 
     Raises:
         ContractError: If the loss does not depend on an edited layer.
@@ -50,17 +67,17 @@ def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: Tow
         weights,
         LOSSES[PRESETS[edits.method].loss],
         gradient_batch(edit, name, model.ref),
-        scale.part or PART,
+        sizes.part,
         tally.leave_out,
-        scale.notice,
+        sizes.notice,
     )
-    fitting = Fitting("quadruples", scale.notice)
     with only_requiring_grad(model.source, weights):
         for rows in _parts(streams[TowerName.IMAGE], texts, tally):
             tally.total += len(rows.ids)
-            for part, (inputs, embedded) in fitting.run(rows, partial(_embedded, tower=tower, other=other)):
+            for part, (inputs, embedded) in sizes.forward.run(rows, partial(_embedded, tower=tower, other=other)):
                 scorer.add(part.ids, inputs, embedded)
         scorer.finish()
+    sizes.part = scorer.part
     tally.not_read(chain.from_iterable(stream.left_out for stream in streams.values()))
     tally.not_read(LeftOut(id=item, reason="no image pair") for item in texts.rest())
     return Part(

@@ -34,6 +34,8 @@ from uwm_deploy.workspace import disk_errors
 SAVE_SECONDS = 60.0
 """On a GPU totals are written at most this often, and at the end; on a CPU, where a shard takes longer, after each round."""
 
+Dtype = Literal["float32", "bfloat16"]
+
 _FORMAT = "uwm-deploy sums 1"
 
 
@@ -51,7 +53,7 @@ class Scale:
     """
 
     ranks: Ranks = field(default_factory=Ranks)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     part: int | None = None
     kept: Path | None = None
     key: str = ""
