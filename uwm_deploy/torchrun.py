@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def leave(*, in_order: bool) -> None:
     """
     if distributed.is_initialized():
         if in_order:
-            distributed.barrier()
+            with contextlib.suppress(RuntimeError):  # one that was to come is gone already
+                distributed.barrier()
         distributed.destroy_process_group()
 
 
