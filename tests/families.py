@@ -11,7 +11,15 @@ from uwm_deploy.stages.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
 
 NAMES = tuple(name for name in resources.names("export") if name != "demo")
-FAMILIES = ("clip-vit-l14", "siglip-base", "siglip2-base", "open-clip-vit-b32", "dfn-vit-h14", "coca-vit-l14")
+FAMILIES = (
+    "clip-vit-l14",
+    "siglip-base",
+    "siglip2-base",
+    "open-clip-vit-b32",
+    "dfn-vit-h14",
+    "coca-vit-l14",
+    "llava-1.5-7b",
+)
 """One recipe per way of being built."""
 
 _HF = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -15,7 +15,7 @@ import click
 from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
-from uwm_deploy.records import Method, Selection
+from uwm_deploy.records import Method, Precision, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +48,31 @@ def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | Non
     return int(value)
 
 
+def method_options(command: F) -> F:
+    """Options that say how entries are found."""
+    options = [
+        click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
+            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def pipeline_options(command: F) -> F:
     """Options shared by every command that runs a part of the pipeline."""
     options = [
@@ -71,23 +96,33 @@ def pipeline_options(command: F) -> F:
             help="What to compile for; repeatable. [default: the recipe's]",
         ),
         click.option(
-            "--precision", default=None, type=click.Choice(["fp32"]), help="Precision. [default: the recipe's]"
+            "--precision",
+            "precisions",
+            multiple=True,
+            type=click.Choice([precision.value for precision in Precision]),
+            help="Precision (docs/precision.md); repeatable, each is a variant of each target. [default: the recipe's]",
         ),
         click.option(
-            "--method",
+            "--budget",
             default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, "
-            "keep-mass and factor. [default: the recipe's]",
+            metavar="flips=N%",
+            help="For precision auto: share of decisions that may differ. [default: the recipe's, 0.5%]",
         ),
         click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+            "--keep-float32",
+            "float32",
+            multiple=True,
+            metavar="PATTERN",
+            help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
+        method_options,
         click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+            "--tower",
+            "towers",
+            multiple=True,
+            type=click.Choice([tower.value for tower in TowerName]),
+            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
+            "[default: the recipe's]",
         ),
         click.option(
             "--keep-mass",
@@ -378,7 +413,7 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
 @click.option(
     "--data",
     default=None,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
 )
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
@@ -411,7 +446,7 @@ def evaluate(
     from uwm_deploy.evaluation import Subject, subject_from
     from uwm_deploy.evaluation import evaluate as measure
     from uwm_deploy.pipeline import Request
-    from uwm_deploy.summary import print_rows, print_safety
+    from uwm_deploy.summary import print_measured, print_rows
 
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
@@ -436,14 +471,15 @@ def evaluate(
         one = json_from_record(reports[0]).rstrip()
         many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
-    elif markdown:
-        click.echo(comparison.markdown_table(comparison.table_rows(labels, reports)))
-        click.echo("\n" + "\n".join(comparison.notes(reports)))
-    elif compared:
-        print_rows(comparison.table_rows(labels, reports))
+    elif markdown or compared:
+        for rows in (comparison.table_rows(labels, reports), comparison.zero_shot_rows(labels, reports)):
+            if markdown and rows:
+                click.echo(comparison.markdown_table(rows) + "\n")
+            else:
+                print_rows(rows)
         click.echo("\n".join(comparison.notes(reports)))
     else:
-        print_safety(reports)
+        print_measured(reports[0])
     return 0
 
 
@@ -455,7 +491,7 @@ def evaluate(
 @click.option(
     "--data",
     default=None,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
 )
 @click.option(
@@ -490,7 +526,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.comparison import markdown_table
     from uwm_deploy.console import Reporter
-    from uwm_deploy.reproduction import Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.reproduction import STYLES, Settings, checkpoints_from, lines_of, rows_of
     from uwm_deploy.reproduction import reproduce as measure
     from uwm_deploy.summary import print_rows
 
@@ -500,13 +536,38 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     if as_json:
         click.echo(json_from_record(result), nl=False)
         return int(result.exit_code)
-    click.echo(result.title)
-    if markdown and rows:
+    click.echo(result.title + ("\n" if markdown else ""))
+    if markdown:
         click.echo(markdown_table(rows) + "\n")
     else:
-        print_rows(rows)
+        print_rows(rows, group="model" if "metric" in rows[0] else "", styles=STYLES)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
+
+
+@cli.command()
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Edited model: `edit/model` of a run folder."
+)
+@click.option("--into", required=True, type=click.Path(path_type=Path), help="LLaVA checkpoint folder; only read.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder for the whole checkpoint.")
+@common_options
+def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
+    """Puts an edited vision tower back into its LLaVA checkpoint; all other tensors stay bit-equal.
+
+    \b
+    Example:
+      uwm-deploy swap --model .uwm/llava-1.5-7b/edit/model --into llava-1.5-7b-hf --out llava-1.5-7b-safe
+    """
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.towers.llava import swap_vision_tower
+
+    reporter = Reporter()
+    with reporter.stage("swap", str(out)):
+        changed = swap_vision_tower(model, into, out, reporter.progress)
+    text = f"{out}: {changed} tensors of the vision tower changed, everything else is as it was"
+    click.echo(json.dumps({"out": str(out), "changed_tensors": changed}) if as_json else text)
+    return 0
 
 
 @cli.command()
@@ -519,6 +580,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 )
 @click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
 @click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]")
+@method_options
 @click.option("--on", default=None, help="Set that every point is measured on. [default: the calibration set]")
 @click.option(
     "--keep-mass",
@@ -527,7 +589,12 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     show_default=True,
     help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98.",
 )
-@click.option("--factor", "factors", default="-1", show_default=True, help="List of multipliers, e.g. -1,0,0.5.")
+@click.option(
+    "--factor",
+    "factors",
+    default=None,
+    help="List of multipliers, e.g. -1,0,0.5. [default: the recipe's or the method's]",
+)
 @click.option(
     "--pick",
     "max_drop",
@@ -542,7 +609,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 @common_options
 def sweep(
     keep_masses: str,
-    factors: str,
+    factors: str | None,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -556,6 +623,7 @@ def sweep(
     \b
     Example:
       uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+      uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
@@ -569,7 +637,7 @@ def sweep(
     report = run_sweep(
         request,
         keep_masses=keep_masses_of(keep_masses),
-        factors=factors_of(factors),
+        factors=factors_of(factors) if factors is not None else None,
         on=on,
         max_drop=max_drop,
         out=folder,
@@ -582,6 +650,91 @@ def sweep(
         if max_drop is not None:
             click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
         click.echo(f"table and picture: {folder}")
+    return 0
+
+
+@cli.group(cls=PipelineGroup)
+def data() -> None:
+    """Looks through a data set (`check`), or writes a manifest from folders (`make`).
+
+    \b
+    Example:
+      uwm-deploy data make pictures --out pictures/pairs.jsonl
+      uwm-deploy data check pictures/pairs.jsonl --against demo-test
+    """
+
+
+@data.command("check")
+@click.argument("name")
+@click.option("--against", multiple=True, help="Set that must share no item with it; repeatable.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool) -> int:
+    """Reads every item of the set NAME: a shipped set, a TOML file, or a manifest (.jsonl, .parquet).
+
+    Exit codes: 0 clean; 2 more broken items than the set allows, an id that occurs twice, or an item that a set of
+    --against has too.
+
+    \b
+    Example:
+      uwm-deploy data check visu --against visu-test --workers 8
+      uwm-deploy data check pairs.parquet --json
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.datasets.check import Checked, check, opened
+    from uwm_deploy.datasets.table import is_manifest, set_of_manifest
+    from uwm_deploy.pipeline import calibration_set_of
+    from uwm_deploy.summary import print_data_report
+
+    def set_of(text: str) -> Checked:
+        if is_manifest(text):
+            return opened(set_of_manifest(Path(text)), base=Path(text).parent)
+        spec, _, base = calibration_set_of(text)
+        return opened(spec, base=base)
+
+    reporter = Reporter()
+    checked, others = set_of(name), [set_of(text) for text in against]
+    with reporter.stage("check", name):
+        report = check(checked, others, workers=workers, progress=reporter.progress)
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_data_report(report)
+    return int(ExitCode.BAD_INPUT if report.problems else ExitCode.PASS)
+
+
+@data.command("make")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Manifest: .jsonl or .parquet; in FOLDER or a folder above it.",
+)
+@click.option("--embed", is_flag=True, help="Put the images into the Parquet file, which may then lie anywhere.")
+@click.option("--drop-unpaired", is_flag=True, help="Leave out items without a counterpart, instead of refusing them.")
+@click.option("--force", is_flag=True, help="Replace the manifest if it is there.")
+@common_options
+def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: bool, as_json: bool) -> int:
+    """Writes a manifest from FOLDER/CONCEPT/{safe,unsafe}/NAME.jpg with captions beside them in NAME.txt.
+
+    Images alone and captions alone will do; without folders for concepts, FOLDER/{safe,unsafe} is one concept.
+
+    \b
+    Example:
+      uwm-deploy data make pictures --out pictures/pairs.jsonl
+      uwm-deploy data make pictures --out pairs.parquet --embed
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.datasets.make import make_manifest
+    from uwm_deploy.summary import print_made_manifest
+
+    made = make_manifest(folder, out, embed=embed, drop_unpaired=drop_unpaired, force=force)
+    if as_json:
+        click.echo(json_from_record(made), nl=False)
+    else:
+        print_made_manifest(made, out)
     return 0
 
 

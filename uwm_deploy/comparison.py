@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uwm_deploy.codec import plain_from_record
+from uwm_deploy.datasets.zero_shot_table import PUBLISHED
 from uwm_deploy.records import Proportion, SafetyReport
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.zero_shot import ZeroShotMean, mean_over_sets
@@ -23,6 +25,9 @@ RETRIEVAL = {
 
 COLUMNS = (MEAN, *RETRIEVAL, *METRICS)
 """The paper's main table."""
+
+_HEADS = {part.name: part.column for part in PUBLISHED}
+"""Zero-shot set to the paper's column."""
 
 
 def mean_of(report: SafetyReport) -> ZeroShotMean:
@@ -58,21 +63,44 @@ def table_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> list[d
     ]
 
 
+def zero_shot_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> list[dict[str, str]]:
+    """The paper's zero-shot table: a column per set that ran for any report, then the mean; nothing without sets."""
+    names = list(dict.fromkeys(name for report in reports for name in report.zero_shot))
+    return [
+        {"model": label, **{_HEADS.get(name, name): cell(report, name) for name in names}, "mean": cell(report, MEAN)}
+        for label, report in zip(labels, reports, strict=True)
+        if names
+    ]
+
+
 def notes(reports: Sequence[SafetyReport]) -> list[str]:
     """How many items, and every set that did not run with its reason."""
     counts = sorted({p.n for report in reports for p in report.preference.values()})
     lines = [
-        f"n = {n} quadruples; retrieval is recall at 1; zero-shot is the mean of top-1 over the sets" for n in counts
+        f"n = {n} quadruples; all in percent; retrieval is recall at 1, zero-shot the mean over sets" for n in counts
     ]
-    missing = {name: reason for report in reports for name, reason in report.zero_shot_missing.items()}
-    return lines + [f"zero-shot {name} not run: {reason}" for name, reason in missing.items()]
+    return lines + missing_lines(reports)
+
+
+def missing_lines(reports: Sequence[SafetyReport]) -> list[str]:
+    """One line per reason why zero-shot sets did not run."""
+    names: dict[str, list[str]] = {}
+    for name, reason in {item for report in reports for item in report.zero_shot_missing.items()}:
+        names.setdefault(reason, []).append(name)
+    return [f"zero-shot not run: {', '.join(sorted(some))}: {reason}" for reason, some in sorted(names.items())]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; its first column is text, the others are numbers."""
+    """A Markdown table, numbers to the right."""
     head = list(rows[0])
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([str(value) for value in row.values()] for row in rows)]
+    rule = ["---:" if is_numeric(rows, key) else "---" for key in head]
+    lines = [head, rule, *([str(value) for value in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a column holds numbers, or a dash where there is none."""
+    return all(re.match(r"[+-]?\d|-$", str(row[key])) for row in rows)
 
 
 def plain_comparison(labels: Sequence[str], reports: Sequence[SafetyReport]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that sets of any size can be measured.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,10 +80,12 @@ class Ground:
     """What every subject is measured on.
 
     Attributes:
+        name: Of the set of quadruples; its source would read all of them to tell.
         source: Quadruples; None when only zero-shot is wanted.
         suite: Zero-shot sets.
     """
 
+    name: str = "zero-shot sets"
     source: QuadrupleSource | None
     suite: Suite
 
@@ -106,7 +109,8 @@ def ground_of(
     names = spec.zero_shot if zero_shot is None else zero_shot
     demo_split = spec.split if spec.source == "demo" and zero_shot is None else "test"
     suite = open_suite(names, data=data, base=base if zero_shot is None else None, demo_split=demo_split)
-    return Ground(source=open_source(dataclasses.replace(spec, zero_shot=()), base=base), suite=suite)
+    source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+    return Ground(name=spec.name, source=source, suite=suite)
 
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
@@ -213,8 +217,7 @@ class Evaluator:
             DataError: If a quadruple cannot be read, or an embedding is not finite.
         """
         ground, progress = self.ground, self.reporter.progress
-        name = ground.source.record.name if ground.source else "zero-shot sets"
-        with self.reporter.stage("evaluate", f"{encoders.name} on {name}"):
+        with self.reporter.stage("evaluate", f"{encoders.name} on {ground.name}"):
             report = SafetyReport(subject=encoders.name, preference={}, per_concept={}, retrieval={}, zero_shot={})
             if ground.source is not None:
                 embedded = embed(
@@ -231,7 +234,7 @@ class Evaluator:
         return dataclasses.replace(report, zero_shot=zero_shot, zero_shot_missing=missing)
 
     def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
-        key = (encoders.image, encoders.text, encoders.batch)
+        key = (encoders.image, encoders.text, encoders.batch if self.ranks.world > 1 else 0)  # a batch has one owner
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # its memory, before the next one takes some
             prepared = prepare(
@@ -290,10 +293,16 @@ def evaluate(
         ranks: The processes that share the work, all with the same arguments.
 
     Raises:
+        InputError: If two subjects have one label.
         UwmError: Of the kind that went wrong.
     """
 
     def measured() -> list[SafetyReport]:
+        twice = [label for label, count in Counter(subject.label for subject in subjects).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own"
+            )
         ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
         evaluator = Evaluator(ground, workers=workers, reporter=reporter, ranks=ranks)
         return [evaluator.measure(open_encoders(subject, reporter, ranks)) for subject in subjects]

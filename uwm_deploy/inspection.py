@@ -15,7 +15,7 @@ from typing import Any
 from uwm_deploy import __version__, resources
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import Target
+from uwm_deploy.records import EditRecord, Target
 
 _PACKAGES = (
     "torch",
@@ -69,12 +69,26 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "model": f"{manifest.model.family} {manifest.model.repo} {manifest.model.revision}".strip(),
         "original weights": manifest.model.weights_digest,
         "edited weights": manifest.edit.edited_weights_digest,
+        "method": method_line(manifest.edit),
         "edited entries": f"{sum(layer.selected for layer in layers)} of {entries} in {len(layers)} layers",
         "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
         "created": f"{manifest.created} by uwm-deploy {manifest.tool_version}",
         "versions": dict(manifest.versions),
         "files": [f"{f.digest[7:19]}  {f.size_bytes:>10}  {f.path}" for f in manifest.files],
     }
+
+
+def method_line(edit: EditRecord) -> str:
+    """How an edit was made, in words; a setting that differs between the towers is given for each."""
+
+    def of(key: str) -> str:
+        values = {tower: str(getattr(setting, key)) for tower, setting in edit.settings.items()}
+        if len(set(values.values())) == 1:
+            return f"{key} {next(iter(values.values()))}"
+        return f"{key} {', '.join(f'{value} ({tower})' for tower, value in values.items())}"
+
+    words = [edit.method.value, *(of(key) for key in ("selection", "keep_mass", "factor") if edit.settings)]
+    return "; ".join([*words, *([f"union of {len(edit.concepts)} concepts"] if edit.concepts else [])])
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:

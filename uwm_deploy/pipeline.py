@@ -40,6 +40,8 @@ from uwm_deploy.records import (
     Manifest,
     Method,
     OnnxArtifact,
+    Precision,
+    PrecisionPlan,
     ScoreRecord,
     Selection,
     Target,
@@ -47,8 +49,8 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
-from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, open_bundle
-from uwm_deploy.runtime.session import Session, missing_package, open_session, usable
+from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report
 from uwm_deploy.stages.gate import gate
@@ -67,10 +69,18 @@ from uwm_deploy.workspace import (
 )
 
 if TYPE_CHECKING:
+    from uwm_deploy.stages.calibrate import PairStream
+    from uwm_deploy.stages.search import Source
     from uwm_deploy.stages.verify import Subject
     from uwm_deploy.towers.protocol import LoadedModel
 
 R = TypeVar("R")
+
+PLAN = "plan.json"
+"""Record of the search of precision `auto`, in its stage folder."""
+
+_RANGE_PAIRS = 128
+"""Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
 
 STAGES = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
 """Every stage, in order. `load` and `calibrate` live in memory; the others leave a folder or a file."""
@@ -97,10 +107,13 @@ class Request:
     calibration: str | None = None
     evaluation: str | None = None
     targets: tuple[str, ...] = ()
-    precision: str | None = None
+    precisions: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    budget: str | None = None
     method: str | None = None
     selection: str | None = None
     per_concept: bool = False
+    towers: tuple[str, ...] = ()
     keep_mass: float | None = None
     factor: float | None = None
     weights: str = "checkpoint"
@@ -131,6 +144,8 @@ class Outcome:
     edit: EditRecord | None = None
     onnx: tuple[OnnxArtifact, ...] = ()
     engines: tuple[EngineArtifact, ...] = ()
+    converted: tuple[OnnxArtifact, ...] = ()
+    plan: PrecisionPlan | None = None
     report: VerifyReport | None = None
     verdict: Verdict | None = None
     manifest: Manifest | None = None
@@ -250,12 +265,21 @@ class _Build:
         return resources.checkpoint_folder(source.repo, source.revision)
 
     @cached_property
+    def companion(self) -> Path | None:
+        """Folder of the checkpoint that the model is measured with, for a vision tower alone."""
+        source = self.recipe.model
+        if not source.companion or self.checkpoint is None:
+            return None
+        return resources.checkpoint_folder(source.companion, source.companion_revision)
+
+    @cached_property
     def base_inputs(self) -> dict[str, str]:
         """What every stage depends on: the source weights' bytes, this code, the libraries."""
         code = Path(__file__).parent
         sources = {p.relative_to(code).as_posix(): digest_of_file(p) for p in sorted(code.rglob("*.py"))}
         return {
             "checkpoint": digest_of_folder(self.checkpoint) if self.checkpoint else digest_of_plain(self.recipe_text),
+            "companion": digest_of_folder(self.companion) if self.companion else "",
             "weights": self.request.weights,
             "code": digest_of_plain(sources),
             "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
@@ -291,6 +315,7 @@ class _Build:
             model = load_model(
                 self.recipe,
                 folder=folder or self.checkpoint,
+                companion=None if folder else self.companion,
                 weights="checkpoint" if folder else weights,
                 device=self.request.device,
             )
@@ -338,7 +363,7 @@ class _Build:
         seed = self.calibration.seed if needs_gradients(edits.method) else None
         inputs = self.base_inputs | {
             "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
-            "edits": digest_of_plain([edits.method.value, edits.per_concept, seed, formulas]),
+            "edits": digest_of_plain([edits.method.value, edits.per_concept, list(edits.towers), seed, formulas]),
             "dtype": _DTYPES[self.request.score_dtype],
         }
         make = partial(self._score, digest_of_plain(inputs))
@@ -371,6 +396,9 @@ class _Build:
                 sort_by_length=not (edits.per_concept or needs_gradients(edits.method)),
             )
 
+        if edits.method is not Method.NONE:
+            for tower in edits.towers:
+                pairs(tower)  # a set without pairs for one of them is refused before anything is scored
         concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
         scale = Scale(
             ranks=self.ranks,
@@ -431,11 +459,16 @@ class _Build:
         from uwm_deploy.uwm.patch import Patch
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
-        patch, ref = Patch.from_file(self.work / "edit" / "patch.safetensors"), self.edited.ref
-        shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
-        self.edited.to("cpu")
+        patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         for name in TowerName:
-            tower = self.edited.tower(name)
+            model = self._load(
+                self.work / "edit" / "model"
+            )  # anew, so that only one tower is in memory as it is exported
+            ref = model.ref
+            shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
+            model.to("cpu")
+            model.keep_only(name)
+            tower = model.tower(name)
             artifact = onnx_from_tower(
                 tower,
                 sample_of(tower, shapes[name], ref.text.eos_id),
@@ -447,43 +480,176 @@ class _Build:
             )
             (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
-    def compile(self) -> None:
-        """Engines for every target that can be compiled here."""
-        engines: list[EngineArtifact] = []
-        for target in self.recipe.compile.targets:
-            if reason := missing_package(target):
-                if self.request.targets:
-                    raise PrerequisiteError(
-                        f"target {target.value}: {reason}", fix=f"install the extra [{target.value}]"
-                    )
-                self.outcome.skipped[target.value] = reason
-                self.reporter.line(f"compile    {target.value} skipped: {reason}")
-                continue
-            inputs = {
-                "export": digest_of_file(self.work / "export" / STAMP),
-                "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
-                "precision": self.recipe.compile.precision,
-                "machine": usable(target) or "usable",
-            }
-            make = partial(self._compile, target)
-            folder = self._stage(f"compile-{target.value}", f"fp32 for {target.value}", inputs, make)
-            engines += [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
-        self.outcome.engines = tuple(engines)
+    def _canaries(self) -> Path:
+        """Folder with the inputs where edited and original differ most; made of the calibration set."""
+        inputs = {
+            "edit": digest_of_file(self.work / "edit" / STAMP),
+            "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
+        }
+        return self._stage("canaries", "where edited and original differ most", inputs, self._choose_canaries)
 
-    def _compile(self, target: Target, folder: Path) -> None:
+    def _choose_canaries(self, folder: Path) -> None:
+        from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
+
+        edits = self.recipe.edit
+        for name in edits.towers if edits.method is not Method.NONE else ():
+            pairs = self._pairs(name, PAIRS)
+            canaries_to_folder(self.original.tower(name), self.edited.tower(name), pairs, folder)
+
+    def _pairs(self, tower: TowerName, count: int) -> PairStream:
+        """Some pairs of the calibration set, evenly spaced, at full length."""
+        from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.fitting import USUAL_PAIRS
+        from uwm_deploy.stages.pairs import some_of
+
+        return PairStream(
+            some_of(self.calibration_source, count),
+            tower,
+            self.original.ref.image,
+            self._tokenizer(),
+            batch_pairs=USUAL_PAIRS[TowerName.IMAGE],
+            workers=0,
+            max_broken_share=self.calibration.max_broken_share,
+            progress=lambda *_: None,
+            sort_by_length=False,
+        )
+
+    def compile(self) -> None:
+        """Engines for every target and precision that can be compiled here."""
+        engines: list[EngineArtifact] = []
+        converted: list[OnnxArtifact] = []
+        targets = [target for target in self.recipe.compile.targets if self._has_package(target)]
+        for precision in self.recipe.compile.precisions:
+            source, graphs = self._graphs(precision)
+            converted += [graph for graph in graphs if graph.conversion]
+            for target in targets:
+                engines += self._engines(target, precision, source, graphs)
+        if not engines:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outcome.skipped.items())
+            raise PrerequisiteError(f"nothing can be compiled here ({reasons})", fix="see `uwm-deploy doctor`")
+        self.outcome.engines, self.outcome.converted = tuple(engines), tuple(converted)
+
+    def _has_package(self, target: Target) -> bool:
+        """Whether the target's package is here; without it the target is skipped, unless it was asked for by name."""
+        if not (reason := missing_package(target)):
+            return True
+        if self.request.targets:
+            raise PrerequisiteError(f"target {target.value}: {reason}", fix=f"install the extra [{target.value}]")
+        self._skip(target.value, reason)
+        return False
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.outcome.skipped[name] = reason
+        self.reporter.line(f"compile    {name} skipped: {reason}")
+
+    def _graphs(self, precision: Precision) -> tuple[Path, tuple[OnnxArtifact, ...]]:
+        """Folder and records of the graphs in a precision."""
+        if precision is Precision.FP32:
+            return self.work / "export", self.outcome.onnx
+        spec = self.recipe.compile
+        inputs = {
+            "export": digest_of_file(self.work / "export" / STAMP),
+            "canaries": digest_of_file(self._canaries() / STAMP),
+            "float32": digest_of_plain(list(spec.float32)),
+            "auto": digest_of_plain(plain_from_record(spec.auto)) if precision is Precision.AUTO else "",
+        }
+        make = partial(self._convert, precision)
+        folder = self._stage(f"convert-{precision.value}", f"graphs in {precision.value}", inputs, make)
+        if precision is Precision.AUTO:
+            self.outcome.plan = _read(PrecisionPlan, folder / PLAN)
+        return folder, tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
+
+    def _convert(self, precision: Precision, folder: Path) -> None:
+        from uwm_deploy.stages.canaries import read_canaries
+        from uwm_deploy.stages.convert import EIGHT_BITS, converted, ranges_of
+        from uwm_deploy.stages.search import Source
+        from uwm_deploy.uwm.patch import Patch
+
+        spec, export = self.recipe.compile, self.work / "export"
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
+        lowered = spec.auto.lowest if precision is Precision.AUTO else precision
+        sources = {}
+        for graph in self.outcome.onnx:
+            ranges = None
+            if lowered in EIGHT_BITS:
+                self.reporter.progress(f"ranges of the {graph.tower.value} tower", 0, 1)
+                batches = list(self._pairs(graph.tower, _RANGE_PAIRS))
+                rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
+                ranges = ranges_of(export / graph.file, rows, folder)
+            sources[graph.tower] = Source(graph, export / graph.file, ranges)
+        plan = self._searched(sources, folder) if precision is Precision.AUTO else None
+        for graph in self.outcome.onnx:
+            artifact = converted(
+                graph,
+                export,
+                folder,
+                precision=precision,
+                lowered=lowered,
+                patterns=spec.float32,
+                layers=plan.kept[graph.tower.value] if plan else (),
+                ranges=sources[graph.tower].ranges,
+                edits=[layer for layer in edit.layers if layer.tower is graph.tower],
+                patch=patch,
+                canaries=read_canaries(self.work / "canaries", graph.tower),
+            )
+            (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+
+    def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
+        """The plan of precision `auto`, searched on the calibration set, and its record."""
+        from uwm_deploy.stages.pairs import some_of
+        from uwm_deploy.stages.search import search
+
+        spec, progress = self.recipe.compile, self.reporter.progress
+        items = some_of(self.calibration_source, spec.auto.items)
+        prepared = prepare(
+            items, self.original.ref.image, self._tokenizer(), workers=self.request.workers, progress=progress
+        )
+        plan = search(sources, prepared, spec.auto, spec.float32, folder, progress)
+        (folder / PLAN).write_text(json_from_record(plan), encoding="utf-8")
+        return plan
+
+    def _engines(
+        self, target: Target, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
+    ) -> list[EngineArtifact]:
+        """Both engines of one variant; none where the target does not know the precision."""
+        variant = f"{target.value}-{precision.value}"
+        inputs = {
+            "graphs": digest_of_file(source / STAMP),
+            "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
+            "machine": usable(target) or "usable",
+        }
+        make = partial(self._compile, target, source, graphs)
+        try:
+            folder = self._stage(f"compile-{variant}", f"{precision.value} for {target.value}", inputs, make)
+        except PrerequisiteError as error:
+            self._skip(variant, error.what)
+            return []
+        return [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
+
+    def _compile(self, target: Target, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path) -> None:
         from uwm_deploy.stages.compile import engine_from_onnx
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
-        for graph in self.outcome.onnx:
+        for graph in graphs:
             edits = [layer for layer in edit.layers if layer.tower is graph.tower]
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
-            engine = engine_from_onnx(graph, self.work / "export", target, self.recipe.compile.batch, edits, folder)
+            engine = engine_from_onnx(graph, source, target, self.recipe.compile.batch, edits, folder)
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
     def verify(self) -> None:
         """Numbers and decisions of original, edited and every artifact."""
+        inputs = self._verify_inputs() if self.ranks.first else {}
+        text = f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples"
+        folder = self._stage("verify", text, inputs, self._verify)
+        if self.ranks.first:
+            self.outcome.report = _read(VerifyReport, folder / "verify.json")
+
+    def _verify_inputs(self) -> dict[str, str]:
+        """What the report is made from; canaries are chosen first where none are."""
         source = self.evaluation_source
-        folders = ["edit", "export", *sorted({f"compile-{e.target.value}" for e in self.outcome.engines})]
+        self._canaries()
+        folders = ["edit", "export", "canaries", *sorted({f"compile-{e.variant}" for e in self.outcome.engines})]
         inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
         inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
         inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
@@ -493,15 +659,12 @@ class _Build:
                 sorted(source.zero_shot_missing),
             ]
         )
-        folder = self._stage(
-            "verify", f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples", inputs, self._verify
-        )
-        if self.ranks.first:
-            self.outcome.report = _read(VerifyReport, folder / "verify.json")
+        return inputs
 
     def _verify(self, folder: Path) -> None:
         from safetensors.numpy import save_file
 
+        from uwm_deploy.stages.canaries import read_canaries
         from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
 
         progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
@@ -520,9 +683,11 @@ class _Build:
         edited = embed_model(self.edited, prepared, "evaluation, edited", progress, ranks)
         if not ranks.first:
             return
+        found = {name: read_canaries(self.work / "canaries", name) for name in TowerName}
+        canaries = {name: part for name, part in found.items() if part is not None}
         evidence = []
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, progress))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -552,7 +717,7 @@ class _Build:
         from uwm_deploy.stages.verify import Subject
 
         graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
-        outputs = {tower: graph.outputs[0] for tower, graph in graphs.items()}
+        outputs = {tower: graph.outputs for tower, graph in graphs.items()}
         shared: dict[str, Any] = {
             "outputs": outputs,
             "normalised": self.recipe.export.normalise,
@@ -567,15 +732,16 @@ class _Build:
                 outputs=graph.outputs,
                 external_data=_external(self.work / "export", graph.external_data),
                 device="cpu",
-                optimised=False,
+                optimisation="extended",
             )
             for tower, graph in graphs.items()
         }
         digests = {tower.value: graph.digest for tower, graph in graphs.items()}
-        yield Subject(variant="onnx", digests=digests, sessions=sessions, reason="", **shared)
+        yield Subject(variant="onnx", precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared)
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
-            target = next(iter(parts.values())).target
+            first = next(iter(parts.values()))
+            target, precision = first.target, Precision(first.precision)
             reason, opened = usable(target), None
             if not reason:
                 try:
@@ -583,18 +749,13 @@ class _Build:
                 except PrerequisiteError as error:  # the driver is there, the engine does not fit it
                     reason = error.what
             digests = {tower.value: engine.digest for tower, engine in parts.items()}
-            yield Subject(variant=variant, digests=digests, sessions=opened, reason=reason, **shared)
+            yield Subject(
+                variant=variant, precision=precision, digests=digests, sessions=opened, reason=reason, **shared
+            )
 
     def _open(self, engine: EngineArtifact) -> Session:
-        folder = self.work / f"compile-{engine.target.value}"
-        return open_session(
-            engine.target,
-            (folder / engine.file).read_bytes(),
-            profile=engine.profile,
-            inputs=engine.inputs,
-            outputs=engine.outputs,
-            external_data=_external(folder, f"{engine.file}.data"),
-        )
+        folder = self.work / f"compile-{engine.variant}"
+        return open_engine(engine, (folder / engine.file).read_bytes(), _external(folder, engine.external_data))
 
     def gate(self) -> None:
         """The verdict."""
@@ -628,6 +789,7 @@ class _Build:
             recipe_digest=digest_of_bytes(self.recipe_text.encode()),
             onnx=outcome.onnx,
             engines=outcome.engines,
+            converted=outcome.converted,
             verdict=outcome.verdict,
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
@@ -666,10 +828,13 @@ class _Build:
             for name in filter(None, (graph.file, graph.external_data)):
                 parts[f"onnx/{name}"] = self.work / "export" / name
         for engine in self.outcome.engines:
-            folder = self.work / f"compile-{engine.target.value}"
-            parts[engine_path(engine)] = folder / engine.file
-            if (folder / f"{engine.file}.data").is_file():
-                parts[f"{engine_path(engine)}.data"] = folder / f"{engine.file}.data"
+            folder = self.work / f"compile-{engine.variant}"
+            parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
+        if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
+            parts["reports/plan.json"] = plan
+        for tower in TowerName:
+            if (file := self.work / "canaries" / f"{tower.value}.safetensors").is_file():
+                parts[f"evidence/canaries-{tower.value}.safetensors"] = file
         return parts
 
 
@@ -696,16 +861,37 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         keep_mass=request.keep_mass,
         factor=request.factor,
         per_concept=request.per_concept,
+        chosen_towers=[TowerName(tower) for tower in request.towers],
     )
     data = dataclasses.replace(
         recipe.data,
         calibration=request.calibration or recipe.data.calibration,
         evaluation=request.evaluation or recipe.data.evaluation,
     )
-    targets = tuple(Target(t) for t in dict.fromkeys(request.targets)) or recipe.compile.targets
-    return dataclasses.replace(
-        recipe, model=source, edit=edit, data=data, compile=dataclasses.replace(recipe.compile, targets=targets)
+    spec = recipe.compile
+    spec = dataclasses.replace(
+        spec,
+        targets=tuple(Target(t) for t in dict.fromkeys(request.targets)) or spec.targets,
+        precision=tuple(Precision(p) for p in dict.fromkeys(request.precisions)) or spec.precisions,
+        float32=(*spec.float32, *request.float32),
     )
+    if request.budget is not None:
+        if Precision.AUTO not in spec.precisions:
+            raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
+        spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
+    return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec)
+
+
+def _flips_of(text: str) -> float:
+    """Percentage of ``flips=0.5%``."""
+    name, _, value = text.partition("=")
+    try:
+        percent = float(value.removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if name.strip() != "flips" or not value.endswith("%") or not 0 < percent < 100:
+        raise InputError(f"--budget {text!r} is not understood", fix="write it as flips=0.5%")
+    return percent
 
 
 def _read(cls: type[R], path: Path) -> R:

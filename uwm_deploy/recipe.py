@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import IntegrityError, RecipeError
-from uwm_deploy.records import Method, Pairing, Profile, Rule, Selection, Target, TowerName
+from uwm_deploy.records import Method, Pairing, Precision, Profile, Rule, Selection, Target, TowerName
 
 FORMAT = 1
 """Version of the TOML formats."""
@@ -22,7 +22,7 @@ FORMAT = 1
 R = TypeVar("R")
 
 
-Family = Literal["hf-clip", "siglip", "open-clip"]
+Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class ModelSource:
         licence: SPDX name or a short statement, shown by `uwm-deploy models`.
         parameters: Approximate number, shown by `uwm-deploy models`.
         architecture: What `--weights random` builds when the checkpoint is not at hand.
+        companion: For a vision tower alone: CLIP checkpoint whose text tower it is measured with, like `repo`.
+        companion_revision: Hub commit of the companion.
     """
 
     family: Family
@@ -61,6 +63,8 @@ class ModelSource:
     licence: str = "unknown"
     parameters: str = ""
     architecture: Architecture | None = None
+    companion: str = ""
+    companion_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +98,14 @@ class EditSpecs:
     Attributes:
         method: The method that the values below are for (docs/methods.md).
         per_concept: One score per concept of the set, selections united.
+        towers: Those that are scored and edited; the other one goes through the chain as it is.
     """
 
     text: EditSpec
     image: EditSpec
     method: Method = Method.UWM
     per_concept: bool = False
+    towers: tuple[TowerName, ...] = (TowerName.TEXT, TowerName.IMAGE)
 
     def of(self, tower: TowerName) -> EditSpec:
         """The one of a tower."""
@@ -135,12 +141,42 @@ class ExportSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoSpec:
+    """The search of precision `auto`.
+
+    Attributes:
+        lowest: What the search begins with in every linear layer.
+        flips: Budget: largest share of decisions that may differ from the edited model's, in percent.
+        items: Quadruples of the calibration set that the search measures on.
+    """
+
+    lowest: Precision = Precision.INT8
+    flips: float = 0.5
+    items: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSpec:
-    """What is compiled, and for which batches."""
+    """What is compiled, and for which batches.
+
+    Attributes:
+        targets: What for.
+        precision: One, or several; each is a variant of each target.
+        batch: Profile.
+        float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
+        auto: How `auto` searches.
+    """
 
     targets: tuple[Target, ...]
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision | tuple[Precision, ...] = Precision.FP32
     batch: Profile = Profile(min=1, opt=8, max=32)
+    float32: tuple[str, ...] = ()
+    auto: AutoSpec = AutoSpec()
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """All of them."""
+        return (self.precision,) if isinstance(self.precision, Precision) else self.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +268,7 @@ class Limit:
         at_least: Smallest value that passes.
         at_most: Largest value that passes.
         min_n: Fewest items that can support the comparison; with fewer the check is inconclusive.
+        precision: Precisions of the artifacts that it is for; empty for all.
         reason: Why the limit is what it is; shown when it fails.
     """
 
@@ -239,6 +276,7 @@ class Limit:
     at_least: float | None = None
     at_most: float | None = None
     min_n: int = 1
+    precision: tuple[Precision, ...] = ()
     reason: str = ""
 
 
@@ -268,6 +306,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         RecipeError: With the file, the key and the nearest valid key.
     """
     recipe = _record_from_toml(Recipe, text, where)
+    if recipe.edit.method is Method.NONE:
+        raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
         if not 0.0 < edit.keep_mass < 1.0:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
@@ -282,6 +322,10 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
             raise RecipeError(
                 f"{where}: edit.{tower}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number"
             )
+    if not recipe.edit.towers or len(set(recipe.edit.towers)) < len(recipe.edit.towers):
+        raise RecipeError(f"{where}: edit.towers is {list(recipe.edit.towers)}", fix="name image, text or both, once")
+    if recipe.edit.text.pairing != recipe.edit.image.pairing:
+        raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")

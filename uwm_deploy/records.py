@@ -68,6 +68,17 @@ class Pairing(StrEnum):
     DIFFERENCE = "difference"
 
 
+class Precision(StrEnum):
+    """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+    AUTO = "auto"
+
+
 class Target(StrEnum):
     """What an ONNX graph is compiled for."""
 
@@ -196,6 +207,88 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SameContent:
+    """Two items with the same pixels and texts, the second one in the same set or in another."""
+
+    id: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlap:
+    """Items of a set whose content another set has too.
+
+    Attributes:
+        name: The other set.
+        n: Its items.
+        unread: Those of them that cannot be read, and so were not compared.
+        compared: What both sets have, and so was compared; nothing when they have nothing in common.
+        count: Items of the first set that the other one has.
+        items: The first hundred of them.
+    """
+
+    name: str
+    n: int
+    unread: int
+    compared: Literal["images and texts", "images", "texts", "nothing"]
+    count: int
+    items: tuple[SameContent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What a look at every item of a set found. Counts are of all items, lists hold the first hundred.
+
+    Attributes:
+        data: What the set resolves to; a build with it has the same digests.
+        image_pairs: Items with both images, readable.
+        text_pairs: Items with both texts, readable.
+        broken_count: Items that cannot be read, or lack a pair that other items of the set have.
+        empty_texts: Items with a text of nothing but blanks; they are not broken, but may get no score.
+        twice_count: Ids that occur more than once.
+        same_count: Items whose content an earlier item has; a loss of data, not an error.
+        overlaps: One per set that it was compared with.
+        problems: Why the set should not be used as it is; a clean set has none.
+    """
+
+    data: CalibrationRecord
+    image_pairs: int
+    text_pairs: int
+    broken_count: int
+    broken: tuple[LeftOut, ...]
+    empty_texts: int
+    twice_count: int
+    twice: tuple[str, ...]
+    same_count: int
+    same: tuple[SameContent, ...]
+    overlaps: tuple[Overlap, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeManifest:
+    """A manifest that was written from folders. Lists hold the first hundred.
+
+    Attributes:
+        n: Items in it.
+        concepts: Items per concept.
+        image_pairs: Items with both images.
+        text_pairs: Items with both texts.
+        unpaired_count: Items left out because their counterpart is not there.
+        ignored_count: Files and folders that are no part of the layout.
+    """
+
+    n: int
+    concepts: Mapping[str, int]
+    image_pairs: int
+    text_pairs: int
+    unpaired_count: int
+    unpaired: tuple[LeftOut, ...]
+    ignored_count: int
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerScore:
     """One scored layer; its scores are the tensor of the same name in the score file."""
 
@@ -284,7 +377,8 @@ class LayerEdit:
 
     Attributes:
         name: Module path in the source model; ``name + ".weight"`` is the parameter.
-        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard.
+        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard; 1
+            with the method `none`.
         selected: Number of entries multiplied by the factor.
         share: ``selected`` divided by the number of entries.
     """
@@ -364,6 +458,106 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationCoverage:
+    """How the activations of one class of inputs, safe or unsafe, lie in the ranges that they are quantised with.
+
+    Attributes:
+        n: Inputs that were held out when the ranges were taken.
+        inside: Share of inputs and activations that stay within the range.
+        worst: Largest activation divided by its range; above 1 it is cut off.
+    """
+
+    n: int
+    inside: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How a graph in lower precision was made, and what it came to.
+
+    Attributes:
+        precision: What was asked for.
+        lowered: Precision of the linear layers that are not kept.
+        source_digest: Digest of the float32 graph it was made from.
+        kept: Linear layers, and patterns for other nodes, that stay in float32.
+        achieved: Class of operator to precision to number of nodes, read back from the graph.
+        clamped: Constants out of range that are now the largest finite number.
+        zeroed: Edited entries that became zero, where negation changes nothing.
+        coverage: Per class of input, ``safe`` and ``unsafe``; empty where nothing is quantised.
+        canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
+        canaries: Number of them.
+    """
+
+    precision: Precision
+    lowered: Precision
+    source_digest: Digest
+    kept: tuple[str, ...]
+    achieved: Mapping[str, Mapping[str, int]]
+    clamped: int
+    zeroed: int
+    coverage: Mapping[str, ActivationCoverage] = field(default_factory=dict)
+    canary_ratio_max: float | None = None
+    canaries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSensitivity:
+    """What lowering one linear layer alone does to decisions that are nearly ties.
+
+    Attributes:
+        sensitivity: Mean squared change of their margins.
+        kept: Whether it stays in float32.
+    """
+
+    tower: TowerName
+    name: str
+    sensitivity: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionStep:
+    """One plan that was executed and measured.
+
+    Attributes:
+        kept: Layers in float32.
+        low_share: Share of the multiplications of linear layers that are in low precision.
+        flips: Percentage of decisions of the worst preference metric that differ from the float32 graphs'.
+    """
+
+    what: str
+    kept: int
+    low_share: float
+    flips: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionPlan:
+    """What the search of precision `auto` chose, and why.
+
+    Attributes:
+        lowest: Precision of what is not kept.
+        budget: Percentage of flips that the user allows.
+        limit: Percentage that the search allowed on its own quadruples.
+        n: Quadruples it measured on.
+        kept: Layers in float32, per tower.
+        layers: All linear layers, the most sensitive per multiplication first.
+        steps: Every plan that was measured, in order.
+    """
+
+    lowest: Precision
+    budget: float
+    limit: float
+    n: int
+    kept: Mapping[str, tuple[str, ...]]
+    flips: float
+    low_share: float
+    layers: tuple[LayerSensitivity, ...]
+    steps: tuple[PrecisionStep, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxArtifact:
     """One tower as an ONNX graph.
 
@@ -372,6 +566,7 @@ class OnnxArtifact:
         digest: Over the graph file and, when there is one, the external data file.
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
+        conversion: For a graph in lower precision, made from the exported one.
     """
 
     tower: TowerName
@@ -385,6 +580,7 @@ class OnnxArtifact:
     normalised: bool
     versions: Mapping[str, str]
     fingerprint: Fingerprint
+    conversion: Conversion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,7 +599,9 @@ class EngineArtifact:
     Attributes:
         variant: ``<target>-<precision>``; the image and the text engine of one variant share it.
         precision: Precision that was achieved, read back from the engine or the graph.
-        onnx_digest: Digest of the OnnxArtifact it was compiled from.
+        file: Name in its stage folder; an ONNX graph may have its weights in `external_data` beside it.
+        digest: Over the file and, when there is one, the external data file.
+        onnx_digest: Digest of the OnnxArtifact it was compiled from, the exported one or one in lower precision.
         built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).
         runnable: Whether the building machine could execute it.
         seconds: Wall time of the build.
@@ -427,6 +625,7 @@ class EngineArtifact:
     runnable: bool
     seconds: float
     peak_rss_bytes: int = 0
+    external_data: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,6 +711,9 @@ class SweepReport:
 
     Attributes:
         measured_on: The set that every point was measured on.
+        method: Of the scores that every point selects from.
+        selection: Of every point, per tower.
+        concepts: Concepts whose selections were united; empty when all pairs make one score.
         rule: The rule of the pick in words; empty when nothing was to be picked.
         picked: Position in `points`; None when nothing was to be picked, or no point keeps the rule's limit.
     """
@@ -523,6 +725,9 @@ class SweepReport:
     points: tuple[SweepPoint, ...]
     rule: str
     picked: int | None
+    method: Method = Method.UWM
+    selection: Mapping[str, Selection] = field(default_factory=dict)
+    concepts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -555,17 +760,21 @@ class ArtifactEvidence:
     Attributes:
         variant: Variant name, or ``"onnx"`` for the exported graphs themselves.
         reason: Why it was not run; empty when executed.
+        precision: What its linear layers compute in.
         where: Machine kind: provider, device name, versions.
         artifact_digests: Digest per tower of exactly the bytes that were executed.
+        canaries: Per edited tower, the worst canary's distance to the edited model over that to the original one.
         flips: Against the edited source model, per preference metric.
     """
 
     variant: str
+    precision: Precision
     evidence: Evidence
     reason: str
     where: Mapping[str, str]
     artifact_digests: Mapping[str, Digest]
     parity: tuple[OutputParity, ...] = ()
+    canaries: Mapping[str, float] = field(default_factory=dict)
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
 
@@ -644,6 +853,7 @@ class Manifest:
     Attributes:
         recipe: The recipe's text, verbatim, so that the build can be repeated.
         onnx: The exported graphs.
+        converted: Graphs in lower precision that engines were compiled from; only their records are in the bundle.
         engines: Every compiled engine; `unproven` variants are refused by the runtime.
         verdict: Also in `reports/verdict.json`.
     """
@@ -661,3 +871,4 @@ class Manifest:
     verdict: Verdict
     versions: Mapping[str, str]
     files: tuple[BundleFile, ...]
+    converted: tuple[OnnxArtifact, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,14 +16,19 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import DEMO_SETS, open_suite
 from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED
-from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError
+from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.evaluation import Evaluator, Ground, Subject, open_encoders
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of
 from uwm_deploy.published import PublishedRow, PublishedTable, published
+from uwm_deploy.recipe import CalibrationSet
 from uwm_deploy.records import Method, SafetyReport
 
 _SIZES = {part.name: part.size for part in PUBLISHED}
 _ROUNDING = 1e-9
+_ABSENT = "-"
+
+MAX_ABSENT_SHARE = 0.01
+"""Quadruples without an image, of which more make the measured numbers another set's."""
 
 
 class Agreement(StrEnum):
@@ -32,6 +38,10 @@ class Agreement(StrEnum):
     OUTSIDE = "outside"
     NOT_COMPARABLE = "not comparable"
     NOT_RUN = "not run"
+
+
+STYLES = {Agreement.WITHIN.value: "green", Agreement.OUTSIDE.value: "bold red", Agreement.NOT_RUN.value: "yellow"}
+"""Colour of each on a terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +67,16 @@ class Cell:
     reason: str = ""
 
 
+_NOTHING = Cell(column="-", published=None, tolerance=None, measured=None, result=Agreement.NOT_RUN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One row; without cells it was not run.
 
     Attributes:
         reason: Why not.
+        fix: What would let it run.
     """
 
     label: str
@@ -70,6 +84,7 @@ class Row:
     method: Method
     cells: tuple[Cell, ...]
     reason: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +135,7 @@ def reproduce(name: str, settings: Settings, reporter: Reporter) -> Reproduction
     """Measures every row of a published table that can be measured here.
 
     Raises:
-        InputError: If there is no such table, or a set that was asked for.
-        DataError: If a quadruple cannot be read.
+        InputError: If there is no such table, or a set that the user named cannot be opened.
         UwmError: If an edit breaks its contract.
     """
     tables = published()
@@ -162,9 +176,10 @@ class _Bench:
         self.calibration = settings.calibration or table.calibration
         if settings.calibration:
             calibration_set_of(settings.calibration)
-        self.no_quadruples = ""
-        self.sampled = False
-        ground = Ground(source=self._source(), suite=open_suite(_sets_of(table), data=settings.data))
+        self.no_quadruples: UwmError | None = None
+        self.not_whole = ""
+        suite = open_suite(_sets_of(table), data=settings.data)
+        ground = Ground(name=settings.evaluation or table.evaluation or table.title, source=self._source(), suite=suite)
         self.evaluator = Evaluator(ground, workers=settings.workers, reporter=reporter)
 
     def _source(self) -> QuadrupleSource | None:
@@ -173,26 +188,40 @@ class _Bench:
             return None
         try:
             spec, _, base = calibration_set_of(self.settings.evaluation or self.table.evaluation)
-            self.sampled = bool(spec.limit or spec.per_concept)
-            return open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+            source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
         except (InputError, PrerequisiteError) as error:
             if self.settings.evaluation:
                 raise
-            self.no_quadruples = error.what
+            self.no_quadruples = error
             return None
+        if not self.settings.demo:
+            self.not_whole = self._why_not_whole(spec, source)
+        return source
+
+    def _why_not_whole(self, spec: CalibrationSet, source: QuadrupleSource) -> str:
+        """Why the quadruples are not those that the published numbers are of; empty when they are."""
+        if self.settings.evaluation and spec.name != self.table.evaluation:
+            return f"measured on {spec.name}, published for {self.table.evaluation}"
+        if spec.limit or spec.per_concept:
+            return f"a sample of {spec.name}"
+        absent = sum(source.record.left_out_counts.values())
+        if absent > MAX_ABSENT_SHARE * (absent + len(source)):
+            return f"{absent} of {absent + len(source)} items of {spec.name} are not here"
+        return ""
 
     def row(self, row: PublishedRow) -> Row:
         """Measures one row."""
         not_run = Row(label=row.label, model=row.model, method=row.method, cells=())
         ground = self.evaluator.ground
         if ground.source is None and not ground.suite.sets:
-            reasons = [self.no_quadruples, *dict.fromkeys(ground.suite.missing.values())]
-            return dataclasses.replace(not_run, reason=next(filter(None, reasons), "there is nothing to measure on"))
+            if self.no_quadruples:
+                return dataclasses.replace(not_run, reason=self.no_quadruples.what, fix=self.no_quadruples.fix)
+            reasons = ", ".join(dict.fromkeys(ground.suite.missing.values()))
+            return dataclasses.replace(not_run, reason=reasons, fix="see docs/zero-shot.md")
         try:
-            encoders = open_encoders(self._subject(row), self.reporter)
-        except (InputError, PrerequisiteError) as error:
-            return dataclasses.replace(not_run, reason=error.what)
-        report = self.evaluator.measure(encoders)
+            report = self.evaluator.measure(open_encoders(self._subject(row), self.reporter))
+        except (InputError, PrerequisiteError) as error:  # the rows before it may have taken hours
+            return dataclasses.replace(not_run, reason=error.what, fix=error.fix)
         tolerance = self.table.tolerance if row.method is Method.NONE else self.table.edited_tolerance
         cells = [
             self._cell(report, column, row.values[i] if row.values else None, tolerance[i] if row.values else None)
@@ -227,9 +256,7 @@ class _Bench:
             ) from error
 
     def _cell(self, report: SafetyReport, column: str, value: float | None, tolerance: float | None) -> Cell:
-        cell = Cell(
-            column=column, published=value, tolerance=tolerance, measured=None, result=Agreement.NOT_RUN, reason=""
-        )
+        cell = Cell(column=column, published=value, tolerance=tolerance, measured=None, result=Agreement.NOT_RUN)
         found, why = proportion_of(report, column), self._incomparable(report, column)
         if column == MEAN:
             mean = mean_of(report)
@@ -237,9 +264,10 @@ class _Bench:
         elif found is not None:
             cell = dataclasses.replace(cell, measured=found.value, low=found.low, high=found.high, n=found.n)
         if cell.measured is None:
-            missing = [*report.zero_shot_missing.values(), self.no_quadruples]
-            reason = report.zero_shot_missing.get(column) or (missing[0] if column == MEAN else self.no_quadruples)
-            return dataclasses.replace(cell, reason=reason)
+            reason = self.no_quadruples.what if self.no_quadruples else ""
+            if column == MEAN:
+                reason = "none of the sets is here"
+            return dataclasses.replace(cell, reason=report.zero_shot_missing.get(column, reason))
         if value is None or tolerance is None or why:
             return dataclasses.replace(cell, result=Agreement.NOT_COMPARABLE, reason=why or "nothing is published")
         within = abs(cell.measured - value) <= tolerance + _ROUNDING
@@ -249,13 +277,15 @@ class _Bench:
         """Why a measured number is not of the items the published one is of; empty when it is."""
         if self.settings.demo:
             return "nothing is published for the demo"
-        names = report.zero_shot if column == MEAN else [column] if column in report.zero_shot else []
+        if column != MEAN and column not in report.zero_shot:
+            return self.not_whole
         if column == MEAN and not (mean := mean_of(report)).complete:
             return f"{mean.ran} of {mean.asked} sets"
-        for name in names:
-            if report.zero_shot[name].n != _SIZES.get(name):
-                return f"{name} has {report.zero_shot[name].n} items, the whole set {_SIZES.get(name)}"
-        return "a sample of the set" if self.sampled and not names else ""
+        for name in report.zero_shot if column == MEAN else [column]:
+            n = report.zero_shot[name].n
+            if n != _SIZES.get(name, n):
+                return f"{name} has {n} items here, {_SIZES[name]} when it is whole"
+        return ""
 
 
 def _sets_of(table: PublishedTable) -> Sequence[str]:
@@ -269,49 +299,70 @@ def _sets_of(table: PublishedTable) -> Sequence[str]:
 
 
 def rows_of(result: Reproduction) -> list[dict[str, str]]:
-    """One line per number that was measured, or that belongs to a row that ran."""
-    return [
-        {
-            "model": row.label,
-            "metric": cell.column,
-            "published": _number(cell.published),
-            "measured": _number(cell.measured),
-            "difference": _difference(cell),
-            "tolerance": _number(cell.tolerance),
-            "result": f"{cell.result.value}: {cell.reason}" if cell.reason else cell.result.value,
-        }
-        for row in result.rows
-        for cell in row.cells
-    ]
+    """One line per number, or per row that was not run; without the columns that nothing is in."""
+    rows = [_line(row, cell) for row in result.rows for cell in row.cells or [_NOTHING]]
+    keys = [key for key in rows[0] if any(row[key] != _ABSENT for row in rows)]
+    return [{key: row[key] for key in keys} for row in rows]
+
+
+def _line(row: Row, cell: Cell) -> dict[str, str]:
+    return {
+        "model": row.label,
+        "metric": cell.column,
+        "published": _number(cell.published),
+        "measured": _number(cell.measured),
+        "95% interval": f"{cell.low:.1f} to {cell.high:.1f}" if cell.low is not None else _ABSENT,
+        "n": f"{cell.n} sets" if cell.column == MEAN else str(cell.n or _ABSENT),
+        "difference": _difference(cell),
+        "tolerance": _number(cell.tolerance),
+        "result": cell.result.value,
+    }
 
 
 def lines_of(result: Reproduction) -> list[str]:
-    """What stands below the table: rows that were not run, the note, the count."""
+    """What stands below the table: what was not run or cannot be compared and why, the source, the count."""
+    absent = [row for row in result.rows if not row.cells]
     cells = [cell for row in result.rows for cell in row.cells]
-    counts = {kind: sum(cell.result is kind for cell in cells) for kind in Agreement}
-    counted = ", ".join(f"{count} {kind.value}" for kind, count in counts.items() if count)
-    ran = sum(bool(row.cells) for row in result.rows)
+    counts = Counter(cell.result for cell in cells)
+    counted = ", ".join(f"{counts[kind]} {kind.value}" for kind in Agreement if counts[kind])
+    reasons: dict[str, list[str]] = {}
+    for row in absent:
+        reasons.setdefault("; ".join(filter(None, (row.reason, row.fix))), []).append(row.label)
     return [
-        *(f"{row.label}: not run: {row.reason}" for row in result.rows if not row.cells),
+        *(f"not run: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()),
+        *_reasons(cells),
         f"source: {result.source}",
         f"note: {result.note}",
-        f"{ran} of {len(result.rows)} rows ran{f'; {counted}' if counted else ''}",
+        f"{len(result.rows) - len(absent)} of {len(result.rows)} rows ran{f'; numbers: {counted}' if counted else ''}",
+    ]
+
+
+def _reasons(cells: Sequence[Cell]) -> list[str]:
+    """One line per reason of single numbers."""
+    columns: dict[tuple[str, str], dict[str, None]] = {}
+    for cell in cells:
+        if cell.reason:
+            columns.setdefault((cell.result.value, cell.reason), {})[cell.column] = None
+    whole = {cell.column for cell in cells}
+    return [
+        f"{kind}: {'all' if set(names) == whole else ', '.join(names)}: {reason}"
+        for (kind, reason), names in columns.items()
     ]
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return _ABSENT if value is None else f"{value:.1f}"
 
 
 def _difference(cell: Cell) -> str:
-    return "-" if cell.measured is None or cell.published is None else f"{cell.measured - cell.published:+.1f}"
+    return _ABSENT if cell.measured is None or cell.published is None else f"{cell.measured - cell.published:+.1f}"
 
 
 def checkpoints_from(texts: Sequence[str]) -> dict[str, Path]:
     """Parses ``RECIPE=FOLDER``.
 
     Raises:
-        InputError: If one is not of that form, or names no recipe.
+        InputError: If one is not of that form, or names no recipe or no folder.
     """
     found: dict[str, Path] = {}
     for text in texts:
@@ -320,5 +371,7 @@ def checkpoints_from(texts: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"--checkpoint {text!r} is not understood", fix="write RECIPE=FOLDER")
         if recipe not in resources.names("export"):
             raise InputError(f"--checkpoint {text!r}: no recipe is named {recipe!r}", fix="see uwm-deploy models")
+        if not Path(folder).is_dir():
+            raise InputError(f"--checkpoint {text!r}: there is no such folder", fix="check the path")
         found[recipe] = Path(folder)
     return found

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
-from uwm_deploy.comparison import MEAN, cell
-from uwm_deploy.records import ArtifactEvidence, Evidence, Result, SafetyReport, Verdict, VerifyReport
+from uwm_deploy.comparison import MEAN, cell, is_numeric, mean_of, missing_lines
+from uwm_deploy.inspection import method_line
+from uwm_deploy.records import (
+    ArtifactEvidence,
+    DataReport,
+    Evidence,
+    MadeManifest,
+    Result,
+    SafetyReport,
+    Verdict,
+    VerifyReport,
+)
 from uwm_deploy.safeground.preference import METRICS
 
 if TYPE_CHECKING:
@@ -19,6 +31,10 @@ if TYPE_CHECKING:
 
 _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
 _WIDTH_WITHOUT_TERMINAL = 120
+_NAMED = 10
+"""Items that are named under a count; the JSON names more of them."""
+_COLUMNS_WITH_LINES = 10
+"""More columns are printed without lines between them, so that they fit."""
 
 
 def _console() -> Console:
@@ -70,6 +86,7 @@ def _print_stages(outcome: Outcome) -> None:
             for e in outcome.edit.layers
         ]
         print_rows(rows)
+        _console().print(f"method: {method_line(outcome.edit)}", markup=False)
     elif outcome.score is not None:
         score = outcome.score
         print_rows(
@@ -149,8 +166,30 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     console = _console()
     console.print(table)
     console.print(f"n = {next(iter(first.preference.values())).n} quadruples", markup=False)
-    for name, reason in first.zero_shot_missing.items():
-        console.print(Text(f"zero-shot {name}: not run: {reason}", style="yellow"))
+    _print_missing(first)
+
+
+def print_measured(report: SafetyReport) -> None:
+    """One subject: every number with its interval, its items and its ties."""
+    table = Table(title=report.subject, title_justify="left", header_style="bold")
+    for name in ("", "percent", "95% interval", "n", "ties"):
+        table.add_column(name, justify="right" if name else "left")
+    recalls = {name: p for name, p in report.retrieval.items() if name.endswith("@1")}
+    for values in (report.preference, recalls, {f"zero-shot {k}": p for k, p in report.zero_shot.items()}):
+        for name, p in values.items():
+            table.add_row(name, f"{p.value:.1f}", f"{p.low:.1f} to {p.high:.1f}", str(p.n), str(p.ties))
+        table.add_section()
+    mean = mean_of(report)
+    if mean.asked > 1:
+        value = "not run" if mean.value is None else f"{mean.value:.1f}"
+        table.add_row("zero-shot mean", value, "", f"{mean.ran} of {mean.asked} sets", "")
+    _console().print(table)
+    _print_missing(report)
+
+
+def _print_missing(report: SafetyReport) -> None:
+    for line in missing_lines([report]):
+        _console().print(Text(line, style="yellow"))
 
 
 def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
@@ -172,13 +211,74 @@ def print_verdict(verdict: Verdict) -> None:
             console.print(f"{label}: {', '.join(names)}", markup=False)
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A plain table; nothing when there are no rows."""
+def print_data_report(report: DataReport) -> None:
+    """Counts, what is wrong with which items, and the one line that says the result."""
+    console = _console()
+    data = report.data
+    print_rows([{"concept": concept, "items": n} for concept, n in data.concepts.items()])
+    lines = [
+        f"{data.n} items, {report.image_pairs} with both images, {report.text_pairs} with both texts",
+        *(f"not in the set: {n}: {reason}" for reason, n in data.left_out_counts.items()),
+    ]
+    if report.empty_texts:
+        lines.append(f"with an empty text: {report.empty_texts}")
+    for count, what, named in (
+        (report.broken_count, "broken", [f"{item.id}: {item.reason}" for item in report.broken]),
+        (report.twice_count, "ids that occur more than once", list(report.twice)),
+        (report.same_count, "same content as an earlier item", [f"{s.id} = {s.other}" for s in report.same]),
+    ):
+        lines += _counted(what, count, named)
+    for overlap in report.overlaps:
+        unread = f", {overlap.unread} of them unreadable" if overlap.unread else ""
+        lines.append(f"against {overlap.name} ({overlap.n} items{unread}): compared {overlap.compared}")
+        lines += _counted(f"in {overlap.name} too", overlap.count, [f"{s.id} = {s.other}" for s in overlap.items])
+    lines += [f"ids      {data.ids_digest}", f"content  {data.content_digest}"]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    for problem in report.problems:
+        console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
+    if not report.problems:
+        console.print(Text("clean", style="bold green"))
+
+
+def print_made_manifest(made: MadeManifest, out: Path) -> None:
+    """What was written, and what was not."""
+    print_rows([{"concept": concept, "items": n} for concept, n in made.concepts.items()])
+    lines = [f"{out}: {made.n} items, {made.image_pairs} with both images, {made.text_pairs} with both texts"]
+    lines += _counted("left out", made.unpaired_count, [f"{item.id}: {item.reason}" for item in made.unpaired])
+    lines += _counted("ignored", made.ignored_count, list(made.ignored))
+    for line in lines:
+        _console().print(line, markup=False, soft_wrap=True)
+
+
+def _counted(what: str, count: int, named: Sequence[str]) -> list[str]:
+    """A line with the number of some items and one for each of the first; nothing when there are none."""
+    lines = [f"{what}: {count}", *(f"  {name}" for name in named[:_NAMED])] if count else []
+    return [*lines, "  ..."] if count > _NAMED else lines
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], *, group: str = "", styles: Mapping[str, str] | None = None) -> None:
+    """A plain table; nothing when there are no rows.
+
+    Args:
+        rows: With the same keys.
+        group: Key whose value is shown once for rows that share it, with a line between groups.
+        styles: Colour of a value.
+    """
     if not rows:
         return
     table = Table(header_style="bold")
+    if len(rows[0]) > _COLUMNS_WITH_LINES:
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for key in rows[0]:
-        table.add_column(key, overflow="fold")
+        table.add_column(key, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
+    before = None
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        shown = {key: Text(str(value), style=(styles or {}).get(str(value), "")) for key, value in row.items()}
+        if group and row[group] == before:
+            shown[group] = Text("")
+        elif group:
+            table.add_section()
+        before = row[group] if group else None
+        table.add_row(*shown.values())
     _console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from uwm_deploy.codec import json_from_record
@@ -19,12 +19,13 @@ from uwm_deploy.datasets.embedding import PreparedSet, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, resolved_recipe, run
-from uwm_deploy.records import SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
+from uwm_deploy.recipe import EditSpecs
+from uwm_deploy.records import Method, SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.stages.edit import check_scores, concepts_of, selected_entries
 from uwm_deploy.stages.verify import embed_model
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import whole_folder
 
 POINTS_OF_A_RANGE = 8
@@ -64,16 +65,19 @@ def factors_of(text: str) -> tuple[float, ...]:
         InputError: If one is not a number.
     """
     try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+        values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
         raise InputError(f"--factor {text!r} is not a list of numbers", fix="use -1,0,0.5") from error
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"--factor {text!r} holds NaN or infinity", fix="use -1,0,0.5")
+    return values
 
 
 def sweep(
     request: Request,
     *,
     keep_masses: Sequence[float],
-    factors: Sequence[float],
+    factors: Sequence[float] | None,
     on: str | None,
     max_drop: float | None,
     out: Path,
@@ -82,18 +86,23 @@ def sweep(
     """Scores once (or reuses the scores), then measures every point, and writes table, picture and JSON.
 
     Args:
-        request: Model, calibration set and where to work.
+        request: Model, method, calibration set and where to work.
         keep_masses: See `keep_masses_of`.
-        factors: Multipliers of the selected entries.
+        factors: Multipliers of the selected entries; those of the recipe or the method without it.
         on: Set that is measured; the calibration set without it.
         max_drop: With it a point is picked: highest GS among those that lose at most so many points of zero-shot mean.
         out: Folder for `sweep.json`, `sweep.csv`, `sweep.md` and `sweep.png`.
         reporter: Progress.
 
     Raises:
-        InputError: If a point is to be picked on the evaluation set, or on a set without zero-shot sets.
+        InputError: If a point is to be picked on the evaluation set, or on a set without zero-shot sets; if the method
+            selects nothing.
     """
     recipe = resolved_recipe(request)
+    edits = recipe.edit
+    if edits.method is Method.NONE:
+        raise InputError("method none selects nothing, so there is nothing to sweep", fix="choose another --method")
+    factors = factors or tuple(dict.fromkeys((edits.text.factor, edits.image.factor)))
     measured_on = on or recipe.data.calibration
     spec, _, base = calibration_set_of(measured_on)
     source = open_source(spec, base=base)
@@ -108,7 +117,7 @@ def sweep(
         original = _measured(model, prepared, "original", reporter)
         points = []
         for keep_mass, factor, shares in edited_points(
-            model, score.score, score.work / "score" / "scores.safetensors", keep_masses, factors
+            model, score.score, score.work / "score" / "scores.safetensors", edits, keep_masses, factors
         ):
             report = _measured(model, prepared, f"{keep_mass:g}, {factor:g}", reporter)
             points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=report))
@@ -120,6 +129,9 @@ def sweep(
             points=tuple(points),
             rule="" if max_drop is None else rule_text(max_drop),
             picked=None if max_drop is None else pick(original, points, max_drop),
+            method=edits.method,
+            selection={tower.value: edits.of(tower).selection for tower in TowerName},
+            concepts=concepts_of(score.score),
         )
         with whole_folder(out) as folder:
             write(result, folder)
@@ -173,31 +185,48 @@ class _Undo:
 
 @torch.no_grad()
 def edited_points(
-    model: LoadedModel, score: ScoreRecord, scores_file: Path, keep_masses: Sequence[float], factors: Sequence[float]
+    model: LoadedModel,
+    score: ScoreRecord,
+    scores_file: Path,
+    edits: EditSpecs,
+    keep_masses: Sequence[float],
+    factors: Sequence[float],
 ) -> Iterator[tuple[float, float, dict[str, float]]]:
     """Puts every point into the model in turn, and leaves the model as it was.
 
     Selections are nested: what a larger keep_mass selects, a smaller one selects too. So each step multiplies only the
     entries that are new.
 
+    Args:
+        model: The source model.
+        score: Record of the scores.
+        scores_file: The scores; those of single concepts lie beside it.
+        edits: Method, and selection per tower; keep_mass and factor are those of the points.
+        keep_masses: In any order.
+        factors: Multipliers.
+
     Yields:
         keep_mass, factor, and the share of edited entries per tower, while the model holds that edit.
+
+    Raises:
+        IntegrityError: If the scores are of another model or method, or were changed.
     """
+    check_scores(model, score, scores_file, edits)
     weights = {layer.name: model.source.get_parameter(f"{layer.name}.weight").detach() for layer in score.layers}
     undo = {name: _Undo(weight) for name, weight in weights.items()}
-    with safe_open(str(scores_file), framework="pt") as scores:
-        for factor in factors:
-            done = {name: torch.empty(0, dtype=torch.int64) for name in weights}
-            try:
-                for keep_mass in sorted(keep_masses, reverse=True):
-                    for name, undoing in undo.items():
-                        chosen = selected_indices(scores.get_tensor(name), keep_mass)
-                        undoing.multiply(chosen[~torch.isin(chosen, done[name])], factor)
-                        done[name] = chosen
-                    yield keep_mass, factor, _shares(score, done)
-            finally:
-                for undoing in undo.values():
-                    undoing.restore()
+    for factor in factors:
+        done = {name: torch.empty(0, dtype=torch.int64) for name in weights}
+        try:
+            for keep_mass in sorted(keep_masses, reverse=True):
+                for layer in score.layers:
+                    spec = dataclasses.replace(edits.of(layer.tower), keep_mass=keep_mass)
+                    chosen = selected_entries(score, scores_file, layer, spec)
+                    undo[layer.name].multiply(chosen[~torch.isin(chosen, done[layer.name])], factor)
+                    done[layer.name] = chosen
+                yield keep_mass, factor, _shares(score, done)
+        finally:
+            for undoing in undo.values():
+                undoing.restore()
 
 
 def _shares(score: ScoreRecord, chosen: Mapping[str, Tensor]) -> dict[str, float]:
@@ -310,6 +339,7 @@ def draw(report: SweepReport, path: Path) -> None:
         )
     axes.set_xlabel("zero-shot mean, change in points")
     axes.set_ylabel("GS, change in points")
-    axes.set_title(f"{report.model.name} on {report.measured_on.name} (n = {report.measured_on.n}); labels: keep_mass")
+    about = f"{report.model.name}, {report.method.value}{', per concept' if report.concepts else ''}"
+    axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: keep_mass")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})

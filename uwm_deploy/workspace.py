@@ -13,9 +13,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.records import Digest
@@ -37,6 +37,11 @@ def digest_of_file(path: Path) -> Digest:
         while chunk := stream.read(_CHUNK_BYTES):
             hasher.update(chunk)
     return "sha256:" + hasher.hexdigest()
+
+
+def joined_digest(digests: Sequence[Digest]) -> Digest:
+    """Digest of several parts in their order; of one part it is the part's own."""
+    return digests[0] if len(digests) == 1 else digest_of_bytes(" ".join(digests).encode())
 
 
 def digest_of_plain(value: Any) -> Digest:
@@ -68,13 +73,19 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes a whole file or nothing, and makes it durable."""
-    raw = data.encode() if isinstance(data, str) else data
+    with whole_file(path) as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file that becomes `path`, durably, when the block ends well, and disappears when it does not."""
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as stream:
-                stream.write(raw)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)

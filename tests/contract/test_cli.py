@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -26,7 +27,7 @@ def _loaded_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["models"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["models"], ["data", "make", "--help"]])
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     """Help and the list of models work without the build packages."""
     code = (
@@ -54,6 +55,15 @@ def test_every_command_has_an_example_and_is_documented(name: str) -> None:
     assert result.exit_code == 0
     assert f"uwm-deploy {name}" in result.output.split("Example", 1)[1]
     assert f"`{name}`" in (ROOT / "docs" / "cli.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, group in cli.commands.items() if isinstance(group, click.Group)])
+def test_every_command_of_a_group_has_an_example_and_is_documented(name: str) -> None:
+    """The same for what stands below another command."""
+    for inner in cli.commands[name].commands:
+        result = CliRunner().invoke(cli, [name, inner, "--help"])
+        assert f"uwm-deploy {name} {inner}" in result.output.split("Example", 1)[1]
+        assert f"`{name} {inner}`" in (ROOT / "docs" / "cli.md").read_text()
 
 
 def test_exit_codes_are_documented() -> None:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -43,7 +44,11 @@ def test_commands_in_docs_exist(page: Path) -> None:
     """Every `uwm-deploy X` in README and docs is a command, and its options are known."""
     for command, rest in re.findall(r"uwm-deploy ([a-z]+)([^\n`#]*)", page.read_text()):
         assert command in cli.commands, command
-        text = CliRunner().invoke(cli, [command, "--help"]).output
+        words = [command]
+        if isinstance(group := cli.commands[command], click.Group) and (name := rest.split(" ")[1:2]):
+            assert name[0] in group.commands, (command, name)
+            words += name
+        text = CliRunner().invoke(cli, [*words, "--help"]).output
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in text, (command, option)
 

@@ -52,11 +52,12 @@ def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
     edit = edit_to_folder(model, score, tmp_path / "scores.safetensors", recipe.edit, tmp_path)
     patch = Patch.from_file(tmp_path / "patch.safetensors")
     edited = load_model(recipe, folder=tmp_path / "model", device="cpu")
+    assert {layer.tower for layer in edit.layers if layer.selected} == set(recipe.edit.towers)
     for layer, part in patch.layers.items():
         before[f"{layer}.weight"].view(-1)[part.indices.long()] *= -1
     for parameter, value in edited.source.named_parameters():
         assert torch.equal(value, before[parameter])
-    assert all(layer.selected for layer in edit.layers)
+    assert all(layer.selected for layer in edit.layers if layer.tower in recipe.edit.towers)
     for tower in TowerName:
         check_export(edited, tower, recipe, edit, patch, tmp_path)
 
@@ -68,11 +69,11 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
         tower, sample_of(tower, shape, ref.text.eos_id), recipe.export, weights_digest=edit.edited_weights_digest,
         edits=[layer for layer in edit.layers if layer.tower is name], patch=patch, folder=folder,
     )  # fmt: skip
-    assert artifact.fingerprint.layers == 2
+    assert artifact.fingerprint.layers == len(tower.layers(recipe.edit.of(name).layers))
     assert not artifact.fingerprint.mismatches
     session = open_session(
         Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=Profile(min=1, opt=2, max=5),
-        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimised=False,
+        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
     )  # fmt: skip
     batch = next(iter(pairs_of(model, name)))
     rows = np.concatenate([batch.safe, batch.unsafe])
@@ -80,10 +81,14 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
         captions = ["", "cat", "word " * 200, "一只猫", *(["a cat"] * 3)]
         rows = Tokenizer(model.tokenizer_json, ref.text).encode(captions)
     with torch.inference_mode():
-        wanted = tower.embed(torch.from_numpy(rows)).numpy()
-    wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+        embeds, *further = (output.numpy() for output in tower.outputs(torch.from_numpy(rows)))
+    wanted = [embeds / np.linalg.norm(embeds, axis=1, keepdims=True), *further]
     for size in (1, 2, len(rows)):
-        assert np.abs(session.run(rows[:size]) - wanted[:size]).max() < 1e-5
+        assert np.abs(session.run(rows[:size]) - wanted[0][:size]).max() < 1e-5
+        found = session.run_all(rows[:size])
+        assert tuple(found) == tower.output_names
+        for output, expected in zip(found.values(), wanted, strict=True):
+            assert np.abs(output - expected[:size]).max() < 1e-5 * max(1.0, float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("tower", list(TowerName))
@@ -112,7 +117,8 @@ def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, 
             model.tower(tower).embed(inputs)
             for hook in hooks:
                 hook.remove()
-    score_to_folder(model, source().record, lambda t: pairs_of(model, t), recipe.edit, tmp_path)
+    edits = dataclasses.replace(recipe.edit, towers=(tower,))
+    score_to_folder(model, source().record, lambda t: pairs_of(model, t), edits, tmp_path)
     from safetensors.torch import load_file
 
     fast = load_file(tmp_path / "scores.safetensors")

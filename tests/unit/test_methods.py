@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.demo import DemoSource
 from uwm_deploy.datasets.source import PairBatch
 from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, RecipeError
+from uwm_deploy.inspection import describe, method_line
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
 from uwm_deploy.records import LeftOut, Method, Pairing, Result, Rule, ScoreRecord, Selection, TowerName
+from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages import score_gradients
 from uwm_deploy.stages.calibrate import PairStream
@@ -29,7 +32,9 @@ from uwm_deploy.stages.edit import edit_to_folder
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.pairs import Tally, scoring_order
 from uwm_deploy.stages.score import score_to_folder
+from uwm_deploy.sweep import edited_points
 from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.digests import digest_of_weights
 from uwm_deploy.uwm.gradient import LOSSES, Embedded
 from uwm_deploy.uwm.methods import PRESETS, gradient_batch, needs_gradients, with_method
 from uwm_deploy.uwm.patch import Patch
@@ -95,13 +100,14 @@ def test_the_recipe_speaks_for_its_own_method(demo) -> None:
 
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.UWM])
 def test_another_method_brings_its_own_settings(method: Method, demo) -> None:
-    """Selection, keep_mass and factor are the preset's; layers and rule are the model's."""
+    """Selection is the preset's, for a baseline keep_mass and factor too; layers and rule are the model's."""
     edits, _ = demo
     found = with_method(edits, method=method)
     assert found.method is method
     for tower in TowerName:
         wanted, spec = PRESETS[method].of(tower), found.of(tower)
-        assert (spec.selection, spec.keep_mass, spec.factor) == (wanted.selection, wanted.keep_mass, wanted.factor)
+        numbers = edits.of(tower) if method in ACTIVATIONS else wanted  # an ablation changes one thing
+        assert (spec.selection, spec.keep_mass, spec.factor) == (wanted.selection, numbers.keep_mass, numbers.factor)
         assert (spec.layers, spec.rule) == (edits.of(tower).layers, edits.of(tower).rule)
     if method is not Method.NONE:
         asked = with_method(edits, method=method, keep_mass=0.5, factor=0.25, selection=Selection.ADAPTIVE)
@@ -115,6 +121,23 @@ def test_the_published_settings() -> None:
     assert {(s.keep_mass, s.factor) for s in (unsafe.text, unsafe.image)} == {(0.965, 0.0)}
     assert {(s.selection, s.keep_mass, s.factor) for s in (safe_clip.text, safe_clip.image)} == {("hard", 0.995, 0.0)}
     assert {(s.selection, s.keep_mass, s.factor) for s in (PRESETS[Method.UWM].text,)} == {("adaptive", 0.98, -1.0)}
+
+
+def test_an_ablation_of_a_baseline_is_the_published_one(demo) -> None:
+    """The numbers of a recipe for a gradient baseline mean nothing to the method and its ablations."""
+    pruned = with_method(demo[0], method=Method.GRADIENT_SAFE_CLIP)
+    for method in ACTIVATIONS:
+        for spec in (with_method(pruned, method=method).of(tower) for tower in TowerName):
+            assert (spec.keep_mass, spec.factor) == (0.98, -1.0)
+
+
+@pytest.mark.parametrize(
+    "given", [{"factor": math.nan}, {"factor": math.inf}, {"keep_mass": math.nan}, {"keep_mass": 1.0}]
+)
+def test_settings_out_of_range_are_refused(given: dict, demo) -> None:
+    """NaN passes every range check of a command line."""
+    with pytest.raises(InputError, match=f"--{next(iter(given)).replace('_', '-')} is {next(iter(given.values()))}"):
+        with_method(demo[0], **given)
 
 
 @pytest.mark.parametrize(
@@ -139,25 +162,35 @@ def test_nothing_has_no_settings(given: dict, demo) -> None:
     [
         ('rule = "mean-abs-gradient"', "method of its own"),
         ('rule = "ratio"\npairing = "difference"', "method of its own"),
+        ('rule = "ratio"\npairing = "ratio-of-means"', "different pairings"),
         ('rule = "ratio"\ngradient_batch = -1', "gradient_batch is -1"),
         ('rule = "ratio"\nselection = "soft"', "soft"),
+        ('rule = "ratio"\nfactor = nan', "finite number"),
     ],
 )
 def test_a_recipe_names_methods_not_formulas(line: str, message: str) -> None:
     """Formulas of other methods cannot be mixed into a recipe's rule."""
-    text = (ROOT / "export" / "demo.toml").read_text()
+    text = (ROOT / "export" / "demo.toml").read_text().replace("factor = -1.0\n", "")
     with pytest.raises(RecipeError, match=message):
         recipe_from_toml(re.sub(r'rule = "ratio"', line, text), where="x.toml")
 
 
+@pytest.mark.parametrize(("name", "message"), [("none", "edits nothing"), ("uvm", "uvm")])
+def test_a_recipe_edits(name: str, message: str) -> None:
+    """A recipe is never for the method that edits nothing, nor for one that does not exist."""
+    text = (ROOT / "export" / "demo.toml").read_text().replace("[edit.text]", f'[edit]\nmethod = "{name}"\n[edit.text]')
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_toml(text, where="x.toml")
+
+
 def test_a_recipe_may_be_for_another_method() -> None:
-    """Then its own values hold, and the default method brings the published ones."""
+    """Then its own values hold, and a baseline brings the published ones."""
     text = (ROOT / "export" / "demo.toml").read_text()
     head, _, rest = text.partition("[edit.text]")
     recipe = recipe_from_toml(f'{head}[edit]\nmethod = "difference"\nper_concept = true\n[edit.text]{rest}', where="x")
     assert recipe.edit.method is Method.DIFFERENCE
     assert with_method(recipe.edit) == recipe.edit
-    assert with_method(recipe.edit, method=Method.UWM).image.keep_mass == 0.98
+    assert with_method(recipe.edit, method=Method.GRADIENT_UNSAFE).image.keep_mass == 0.965
     assert not with_method(recipe.edit, method=Method.NONE).per_concept
 
 
@@ -209,6 +242,22 @@ def _naive(model: LoadedModel, edits: EditSpecs, tower: TowerName) -> dict[str, 
     loss = LOSSES[PRESETS[edits.method].loss](unit)
     gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
     return dict(zip(layers, (gradient.abs() for gradient in gradients), strict=True))
+
+
+def test_an_empty_caption(tmp_path: Path) -> None:
+    """With SigLIP it is one token: without a spread, so no score counts it; it has an embedding, so gradients do."""
+    model, edits = model_of("siglip-base"), reduced("siglip-base").edit
+    source, read = source_of(), source_of().read_texts
+    source.read_texts = lambda index: ("", "") if index == 2 else read(index)
+    with pytest.raises(DataError, match=f"1 of 6 text pairs have no finite score .{source.ids[2]}."):
+        score_to_folder(model, source.record, lambda t: stream(model, source, t), edits, tmp_path)
+    gradients = with_method(edits, method=Method.GRADIENT_SAFE_CLIP)
+    shuffled = scoring_order(source, gradients, 0)
+    record = score_to_folder(
+        model, source.record, lambda t: stream(model, shuffled, t, sort=False), gradients, tmp_path
+    )
+    assert record.n_pairs == {"text": PAIRS, "image": PAIRS}
+    assert record.left_out == {"text": (), "image": ()}
 
 
 @pytest.mark.parametrize("method", [*ACTIVATIONS, *GRADIENTS])
@@ -263,13 +312,60 @@ def test_a_negative_difference_has_no_mass(demo, tmp_path: Path) -> None:
         assert (scores[layer].flatten()[part.indices.long()] > 0).all()
 
 
-def test_scores_of_another_method_are_refused(demo, tmp_path: Path) -> None:
-    """A patch never says a method whose scores it was not made from."""
-    edits, model = demo
-    score = scored(model, edits, tmp_path)
-    other = with_method(edits, method=Method.RATIO_HARD)
-    with pytest.raises(IntegrityError, match="of method uwm, not ratio-hard"):
-        edit_to_folder(model, score, tmp_path / "scores.safetensors", other, tmp_path)
+@pytest.fixture(scope="module")
+def uwm_scores(demo, tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoreRecord, Path]:
+    """Scores of the recipe's own method; not to be changed."""
+    folder = tmp_path_factory.mktemp("uwm")
+    return scored(demo[1], demo[0], folder), folder / "scores.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": Method.RATIO_HARD}, "of method uwm, not ratio-hard"),  # the same numbers, another name
+        ({"method": Method.GRADIENT_UNSAFE}, "of method uwm, not gradient-unsafe"),
+        ({"method": Method.NONE}, "of method uwm, not none"),
+        ({"per_concept": True}, "of all concepts together"),
+    ],
+)
+def test_scores_of_another_method_are_refused(changes: dict, message: str, demo, uwm_scores, tmp_path: Path) -> None:
+    """A patch never says a method whose scores it was not made from, in an edit or in a sweep."""
+    (edits, model), (score, file) = demo, uwm_scores
+    other = with_method(edits, **changes)
+    with pytest.raises(IntegrityError, match=message):
+        edit_to_folder(model, score, file, other, tmp_path)
+    with pytest.raises(IntegrityError, match=message):
+        next(edited_points(model, score, file, other, [0.9], [-1.0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"pairing": Pairing.RATIO_OF_MEANS}, {"rule": Rule.RATIO}])
+def test_scores_of_another_formula_are_refused(changes: dict, demo, uwm_scores, tmp_path: Path) -> None:
+    """Method alone does not say how a score was formed: the recipe has a say in it."""
+    (edits, model), (score, file) = demo, uwm_scores
+    other = dataclasses.replace(edits, text=dataclasses.replace(edits.text, **changes))
+    with pytest.raises(IntegrityError, match="text scores are of another formula"):
+        edit_to_folder(model, score, file, other, tmp_path)
+
+
+def test_scores_of_another_model_are_refused(demo, uwm_scores, tmp_path: Path) -> None:
+    """Not even of the same model, one weight changed."""
+    (edits, _), (score, file), model = demo, uwm_scores, fresh_demo()
+    with torch.no_grad():
+        next(model.source.parameters()).view(-1)[0] += 1
+    changed = dataclasses.replace(
+        model,
+        ref=dataclasses.replace(model.ref, weights_digest=digest_of_weights(dict(model.source.named_parameters()))),
+    )
+    with pytest.raises(IntegrityError, match="of another model"):
+        edit_to_folder(changed, score, file, edits, tmp_path)
+
+
+def test_two_pairings_are_refused(demo, tmp_path: Path) -> None:
+    """A record names one pairing, so both towers have the same."""
+    edits = dataclasses.replace(demo[0], image=dataclasses.replace(demo[0].image, pairing=Pairing.RATIO_OF_MEANS))
+    with pytest.raises(ContractError, match="different pairings"):
+        scored(demo[1], edits, tmp_path)
 
 
 # --- per concept ----------------------------------------------------------------------------------------------------
@@ -333,6 +429,32 @@ def test_a_stream_that_mixes_concepts_is_refused(demo, tmp_path: Path) -> None:
     concepts = dict(zip(source.ids, source.concepts, strict=True))
     with pytest.raises(ContractError, match="comes twice"):
         score_to_folder(model, source.record, lambda t: stream(model, source, t), edits, tmp_path, concepts)
+
+
+@pytest.mark.parametrize("method", [Method.UWM, Method.GRADIENT_UNSAFE])
+def test_a_concept_without_items_is_an_error(method: Method, demo, tmp_path: Path) -> None:
+    """A union that lacks a concept of the set would not say so."""
+    edits = with_method(demo[0], method=method, per_concept=True)
+    source = scoring_order(source_of(), edits, 0)
+    concepts = dict(zip(source.ids, source.concepts, strict=True)) | {"unread": "zebra"}
+    with pytest.raises(DataError, match="concept 'zebra' has no text pair"):
+        score_to_folder(
+            demo[1], source.record, lambda t: stream(demo[1], source, t, sort=False), edits, tmp_path, concepts
+        )
+
+
+def test_concepts_must_be_given(demo, tmp_path: Path) -> None:
+    """One score per concept needs to know which item is of which."""
+    edits = with_method(demo[0], per_concept=True)
+    with pytest.raises(ContractError, match="no concepts were given"):
+        score_to_folder(demo[1], source_of().record, lambda t: stream(demo[1], source_of(), t), edits, tmp_path)
+
+
+def test_whole_scores_are_refused_for_a_union_and_back(demo, tmp_path: Path) -> None:
+    """Scores per concept are not those of all concepts together."""
+    score = scored(demo[1], with_method(demo[0], per_concept=True), tmp_path)
+    with pytest.raises(IntegrityError, match="are one per concept"):
+        edit_to_folder(demo[1], score, tmp_path / "scores.safetensors", demo[0], tmp_path)
 
 
 def test_a_changed_part_is_refused(demo, tmp_path: Path) -> None:
@@ -419,7 +541,7 @@ def test_scores_serve_other_settings_but_no_other_method(request_of: Request) ->
     first = run(request_of, until="edit", reporter=quiet)
     assert first.edit.method is Method.UWM
     for changes, reused in (
-        ({"keep_mass": 0.9}, True), ({"selection": "hard"}, True), ({"factor": 0.0}, True),
+        ({"keep_mass": 0.8}, True), ({"selection": "hard"}, True), ({"factor": 0.0}, True),
         ({"method": "ratio-hard"}, False), ({"method": "gradient-unsafe"}, False),
         ({"method": "gradient-unsafe", "selection": "hard"}, True), ({"per_concept": True}, False),
     ):  # fmt: skip
@@ -429,17 +551,71 @@ def test_scores_serve_other_settings_but_no_other_method(request_of: Request) ->
     assert outcome.edit.settings["image"].pairing is Pairing.MEAN_OF_RATIOS
 
 
-def test_nothing_is_edited_and_the_gate_says_so(request_of: Request) -> None:
-    """The method `none` passes through every stage unedited; what is measured is the original, and it never passes."""
+def test_a_build_of_nothing_fails_with_its_reason(request_of: Request) -> None:
+    """Exit code 3 and the reason; an unedited model through every stage; a bundle that says so and is never served."""
+    command = ["build", "--method", "none", "--workers", "0", "--target", "onnxruntime", "--work", str(request_of.work)]
+    command += ["--out", str(request_of.out), "--calibration", request_of.calibration]
+    done = CliRunner().invoke(cli, [*command, "--evaluation", request_of.evaluation])
+    assert done.exit_code == 3, done.output
+    assert "fail: edited: the edit changes the weights: the edited weights are the original ones" in done.output
+    assert "verdict: fail" in done.output
+    patch = Patch.from_file(request_of.out / "patch.safetensors")
+    assert patch.layers
+    assert {(len(part.indices), part.factor) for part in patch.layers.values()} == {(0, 1.0)}
+    assert describe(request_of.out)["method"] == "none"
+    with pytest.raises(IntegrityError, match="verdict"):
+        SafeEncoder.open(request_of.out)
     outcome = run(dataclasses.replace(request_of, method="none"), until="gate", reporter=Reporter(quiet=True))
-    assert outcome.edit.method is Method.NONE
+    assert {"score", "edit", "export", "verify", "gate"} <= set(outcome.reused)
+    assert outcome.score.n_pairs == {}
     assert outcome.edit.edited_weights_digest == outcome.edit.model.weights_digest
     assert [layer.selected for layer in outcome.edit.layers] == [0] * len(outcome.edit.layers)
-    assert outcome.score.n_pairs == {}
     assert outcome.report.original.preference == outcome.report.edited.preference
     assert outcome.verdict.result is Result.FAIL
-    (reason,) = [c for c in outcome.verdict.checks if c.name == "the edit changes the weights"]
-    assert (reason.result, reason.detail) == (Result.FAIL, "the edited weights are the original ones")
+    assert outcome.verdict.proven == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "--method", "uvm"], "'uvm' is not one of"),
+        (["edit", "--selection", "soft"], "'soft' is not one of"),
+        (["edit", "--factor", "nan"], "--factor is nan"),
+        (["edit", "--keep-mass", "nan"], "--keep-mass is nan"),
+        (["build", "--method", "none", "--factor", "0"], "so --factor has no effect"),
+        (["build", "--method", "none", "--per-concept"], "so --per-concept has no effect"),
+        (["sweep", "--method", "none"], "nothing to sweep"),
+        (["sweep", "--method", "uvm"], "'uvm' is not one of"),
+        (["sweep", "--factor", "-1,inf"], "NaN or infinity"),
+        (["sweep", "--factor", ""], "not a list of numbers"),
+    ],
+)
+def test_refusals_on_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """Bad input is refused before anything is loaded or written."""
+    done = CliRunner().invoke(cli, [*arguments, "--work", str(tmp_path / "work")])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "uwm; selection adaptive; keep_mass 0.9; factor -1.0"),
+        (
+            {"method": "gradient-unsafe"},
+            "gradient-unsafe; selection adaptive (image), hard (text); keep_mass 0.965; factor 0.0",
+        ),
+        (
+            {"method": "ratio-hard", "per_concept": True},
+            "ratio-hard; selection hard; keep_mass 0.9; factor -1.0; union of 7 concepts",
+        ),
+    ],
+)
+def test_an_edit_says_its_method(changes: dict, line: str, request_of: Request) -> None:
+    """In one line, as `edit` and `inspect` show it."""
+    outcome = run(dataclasses.replace(request_of, **changes), until="edit", reporter=Reporter(quiet=True))
+    assert method_line(outcome.edit) == line
 
 
 def test_a_set_of_texts_is_one_line_of_error(tmp_path: Path) -> None:
@@ -460,6 +636,7 @@ def test_every_method_is_documented() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     for method, preset in PRESETS.items():
         assert method.value in text
+        assert f"\n| {method.value} |" in page  # a row of the comparison
         row = next(line for line in page.splitlines() if line.startswith(f"| `{method.value}` |"))
         if method is Method.NONE:
             continue

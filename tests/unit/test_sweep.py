@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from uwm_deploy.cli import cli
 from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline import Request, load_source, run
+from uwm_deploy.pipeline import Request, load_source, resolved_recipe, run
 from uwm_deploy.records import Proportion, SafetyReport, SweepPoint
 from uwm_deploy.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
 
@@ -54,31 +56,36 @@ def test_what_is_no_range_is_refused(text: str) -> None:
         factors_of("-1,x")
 
 
-def test_each_point_is_the_edit_and_the_model_is_left_as_it_was(small: Path) -> None:
-    """A point's weights are those that the edit stage makes; afterwards every weight has its old bits."""
-    request = Request(calibration=str(small / "calibration.toml"), work=small / "work", device="cpu", workers=0)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"selection": "hard", "per_concept": True},
+        {"method": "difference", "selection": "adaptive"},  # signed scores
+        {"method": "gradient-unsafe"},  # texts hard, images adaptive
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "recipe",
+)
+def test_each_point_is_the_edit_and_the_model_is_left_as_it_was(changes: dict, small: Path, tmp_path: Path) -> None:
+    """Whatever the method, a point's weights are those that `edit` makes; afterwards every weight has its old bits."""
+    request = Request(calibration=str(small / "calibration.toml"), work=tmp_path, device="cpu", workers=0, **changes)
     quiet = Reporter(quiet=True)
     score = run(request, until="score", reporter=quiet).score
     assert score is not None
     model = load_source(request, quiet)
     before = {name: p.detach().clone() for name, p in model.source.named_parameters()}
-    seen = []
-    for keep, factor, shares in edited_points(
-        model, score, small / "work" / "score" / "scores.safetensors", (0.9, 0.98), (-1.0, 0.5)
-    ):
+    edits, file, seen = resolved_recipe(request).edit, tmp_path / "score" / "scores.safetensors", []
+    for keep, factor, shares in edited_points(model, score, file, edits, (0.9, 0.98), (-1.0, 0.5)):
         seen.append((keep, factor))
-        run(
-            Request(
-                calibration=request.calibration, work=small / "work", device="cpu", workers=0, keep_mass=keep,
-                factor=factor,
-            ),
-            until="edit", reporter=quiet,
-        )  # fmt: skip
-        from safetensors.torch import load_file
-
-        saved = load_file(small / "work" / "edit" / "model" / "model.safetensors")
+        point = dataclasses.replace(request, keep_mass=keep, factor=factor)
+        outcome = run(point, until="edit", reporter=quiet)
+        assert "score" in outcome.reused
+        saved = load_file(tmp_path / "edit" / "model" / "model.safetensors")
         assert all(torch.equal(p, saved[name]) for name, p in model.source.named_parameters())
-        assert 0 < shares["text"] < shares["image"] < 1 - keep
+        for tower, share in shares.items():
+            layers = [layer for layer in outcome.edit.layers if layer.tower == tower]
+            entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+            assert share == sum(layer.selected for layer in layers) / entries > 0
     assert seen == [(0.98, -1.0), (0.9, -1.0), (0.98, 0.5), (0.9, 0.5)]
     assert all(torch.equal(p, before[name]) for name, p in model.source.named_parameters())
 
@@ -122,9 +129,26 @@ def test_the_command_writes_table_and_picture(small: Path) -> None:
     body = json.loads((small / "work" / "sweep" / "sweep.json").read_text())
     assert [p["keep_mass"] for p in body["points"]] == [0.98, 0.9]
     assert body["picked"] in (0, 1)
+    assert (body["method"], body["concepts"]) == ("uwm", [])
+    assert {p["factor"] for p in body["points"]} == {-1}  # the recipe's
     assert body["measured_on"]["name"] == "few-calibration"
     assert (small / "work" / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len((small / "work" / "sweep" / "sweep.md").read_text().splitlines()) == 5
     refused = CliRunner().invoke(cli, [*arguments, "--on", "demo-test"])
     assert refused.exit_code == 2
     assert "shares 1000 items with the evaluation set" in refused.output
+
+
+def test_the_command_sweeps_another_method(small: Path, tmp_path: Path) -> None:
+    """With the factor and the selection of the method, and a report that says so; one run folder serves both."""
+    arguments = ["sweep", "--calibration", str(small / "calibration.toml"), "--work", str(small / "work")]
+    arguments += ["--method", "gradient-safe-clip", "--per-concept", "--keep-mass", "0.995", "--workers", "0"]
+    done = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.output
+    body = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert body["method"] == "gradient-safe-clip"
+    assert body["selection"] == {"image": "hard", "text": "hard"}
+    assert len(body["concepts"]) > 1
+    (point,) = body["points"]
+    assert point["factor"] == 0
+    assert point["shares"]["text"] > 0.005  # the union of selections of 0.5% each

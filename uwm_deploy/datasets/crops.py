@@ -44,7 +44,7 @@ class PixelRows:
         """Number of images."""
         return len(self.crops)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Some images, (b, 3, H, W) float32."""
         return pixels_from_crops(self.crops[rows], self.spec)
 

@@ -97,6 +97,8 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
         DataError: For a strict set; or if everything was left out.
     """
     rows, flags = array("q"), bytearray()
+    renamed = {_plain(old): new for old, new in spec.concept_names.items()}
+    as_written = spec.source == "manifest" and not renamed
     ids: list[str] = []
     concepts: list[str] = []
     named: list[LeftOut] = []
@@ -105,6 +107,8 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
     for number, entry in enumerate(entries):
         if entry is None:
             continue
+        if not (_is_unicode(entry.id) and _is_unicode(entry.concept)):
+            raise DataError(f"{entry.where}: id or concept holds half a character", fix="mend its encoding")
         if spec.missing_images == "drop" and (reason := _missing(entry)):
             counts[reason] += 1
             first_missing = first_missing or next(filter(None, entry.missing), entry.where)
@@ -115,7 +119,8 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
             _refuse_half(entry)
         rows.append(number)
         ids.append(entry.id)
-        concepts.append(sys.intern(_concept(entry.concept, spec)))
+        concept = entry.concept if as_written else renamed.get(_plain(entry.concept), _plain(entry.concept))
+        concepts.append(sys.intern(concept or UNLABELLED))
         flags.append(all(entry.texts) + 2 * all(entry.images))
     if not ids and counts:
         raise DataError(
@@ -155,13 +160,9 @@ def _refuse_half(entry: Entry) -> None:
         raise DataError(f"{entry.where}, item {entry.id} has neither images nor texts", fix="see docs/data.md")
 
 
-def _concept(name: str, spec: CalibrationSet) -> str:
-    """The name a concept gets: blanks collapsed, in lower case, renamed. A manifest's own names stay as they are."""
-    if spec.source == "manifest" and not spec.concept_names:
-        return name or UNLABELLED
-    plain = " ".join(name.lower().split())
-    renamed = {" ".join(old.lower().split()): new for old, new in spec.concept_names.items()}
-    return renamed.get(plain, plain) or UNLABELLED
+def _plain(concept: str) -> str:
+    """Blanks collapsed, in lower case; a manifest's own names stay as they are unless some are renamed."""
+    return " ".join(concept.lower().split())
 
 
 class FileSource:

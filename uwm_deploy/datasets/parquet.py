@@ -23,6 +23,24 @@ _ARROW_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 """What pyarrow's own errors are kinds of."""
 
 
+def parquet_module(path: Path) -> Any:
+    """`pyarrow.parquet`.
+
+    Args:
+        path: What it is needed for.
+
+    Raises:
+        PrerequisiteError: If it is not installed.
+    """
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
+    except ImportError as error:
+        raise PrerequisiteError(
+            f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
+        ) from error
+    return parquet
+
+
 class Embedded:
     """Stands for image bytes that a scan did not read."""
 
@@ -46,6 +64,8 @@ class ParquetRows:
         file = self._opened()
         metadata, schema = file.metadata, file.schema_arrow
         self.columns: tuple[str, ...] = tuple(schema.names)
+        if len(set(self.columns)) != len(self.columns):
+            raise DataError(f"table {path} names a column twice", fix="give every column its name")
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes))
         types = _types()
@@ -68,7 +88,10 @@ class ParquetRows:
         read = [name for name in columns if name not in announced]
         number = 0
         for batch in self._batches(read):
-            rows = {name: self._scanned(batch.column(name), name) for name in read}
+            try:
+                rows = {name: self._scanned(batch.column(name), name) for name in read}
+            except _ARROW_ERRORS as error:
+                raise self._broken(error) from error
             for position in range(batch.num_rows):
                 number += 1
                 row = {name: values[position] for name, values in rows.items()}
@@ -107,12 +130,7 @@ class ParquetRows:
         return values
 
     def _opened(self) -> Any:
-        try:
-            from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
-        except ImportError as error:
-            raise PrerequisiteError(
-                f"reading {self.path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
-            ) from error
+        parquet = parquet_module(self.path)
         try:
             return parquet.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, memory_map=False, pre_buffer=False)
         except _ARROW_ERRORS as error:

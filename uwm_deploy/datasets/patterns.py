@@ -13,6 +13,8 @@ from uwm_deploy.errors import DataError
 _FORMATS = re.compile(r"0?[1-9]?\d?d|s|")
 """Width and kind of a field; anything else of Python's format language is refused."""
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
 
 class Pattern:
     """Text with column names in braces; a number can be padded, as in ``{id:012d}``.
@@ -53,7 +55,7 @@ class Pattern:
     def _field(self, value: Any, name: str, form: str) -> str:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # a column of integers with gaps is read as one of floats
-        if form.endswith("d") and isinstance(value, str) and value.isascii() and value.isdigit():
+        if form.endswith("d") and isinstance(value, str) and _NUMBER.fullmatch(value):
             value = int(value)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and (form.endswith("d") or not isinstance(value, str)):

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 _BOM = b"\xef\xbb\xbf"
 _CHUNK_CHARACTERS = 1 << 20
 _LARGEST_ROW = 16 << 20
-"""A longer row of a JSON array, in characters, is taken for a broken one."""
+"""A longer line, in bytes, or row of a JSON array, in characters, is taken for a broken one: it would fill the memory."""
 
 
 class Rows(Protocol):
@@ -74,7 +74,7 @@ class TextRows:
         try:
             data = os.pread(self._descriptor, self._sizes[index], self._starts[index])
             return self._row(data.decode())
-        except (OSError, ValueError, csv.Error, DataError) as error:
+        except (OSError, ValueError, csv.Error, StopIteration, DataError) as error:
             raise DataError(f"table {self.path} was changed while it was read: {error}", fix="start again") from error
 
     def _rows(self) -> Iterator[tuple[int, int, str, Row]]:
@@ -91,7 +91,7 @@ class JsonLines(TextRows):
     def _rows(self) -> Iterator[tuple[int, int, str, Row]]:
         offset = 0
         with self.path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(_lines(stream, self.path.name), 1):
                 mark = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
                 if line[mark:].strip():
                     where = f"line {number}"
@@ -186,7 +186,7 @@ class _Buffer:
 
 
 class CsvRows(TextRows):
-    """Comma-separated values with a header; a file called ``.tsv`` has tabs."""
+    """Comma-separated values with a header; a file called ``.tsv`` has tabs. An empty field is no value."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -195,7 +195,7 @@ class CsvRows(TextRows):
 
     def _rows(self) -> Iterator[tuple[int, int, str, Row]]:
         with self.path.open("rb") as stream:
-            lines = _CountedLines(stream)
+            lines = _CountedLines(_lines(stream, self.path.name))
             reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
             try:
                 self._header = next(reader, [])
@@ -218,7 +218,7 @@ class CsvRows(TextRows):
                 f"{where} has {len(fields)} fields, the header has {len(self._header)}",
                 fix="quote fields with a comma",
             )
-        return dict(zip(self._header, fields, strict=True))
+        return {name: field or None for name, field in zip(self._header, fields, strict=True)}
 
     def _row(self, text: str) -> Row:
         return self._named(next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True)), "")
@@ -227,20 +227,28 @@ class CsvRows(TextRows):
 class _CountedLines:
     """Decoded lines, and the offset of the first byte that was not taken yet."""
 
-    def __init__(self, stream: io.BufferedReader) -> None:
-        self._stream = stream
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
         self.offset = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline()
-        if not line:
-            raise StopIteration
+        line = next(self._lines)
         first = self.offset == 0
         self.offset += len(line)
         return line.decode("utf-8-sig" if first else "utf-8")
+
+
+def _lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+    """Lines of a file, none of them larger than memory."""
+    number = 0
+    while line := stream.readline(_LARGEST_ROW + 1):
+        number += 1
+        if len(line) > _LARGEST_ROW:
+            raise DataError(f"{name} line {number} has more than {_LARGEST_ROW} bytes", fix="write one item per line")
+        yield line
 
 
 def _object(value: Any, where: str) -> Row:

@@ -56,7 +56,7 @@ def _paths(name: str, folder: Path, where: str) -> list[Path]:
         if not glob.has_magic(text):
             paths.append(folder / text)
             continue
-        found = [Path(path) for path in sorted(glob.glob(str(folder / text)))]
+        found = [folder / path for path in sorted(glob.glob(text, root_dir=folder))]
         if not found:
             raise DataError(f"data set {where}: no shard matches {folder / text}", fix="check `shards` and `folder`")
         paths += found
@@ -219,6 +219,12 @@ def _members(path: Path) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
             stream.seek(end)
             if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a broken header for the end
                 raise DataError(f"shard {path} is broken or cut off at byte {end}", fix="write it again")
+            while rest := stream.read(1 << 20):  # a second archive behind the first would be passed over in silence
+                if rest.count(0) != len(rest):
+                    raise DataError(
+                        f"shard {path} goes on after its end at byte {end}",
+                        fix="keep joined shards as files of their own",
+                    )
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:

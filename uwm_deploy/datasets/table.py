@@ -6,13 +6,14 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from uwm_deploy.datasets.files import SIDES, Entry, FileSource, Images, Texts, index_of
 from uwm_deploy.datasets.parquet import Embedded, ParquetRows, missing_column
 from uwm_deploy.datasets.patterns import Pattern, path_below
 from uwm_deploy.datasets.rows import ManyFiles, Row, Rows, rows_of_text
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipe import CalibrationSet, Columns
+from uwm_deploy.recipe import FORMAT, CalibrationSet, Columns
 
 _MANIFEST = Columns(
     id="id",
@@ -26,9 +27,22 @@ _MANIFEST = Columns(
 """Column names of a manifest; it has no others."""
 
 _MANIFEST_KEYS = ("id", "concept", "split", "safe_image", "unsafe_image", "safe_text", "unsafe_text")
-_PARQUET = (".parquet", ".pq")
+PARQUET = (".parquet", ".pq")
+JSON_LINES = (".jsonl", ".ndjson")
+"""Endings of a manifest's name."""
+
 _SPECIAL = ("row", "split")
 """What a pattern can name besides columns: the row's number from 0, and the set's split."""
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a name is a manifest's, by its ending."""
+    return Path(name).suffix.lower() in (*JSON_LINES, *PARQUET)
+
+
+def set_of_manifest(path: Path) -> CalibrationSet:
+    """The set that is all of a manifest, as if a TOML file beside it said so."""
+    return CalibrationSet(format=FORMAT, name=path.stem, source="manifest", manifest=path.name)
 
 
 def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSource:
@@ -46,7 +60,7 @@ def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSou
     manifest = spec.source == "manifest"
     paths = [folder / spec.manifest] if manifest else _table_files(spec, folder)
     parts: list[Rows] = [
-        ParquetRows(path) if path.suffix.lower() in _PARQUET else rows_of_text(path, lines=manifest) for path in paths
+        ParquetRows(path) if path.suffix.lower() in PARQUET else rows_of_text(path, lines=manifest) for path in paths
     ]
     rows = parts[0] if len(parts) == 1 else ManyFiles(parts)
     table = _Table(spec, rows, paths[0].parent if manifest else folder)
@@ -57,13 +71,18 @@ def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSou
 
 def _table_files(spec: CalibrationSet, folder: Path) -> list[Path]:
     name = spec.table.replace("{split}", spec.split)
-    paths = (
-        [Path(found) for found in sorted(glob.glob(str(folder / name)))] if glob.has_magic(name) else [folder / name]
-    )
+    if not glob.has_magic(name):
+        if not (folder / name).is_file():
+            raise DataError(f"data set {spec.name} expects its table at {folder / name}", fix="see docs/data.md")
+        return [folder / name]
+    paths = [folder / found for found in sorted(glob.glob(name, root_dir=folder))]
     if not paths:
         raise DataError(f"data set {spec.name}: no file matches {folder / name}", fix="check `table` and `folder`")
-    if not glob.has_magic(name) and not paths[0].is_file():
-        raise DataError(f"data set {spec.name} expects its table at {paths[0]}", fix="see docs/data.md")
+    if len({path.suffix for path in paths}) > 1:  # one table in two formats would be read twice
+        raise DataError(
+            f"data set {spec.name}: {folder / name} is {', '.join(path.name for path in paths[:5])}",
+            fix="keep the files of one format",
+        )
     return paths
 
 
@@ -126,8 +145,8 @@ class _Table:
         if not any(self._images):
             return None, None
         columns = self._there([name for choices in self._images for choice in choices for name in _columns_of(choice)])
-        values = self._with_special(self._rows.get(row, columns) if columns else {}, row)
-        safe, unsafe = (self._image(choices, values, f"row {row + 1}", look=True) for choices in self._images)
+        values = self._rows.get(row, columns) if columns else {}
+        safe, unsafe = (self._image(choices, values, row, f"row {row + 1}", look=True) for choices in self._images)
         assert not isinstance(safe, Embedded)
         assert not isinstance(unsafe, Embedded)
         return safe, unsafe
@@ -136,14 +155,13 @@ class _Table:
         split = row.get(self._split) if self._split else None
         if self._spec.split and split is not None and str(split) != self._spec.split:
             return None
-        values = self._with_special(row, number)
-        name = _text_of(values, self._id, where)
+        name = self._id_of(self._value(self._id, row, number), where)
         if not name:
             raise DataError(f"{where} has no id", fix="give every item its own id")
         concept = row.get(self._concept, "all") if self._concept else "all"
         safe_text, unsafe_text = (self._has_text(row, column, where) for column in self._text_columns)
         look = self._spec.missing_images == "drop"
-        safe, unsafe = (self._image(choices, values, where, look=look) for choices in self._images)
+        safe, unsafe = (self._image(choices, row, number, where, look=look) for choices in self._images)
         return Entry(
             where=where,
             id=name,
@@ -153,9 +171,20 @@ class _Table:
             missing=(_absent(safe), _absent(unsafe)) if look else ("", ""),
         )
 
-    def _with_special(self, row: Row, number: int) -> Row:
-        """A row as patterns see it: `row` and `split` are no columns."""
-        return {**row, "row": number, "split": self._spec.split}
+    def _value(self, choice: Pattern | str, row: Row, number: int) -> Any:
+        """What a column holds, or a pattern says: to a pattern, `row` and `split` are no columns."""
+        if isinstance(choice, Pattern):
+            return choice.fill({**row, "row": number, "split": self._spec.split})
+        return row.get(choice)
+
+    @staticmethod
+    def _id_of(value: Any, where: str) -> str:
+        """An id: a text, or a whole number."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+            raise DataError(f"{where}: id is {str(value)[:40]!r}", fix="use texts or whole numbers")
+        return "" if value is None else str(value)
 
     def _has_text(self, row: Row, column: str, where: str) -> bool:
         value = row.get(column) if column else None
@@ -164,12 +193,12 @@ class _Table:
         return value is not None
 
     def _image(
-        self, choices: list[Pattern | str], row: Row, where: str, *, look: bool
+        self, choices: list[Pattern | str], row: Row, number: int, where: str, *, look: bool
     ) -> Path | bytes | Embedded | None:
         """The first alternative whose file is there, if one may look; else the first one that is named."""
         named: list[Path] = []
         for choice in choices:
-            value = choice.fill(row) if isinstance(choice, Pattern) else row.get(choice)
+            value = self._value(choice, row, number)
             if isinstance(value, dict):  # {bytes, path}, as Hugging Face writes an image
                 value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
             if isinstance(value, bytes | Embedded):
@@ -222,13 +251,3 @@ def _pattern_or_column(text: str, spec: CalibrationSet, key: str) -> Pattern | s
 
 def _columns_of(choice: Pattern | str) -> list[str]:
     return [name for name in choice.columns if name not in _SPECIAL] if isinstance(choice, Pattern) else [choice]
-
-
-def _text_of(row: Row, choice: Pattern | str, where: str) -> str:
-    """An id: a text, or a whole number."""
-    value = choice.fill(row) if isinstance(choice, Pattern) else row.get(choice)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise DataError(f"{where}: id is {str(value)[:40]!r}", fix="use texts or whole numbers")
-    return "" if value is None else str(value)

@@ -81,6 +81,7 @@ def open_suite(
 
     Raises:
         InputError: For an unknown name, or two image folders of one name.
+        UwmError: For an image folder that cannot be used: a path is the user's own input, not a set that may be absent.
     """
     sets: dict[str, ZeroShotSet] = {}
     missing: dict[str, str] = {}
@@ -92,6 +93,8 @@ def open_suite(
         try:
             sets[name] = _open(text, zero_shot_root(data), base or Path(), demo_split)
         except UwmError as error:
+            if text.startswith(FOLDER_PREFIX):
+                raise
             missing[name] = error.what
     return Suite(sets=sets, missing=missing)
 
@@ -136,7 +139,10 @@ def _open(text: str, root: Path | None, base: Path, demo_split: str) -> ZeroShot
         path, template = _folder_and_template(text)
         return folder_set(_public_name(text), template, base / path)
     if root is None:
-        raise PrerequisiteError(f"{ROOT_VARIABLE} is not set and no --data is given", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(
+            f"no folder of zero-shot sets: {ROOT_VARIABLE} is not set and no --data is given",
+            fix="see docs/zero-shot.md",
+        )
     return published_set(next(part for part in PUBLISHED if part.name == text), root)
 
 

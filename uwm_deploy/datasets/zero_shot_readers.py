@@ -1,6 +1,6 @@
 """Opens zero-shot sets that are on this machine: by torchvision, or as folders of images (docs/zero-shot.md).
 
-Nothing is downloaded and no class name is copied here: images and names come from the user's folders.
+Nothing is downloaded, ever: images and class names come from the user's folders.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class FolderSet:
             BrokenItemError: Set and file are named.
         """
         try:
-            return LabelledImage(image_from(self.files[index]), self.targets[index])
+            # As torchvision does it; a palette cannot be resized smoothly.
+            return LabelledImage(image_from(self.files[index]).convert("RGB"), self.targets[index])
         except DataError as error:
             raise BrokenItemError(f"zero-shot set {self.name}: {error.what}", fix=error.fix) from error
 
@@ -94,6 +95,7 @@ class TorchvisionSet:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         try:
             image, label = self.parts[number][index - self.starts[number]]
+            image = image.convert("RGB")  # also decodes it, which one of the sets leaves for later
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise BrokenItemError(f"zero-shot set {self.name}, item {index}: {error}", fix="restore the set") from error
         return LabelledImage(image, int(label))
@@ -130,13 +132,12 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
         name_of: Class name of a folder; None takes `classnames.txt` in `folder`, or the folders' own names.
 
     Raises:
-        PrerequisiteError: If there is no such folder.
-        DataError: If it holds no images, or a class has no name.
+        DataError: If there is no such folder, it holds no images, or a class has no name.
     """
     if not folder.is_dir():
-        raise PrerequisiteError(f"folder {_short(folder)} is not there", fix="check the path")
+        raise DataError(f"folder {_short(folder)} is not there", fix="check the path")
     name_of = name_of or _names_beside(folder)
-    keys = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    keys = _class_folders(folder)
     found = [sorted(_images_below(folder / key)) for key in keys]
     if not any(found):
         raise DataError(f"folder {_short(folder)} has no folders of images", fix="one folder per class, images inside")
@@ -147,6 +148,10 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
         files=tuple(file for files in found for file in files),
         targets=tuple(target for target, files in enumerate(found) for _ in files),
     )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images_below(folder: Path) -> list[str]:
@@ -171,16 +176,18 @@ def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSe
         parts[0][0]  # some sets import what they need only here
     except ImportError as error:
         raise PrerequisiteError(f"set {spec.name}: {error}", fix="install the extra [build]") from error
-    except RuntimeError as error:
+    except Exception as error:  # torchvision, scipy and the unpickler raise many kinds for a set that is not whole
         if "scipy" in str(error).lower():
             raise PrerequisiteError("scipy is not installed", fix="install the extra [build]") from error
-        raise DataError(f"folder {_short(folder)} is incomplete or changed", fix="see docs/zero-shot.md") from error
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"folder {_short(folder)} is not the set {spec.name}: {error}", fix="restore it") from error
+        # What torchvision says for a missing file is to download the set, which is not done here.
+        reason = (
+            "files are missing or changed" if isinstance(error, RuntimeError) else str(error) or type(error).__name__
+        )
+        raise DataError(f"folder {_short(folder)} is not {spec.name}: {reason}", fix="see docs/zero-shot.md") from error
     keys = [_classes(part) for part in parts]
     if any(other != keys[0] for other in keys):
         raise DataError(f"folder {_short(folder)}: its parts have different classes", fix="restore the set")
-    name_of = _names_beside(folder)
+    name_of = _names_beside(folder, spec.class_name)
     return TorchvisionSet(
         name=spec.name,
         labels=tuple(_spaced(name_of(key)) for key in keys[0]),
@@ -233,7 +240,7 @@ def _squeezed(name: str) -> str:
 
 def _short(path: Path) -> str:
     """Enough to find it; the whole path would end up in reports."""
-    return "/".join(path.parts[-2:])
+    return str(Path(*path.parts[-2:]))
 
 
 # --- class names --------------------------------------------------------------------------------------------------------
@@ -243,10 +250,10 @@ def _spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _names_beside(folder: Path) -> NameOf:
-    """Names of a folder's `classnames.txt`, or every key as it is."""
+def _names_beside(folder: Path, otherwise: NameOf = str) -> NameOf:
+    """Names of a folder's `classnames.txt`, or what is usual for the set."""
     file = folder / NAMES_FILE
-    return _looked_up(file, _names_in(file)) if file.is_file() else str
+    return _looked_up(file, _names_in(file)) if file.is_file() else otherwise
 
 
 def _looked_up(file: Path, names: dict[str, str]) -> NameOf:
@@ -281,12 +288,17 @@ def _imagenet_names(folder: Path, home: Path) -> NameOf:
     if file is None:
         raise PrerequisiteError(f"file {_short(home / NAMES_FILE)} is not there", fix="see docs/zero-shot.md")
     names = _names_of_synsets(file)
-    in_order, name_of = sorted(names), _looked_up(file, names)
-
-    def name_of_folder(key: str) -> str:
-        return name_of(in_order[int(key)] if key.isdecimal() and int(key) < len(in_order) else key)
-
-    return name_of_folder
+    numbers = [key for key in _class_folders(folder) if key.isdecimal()]
+    if not numbers:
+        return _looked_up(file, names)
+    # Folder 7 is the id at 7 in order, counted from 0, whatever the folders' own order is: as text, 10 comes before 2.
+    if sorted(map(int, numbers)) != list(range(len(names))):
+        raise DataError(
+            f"folder {_short(folder)} has {len(numbers)} numbered classes and {_short(file)} {len(names)} names",
+            fix="take the whole set, and a file with the name of each class",
+        )
+    in_order = sorted(names)
+    return _looked_up(file, {key: names[in_order[int(key)]] for key in numbers})
 
 
 def _names_of_synsets(file: Path) -> dict[str, str]:

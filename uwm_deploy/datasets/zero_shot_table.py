@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +11,28 @@ IMAGENET = "imagenet"
 
 PHOTO = "a photo of a {}."
 """The usual prompt."""
+
+_EUROSAT = {
+    "AnnualCrop": "Annual Crop Land",
+    "HerbaceousVegetation": "Herbaceous Vegetation Land",
+    "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings",
+    "Pasture": "Pasture Land",
+    "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings",
+    "SeaLake": "Sea or Lake",
+}
+"""Folders whose class is called otherwise in the official evaluation's prompts."""
+
+
+def _eurosat(key: str) -> str:
+    return _EUROSAT.get(key, key)
+
+
+def _qualifier_first(key: str) -> str:
+    """`church/indoor` is read as "indoor church"."""
+    place, _, qualifier = key.partition("/")
+    return f"{qualifier} {place}".strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +48,7 @@ class PublishedSet:
         loader: `torchvision` reads it, or `folders` (one folder of images per class), or `ucf101` (frames and lists).
         torchvision: Class in `torchvision.datasets`.
         arguments: Its arguments besides root; several are read one after the other.
+        class_name: From what torchvision calls a class to what the prompt calls it; underscores become spaces afterwards.
         quirk: How the official evaluation differs from the usual one.
     """
 
@@ -37,6 +60,7 @@ class PublishedSet:
     loader: Literal["torchvision", "folders", "ucf101"] = "torchvision"
     torchvision: str = ""
     arguments: tuple[Mapping[str, object], ...] = field(default=({},))
+    class_name: Callable[[str], str] = str
     quirk: str = ""
 
 
@@ -47,7 +71,7 @@ PUBLISHED: tuple[PublishedSet, ...] = (
         size=50_000,
         folders=("imagenet/val",),
         loader="folders",
-        quirk="validation images; class names from the user's own metadata",
+        quirk="validation images; class names from a file of the user's",
     ),
     PublishedSet(
         name="imagenet-v2",
@@ -129,7 +153,8 @@ PUBLISHED: tuple[PublishedSet, ...] = (
         template="a centered satellite photo of {}.",
         folders=("eurosat",),
         torchvision="EuroSAT",
-        quirk="all images, no split; no article in the prompt",
+        class_name=_eurosat,
+        quirk="all images, no split; no article in the prompt; eight classes are renamed",
     ),
     PublishedSet(
         name="cars",
@@ -165,7 +190,8 @@ PUBLISHED: tuple[PublishedSet, ...] = (
         size=108_754,
         folders=("SUN397",),
         torchvision="SUN397",
-        quirk="the whole set, no split",
+        class_name=_qualifier_first,
+        quirk="the whole set, no split; `church/indoor` is called indoor church",
     ),
     PublishedSet(
         name="ucf101",

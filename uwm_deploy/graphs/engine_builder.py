@@ -78,6 +78,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(spec["onnx"]):
         raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or _last(messages))
+    _decompose_attention(trt, network)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 must mean float32
     profile = builder.create_optimization_profile()
@@ -98,11 +99,35 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
             "tf32": str(bool(config.get_flag(trt.BuilderFlag.TF32))).lower(),
             "optimization_level": str(config.builder_optimization_level),
             "layers": str(network.num_layers),
+            "layer_types": ",".join(_layer_types(network)),
             "output_types": ",".join(kinds),
         },
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": _peak_rss_bytes(),
     }
+
+
+def _decompose_attention(trt: Any, network: Any) -> None:
+    """Lets the builder take an Attention operator apart where it has no kernel for it, as in float32."""
+    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if kind is not None and layer.type == kind:
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+
+
+_TYPED = ("MATRIX_MULTIPLY", "CONVOLUTION", "SOFTMAX", "NORMALIZATION", "QUANTIZE", "DEQUANTIZE", "ATTENTION")
+
+
+def _layer_types(network: Any) -> list[str]:
+    """Kinds of layer with the type of what they give, of those where precision matters."""
+    kinds = set()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        name = str(layer.type).rsplit(".", 1)[-1]
+        if name in _TYPED:
+            kinds.add(f"{name}:{str(layer.get_output(0).dtype).rsplit('.', 1)[-1]}")
+    return sorted(kinds)
 
 
 def _peak_rss_bytes() -> int:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uwm_deploy.records import Digest, Fingerprint, LayerEdit
-from uwm_deploy.workspace import digest_of_bytes, digest_of_file
+from uwm_deploy.workspace import digest_of_file, joined_digest
 
 _NOTHING = "no edited layer was named, so nothing can be proven"
 
@@ -37,9 +37,7 @@ def digest_of_array(array: np.ndarray) -> Digest:
 
 def digest_of_onnx(path: Path, external: str) -> Digest:
     """Digest over the graph and, when there is one, its external data."""
-    if not external:
-        return digest_of_file(path)
-    return digest_of_bytes(f"{digest_of_file(path)} {digest_of_file(path.parent / external)}".encode())
+    return joined_digest([digest_of_file(part) for part in (path, *([path.parent / external] if external else []))])
 
 
 def fingerprint_of_graph(
@@ -95,6 +93,22 @@ def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches))
 
 
+def fingerprint_by_source(
+    arrays: Iterable[np.ndarray], source: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]
+) -> Fingerprint:
+    """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it."""
+    held = {_identity(turned) for array in arrays if array.ndim == 2 for turned in (array, array.T)}
+    wanted = list(edits)
+    found = [edit for edit in wanted if _identity(source[f"{edit.name}.weight"]) in held]
+    mismatches = [] if wanted else [_NOTHING]
+    mismatches += [f"{edit.name}: the edited weight is not in the graph" for edit in wanted if edit not in found]
+    return Fingerprint(layers=len(found), entries=sum(edit.selected for edit in found), mismatches=tuple(mismatches))
+
+
+def _identity(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
+    return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
 def _digests(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit]) -> set[Digest]:
     """Digests of every array that has the shape of an edited layer, and of its transpose."""
     shapes = {shape for edit in edits for shape in (edit.shape, edit.shape[::-1])}
@@ -123,3 +137,58 @@ def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, held: set
         return f"has shape {tuple(array.shape)}, not {edit.shape}"
     zeros = int((array.reshape(-1)[np.asarray(patch.indices)] == 0).sum())
     return f"is neither the edited nor the unedited weight ({zeros} of {edit.selected} edited entries are zero)"
+
+
+def fingerprint_of_lowered(
+    source: Mapping[str, np.ndarray],
+    lowered: Mapping[str, np.ndarray],
+    edits: Iterable[LayerEdit],
+    patches: Mapping[str, EditedEntries],
+) -> tuple[Fingerprint, int]:
+    """Compares each edited weight of a graph in lower precision with the float32 graph it was made from.
+
+    Half precision must be the float32 weight rounded, bit for bit. In 8 bits the sign of every entry must be the edited
+    one's, or the entry zero. Both as they lie or transposed.
+
+    Args:
+        source: Tensors of the float32 graph, whose own fingerprint was checked.
+        lowered: Tensors of the other graph, under the same names.
+        edits: Edited layers of this tower.
+        patches: Patch of each layer.
+
+    Returns:
+        The fingerprint, and how many edited entries became zero, where negation changes nothing.
+    """
+    wanted = list(edits)
+    mismatches = [] if wanted else [_NOTHING]
+    layers = entries = zeroed = 0
+    for edit in wanted:
+        name = f"{edit.name}.weight"
+        if name not in lowered or name not in source:
+            mismatches.append(f"{edit.name}: the graph has no weight of this name")
+            continue
+        before, after = source[name], lowered[name]
+        turned = [part for part in (after, after.T) if part.shape == before.shape]
+        if not any(_follows(before, part) for part in turned):
+            mismatches.append(f"{edit.name}: {_sign_differences(before, turned)} in {after.dtype}")
+            continue
+        part = next(part for part in turned if _follows(before, part))
+        at = np.asarray(patches[edit.name].indices)
+        zeros = (part.reshape(-1)[at].astype(np.float32) == 0) & (before.reshape(-1)[at] != 0)
+        zeroed += int(zeros.sum())
+        layers, entries = layers + 1, entries + edit.selected - int(zeros.sum())
+    return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches)), zeroed
+
+
+def _follows(weight: np.ndarray, lowered: np.ndarray) -> bool:
+    """Whether a tensor is a weight in lower precision."""
+    if lowered.dtype.itemsize > 1:
+        return bool(np.array_equal(weight.astype(lowered.dtype), lowered))
+    return not bool((np.sign(lowered.astype(np.float32)) * np.sign(weight) < 0).any())
+
+
+def _sign_differences(weight: np.ndarray, turned: list[np.ndarray]) -> str:
+    if not turned:
+        return "has another shape"
+    counts = [int((np.sign(part.astype(np.float32)) * np.sign(weight) < 0).sum()) for part in turned]
+    return f"{min(counts)} signs are not the edited weight's" if min(counts) else "is not the edited weight rounded"

@@ -39,6 +39,7 @@ def simplify(model: ir.Model, weights: Set[str]) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
+        common.ShapeInferencePass(),  # whoever changes types later needs to know all of them
         common.ClearMetadataAndDocStringPass(),
     )
     for step in steps:

@@ -10,7 +10,7 @@ from pathlib import Path
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records import EngineArtifact, Manifest, Result, TowerName, Verdict
-from uwm_deploy.workspace import digest_of_bytes, digest_of_file
+from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 MANIFEST = "manifest.json"
 _RESTORE = "restore the bundle or build again"
@@ -46,6 +46,10 @@ class Bundle:
         if digest_of_bytes(data) != listed[name].digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
         return data
+
+    def external_data(self, engine: EngineArtifact) -> dict[str, bytes]:
+        """Content of an engine's further file by its name in the graph, checked as it is read."""
+        return {Path(name).name: self.read(name) for name in engine_paths(engine)[1:]}
 
     def engines(self, variant: str) -> dict[TowerName, EngineArtifact]:
         """Both engines of a variant.
@@ -131,15 +135,19 @@ def _check_chain(manifest: Manifest) -> None:
     if manifest.verdict.edited_weights_digest != edited:
         raise IntegrityError("the verdict is about other weights", fix=_RESTORE)
     digests = {file.path: file.digest for file in manifest.files}
-    graphs = {graph.digest for graph in manifest.onnx}
-    for graph in manifest.onnx:
+    exported = {graph.digest for graph in manifest.onnx}
+    for graph in (*manifest.onnx, *manifest.converted):
         if graph.weights_digest != edited:
             raise IntegrityError(f"the {graph.tower.value} graph is of other weights", fix=_RESTORE)
+    for graph in manifest.converted:
+        if graph.conversion is None or graph.conversion.source_digest not in exported:
+            raise IntegrityError(f"a {graph.tower.value} graph is not made from this bundle's graphs", fix=_RESTORE)
+    graphs = exported | {graph.digest for graph in manifest.converted}
     for engine in manifest.engines:
         name = engine_path(engine)
         if engine.weights_digest != edited or engine.onnx_digest not in graphs:
             raise IntegrityError(f"{name} is not made from this bundle's graphs", fix=_RESTORE)
-        if digests.get(name) != engine.digest:
+        if joined_digest([digests.get(part, "") for part in engine_paths(engine)]) != engine.digest:
             raise IntegrityError(f"{name} is not the engine its record describes", fix=_RESTORE)
     if digests.get("tokenizer.json") != manifest.model.text.tokenizer_digest:
         raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
@@ -160,3 +168,9 @@ def _check_reports(folder: Path, manifest: Manifest) -> None:
 def engine_path(engine: EngineArtifact) -> str:
     """Path of an engine inside a bundle."""
     return f"engines/{engine.variant}/{engine.file}"
+
+
+def engine_paths(engine: EngineArtifact) -> list[str]:
+    """All files of an engine inside a bundle, the engine itself first."""
+    names = [engine.file, *([engine.external_data] if engine.external_data else [])]
+    return [f"engines/{engine.variant}/{name}" for name in names]

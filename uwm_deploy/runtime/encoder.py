@@ -12,7 +12,7 @@ from uwm_deploy.errors import DataError, InputError, IntegrityError, Prerequisit
 from uwm_deploy.records import EngineArtifact, Manifest, Target, TowerName
 from uwm_deploy.runtime.bundle import Bundle, engine_path, open_bundle
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
-from uwm_deploy.runtime.session import Device, Session, open_session, usable
+from uwm_deploy.runtime.session import Device, Session, open_engine, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
 _PREFERENCE = (Target.TENSORRT, Target.TENSORRT_RTX, Target.ONNXRUNTIME)
@@ -140,22 +140,9 @@ def _choose(bundle: Bundle, variant: str | None, allow_unsafe: bool) -> tuple[st
 
 
 def _session(bundle: Bundle, engine: EngineArtifact, device: Device) -> Session:
-    external = {}
-    name = engine_path(engine)
-    for file in bundle.manifest.files:
-        if file.path.startswith(f"{name}.") and file.path.endswith(".data"):
-            external[Path(file.path).name] = bundle.read(file.path)
     if engine.target is not Target.ONNXRUNTIME and device == "cpu":
         raise InputError(f"{engine.variant} cannot run on the CPU", fix="choose an onnxruntime variant")
-    return open_session(
-        engine.target,
-        bundle.read(name),
-        profile=engine.profile,
-        inputs=engine.inputs,
-        outputs=engine.outputs,
-        external_data=external,
-        device=device,
-    )
+    return open_engine(engine, bundle.read(engine_path(engine)), bundle.external_data(engine), device=device)
 
 
 def _normalised(rows: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.records import ImageSpec
@@ -49,6 +49,10 @@ def image_from(source: ImageLike) -> Image.Image:
         return _decode(data)
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist", fix="check the path") from error
+    except UnidentifiedImageError as error:  # its own text has an address in it, and would be another in every run
+        raise DataError(
+            f"{name} is not a whole image: of no known kind", fix=f"pass one of {', '.join(FORMATS)}"
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is not a whole image: {error}", fix=f"pass one of {', '.join(FORMATS)}") from error
 

@@ -9,9 +9,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import Profile, Target, TensorSpec
+from uwm_deploy.records import EngineArtifact, Profile, Target, TensorSpec
 
 Device = Literal["auto", "cpu", "cuda"]
+
+Optimisation = Literal["done", "basic", "extended"]
+"""Of an ONNX graph: applied when it was compiled, or applied by ONNX Runtime when it is opened."""
+
+
+AT_LOAD, BASIC_AT_LOAD = "extended, at load", "basic, at load"
+"""Optimisation of a graph that is not optimised ahead: for fp16 the CPU provider would turn it into float32; with fp8
+anything but the basic ones makes an invalid graph."""
 
 
 class Session(Protocol):
@@ -28,6 +36,9 @@ class Session(Protocol):
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
 
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Every output by name, (n, ...) float32; the embedding is the first."""
+
     def close(self) -> None:
         """Releases device memory."""
 
@@ -41,7 +52,7 @@ def open_session(
     outputs: tuple[TensorSpec, ...],
     external_data: Mapping[str, bytes] | None = None,
     device: Device = "auto",
-    optimised: bool = True,
+    optimisation: Optimisation = "done",
 ) -> Session:
     """Opens an engine from bytes that were already verified.
 
@@ -50,19 +61,39 @@ def open_session(
         model: The engine's or graph's bytes.
         profile: Batches it accepts.
         inputs: Its inputs; exactly one.
-        outputs: Its outputs; exactly one.
+        outputs: Its outputs; the embedding is the first.
         external_data: Content of external data files by their name in the graph.
         device: Where it must run; `auto` takes the best that works.
-        optimised: Whether ONNX Runtime's optimisations are already in the graph.
+        optimisation: Of an ONNX graph.
 
     Raises:
         PrerequisiteError: If this machine cannot run it; never falls back silently.
     """
     if target is Target.ONNXRUNTIME:
-        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimised)
+        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimisation)
     from uwm_deploy.runtime.tensorrt import TensorRTSession
 
     return TensorRTSession(target, model, profile, inputs, outputs)
+
+
+def open_engine(
+    engine: EngineArtifact, model: bytes, external_data: Mapping[str, bytes], *, device: Device = "auto"
+) -> Session:
+    """Opens what a record describes; see `open_session`."""
+    return open_session(
+        engine.target,
+        model,
+        profile=engine.profile,
+        inputs=engine.inputs,
+        outputs=engine.outputs,
+        external_data=external_data,
+        device=device,
+        optimisation=_WHEN[engine.settings.get("optimisation", "")],
+    )
+
+
+_WHEN: Mapping[str, Optimisation] = {"": "done", "extended": "done", AT_LOAD: "extended", BASIC_AT_LOAD: "basic"}
+"""What an engine's settings say to when its graph is optimised."""
 
 
 def missing_package(target: Target) -> str:
@@ -95,18 +126,20 @@ class OnnxRuntimeSession:
         outputs: tuple[TensorSpec, ...],
         external_data: Mapping[str, bytes],
         device: Device,
-        optimised: bool,
+        optimisation: Optimisation,
     ) -> None:
         import onnxruntime as ort
 
         self.max_batch = profile.max
-        self._input, self._output = inputs[0], outputs[0]
+        self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
-        options.graph_optimization_level = (
-            ort.GraphOptimizationLevel.ORT_DISABLE_ALL if optimised else ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        )
+        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
+        options.graph_optimization_level = {
+            "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+            "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        }[optimisation]
         if external_data:
             names = list(external_data)
             buffers = [external_data[name] for name in names]
@@ -136,12 +169,20 @@ class OnnxRuntimeSession:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
+        return self._run(batch, self._outputs[:1])[self._outputs[0]]
+
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Session.run_all`."""
+        return self._run(batch, self._outputs)
+
+    def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
         data = np.ascontiguousarray(batch, dtype=self._input.dtype)
         parts = [
-            self._session.run([self._output.name], {self._input.name: data[i : i + self.max_batch]})[0]
+            self._session.run(names, {self._input.name: data[i : i + self.max_batch]})
             for i in range(0, len(data), self.max_batch)
         ]
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        columns = zip(names, zip(*parts, strict=True), strict=True)
+        return {name: np.concatenate(rows).astype(np.float32, copy=False) for name, rows in columns}
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -77,7 +77,7 @@ class TensorRTSession:
         self._trt = importlib.import_module(MODULES[target])
         self._cuda = importlib.import_module("cuda.bindings.runtime")
         self.max_batch = profile.max
-        self._input, self._output = inputs[0], outputs[0]
+        self._input, self._outputs = inputs[0], outputs
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = False
@@ -104,7 +104,7 @@ class TensorRTSession:
     def _allocate(self) -> dict[str, int]:
         """Device memory for the largest batch of the profile."""
         sizes = {}
-        for spec in (self._input, self._output):
+        for spec in (self._input, *self._outputs):
             items = int(np.prod([d for d in spec.shape[1:] if isinstance(d, int)], dtype=np.int64)) * self.max_batch
             sizes[spec.name] = items * np.dtype(spec.dtype).itemsize
         return {name: int(self._call(self._cuda.cudaMalloc(size))) for name, size in sizes.items()}
@@ -121,14 +121,21 @@ class TensorRTSession:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """See `Session.run`."""
-        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
-        parts = [self._run_once(data[i : i + self.max_batch]) for i in range(0, len(data), self.max_batch)]
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        return self._run(batch, self._outputs[:1])[self._outputs[0].name]
 
-    def _run_once(self, data: np.ndarray) -> np.ndarray:
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Session.run_all`."""
+        return self._run(batch, self._outputs)
+
+    def _run(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
+        parts = [self._run_once(data[i : i + self.max_batch], wanted) for i in range(0, len(data), self.max_batch)]
+        columns = zip(wanted, zip(*parts, strict=True), strict=True)
+        return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
+
+    def _run_once(self, data: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        """One call; only what is wanted is copied back."""
         kinds = self._cuda.cudaMemcpyKind
-        width = [d for d in self._output.shape[1:] if isinstance(d, int)]
-        result = np.empty((len(data), *width), dtype=self._output.dtype)
         if not self._context.set_input_shape(self._input.name, data.shape):
             raise PrerequisiteError(f"the engine refuses the shape {data.shape}", fix="stay within its profile")
         for name, address in self._buffers.items():
@@ -139,10 +146,15 @@ class TensorRTSession:
         self._call(copy(source, data.ctypes.data, data.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
         if not self._context.execute_async_v3(int(self._stream)):
             raise PrerequisiteError("the engine did not run", fix="see the log of TensorRT")
-        drain = self._buffers[self._output.name]
-        self._call(copy(result.ctypes.data, drain, result.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
+        results = []
+        for spec in wanted:
+            width = [d for d in spec.shape[1:] if isinstance(d, int)]
+            result = np.empty((len(data), *width), dtype=spec.dtype)
+            drain = self._buffers[spec.name]
+            self._call(copy(result.ctypes.data, drain, result.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
+            results.append(result)
         self._call(self._cuda.cudaStreamSynchronize(self._stream))
-        return result
+        return results
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -25,13 +25,17 @@ from uwm_deploy.records import (
     Evidence,
     Manifest,
     OutputParity,
+    Precision,
+    Profile,
+    Target,
     TowerName,
     Verdict,
     VerifyReport,
 )
 from uwm_deploy.runtime.bundle import Bundle, engine_path
-from uwm_deploy.runtime.session import Session, open_session, usable
+from uwm_deploy.runtime.session import Session, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -94,21 +98,21 @@ def reference_of(bundle: Bundle) -> EmbeddedSet:
     return EmbeddedSet.from_tensors(tensors, "edited")
 
 
+def canaries_of(bundle: Bundle, tower: TowerName) -> Canaries | None:
+    """Canaries of a tower; None when it is not edited."""
+    name = f"evidence/canaries-{tower.value}.safetensors"
+    if all(file.path != name for file in bundle.manifest.files):
+        return None
+    try:
+        return Canaries(**load(bundle.read(name)))
+    except (SafetensorError, TypeError) as error:
+        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
+
+
 def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
     """Sessions of a variant, from bytes that were checked as they were read."""
     return {
-        tower: open_session(
-            engine.target,
-            bundle.read(engine_path(engine)),
-            profile=engine.profile,
-            inputs=engine.inputs,
-            outputs=engine.outputs,
-            external_data={
-                Path(f.path).name: bundle.read(f.path)
-                for f in bundle.manifest.files
-                if f.path == f"{engine_path(engine)}.data"
-            },
-        )
+        tower: open_engine(engine, bundle.read(engine_path(engine)), bundle.external_data(engine))
         for tower, engine in bundle.engines(variant).items()
     }
 
@@ -125,21 +129,60 @@ def _evidence(
         for tower in TowerName
         for batch in sorted({1, largest})
     ]
+    for tower in TowerName:
+        measured += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
     run_image, run_text = sessions[TowerName.IMAGE].run, sessions[TowerName.TEXT].run
     embedded = embed(prepared, run_image, run_text, label=f"evaluation, {variant}", batch=largest, progress=progress)
+    canaries = {
+        tower.value: part.worst(sessions[tower].run(part.inputs))
+        for tower in TowerName
+        if (part := canaries_of(bundle, tower)) is not None
+    }
     where = dict(sessions[TowerName.IMAGE].where)
     for session in sessions.values():
         session.close()
     return ArtifactEvidence(
         variant=variant,
+        precision=Precision(engines[TowerName.IMAGE].precision),
         evidence=Evidence.EXECUTED,
         reason="",
         where=where,
         artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
         parity=tuple(measured),
+        canaries=canaries,
         safety=safety_report(variant, embedded),
         flips=flips_between(reference, embedded),
     )
+
+
+def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np.ndarray) -> list[OutputParity]:
+    """Outputs after the embedding, of which no reference is stored, against the exported graph on the CPU."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    if len(graph.outputs) == 1:
+        return []
+    external = {graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {}
+    exported = open_session(
+        Target.ONNXRUNTIME,
+        bundle.read(f"onnx/{graph.file}"),
+        profile=Profile(min=1, opt=1, max=len(rows)),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data=external,
+        device="cpu",
+        optimisation="extended",
+    )
+    wanted, found = exported.run_all(rows), session.run_all(rows)
+    exported.close()
+    return [
+        parity(
+            tower,
+            spec.name,
+            len(rows),
+            wanted[spec.name].reshape(len(rows), -1),
+            found[spec.name].reshape(len(rows), -1),
+        )
+        for spec in graph.outputs[1:]
+    ]
 
 
 def _parity(

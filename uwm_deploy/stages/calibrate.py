@@ -21,6 +21,7 @@ WINDOW_PAIRS = SHARD_PAIRS
 """Text pairs in memory at a time; a window never spans two shards."""
 
 _NAMED_ITEMS = 5
+_OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
 
 
 class PairStream:
@@ -49,7 +50,8 @@ class PairStream:
     ) -> None:
         if not (source.has_images if tower is TowerName.IMAGE else source.has_texts):
             raise DataError(
-                f"data set {source.record.name} has no {tower.value} pairs", fix="score the other tower, or add them"
+                f"data set {source.record.name} has no {tower.value} pairs",
+                fix=f"edit one tower (--tower {_OTHER[tower]}) or use another set",
             )
         self.left_out: list[LeftOut] = []
         self._source, self._tower, self._image, self._tokenizer = source, tower, image, tokenizer

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.graphs.engine_builder import FAILED
-from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_value
-from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Profile, Target
-from uwm_deploy.runtime.session import missing_package, usable
+from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
+from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
-from uwm_deploy.workspace import digest_of_file
 
 BUILD_SECONDS = 1800
 """A build that takes longer is stopped."""
@@ -33,10 +34,10 @@ def engine_from_onnx(
     edits: Sequence[LayerEdit],
     folder: Path,
 ) -> EngineArtifact:
-    """Compiles one tower in float32.
+    """Compiles one tower in the precision of its graph.
 
     Args:
-        graph: The exported graph.
+        graph: The exported graph, or one in lower precision that was made from it.
         onnx_folder: Where its files are.
         target: What for.
         profile: Batches it must accept.
@@ -44,7 +45,7 @@ def engine_from_onnx(
         folder: Where the engine goes.
 
     Raises:
-        PrerequisiteError: If the target's package is missing.
+        PrerequisiteError: If the target's package is missing, or it does not know the precision.
         IntegrityError: If the graph's files are not those its record describes.
         ContractError: If the build fails, loses the edit, or is not in the precision asked for.
     """
@@ -52,18 +53,21 @@ def engine_from_onnx(
         raise PrerequisiteError(f"{target.value}: {reason}", fix=f"pip install 'uwm-deploy[{target.value}]'")
     _check_source(graph, onnx_folder)
     source = onnx_folder / graph.file
+    asked, lowered = precision_of(graph)
     if target is Target.ONNXRUNTIME:
-        file, details = _onnxruntime(graph, source, edits, folder)
+        file, external, details = _onnxruntime(graph, source, lowered, edits, folder)
     else:
-        file, details = _tensorrt(graph, source, target, profile, folder)
+        file, details = _tensorrt(graph, source, target, lowered, profile, folder)
+        external = ""
     runnable = not usable(target)
     return EngineArtifact(
-        variant=f"{target.value}-fp32",
+        variant=f"{target.value}-{asked.value}",
         tower=graph.tower,
         target=target,
-        precision="fp32",
+        precision=lowered,
         file=file,
-        digest=digest_of_file(folder / file),
+        external_data=external,
+        digest=digest_of_onnx(folder / file, external),
         onnx_digest=graph.digest,
         weights_digest=graph.weights_digest,
         inputs=graph.inputs,
@@ -89,42 +93,86 @@ def _check_source(graph: OnnxArtifact, folder: Path) -> None:
         raise IntegrityError(f"{graph.file} is not the file its record describes", fix="export again")
 
 
+def precision_of(graph: OnnxArtifact) -> tuple[Precision, Precision]:
+    """What was asked for, and what the linear layers that are not kept have."""
+    made = graph.conversion
+    return (made.precision, made.lowered) if made else (Precision.FP32, Precision.FP32)
+
+
 def _onnxruntime(
-    graph: OnnxArtifact, source: Path, edits: Sequence[LayerEdit], folder: Path
-) -> tuple[str, dict[str, Any]]:
+    graph: OnnxArtifact, source: Path, lowered: Precision, edits: Sequence[LayerEdit], folder: Path
+) -> tuple[str, str, dict[str, Any]]:
     """The optimised graph, its precision and the edit read back from it."""
-    stem, file = graph.tower.value, f"{graph.tower.value}.onnx"
+    file = f"{graph.tower.value}.onnx"
     external = f"{file}.data" if graph.external_data else ""
+    if lowered is Precision.BF16:
+        raise PrerequisiteError("ONNX Runtime has no bfloat16 kernels on the CPU", fix="use tensorrt or tensorrt-rtx")
+    if lowered in _AT_LOAD:
+        return file, external, _as_it_is(graph, source, lowered, folder)
     spec = {
         "module": "onnxruntime",
         "onnx": os.path.relpath(source, folder),
         "engine": file,
         "external_data": external,
     }
-    details = _built(spec, Target.ONNXRUNTIME, stem, folder)
-    proto = onnx.load(str(folder / file))
-    arrays = list(_weights(proto))
-    kinds = {array.dtype for array in arrays if array.ndim == 2 and np.issubdtype(array.dtype, np.floating)}
-    if kinds != {np.dtype(np.float32)}:
-        raise ContractError(
-            f"{file} holds weights of {sorted(str(k) for k in kinds)}", fix="ask for the precision it has"
-        )
-    found = fingerprint_by_value(arrays, edits)
+    details = _built(spec, Target.ONNXRUNTIME, graph.tower.value, folder)
+    arrays = list(_weights(folder / file))
+    kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
+    if (lowered is Precision.FP32) != (kinds == {"float32"}):
+        raise ContractError(f"{file} holds weights of {sorted(kinds)}", fix="ask for the precision it has")
+    if lowered is Precision.FP32:
+        found = fingerprint_by_value(arrays, edits)
+    else:
+        found = fingerprint_by_source(arrays, dict(_named_weights(source)), edits)
     if found.mismatches:
         raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
-    details["settings"] |= {"nodes": str(len(proto.graph.node)), "edited_layers": str(found.layers)}
-    return file, details
+    details["settings"] |= {"edited_layers": str(found.layers), "weights": ",".join(sorted(kinds))}
+    return file, external, details
 
 
-def _weights(proto: onnx.ModelProto) -> Iterator[np.ndarray]:
-    for initializer in proto.graph.initializer:
-        yield onnx.numpy_helper.to_array(initializer)
+_AT_LOAD = {Precision.FP16: AT_LOAD, Precision.FP8: BASIC_AT_LOAD}
+
+
+def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path) -> dict[str, Any]:
+    """A graph that ONNX Runtime optimises when it is opened; opened once, so that one it cannot open is not shipped."""
+    started = time.perf_counter()
+    for name in filter(None, (graph.file, graph.external_data)):
+        shutil.copyfile(source.parent / name, folder / name)
+    external = {graph.external_data: (folder / graph.external_data).read_bytes()} if graph.external_data else {}
+    session = open_session(
+        Target.ONNXRUNTIME,
+        (folder / graph.file).read_bytes(),
+        profile=Profile(min=1, opt=1, max=1),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data=external,
+        device="cpu",
+        optimisation="basic" if lowered is Precision.FP8 else "extended",
+    )
+    where = session.where
+    session.close()
+    return {
+        "settings": {"optimisation": _AT_LOAD[lowered]},
+        "versions": {"onnxruntime": where["onnxruntime"]},
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": 0,
+    }
+
+
+def _weights(path: Path) -> Iterator[np.ndarray]:
+    return (array for _, array in _named_weights(path))
+
+
+def _named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in ir.load(path).graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value.numpy()
 
 
 def _tensorrt(
-    graph: OnnxArtifact, source: Path, target: Target, profile: Profile, folder: Path
+    graph: OnnxArtifact, source: Path, target: Target, lowered: Precision, profile: Profile, folder: Path
 ) -> tuple[str, dict[str, Any]]:
-    """An engine in float32."""
+    """An engine in the precision of its graph."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
     spec = {
         "module": MODULES[target],
@@ -135,9 +183,22 @@ def _tensorrt(
         "profile": [profile.min, profile.opt, profile.max],
     }
     body = _built(spec, target, stem, folder)
-    if body["settings"]["output_types"] != "FLOAT" or body["settings"]["tf32"] != "false":
-        raise ContractError(f"{target.value} built {stem} as {body['settings']}, not float32", fix="report this")
+    settings = body["settings"]
+    kinds = set(settings["layer_types"].split(","))
+    wanted = _TENSORRT_NAMES[lowered]
+    if set(settings["output_types"].split(",")) != {"FLOAT"} or settings["tf32"] != "false" or wanted not in kinds:
+        raise ContractError(f"{target.value} built {stem} as {settings}, not {lowered.value}", fix="report this")
     return file, body
+
+
+_TENSORRT_NAMES = {
+    Precision.FP32: "MATRIX_MULTIPLY:FLOAT",
+    Precision.FP16: "MATRIX_MULTIPLY:HALF",
+    Precision.BF16: "MATRIX_MULTIPLY:BF16",
+    Precision.INT8: "QUANTIZE:INT8",
+    Precision.FP8: "QUANTIZE:FP8",
+}
+"""Layer and type that a parsed network of a precision must have."""
 
 
 def _built(spec: Mapping[str, Any], target: Target, stem: str, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from uwm_deploy.recipe import EditSpec, EditSpecs
 from uwm_deploy.records import EditRecord, LayerEdit, LayerScore, Method, ScoreRecord, Selection, TowerEdit, TowerName
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
-from uwm_deploy.uwm.methods import PRESETS
+from uwm_deploy.uwm.methods import PRESETS, pairing_of, rule_of
 from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
 from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file
@@ -40,13 +40,7 @@ def edit_to_folder(
         IntegrityError: If the scores are of another model or method, or were changed.
         ContractError: If anything but the selected entries would change.
     """
-    if score.model.weights_digest != model.ref.weights_digest:
-        raise IntegrityError("the scores are of another model", fix="score this model")
-    if score.method is not edits.method:
-        raise IntegrityError(
-            f"the scores are of method {score.method.value}, not {edits.method.value}", fix="score with this method"
-        )
-    _check_files(score, scores_file)
+    check_scores(model, score, scores_file, edits)
     weights = {layer.name: _weight(model, layer) for layer in score.layers}
     before = {name: digest_of_tensor(p) for name, p in model.source.named_parameters()}
     patch, layers = _patch(score, scores_file, edits, weights)
@@ -62,18 +56,44 @@ def edit_to_folder(
         layers=tuple(layers),
         method=score.method,
         settings={name: _setting(score, name, edits.of(TowerName(name))) for name in score.rules},
-        concepts=tuple(dict.fromkeys(part.concept for part in score.parts)),
+        concepts=concepts_of(score),
     )
     (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
     model.save(folder / MODEL)
     return record
 
 
+def concepts_of(score: ScoreRecord) -> tuple[str, ...]:
+    """Concepts with a score of their own; empty when all pairs make one score."""
+    return tuple(dict.fromkeys(part.concept for part in score.parts))
+
+
 def _weight(model: LoadedModel, layer: LayerScore) -> Tensor:
     return model.source.get_parameter(f"{layer.name}.weight").detach()
 
 
-def _check_files(score: ScoreRecord, scores_file: Path) -> None:
+def check_scores(model: LoadedModel, score: ScoreRecord, scores_file: Path, edits: EditSpecs) -> None:
+    """Checks that scores may be applied: they are of this model and method, and are what their record describes.
+
+    Raises:
+        IntegrityError: If they are not. Scores of one method are never applied as another's.
+    """
+    if score.model.weights_digest != model.ref.weights_digest:
+        raise IntegrityError("the scores are of another model", fix="score this model")
+    if score.method is not edits.method:
+        raise IntegrityError(
+            f"the scores are of method {score.method.value}, not {edits.method.value}", fix="score with this method"
+        )
+    scored = () if score.method is Method.NONE else edits.towers
+    if set(score.rules) != set(scored):
+        raise IntegrityError(f"the scores are of the towers {', '.join(score.rules) or 'none'}", fix="score again")
+    if bool(score.parts) is not edits.per_concept:
+        kind = "one per concept" if score.parts else "of all concepts together"
+        raise IntegrityError(f"the scores are {kind}", fix="score again")
+    for name, rule in score.rules.items():
+        spec = edits.of(TowerName(name))
+        if (rule, score.pairing) != (rule_of(edits.method, spec), pairing_of(edits.method, spec)):
+            raise IntegrityError(f"the {name} scores are of another formula than the recipe's", fix="score again")
     wanted = [(scores_file, score.scores_digest), *((scores_file.parent / p.file, p.digest) for p in score.parts)]
     for file, digest in wanted:
         if not file.is_file() or digest_of_file(file) != digest:
@@ -98,11 +118,10 @@ def _patch(
     """Selects per layer, one layer's scores in memory at a time."""
     patches, layers = {}, []
     for layer in score.layers:
-        if score.method is Method.NONE:
-            indices, spec = torch.empty(0, dtype=torch.int64), _untouched(edits.of(layer.tower))
-        else:
-            spec = edits.of(layer.tower)
-            indices = selected_entries(score, scores_file, layer, spec)
+        spec = edits.of(layer.tower)
+        if layer.tower not in score.rules:
+            spec = _untouched(spec)
+        indices = selected_entries(score, scores_file, layer, spec)
         part, edit = _layer_patch(layer, indices, spec, weights[layer.name])
         patches[layer.name] = part
         layers.append(edit)
@@ -110,13 +129,15 @@ def _patch(
 
 
 def _untouched(spec: EditSpec) -> EditSpec:
-    """The method `none`, as it stands in records whatever the recipe says."""
+    """Nothing is edited, as it stands in records whatever the recipe says."""
     setting = PRESETS[Method.NONE].of(TowerName.IMAGE)
     return dataclasses.replace(spec, keep_mass=setting.keep_mass, factor=setting.factor, selection=setting.selection)
 
 
 def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, spec: EditSpec) -> Tensor:
     """Ascending flat indices of the entries of one layer to edit; with one score per concept, the union of theirs.
+
+    None of a tower that was not scored, as with the method `none`: it stays as it is.
 
     Args:
         score: Record of the scores.
@@ -127,6 +148,8 @@ def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, s
     Raises:
         IntegrityError: If a score file cannot be read.
     """
+    if layer.tower not in score.rules:
+        return torch.empty(0, dtype=torch.int64)
     parts = [scores_file.parent / part.file for part in score.parts if part.tower is layer.tower]
     signed = PRESETS[score.method].signed and spec.selection is Selection.ADAPTIVE
     chosen = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib import metadata
 from pathlib import Path
 
@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
+from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipe import ExportSpec
 from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
 from uwm_deploy.towers.protocol import Tower
 from uwm_deploy.uwm.patch import Patch
-
-EXTERNAL_DATA_BYTES = 1_800_000_000
-"""Above this the weights go into a second file: one protobuf file cannot hold 2 GiB."""
 
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -35,9 +33,10 @@ class _Graph(nn.Module):
         super().__init__()
         self.tower, self.normalise = tower, spec.normalise
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        embeds: Tensor = self.tower(inputs)
-        return embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        result = self.tower(inputs)
+        embeds, *further = (result,) if isinstance(result, Tensor) else result
+        return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
 
 
 def onnx_from_tower(
@@ -49,7 +48,7 @@ def onnx_from_tower(
     edits: Sequence[LayerEdit],
     patch: Patch,
     folder: Path,
-    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    external_data_bytes: int = INLINE_BYTES,
 ) -> OnnxArtifact:
     """Exports one tower and checks what came out.
 
@@ -73,10 +72,11 @@ def onnx_from_tower(
     _restore_names(model)
     simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
     name = f"{tower.name.value}.onnx"
-    proto = ir.to_proto(model)
-    arrays = {p.name: onnx.numpy_helper.to_array(p) for p in proto.graph.initializer}
-    external = _save(proto, folder / name, external_data_bytes)
-    _check_graph(folder / name, proto, tower, spec)
+    arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
+    external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""
+    write_graph(model, folder / name, external)
+    proto = weightless(model)
+    _check_graph(name, proto, set(arrays), tower, spec)
     fingerprint = fingerprint_of_graph(arrays, edits, patch.layers)
     if fingerprint.mismatches:
         raise ContractError(
@@ -89,7 +89,7 @@ def onnx_from_tower(
         digest=digest_of_onnx(folder / name, external),
         weights_digest=weights_digest,
         opset=spec.opset,
-        inputs=tuple(_spec_of(v) for v in proto.graph.input),
+        inputs=(_spec_of(proto.graph.input[0]),),
         outputs=tuple(_spec_of(v) for v in proto.graph.output),
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},
@@ -107,7 +107,7 @@ def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec)
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module, (sample,), dynamo=True, optimize=False, verbose=False, opset_version=spec.opset,
-                input_names=[tower.input_name], output_names=[tower.output_name], dynamic_shapes=({0: "batch"},),
+                input_names=[tower.input_name], output_names=list(tower.output_names), dynamic_shapes=({0: "batch"},),
             )  # fmt: skip
     finally:
         log.setLevel(level)
@@ -153,34 +153,26 @@ def _restore_names(model: ir.Model) -> None:
             model.graph.initializers[value.name] = value
 
 
-def _save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> str:
-    """Writes the graph; returns the name of the external data file, or nothing."""
-    if sum(len(p.raw_data) for p in proto.graph.initializer) <= external_data_bytes:
-        path.write_bytes(proto.SerializeToString(deterministic=True))
-        return ""
-    external = f"{path.name}.data"
-    (path.parent / external).unlink(missing_ok=True)  # the writer appends
-    onnx.save_model(proto, str(path), save_as_external_data=True, location=external, size_threshold=1024)
-    return external
-
-
-def _check_graph(path: Path, proto: onnx.ModelProto, tower: Tower, spec: ExportSpec) -> None:
-    onnx.checker.check_model(str(path), full_check=True)
+def _check_graph(file: str, proto: onnx.ModelProto, names: Set[str], tower: Tower, spec: ExportSpec) -> None:
+    """Checks the graph's message, in which large weights are inputs after the one that is the graph's own."""
+    onnx.checker.check_model(proto, full_check=True)
     opsets = [(o.domain, o.version) for o in proto.opset_import]
     if opsets != [("", spec.opset)]:
-        raise ContractError(f"{path.name} imports {opsets}, not opset {spec.opset}", fix="use an opset of 18 or later")
+        raise ContractError(f"{file} imports {opsets}, not opset {spec.opset}", fix="use an opset of 18 or later")
     domains = sorted({node.domain for node in proto.graph.node} | {o.domain for o in proto.opset_import})
     if any(domain not in ("", "ai.onnx") for domain in domains) or proto.functions:
-        raise ContractError(f"{path.name} uses operators outside the standard domain: {domains}", fix="report this")
-    for value, wanted in ((proto.graph.input, tower.input_name), (proto.graph.output, tower.output_name)):
-        if [v.name for v in value] != [wanted]:
-            raise ContractError(f"{path.name} has {[v.name for v in value]}, not {wanted}", fix="report this")
-        dims = [d.dim_param or d.dim_value for d in value[0].type.tensor_type.shape.dim]
-        if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
-            raise ContractError(f"{path.name}: {wanted} has shape {dims}, only the batch may vary", fix="report this")
-    names = {p.name for p in proto.graph.initializer}
+        raise ContractError(f"{file} uses operators outside the standard domain: {domains}", fix="report this")
+    for values, wanted in ((proto.graph.input[:1], (tower.input_name,)), (proto.graph.output, tower.output_names)):
+        if tuple(v.name for v in values) != wanted:
+            raise ContractError(f"{file} has {[v.name for v in values]}, not {list(wanted)}", fix="report this")
+        for value in values:
+            dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
+                raise ContractError(
+                    f"{file}: {value.name} has shape {dims}, only the batch may vary", fix="report this"
+                )
     if lost := sorted({n for n, _ in tower.graph_module().named_parameters()} - names):
-        raise ContractError(f"{path.name} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
+        raise ContractError(f"{file} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
 
 
 def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -20,6 +20,7 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
+from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
 from uwm_deploy.safeground.preference import BASIC
 
 EXPORTED = "onnx"
@@ -121,8 +122,21 @@ def _artifact_checks(artifact: ArtifactEvidence, policy: Policy) -> list[Check]:
     metrics = _artifact_metrics(artifact, artifact.safety)
     return [
         _statement("outputs are finite", artifact.variant, finite, "NaN or infinity in an output"),
-        *(_check(artifact.variant, metrics, limit) for limit in policy.artifact),
+        *(_canary(artifact.variant, tower, worst) for tower, worst in artifact.canaries.items()),
+        *(
+            _check(artifact.variant, metrics, limit)
+            for limit in policy.artifact
+            if not limit.precision or artifact.precision in limit.precision
+        ),
     ]
+
+
+def _canary(variant: str, tower: str, worst: float) -> Check:
+    """Nearer to the edited model than to the original one, where they differ most; no policy can switch it off."""
+    limit = Limit(
+        metric="", at_most=RATIO_LIMIT, reason="on an input where they differ, it is nearer to the original model"
+    )
+    return _check_value(f"canaries of the {tower} tower", variant, _Measured(worst, CANARIES), limit)
 
 
 def _required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:

@@ -15,15 +15,15 @@ from uwm_deploy.records import ModelRef
 from uwm_deploy.towers.protocol import LoadedModel, LoadedParts
 from uwm_deploy.uwm.digests import digest_of_weights
 
-_ADAPTERS: dict[Family, str] = {"hf-clip": "hf_clip", "siglip": "siglip", "open-clip": "open_clip"}
+_ADAPTERS: dict[Family, str] = {"hf-clip": "hf_clip", "siglip": "siglip", "open-clip": "open_clip", "llava": "llava"}
 """Module of `uwm_deploy.towers` per family; imported when asked for, since each brings a library."""
 
 
 class Adapter(Protocol):
     """What a family's module offers."""
 
-    def from_folder(self, folder: Path, *, random: bool) -> LoadedParts:
-        """Loads a checkpoint folder, or its architecture with random weights."""
+    def from_folder(self, folder: Path, *, random: bool, **companion: Path | None) -> LoadedParts:
+        """Loads a checkpoint folder, or its architecture with random weights; a vision tower alone with its companion."""
 
     def from_architecture(self, architecture: Architecture) -> LoadedParts:
         """Random weights without a checkpoint."""
@@ -33,6 +33,7 @@ def load_model(
     recipe: Recipe,
     *,
     folder: Path | None,
+    companion: Path | None = None,
     weights: Literal["checkpoint", "random"] = "checkpoint",
     device: str = "auto",
 ) -> LoadedModel:
@@ -41,6 +42,7 @@ def load_model(
     Args:
         recipe: Names the family.
         folder: Checkpoint folder; None takes the recipe's architecture with random weights.
+        companion: Checkpoint folder of the recipe's companion, for a model that needs one.
         weights: `random` takes only the architecture from the folder; such a model never passes the gate.
         device: `auto`, `cpu` or `cuda`.
 
@@ -51,7 +53,8 @@ def load_model(
     resolve_device(device)  # before anything is read
     adapter = cast(Adapter, importlib.import_module(f"uwm_deploy.towers.{_ADAPTERS[recipe.model.family]}"))
     if folder is not None:
-        parts = adapter.from_folder(folder, random=weights == "random")
+        further = {"companion": companion} if companion else {}
+        parts = adapter.from_folder(folder, random=weights == "random", **further)
     elif recipe.model.architecture is not None:
         parts = adapter.from_architecture(recipe.model.architecture)
     else:

@@ -139,6 +139,14 @@ def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
     return cast(QuadrupleSource, _InOrder(source, order))
 
 
+def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
+    """At most `count` items of a set, evenly spaced, without its zero-shot sets."""
+    order = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    part = _InOrder(source, order.tolist())
+    part.zero_shot_names = ()
+    return cast(QuadrupleSource, part)
+
+
 class _InOrder:
     """A set in another order; whatever does not depend on the order is the set's own."""
 
@@ -146,6 +154,8 @@ class _InOrder:
         self._source, self._order = source, order
         self.ids = [source.ids[index] for index in order]
         self.concepts = [source.concepts[index] for index in order]
+
+    zero_shot_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self._order)

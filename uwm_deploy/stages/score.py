@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def score_to_folder(
     concepts: Mapping[str, str] | None = None,
     scale: Scale | None = None,
 ) -> ScoreRecord | None:
-    """Scores both towers, each on the unedited model, and saves scores and record.
+    """Scores the towers that are to be edited, each on the unedited model, and saves scores and record.
 
     Args:
         model: The source model.
@@ -74,9 +74,9 @@ def score_to_folder(
         DataError: If more than 1% of the pairs have no finite contribution, or there are none.
         ContractError: If an edited layer was never reached by the forward pass.
     """
-    pairing = _common_pairing(edits)
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
-    scored = [] if edits.method is Method.NONE else list(tallies)
+    scored = [] if edits.method is Method.NONE else [name for name in tallies if name in edits.towers]
+    pairing = _common_pairing(edits, scored)
     scale = scale or Scale()
     _check_dtype(edits, scale)
     seconds: dict[str, float] = {}
@@ -118,11 +118,11 @@ def score_to_folder(
     return record
 
 
-def _common_pairing(edits: EditSpecs) -> Pairing | None:
-    text, image = (pairing_of(edits.method, edits.of(name)) for name in (TowerName.TEXT, TowerName.IMAGE))
-    if text != image:
+def _common_pairing(edits: EditSpecs, scored: Sequence[TowerName]) -> Pairing | None:
+    found = {pairing_of(edits.method, edits.of(name)) for name in scored}
+    if len(found) > 1:
         raise ContractError("text and image ask for different pairings", fix="use one pairing in the recipe")
-    return text
+    return next(iter(found), None)
 
 
 def _layers(tower: Tower, edit: EditSpec) -> Iterator[LayerScore]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +22,12 @@ from uwm_deploy.records import (
     Digest,
     Evidence,
     OutputParity,
+    Precision,
     TensorSpec,
     TowerName,
 )
 from uwm_deploy.runtime.session import Session
+from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
@@ -38,6 +40,9 @@ BATCH_CALLS = 2
 EMBED_BATCH = 16
 """Rows per forward pass of a model in PyTorch."""
 
+EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""From a batch of inputs to the outputs of a graph by name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -45,19 +50,21 @@ class Subject:
 
     Attributes:
         variant: Its name in the report.
+        precision: What its linear layers compute in.
         digests: Digest per tower of the bytes the sessions were opened from.
         sessions: Opened sessions; None when this machine cannot execute it.
         reason: Why not.
-        outputs: Output of each tower.
-        normalised: Whether its outputs have length 1 already.
+        outputs: Outputs of each tower; the embedding is the first.
+        normalised: Whether its embeddings have length 1 already.
         max_batch: Largest batch of its profile.
     """
 
     variant: str
+    precision: Precision
     digests: Mapping[str, Digest]
     sessions: Mapping[TowerName, Session] | None
     reason: str
-    outputs: Mapping[TowerName, TensorSpec]
+    outputs: Mapping[TowerName, tuple[TensorSpec, ...]]
     normalised: bool
     max_batch: int
 
@@ -83,7 +90,12 @@ def embed_model(
 
 
 def evidence_of(
-    subject: Subject, edited: LoadedModel, reference: EmbeddedSet, prepared: PreparedSet, progress: Progress
+    subject: Subject,
+    edited: LoadedModel,
+    reference: EmbeddedSet,
+    prepared: PreparedSet,
+    canaries: Mapping[TowerName, Canaries],
+    progress: Progress,
 ) -> ArtifactEvidence:
     """Executes one artifact: parity at batch 1 and at its largest batch, then the whole evaluation set.
 
@@ -92,11 +104,13 @@ def evidence_of(
         edited: The reference model, PyTorch float32.
         reference: Its embeddings.
         prepared: The evaluation set.
+        canaries: Of each edited tower.
         progress: Called as it goes on.
     """
     if subject.sessions is None:
         return ArtifactEvidence(
             variant=subject.variant,
+            precision=subject.precision,
             evidence=Evidence.NOT_RUN,
             reason=subject.reason,
             where={},
@@ -105,9 +119,10 @@ def evidence_of(
     sessions = subject.sessions
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
     measured = [
-        _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
+        part
         for name in TowerName
         for batch in sorted({1, subject.max_batch})
+        for part in _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
     ]
     embedded = embed(
         prepared,
@@ -119,11 +134,13 @@ def evidence_of(
     )
     return ArtifactEvidence(
         variant=subject.variant,
+        precision=subject.precision,
         evidence=Evidence.EXECUTED,
         reason="",
         where=dict(sessions[TowerName.IMAGE].where),
         artifact_digests=dict(subject.digests),
         parity=tuple(measured),
+        canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
         safety=safety_report(subject.variant, embedded),
         flips=flips_between(reference, embedded),
     )
@@ -131,36 +148,48 @@ def evidence_of(
 
 def _parity(
     subject: Subject, name: TowerName, tower: Tower, session: Session, rows: Inputs, batch: int
-) -> OutputParity:
-    """Runs the same inputs through both Polygraphy runners and compares row by row."""
-    output = subject.outputs[name]
+) -> list[OutputParity]:
+    """Runs the same inputs through both Polygraphy runners and compares every output row by row."""
+    outputs = [spec.name for spec in subject.outputs[name]]
     calls = SINGLE_ROWS if batch == 1 else BATCH_CALLS
     total = min(len(rows), calls * batch) if batch > 1 else min(len(rows), calls)
     feeds = [{tower.input_name: rows[i : i + batch]} for i in range(0, total, batch)]
-    reference = encode_with(tower)
-
-    def edited(inputs: np.ndarray) -> np.ndarray:
-        embeds = reference(inputs)
-        return embeds / np.linalg.norm(embeds, axis=1, keepdims=True) if subject.normalised else embeds
-
     runners = [
-        EncoderRunner("edited, PyTorch float32", edited, tower.input_name, output, rows),
-        EncoderRunner(subject.variant, session.run, tower.input_name, output, rows),
+        EncoderRunner("edited, PyTorch float32", _all_outputs(tower, subject.normalised), tower.input_name, rows),
+        EncoderRunner(subject.variant, session.run_all, tower.input_name, rows),
     ]
     with _quiet():
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
-    left, right = (
-        np.concatenate([iteration[output.name] for iteration in iterations]) for _, iterations in results.items()
-    )
-    return parity(name, output.name, batch, left, right)
+    measured = []
+    for output in outputs:
+        left, right = (
+            np.concatenate([iteration[output] for iteration in iterations]) for _, iterations in results.items()
+        )
+        flat = (left.reshape(len(left), -1), right.reshape(len(right), -1))
+        measured.append(parity(name, output, batch, *flat))
+    return measured
+
+
+def _all_outputs(tower: Tower, normalised: bool) -> EncodeAll:
+    """The tower in PyTorch float32 with the outputs of its graph."""
+    device = next(tower.graph_module().parameters()).device
+
+    @torch.inference_mode()
+    def run(inputs: np.ndarray) -> dict[str, np.ndarray]:
+        embeds, *further = tower.outputs(torch.from_numpy(np.ascontiguousarray(inputs)).to(device))
+        first = embeds / embeds.norm(dim=1, keepdim=True) if normalised else embeds
+        rows = [part.float().cpu().numpy() for part in (first, *further)]
+        return dict(zip(tower.output_names, rows, strict=True))
+
+    return run
 
 
 class EncoderRunner(BaseRunner):  # type: ignore[misc]
-    """A Polygraphy runner around any function from a batch to embeddings."""
+    """A Polygraphy runner around any function from a batch to outputs by name."""
 
-    def __init__(self, name: str, encode: Encode, input_name: str, output: TensorSpec, sample: Inputs) -> None:
+    def __init__(self, name: str, encode: EncodeAll, input_name: str, sample: Inputs) -> None:
         super().__init__(name=name)
-        self._encode, self._input, self._output, self._sample = encode, input_name, output, sample
+        self._encode, self._input, self._sample = encode, input_name, sample
 
     def activate_impl(self) -> None:
         """Nothing to do: sessions are opened and closed by their owner."""
@@ -175,7 +204,7 @@ class EncoderRunner(BaseRunner):  # type: ignore[misc]
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """Runs one batch."""
         self.inference_time = 0.0
-        return OrderedDict([(self._output.name, self._encode(feed_dict[self._input]))])
+        return OrderedDict(self._encode(feed_dict[self._input]))
 
 
 @contextlib.contextmanager

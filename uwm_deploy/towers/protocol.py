@@ -25,18 +25,21 @@ class Tower(Protocol):
         name: Which one.
         embed_dim: Size of the shared embedding space.
         input_name: Name of the graph input, ``pixel_values`` or ``input_ids``.
-        output_name: Name of the graph output, ``image_embeds`` or ``text_embeds``.
+        output_names: Names of the graph outputs; the first is ``image_embeds`` or ``text_embeds``.
         pools_at_end: Whether a caption's embedding is read at its end token, so that what follows changes nothing.
     """
 
     name: TowerName
     embed_dim: int
     input_name: str
-    output_name: str
+    output_names: tuple[str, ...]
     pools_at_end: bool
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Embeds (B, 3, H, W) float32 pixels or (B, L) ids into (B, d), projection inside, not normalised."""
+
+    def outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What `embed` gives, and after it any further output of the graph."""
 
     def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
         """Linear layers whose path in the source model matches a glob.
@@ -49,14 +52,14 @@ class Tower(Protocol):
         """(B, T) bool, the tokens that count (method.md section 2); None when all do."""
 
     def graph_module(self) -> nn.Module:
-        """Module from the one graph input to the embedding; its parameters have their names in the source model."""
+        """Module from the one graph input to the outputs; its parameters have their names in the source model."""
 
 
 ValidTokens = Callable[[Tensor], Tensor]
 
 
 class ModuleTower:
-    """A tower around a module from the graph's one input to the embedding.
+    """A tower around a module from the graph's one input to the embedding, or to a tuple that begins with it.
 
     Args:
         graph: Its parameters have their names in the source model.
@@ -64,6 +67,8 @@ class ModuleTower:
         embed_dim: Width of the result.
         valid_tokens: (B, L) ids to (B, T) bool; None when all tokens count.
         pools_at_end: See `Tower`.
+        further: Names of the outputs after the embedding.
+        reaches: Whether a layer, by name, has a part in what the tower is used for; others cannot be edited.
     """
 
     def __init__(
@@ -74,15 +79,21 @@ class ModuleTower:
         valid_tokens: ValidTokens | None = None,
         *,
         pools_at_end: bool = False,
+        further: tuple[str, ...] = (),
+        reaches: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self.name, self.embed_dim, self.pools_at_end = name, embed_dim, pools_at_end
-        self.input_name, self.output_name = INPUTS[name], OUTPUTS[name]
-        self._graph, self._valid_tokens = graph, valid_tokens
+        self.input_name, self.output_names = INPUTS[name], (OUTPUTS[name], *further)
+        self._graph, self._valid_tokens, self._reaches = graph, valid_tokens, reaches
 
     def embed(self, inputs: Tensor) -> Tensor:
         """See `Tower.embed`."""
-        result: Tensor = self._graph(inputs)
-        return result
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """See `Tower.outputs`."""
+        result: Tensor | tuple[Tensor, ...] = self._graph(inputs)
+        return (result,) if isinstance(result, Tensor) else result
 
     def graph_module(self) -> nn.Module:
         """See `Tower.graph_module`."""
@@ -90,7 +101,8 @@ class ModuleTower:
 
     def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
         """See `Tower.layers`."""
-        linear = {name: m for name, m in self._graph.named_modules() if isinstance(m, nn.Linear)}
+        modules = self._graph.named_modules()
+        linear = {name: m for name, m in modules if isinstance(m, nn.Linear) and self._reaches(name)}
         found: dict[str, nn.Linear] = {}
         for pattern in patterns:
             matches = fnmatch.filter(linear, pattern)
@@ -165,6 +177,13 @@ class LoadedModel:
     def tower(self, name: TowerName) -> Tower:
         """One tower by name."""
         return self.image if name is TowerName.IMAGE else self.text
+
+    def keep_only(self, name: TowerName) -> None:
+        """Frees the other tower, which cannot be used afterwards."""
+        kept = {id(parameter) for parameter in self.tower(name).graph_module().parameters()}
+        for parameter in self.source.parameters():
+            if id(parameter) not in kept:
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def to(self, device: str) -> None:
         """Moves all of it. The towers share the source's parameters, but hold buffers of their own."""

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,7 +68,7 @@ PRESETS = {
     ),
     # run.sh: 0.995 for both towers, alpha 0; both official scorers select hard.
     Method.GRADIENT_SAFE_CLIP: Preset(text=_SAFE_CLIP, image=_SAFE_CLIP, loss="gradient-safe-clip"),
-    # Ablations (field 1.6): alpha -1, hard; the official classes keep the method's share and the text tower's |W|.
+    # Ablations (field 1.6): alpha -1, hard, and the text tower keeps its |W|. No share was published; it is the method's.
     Method.UNSAFE_ONLY: Preset(text=_UWM_HARD, image=_UWM_HARD, pairing=Pairing.UNSAFE_ONLY),
     Method.RATIO_HARD: Preset(text=_UWM_HARD, image=_UWM_HARD, pairing=Pairing.MEAN_OF_RATIOS),
     Method.DIFFERENCE: Preset(text=_UWM_HARD, image=_UWM_HARD, pairing=Pairing.DIFFERENCE, signed=True),
@@ -75,6 +77,15 @@ PRESETS = {
     Method.NONE: Preset(text=_NOTHING, image=_NOTHING),
 }
 """Preset of every method."""
+
+_UWM_AND_ABLATIONS = {
+    Method.UWM,
+    Method.UNSAFE_ONLY,
+    Method.RATIO_HARD,
+    Method.DIFFERENCE,
+    Method.RATIO_OF_MEANS,
+}
+"""An ablation changes one thing: among these, a recipe's keep_mass and factor stay."""
 
 _GRADIENT_BATCH = {
     "coca": {TowerName.TEXT: 128, TowerName.IMAGE: 32},
@@ -115,19 +126,22 @@ def with_method(
     keep_mass: float | None = None,
     factor: float | None = None,
     per_concept: bool = False,
+    chosen_towers: Collection[TowerName] = (),
 ) -> EditSpecs:
     """What is edited when the user asks for a method.
 
     Args:
         edits: The recipe's.
-        method: Another one than the recipe's brings its own settings; None is the recipe's.
+        method: Another one than the recipe's brings its own settings; None is the recipe's. Between `uwm` and its
+            ablations only the selection changes.
         selection: Instead of the method's, both towers.
         keep_mass: Instead of the method's, both towers.
         factor: Instead of the method's, both towers.
         per_concept: One score per concept, selections united.
+        chosen_towers: Towers that are edited; none leaves it to the recipe.
 
     Raises:
-        InputError: If settings are given for the method that edits nothing.
+        InputError: If settings are given for the method that edits nothing, or one is out of its range.
     """
     chosen = method or edits.method
     given: dict[str, Any] = {"selection": selection, "keep_mass": keep_mass, "factor": factor}
@@ -135,9 +149,29 @@ def with_method(
     if chosen is Method.NONE and (given or per_concept):
         option = next(iter(given), "per_concept").replace("_", "-")
         raise InputError(f"method none edits nothing, so --{option} has no effect", fix="leave the option out")
-    towers = {}
-    for tower in TowerName:
-        own = {} if chosen is edits.method else dataclasses.asdict(PRESETS[chosen].of(tower))
-        towers[tower.value] = dataclasses.replace(edits.of(tower), **(own | given))
+    if keep_mass is not None and not 0.0 < keep_mass < 1.0:
+        raise InputError(f"--keep-mass is {keep_mass}", fix="use a share between 0 and 1")
+    if factor is not None and not math.isfinite(factor):
+        raise InputError(f"--factor is {factor}", fix="use a number, such as -1 or 0")
+    towers = {
+        tower.value: dataclasses.replace(edits.of(tower), **(_brought(chosen, edits.method, tower) | given))
+        for tower in TowerName
+    }
     wanted = per_concept or (edits.per_concept and chosen is not Method.NONE)
-    return EditSpecs(text=towers["text"], image=towers["image"], method=chosen, per_concept=wanted)
+    return EditSpecs(
+        text=towers["text"],
+        image=towers["image"],
+        method=chosen,
+        per_concept=wanted,
+        towers=tuple(t for t in (TowerName.TEXT, TowerName.IMAGE) if t in (chosen_towers or edits.towers)),
+    )
+
+
+def _brought(chosen: Method, recipe: Method, tower: TowerName) -> dict[str, Any]:
+    """Settings of one tower that a method brings instead of those of a recipe for another method."""
+    if chosen is recipe:
+        return {}
+    setting = PRESETS[chosen].of(tower)
+    if {chosen, recipe} <= _UWM_AND_ABLATIONS:
+        return {"selection": setting.selection}
+    return dataclasses.asdict(setting)

@@ -1,0 +1,336 @@
+"""Lower precision: the edit, the names and the decisions survive it, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from tests.onnx.conftest import Exported
+from uwm_deploy.datasets.embedding import PreparedSet
+from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
+from uwm_deploy.graphs.achieved import achieved_precision, low_share
+from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered
+from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
+from uwm_deploy.graphs.write import weightless, write_graph
+from uwm_deploy.recipe import AutoSpec
+from uwm_deploy.records import OnnxArtifact, Precision, Profile, Target, TowerName
+from uwm_deploy.runtime.session import open_engine
+from uwm_deploy.safeground.canaries import Canaries, choose, ratios
+from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert import Ranges, converted, embed_with, lower, ranges_of
+from uwm_deploy.stages.search import Source, search
+
+LOW = (Precision.FP16, Precision.INT8, Precision.FP8)
+PROFILE = Profile(min=1, opt=2, max=4)
+
+
+def rows(exported: Exported, count: int, seed: int = 0) -> np.ndarray:
+    return exported.case.inputs(count, seed).numpy()
+
+
+def ranges_for(exported: Exported, folder: Path) -> Ranges:
+    batches = {"safe": [rows(exported, 8, 1), rows(exported, 8, 2)], "unsafe": [rows(exported, 8, 3)]}
+    return ranges_of(exported.folder / exported.artifact.file, batches, folder)
+
+
+def convert(exported: Exported, folder: Path, precision: Precision, **changes: object) -> OnnxArtifact:
+    folder.mkdir(exist_ok=True)
+    options = {
+        "asked": precision, "lowered": precision, "patterns": (), "layers": (), "canaries": None,
+        "ranges": ranges_for(exported, folder) if precision in (Precision.INT8, Precision.FP8) else None,
+        "edits": exported.case.edits, "patch": exported.case.patch, **changes,
+    }  # fmt: skip
+    asked = options.pop("asked")
+    return converted(exported.artifact, exported.folder, folder, precision=asked, **options)  # type: ignore[arg-type]
+
+
+def reference(exported: Exported, count: int) -> np.ndarray:
+    path = exported.folder / exported.artifact.file
+    return embed_with(exported.artifact, path, Precision.FP32, [rows(exported, count)])
+
+
+@pytest.mark.parametrize("precision", [*LOW, Precision.BF16])
+def test_graph_is_valid_keeps_names_and_holds_the_edit(
+    exported: Exported, tmp_path: Path, precision: Precision
+) -> None:
+    """Every weight keeps its name; the checker passes it; its precision is read back; in and out stay float32."""
+    graph = convert(exported, tmp_path / "out", precision)
+    path = tmp_path / "out" / graph.file
+    onnx.checker.check_model(str(path), full_check=True)
+    names = {i.name for i in onnx.load(path).graph.initializer}
+    assert {name for name, _ in exported.case.tower.graph_module().named_parameters()} <= names
+    assert graph.fingerprint.layers == len(exported.case.edits)
+    assert graph.conversion is not None
+    assert low_share(graph.conversion.achieved, precision.value) == 1
+    assert (graph.inputs, graph.outputs) == (exported.artifact.inputs, exported.artifact.outputs)
+    proto = onnx.load(path)
+    kinds = {v.type.tensor_type.elem_type for v in proto.graph.output}
+    assert kinds == {onnx.TensorProto.FLOAT}
+    assert convert(exported, tmp_path / "again", precision).digest == graph.digest
+
+
+@pytest.mark.parametrize(
+    ("precision", "cosine"), [(Precision.FP16, 0.99999), (Precision.INT8, 0.97), (Precision.FP8, 0.97)]
+)
+def test_embeddings_stay_near(exported: Exported, tmp_path: Path, precision: Precision, cosine: float) -> None:
+    """ONNX Runtime executes it, at any batch, near the float32 graph but not equal to it."""
+    graph = convert(exported, tmp_path, precision)
+    found = embed_with(graph, tmp_path / graph.file, precision, [rows(exported, 5)])
+    wanted = reference(exported, 5)
+    assert (found * wanted).sum(1).min() > cosine
+    assert not np.array_equal(found, wanted)
+
+
+def test_islands_stay_in_float32(exported: Exported, tmp_path: Path) -> None:
+    """Patterns over layers and operators, and layers by name."""
+    layer = exported.case.edits[0].name
+    model, _ = lower(exported.folder / exported.artifact.file, Precision.FP16, ("LayerNormalization",), {layer}, None)
+    achieved = achieved_precision(model)
+    assert set(achieved["layer norm"]) == {"fp32"}
+    assert achieved["linear"]["fp32"] == 1
+    weights = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert weights[f"{layer}.weight"] == ir.DataType.FLOAT
+    with pytest.raises(InputError, match="matches no layer"):
+        lower(exported.folder / exported.artifact.file, Precision.FP16, ("*.no_such",), (), None)
+
+
+def test_a_precision_that_is_not_achieved_is_an_error(exported: Exported, tmp_path: Path) -> None:
+    """Asking for fp16 and keeping everything in float32 is not fp16."""
+    with pytest.raises(InputError, match="no linear layer"):
+        convert(exported, tmp_path, Precision.FP16, patterns=("MatMul", "Gemm"))
+
+
+def test_scales_of_weights_do_not_move_with_the_edit() -> None:
+    """Negation changes no largest absolute value, so an edited engine has the scales of the unedited one."""
+    weight = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    edited = weight.copy()
+    edited.flat[::3] *= -1
+    for kind in ("int8", "fp8"):
+        before, after = weight_scale(weight, 1, kind), weight_scale(edited, 1, kind)  # type: ignore[arg-type]
+        assert np.array_equal(before, after)
+        signs = rounded_weight(edited, after, 1, kind).astype(np.float32)  # type: ignore[arg-type]
+        assert not (np.sign(signs) * np.sign(edited) < 0).any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_lost_edit_is_seen_in_any_type(exported: Exported, dtype: str) -> None:
+    """The unedited weight in lower precision is a mismatch, transposed or not; zeros are counted."""
+    edits, patches = exported.case.edits, exported.case.patch.layers
+    source = {f"{e.name}.weight": exported.case.weights()[e.name].numpy() for e in edits}
+    unedited = {}
+    for edit in edits:
+        weight = source[f"{edit.name}.weight"].copy()
+        weight.flat[patches[edit.name].indices.numpy()] *= -1
+        scale = np.abs(weight).max() / 127
+        unedited[f"{edit.name}.weight"] = (
+            weight.astype(dtype) if dtype == "float16" else np.rint(weight / scale).astype(dtype).T
+        )
+    lost, _ = fingerprint_of_lowered(source, unedited, edits, patches)
+    assert len(lost.mismatches) == len(edits)
+    zero = {name: np.zeros(array.shape, np.int8) for name, array in source.items()}
+    found, zeroed = fingerprint_of_lowered(source, zero, edits, patches)
+    assert (found.entries, zeroed) == (0, sum(edit.selected for edit in edits))
+    assert fingerprint_of_lowered(source, {}, edits, patches)[0].mismatches
+
+
+def test_ranges_come_from_both_classes(exported: Exported, tmp_path: Path) -> None:
+    """Safe inputs alone are refused, and so are held-out unsafe inputs that lie far outside; coverage says how far."""
+    source = exported.folder / exported.artifact.file
+    with pytest.raises(ContractError, match="inputs only"):
+        ranges_of(source, {"safe": [rows(exported, 8)]}, tmp_path)
+    with pytest.raises(ContractError, match="too few"):
+        ranges_of(source, {"safe": [rows(exported, 8)], "unsafe": [rows(exported, 2)]}, tmp_path)
+    found = ranges_for(exported, tmp_path)
+    assert set(found.coverage) == {"safe", "unsafe"}
+    assert found.coverage["safe"].n == 4
+    assert 0 < found.coverage["unsafe"].inside <= 1
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_unsafe_inputs_outside_the_range_are_refused(tmp_path: Path) -> None:
+    """A held-out unsafe input that is far larger than all others would be cut off."""
+    weight = onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "fc.weight")
+    node = onnx.helper.make_node("MatMul", ["x", "fc.weight"], ["y"], name="fc")
+    shape = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 4]) for n in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "g", shape[:1], shape[1:], [weight])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "g.onnx")
+    plain, loud = np.ones((8, 4), np.float32), np.ones((8, 4), np.float32)
+    loud[3] *= 10
+    found = ranges_of(tmp_path / "g.onnx", {"safe": [loud], "unsafe": [plain]}, tmp_path)
+    assert (found.largest["x"], found.coverage["safe"].worst, found.coverage["safe"].inside) == (10.0, 10.0, 0.5)
+    with pytest.raises(ContractError, match="unsafe inputs reach 10"):
+        ranges_of(tmp_path / "g.onnx", {"safe": [plain], "unsafe": [loud]}, tmp_path)
+
+
+def test_a_weight_beyond_half_precision_is_refused(exported: Exported, tmp_path: Path) -> None:
+    """Masks are clamped; a weight that does not fit would become infinity."""
+    model = ir.load(exported.folder / exported.artifact.file)
+    name = f"{exported.case.edits[0].name}.weight"
+    value = model.graph.initializers[name]
+    assert value.const_value is not None
+    weight = np.array(value.const_value.numpy())
+    weight[0, 0] = 1e6
+    value.const_value = ir.tensor(weight, name=name)
+    write_graph(model, tmp_path / "loud.onnx")
+    with pytest.raises(ContractError, match="outside the range"):
+        lower(tmp_path / "loud.onnx", Precision.FP16, (), (), None)
+    lowered, _ = lower(tmp_path / "loud.onnx", Precision.BF16, (), (), None)
+    assert low_share(achieved_precision(lowered), "bf16") == 1
+
+
+def test_canaries_tell_the_edited_from_the_original_model(exported: Exported, tmp_path: Path) -> None:
+    """A conversion nearer to the original than to the edited model is refused before anything is compiled."""
+    inputs = rows(exported, 8)
+    edited = reference(exported, 8)
+    rng = np.random.default_rng(0)
+    original = edited + 0.5 * rng.normal(size=edited.shape).astype(np.float32)
+    good = Canaries(inputs, original, edited)
+    graph = convert(exported, tmp_path / "good", Precision.INT8, canaries=good)
+    assert graph.conversion is not None
+    assert graph.conversion.canary_ratio_max is not None
+    assert graph.conversion.canary_ratio_max < 0.5
+    assert graph.conversion.canaries == 8
+    with pytest.raises(ContractError, match="worst canary"):
+        convert(exported, tmp_path / "bad", Precision.INT8, canaries=Canaries(inputs, edited, original))
+
+
+def test_canaries_are_chosen_where_the_models_differ() -> None:
+    """Largest distance first; rows without any are no canaries; broken rows are never near."""
+    original = np.eye(4, dtype=np.float32)
+    edited = original.copy()
+    edited[1], edited[2] = [0.6, 0.8, 0, 0], [0, 0.1, 1, 0]
+    assert choose(original, edited).tolist() == [1, 2]
+    rows_ = np.array([1, 2])
+    assert ratios(edited[rows_], original[rows_], edited[rows_]).tolist() == [0, 0]
+    assert np.isinf(ratios(original[rows_], original[rows_], edited[rows_])).all()
+    assert np.isinf(ratios(np.full((2, 4), np.nan), original[rows_], edited[rows_])).all()
+    with pytest.raises(DataError, match="does not tell"):
+        ratios(edited, original, edited)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8])
+def test_tensorrt_rtx_builds_every_precision(exported: Exported, tmp_path: Path, precision: Precision) -> None:
+    """Ahead of time, on a machine without a GPU; the types of the parsed network are read back; bytes repeat."""
+    pytest.importorskip("tensorrt_rtx")
+    graph = convert(exported, tmp_path / "graphs", precision)
+    digests = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        engine = engine_from_onnx(
+            graph, tmp_path / "graphs", Target.TENSORRT_RTX, PROFILE, exported.case.edits, tmp_path / name
+        )
+        assert engine.variant == f"tensorrt-rtx-{precision.value}"
+        assert engine.precision == precision
+        assert engine.onnx_digest == graph.digest != exported.artifact.digest
+        digests.add(engine.digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_onnx_runtime_engine_of_every_precision(exported: Exported, tmp_path: Path, precision: Precision) -> None:
+    """What is shipped is what is measured; the edited weights are found bit for bit in the optimised graph."""
+    graph = convert(exported, tmp_path / "graphs", precision)
+    (tmp_path / "engine").mkdir()
+    engine = engine_from_onnx(
+        graph, tmp_path / "graphs", Target.ONNXRUNTIME, PROFILE, exported.case.edits, tmp_path / "engine"
+    )
+    session = open_engine(engine, (tmp_path / "engine" / engine.file).read_bytes(), {}, device="cpu")
+    found, wanted = session.run(rows(exported, 5)), reference(exported, 5)
+    assert (found * wanted).sum(1).min() > 0.98
+    if precision is Precision.INT8:
+        kinds = [n.op_type for n in onnx.load(tmp_path / "engine" / engine.file).graph.node]
+        assert "MatMulIntegerToFloat" in kinds
+        assert engine.settings["edited_layers"] == str(len(exported.case.edits))
+
+
+def test_onnx_runtime_has_no_bfloat16(exported: Exported, tmp_path: Path) -> None:
+    """Said before anything is written, and not found out by a crash."""
+    graph = convert(exported, tmp_path, Precision.BF16)
+    with pytest.raises(PrerequisiteError, match="bfloat16"):
+        engine_from_onnx(graph, tmp_path, Target.ONNXRUNTIME, PROFILE, exported.case.edits, tmp_path)
+
+
+def test_streamed_file_is_an_ordinary_onnx_file(exported: Exported, tmp_path: Path) -> None:
+    """The same tensors and nodes as the usual writer's, the same bytes each time, and one graph message."""
+    model = ir.load(exported.folder / exported.artifact.file)
+    write_graph(model, tmp_path / "ours.onnx")
+    write_graph(model, tmp_path / "again.onnx")
+    ir.save(model, tmp_path / "usual.onnx")
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "again.onnx").read_bytes()
+    ours, usual = onnx.load(tmp_path / "ours.onnx"), onnx.load(tmp_path / "usual.onnx")
+    assert ours.graph.node == usual.graph.node
+    assert {i.name: i.SerializeToString() for i in ours.graph.initializer} == {
+        i.name: i.SerializeToString() for i in usual.graph.initializer
+    }
+    assert ours.ByteSize() == (tmp_path / "ours.onnx").stat().st_size
+    assert len(weightless(model).SerializeToString()) < (tmp_path / "ours.onnx").stat().st_size / 3
+    ort.InferenceSession(str(tmp_path / "ours.onnx"), providers=["CPUExecutionProvider"])
+
+
+def prepared(parts: dict[TowerName, Exported], count: int) -> PreparedSet:
+    image, text = parts[TowerName.IMAGE], parts[TowerName.TEXT]
+    return PreparedSet(
+        ids=tuple(map(str, range(count))), concepts=("c",) * count, zero_shot={},
+        safe_pixels=rows(image, count, 1), unsafe_pixels=rows(image, count, 2),
+        safe_ids=rows(text, count, 1), unsafe_ids=rows(text, count, 2),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[TowerName, Exported]:
+    from tests.onnx.conftest import make_edited
+
+    parts = {}
+    for name in TowerName:
+        folder = tmp_path_factory.mktemp(name.value)
+        case = make_edited(name)
+        parts[name] = Exported(case, case.export(folder), folder)
+    return parts
+
+
+@pytest.mark.parametrize("flips", [0.5, 100.0])
+def test_auto_returns_only_what_decisions_depend_on(
+    both: dict[TowerName, Exported], tmp_path: Path, flips: float
+) -> None:
+    """The plan keeps the budget on what it was measured on; with a budget that allows everything it keeps nothing."""
+    sources = {
+        name: Source(part.artifact, part.folder / part.artifact.file, ranges_for(part, tmp_path))
+        for name, part in both.items()
+    }
+    spec = AutoSpec(lowest=Precision.INT8, flips=flips, items=200)
+    plan = search(sources, prepared(both, 200), spec, (), tmp_path, lambda *_: None)
+    assert plan.flips <= plan.limit <= flips
+    assert plan.n == 200
+    layers = {name: set(linear_layers(ir.load(source.path))) for name, source in sources.items()}
+    assert {(layer.tower, layer.name) for layer in plan.layers} == {
+        (t, n) for t, names in layers.items() for n in names
+    }
+    assert all(layer.sensitivity > 0 for layer in plan.layers)
+    kept = sum(len(names) for names in plan.kept.values())
+    assert kept == sum(layer.kept for layer in plan.layers)
+    assert plan.steps[0].what == "all lowered"
+    assert plan.steps[-1].flips == plan.flips
+    if flips == 100.0:
+        assert (kept, plan.low_share) == (0, 1.0)
+    else:
+        assert plan.steps[0].flips > plan.limit
+        assert kept > 0
+        assert plan.low_share < 1
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_auto_kept_layers_stand_in_the_record(both: dict[TowerName, Exported], tmp_path: Path) -> None:
+    """The graph of a plan has exactly the plan's layers in float32."""
+    part = both[TowerName.IMAGE]
+    kept = (part.case.edits[0].name,)
+    graph = convert(part, tmp_path, Precision.INT8, asked=Precision.AUTO, layers=kept)
+    assert graph.conversion is not None
+    assert graph.conversion.kept == kept
+    assert graph.conversion.achieved["linear"]["fp32"] == 1

@@ -1,0 +1,70 @@
+"""Which precision the parts of a graph really have; asked of the graph, not of whoever made it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from uwm_deploy.graphs.layers import LINEAR
+
+_NAMES = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+}
+_CLASSES = {"Conv": "convolution", "LayerNormalization": "layer norm", "Softmax": "softmax", "Attention": "attention"}
+
+
+def achieved_precision(model: ir.Model) -> dict[str, dict[str, int]]:
+    """Class of operator (convolution, linear, attention, layer norm, softmax) to precision to number of nodes.
+
+    A linear layer is 8-bit when both of its factors come from a DequantizeLinear.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for node in model.graph:
+        if node.op_type in LINEAR:
+            kind = "linear" if _has_weight(node) else "attention"
+            counts[kind][_linear_precision(node)] += 1
+        elif node.op_type in _CLASSES:
+            counts[_CLASSES[node.op_type]][_name(node.outputs[0])] += 1
+    return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}
+
+
+def low_share(achieved: Mapping[str, Mapping[str, int]], precision: str) -> float:
+    """Share of the linear layers that have a precision."""
+    linear = achieved.get("linear", {})
+    return linear.get(precision, 0) / total if (total := sum(linear.values())) else 0.0
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return value.producer() if value is not None else None
+
+
+def _has_weight(node: ir.Node) -> bool:
+    """Whether the second factor is a weight, through whatever turns it or brings it back from 8 bits."""
+    value = node.inputs[1]
+    while value is not None and not value.is_initializer():
+        before = value.producer()
+        if before is None or before.op_type not in ("Transpose", "DequantizeLinear", "Cast"):
+            return False
+        value = before.inputs[0]
+    return value is not None
+
+
+def _linear_precision(node: ir.Node) -> str:
+    sources = [_producer(node, index) for index in (0, 1)]
+    if all(source is not None and source.op_type == "DequantizeLinear" for source in sources):
+        source = sources[1]
+        assert source is not None
+        assert source.inputs[0] is not None
+        return _name(source.inputs[0])
+    return _name(node.outputs[0])
+
+
+def _name(value: ir.Value) -> str:
+    return _NAMES.get(value.dtype, str(value.dtype)) if value.dtype is not None else "unknown"

@@ -1,0 +1,98 @@
+"""The parts of a graph that a precision plan names: its linear layers by their weight, everything else by operator."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from uwm_deploy.errors import InputError
+
+LINEAR = ("MatMul", "Gemm")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A multiplication by a weight.
+
+    Attributes:
+        name: Module path in the source model: the weight's name without its last part.
+        node: The multiplication.
+        weight: The initialiser.
+        transpose: Node between the weight and the multiplication; None when there is none.
+        transposed: Whether the weight, as it lies in the file, is (out, in).
+    """
+
+    name: str
+    node: ir.Node
+    weight: ir.Value
+    transpose: ir.Node | None
+    transposed: bool
+
+
+def linear_layers(model: ir.Model) -> dict[str, LinearLayer]:
+    """Linear layers in the order they run, by name; a weight that is used twice is numbered from its second use on."""
+    found: dict[str, LinearLayer] = {}
+    for node in model.graph:
+        if node.op_type not in LINEAR or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        weight, transpose = node.inputs[1], None
+        before = weight.producer()
+        if before is not None and before.op_type == "Transpose" and before.inputs[0] is not None:
+            weight, transpose = before.inputs[0], before
+        if not weight.is_initializer() or weight.const_value is None or len(weight.const_value.shape) != 2:
+            continue
+        name = (weight.name or "").rpartition(".")[0] or (weight.name or "")
+        again = sum(layer.weight is weight for layer in found.values())
+        by_gemm = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        found[f"{name}#{again + 1}" if again else name] = LinearLayer(
+            name, node, weight, transpose, transposed=(transpose is not None) != by_gemm
+        )
+    return found
+
+
+def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
+    """Nodes that a plan's patterns name: globs over layer names, node names and operator types.
+
+    With a multiplication goes what turns its weight, which would be rounded on the way otherwise; a layer's name takes
+    whatever adds its bias, too.
+
+    Raises:
+        InputError: If a pattern matches nothing.
+    """
+    names: list[tuple[str, ir.Node]] = [(layer, part.node) for layer, part in linear_layers(model).items()]
+    names += [(text, node) for node in model.graph for text in (node.name or "", node.op_type)]
+    names += [(value.name.rpartition(".")[0], node) for node in model.graph for value in _weights(node) if value.name]
+    chosen: set[ir.Node] = set()
+    for pattern in patterns:
+        matches = {node for text, node in names if text and fnmatch.fnmatchcase(text, pattern)}
+        if not matches:
+            raise InputError(
+                f"pattern {pattern!r} matches no layer, node or operator of the graph",
+                fix="`uwm-deploy inspect` lists the layers of a graph",
+            )
+        chosen |= matches
+    turns = {
+        part.transpose for part in linear_layers(model).values() if part.node in chosen and part.transpose is not None
+    }
+    return chosen | turns
+
+
+def _weights(node: ir.Node) -> Iterable[ir.Value]:
+    return (value for value in node.inputs if value is not None and value.is_initializer())
+
+
+def after_the_last_layer(model: ir.Model) -> set[ir.Node]:
+    """Nodes between the last linear layer before the embedding and the embedding: its normalisation."""
+    linear = {layer.node for layer in linear_layers(model).values()}
+    waiting = [model.graph.outputs[0].producer()]
+    found: set[ir.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found or node in linear:
+            continue
+        found.add(node)
+        waiting += [value.producer() for value in node.inputs if value is not None]
+    return found

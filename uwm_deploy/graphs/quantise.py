@@ -1,0 +1,137 @@
+"""Explicit quantisation of linear layers: Q/DQ pairs around the input, a DQ behind an 8-bit weight of the same name.
+
+Symmetric throughout, which is what TensorRT takes: INT8 with a scale per output channel of the weight and per tensor of the
+activation, FP8 (E4M3) with one scale per tensor. Scales of weights come from their largest absolute values, so negating
+entries does not move them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.layers import LinearLayer, linear_layers
+
+Kind = Literal["int8", "fp8"]
+_TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+_NUMPY = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+_SMALLEST_SCALE = 1e-12
+"""A channel of zeros has no scale of its own."""
+
+
+def input_names(model: ir.Model, layers: Set[str]) -> dict[str, str]:
+    """Name of the activation that enters each of the layers."""
+    return {name: _input_of(layer).name or "" for name, layer in linear_layers(model).items() if name in layers}
+
+
+def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: Kind) -> None:
+    """Quantises layers in place; all others stay as they are.
+
+    Args:
+        model: Float32 graph.
+        layers: Names, as `linear_layers` gives them.
+        largest: Activation by name to its largest absolute value on calibration inputs.
+        kind: 8-bit type.
+
+    Raises:
+        ContractError: If an activation has no range, or a weight is used by another node as well.
+    """
+    found = linear_layers(model)
+    if unknown := sorted(layers - set(found)):
+        raise ContractError(f"the graph has no linear layer {unknown[0]}", fix="quantise the graph this plan is for")
+    shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+    for name in [name for name in found if name in layers]:
+        layer = found[name]
+        entering = _input_of(layer)
+        if entering not in shared:
+            if not np.isfinite(bound := largest.get(entering.name or "", np.nan)):
+                raise ContractError(f"activation {entering.name} has no range", fix="calibrate on this graph")
+            shared[entering] = _quantised_activation(model, entering, bound, kind)
+        _quantise_weight(model, layer, kind)
+        back = ir.node("DequantizeLinear", shared[entering], name=f"dequantise_for_{layer.node.name}")
+        result = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with a DQ of its own
+        result.name, result.dtype, result.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
+        model.graph.insert_before(layer.node, back)
+        layer.node.replace_input_with(0, result)
+
+
+def _input_of(layer: LinearLayer) -> ir.Value:
+    value = layer.node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _quantised_activation(
+    model: ir.Model, value: ir.Value, bound: float, kind: Kind
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Q behind a value: what it gives, its scale and its zero point."""
+    scale = _initialiser(
+        model, f"{value.name}.scale", np.asarray(max(bound / LARGEST[kind], _SMALLEST_SCALE), np.float32)
+    )
+    zero = _initialiser(model, f"{value.name}.zero_point", np.zeros((), _NUMPY[kind]), _TYPE[kind])
+    quantise = ir.node("QuantizeLinear", [value, scale, zero], name=f"quantise_{value.name}")
+    quantised = quantise.outputs[0]
+    quantised.name, quantised.dtype, quantised.shape = f"{value.name}.quantised", _TYPE[kind], value.shape
+    before = value.producer()
+    if before is None:
+        model.graph.insert_before(model.graph[0], quantise)
+    else:
+        model.graph.insert_after(before, quantise)
+    return quantised, scale, zero
+
+
+def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: Kind) -> None:
+    """8-bit weight in the orientation of the multiplication, under its own name, and a DQ behind it."""
+    users = {node for node, _ in layer.weight.uses()}
+    if len(users) > 1:
+        raise ContractError(f"weight {layer.weight.name} is used by {len(users)} nodes", fix="leave its layer out")
+    assert layer.weight.const_value is not None
+    weight = np.asarray(layer.weight.const_value.numpy(), dtype=np.float32)
+    if layer.transpose is not None:
+        weight = np.ascontiguousarray(weight.T)
+    axis = 0 if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transB", 0) == 1 else 1
+    scale = weight_scale(weight, axis, kind)
+    rounded = rounded_weight(weight, scale, axis, kind)
+    value = layer.weight
+    value.const_value = ir.tensor(rounded, dtype=_TYPE[kind], name=value.name)
+    value.dtype, value.shape = _TYPE[kind], ir.Shape(rounded.shape)
+    scale_value = _initialiser(model, f"{value.name}.scale", scale)
+    zero = _initialiser(model, f"{value.name}.zero_point", np.zeros(scale.shape, _NUMPY[kind]), _TYPE[kind])
+    attributes = {"axis": axis} if scale.ndim else {}
+    node = ir.node("DequantizeLinear", [value, scale_value, zero], attributes, name=f"dequantise_{value.name}")
+    output = node.outputs[0]
+    output.name, output.dtype, output.shape = f"{value.name}.dequantised", ir.DataType.FLOAT, value.shape
+    model.graph.insert_before(layer.node, node)
+    layer.node.replace_input_with(1, output)
+    if layer.transpose is not None:
+        model.graph.remove(layer.transpose, safe=True)
+
+
+def weight_scale(weight: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
+    """Float32 scales of a (rows, columns) weight: one per output channel along `axis` for INT8, one for FP8."""
+    largest = np.abs(weight).max(axis=1 - axis) if kind == "int8" else np.abs(weight).max()
+    scale: np.ndarray = np.maximum(
+        np.asarray(largest, np.float32) / np.float32(LARGEST[kind]), np.float32(_SMALLEST_SCALE)
+    )
+    return scale
+
+
+def rounded_weight(weight: np.ndarray, scale: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
+    """The weight in 8 bits."""
+    along = np.expand_dims(scale, 1 - axis) if scale.ndim else scale
+    scaled = np.clip(weight / along, -LARGEST[kind], LARGEST[kind])
+    rounded: np.ndarray = (np.rint(scaled) if kind == "int8" else scaled).astype(_NUMPY[kind])
+    return rounded
+
+
+def _initialiser(model: ir.Model, name: str, array: np.ndarray, kind: ir.DataType | None = None) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), dtype=kind, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value

@@ -1,0 +1,89 @@
+"""How large the activations of a graph become, sample by sample, on inputs that a user calibrates with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.write import INLINE_BYTES, write_graph
+
+
+def activation_maxima(
+    source: Path, names: Sequence[str], batches: Iterable[np.ndarray], folder: Path
+) -> dict[str, np.ndarray]:
+    """Largest absolute value of activations, per sample.
+
+    The maxima are taken inside the graph, so memory does not grow with the activations that are watched.
+
+    Args:
+        source: Float32 ONNX file.
+        names: Activations; their first axis is the batch.
+        batches: Inputs, (b, ...) each.
+        folder: For a temporary file.
+
+    Returns:
+        Name to (n,) float32.
+
+    Raises:
+        ContractError: If an activation is not in the graph, or a maximum is not finite.
+    """
+    import onnxruntime as ort
+
+    model = ir.load(source)
+    wanted = list(dict.fromkeys(names))
+    _watch(model, wanted)
+    path = folder / f".tmp-watched-{source.name}"
+    external = f"{path.name}.data" if sum(v.const_value.nbytes for v in _weights(model)) > INLINE_BYTES else ""
+    write_graph(model, path, external)
+    try:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    finally:
+        for name in filter(None, (path.name, external)):
+            (folder / name).unlink()
+    outputs = [_output_name(name) for name in wanted]
+    rows = [session.run(outputs, {model.graph.inputs[0].name: batch}) for batch in batches]
+    if not rows:
+        raise ContractError("no input reached the graph, so its activations have no range", fix="use a larger set")
+    maxima = {name: np.concatenate(parts) for name, parts in zip(wanted, zip(*rows, strict=True), strict=True)}
+    for name, values in maxima.items():
+        if not np.isfinite(values).all():
+            raise ContractError(f"activation {name} is not finite", fix="mend the model or the inputs")
+    return maxima
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.initializers.values() if value.const_value is not None]
+
+
+def _output_name(name: str) -> str:
+    return f"{name}.maximum"
+
+
+def _watch(model: ir.Model, names: Sequence[str]) -> None:
+    """The only outputs are the maxima of the named activations."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values |= {value.name: value for value in model.graph.inputs}
+    model.graph.outputs.clear()
+    for name in names:
+        value = values.get(name)
+        if value is None or value.shape is None or len(value.shape) < 2:
+            raise ContractError(f"the graph has no activation {name} with a batch", fix="export it again")
+        axes = ir.Value(
+            name=f"{name}.axes", const_value=ir.tensor(np.arange(1, len(value.shape)), dtype=ir.DataType.INT64)
+        )
+        axes.dtype, axes.shape = ir.DataType.INT64, ir.Shape([len(value.shape) - 1])
+        model.graph.register_initializer(axes)
+        absolute = ir.node("Abs", [value])
+        absolute.outputs[0].name = f"{name}.absolute"
+        largest = ir.node("ReduceMax", [absolute.outputs[0], axes], {"keepdims": 0})
+        output = largest.outputs[0]
+        output.name, output.dtype, output.shape = _output_name(name), ir.DataType.FLOAT, ir.Shape(["batch"])
+        model.graph.extend([absolute, largest])
+        model.graph.outputs.append(output)

@@ -1,0 +1,74 @@
+"""Differential canaries: inputs where the edited and the original model differ most, which an artifact must not confuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from uwm_deploy.errors import DataError
+
+CANARIES = 16
+"""Inputs per tower."""
+
+RATIO_LIMIT = 0.5
+"""Distance to the edited model divided by distance to the original one; above it the artifact may be the wrong model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canaries:
+    """Canaries of one tower.
+
+    Attributes:
+        inputs: (n, ...) preprocessed inputs.
+        original: (n, d) embeddings of the unedited model.
+        edited: (n, d) of the edited one.
+    """
+
+    inputs: np.ndarray
+    original: np.ndarray
+    edited: np.ndarray
+
+    def worst(self, found: np.ndarray) -> float:
+        """Largest of the `ratios` of an artifact's embeddings."""
+        return float(ratios(found, self.original, self.edited).max())
+
+
+def choose(original: np.ndarray, edited: np.ndarray, count: int = CANARIES) -> np.ndarray:
+    """Rows, at most `count`, in which two models differ most.
+
+    Args:
+        original: (n, d) embeddings of the unedited model.
+        edited: (n, d) of the edited one.
+    """
+    distance = _distance(original, edited)
+    order = np.argsort(-distance, kind="stable")[:count]
+    return order[distance[order] > 0]
+
+
+def ratios(found: np.ndarray, original: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    """Distance of each row to the edited model divided by its distance to the original one, (n,); infinite at the original.
+
+    Raises:
+        DataError: If the shapes differ, or the two models do not differ in a row.
+    """
+    if not found.shape == original.shape == edited.shape:
+        raise DataError(f"canaries have shapes {found.shape}, {original.shape}, {edited.shape}", fix="build again")
+    if not len(found) or bool((_distance(original, edited) == 0).any()):
+        raise DataError("a canary does not tell the two models apart", fix="build again")
+    to_edited, to_original = _distance(found, edited), _distance(found, original)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = np.where(to_original > 0, to_edited / to_original, np.inf)
+    return np.where(np.isfinite(found).all(axis=1), quotient, np.inf)
+
+
+def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Distance of unit vectors; a row with NaN or without length is far from everything."""
+    distance: np.ndarray = np.nan_to_num(np.linalg.norm(_unit(left) - _unit(right), axis=1), nan=np.inf)
+    return distance
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: np.ndarray = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return result

@@ -1,0 +1,201 @@
+"""The vision tower of LLaVA-1.5: CLIP's, whose patch features at an earlier layer are what the language model sees.
+
+LLaVA has no text tower, so SafeGround cannot be measured on it alone. The recipe names a companion: the CLIP checkpoint
+whose vision tower LLaVA began with. Its text tower and projections stand beside LLaVA's vision tower, unedited. The image
+graph gives ``image_embeds``, for the evidence, and ``patch_features``, which is what LLaVA uses.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipe import Architecture
+from uwm_deploy.records import TowerName
+from uwm_deploy.towers import checkpoint, hf_clip
+from uwm_deploy.towers.protocol import LoadedParts, ModuleTower
+from uwm_deploy.workspace import whole_folder
+
+FAMILY = "llava"
+FEATURES = "patch_features"
+LAYER_KEY = "vision_feature_layer"
+LLAVA_LAYER = -2
+"""Select layer of LLaVA-1.5; with random weights there is no config that says it."""
+
+
+class _ImageGraph(nn.Module):
+    """Pixels to embedding and patch features."""
+
+    def __init__(self, model: CLIPModel, layer: int) -> None:
+        super().__init__()
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        self.layer = layer
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to (B, d), and to (B, patches, width) of the select layer without its class token."""
+        output = self.vision_model(pixel_values=pixel_values, output_hidden_states=True)
+        return self.visual_projection(output.pooler_output), output.hidden_states[self.layer][:, 1:]
+
+
+def from_folder(folder: Path, *, random: bool, companion: Path | None = None) -> LoadedParts:
+    """Loads a LLaVA checkpoint's vision tower with its companion, or what `LoadedParts.save` wrote.
+
+    Args:
+        folder: LLaVA checkpoint, or a folder saved before.
+        random: Take only the architecture.
+        companion: CLIP checkpoint with the text tower and both projections.
+
+    Raises:
+        InputError: See `towers.checkpoint`; if the vision towers differ in size, or the features are selected otherwise
+            than by one layer without the class token.
+    """
+    body = checkpoint.config_of_type(folder, ("llava", "clip"), FAMILY)
+    saved = body["model_type"] == "clip"
+    base = folder if saved else companion
+    if base is None:
+        raise InputError(
+            f"{folder.name} has no text tower to measure with", fix="name a CLIP checkpoint in model.companion"
+        )
+    if saved and LAYER_KEY not in body:
+        raise InputError(f"{folder.name}/config.json has no {LAYER_KEY}", fix="use the LLaVA checkpoint")
+    parts = hf_clip.from_folder(base, random=random)
+    if not saved:
+        _check_selection(folder, body)
+        if not random:
+            _replace_vision(parts.source, folder)
+    return _with_features(parts, _hidden_state(parts.source, body[LAYER_KEY]))
+
+
+def from_architecture(architecture: Architecture) -> LoadedParts:
+    """Random weights; features as LLaVA-1.5 selects them."""
+    parts = hf_clip.from_architecture(architecture)
+    return _with_features(parts, _hidden_state(parts.source, LLAVA_LAYER))
+
+
+def _hidden_state(model: nn.Module, layer: object) -> int:
+    """Position of the select layer's output among the hidden states, counted from the front; 0 is the embedding."""
+    states = int(_clip(model).config.vision_config.num_hidden_layers) + 1
+    if not isinstance(layer, int) or not 1 <= (found := layer % states if layer < 0 else layer) < states:
+        raise InputError(f"{LAYER_KEY} is {layer!r}", fix=f"use one layer of the {states - 1}")
+    return found
+
+
+def _clip(model: nn.Module) -> CLIPModel:
+    assert isinstance(model, CLIPModel)
+    return model
+
+
+def _with_features(parts: LoadedParts, state: int) -> LoadedParts:
+    """The CLIP model's parts with the second output; layers after the select layer cannot be edited."""
+    model = _clip(parts.source)
+    setattr(model.config, LAYER_KEY, state)
+    reached = tuple(f"vision_model.encoder.layers.{i}." for i in range(state))
+    parts.image_tower = ModuleTower(
+        _ImageGraph(model, state),
+        TowerName.IMAGE,
+        parts.embed_dim,
+        further=(FEATURES,),
+        reaches=lambda name: name.startswith(reached),
+    )
+    return parts
+
+
+def _check_selection(folder: Path, body: dict[str, Any]) -> None:
+    strategy = body.get("vision_feature_select_strategy", "default")
+    if strategy != "default" or LAYER_KEY not in body:
+        raise InputError(
+            f"{folder.name}/config.json selects features by {strategy!r}, layer {body.get(LAYER_KEY)}",
+            fix="family llava knows one layer without its class token (`default`)",
+        )
+
+
+def _replace_vision(model: nn.Module, folder: Path) -> None:
+    """LLaVA's own vision weights in the place of the companion's."""
+    target = _clip(model).vision_model
+    wanted = dict(target.named_parameters())
+    found: dict[str, Tensor] = {}
+    for file in checkpoint.weight_files(folder):
+        with safe_open(str(file), framework="pt") as opened:
+            found |= {n: opened.get_tensor(key) for key in opened.keys() if (n := vision_name(key))}  # noqa: SIM118
+    if missing := sorted(set(wanted) - set(found)):
+        raise InputError(f"checkpoint {folder.name} lacks {missing[0]} of its vision tower", fix="fetch it again")
+    for name, parameter in wanted.items():
+        if parameter.shape != found[name].shape:
+            raise InputError(
+                f"{name} has shape {tuple(found[name].shape)} in {folder.name}, {tuple(parameter.shape)} in the companion",
+                fix="name the CLIP checkpoint it began with in model.companion",
+            )
+    checkpoint.check_finite(folder, found.items())
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+
+
+def vision_name(key: str) -> str:
+    """A tensor's name inside the vision model; empty for one of another part. Several layouts are in use."""
+    before, found, after = key.partition("vision_tower.")
+    if not found or before not in ("", "model."):
+        return ""
+    return after.removeprefix("vision_model.")
+
+
+def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[str, int, int], None]) -> int:
+    """Writes a LLaVA checkpoint with an edited vision tower; every other tensor and file stays as it is.
+
+    Args:
+        edited: Saved edited model (`edit/model` of a run folder).
+        llava: LLaVA checkpoint folder.
+        out: New folder, whole or not at all.
+        progress: Called as it goes on.
+
+    Returns:
+        Number of tensors whose values changed.
+
+    Raises:
+        InputError: If one of the folders is not what it should be, or they do not fit.
+    """
+    body = checkpoint.config_of_type(edited, ("clip",), FAMILY)
+    llava_body = checkpoint.config_of_type(llava, ("llava",), FAMILY)
+    if LAYER_KEY not in body:
+        raise InputError(f"{edited.name} is no vision tower of LLaVA", fix="edit with a recipe of family llava")
+    new = {
+        key.removeprefix("vision_model."): tensor
+        for file in checkpoint.weight_files(edited)
+        for key, tensor in load_file(file).items()
+        if key.startswith("vision_model.")
+    }
+    _check_selection(llava, llava_body)
+    if out.exists():
+        raise InputError(f"{out} exists", fix="choose another --out")
+    files, changed, placed = checkpoint.weight_files(llava), 0, set()
+    with whole_folder(out) as folder:
+        for position, file in enumerate(files):
+            tensors = load_file(file)
+            ours = {key: name for key in tensors if (name := vision_name(key))}
+            for key, name in ours.items():
+                if name not in new or new[name].shape != tensors[key].shape:
+                    raise InputError(f"{key} does not fit {edited.name}", fix="edit this very checkpoint")
+                value = new[name].to(tensors[key].dtype)
+                changed += not torch.equal(value, tensors[key])
+                tensors[key] = value
+            placed |= set(ours.values())
+            if ours:
+                save_file(tensors, folder / file.name, metadata={"format": "pt"})
+            else:
+                shutil.copyfile(file, folder / file.name)
+            progress("checkpoint files", position + 1, len(files))
+        if missing := sorted(set(new) - placed):
+            raise InputError(f"{llava.name} has no {missing[0]} in its vision tower", fix="edit this very checkpoint")
+        for side in sorted(llava.iterdir()):
+            if side.is_file() and side.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copyfile(side, folder / side.name)
+    return changed
