@@ -106,9 +106,14 @@ class Tally:
         if not concept:
             self.check()
         elif count == 0:
-            raise DataError(f"concept {concept!r} has no {self.tower.value} pair with a score", fix="check its items")
+            raise no_pair_of(concept, self.tower)
         self.count += count
         return count
+
+
+def no_pair_of(concept: str, tower: TowerName) -> DataError:
+    """The error of a concept that would be missing from a union."""
+    return DataError(f"concept {concept!r} has no {tower.value} pair with a score", fix="check its items")
 
 
 def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> QuadrupleSource:

@@ -28,7 +28,7 @@ from uwm_deploy.records import (
     TowerName,
 )
 from uwm_deploy.stages.fitting import Fitting
-from uwm_deploy.stages.pairs import Pairs, PairsOf, Tally
+from uwm_deploy.stages.pairs import Pairs, PairsOf, Tally, no_pair_of
 from uwm_deploy.stages.score_gradients import PART, Sizes, by_gradients
 from uwm_deploy.stages.shards import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.towers.protocol import LoadedModel, Tower
@@ -161,7 +161,6 @@ def _groups(
         raise ContractError("one score per concept was asked for, but no concepts were given", fix="pass `concepts`")
     tower, edit = model.tower(tally.tower), edits.of(tally.tower)
     stream, gradients = pairs(tower.name), needs_gradients(edits.method)
-
     sizes = Sizes(Fitting("quadruples" if gradients else "pairs", scale.notice), scale.part or PART, scale.notice)
 
     def scored(shard: Shard) -> Part:
@@ -173,7 +172,10 @@ def _groups(
         stream.check(list(found.unread.values()))
 
     multiple = gradient_batch(edit, tower.name, model.ref) if gradients else 1
-    shards = shards_of(stream.ids, concepts if edits.per_concept else None, multiple=multiple)
+    wanted = concepts if edits.per_concept else None
+    shards = shards_of(stream.ids, wanted, multiple=multiple)
+    if missing := set((wanted or {}).values()) - {group[0].concept for group in shards}:
+        raise no_pair_of(min(missing), tower.name)
     for concept, total in totals(shards, scored, check, tower.name, scale):
         tally.add(total.tally)
         if scale.ranks.first:
