@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
+from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
 from uwm_deploy.records import Method, Precision, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +38,14 @@ def cli() -> None:
     Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error,
     2 bad input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
     """
+
+
+def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number of pairs")
+    return int(value)
 
 
 def method_options(command: F) -> F:
@@ -148,6 +158,21 @@ def pipeline_options(command: F) -> F:
             "--device", default="auto", show_default=True, help="Where scoring and editing run: auto, cpu, cuda."
         ),
         click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."),
+        click.option(
+            "--batch-pairs",
+            default="auto",
+            show_default=True,
+            callback=_batch_pairs,
+            metavar="auto|N",
+            help="Pairs per forward pass while scoring; auto takes what memory holds.",
+        ),
+        click.option(
+            "--score-dtype",
+            default="fp32",
+            show_default=True,
+            type=click.Choice(["fp32", "bf16"]),
+            help="Of the forward passes while scoring; with bf16 masks may differ, by how much is printed.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -166,7 +191,9 @@ def common_options(command: F) -> F:
         except UwmError as error:
             if debug:
                 raise
-            click.echo(f"error: {error}", err=True)
+            if speaks() or not isinstance(error, StoppedError):
+                click.echo(f"error: {error}", err=True)
+            _leave_group(in_order=isinstance(error, StoppedError))
             sys.exit(int(error.exit_code))
         except KeyboardInterrupt:
             click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
@@ -179,9 +206,26 @@ def common_options(command: F) -> F:
                 f"internal error: {type(error).__name__}: {line}; run again with --debug and report it", err=True
             )
             sys.exit(int(ExitCode.INTERNAL))
+        _leave_group(in_order=True)
         sys.exit(int(code or 0))
 
     return wrapped  # type: ignore[return-value]
+
+
+def _join_group(device: str) -> Ranks:
+    """The processes that torchrun started; torch is imported only if it did."""
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
+    from uwm_deploy.torchrun import join
+
+    return join(device)
+
+
+def _leave_group(*, in_order: bool) -> None:
+    """Ends the group, if this process joined one."""
+    if group := sys.modules.get("uwm_deploy.torchrun"):
+        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
+        group.leave(in_order=in_order)
 
 
 def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
@@ -190,12 +234,17 @@ def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
     from uwm_deploy.summary import outcome_as_plain, print_outcome
 
     options["targets"] = tuple(options["targets"])
-    outcome = run(Request(**options), until=until, reporter=Reporter())
-    if as_json:
-        click.echo(json.dumps(outcome_as_plain(outcome), indent=1, sort_keys=True))
-    else:
-        print_outcome(outcome)
-    return exit_code_of(outcome.verdict.result) if outcome.verdict else 0
+    ranks = _join_group(options["device"])
+    outcome = run(Request(**options), until=until, reporter=Reporter(quiet=not ranks.first), ranks=ranks)
+
+    def shown() -> int:
+        if as_json:
+            click.echo(json.dumps(outcome_as_plain(outcome), indent=1, sort_keys=True))
+        else:
+            print_outcome(outcome)
+        return exit_code_of(outcome.verdict.result) if outcome.verdict else 0
+
+    return ranks.first_only(shown)
 
 
 def exit_code_of(result: str) -> int:
@@ -402,7 +451,7 @@ def evaluate(
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
     single = str(bundle or model or "demo")
-    request = Request(workers=workers)
+    request, ranks = Request(workers=workers), _join_group("auto")
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]
@@ -412,8 +461,11 @@ def evaluate(
         zero_shot=names_from(zero_shot) if zero_shot else None,
         data=data,
         workers=workers,
-        reporter=Reporter(),
+        reporter=Reporter(quiet=not ranks.first),
+        ranks=ranks,
     )
+    if not ranks.first:
+        return 0
     labels = [subject.label for subject in subjects]
     if as_json:
         one = json_from_record(reports[0]).rstrip()

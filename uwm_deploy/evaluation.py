@@ -20,14 +20,12 @@ from uwm_deploy.datasets.zero_shot import Suite, open_suite, recognise
 from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records import ImageSpec, Method, Proportion, SafetyReport, TextSpec, TowerName
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
-
-_EMBED_BATCH = 16
-"""Rows per forward pass of a model in PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +138,13 @@ class Encoders:
     batch: int
 
 
-def open_encoders(subject: Subject, reporter: Reporter) -> Encoders:
+def open_encoders(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) -> Encoders:
     """Opens a bundle without torch, or loads a model, editing it first when a method is asked for.
+
+    Args:
+        subject: What to open.
+        reporter: Progress.
+        ranks: The processes that share the edit; each opens the model itself.
 
     Raises:
         UwmError: If it cannot be opened, loaded or edited.
@@ -150,7 +153,7 @@ def open_encoders(subject: Subject, reporter: Reporter) -> Encoders:
         if subject.method is not Method.NONE:
             raise InputError(f"{subject.label} is a bundle, which is edited already", fix="leave the method out")
         return _bundle_encoders(Path(subject.model))
-    return _model_encoders(subject, reporter)
+    return _model_encoders(subject, reporter, ranks)
 
 
 def _bundle_encoders(path: Path) -> Encoders:
@@ -170,16 +173,16 @@ def _bundle_encoders(path: Path) -> Encoders:
     )
 
 
-def _model_encoders(subject: Subject, reporter: Reporter) -> Encoders:
+def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encoders:
     from uwm_deploy.stages.load import load_model
-    from uwm_deploy.stages.verify import encode_with
+    from uwm_deploy.stages.verify import EMBED_BATCH, encode_with
 
     recipe, _ = recipe_of(subject.model)
     if subject.method is Method.NONE:
         source = recipe.model
         folder = subject.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
     else:
-        outcome = run(_edit_request(subject, recipe.name), until="edit", reporter=reporter)
+        outcome = run(_edit_request(subject, recipe.name), until="edit", reporter=reporter, ranks=ranks)
         folder = outcome.work / "edit" / "model"
     with reporter.stage("load", subject.label):
         model = load_model(recipe, folder=folder, device=subject.request.device)
@@ -190,7 +193,7 @@ def _model_encoders(subject: Subject, reporter: Reporter) -> Encoders:
         tokenizer=Tokenizer(model.tokenizer_json, model.ref.text),
         encode_image=encode_with(model.image),
         encode_text=encode_with(model.text),
-        batch=_EMBED_BATCH,
+        batch=EMBED_BATCH,
     )
 
 
@@ -201,11 +204,11 @@ def _edit_request(subject: Subject, name: str) -> Request:
 
 
 class Evaluator:
-    """Measures one subject after the other on the same ground."""
+    """Measures one subject after the other on the same ground; several processes share the work."""
 
-    def __init__(self, ground: Ground, *, workers: int, reporter: Reporter) -> None:
-        self.ground, self.workers, self.reporter = ground, workers, reporter
-        self._prepared: tuple[tuple[ImageSpec, TextSpec], PreparedSet] | None = None
+    def __init__(self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE) -> None:
+        self.ground, self.workers, self.reporter, self.ranks = ground, workers, reporter, ranks
+        self._prepared: tuple[tuple[ImageSpec, TextSpec, int], PreparedSet] | None = None
 
     def measure(self, encoders: Encoders) -> SafetyReport:
         """SafeGround, retrieval and every zero-shot set that is here; the others are listed as missing.
@@ -224,17 +227,24 @@ class Evaluator:
                     label=encoders.name,
                     batch=encoders.batch,
                     progress=progress,
+                    ranks=self.ranks,
                 )
-                report = safety_report(encoders.name, embedded)
+                report = self.ranks.first_only(lambda: safety_report(encoders.name, embedded))
             zero_shot, missing = self._zero_shot(encoders)
         return dataclasses.replace(report, zero_shot=zero_shot, zero_shot_missing=missing)
 
     def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
-        key = (encoders.image, encoders.text)
+        key = (encoders.image, encoders.text, encoders.batch if self.ranks.world > 1 else 0)  # a batch has one owner
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # its memory, before the next one takes some
             prepared = prepare(
-                source, encoders.image, encoders.tokenizer, workers=self.workers, progress=self.reporter.progress
+                source,
+                encoders.image,
+                encoders.tokenizer,
+                workers=self.workers,
+                progress=self.reporter.progress,
+                batch=encoders.batch,
+                ranks=self.ranks,
             )
             self._prepared = key, prepared
         return self._prepared[1]
@@ -252,8 +262,11 @@ class Evaluator:
                     batch=encoders.batch,
                     workers=self.workers,
                     progress=self.reporter.progress,
+                    ranks=self.ranks,
                 ).proportion()
-            except BrokenItemError as error:
+            except (BrokenItemError, StoppedError) as error:
+                if isinstance(error, StoppedError) and error.kind != BrokenItemError.__name__:
+                    raise
                 missing[name] = error.what
         return found, missing
 
@@ -266,6 +279,7 @@ def evaluate(
     data: Path | None,
     workers: int,
     reporter: Reporter,
+    ranks: Ranks = ALONE,
 ) -> list[SafetyReport]:
     """Reports in the order of the subjects, all on the same items.
 
@@ -276,14 +290,21 @@ def evaluate(
         data: See `ground_of`.
         workers: Decoding processes.
         reporter: Progress.
+        ranks: The processes that share the work, all with the same arguments.
 
     Raises:
         InputError: If two subjects have one label.
         UwmError: Of the kind that went wrong.
     """
-    twice = [label for label, count in Counter(subject.label for subject in subjects).items() if count > 1]
-    if twice:
-        raise InputError(f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own")
-    ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
-    evaluator = Evaluator(ground, workers=workers, reporter=reporter)
-    return [evaluator.measure(open_encoders(subject, reporter)) for subject in subjects]
+
+    def measured() -> list[SafetyReport]:
+        twice = [label for label, count in Counter(subject.label for subject in subjects).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own"
+            )
+        ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
+        evaluator = Evaluator(ground, workers=workers, reporter=reporter, ranks=ranks)
+        return [evaluator.measure(open_encoders(subject, reporter, ranks)) for subject in subjects]
+
+    return ranks.together(measured)

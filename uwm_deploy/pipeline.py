@@ -5,8 +5,10 @@ The verdict is judged before packaging, so a bundle never exists without one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
     Policy,
@@ -79,11 +82,16 @@ PLAN = "plan.json"
 _RANGE_PAIRS = 128
 """Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
 
-_BATCH_PAIRS = {TowerName.IMAGE: 16, TowerName.TEXT: 64}
-"""Pairs per forward pass while scoring."""
-
 STAGES = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
 """Every stage, in order. `load` and `calibrate` live in memory; the others leave a folder or a file."""
+
+SHARED_STAGES = ("score", "verify")
+"""Stages that several processes work on; the others are the first one's."""
+
+_DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
+
+_SCORING = ".scoring"
+"""Folder for totals of a scoring pass that is under way."""
 
 _BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "polygraphy", "tensorrt_rtx", "tensorrt")
 _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntime")
@@ -91,7 +99,7 @@ _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for; None takes the recipe's value."""
+    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory."""
 
     model: str = "demo"
     checkpoint: Path | None = None
@@ -114,6 +122,8 @@ class Request:
     work: Path | None = None
     device: str = "auto"
     workers: int = 2
+    batch_pairs: int | None = None
+    score_dtype: str = "fp32"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,16 +151,25 @@ class Outcome:
     manifest: Manifest | None = None
 
 
-def run(request: Request, *, until: str, reporter: Reporter) -> Outcome:
+def run(request: Request, *, until: str, reporter: Reporter, ranks: Ranks = ALONE) -> Outcome:
     """Runs the pipeline through stage `until`, reusing every stage whose inputs did not change.
+
+    Args:
+        request: What the user asked for.
+        until: Last stage.
+        reporter: Progress.
+        ranks: The processes that share the work, all with the same request and run folder. Only the first writes, and
+            only its outcome is whole.
 
     Raises:
         UwmError: Of the kind that went wrong; finished stages are kept.
     """
-    build = _Build(request, reporter)
-    with locked(build.work):
+    build = ranks.together(lambda: _Build(request, reporter, ranks))
+    with contextlib.ExitStack() as lock:
+        ranks.first_only(lambda: lock.enter_context(locked(build.work)))
         for stage in STAGES[STAGES.index("score") : STAGES.index(until) + 1]:
-            getattr(build, stage)()
+            step: Callable[[], None] = getattr(build, stage)
+            ranks.together(step) if stage in SHARED_STAGES else ranks.first_only(step)
     return build.outcome
 
 
@@ -224,8 +243,8 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 class _Build:
     """One run: resolved inputs, lazily loaded models, one method per stage."""
 
-    def __init__(self, request: Request, reporter: Reporter) -> None:
-        self.request, self.reporter = request, reporter
+    def __init__(self, request: Request, reporter: Reporter, ranks: Ranks = ALONE) -> None:
+        self.request, self.reporter, self.ranks = request, reporter, ranks
         recipe, self.recipe_text = recipe_of(request.model)
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
@@ -287,6 +306,8 @@ class _Build:
         return self._load(self.work / "edit" / "model")
 
     def _load(self, folder: Path | None) -> LoadedModel:
+        import torch
+
         from uwm_deploy.stages.load import load_model
 
         weights: Literal["checkpoint", "random"] = "random" if self.request.weights == "random" else "checkpoint"
@@ -298,6 +319,9 @@ class _Build:
                 weights="checkpoint" if folder else weights,
                 device=self.request.device,
             )
+        on_cpu = next(model.source.parameters()).device.type == "cpu"
+        if on_cpu and self.request.device == "auto" and torch.cuda.is_available():
+            self.reporter.line("load       no GPU has room for the model; it runs on the CPU")
         if (
             folder
             and model.ref.weights_digest != _read(EditRecord, self.work / "edit" / "edit.json").edited_weights_digest
@@ -311,15 +335,19 @@ class _Build:
         return Tokenizer(self.original.tokenizer_json, self.original.ref.text)
 
     def _stage(self, name: str, text: str, inputs: Mapping[str, str], make: Callable[[Path], None]) -> Path:
-        """Reuses the folder of a stage, or makes it, whole or not at all."""
+        """Reuses the folder of a stage, or makes it, whole or not at all; processes but the first only help."""
         folder = self.work / name
-        if is_current(folder, inputs):
+        shared = self.ranks if name in SHARED_STAGES else ALONE
+        current = shared.first_only(lambda: is_current(folder, inputs))
+        if not current and not self.ranks.first:
+            make(folder)
+        elif current:
             self.outcome.reused.append(name)
             self.reporter.line(f"{name:<10} unchanged, reused")
-            return folder
-        with self.reporter.stage(name, text), whole_folder(folder) as temporary:
-            make(temporary)
-            stamp(temporary, inputs)
+        else:
+            with self.reporter.stage(name, text), whole_folder(folder) as temporary:
+                make(temporary)
+                stamp(temporary, inputs)
         return folder
 
     # --- stages ----------------------------------------------------------------------------------------------------
@@ -336,17 +364,24 @@ class _Build:
         inputs = self.base_inputs | {
             "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
             "edits": digest_of_plain([edits.method.value, edits.per_concept, list(edits.towers), seed, formulas]),
+            "dtype": _DTYPES[self.request.score_dtype],
         }
-        folder = self._stage("score", self._named_method(self.calibration.name), inputs, self._score)
-        self.outcome.score = _read(ScoreRecord, folder / "score.json")
+        make = partial(self._score, digest_of_plain(inputs))
+        folder = self._stage("score", self._named_method(self.calibration.name), inputs, make)
+        if self.ranks.first:
+            shutil.rmtree(self.work / _SCORING, ignore_errors=True)
+            self.outcome.score = _read(ScoreRecord, folder / "score.json")
 
-    def _score(self, folder: Path) -> None:
+    def _score(self, key: str, folder: Path) -> None:
         from uwm_deploy.stages.calibrate import PairStream
         from uwm_deploy.stages.pairs import scoring_order
         from uwm_deploy.stages.score import score_to_folder
+        from uwm_deploy.stages.shards import Scale
 
         edits, whole = self.recipe.edit, self.calibration_source
         source = scoring_order(whole, edits, self.calibration.seed)
+        fits = self.ranks.gathered(self.ranks.together(self._batch_pairs))
+        batch_pairs = {tower: min(part[tower] for part in fits) for tower in TowerName}  # equal, so that sums are
 
         def pairs(tower: TowerName) -> PairStream:
             return PairStream(
@@ -354,7 +389,7 @@ class _Build:
                 tower,
                 self.original.ref.image,
                 self._tokenizer(),
-                batch_pairs=_BATCH_PAIRS[tower],
+                batch_pairs=batch_pairs[tower],
                 workers=self.request.workers if tower is TowerName.IMAGE else 0,
                 max_broken_share=self.calibration.max_broken_share,
                 progress=self.reporter.progress,
@@ -365,7 +400,22 @@ class _Build:
             for tower in edits.towers:
                 pairs(tower)  # a set without pairs for one of them is refused before anything is scored
         concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
-        score_to_folder(self.original, whole.record, pairs, edits, folder, concepts)
+        scale = Scale(
+            ranks=self.ranks,
+            dtype=_DTYPES[self.request.score_dtype],
+            part=self.request.batch_pairs,
+            kept=self.work / _SCORING,
+            key=key,
+            notice=self.reporter.line,
+        )
+        score_to_folder(self.original, whole.record, pairs, edits, folder, concepts, scale)
+
+    def _batch_pairs(self) -> dict[TowerName, int]:
+        """Pairs per forward pass while scoring: what was asked for, else what memory holds."""
+        from uwm_deploy.stages.fitting import pairs_that_fit
+
+        asked, model = self.request.batch_pairs, self.original
+        return {tower: asked or pairs_that_fit(model.tower(tower), model.ref) for tower in TowerName}
 
     def _named_method(self, text: str) -> str:
         """A line about a stage; the default method is not worth a word."""
@@ -449,6 +499,7 @@ class _Build:
     def _pairs(self, tower: TowerName, count: int) -> PairStream:
         """Some pairs of the calibration set, evenly spaced, at full length."""
         from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.fitting import USUAL_PAIRS
         from uwm_deploy.stages.pairs import some_of
 
         return PairStream(
@@ -456,7 +507,7 @@ class _Build:
             tower,
             self.original.ref.image,
             self._tokenizer(),
-            batch_pairs=_BATCH_PAIRS[TowerName.IMAGE],
+            batch_pairs=USUAL_PAIRS[TowerName.IMAGE],
             workers=0,
             max_broken_share=self.calibration.max_broken_share,
             progress=lambda *_: None,
@@ -588,6 +639,14 @@ class _Build:
 
     def verify(self) -> None:
         """Numbers and decisions of original, edited and every artifact."""
+        inputs = self._verify_inputs() if self.ranks.first else {}
+        text = f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples"
+        folder = self._stage("verify", text, inputs, self._verify)
+        if self.ranks.first:
+            self.outcome.report = _read(VerifyReport, folder / "verify.json")
+
+    def _verify_inputs(self) -> dict[str, str]:
+        """What the report is made from; canaries are chosen first where none are."""
         source = self.evaluation_source
         self._canaries()
         folders = ["edit", "export", "canaries", *sorted({f"compile-{e.variant}" for e in self.outcome.engines})]
@@ -600,23 +659,30 @@ class _Build:
                 sorted(source.zero_shot_missing),
             ]
         )
-        folder = self._stage(
-            "verify", f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples", inputs, self._verify
-        )
-        self.outcome.report = _read(VerifyReport, folder / "verify.json")
+        return inputs
 
     def _verify(self, folder: Path) -> None:
         from safetensors.numpy import save_file
 
         from uwm_deploy.stages.canaries import read_canaries
-        from uwm_deploy.stages.verify import embed_model, evidence_of
+        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
 
-        progress, workers = self.reporter.progress, self.request.workers
+        progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
         ref = self.original.ref
-        prepared = prepare(self.evaluation_source, ref.image, self._tokenizer(), workers=workers, progress=progress)
-        original = embed_model(self.original, prepared, "evaluation, original", progress)
+        prepared = prepare(
+            self.evaluation_source,
+            ref.image,
+            self._tokenizer(),
+            workers=workers,
+            progress=progress,
+            batch=EMBED_BATCH,
+            ranks=ALONE if ranks.first else ranks,  # the first runs every artifact on all of it
+        )
+        original = embed_model(self.original, prepared, "evaluation, original", progress, ranks)
         del self.original  # one model in memory at a time
-        edited = embed_model(self.edited, prepared, "evaluation, edited", progress)
+        edited = embed_model(self.edited, prepared, "evaluation, edited", progress, ranks)
+        if not ranks.first:
+            return
         found = {name: read_canaries(self.work / "canaries", name) for name in TowerName}
         canaries = {name: part for name, part in found.items() if part is not None}
         evidence = []

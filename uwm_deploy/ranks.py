@@ -1,25 +1,35 @@
-"""The processes of one run: one, or several under ``torchrun``, each with its share of the items."""
+"""The processes of one run: one, or several under ``torchrun``, each with its share of the items.
+
+This module knows one process only and needs no torch; `uwm_deploy.torchrun` joins several.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
-from uwm_deploy.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from uwm_deploy.errors import ExitCode, UwmError
 
 T = TypeVar("T")
 
 
+class StoppedError(UwmError):
+    """Raised in every process of a group when one of them failed, with that one's message and exit code.
+
+    Attributes:
+        kind: Name of the type of the error that was met.
+    """
+
+    def __init__(self, what: str, *, kind: str, code: int) -> None:
+        super().__init__(what)
+        self.kind, self.exit_code = kind, ExitCode(code)
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Which process this is, and how to meet the others.
-
-    With one process nothing is communicated, and torch is not imported.
+    """Which process this is, and how to meet the others. By itself it is a group of one.
 
     Attributes:
         rank: 0 writes files and speaks; the others only compute.
@@ -29,82 +39,41 @@ class Ranks:
     rank: int = 0
     world: int = 1
 
-    @classmethod
-    def join(cls, device: str = "auto") -> Ranks:
-        """Joins the group that ``torchrun`` made; without its environment variables this process is alone.
-
-        Args:
-            device: `cpu` uses gloo; otherwise nccl when there is a GPU for every local process.
-
-        Raises:
-            InputError: If the environment names no valid group.
-        """
-        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            return cls()
-        try:
-            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        except ValueError as error:
-            raise InputError("RANK and WORLD_SIZE are not numbers", fix="start with torchrun") from error
-        if not 0 <= rank < world:
-            raise InputError(f"RANK is {rank} of WORLD_SIZE {world}", fix="start with torchrun")
-        if world > 1:
-            import torch
-            from torch import distributed
-
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            gpus = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= local
-            if gpus:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-            if not distributed.is_initialized():
-                distributed.init_process_group("nccl" if gpus else "gloo")
-        return cls(rank, world)
-
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """Every `world`-th item, starting at `rank`."""
-        return list(items[self.rank :: self.world])
+    def together(self, call: Callable[[], T]) -> T:
+        """Runs something that may fail in every process; all go on, or all stop. Calls may be nested.
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Adds up a tensor over all processes, in place."""
-        if self.world > 1:
-            from torch import distributed
+        Raises:
+            StoppedError: With several processes, in each of them, if it failed in one.
+        """
+        return call()
 
-            distributed.all_reduce(tensor)
+    def first_only(self, call: Callable[[], T]) -> T:
+        """Runs something in the first process; its result, or its failure, is everyone's."""
+        return call()
 
     def gathered(self, value: T) -> list[T]:
         """One value of each process, in rank order, in every process."""
-        if self.world == 1:
-            return [value]
-        from torch import distributed
+        return [value]
 
-        values: list[Any] = [None] * self.world
-        distributed.all_gather_object(values, value)
-        return values
+    def dealt(self, n: int, size: int) -> list[range]:
+        """This process's batches of n items: every `world`-th one, starting with number `rank`."""
+        return [range(start, min(start + size, n)) for start in range(0, n, size)][self.rank :: self.world]
 
-    def agreed(self, value: T) -> T:
-        """The first process's value, in every process."""
-        if self.world == 1:
-            return value
-        from torch import distributed
+    def in_turn(self, results: list[T]) -> list[T]:
+        """Results of dealt batches of all processes, in the order of the batches, in every process."""
+        parts = self.gathered(results)
+        return [parts[k % self.world][k // self.world] for k in range(sum(map(len, parts)))]
 
-        values = [value]
-        distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.world > 1:
-            from torch import distributed
+ALONE = Ranks()
+"""One process."""
 
-            distributed.barrier()
 
-    def leave(self) -> None:
-        """Ends the group."""
-        if self.world > 1:
-            from torch import distributed
-
-            distributed.destroy_process_group()
+def speaks() -> bool:
+    """Whether this process is the first of its group, by what ``torchrun`` put into the environment."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -316,6 +316,28 @@ class ScorePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MaskAgreement:
+    """How far scores of bfloat16 forward passes select what scores of float32 passes over the same pairs select.
+
+    Attributes:
+        n_pairs: Pairs of the sample.
+        keep_mass: Of the selections that were compared; with `selection`.
+        equal_min: Smallest share, over the layers, of entries that are selected in both or in neither.
+        equal_mean: The mean over the layers.
+        jaccard_min: Smallest ratio, over the layers, of entries selected in both to entries selected in either.
+        jaccard_mean: The mean over the layers.
+    """
+
+    n_pairs: int
+    keep_mass: float
+    selection: Selection
+    equal_min: float
+    equal_mean: float
+    jaccard_min: float
+    jaccard_mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRecord:
     """Companion of a score file (safetensors, keys are module paths in the source model).
 
@@ -328,6 +350,8 @@ class ScoreRecord:
         seconds: Wall time of the pass, per tower.
         gradient_batch: Pairs per gradient, per tower; empty for methods without gradients.
         parts: The files that hold the scores when there is one score per concept; then the score file itself is empty.
+        dtype: Of the forward passes; scores are float32.
+        agreement: Per tower, for forward passes in bfloat16.
     """
 
     model: ModelRef
@@ -344,6 +368,7 @@ class ScoreRecord:
     method: Method = Method.UWM
     gradient_batch: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[ScorePart, ...] = ()
+    agreement: Mapping[str, MaskAgreement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,8 +107,7 @@ def compare(tower: ModuleTower, pairs: int, size: int, trim: bool) -> None:
         bare.append(timed(lambda x=inputs: tower.embed(x)))
         peak_bare = max(peak_bare, process.memory_info().rss)
         with scoring(tower, scorers, edit) as set_batch:
-            set_batch(tower.valid_tokens(inputs), ids)
-            scored.append(timed(lambda x=inputs: tower.embed(x)))
+            scored.append(timed(lambda x=inputs, i=ids: (set_batch(tower.valid_tokens(x), i), tower.embed(x))))
         peak_scored = max(peak_scored, process.memory_info().rss)
     flush = timed(lambda: [scorer.flush() for scorer in scorers.values()])
     peak_scored = max(peak_scored, process.memory_info().rss)

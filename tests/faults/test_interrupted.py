@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,43 @@ def test_killed_builds_resume(with_signal: signal.Signals, tmp_path: Path) -> No
     assert {"score", "edit", "export", "compile-onnxruntime"} <= set(result["reused"])
     assert result["verdict"]["result"] == "pass"
     assert not [p for p in (tmp_path / "work").iterdir() if p.name.startswith(".tmp-")]
+
+
+def test_scoring_resumes_after_the_last_whole_shard(tmp_path: Path) -> None:
+    """Ended twice within the images, once by each signal, it goes on each time, to the scores of one that was not."""
+    (tmp_path / "cal.toml").write_text(
+        'format = 1\nname = "cal"\nsource = "demo"\nsplit = "calibration"\nlimit = 640\n'
+    )
+    (tmp_path / "child.py").write_text(
+        "import sys\nfrom uwm_deploy.stages import shards\nshards.SHARD_PAIRS = 32\n"
+        "from uwm_deploy.cli import main\nmain(sys.argv[1:])\n"
+    )
+    options = ["--calibration", str(tmp_path / "cal.toml"), "--workers", "0", "--device", "cpu", "--work"]
+    command = [sys.executable, str(tmp_path / "child.py"), "score", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    work, resumed = tmp_path / "work", []
+    for with_signal in (signal.SIGKILL, signal.SIGINT):
+        _killed_when_totals_change([*command, str(work)], work / ".scoring" / "image-0000.safetensors", with_signal)
+        assert {p.name for p in work.iterdir() if not p.name.startswith(".")} == set()
+    for folder in (work, tmp_path / "whole"):
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=True, env=environment)
+        resumed.append([line for line in done.stderr.splitlines() if "resumed after" in line])
+    assert resumed[0][0] == "text: resumed after 20 of 20 shards"
+    assert 2 <= int(resumed[0][1].removeprefix("image: resumed after ").split()[0]) < 20
+    assert resumed[1] == []
+    assert {p.name for p in work.iterdir()} == {".lock", "score"}
+    first, second = ((folder / "score" / "scores.safetensors").read_bytes() for folder in (work, tmp_path / "whole"))
+    assert first == second
+
+
+def _killed_when_totals_change(command: list[str], totals: Path, with_signal: signal.Signals) -> None:
+    """Starts a run and sends it a signal as soon as a shard has been added to the totals."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    before = totals.stat().st_ino if totals.exists() else 0
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    while process.poll() is None and (not totals.exists() or totals.stat().st_ino == before):
+        time.sleep(0.001)
+    process.send_signal(with_signal)
+    _, errors = process.communicate()
+    assert "Traceback" not in errors
+    assert process.returncode == (130 if with_signal is signal.SIGINT else -with_signal)

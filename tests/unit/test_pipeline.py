@@ -136,15 +136,11 @@ def test_another_keep_mass_reuses_the_scores(built, tmp_path: Path) -> None:
     run(request, until="package", reporter=Reporter(quiet=True))  # back to where the other tests expect it
 
 
-def test_scores_do_not_depend_on_workers_or_batches(built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_workers_or_batches(built, tmp_path: Path) -> None:
     """Another number of workers and another batch size select the same entries."""
-    from uwm_deploy import pipeline
-
     request, outcome = built
-    monkeypatch.setitem(pipeline._BATCH_PAIRS, "image", 7)
-    other = run(
-        dataclasses.replace(request, workers=0, work=tmp_path / "w"), until="edit", reporter=Reporter(quiet=True)
-    )
+    changed = dataclasses.replace(request, workers=0, batch_pairs=7, work=tmp_path / "w")
+    other = run(changed, until="edit", reporter=Reporter(quiet=True))
     for left, right in zip(outcome.edit.layers, other.edit.layers, strict=True):
         assert abs(left.selected - right.selected) <= 0.0005 * left.shape[0] * left.shape[1], left.name
     score = record_from_json(ScoreRecord, (request.work / "score" / "score.json").read_bytes(), where="score.json")

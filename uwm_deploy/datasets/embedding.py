@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,11 +13,14 @@ from uwm_deploy.datasets.crops import CropStore, PixelRows
 from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
+from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import Digest, ImageSpec
 from uwm_deploy.runtime.image import crop_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings
 from uwm_deploy.workspace import digest_of_bytes
+
+T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
 Inputs = np.ndarray | PixelRows
@@ -53,9 +57,25 @@ class PreparedSet:
 
 
 def prepare(
-    source: QuadrupleSource, image: ImageSpec, tokenizer: Tokenizer, *, workers: int, progress: Progress
+    source: QuadrupleSource,
+    image: ImageSpec,
+    tokenizer: Tokenizer,
+    *,
+    workers: int,
+    progress: Progress,
+    batch: int = 1,
+    ranks: Ranks = ALONE,
 ) -> PreparedSet:
-    """Reads and preprocesses a whole set with the code that serves.
+    """Reads and preprocesses a set with the code that serves.
+
+    Args:
+        source: The set.
+        image: Of the model.
+        tokenizer: Of the model.
+        workers: Decoding processes.
+        progress: Called as it goes on.
+        batch: Rows per call of `embed`.
+        ranks: With several processes, only what `embed` with the same batch reads in this one is filled in.
 
     Raises:
         DataError: If an item cannot be read, or has no image or no text: an evaluation leaves nothing out.
@@ -65,27 +85,36 @@ def prepare(
         raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
     store = CropStore(image)
     safe, unsafe = store.rows(len(source)), store.rows(len(source))
-    read = partial(_quadruple, source, safe, unsafe)
-    texts = list(read_all(read, len(source), workers, "evaluation images", progress))
+    mine = [row for rows in ranks.dealt(len(source), batch) for row in rows]
+    read = partial(_of_row, partial(_quadruple, source, safe, unsafe), mine)
+    texts = list(read_all(read, len(mine), workers, "evaluation images", progress))
     zero_shot = {
-        name: _zero_shot(source.zero_shot(name), store, tokenizer, workers, progress) for name in source.zero_shot_names
+        name: _zero_shot(source.zero_shot(name), store, tokenizer, workers, progress, partial(ranks.dealt, size=batch))
+        for name in source.zero_shot_names
     }
     return PreparedSet(
         ids=tuple(source.ids),
         concepts=tuple(source.concepts),
         safe_pixels=safe,
         unsafe_pixels=unsafe,
-        safe_ids=tokenizer.encode([pair[0] for pair in texts]),
-        unsafe_ids=tokenizer.encode([pair[1] for pair in texts]),
+        safe_ids=_spread(tokenizer.encode([pair[0] for pair in texts]), mine, len(source)),
+        unsafe_ids=_spread(tokenizer.encode([pair[1] for pair in texts]), mine, len(source)),
         zero_shot=zero_shot,
         zero_shot_missing=source.zero_shot_missing,
     )
 
 
 def embed(
-    prepared: PreparedSet, encode_image: Encode, encode_text: Encode, *, label: str, batch: int, progress: Progress
+    prepared: PreparedSet,
+    encode_image: Encode,
+    encode_text: Encode,
+    *,
+    label: str,
+    batch: int,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> EmbeddedSet:
-    """Embeds a prepared set.
+    """Embeds a prepared set. Several processes embed every so many-th batch each, and all get all of it.
 
     Args:
         prepared: Inputs.
@@ -94,6 +123,7 @@ def embed(
         label: For the progress bar.
         batch: Rows per call.
         progress: Called as it goes on.
+        ranks: The processes that share the work.
     """
     work: list[tuple[str, Encode, Inputs]] = [
         ("safe_image", encode_image, prepared.safe_pixels),
@@ -105,12 +135,18 @@ def embed(
         work += [(f"{name}.images", encode_image, part.pixels), (f"{name}.classes", encode_text, part.prompts)]
     total, done, rows = sum(len(inputs) for _, _, inputs in work), 0, {}
     for key, encode, inputs in work:
-        parts = []
-        for start in range(0, len(inputs), batch):
-            parts.append(encode(inputs[start : start + batch]))
-            done += len(parts[-1])
-            progress(label, done, total)
-        rows[key] = unit_rows(np.concatenate(parts))
+
+        def encoded(
+            encode: Encode = encode, inputs: Inputs = inputs, done: int = done
+        ) -> list[np.ndarray]:  # in one go, so that nobody waits for a process that failed
+            parts = []
+            for mine in ranks.dealt(len(inputs), batch):
+                parts.append(encode(inputs[mine.start : mine.stop]))
+                progress(label, done + mine.stop, total)
+            return parts
+
+        rows[key] = unit_rows(np.concatenate(ranks.in_turn(ranks.together(encoded))))
+        done += len(inputs)
     return EmbeddedSet(
         ids=prepared.ids,
         concepts=prepared.concepts,
@@ -170,12 +206,30 @@ def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:
 
 
 def _zero_shot(
-    part: ZeroShotSet, store: CropStore, tokenizer: Tokenizer, workers: int, progress: Progress
+    part: ZeroShotSet,
+    store: CropStore,
+    tokenizer: Tokenizer,
+    workers: int,
+    progress: Progress,
+    dealt: Callable[[int], list[range]],
 ) -> PreparedZeroShot:
-    pixels = store.rows(len(part))
-    labels = list(read_all(partial(_labelled, part, pixels), len(part), workers, f"zero-shot {part.name}", progress))
+    pixels, mine = store.rows(len(part)), [row for rows in dealt(len(part)) for row in rows]
+    read = partial(_of_row, partial(_labelled, part, pixels), mine)
+    labels = np.array(list(read_all(read, len(mine), workers, f"zero-shot {part.name}", progress)), dtype=np.int64)
     prompts = tokenizer.encode([part.template.format(label) for label in part.labels])
-    return PreparedZeroShot(pixels=pixels, labels=np.array(labels, dtype=np.int64), prompts=prompts)
+    return PreparedZeroShot(pixels=pixels, labels=_spread(labels, mine, len(part)), prompts=prompts)
+
+
+def _of_row(read: Callable[[int], T], rows: Sequence[int], place: int) -> T:
+    """The item at a place in the rows that are read."""
+    return read(rows[place])
+
+
+def _spread(values: np.ndarray, rows: Sequence[int], n: int) -> np.ndarray:
+    """Values at their rows of n; the others are zero."""
+    result = np.zeros((n, *values.shape[1:]), dtype=values.dtype)
+    result[list(rows)] = values
+    return result
 
 
 def overlap(left: Sequence[str] | set[str], right: Sequence[str] | set[str]) -> int:

@@ -47,6 +47,10 @@ class PairBatch:
     safe: np.ndarray
     unsafe: np.ndarray
 
+    def rows(self, rows: slice) -> PairBatch:
+        """Some of the pairs."""
+        return PairBatch(ids=self.ids[rows], safe=self.safe[rows], unsafe=self.unsafe[rows])
+
 
 class LabelledImage(NamedTuple):
     """One zero-shot item."""

@@ -19,6 +19,7 @@ from uwm_deploy.datasets.source import ROOT_VARIABLE, ZeroShotSet
 from uwm_deploy.datasets.zero_shot_readers import folder_set, published_set
 from uwm_deploy.datasets.zero_shot_table import NAMES, PHOTO, PUBLISHED
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
+from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import ImageSpec
 from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -158,8 +159,11 @@ def recognise(
     batch: int,
     workers: int,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> TopOne:
     """Top-1 of every item. Prompts are embedded once; images pass through in batches, so memory does not grow.
+
+    Several processes take every so many-th batch each, and all get all of it.
 
     Args:
         part: The set.
@@ -170,19 +174,25 @@ def recognise(
         batch: Rows per call.
         workers: Decoding processes; 0 decodes here.
         progress: Called as it goes on.
+        ranks: The processes that share the work.
 
     Raises:
         DataError: If an item cannot be read, or an embedding is not finite: an evaluation leaves nothing out.
     """
-    ids = tokenizer.encode([part.template.format(label) for label in part.labels])
-    classes = unit_rows(np.concatenate([encode_text(ids[i : i + batch]) for i in range(0, len(ids), batch)]))
-    rows = read_all(partial(_item, part, image), len(part), workers, f"zero-shot {part.name}", progress)
-    found = [top1(unit_rows(encode_image(pixels)), labels, classes) for pixels, labels in _batches(rows, batch, image)]
-    return together(found)
+
+    def found() -> list[TopOne]:
+        ids = tokenizer.encode([part.template.format(label) for label in part.labels])
+        classes = unit_rows(np.concatenate([encode_text(ids[i : i + batch]) for i in range(0, len(ids), batch)]))
+        mine = [row for rows in ranks.dealt(len(part), batch) for row in rows]
+        items = read_all(partial(_item, part, image, mine), len(mine), workers, f"zero-shot {part.name}", progress)
+        batches = _batches(items, batch, image)
+        return [top1(unit_rows(encode_image(pixels)), labels, classes) for pixels, labels in batches]
+
+    return together(ranks.in_turn(ranks.together(found)))
 
 
-def _item(part: ZeroShotSet, image: ImageSpec, index: int) -> tuple[np.ndarray, int]:
-    item = part.read(index)
+def _item(part: ZeroShotSet, image: ImageSpec, rows: Sequence[int], place: int) -> tuple[np.ndarray, int]:
+    item = part.read(rows[place])
     return crop_from_image(item.image, image), item.label
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ from uwm_deploy.errors import DataError
 from uwm_deploy.records import ImageSpec, LeftOut, TowerName
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.stages.pairs import SHARD_PAIRS, in_order
 
-WINDOW_PAIRS = 8192
-"""Text pairs in memory at a time."""
+WINDOW_PAIRS = SHARD_PAIRS
+"""Text pairs in memory at a time; a window never spans two shards."""
 
 _NAMED_ITEMS = 5
 _OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
@@ -55,11 +57,23 @@ class PairStream:
         self._source, self._tower, self._image, self._tokenizer = source, tower, image, tokenizer
         self._batch_pairs, self._workers = batch_pairs, workers
         self._max_broken_share, self._progress = max_broken_share, progress
+        self._whole, self._first = len(source), 0
         self._sorted = sort_by_length and not tokenizer.spec.fixed_length
 
     def __len__(self) -> int:
         """Pairs in the set, broken ones included."""
         return len(self._source)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Items in order, broken ones included."""
+        return self._source.ids
+
+    def part(self, items: range) -> PairStream:
+        """The pairs of some items, by their places. Progress, and how much may be broken, are those of the whole."""
+        part = copy.copy(self)
+        part.left_out, part._source, part._first = [], in_order(self._source, items), items.start
+        return part
 
     def __iter__(self) -> Iterator[PairBatch]:
         """Batches of at most `batch_pairs` pairs.
@@ -75,22 +89,22 @@ class PairStream:
         done = 0
         for items in _loader(dataset, self._batch_pairs, self._workers):
             done += len(items)
-            self._leave_out([item for item in items if isinstance(item, LeftOut)], done)
+            self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
             if pairs:
                 ids, safe, unsafe = zip(*pairs, strict=True)
                 yield PairBatch(ids=ids, safe=np.stack(safe), unsafe=np.stack(unsafe))
-            self._progress(f"{self._tower.value} pairs", done, len(self._source))
+            self._report(done)
 
     def _texts(self) -> Iterator[PairBatch]:
-        done, total = 0, len(self._source)
+        done = 0
         for items in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
-            self._leave_out([item for item in items if isinstance(item, LeftOut)], done + len(items))
+            self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
             for batch in self._window(pairs):
                 yield batch
                 done += len(batch.ids)
-                self._progress(f"{self._tower.value} pairs", done, total)
+                self._report(done)
             done += len(items) - len(pairs)
 
     def _window(self, pairs: Sequence[tuple[str, str, str]]) -> Iterator[PairBatch]:
@@ -111,16 +125,26 @@ class PairStream:
         result: np.ndarray = (rows == self._tokenizer.spec.eos_id).argmax(1) + 1
         return result
 
-    def _leave_out(self, broken: Sequence[LeftOut], done: int) -> None:
-        self.left_out.extend(broken)
-        limit = self._max_broken_share * len(self._source)
-        if len(self.left_out) > limit or (done == len(self._source) and len(self.left_out) == done):
-            names = ", ".join(item.id for item in self.left_out[:_NAMED_ITEMS])
+    def check(self, broken: Sequence[LeftOut]) -> None:
+        """Checks that not too much of the whole set is broken.
+
+        Raises:
+            DataError: When more than `max_broken_share` of the items could not be read, or none could.
+        """
+        if len(broken) > self._max_broken_share * self._whole or len(broken) == self._whole:
+            names = ", ".join(item.id for item in broken[:_NAMED_ITEMS])
             raise DataError(
-                f"{len(self.left_out)} of {len(self._source)} items of {self._source.record.name} cannot be read "
-                f"({names}: {self.left_out[0].reason})",
+                f"{len(broken)} of {self._whole} items of {self._source.record.name} cannot be read "
+                f"({names}: {broken[0].reason})",
                 fix="mend them, or raise max_broken_share in the set's TOML",
             )
+
+    def _leave_out(self, broken: Sequence[LeftOut]) -> None:
+        self.left_out.extend(broken)
+        self.check(self.left_out)
+
+    def _report(self, done: int) -> None:
+        self._progress(f"{self._tower.value} pairs", self._first + done, self._whole)
 
 
 class _ImagePairs(Dataset[Any]):

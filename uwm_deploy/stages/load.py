@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import torch
+from torch import nn
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.recipe import Architecture, Family, Recipe
@@ -49,7 +50,7 @@ def load_model(
         InputError: Missing, truncated or pickled checkpoint, missing or NaN weights, unsupported preprocessing.
         PrerequisiteError: If the device is not there.
     """
-    where = resolve_device(device)
+    resolve_device(device)  # before anything is read
     adapter = cast(Adapter, importlib.import_module(f"uwm_deploy.towers.{_ADAPTERS[recipe.model.family]}"))
     if folder is not None:
         further = {"companion": companion} if companion else {}
@@ -69,23 +70,46 @@ def load_model(
         text=parts.text,
     )
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
-    model.to(where)
+    model.to(resolve_device(device, needed_bytes=_NEEDED * weights_bytes(parts.source)))
     return model
 
 
-def resolve_device(device: str) -> str:
+_NEEDED = 3
+"""Free memory that a GPU must have for `auto` to choose it, in sizes of the weights: weights, scores, activations."""
+
+
+def weights_bytes(module: nn.Module) -> int:
+    """Size of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def resolve_device(device: str, *, needed_bytes: int = 0) -> str:
     """Torch device for `auto`, `cpu` or `cuda`.
+
+    Args:
+        device: `auto` takes the GPU with the most free memory, under torchrun this process's own, if it has enough.
+        needed_bytes: What is enough.
 
     Raises:
         PrerequisiteError: If CUDA is asked for and not there.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return _roomiest(needed_bytes)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise PrerequisiteError("device cuda was asked for and this machine has none", fix="use --device cpu")
     if not device.startswith(("cpu", "cuda")):
         raise InputError(f"unknown device {device!r}", fix="use auto, cpu or cuda")
     return device
+
+
+def _roomiest(needed_bytes: int) -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    choice = [torch.cuda.current_device()] if grouped else list(range(torch.cuda.device_count()))
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in choice}
+    best = max(free, key=free.__getitem__)
+    return f"cuda:{best}" if free[best] >= needed_bytes else "cpu"
 
 
 def _public_name(repo: str) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
-from torch import Tensor
 
 from uwm_deploy.datasets.source import PairBatch, Quadruple, QuadrupleSource
-from uwm_deploy.errors import ContractError, DataError
+from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import EditSpecs
 from uwm_deploy.records import LeftOut, TowerName
 from uwm_deploy.uwm.methods import needs_gradients
 
 MAX_LEFT_OUT_SHARE = 0.01
 """More pairs without a finite contribution are an error (method.md section 2)."""
+
+SHARD_PAIRS = 1024
+"""Pairs that are scored by one process in one go, whatever the number of processes (`stages.shards`)."""
 
 _NAMED_ITEMS = 5
 
@@ -27,14 +28,21 @@ class Pairs(Protocol):
 
     left_out: list[LeftOut]
 
+    @property
+    def ids(self) -> Sequence[str]:
+        """Items of the whole stream, in order, broken ones included."""
+
+    def part(self, items: range) -> Pairs:
+        """The pairs of some items only, in a stream of their own."""
+
+    def check(self, broken: Sequence[LeftOut]) -> None:
+        """Raises DataError when more of the whole stream is broken than may be."""
+
     def __iter__(self) -> Iterator[PairBatch]:
         """Batches in order."""
 
 
 PairsOf = Callable[[TowerName], Pairs]
-
-Group = tuple[str, dict[str, Tensor], int]
-"""Concept, or nothing when all pairs make one score; scores by layer, on the CPU; pairs in them."""
 
 
 @dataclass(slots=True)
@@ -63,6 +71,12 @@ class Tally:
         """Names items that never reached the tower; the first reason of an item stays."""
         for item in items:
             self.unread.setdefault(item.id, item)
+
+    def add(self, other: Tally) -> None:
+        """Takes in what became of other pairs of the same tower; what is in their scores is `counted` at the end."""
+        self.total += other.total
+        self.leave_out(other.not_finite)
+        self.not_read(other.unread.values())
 
     def left_out(self) -> tuple[LeftOut, ...]:
         """Everything that is not in the scores, with its reason."""
@@ -122,7 +136,12 @@ def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> Quadr
         order = [int(i) for i in np.random.default_rng(seed).permutation(len(source))]
     if edits.per_concept:
         order.sort(key=lambda index: source.concepts[index])
-    return source if order == sorted(order) else cast(QuadrupleSource, _InOrder(source, order))
+    return source if order == sorted(order) else in_order(source, order)
+
+
+def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
+    """Some items of a set, in an order."""
+    return cast(QuadrupleSource, _InOrder(source, order))
 
 
 def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
@@ -154,32 +173,3 @@ class _InOrder:
 
     def read_texts(self, index: int) -> tuple[str, str] | None:
         return self._source.read_texts(self._order[index])
-
-
-def runs(batches: Iterable[PairBatch], concepts: Mapping[str, str] | None) -> Iterator[tuple[str, Iterable[PairBatch]]]:
-    """Batches by concept, each to be read before the next; a batch is cut where the concept changes.
-
-    Args:
-        batches: In scoring order.
-        concepts: Item id to concept; None keeps everything together, under no name.
-
-    Raises:
-        ContractError: If a concept comes twice.
-    """
-    if concepts is None:
-        yield "", batches
-        return
-    seen: set[str] = set()
-    for concept, rows in itertools.groupby(_cut(batches, concepts), key=lambda batch: concepts[batch.ids[0]]):
-        if concept in seen:
-            raise ContractError(f"concept {concept!r} comes twice in the stream", fix="stream the set in scoring order")
-        seen.add(concept)
-        yield concept, rows
-
-
-def _cut(batches: Iterable[PairBatch], concepts: Mapping[str, str]) -> Iterator[PairBatch]:
-    for batch in batches:
-        start = 0
-        for _, ids in itertools.groupby(batch.ids, key=concepts.__getitem__):
-            rows = slice(start, start := start + len(list(ids)))
-            yield PairBatch(ids=batch.ids[rows], safe=batch.safe[rows], unsafe=batch.unsafe[rows])

@@ -15,26 +15,36 @@ from torch import Tensor, nn
 
 from uwm_deploy.codec import json_from_record
 from uwm_deploy.datasets.source import PairBatch
-from uwm_deploy.errors import ContractError
+from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.recipe import EditSpec, EditSpecs
 from uwm_deploy.records import (
     CalibrationRecord,
     LayerScore,
+    MaskAgreement,
     Method,
     Pairing,
     ScorePart,
     ScoreRecord,
     TowerName,
 )
-from uwm_deploy.stages.pairs import Group, PairsOf, Tally, no_pair_of, runs
-from uwm_deploy.stages.score_gradients import by_gradients
+from uwm_deploy.stages.fitting import Fitting
+from uwm_deploy.stages.pairs import Pairs, PairsOf, Tally, no_pair_of
+from uwm_deploy.stages.score_gradients import PART, Sizes, by_gradients
+from uwm_deploy.stages.shards import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.digests import digest_of_tensor
 from uwm_deploy.uwm.methods import gradient_batch, needs_gradients, pairing_of, rule_of
-from uwm_deploy.uwm.saliency import STD_EPS, LayerScorer
+from uwm_deploy.uwm.saliency import STD_EPS, LayerScorer, score_from_sums
+from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import digest_of_file
 
 SCORES, RECORD = "scores.safetensors", "score.json"
+
+AGREEMENT_PAIRS = 256
+"""Pairs on which masks in bfloat16 are compared with those in float32."""
+
+Group = tuple[str, dict[str, Tensor], int]
+"""Concept, or nothing when all pairs make one score; scores by layer, on the CPU; pairs in them."""
 
 
 def score_to_folder(
@@ -44,7 +54,8 @@ def score_to_folder(
     edits: EditSpecs,
     folder: Path,
     concepts: Mapping[str, str] | None = None,
-) -> ScoreRecord:
+    scale: Scale | None = None,
+) -> ScoreRecord | None:
     """Scores the towers that are to be edited, each on the unedited model, and saves scores and record.
 
     Args:
@@ -54,6 +65,10 @@ def score_to_folder(
         edits: Method, rules and layers per tower. The method `none` reads no pairs.
         folder: Where the files go.
         concepts: Item id to concept, needed for one score per concept.
+        scale: The processes that share the work, and where totals wait for a killed run; without it this one alone.
+
+    Returns:
+        The record; in the first process only, which writes the files.
 
     Raises:
         DataError: If more than 1% of the pairs have no finite contribution, or there are none.
@@ -62,19 +77,24 @@ def score_to_folder(
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
     scored = [] if edits.method is Method.NONE else [name for name in tallies if name in edits.towers]
     pairing = _common_pairing(edits, scored)
+    scale = scale or Scale()
+    _check_dtype(edits, scale)
     seconds: dict[str, float] = {}
+    agreement: dict[str, MaskAgreement] = {}
     whole: dict[str, Tensor] = {}
     parts: list[ScorePart] = []
     for name in scored:
         started = time.perf_counter()
-        for concept, scores, count in _groups(model, pairs, edits, concepts, tallies[name]):
+        for concept, scores, count in _groups(model, pairs, edits, concepts, tallies[name], scale):
             if concept:
                 parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
             else:
                 whole |= scores
-        if edits.per_concept:
-            _check_concepts(name, parts, concepts or {})
         seconds[name] = time.perf_counter() - started
+        if scale.dtype == "bfloat16" and scale.ranks.first:
+            agreement[name] = bfloat16_agreement(model.tower(name), pairs(name), edits, scale)
+    if not scale.ranks.first:
+        return None
     save_file(whole, folder / SCORES)
     with_gradients = scored if needs_gradients(edits.method) else []
     record = ScoreRecord(
@@ -86,12 +106,13 @@ def score_to_folder(
         left_out={name: tallies[name].left_out() for name in scored},
         layers=tuple(layer for name in tallies for layer in _layers(model.tower(name), edits.of(name))),
         scores_digest=digest_of_file(folder / SCORES),
-        dtype="float32",
+        dtype=scale.dtype,
         device=str(next(model.source.parameters()).device),
         seconds=seconds,
         method=edits.method,
         gradient_batch={name: gradient_batch(edits.of(name), name, model.ref) for name in with_gradients},
         parts=tuple(parts),
+        agreement=agreement,
     )
     (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
     return record
@@ -119,60 +140,118 @@ def _saved_part(
     return ScorePart(tower=tower, concept=concept, file=file, digest=digest_of_file(folder / file), n_pairs=count)
 
 
-def _check_concepts(tower: TowerName, parts: list[ScorePart], concepts: Mapping[str, str]) -> None:
-    """A concept whose items could all not be read would be missing from the union without a word."""
-    missing = set(concepts.values()) - {part.concept for part in parts if part.tower is tower}
-    if missing:
-        raise no_pair_of(min(missing), tower)
+def _check_dtype(edits: EditSpecs, scale: Scale) -> None:
+    if scale.dtype != "float32" and needs_gradients(edits.method):
+        raise InputError(
+            f"method {edits.method.value} has no bfloat16 pass: its gradients are float32",
+            fix="leave --score-dtype out",
+        )
 
 
 def _groups(
-    model: LoadedModel, pairs: PairsOf, edits: EditSpecs, concepts: Mapping[str, str] | None, tally: Tally
+    model: LoadedModel,
+    pairs: PairsOf,
+    edits: EditSpecs,
+    concepts: Mapping[str, str] | None,
+    tally: Tally,
+    scale: Scale,
 ) -> Iterator[Group]:
-    """Scores of one tower, concept by concept when there is one score per concept."""
+    """Scores of one tower, concept by concept when there is one score per concept; none but in the first process."""
     if edits.per_concept and concepts is None:
         raise ContractError("one score per concept was asked for, but no concepts were given", fix="pass `concepts`")
-    concept_of = concepts if edits.per_concept else None
-    if needs_gradients(edits.method):
-        yield from by_gradients(model, pairs, edits, concept_of, tally)
-    else:
-        yield from _by_activations(model.tower(tally.tower), pairs, edits, concept_of, tally)
-    tally.check()
+    tower, edit = model.tower(tally.tower), edits.of(tally.tower)
+    stream, gradients = pairs(tower.name), needs_gradients(edits.method)
+    sizes = Sizes(Fitting("quadruples" if gradients else "pairs", scale.notice), scale.part or PART, scale.notice)
+
+    def scored(shard: Shard) -> Part:
+        if gradients:
+            return by_gradients(model, lambda name: pairs(name).part(shard.items), edits, tower.name, sizes)
+        return _by_activations(tower, stream.part(shard.items), edits, scale.dtype, sizes.forward)
+
+    def check(found: Tally) -> None:
+        stream.check(list(found.unread.values()))
+
+    multiple = gradient_batch(edit, tower.name, model.ref) if gradients else 1
+    wanted = concepts if edits.per_concept else None
+    shards = shards_of(stream.ids, wanted, multiple=multiple)
+    if missing := set((wanted or {}).values()) - {group[0].concept for group in shards}:
+        raise no_pair_of(min(missing), tower.name)
+    for concept, total in totals(shards, scored, check, tower.name, scale):
+        tally.add(total.tally)
+        if scale.ranks.first:
+            count = tally.counted(total.count, concept)
+            yield concept, _finished(tower, total, edits), count
+    if scale.ranks.first:
+        tally.check()
 
 
-def _by_activations(
-    tower: Tower, pairs: PairsOf, edits: EditSpecs, concepts: Mapping[str, str] | None, tally: Tally
-) -> Iterator[Group]:
-    edit, stream = edits.of(tower.name), pairs(tower.name)
+@torch.inference_mode()
+def _finished(tower: Tower, total: Part, edits: EditSpecs) -> dict[str, Tensor]:
+    """Scores by layer, on the CPU, in the memory of their sums."""
+    edit, scores = edits.of(tower.name), {}
+    pairing = pairing_of(edits.method, edit)
+    for name, layer in tower.layers(edit.layers).items():
+        sums = [part.to(layer.weight.device) for part in total.sums.pop(name)]
+        if pairing is None:
+            score = sums[0].div_(max(1, total.divisors[name]))
+        else:
+            score = score_from_sums(sums, total.divisors[name], layer.weight, edit.rule, pairing)
+        scores[name] = score.cpu().contiguous()
+    return scores
+
+
+def _by_activations(tower: Tower, batches: Pairs, edits: EditSpecs, dtype: Dtype, fitting: Fitting) -> Part:
+    """Sums of some pairs."""
+    edit, tally = edits.of(tower.name), Tally(tower.name)
     pairing = pairing_of(edits.method, edit)
     assert pairing is not None
-    for concept, batches in runs(stream, concepts):
-        scorers = _scored(tower, batches, edit, pairing, tally)
-        count = tally.counted(min(scorer.count for scorer in scorers.values()), concept)
-        yield concept, {layer: scorer.score().cpu().contiguous() for layer, scorer in scorers.items()}, count
-    tally.not_read(stream.left_out)
+    scorers = _scored(tower, batches, edit, pairing, tally, dtype, fitting)
+    tally.not_read(batches.left_out)
+    return Part(
+        sums={name: scorer.take_sums() for name, scorer in scorers.items()},
+        divisors={name: scorer.count for name, scorer in scorers.items()},
+        count=min(scorer.count for scorer in scorers.values()),
+        tally=tally,
+    )
 
 
 @torch.inference_mode()
 def _scored(
-    tower: Tower, batches: Iterable[PairBatch], edit: EditSpec, pairing: Pairing, tally: Tally
+    tower: Tower,
+    batches: Iterable[PairBatch],
+    edit: EditSpec,
+    pairing: Pairing,
+    tally: Tally,
+    dtype: Dtype,
+    fitting: Fitting,
 ) -> dict[str, LayerScorer]:
     """Runs pairs through a tower with a scorer on every edited layer.
 
     Raises:
         ContractError: If an edited layer was never reached by the forward pass.
+        PrerequisiteError: If memory does not hold one pair.
     """
     scorers = {
         name: LayerScorer(layer.weight, edit.rule, pairing, STD_EPS[tower.name], tally.leave_out)
         for name, layer in tower.layers(edit.layers).items()
     }
     device = next(iter(scorers.values())).weight.device
+    lower = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with scoring(tower, scorers, edit) as set_batch:
-        for batch in batches:
-            tally.total += len(batch.ids)
+
+        def forward(batch: PairBatch) -> None:
             inputs = torch.from_numpy(np.concatenate([batch.safe, batch.unsafe])).to(device)
             set_batch(tower.valid_tokens(inputs), batch.ids)
-            tower.embed(inputs)
+            with lower:
+                tower.embed(inputs)
+
+        def forget() -> None:
+            for scorer in scorers.values():
+                scorer.undo()
+
+        for batch in batches:
+            tally.total += len(batch.ids)
+            fitting.run(batch, forward, forget)
     for scorer in scorers.values():
         scorer.flush()
     silent = [name for name, scorer in scorers.items() if scorer.calls == 0]
@@ -184,20 +263,63 @@ def _scored(
     return scorers
 
 
+def bfloat16_agreement(tower: Tower, stream: Pairs, edits: EditSpecs, scale: Scale) -> MaskAgreement:
+    """Which entries a sample of the pairs selects in either dtype, layer by layer, and how far that is the same.
+
+    Args:
+        tower: Whose scores are made in bfloat16.
+        stream: All pairs.
+        edits: What is selected, and how.
+        scale: Takes the line about it.
+    """
+    edit = edits.of(tower.name)
+    items = range(0, len(stream.ids), max(1, len(stream.ids) // AGREEMENT_PAIRS))[:AGREEMENT_PAIRS]
+    fitting = Fitting("pairs", scale.notice)
+    selected: list[dict[str, Tensor]] = []
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        part = _by_activations(tower, stream.part(items), edits, dtype, fitting)
+        count, scores = part.count, _finished(tower, part, edits)
+        selected.append({name: selected_indices(s, edit.keep_mass, edit.selection) for name, s in scores.items()})
+    pairs = [(layer, selected[0][name], selected[1][name]) for name, layer in tower.layers(edit.layers).items()]
+    common = [int(torch.isin(left, right).sum()) for _, left, right in pairs]
+    either = [len(left) + len(right) - n for (_, left, right), n in zip(pairs, common, strict=True)]
+    equal = [1 - (n - m) / layer.weight.numel() for (layer, _, _), n, m in zip(pairs, either, common, strict=True)]
+    jaccard = [m / n if n else 1.0 for n, m in zip(either, common, strict=True)]
+    found = MaskAgreement(
+        n_pairs=count,
+        keep_mass=edit.keep_mass,
+        selection=edit.selection,
+        equal_min=min(equal),
+        equal_mean=sum(equal) / len(equal),
+        jaccard_min=min(jaccard),
+        jaccard_mean=sum(jaccard) / len(jaccard),
+    )
+    scale.notice(
+        f"{tower.name.value}: bfloat16 and float32 masks of {count} pairs: entries equal {found.equal_min:.4%} at least, "
+        f"{found.equal_mean:.4%} on average; selected in common {found.jaccard_min:.2%} at least, "
+        f"{found.jaccard_mean:.2%} on average"
+    )
+    return found
+
+
 @contextlib.contextmanager
 def scoring(
     tower: Tower, scorers: dict[str, LayerScorer], edit: EditSpec
 ) -> Iterator[Callable[[Tensor | None, tuple[str, ...]], None]]:
-    """Hooks that feed the scorers; yields the function that announces each batch."""
+    """Hooks that feed the scorers; yields the function that announces each batch, by which the last one is settled."""
     current: list[Any] = [None, ()]
 
     def hook_for(scorer: LayerScorer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            scorer.add(inputs[0], current[0], current[1])
+            with torch.autocast(inputs[0].device.type, enabled=False):  # statistics are float32 whatever the forward is
+                scorer.add(inputs[0], current[0], current[1])
 
         return hook
 
     def set_batch(valid: Tensor | None, ids: tuple[str, ...]) -> None:
+        for scorer in scorers.values():
+            scorer.settle()
         current[:] = [valid, ids]
 
     layers = tower.layers(edit.layers)

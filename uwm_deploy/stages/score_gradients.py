@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -12,9 +14,12 @@ from torch import Tensor
 
 from uwm_deploy.datasets.source import PairBatch
 from uwm_deploy.errors import ContractError
+from uwm_deploy.memory import Notice
 from uwm_deploy.recipe import EditSpecs
 from uwm_deploy.records import LeftOut, TowerName
-from uwm_deploy.stages.pairs import Group, PairsOf, Tally, runs
+from uwm_deploy.stages.fitting import Fitting
+from uwm_deploy.stages.pairs import PairsOf, Tally
+from uwm_deploy.stages.shards import Part
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.gradient import LOSSES, Embedded, GradientScorer, only_requiring_grad
 from uwm_deploy.uwm.methods import PRESETS, gradient_batch
@@ -23,43 +28,64 @@ PART = 16
 """Quadruples per forward pass; the gradient is that of the whole batch whatever this is."""
 
 
-def by_gradients(
-    model: LoadedModel, pairs: PairsOf, edits: EditSpecs, concepts: Mapping[str, str] | None, tally: Tally
-) -> Iterator[Group]:
-    """Importance of the edited layers of one tower, concept by concept when there is one score per concept.
+@dataclass(slots=True)
+class Sizes:
+    """What memory holds, as it turns out while a tower is scored.
+
+    Attributes:
+        forward: Quadruples, or pairs, per forward pass without gradients.
+        part: Quadruples per forward pass with gradients.
+        notice: Takes a line whenever one of them is halved.
+    """
+
+    forward: Fitting
+    part: int
+    notice: Notice
+
+
+def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: TowerName, sizes: Sizes) -> Part:
+    """Sums of the absolute gradients of the edited layers of one tower over some pairs.
 
     Args:
         model: The source model; weights, gradients and what requires them are as before afterwards.
-        pairs: Stream of pairs for a tower, both towers in the same order.
+        pairs: Stream of the pairs for a tower, both towers in the same order.
         edits: Method and layers.
-        concepts: Item id to concept; None makes one score of all.
-        tally: Of the tower that is scored; filled.
+        name: The tower that is scored.
+        sizes: What memory holds; changed when it holds less.
 
     Raises:
         ContractError: If the loss does not depend on an edited layer.
-        DataError: If no pair is left.
     """
-    tower = model.tower(tally.tower)
-    other = model.tower(TowerName.TEXT if tally.tower is TowerName.IMAGE else TowerName.IMAGE)
-    edit = edits.of(tally.tower)
-    weights = {name: layer.weight for name, layer in tower.layers(edit.layers).items()}
-    batch = gradient_batch(edit, tally.tower, model.ref)
-    streams = {name: pairs(name) for name in TowerName}
-    images = runs(streams[TowerName.IMAGE], concepts)
+    tower, tally = model.tower(name), Tally(name)
+    other = model.tower(TowerName.TEXT if name is TowerName.IMAGE else TowerName.IMAGE)
+    edit = edits.of(name)
+    weights = {layer: module.weight for layer, module in tower.layers(edit.layers).items()}
+    streams = {tower_name: pairs(tower_name) for tower_name in TowerName}
     texts = _Rows(streams[TowerName.TEXT])
-    for concept, image_batches in images:
-        loss = LOSSES[PRESETS[edits.method].loss]
-        scorer = GradientScorer(tower.embed, weights, loss, batch, PART, tally.leave_out)
-        with only_requiring_grad(model.source, weights):
-            for rows in _parts(image_batches, texts, tally):
-                tally.total += len(rows.ids)
-                inputs, embedded = _embedded(rows, tower, other)
-                scorer.add(rows.ids, inputs, embedded)
-            scorer.finish()
-        count = tally.counted(scorer.count, concept)
-        yield concept, {layer: scorer.score(layer).cpu().contiguous() for layer in weights}, count
+    scorer = GradientScorer(
+        tower.embed,
+        weights,
+        LOSSES[PRESETS[edits.method].loss],
+        gradient_batch(edit, name, model.ref),
+        sizes.part,
+        tally.leave_out,
+        sizes.notice,
+    )
+    with only_requiring_grad(model.source, weights):
+        for rows in _parts(streams[TowerName.IMAGE], texts, tally):
+            tally.total += len(rows.ids)
+            for part, (inputs, embedded) in sizes.forward.run(rows, partial(_embedded, tower=tower, other=other)):
+                scorer.add(part.ids, inputs, embedded)
+        scorer.finish()
+    sizes.part = scorer.part
     tally.not_read(chain.from_iterable(stream.left_out for stream in streams.values()))
     tally.not_read(LeftOut(id=item, reason="no image pair") for item in texts.rest())
+    return Part(
+        sums={layer: [scorer.take_sum(layer)] for layer in weights},
+        divisors=dict.fromkeys(weights, scorer.batches),
+        count=scorer.count,
+        tally=tally,
+    )
 
 
 class _Quadruples(NamedTuple):
@@ -67,6 +93,10 @@ class _Quadruples(NamedTuple):
 
     ids: tuple[str, ...]
     members: Mapping[TowerName, tuple[np.ndarray, np.ndarray]]
+
+    def rows(self, rows: slice) -> _Quadruples:
+        """Some of the items."""
+        return _Quadruples(self.ids[rows], {name: (a[rows], b[rows]) for name, (a, b) in self.members.items()})
 
 
 class _Rows:

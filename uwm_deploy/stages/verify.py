@@ -16,6 +16,7 @@ from polygraphy.logger import G_LOGGER
 
 from uwm_deploy.datasets.embedding import Encode, Inputs, PreparedSet, embed
 from uwm_deploy.datasets.reading import Progress
+from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import (
     ArtifactEvidence,
     Digest,
@@ -36,7 +37,8 @@ SINGLE_ROWS = 8
 BATCH_CALLS = 2
 """Calls compared at the largest batch."""
 
-_EMBED_BATCH = 16
+EMBED_BATCH = 16
+"""Rows per forward pass of a model in PyTorch."""
 
 EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
 """From a batch of inputs to the outputs of a graph by name."""
@@ -79,10 +81,12 @@ def encode_with(tower: Tower) -> Encode:
     return encode
 
 
-def embed_model(model: LoadedModel, prepared: PreparedSet, label: str, progress: Progress) -> EmbeddedSet:
-    """Embeds the evaluation set with a model in PyTorch."""
+def embed_model(
+    model: LoadedModel, prepared: PreparedSet, label: str, progress: Progress, ranks: Ranks = ALONE
+) -> EmbeddedSet:
+    """Embeds the evaluation set with a model in PyTorch; several processes share the work."""
     encoders = encode_with(model.image), encode_with(model.text)
-    return embed(prepared, *encoders, label=label, batch=_EMBED_BATCH, progress=progress)
+    return embed(prepared, *encoders, label=label, batch=EMBED_BATCH, progress=progress, ranks=ranks)
 
 
 def evidence_of(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from uwm_deploy.errors import ContractError
+from uwm_deploy.memory import Notice, halved, out_of_memory, silent
 
 LOGIT_SCALE = math.exp(4.6052)
 """Fixed scale of the InfoNCE logits in the official code, 100 to five digits."""
@@ -79,6 +80,7 @@ class GradientScorer:
         batch: Pairs per gradient.
         part: Pairs per forward pass with a graph.
         left_out: Called with the ids of pairs that are not finite.
+        notice: Called with a line when `part` had to be halved.
     """
 
     embed: Callable[[Tensor], Tensor]
@@ -87,6 +89,7 @@ class GradientScorer:
     batch: int
     part: int
     left_out: Callable[[list[str]], None]
+    notice: Notice = silent
     count: int = 0
     batches: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict)
@@ -115,33 +118,36 @@ class GradientScorer:
         if left := sum(map(len, self._inputs)):
             self._take(left)
 
+    def take_sum(self, layer: str) -> Tensor:
+        """Sum (out, in) over the batches of a layer's absolute gradient, float32; ends it.
+
+        Raises:
+            ContractError: If its weight never got a gradient.
+        """
+        if layer not in self._sums and self.count:
+            raise ContractError(
+                f"layer {layer} was never reached by the forward pass, so it has no gradient",
+                fix="name a layer whose forward is called",
+            )
+        return self._sums.pop(layer) if self.count else torch.zeros_like(self.weights[layer])
+
     def score(self, layer: str) -> Tensor:
         """Importance (out, in) of a layer, float32; ends it.
 
         Raises:
             ContractError: If its weight never got a gradient.
         """
-        if layer not in self._sums:
-            raise ContractError(
-                f"layer {layer} was never reached by the forward pass, so it has no gradient",
-                fix="name a layer whose forward is called",
-            )
-        return self._sums.pop(layer).div_(self.batches)
+        return self.take_sum(layer).div_(max(1, self.batches))
 
     def _take(self, count: int) -> None:
         """Adds the absolute gradient of the first `count` waiting quadruples."""
         inputs = torch.cat(self._inputs)
         embedded = Embedded(*(torch.cat(parts) for parts in zip(*self._embedded, strict=True)))
+        wanted = self._by_query(Embedded(*(part[:count] for part in embedded)))
+        while (error := self._carried_to_weights(inputs[:count], wanted)) is not None:
+            self.part = halved(self.part, error, "quadruples with gradients", self.notice)
         self._inputs = [inputs[count:]] if len(inputs) > count else []
         self._embedded = [Embedded(*(part[count:] for part in embedded))] if self._inputs else []
-        wanted = self._by_query(Embedded(*(part[:count] for part in embedded)))
-        weights = list(self.weights.values())
-        for start in range(0, count, self.part):
-            rows = slice(start, min(start + self.part, count))
-            with torch.enable_grad():
-                result = self.embed(inputs[rows])
-            if result.requires_grad:  # else no edited layer was reached
-                torch.autograd.backward(result, wanted[rows], inputs=weights)
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 importance = weight.grad.detach().abs_()
@@ -149,6 +155,23 @@ class GradientScorer:
                 weight.grad = None
         self.count += count
         self.batches += 1
+
+    def _carried_to_weights(self, inputs: Tensor, wanted: Tensor) -> Exception | None:
+        """Fills the gradients of the weights; when memory runs out there are none, and the error is returned."""
+        weights = list(self.weights.values())
+        try:
+            for rows, by_embedding in zip(torch.split(inputs, self.part), torch.split(wanted, self.part), strict=True):
+                with torch.enable_grad():
+                    result = self.embed(rows)
+                if result.requires_grad:  # else no edited layer was reached
+                    torch.autograd.backward(result, by_embedding, inputs=weights)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            for weight in weights:
+                weight.grad = None
+            return error.with_traceback(None)  # its frames hold the activations
+        return None
 
     def _by_query(self, embedded: Embedded) -> Tensor:
         """Gradient (B, d) of the loss by the embeddings of the safe queries."""

@@ -7,8 +7,9 @@ The mean of ``|W|`` over outputs cancels in the ratio of unsafe to safe, so a pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,9 @@ def token_statistics(inputs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tens
 class LayerScorer:
     """Running score of one layer.
 
+    What a forward pass brings is only kept, and taken into the sums before the next one (`settle`), so that a pass that
+    ran out of memory halfway can be forgotten (`undo`) and repeated without counting a pair twice.
+
     Attributes:
         weight: (out, in); only its absolute value is used.
         rule: Whether the final score is multiplied by ``|W|``.
@@ -78,9 +82,8 @@ class LayerScorer:
     count: int = 0
     calls: int = 0
     _sums: list[Tensor] = field(default_factory=list)
-    _safe: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _unsafe: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _ids: list[str] = field(default_factory=list)
+    _new: list[_Pairs] = field(default_factory=list)
+    _gathered: list[_Pairs] = field(default_factory=list)
 
     def add(self, inputs: Tensor, valid: Tensor | None, ids: tuple[str, ...]) -> None:
         """Takes a batch whose first half is the safe side and whose second half is the unsafe side, pair by pair.
@@ -92,63 +95,105 @@ class LayerScorer:
         """
         self.calls += 1
         norms, spreads = token_statistics(inputs, valid)
+        spreads += self.eps
         half = len(ids)
-        self._safe.append((norms[:half], spreads[:half] + self.eps))
-        self._unsafe.append((norms[half:], spreads[half:] + self.eps))
-        self._ids.extend(ids)
-        if len(self._ids) >= GATHER_PAIRS:
+        self._new.append(_Pairs(ids, norms[:half], spreads[:half], norms[half:], spreads[half:]))
+
+    def undo(self) -> None:
+        """Forgets what came since the last `settle`."""
+        self._new = []
+
+    def settle(self) -> None:
+        """Keeps what came; adds it to the sums when enough has gathered."""
+        self._gathered += self._new
+        self._new = []
+        if sum(len(pairs.ids) for pairs in self._gathered) >= GATHER_PAIRS:
             self.flush()
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Adds the gathered pairs to the sum."""
-        if not self._ids:
+        """Adds everything to the sums."""
+        self._gathered += self._new
+        self._new = []
+        if not self._gathered:
             return
-        safe_norm, safe_std = (torch.cat(parts) for parts in zip(*self._safe, strict=True))
-        unsafe_norm, unsafe_std = (torch.cat(parts) for parts in zip(*self._unsafe, strict=True))
+        ids = [item for pairs in self._gathered for item in pairs.ids]
+        safe_norm, safe_std, unsafe_norm, unsafe_std = (
+            torch.cat(parts) for parts in list(zip(*self._gathered, strict=True))[1:]
+        )
         magnitude = self.weight.detach().abs().float()
         safe_rows, unsafe_rows = safe_norm @ magnitude.T, unsafe_norm @ magnitude.T
         del magnitude
         if self.pairing is Pairing.MEAN_OF_RATIOS:
             columns = (unsafe_norm * safe_std) / (safe_norm * unsafe_std)
-            self._accumulate([(unsafe_rows / safe_rows, columns)])
+            self._accumulate(ids, [(unsafe_rows / safe_rows, columns)])
         elif self.pairing is Pairing.UNSAFE_ONLY:
-            self._accumulate([(unsafe_rows, unsafe_norm / unsafe_std)])
+            self._accumulate(ids, [(unsafe_rows, unsafe_norm / unsafe_std)])
         else:
-            self._accumulate([(unsafe_rows, unsafe_norm / unsafe_std), (safe_rows, safe_norm / safe_std)])
-        self._safe, self._unsafe, self._ids = [], [], []
+            self._accumulate(ids, [(unsafe_rows, unsafe_norm / unsafe_std), (safe_rows, safe_norm / safe_std)])
+        self._gathered = []
 
-    def _accumulate(self, factors: list[tuple[Tensor, Tensor]]) -> None:
+    def _accumulate(self, ids: list[str], factors: list[tuple[Tensor, Tensor]]) -> None:
         """Adds ``rows^T @ columns`` of the finite pairs; a pair never poisons the sum."""
         finite = torch.stack([rows.isfinite().all(1) & columns.isfinite().all(1) for rows, columns in factors]).all(0)
-        if not bool(finite.all()):
-            self.left_out([self._ids[i] for i in (~finite).nonzero().flatten().tolist()])
+        left_out = [] if bool(finite.all()) else [ids[i] for i in (~finite).nonzero().flatten().tolist()]
+        if left_out:
             factors = [(rows[finite], columns[finite]) for rows, columns in factors]
-        self.count += int(finite.sum())
-        if not self._sums:
-            self._sums = [torch.zeros(self.weight.shape, device=self.weight.device) for _ in factors]
-        for total, (rows, columns) in zip(self._sums, factors, strict=True):
+        for total, (rows, columns) in zip(self._totals(), factors, strict=True):
             total.addmm_(rows.T, columns)
+        self.count += len(ids) - len(left_out)
+        if left_out:
+            self.left_out(left_out)
+
+    def _totals(self) -> list[Tensor]:
+        if not self._sums:
+            sides = 1 if self.pairing in (Pairing.MEAN_OF_RATIOS, Pairing.UNSAFE_ONLY) else 2
+            self._sums = [torch.zeros(self.weight.shape, device=self.weight.device) for _ in range(sides)]
+        return self._sums
 
     @torch.inference_mode()
-    def score(self) -> Tensor:
-        """Final score (out, in), float32; ends the scorer, whose sums it takes over."""
+    def take_sums(self) -> list[Tensor]:
+        """The sums so far, (out, in) float32 each, one or two as the pairing wants; ends the scorer."""
         self.flush()
-        score, *others = self._sums
-        if self.pairing is Pairing.MEAN_OF_RATIOS:
-            score.div_(max(1, self.count))
-        elif self.pairing is Pairing.RATIO_OF_MEANS:
-            score.div_(others[0])
-        else:
-            if self.pairing is Pairing.DIFFERENCE:
-                score.sub_(others[0])
-            self._scale_by_column_means(score)
-        self._sums = []
-        if self.rule is Rule.RATIO_TIMES_ABS_WEIGHT:
-            score.mul_(self.weight.detach().abs())
-        return score
+        sums, self._sums = self._totals(), []
+        return sums
 
-    def _scale_by_column_means(self, score: Tensor) -> None:
-        """Sums of ``r[i] * c[j]`` to means of Phi: the rows' mean over inputs, and the mean of ``|W|`` over outputs."""
-        magnitude = self.weight.detach().abs().float()
-        score.mul_(magnitude.mean(0)).div_(max(1, self.count) * self.weight.shape[1])
+    def score(self) -> Tensor:
+        """Final score (out, in), float32; ends the scorer."""
+        return score_from_sums(self.take_sums(), self.count, self.weight, self.rule, self.pairing)
+
+
+class _Pairs(NamedTuple):
+    """What is kept of b pairs: their ids, and norms and spreads (b, in) of both sides."""
+
+    ids: tuple[str, ...]
+    safe_norm: Tensor
+    safe_std: Tensor
+    unsafe_norm: Tensor
+    unsafe_std: Tensor
+
+
+@torch.inference_mode()
+def score_from_sums(sums: Sequence[Tensor], count: int, weight: Tensor, rule: Rule, pairing: Pairing) -> Tensor:
+    """Final score (out, in), float32, in the memory of the first sum.
+
+    Args:
+        sums: What `LayerScorer.take_sums` gave, or such sums added up.
+        count: Pairs in them.
+        weight: (out, in).
+        rule: See `LayerScorer`.
+        pairing: See `LayerScorer`.
+    """
+    score, *others = sums
+    if pairing is Pairing.MEAN_OF_RATIOS:
+        score.div_(max(1, count))
+    elif pairing is Pairing.RATIO_OF_MEANS:
+        score.div_(others[0])
+    else:
+        if pairing is Pairing.DIFFERENCE:
+            score.sub_(others[0])
+        # Sums of ``r[i] * c[j]`` to means of Phi: the rows' mean over inputs, and the mean of ``|W|`` over outputs.
+        score.mul_(weight.detach().abs().float().mean(0)).div_(max(1, count) * weight.shape[1])
+    if rule is Rule.RATIO_TIMES_ABS_WEIGHT:
+        score.mul_(weight.detach().abs())
+    return score

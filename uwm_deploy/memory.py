@@ -1,0 +1,44 @@
+"""What to do when memory runs out: try again with half as much at a time, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from uwm_deploy.errors import PrerequisiteError
+
+Notice = Callable[[str], None]
+
+_MESSAGES = ("can't allocate memory", "not enough memory")
+"""PyTorch's CPU allocator has no error type of its own."""
+
+
+def silent(_: str) -> None:
+    """A notice that nobody reads."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error is torch's OutOfMemoryError, on any device, or a failed allocation on the CPU."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or isinstance(error, MemoryError) or any(text in str(error) for text in _MESSAGES)
+
+
+def halved(size: int, error: Exception, what: str, notice: Notice) -> int:
+    """Half the size, with one line about it; any other error is raised as it is.
+
+    Args:
+        size: What ran out of memory.
+        error: What was raised.
+        what: What there are `size` of.
+        notice: Takes the line.
+
+    Raises:
+        PrerequisiteError: If one at a time is too many.
+    """
+    if not out_of_memory(error):
+        raise error
+    if size <= 1:
+        raise PrerequisiteError(
+            f"memory does not hold one of the {what}", fix="free memory, or use --device cpu"
+        ) from error
+    notice(f"out of memory with {size} {what} at a time; going on with {size // 2}")
+    return size // 2
