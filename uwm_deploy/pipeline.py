@@ -206,7 +206,9 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
                 f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
             ) from error
         except (ValueError, AttributeError) as error:
-            raise InputError(f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again") from error
+            raise InputError(
+                f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again"
+            ) from error
     if kind not in _RULES_OF:
         raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
     text, where = resources.read_toml("export", _RULES_OF[str(kind)])
