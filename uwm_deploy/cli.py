@@ -115,6 +115,11 @@ def pipeline_options(command: F) -> F:
             metavar="PATTERN",
             help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
+        click.option(
+            "--refittable",
+            is_flag=True,
+            help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
+        ),
         method_options,
         click.option(
             "--tower",

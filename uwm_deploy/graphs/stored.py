@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
@@ -81,6 +82,13 @@ def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
 def read_tensor(folder: Path, tensor: StoredTensor) -> np.ndarray:
     """A float32 initialiser."""
     return np.frombuffer(_bytes_of(folder, tensor), dtype="<f4").reshape(tensor.shape)
+
+
+def named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every initialiser of an ONNX file by its name, whatever its type."""
+    for name, value in ir.load(path).graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value.numpy()
 
 
 def in_type(weight: np.ndarray, kind: int) -> np.ndarray:
