@@ -34,6 +34,7 @@ from uwm_deploy.recipe import (
     recipe_from_toml,
 )
 from uwm_deploy.records import (
+    EXPORTED,
     Digest,
     EditRecord,
     EngineArtifact,
@@ -740,7 +741,9 @@ class _Build:
             for tower, graph in graphs.items()
         }
         digests = {tower.value: graph.digest for tower, graph in graphs.items()}
-        yield Subject(variant="onnx", precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared)
+        yield Subject(
+            variant=EXPORTED, precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared
+        )
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
             first = next(iter(parts.values()))

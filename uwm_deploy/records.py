@@ -18,6 +18,10 @@ Digest = str
 """``sha256:`` followed by 64 lower-case hex digits."""
 
 
+EXPORTED = "onnx"
+"""Name of the exported graphs in a report; they are evidence, not a variant that ships."""
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 

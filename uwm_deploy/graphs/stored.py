@@ -29,6 +29,8 @@ _HALF = {
 }
 _EIGHT_BITS: dict[int, Kind] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
 FLOAT = int(onnx.TensorProto.FLOAT)
+TYPES = (FLOAT, *_HALF, *_EIGHT_BITS)
+"""Element types that an edited weight may have, float32 first, then float16, bfloat16, INT8 and FP8."""
 EIGHT_BITS = frozenset(_EIGHT_BITS)
 """Element types that have scales."""
 
@@ -106,6 +108,19 @@ def in_type(weight: np.ndarray, kind: int) -> np.ndarray:
     return cast
 
 
+def refuse_other_scales(layer: str, where: str, change: Replacement, kind: int) -> None:
+    """Checks that the scales of a weight, which stay as they are, fit the new weight.
+
+    Raises:
+        InputError: If they do not.
+    """
+    if kind in _EIGHT_BITS and not np.array_equal(_scale(change.before, kind), _scale(change.after, kind)):
+        raise InputError(
+            f"{layer} is quantised in {where}, and the new edit moves its scales",
+            fix="use a factor that keeps absolute values, such as -1, or build again",
+        )
+
+
 def replace_tensors(
     source: Path, external: str, folder: Path, changes: Mapping[str, Replacement]
 ) -> dict[str, StoredTensor]:
@@ -132,11 +147,7 @@ def replace_tensors(
     for layer, change in changes.items():
         found[layer], turned = _stored_weight(source.parent, tensors, layer, change.before)
         kind = found[layer].kind
-        if kind in _EIGHT_BITS and not np.array_equal(_scale(change.before, kind), _scale(change.after, kind)):
-            raise InputError(
-                f"{layer} is quantised in {source.name}, and the new edit moves its scales",
-                fix="use a factor that keeps absolute values, such as -1, or build again",
-            )
+        refuse_other_scales(layer, source.name, change, kind)
         after = in_type(change.after, kind)
         data[layer] = np.ascontiguousarray(after.T if turned else after).tobytes()
     if len(set(found.values())) < len(found):
@@ -158,7 +169,7 @@ def _stored_weight(
     wanted: dict[int, np.ndarray] = {}
     for tensor in tensors:
         kind = tensor.kind
-        if kind not in (FLOAT, *_HALF, *_EIGHT_BITS) or sorted(tensor.shape) != sorted(weight.shape):
+        if kind not in TYPES or sorted(tensor.shape) != sorted(weight.shape):
             continue
         if kind not in wanted:
             wanted[kind] = in_type(weight, kind)
