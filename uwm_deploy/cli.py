@@ -115,6 +115,11 @@ def pipeline_options(command: F) -> F:
             metavar="PATTERN",
             help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
+        click.option(
+            "--refittable",
+            is_flag=True,
+            help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
+        ),
         method_options,
         click.option(
             "--tower",
@@ -388,6 +393,68 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
     else:
         print_verdict(verdict)
     return exit_code_of(verdict.result)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--patch",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Another edit of the same source model: a patch file with its edit.json beside it, a run folder or a bundle.",
+)
+@click.option("--revert", is_flag=True, help="Back to the source model's weights; such a bundle never passes.")
+@click.option(
+    "--keep-mass",
+    default=None,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Another selection from the scores in the run folder, both towers.",
+)
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="New bundle. [default: in place of BUNDLE]")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    help="Variant to refit; repeatable, the others are left out. [default: all that can be refitted here]",
+)
+@click.option(
+    "--work",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Run folder with the scores, for --keep-mass. [default: .uwm/MODEL]",
+)
+@click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the source weights. [default: the recipe's]",
+)
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
+@click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def refit(as_json: bool, **options: Any) -> int:
+    """Replaces the edit of BUNDLE in its graphs and engines instead of building again; measures and judges them anew.
+
+    \b
+    Example:
+      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95
+      uwm-deploy refit dist/demo-95 --patch dist/demo
+      uwm-deploy refit dist/demo --revert --out dist/demo-original
+    """
+    from uwm_deploy.codec import plain_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.refit import RefitRequest
+    from uwm_deploy.refit import refit as run_refit
+    from uwm_deploy.summary import print_refitted
+
+    made = run_refit(RefitRequest(**options), Reporter())
+    if as_json:
+        click.echo(json.dumps({**plain_from_record(made), "out": str(made.out)}, indent=1, sort_keys=True))
+    else:
+        print_refitted(made)
+    return exit_code_of(made.verdict.result)
 
 
 @cli.command()

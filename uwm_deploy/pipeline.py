@@ -34,6 +34,7 @@ from uwm_deploy.recipe import (
     recipe_from_toml,
 )
 from uwm_deploy.records import (
+    EXPORTED,
     Digest,
     EditRecord,
     EngineArtifact,
@@ -110,6 +111,7 @@ class Request:
     precisions: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     budget: str | None = None
+    refittable: bool = False
     method: str | None = None
     selection: str | None = None
     per_concept: bool = False
@@ -622,6 +624,7 @@ class _Build:
             "graphs": digest_of_file(source / STAMP),
             "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
             "machine": usable(target) or "usable",
+            "refittable": str(self.recipe.compile.refittable),
         }
         make = partial(self._compile, target, source, graphs)
         try:
@@ -638,7 +641,8 @@ class _Build:
         for graph in graphs:
             edits = [layer for layer in edit.layers if layer.tower is graph.tower]
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
-            engine = engine_from_onnx(graph, source, target, self.recipe.compile.batch, edits, folder)
+            spec = self.recipe.compile
+            engine = engine_from_onnx(graph, source, target, spec.batch, edits, folder, refittable=spec.refittable)
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
     def verify(self) -> None:
@@ -741,7 +745,9 @@ class _Build:
             for tower, graph in graphs.items()
         }
         digests = {tower.value: graph.digest for tower, graph in graphs.items()}
-        yield Subject(variant="onnx", precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared)
+        yield Subject(
+            variant=EXPORTED, precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared
+        )
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
             first = next(iter(parts.values()))
@@ -802,7 +808,7 @@ class _Build:
             outcome.reused.append("package")
             self.reporter.line("package    unchanged, reused")
             return
-        _refuse_foreign_folder(self.out)
+        refuse_foreign_folder(self.out)
         with self.reporter.stage("package", str(self.out)):
             outcome.manifest = bundle_from_parts(self.out, manifest, self._parts())
 
@@ -842,7 +848,7 @@ class _Build:
         return parts
 
 
-def _refuse_foreign_folder(out: Path) -> None:
+def refuse_foreign_folder(out: Path) -> None:
     """A folder that is not a bundle is never replaced."""
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
@@ -878,6 +884,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         targets=tuple(Target(t) for t in dict.fromkeys(request.targets)) or spec.targets,
         precision=tuple(Precision(p) for p in dict.fromkeys(request.precisions)) or spec.precisions,
         float32=(*spec.float32, *request.float32),
+        refittable=spec.refittable or request.refittable,
     )
     if request.budget is not None:
         if Precision.AUTO not in spec.precisions:
@@ -932,12 +939,12 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
     def judge(report: VerifyReport, digest: Digest) -> Verdict:
         return gate(report, policy, policy_digest=policy_digest, report_digest=digest)
 
-    with locked(path.resolve().parent / f".{path.resolve().name}.attest"):
+    with locked(lock_of_bundle(path)):
         bundle = open_bundle(path, allow_failed=True)
         with reporter.stage("attest", str(path)):
             return attest(
                 bundle,
-                _source_of(bundle, evaluation),
+                evaluation_source_of(bundle, evaluation),
                 judge,
                 bundle_from_parts,
                 workers=workers,
@@ -945,7 +952,12 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
             )
 
 
-def _source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
+def lock_of_bundle(path: Path) -> Path:
+    """Folder to lock while a bundle is rewritten."""
+    return path.resolve().parent / f".{path.resolve().name}.attest"
+
+
+def evaluation_source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
     """The set that is asked for, or the one the bundle was measured on."""
     if evaluation:
         spec, _, base = calibration_set_of(evaluation)

@@ -167,6 +167,7 @@ class CompileSpec:
         batch: Profile.
         float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
         auto: How `auto` searches.
+        refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
     """
 
     targets: tuple[Target, ...]
@@ -174,6 +175,7 @@ class CompileSpec:
     batch: Profile = Profile(min=1, opt=8, max=32)
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
+    refittable: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:

@@ -18,6 +18,10 @@ Digest = str
 """``sha256:`` followed by 64 lower-case hex digits."""
 
 
+EXPORTED = "onnx"
+"""Name of the exported graphs in a report; they are evidence, not a variant that ships."""
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 
@@ -567,6 +571,9 @@ class OnnxArtifact:
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
         conversion: For a graph in lower precision, made from the exported one.
+
+    After a refit, the digest of a lower-precision graph that is not in the bundle is over its former digest and the
+    patch's: the engine was refitted, the graph was not made again.
     """
 
     tower: TowerName
@@ -856,6 +863,7 @@ class Manifest:
         converted: Graphs in lower precision that engines were compiled from; only their records are in the bundle.
         engines: Every compiled engine; `unproven` variants are refused by the runtime.
         verdict: Also in `reports/verdict.json`.
+        refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
     """
 
     name: str
@@ -872,3 +880,4 @@ class Manifest:
     versions: Mapping[str, str]
     files: tuple[BundleFile, ...]
     converted: tuple[OnnxArtifact, ...] = ()
+    refitted_from: Digest = ""

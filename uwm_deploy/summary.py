@@ -28,6 +28,7 @@ from uwm_deploy.safeground.preference import METRICS
 
 if TYPE_CHECKING:
     from uwm_deploy.pipeline import Outcome
+    from uwm_deploy.refit import Refitted
 
 _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -209,6 +210,18 @@ def print_verdict(verdict: Verdict) -> None:
     for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
         if names:
             console.print(f"{label}: {', '.join(names)}", markup=False)
+
+
+def print_refitted(made: Refitted) -> None:
+    """What was replaced, what could not be, and the verdict."""
+    console = _console()
+    selected = sum(layer.selected for layer in made.edit.layers)
+    console.print(f"refitted: {made.layers} layers changed, {selected} entries edited", markup=False)
+    console.print(f"method: {method_line(made.edit)}", markup=False)
+    for variant, reason in made.left_out.items():
+        console.print(Text(f"left out: {variant}: {reason}", style="yellow"))
+    print_verdict(made.verdict)
+    console.print(f"bundle: {made.out}", markup=False)
 
 
 def print_data_report(report: DataReport) -> None:

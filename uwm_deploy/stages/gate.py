@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from uwm_deploy.errors import RecipeError
 from uwm_deploy.recipe import Limit, Policy
 from uwm_deploy.records import (
+    EXPORTED,
     ArtifactEvidence,
     Check,
     Digest,
@@ -22,9 +23,6 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
 from uwm_deploy.safeground.preference import BASIC
-
-EXPORTED = "onnx"
-"""Name of the exported graphs in a report; they are evidence, not a variant that ships."""
 
 
 @dataclass(frozen=True, slots=True)
