@@ -24,13 +24,12 @@ from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
-    Policy,
     Recipe,
     calibration_set_from_toml,
-    policy_from_toml,
     recipe_from_toml,
 )
 from uwm_deploy.records import (
@@ -52,7 +51,7 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
 from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import flips_between, safety_report
+from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, with_method
@@ -653,13 +652,12 @@ class _Build:
         inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
         inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
         inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
-        inputs["zero_shot"] = digest_of_plain(
-            [
-                [fingerprint_of(source.zero_shot(name)) for name in source.zero_shot_names],
-                sorted(source.zero_shot_missing),
-            ]
-        )
+        inputs["zero_shot"] = digest_of_plain([self._zero_shot_digests(), sorted(source.zero_shot_missing)])
         return inputs
+
+    def _zero_shot_digests(self) -> dict[str, Digest]:
+        source = self.evaluation_source
+        return {name: digest_of_plain(fingerprint_of(source.zero_shot(name))) for name in source.zero_shot_names}
 
     def _verify(self, folder: Path) -> None:
         from safetensors.numpy import save_file
@@ -695,9 +693,11 @@ class _Build:
             edited_weights_digest=self.edited.ref.weights_digest,
             evaluation=self.evaluation_source.record,
             calibration_overlap=self._overlap(),
-            original=safety_report("original", original),
-            edited=safety_report("edited", edited),
+            original=safety_report("original", original, with_items=True),
+            edited=safety_report("edited", edited, with_items=True),
             edit_effect=flips_between(original, edited),
+            edit_worst=worst_items("edited", original, edited),
+            zero_shot_digests=self._zero_shot_digests(),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
         )
