@@ -163,7 +163,11 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
         raise RecipeError(f"{where}: `of` belongs to [[concept]] and [[baseline]]", fix="remove it")
     if limit.precision and (section == "edit" or limit.of == "edit"):
         raise RecipeError(f"{where}: the edited model has no precision", fix="remove `precision`")
-    if section == "baseline" and not limit.metric.endswith(".delta") and not limit.metric.startswith(("flips.", "lost.")):
+    if (
+        section == "baseline"
+        and not limit.metric.endswith(".delta")
+        and not limit.metric.startswith(("flips.", "lost."))
+    ):
         raise RecipeError(f"{where} is no difference from the baseline", fix="use .delta, flips. or lost.")
 
 

@@ -47,4 +47,6 @@ def _of_metric(check: Check, model: str) -> str:
         return f"another edit: `uwm-deploy sweep --model {model}` measures many; or --method, or other calibration data"
     if check.name.startswith("parity."):
         return "keep sensitive layers in float32 (--keep-float32 PATTERN) or use a higher --precision"
-    return "use --precision auto with a smaller --budget, keep layers in float32 (--keep-float32), or a higher --precision"
+    return (
+        "use --precision auto with a smaller --budget, keep layers in float32 (--keep-float32), or a higher --precision"
+    )

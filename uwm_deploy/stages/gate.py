@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.policy import EvidenceRule, Limit, Policy, Waiver, name_of
+from uwm_deploy.policy import Limit, Policy, name_of
 from uwm_deploy.records import (
     ArtifactEvidence,
     Baseline,
@@ -16,14 +16,13 @@ from uwm_deploy.records import (
     Evidence,
     Result,
     SafetyReport,
-    Target,
     Verdict,
     VerifyReport,
-    WaiverState,
     WorstItem,
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
 from uwm_deploy.stages.advice import advice_for
+from uwm_deploy.stages.evidence import is_for, missing, ran_where, required, statement
 from uwm_deploy.stages.limits import check, check_value, power_note
 from uwm_deploy.stages.measured import (
     Measured,
@@ -33,6 +32,7 @@ from uwm_deploy.stages.measured import (
     concept_metrics,
     edit_metrics,
 )
+from uwm_deploy.stages.waivers import states_of, waiver_of
 
 EXPORTED = "onnx"
 """Name of the exported graphs in a report; they are evidence, not a variant that ships."""
@@ -98,7 +98,7 @@ def gate(
         report_digest=report_digest,
         edited_weights_digest=report.edited_weights_digest,
         baseline_digest=baseline_digest,
-        waivers=judge.waivers(checks),
+        waivers=states_of(policy.waiver, checks, judge.today),
         notes=tuple(judge.notes),
         worst=_worst(report, checks),
     )
@@ -187,30 +187,20 @@ class _Judge:
             found += self._concepts(name, concept_metrics(self.report.edited, safety), rules)
         finite = all(part.finite for part in artifact.parity) and bool(artifact.parity)
         return [
-            _statement("outputs are finite", name, finite, "NaN or infinity in an output"),
+            statement("outputs are finite", name, finite, "NaN or infinity in an output"),
             *(_canary(name, tower, worst) for tower, worst in artifact.canaries.items()),
             # Otherwise a precision that nobody thought of would be proven by passing nothing.
-            *([] if limits else [_statement("limits apply", name, False, "no limit is for this variant")]),
+            *([] if limits else [statement("limits apply", name, False, "no limit is for this variant")]),
             *self._waived(found),
         ]
 
     def required(self) -> list[Check]:
         """Variants that must have been executed."""
-        return self._waived([_required(name, self.report.artifacts) for name in self.policy.required])
+        return self._waived([required(name, self.report.artifacts) for name in self.policy.required])
 
     def missing_evidence(self) -> list[Check]:
         """Evidence that the policy asks for of variants that were not executed, or not built."""
-        found = []
-        for number, rule in enumerate(self.policy.evidence):
-            built = [a for a in self.report.artifacts if _rule_is_for(rule, a)]
-            for artifact in built:
-                if artifact.evidence is not Evidence.EXECUTED:
-                    found.append(
-                        _not_run(artifact.variant, f"not run: {artifact.reason}; {rule.reason}", f"evidence[{number}]")
-                    )
-            if not built and not rule.if_built:
-                found.append(_not_run(rule.target.value, f"no such variant was built; {rule.reason}", f"evidence[{number}]"))
-        return self._waived(found)
+        return self._waived(missing(self.policy.evidence, self.report.artifacts))
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -234,9 +224,7 @@ class _Judge:
             note = power_note(found.subject, found.name, metrics[limit.metric](), found.limit)
             self.notes += [note] if note else []
 
-    def _concepts(
-        self, subject: str, metrics: dict[str, Metrics], rules: Iterable[tuple[int, Limit]]
-    ) -> list[Check]:
+    def _concepts(self, subject: str, metrics: dict[str, Metrics], rules: Iterable[tuple[int, Limit]]) -> list[Check]:
         """One check per concept with enough items; a rule that no concept has enough items for is inconclusive."""
         found = []
         for number, limit in rules:
@@ -252,9 +240,7 @@ class _Judge:
             found += large or checks
         return found
 
-    def _since_baseline(
-        self, subject: str, now: SafetyReport, rules: Iterable[tuple[int, Limit]]
-    ) -> list[Check]:
+    def _since_baseline(self, subject: str, now: SafetyReport, rules: Iterable[tuple[int, Limit]]) -> list[Check]:
         rules = list(rules)
         if not rules:
             return []
@@ -290,48 +276,14 @@ class _Judge:
     def _evidence(self, artifact: ArtifactEvidence) -> list[Check]:
         """Where an executed variant ran, against the rules for its target."""
         return [
-            _ran_where(artifact, rule, f"evidence[{number}]")
+            ran_where(artifact, rule, f"evidence[{number}]")
             for number, rule in enumerate(self.policy.evidence)
-            if _rule_is_for(rule, artifact)
+            if is_for(rule, artifact)
         ]
-
-    # --- waivers ----------------------------------------------------------------------------------------------------
 
     def _waived(self, checks: Iterable[Check]) -> list[Check]:
         """Checks of the policy's own rules, with the waivers that are still good."""
-        return [dataclasses.replace(c, waiver=self._waiver_of(c)) for c in checks]
-
-    def _waiver_of(self, found: Check) -> WaiverState | None:
-        if found.result is Result.PASS:
-            return None
-        matching = (w for w in self.policy.waiver if _covers(w, found) and w.expires >= self.today)
-        waiver = next(matching, None)
-        return _state(waiver, "applied") if waiver else None
-
-    def waivers(self, checks: Sequence[Check]) -> tuple[WaiverState, ...]:
-        """Every waiver with what became of it."""
-        states = []
-        for waiver in self.policy.waiver:
-            applied = any(c.waiver is not None and _covers(waiver, c) for c in checks)
-            good = waiver.expires >= self.today
-            states.append(_state(waiver, "applied" if applied and good else "unused" if good else "expired"))
-        return tuple(states)
-
-
-def _state(waiver: Waiver, state: str) -> WaiverState:
-    name = f"{waiver.check} ({waiver.concept})" if waiver.concept else waiver.check
-    return WaiverState(
-        check=name,
-        subject=waiver.subject,
-        owner=waiver.owner,
-        reason=waiver.reason,
-        expires=waiver.expires.isoformat(),
-        state=state,  # type: ignore[arg-type]
-    )
-
-
-def _covers(waiver: Waiver, found: Check) -> bool:
-    return (waiver.check, waiver.subject, waiver.concept) == (found.name, found.subject, found.concept)
+        return [dataclasses.replace(c, waiver=waiver_of(c, self.policy.waiver, self.today)) for c in checks]
 
 
 def _numbered(limits: Sequence[Limit], *, not_of: str) -> list[tuple[int, Limit]]:
@@ -369,24 +321,11 @@ def _soundness(report: VerifyReport) -> list[Check]:
     changed = report.edited_weights_digest != report.model.weights_digest
     return [
         check_value("calibration items in the evaluation set", "data", Measured(report.calibration_overlap, n), none),
-        _statement(
+        statement(
             "weights come from a checkpoint", "model", report.model.repo != "random", "random weights are never safe"
         ),
-        _statement("the edit changes the weights", EDITED, changed, "the edited weights are the original ones"),
+        statement("the edit changes the weights", EDITED, changed, "the edited weights are the original ones"),
     ]
-
-
-def _statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str = "") -> Check:
-    return Check(
-        name=name,
-        subject=subject,
-        result=Result.PASS if true else Result.FAIL,
-        measured=float(true),
-        limit=1.0,
-        direction="equals",
-        detail="" if true else otherwise,
-        rule=rule,
-    )
 
 
 def _canary(variant: str, tower: str, worst: float) -> Check:
@@ -395,45 +334,3 @@ def _canary(variant: str, tower: str, worst: float) -> Check:
         metric="", at_most=RATIO_LIMIT, reason="on an input where they differ, it is nearer to the original model"
     )
     return check_value(f"canaries of the {tower} tower", variant, Measured(worst, CANARIES), limit)
-
-
-def _required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:
-    found = {a.variant: a for a in artifacts}
-    if name in found and found[name].evidence is Evidence.EXECUTED:
-        return dataclasses.replace(_not_run(name, "", "required"), result=Result.PASS)
-    reason = found[name].reason if name in found else "it was not built"
-    return _not_run(name, f"not run: {reason}", "required")
-
-
-def _not_run(subject: str, detail: str, rule: str) -> Check:
-    return Check(
-        name="required evidence",
-        subject=subject,
-        result=Result.NOT_RUN,
-        measured=None,
-        limit=None,
-        direction="equals",
-        detail=detail.strip("; "),
-        rule=rule,
-    )
-
-
-def _rule_is_for(rule: EvidenceRule, artifact: ArtifactEvidence) -> bool:
-    target = artifact.variant.removesuffix(f"-{artifact.precision.value}")
-    return target == Target(rule.target).value and (not rule.precision or artifact.precision in rule.precision)
-
-
-def _ran_where(artifact: ArtifactEvidence, rule: EvidenceRule, name: str) -> Check:
-    where = artifact.where
-    capability = where.get("compute_capability", "")
-    on_gpu = bool(capability) or where.get("provider", "").startswith(("CUDA", "Tensorrt", "NvTensorRTRTX"))
-    device = "gpu" if on_gpu else "cpu"
-    right = rule.device in ("any", device) and (not rule.compute_capability or capability in rule.compute_capability)
-    wanted = " ".join(
-        [*([rule.device] if rule.device != "any" else []), *(["of compute capability"] if rule.compute_capability else [])]
-    )
-    ran = f"{where.get('device', device)}{f' of compute capability {capability}' if capability else ''}"
-    otherwise = f"it ran on {ran}, must be {wanted} {' or '.join(rule.compute_capability)} {rule.reason}".strip()
-    return _statement("required evidence", artifact.variant, right, otherwise, rule=name)
-
-

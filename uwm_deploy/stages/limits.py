@@ -14,9 +14,7 @@ _Z_POWER = 1.959963984540054 + 1.2815515655446004
 """Two-sided 95% interval, 90% power."""
 
 
-def check(
-    subject: str, metrics: Metrics, limit: Limit, *, name: str = "", rule: str = "", concept: str = ""
-) -> Check:
+def check(subject: str, metrics: Metrics, limit: Limit, *, name: str = "", rule: str = "", concept: str = "") -> Check:
     """Compares the metric that a limit names.
 
     Raises:
