@@ -13,6 +13,7 @@ NAME = "required evidence"
 
 
 def statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str = "") -> Check:
+    """A check of something that is true or not."""
     return Check(
         name=name,
         subject=subject,
@@ -26,6 +27,7 @@ def statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str 
 
 
 def required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:
+    """Whether a variant was executed."""
     found = {a.variant: a for a in artifacts}
     if name in found and found[name].evidence is Evidence.EXECUTED:
         return dataclasses.replace(not_run(name, "", "required"), result=Result.PASS)
@@ -34,8 +36,9 @@ def required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:
 
 
 def not_run(subject: str, detail: str, rule: str) -> Check:
+    """A check that nothing was measured for."""
     return Check(
-        name="required evidence",
+        name=NAME,
         subject=subject,
         result=Result.NOT_RUN,
         measured=None,
@@ -47,8 +50,9 @@ def not_run(subject: str, detail: str, rule: str) -> Check:
 
 
 def is_for(rule: EvidenceRule, artifact: ArtifactEvidence) -> bool:
+    """Whether a rule is about a variant."""
     target = artifact.variant.removesuffix(f"-{artifact.precision.value}")
-    return target == Target(rule.target).value and (not rule.precision or artifact.precision in rule.precision)
+    return target == rule.target.value and (not rule.precision or artifact.precision in rule.precision)
 
 
 def missing(rules: Sequence[EvidenceRule], artifacts: Sequence[ArtifactEvidence]) -> list[Check]:
@@ -65,6 +69,7 @@ def missing(rules: Sequence[EvidenceRule], artifacts: Sequence[ArtifactEvidence]
 
 
 def ran_where(artifact: ArtifactEvidence, rule: EvidenceRule, name: str) -> Check:
+    """Whether an executed variant ran where a rule wants it to."""
     where = artifact.where
     capability = where.get("compute_capability", "")
     on_gpu = bool(capability) or where.get("provider", "").startswith(("CUDA", "Tensorrt", "NvTensorRTRTX"))
@@ -78,4 +83,4 @@ def ran_where(artifact: ArtifactEvidence, rule: EvidenceRule, name: str) -> Chec
     )
     ran = f"{where.get('device', device)}{f' of compute capability {capability}' if capability else ''}"
     otherwise = f"it ran on {ran}, must be {wanted} {' or '.join(rule.compute_capability)} {rule.reason}".strip()
-    return statement("required evidence", artifact.variant, right, otherwise, rule=name)
+    return statement(NAME, artifact.variant, right, otherwise, rule=name)
