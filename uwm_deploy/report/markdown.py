@@ -53,17 +53,20 @@ def markdown_from_verdict(verdict: Verdict, *, limit_bytes: int = SUMMARY_BYTES)
 def _table(checks: Sequence[Check]) -> list[str]:
     if not checks:
         return []
-    rows = [
-        f"| {check.result.value}{' (waived)' if check.waiver else ''} | {_cell(check.subject)} | {_cell(name_of(check))} "
-        f"| {_cell(measured_text(check))} | {_cell(limit_text(check))} | {gap_text(check) if check.blocks else ''} | {check.n or ''} |"
-        for check in checks
-    ]
+    rows = [f"| {' | '.join(_cell(cell) for cell in _cells(check))} |" for check in checks]
     return [
         "| result | subject | check | measured | limit | missed by | n |",
         "|---|---|---|---|---|---:|---:|",
         *rows,
         "",
     ]
+
+
+def _cells(check: Check) -> tuple[str, ...]:
+    result = f"{check.result.value}{' (waived)' if check.waiver else ''}"
+    gap = gap_text(check) if check.blocks else ""
+    numbers = (measured_text(check), limit_text(check), gap, str(check.n or ""))
+    return (result, check.subject, name_of(check), *numbers)
 
 
 def _list(title: str, lines: Sequence[str] | dict[str, None]) -> list[str]:
