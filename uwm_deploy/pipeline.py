@@ -444,9 +444,14 @@ class _Build:
         folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
         if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
-            calibration, recipe = self.outcome.score.calibration, self.recipe
-            settings = {"licence": recipe.model.licence, "method": method_line(self.outcome.edit)}
-            write_atomic(card, card_of(self.outcome.edit, calibration, name=recipe.name, **settings))
+            text = card_of(
+                self.outcome.edit,
+                self.outcome.score.calibration,
+                name=self.recipe.name,
+                licence=self.recipe.model.licence,
+                method=method_line(self.outcome.edit),
+            )
+            write_atomic(card, text)
         if nothing:
             self.reporter.line("edit       method none: nothing is edited, so the gate cannot pass")
 

@@ -216,10 +216,11 @@ def print_verdict(verdict: Verdict) -> None:
     console = _console()
     found = findings(verdict)
     print_rows([_finding_row(check) for check in found], styles={r.value: style for r, style in _STYLE.items()})
-    for check in found:
-        console.print(Text(line_of(check), style=_STYLE[check.result]), soft_wrap=True)
-        if check.blocks and check.advice:
-            console.print(f"  try: {check.advice}", markup=False, soft_wrap=True)
+    for advice in dict.fromkeys(check.advice for check in found):
+        for check in (check for check in found if check.advice == advice):
+            console.print(Text(line_of(check), style=_STYLE[check.result]), soft_wrap=True)
+        if advice:
+            console.print(f"  try: {advice}", markup=False, soft_wrap=True)
     if verdict.worst:
         console.print("worst quadruples:", markup=False)
     for item in verdict.worst:

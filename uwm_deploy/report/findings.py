@@ -10,7 +10,12 @@ _ORDER = {Result.FAIL: 0, Result.NOT_RUN: 1, Result.INCONCLUSIVE: 2, Result.PASS
 def findings(verdict: Verdict) -> list[Check]:
     """Checks that do not pass: those that block first, then the waived ones; failures furthest from the limit first."""
     found = [check for check in verdict.checks if check.result is not Result.PASS]
-    return sorted(found, key=lambda c: (not c.blocks, _ORDER[c.result], -_excess(c), c.subject, c.name, c.concept))
+    return sorted(found, key=_rank)
+
+
+def _rank(check: Check) -> tuple[object, ...]:
+    follows = check.rule == "min_proven"  # from the others, so it is no news
+    return (not check.blocks, follows, _ORDER[check.result], -_excess(check), check.subject, check.name, check.concept)
 
 
 def _excess(check: Check) -> float:
@@ -31,8 +36,9 @@ def measured_text(check: Check) -> str:
         return "no" if check.measured == 0.0 else "not run" if check.measured is None else "yes"
     if check.measured is None:
         return "not measured"
-    interval = f" ({check.low:.4g} to {check.high:.4g})" if check.low is not None and check.high is not None else ""
-    return f"{check.measured:.6g}{interval}"
+    if check.low is not None and check.high is not None:
+        return f"{check.measured:.4g} ({check.low:.4g} to {check.high:.4g})"
+    return f"{check.measured:.6g}"
 
 
 def limit_text(check: Check) -> str:

@@ -28,7 +28,9 @@ def advice_for(check: Check, model: str) -> str:
         return _EXACT[check.name]
     if check.name == "required evidence":
         return f"run `uwm-deploy attest BUNDLE` on a machine that can execute {check.subject}, or build it there"
-    if check.name.endswith("since the baseline"):
+    if check.name.endswith("since the baseline") and check.result is Result.NOT_RUN:
+        return "store an accepted report with `uwm-deploy baseline set` and pass it with --baseline"
+    if check.name.endswith("since the baseline") and check.result is Result.FAIL:
         return (
             "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
             "if the change is wanted, accept it with `uwm-deploy baseline set`"

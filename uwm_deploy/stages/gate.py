@@ -76,13 +76,8 @@ def gate(
     executed = {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
     proven = tuple(v for v in good if v != EXPORTED)
-    enough = check_value(
-        "proven variants",
-        "build",
-        Measured(len(proven), len(variants)),
-        Limit(metric="", at_least=policy.min_proven),
-        rule="min_proven",
-    )
+    undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
+    enough = _enough(len(proven), len(undecided), len(variants), policy.min_proven)
     judged = [found for variant in variants for found in variants[variant]]
     checks = [*general, *judged, *required, enough]
     checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in checks]
@@ -296,6 +291,21 @@ def _is_for(limit: Limit, artifact: ArtifactEvidence) -> bool:
 
 def _any_blocks(checks: Iterable[Check]) -> bool:
     return any(found.blocks for found in checks)
+
+
+def _only_waits(checks: Iterable[Check]) -> bool:
+    """Whether nothing but a lack of data keeps a variant from being proven."""
+    return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
+
+
+def _enough(proven: int, undecided: int, variants: int, wanted: int) -> Check:
+    """Whether enough variants are proven; inconclusive when those with too little data could make up for the rest."""
+    limit = Limit(metric="", at_least=wanted)
+    found = check_value("proven variants", "build", Measured(proven, variants), limit, rule="min_proven")
+    if found.result is Result.FAIL and proven + undecided >= wanted:
+        detail = f"{proven} proven, {undecided} with too little data, must be at least {wanted}"
+        return dataclasses.replace(found, result=Result.INCONCLUSIVE, detail=detail)
+    return found
 
 
 def _overall(checks: Iterable[Check]) -> Result:
