@@ -16,8 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from uwm_deploy import records
 from uwm_deploy.records import SCHEMA_VERSION
 
-PUBLISHED = ("Verdict", "VerifyReport", "Baseline")
-"""Records whose schema is in docs/schema/."""
+PUBLISHED: Mapping[str, str] = {"verdict": "Verdict", "verify": "VerifyReport", "baseline": "Baseline"}
+"""Name of a file (without ``.json``) to its record; their schemas are docs/schema/<name>.schema.json."""
 
 _SCALARS: Mapping[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 

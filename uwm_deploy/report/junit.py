@@ -8,18 +8,17 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from uwm_deploy.records import Check, Result, Verdict
+from uwm_deploy.records import Check, Verdict
 from uwm_deploy.report.findings import limit_text, measured_text, name_of, waiver_line
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_from_verdict(verdict: Verdict) -> str:
-    """The whole file. What fails or was not run is a failure, what is inconclusive an error, what is waived is skipped."""
+    """The whole file. What blocks is a failure, whose type says fail, not run or inconclusive; what is waived is skipped."""
     root = ET.Element("testsuites", _counts(list(verdict.checks)) | {"name": "uwm-deploy gate", "time": "0"})
     for subject in dict.fromkeys(check.subject for check in verdict.checks):
         checks = [check for check in verdict.checks if check.subject == subject]
-        # xunit's schema has `skipped` on suites only.
         suite = ET.SubElement(root, "testsuite", _counts(checks) | {"name": _clean(subject), "time": "0"})
         suite.set("skipped", str(sum(check.waiver is not None for check in checks)))
         _properties(suite, verdict)
@@ -30,9 +29,8 @@ def junit_from_verdict(verdict: Verdict) -> str:
 
 
 def _counts(checks: list[Check]) -> dict[str, str]:
-    blocking = [check.result for check in checks if check.blocks]
-    errors = blocking.count(Result.INCONCLUSIVE)
-    return {"tests": str(len(checks)), "failures": str(len(blocking) - errors), "errors": str(errors)}
+    failures = sum(check.blocks for check in checks)
+    return {"tests": str(len(checks)), "failures": str(failures), "errors": "0"}
 
 
 def _properties(suite: ET.Element, verdict: Verdict) -> None:
@@ -58,8 +56,7 @@ def _case(suite: ET.Element, check: Check) -> None:
         skipped = ET.SubElement(case, "skipped", {"message": _clean(waiver_line(check.waiver))})
         skipped.text = text
     elif check.blocks:
-        kind = "error" if check.result is Result.INCONCLUSIVE else "failure"
-        found = ET.SubElement(case, kind, {"message": _clean(check.detail), "type": check.result.value})
+        found = ET.SubElement(case, "failure", {"message": _clean(check.detail), "type": check.result.value})
         found.text = _clean(f"{text}\ntry: {check.advice}") if check.advice else text
 
 
