@@ -22,7 +22,7 @@ from uwm_deploy.datasets.embedding import PreparedSet, prepare
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.stored import Replacement
-from uwm_deploy.pipeline import evaluation_source_of, lock_of_bundle, policy_of, refuse_foreign_folder
+from uwm_deploy.pipeline import bundle_with_card, evaluation_source_of, lock_of_bundle, policy_of, refuse_foreign_folder
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
 from uwm_deploy.records import (
     EXPORTED,
@@ -182,7 +182,7 @@ class _Refit:
                 unproven,
                 source,
                 self._judge(),
-                lambda _, manifest, parts: bundle_from_parts(self.out, manifest, parts),
+                lambda _, manifest, parts: bundle_with_card(self.out, manifest, parts),
                 workers=self.request.workers,
                 progress=self.reporter.progress,
                 prepared=prepared,

@@ -1,0 +1,1 @@
+"""Outputs for people and for CI systems, rendered from the records of a verdict only."""
