@@ -43,10 +43,12 @@ CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yello
 COLD_ROUNDS = 3
 """Sessions that are opened one after another to measure a cold start."""
 
-WARM_UP = 2
-"""Calls per batch that are not counted."""
+ROUNDS = 5
+"""Turns of every contender in the warm calls."""
 
-LEAST_ROUNDS = 3
+PAUSE_SECONDS = 0.05
+"""Before each turn: threads of the one before wait for work in a busy loop for a while, and would take its cores."""
+
 CALLS_FOR = {95: 20, 99: 100}
 """A percentile of fewer calls than this would be a name for the slowest one."""
 
@@ -116,15 +118,15 @@ def bench(
 ) -> BenchReport:
     """Measures every contender, both towers, cold and warm.
 
-    Cold is a new session in this process up to its first answer. Warm calls take turns in random order, the same number for
-    each; ratios are medians over the rounds, each to the first contender's call of the same round.
+    Cold is a new session in this process up to its first answer. Warm calls are made in turns of a few calls, in random
+    order. A ratio is that of the fastest calls in turns of the same round, which other work on the machine disturbs least.
 
     Args:
         bundle: Whose inputs they take.
         contenders: The first is what the others are compared with.
         not_run: Reasons for those that are not among them.
         batches: Rows per call; those between the smallest and the largest of the profile when empty.
-        seconds: Time for each contender, tower and batch; at least a few rounds are run whatever they take.
+        seconds: Time for each contender, tower and batch; at least one call per round is made whatever it takes.
         progress: Called as it goes on.
 
     Raises:
@@ -250,48 +252,61 @@ def _cold(
 def _warm(
     sessions: Mapping[str, Session], tower: TowerName, batch: np.ndarray, seconds: float, progress: Progress
 ) -> list[Latency]:
-    """Calls in turns until the time is used up."""
+    """Some calls of one after some calls of the other, in random order, several times."""
     names, order = list(sessions), np.random.default_rng(0)
-    for _ in range(WARM_UP):
-        for session in sessions.values():
-            session.run(batch)
-    rounds: list[list[float]] = []
-    end, label = time.perf_counter() + seconds * len(names), f"{tower.value}, batch {len(batch)}"
-    while len(rounds) < LEAST_ROUNDS or time.perf_counter() < end:
-        row = [0.0] * len(names)
+    taken: dict[str, list[list[float]]] = {name: [] for name in names}
+    for turn in range(ROUNDS):
         for position in order.permutation(len(names)):
-            started = time.perf_counter()
-            sessions[names[position]].run(batch)
-            row[position] = time.perf_counter() - started
-        rounds.append(row)
-        left = max(0.0, end - time.perf_counter()) / max(seconds * len(names), 1e-9)
-        progress(label, round(100 * (1 - left)), 100)
-    table = np.array(rounds)
-    return [latency_of(name, tower, len(batch), table[:, column], table[:, 0]) for column, name in enumerate(names)]
+            name = names[position]
+            taken[name].append(_block(sessions[name], batch, seconds / ROUNDS))
+        progress(f"{tower.value}, batch {len(batch)}", turn + 1, ROUNDS)
+    return [latency_of(name, tower, len(batch), taken[name], taken[names[0]]) for name in names]
 
 
-def latency_of(subject: str, tower: TowerName, batch: int, taken_s: np.ndarray, reference_s: np.ndarray) -> Latency:
+def _block(session: Session, batch: np.ndarray, seconds: float) -> list[float]:
+    """Seconds per call of a few calls in a row."""
+    time.sleep(PAUSE_SECONDS)
+    session.run(batch)  # not counted: what the others left in the caches is gone after it
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        started = time.perf_counter()
+        session.run(batch)
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def latency_of(
+    subject: str,
+    tower: TowerName,
+    batch: int,
+    taken_s: Sequence[Sequence[float]],
+    reference_s: Sequence[Sequence[float]],
+) -> Latency:
     """One row of the table from the times of single calls.
 
     Args:
         subject: Whose they are.
         tower: Which tower.
         batch: Rows per call.
-        taken_s: (n,) seconds per call.
-        reference_s: (n,) seconds that the first contender took in the same rounds.
+        taken_s: Per round, seconds of every call.
+        reference_s: The same of the first contender in the same rounds.
     """
-    n = len(taken_s)
-    high = {q: float(1e3 * np.percentile(taken_s, q)) if n >= least else None for q, least in CALLS_FOR.items()}
+    calls = np.concatenate([np.asarray(part) for part in taken_s])
+    high = {q: float(1e3 * np.percentile(calls, q)) if len(calls) >= least else None for q, least in CALLS_FOR.items()}
+    ratios = [min(mine) / min(other) for mine, other in zip(taken_s, reference_s, strict=True)]
     return Latency(
         subject=subject,
         tower=tower,
         batch=batch,
-        calls=n,
-        latency_ms_p50=float(1e3 * np.median(taken_s)),
+        calls=len(calls),
+        latency_ms_p50=float(1e3 * np.median(calls)),
         latency_ms_p95=high[95],
         latency_ms_p99=high[99],
-        throughput_per_s=float(batch * n / taken_s.sum()),
-        ratio=float(np.median(taken_s / reference_s)),
+        throughput_per_s=float(batch * len(calls) / calls.sum()),
+        ratio=float(np.median(ratios)),
+        ratio_low=float(min(ratios)),
+        ratio_high=float(max(ratios)),
     )
 
 
@@ -360,7 +375,7 @@ def rows_of(report: BenchReport) -> list[dict[str, str]]:
             "p95 ms": _known(row.latency_ms_p95),
             "p99 ms": _known(row.latency_ms_p99),
             "rows/s": f"{row.throughput_per_s:.0f}",
-            f"time / {report.against}": f"{row.ratio:.2f}",
+            f"/ {report.against}": f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
             "calls": str(row.calls),
         }
         for row in sorted(report.warm, key=lambda row: (row.tower, row.batch))
@@ -368,12 +383,15 @@ def rows_of(report: BenchReport) -> list[dict[str, str]]:
 
 
 def _known(value: float | None) -> str:
-    return "few calls" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}"
 
 
 def lines_of(report: BenchReport) -> list[str]:
     """What belongs under the table: the machine, the places, and what was not run."""
-    lines = [f"{key}: {value}" for key, value in report.machine.items()]
+    lines = [
+        f"/ {report.against}: fastest call to its fastest call, median of {ROUNDS} rounds (lowest-highest); - too few calls"
+    ]
+    lines += [f"{key}: {value}" for key, value in report.machine.items()]
     for when, values in (("before", report.clocks_before), ("after", report.clocks_after)):
         lines.append(f"{when}: {', '.join(f'{key} {value}' for key, value in values.items())}")
     places = {subject.name: subject.where for subject in report.subjects}

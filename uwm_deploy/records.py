@@ -918,7 +918,8 @@ class Latency:
         batch: Rows per call.
         calls: Number of calls; a percentile that needs more of them is None.
         throughput_per_s: Rows per second.
-        ratio: Median over the rounds of its time divided by the first subject's.
+        ratio: Its fastest call divided by the first subject's fastest call in the same round; the median over the rounds.
+        ratio_low: Of the rounds, the lowest; `ratio_high` the highest.
     """
 
     subject: str
@@ -930,6 +931,8 @@ class Latency:
     latency_ms_p99: float | None
     throughput_per_s: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
