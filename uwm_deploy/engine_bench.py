@@ -134,7 +134,7 @@ def bench(
         PrerequisiteError: If nothing can be executed here.
     """
     sizes = _batches(bundle, batches)
-    inputs = {tower: _inputs(bundle, tower, max(sizes)) for tower in TowerName}
+    inputs = {tower: inputs_of(bundle, tower, max(sizes)) for tower in TowerName}
     before, skipped = clocks(), dict(not_run)
     subjects: dict[str, BenchSubject] = {}
     cold: list[ColdStart] = []
@@ -188,7 +188,7 @@ def _batches(bundle: Bundle, asked: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(asked or (profile.min, profile.opt, profile.max))))
 
 
-def _inputs(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
+def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
     """Noise, or captions; the time does not depend on what they show or say."""
     spec: TensorSpec = next(engine.inputs[0] for engine in bundle.manifest.engines if engine.tower is tower)
     if tower is TowerName.IMAGE:
