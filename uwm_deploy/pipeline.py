@@ -201,9 +201,13 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     if not (folder / "open_clip_config.json").is_file():
         try:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError, AttributeError) as error:
+        except OSError as error:
             raise InputError(
                 f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
+            ) from error
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again"
             ) from error
     if kind not in _RULES_OF:
         raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")

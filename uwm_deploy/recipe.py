@@ -133,11 +133,13 @@ class ExportSpec:
         opset: ONNX operator set.
         normalise: Whether the graph ends with L2 normalisation.
         ids_dtype: Element type of the text graph's `input_ids`.
+        attention: Its steps one by one, or one `Attention` node each, which needs opset 23.
     """
 
     opset: int = 20
     normalise: bool = True
     ids_dtype: Literal["int64", "int32"] = "int64"
+    attention: Literal["steps", "fused"] = "steps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +328,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: edit.towers is {list(recipe.edit.towers)}", fix="name image, text or both, once")
     if recipe.edit.text.pairing != recipe.edit.image.pairing:
         raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
+    if recipe.export.attention == "fused" and recipe.export.opset < 23:
+        raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")
