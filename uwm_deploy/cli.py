@@ -760,6 +760,88 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--variant", "variants", multiple=True, help="Variant to measure; repeatable. [default: all]")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Rows per call; repeatable. [default: smallest, best and largest of the profile]",
+)
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600, min_open=True),
+    help="For each variant, tower and batch.",
+)
+@click.option(
+    "--torch",
+    "reference",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|MODEL",
+    help="Reference in PyTorch float32: the bundle's own model if its weights are here, none, or a recipe or folder.",
+)
+@click.option("--csv", "table", default=None, type=click.Path(path_type=Path), help="Write the numbers here as CSV.")
+@click.option("--picture", default=None, type=click.Path(path_type=Path), help="Write a picture here (PNG).")
+@common_options
+def bench(
+    bundle: Path,
+    variants: tuple[str, ...],
+    batches: tuple[int, ...],
+    seconds: float,
+    reference: str,
+    table: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> int:
+    """Latency and throughput of every variant of BUNDLE that this machine can execute, cold and warm, in turns.
+
+    Variants without proof are measured and labelled; what cannot run is "not run". Exit code 6 when nothing can.
+
+    \b
+    Example:
+      uwm-deploy bench dist/demo
+      uwm-deploy bench dist/demo --variant onnxruntime-int8 --batch 1 --batch 32 --csv bench.csv --picture bench.png
+    """
+    from uwm_deploy import engine_bench
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.runtime.bundle import open_bundle
+    from uwm_deploy.summary import print_rows
+    from uwm_deploy.workspace import write_atomic
+
+    opened = open_bundle(bundle, allow_failed=True)
+    contenders, not_run = engine_bench.contenders_of(opened, variants)
+    if reference != "none":
+        from uwm_deploy.torch_reference import NAME, torch_contender
+
+        try:
+            contenders.insert(0, torch_contender(opened, None if reference == "auto" else reference))
+        except UwmError as error:
+            if reference != "auto":
+                raise
+            not_run[NAME] = error.what
+    reporter = Reporter()
+    with reporter.stage("bench", str(bundle)):
+        report = engine_bench.bench(
+            opened, contenders, not_run, batches=batches, seconds=seconds, progress=reporter.progress
+        )
+    if table is not None:
+        write_atomic(table, engine_bench.csv_of(report))
+    if picture is not None:
+        engine_bench.draw(report, picture)
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_rows(engine_bench.rows_of(report))
+        click.echo("\n".join(engine_bench.lines_of(report)))
+    return 0
+
+
+@cli.command()
 @click.option(
     "--model", required=True, type=click.Path(path_type=Path), help="Edited model: `edit/model` of a run folder."
 )

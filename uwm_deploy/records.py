@@ -995,3 +995,92 @@ class Manifest:
     files: tuple[BundleFile, ...]
     converted: tuple[OnnxArtifact, ...] = ()
     refitted_from: Digest = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSubject:
+    """Something whose speed was measured.
+
+    Attributes:
+        name: Variant of a bundle, or ``"torch"``.
+        precision: What its linear layers compute in.
+        state: What the bundle's verdict says of it; the model in PyTorch is the reference.
+        digests: Digest per tower of the engine, or of the reference's weights.
+        where: Provider, device, versions, threads.
+    """
+
+    name: str
+    precision: Precision
+    state: Literal["proven", "unproven", "failed", "reference"]
+    digests: Mapping[str, Digest]
+    where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStart:
+    """A new session up to its first answer; medians over the rounds.
+
+    Attributes:
+        open_ms: Reading and checking the files, and opening the session.
+        first_call_ms: First call after that.
+    """
+
+    subject: str
+    tower: TowerName
+    batch: int
+    open_ms: float
+    first_call_ms: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Warm calls of one tower at one batch.
+
+    Attributes:
+        batch: Rows per call.
+        calls: Number of calls; a percentile that needs more of them is None.
+        throughput_per_s: Rows per second.
+        ratio: Its fastest call divided by the first subject's fastest call in the same round; the median over the rounds.
+        ratio_low: Of the rounds, the lowest; `ratio_high` the highest.
+    """
+
+    subject: str
+    tower: TowerName
+    batch: int
+    calls: int
+    latency_ms_p50: float
+    latency_ms_p95: float | None
+    latency_ms_p99: float | None
+    throughput_per_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """Speed of a bundle's variants on one machine, from one run.
+
+    Attributes:
+        verdict: The bundle's.
+        machine: Processor, cores, versions, GPU.
+        clocks_before: Clock rates and load when it began; `clocks_after` when it ended.
+        against: Subject that ratios are to.
+        seconds: Asked for, per subject, tower and batch.
+        not_run: Variant, or ``"torch"``, to the reason.
+    """
+
+    bundle: str
+    edited_weights_digest: Digest
+    verdict: Result
+    created: str
+    machine: Mapping[str, str]
+    clocks_before: Mapping[str, str]
+    clocks_after: Mapping[str, str]
+    against: str
+    seconds: float
+    subjects: tuple[BenchSubject, ...]
+    cold: tuple[ColdStart, ...]
+    warm: tuple[Latency, ...]
+    not_run: Mapping[str, str]

@@ -22,6 +22,7 @@ from uwm_deploy.records import (
     Digest,
     Evidence,
     MadeManifest,
+    PrecisionPlan,
     Result,
     SafetyReport,
     Verdict,
@@ -67,7 +68,7 @@ def outcome_as_plain(outcome: Outcome) -> dict[str, Any]:
         "reused": outcome.reused,
         "skipped": outcome.skipped,
     }
-    for key in ("score", "edit", "onnx", "engines", "report", "verdict"):
+    for key in ("score", "edit", "onnx", "engines", "plan", "report", "verdict"):
         value = getattr(outcome, key)
         if value:
             body[key] = plain_from_record(value)
@@ -80,6 +81,8 @@ def print_outcome(outcome: Outcome) -> None:
         _print_stages(outcome)
     if outcome.report is not None:
         print_report(outcome.report)
+    if outcome.plan is not None:
+        print_plan(outcome.plan)
     for target, reason in outcome.skipped.items():
         _console().print(Text(f"not compiled: {target}: {reason}", style="yellow"))
     if outcome.verdict is not None:
@@ -154,12 +157,44 @@ def print_report(report: VerifyReport) -> None:
             _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
 
 
+def print_plan(plan: PrecisionPlan) -> None:
+    """What precision `auto` chose: the plans that were measured, and which layers stay in float32 and why."""
+    kept = sum(map(len, plan.kept.values()))
+    title = (
+        f"precision auto: {kept} of {len(plan.layers)} linear layers stay in float32, {100 * plan.low_share:.1f}% of the "
+        f"multiplications are {plan.lowest.value}"
+    )
+    console = _console()
+    console.print(title, markup=False, soft_wrap=True)
+    print_rows(
+        [
+            {
+                "plan": step.what,
+                "kept": step.kept,
+                f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
+                "% flips": f"{step.flips:.2f}",
+            }
+            for step in plan.steps
+        ]
+    )
+    for tower, names in plan.kept.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        shown = f"{', '.join(names[:_NAMED])}{more}" if names else "nothing"
+        console.print(f"kept in the {tower} tower, most sensitive first: {shown}", markup=False, soft_wrap=True)
+    console.print(
+        f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples; the search allows "
+        f"{plan.limit:g}% there, the budget is {plan.budget:g}%",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvidence] = ()) -> None:
     """One column per subject, one row per metric; percentages."""
     table = Table(title_justify="left", header_style="bold")
     table.add_column("percent" if not executed else "")
     for report in reports:
-        table.add_column(report.subject, justify="right")
+        table.add_column(report.subject, justify="right", overflow="fold")
     first = reports[0]
     for name in METRICS:
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
