@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from uwm_deploy.report.markup import Html, join, tag
+from uwm_deploy.report.markup import Html, Value, join, tag
 
 WIDTH = 400
 _LABEL = 116
@@ -60,7 +60,7 @@ class Group:
 
 def picture(title: str, about: str, height: float, *parts: Html) -> Html:
     """The frame of every picture: named for those who cannot see it."""
-    frame: dict[str, str | float] = {
+    frame: dict[str, Value] = {
         "class": "chart",
         "viewBox": f"0 0 {WIDTH} {height:g}",
         "role": "img",
@@ -91,7 +91,7 @@ class _Linear:
     def mark(self, bar: Bar, y: float) -> list[Html]:
         assert bar.value is not None
         end = self.at(bar.value)
-        box = {"class": f"bar {bar.tone}", "x": _LABEL, "y": y + 2.5, "width": max(end - _LABEL, 1.0), "height": 9}
+        box: dict[str, Value] = {"class": f"bar {bar.tone}", "x": _LABEL, "y": y + 2.5, "width": max(end - _LABEL, 1.0), "height": 9}
         parts = [tag("rect", box, tag("title", {}, _spoken(bar)))]
         if bar.low is not None and bar.high is not None:
             low, high, middle = self.at(bar.low), self.at(bar.high), y + 7
@@ -116,7 +116,7 @@ class _Log:
         assert bar.value is not None
         x, middle = self.at(bar.value), y + 7
         line = tag("path", {"class": "guide", "d": f"M{_LABEL} {middle}H{x:.1f}"})
-        dot = {"class": f"dot {bar.tone}", "cx": x, "cy": middle, "r": 4}
+        dot: dict[str, Value] = {"class": f"dot {bar.tone}", "cx": x, "cy": middle, "r": 4}
         return [line, tag("circle", dot, tag("title", {}, _spoken(bar)))]
 
 
@@ -171,7 +171,7 @@ def heat_map(
         parts.append(_text(left - 6, y + 15, clipped(name, 15), "label end"))
         for c, value in enumerate(row):
             x = left + c * wide
-            box = {"class": f"cell {'up' if value >= 0 else 'down'}", "x": x + 0.5, "y": y, "width": wide - 1}
+            box: dict[str, Value] = {"class": f"cell {'up' if value >= 0 else 'down'}", "x": x + 0.5, "y": y, "width": wide - 1}
             box |= {"height": high - 1, "fill-opacity": f"{0.72 * abs(value) / strongest:.3f}"}
             parts.append(tag("rect", box, tag("title", {}, f"{name}, {columns[c]}: {signed(value)}")))
             parts.append(_text(x + wide / 2, y + 15, signed(value, 0 if abs(value) >= 9.95 else 1), "cell-text middle"))
@@ -251,7 +251,7 @@ def histogram(
         for kind, counts in (("same", found.same), ("gained", found.gained), ("lost", found.lost)):
             n = int(counts[i])
             if n:
-                box = {"class": f"stack {kind}", "x": left + 0.4, "width": right - left - 0.8}
+                box: dict[str, Value] = {"class": f"stack {kind}", "x": left + 0.4, "width": right - left - 0.8}
                 box |= {"y": y(base + n), "height": y(base) - y(base + n)}
                 parts.append(tag("rect", box, tag("title", {}, f"{n} {_KINDS[kind]}")))
             base += n
@@ -299,7 +299,7 @@ class Point:
 def scatter(title: str, about: str, points: Sequence[Point], x_name: str, y_name: str) -> Html:
     """Points joined within their series, the front ringed, the chosen one a star."""
     xs, ys = ticks([*(p.x for p in points), 0.0]), ticks([*(p.y for p in points), 0.0])
-    left, right, top, foot = 38.0, WIDTH - 12.0, 12.0, 236.0
+    left, right, top, foot = 50.0, WIDTH - 14.0, 12.0, 236.0
 
     def at(p: Point) -> tuple[float, float]:
         across = (p.x - xs[0]) / (xs[-1] - xs[0])
@@ -326,7 +326,8 @@ def scatter(title: str, about: str, points: Sequence[Point], x_name: str, y_name
         attributes["d"] = _shape(p.series, a, b) if not p.chosen else _star(a, b)
         parts.append(tag("path", attributes, tag("title", {}, f"{p.label}: {signed(p.x)}, {signed(p.y)}")))
     for p, (a, b) in _labelled(points, [at(p) for p in points]):
-        parts.append(_text(min(a + 8, WIDTH - 24), b - 6, p.label, "note"))
+        near = a > right - 40
+        parts.append(_text(a - 9 if near else a + 9, b - 6, p.label, "note end" if near else "note"))
     parts.append(_text((left + right) / 2, foot + 30, x_name, "label middle"))
     turned = {"transform": f"rotate(-90 10 {(top + foot) / 2:g})"}
     parts.append(tag("g", turned, _text(10, (top + foot) / 2, y_name, "label middle")))
@@ -354,16 +355,13 @@ def _star(x: float, y: float) -> str:
 def _labelled(
     points: Sequence[Point], places: Sequence[tuple[float, float]]
 ) -> list[tuple[Point, tuple[float, float]]]:
-    """Points whose label does not run into one that is there already, the chosen and the ringed first."""
-    order = sorted(range(len(points)), key=lambda i: (not points[i].chosen, not points[i].ringed, i))
-    taken: list[tuple[float, float]] = []
-    shown = []
-    for i in order:
+    """The chosen and the ringed points, and those with room for a label."""
+
+    def free(i: int) -> bool:
         x, y = places[i]
-        if all(abs(x - a) > 34 or abs(y - b) > 12 for a, b in taken):
-            taken.append((x, y))
-            shown.append((points[i], places[i]))
-    return shown
+        return all(j == i or abs(x - a) > 36 or abs(y - b) > 14 for j, (a, b) in enumerate(places))
+
+    return [(p, places[i]) for i, p in enumerate(points) if p.chosen or p.ringed or free(i)]
 
 
 def ticks(values: Sequence[float], count: int = 5) -> list[float]:
@@ -401,6 +399,7 @@ def swatch(kind: str, words: str) -> Html:
         "ring": tag("circle", {"class": "ring", "cx": 7, "cy": 7, "r": 5.5}),
         "chosen": tag("path", {"class": "point chosen", "d": _star(7, 7)}),
         "limit": tag("path", {"class": "limit", "d": "M7 0V14"}),
+        "dot engine": tag("circle", {"class": "dot engine", "cx": 7, "cy": 7, "r": 4}),
         "whisker": tag("path", {"class": "whisker", "d": "M1 4v6M1 7H13M13 4v6"}),
         "flip lost": tag("path", {"class": "flip lost", "d": "M2 3H12L7 11z"}),
         "flip gained": tag("path", {"class": "flip gained", "d": "M2 11H12L7 3z"}),
@@ -416,10 +415,8 @@ def patterns() -> Html:
     """Hatching that the pictures of a page share."""
     made = []
     for name, turn in (("lost", 45), ("gained", -45)):
-        frame: dict[str, str | int] = {"id": f"hatch-{name}", "width": 5, "height": 5, "patternUnits": "userSpaceOnUse"}
+        frame: dict[str, Value] = {"id": f"hatch-{name}", "width": 5, "height": 5, "patternUnits": "userSpaceOnUse"}
         frame["patternTransform"] = f"rotate({turn})"
         ground = tag("rect", {"class": f"hatch-ground {name}", "width": 5, "height": 5})
         made.append(tag("pattern", frame, ground, tag("rect", {"class": "hatch-line", "width": 1.6, "height": 5})))
-    return tag(
-        "svg", {"class": "defs", "width": 0, "height": 0, "aria-hidden": "true"}, tag("defs", {}, join(*made))
-    )
+    return tag("svg", {"class": "defs", "width": 0, "height": 0, "aria-hidden": "true"}, tag("defs", {}, join(*made)))

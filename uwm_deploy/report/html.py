@@ -6,20 +6,42 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from uwm_deploy.codec import plain_from_record
+from uwm_deploy.errors import InputError
 from uwm_deploy.inspection import method_line
 from uwm_deploy.records import Check, Evidence, Result, Verdict
 from uwm_deploy.report import charts, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
-from uwm_deploy.report.markup import Child, Html, join, tag
+from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
 
-_SIGN = {Result.PASS: "✓", Result.FAIL: "✕", Result.INCONCLUSIVE: "?", Result.NOT_RUN: "–"}
+_SIGN = {Result.PASS: "✓", Result.FAIL: "✕", Result.INCONCLUSIVE: "?", Result.NOT_RUN: NOTHING}
 _KIND = {Result.PASS: "pass", Result.FAIL: "fail", Result.INCONCLUSIVE: "open", Result.NOT_RUN: "open"}
 _ORDER = (Result.FAIL, Result.NOT_RUN, Result.INCONCLUSIVE, Result.PASS)
+
+
+def place_of(path: Path, out: Path | None) -> Path:
+    """Where a page goes: beside what it is about, since a bundle holds exactly the files that it lists.
+
+    Args:
+        path: Bundle or run folder.
+        out: File that was asked for.
+
+    Raises:
+        InputError: If that is a folder, or inside a bundle.
+    """
+    folder = path.resolve()
+    place = (out or folder.with_name(f"{folder.name}-report.html")).resolve()
+    if place.is_dir():
+        raise InputError(f"{out} is a folder", fix="pass a file with --out")
+    if folder in place.parents and (folder / MANIFEST).is_file():
+        raise InputError(f"{out} is inside the bundle, which then no longer opens", fix="pass a file outside of it")
+    return out or place
 
 
 def page(dossier: Dossier) -> str:
@@ -54,18 +76,21 @@ def page(dossier: Dossier) -> str:
 
 def _numbers(dossier: Dossier) -> list[Html | None]:
     report = dossier.verify
-    return [
-        sections.safeground(report),
+    smaller = (
         sections.concepts(report),
-        sections.margins(dossier),
-        sections.zero_shot(report),
-        sections.retrieval(report),
+        sections.zero_shot(dossier),
         sections.sweep(dossier.sweep),
         sections.edit(dossier, method_line(dossier.edit)),
         sections.parity(dossier),
-        sections.canaries(report),
+        sections.canaries(dossier),
         sections.compiled(dossier),
         sections.plan(dossier.plan),
+    )
+    return [
+        sections.safeground(dossier),
+        sections.margins(dossier),
+        tag("div", {"class": "pair sections"}, *smaller),
+        sections.retrieval(report),
         sections.chain(dossier),
     ]
 
@@ -85,7 +110,7 @@ def _verdict(dossier: Dossier) -> Html:
     """The first screen: the verdict, what failed, and the few numbers that matter most."""
     verdict, model = dossier.verdict, dossier.verify.model
     kind = _KIND[verdict.result] if verdict else "open"
-    sign = _SIGN[verdict.result] if verdict else "–"
+    sign = _SIGN[verdict.result] if verdict else NOTHING
     about = " ".join(word for word in (model.family, model.repo, model.revision[:12]) if word)
     parts: list[Child] = [
         tag("p", {"class": "eyebrow"}, f"uwm-deploy report · {dossier.name} · {about}"),
@@ -98,7 +123,10 @@ def _verdict(dossier: Dossier) -> Html:
     if verdict:
         heading = f"All {len(verdict.checks)} checks, policy {verdict.policy}"
         ordered = [c for result in _ORDER for c in verdict.checks if c.result is result]
-        parts += [_waivers(verdict), sections.folded(heading, sections.table(list(map(_check_row, ordered))))]
+        parts += [
+            _waivers(verdict),
+            sections.folded(heading, sections.table(list(map(_check_row, ordered))), printed=True),
+        ]
     return tag("header", {"class": f"verdict {kind}"}, *parts)
 
 
@@ -119,6 +147,7 @@ def _sentence(dossier: Dossier) -> str:
 def _failed(check: Check) -> Html:
     """One check that does not pass: what, by how much, against which limit."""
     words = {"at_least": "at least", "at_most": "at most", "equals": "exactly"}[check.direction]
+    reason = check.detail.partition(f"(n = {check.n}) ")[2] or check.detail  # the numbers are said once
     numbers = None
     if check.measured is not None and check.limit is not None:
         over = abs(check.measured - check.limit)
@@ -132,7 +161,7 @@ def _failed(check: Check) -> Html:
         tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}"),
         tag("strong", {}, f"{check.subject}: {check.name}"),
         numbers,
-        tag("span", {"class": "detail"}, check.detail) if check.detail else None,
+        tag("span", {"class": "detail"}, reason) if reason else None,
     )
 
 
@@ -142,8 +171,8 @@ def _check_row(check: Check) -> dict[str, Child]:
     return {
         "check": f"{check.subject}: {check.name}",
         "result": f"{_SIGN[check.result]} {check.result.value}",
-        "measured": "–" if check.measured is None else f"{check.measured:.6g}",
-        "limit": "–" if check.limit is None else tag("span", {"class": "nowrap"}, f"{words} {check.limit:g}"),
+        "measured": NOTHING if check.measured is None else f"{check.measured:.6g}",
+        "limit": NOTHING if check.limit is None else tag("span", {"class": "nowrap"}, f"{words} {check.limit:g}"),
         "95% interval": f"{check.low:.4g} to {check.high:.4g}" if interval else "",
         "n": str(check.n) if check.n else "",
     }
@@ -198,10 +227,11 @@ def _tile(name: str, value: str, note: str) -> Html:
 def _gaps(dossier: Dossier) -> Html:
     """What the numbers do not cover, said before any of them is shown."""
     report = dossier.verify
-    lines: list[tuple[str, str]] = []
-    for artifact in report.artifacts:
-        if artifact.evidence is not Evidence.EXECUTED:
-            lines.append((artifact.variant, f"not run, so unproven: {artifact.reason}"))
+    lines = [
+        (artifact.variant, f"not run, so unproven: {artifact.reason}")
+        for artifact in report.artifacts
+        if artifact.evidence is not Evidence.EXECUTED
+    ]
     lines += [(f"zero-shot {name}", f"not run: {why}") for name, why in report.edited.zero_shot_missing.items()]
     for what, data in (("evaluation set", report.evaluation), ("calibration set", dossier.score.calibration)):
         lines += [(f"{what} {data.name}", f"{n} items left out: {why}") for why, n in data.left_out_counts.items()]

@@ -22,7 +22,13 @@ class Html(str):
 
 
 Child = str | Html | None
-Attributes = Mapping[str, str | int | float | None]
+Value = str | int | float | None
+Attributes = Mapping[str, Value]
+
+NOTHING = "\N{EN DASH}"
+"""What a table shows where there is no number."""
+
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def visible(text: str) -> str:

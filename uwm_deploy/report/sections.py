@@ -19,7 +19,7 @@ from uwm_deploy.records import (
 from uwm_deploy.report import charts
 from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
 from uwm_deploy.report.evidence import Dossier, Margins
-from uwm_deploy.report.markup import Child, Html, join, tag
+from uwm_deploy.report.markup import NOTHING, TIMES, Child, Html, join, tag
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
 from uwm_deploy.safeground.tradeoff import gain, pareto, zero_shot_mean
@@ -40,6 +40,12 @@ MEANING = {
 _WORST = 10
 """Decisions of an artifact that are listed by id."""
 
+_BLOCK_PARTS = 2
+"""A layer's name with more parts lies inside a block, as in ``encoder.layers.0.mlp.fc1``."""
+
+_DRAWN = 12
+"""Layers of a tower in the picture of a precision plan; the table has all of them."""
+
 
 def section(key: str, head: str, lead: Child, *body: Child) -> Html:
     """One part of the page, with a heading that can be linked to."""
@@ -53,9 +59,9 @@ def figure(head: str, drawn: Html, legend: Sequence[Html], rows: Sequence[Mappin
     return tag("figure", {}, tag("figcaption", {}, head), key, drawn, folded("The numbers", table(rows)))
 
 
-def folded(words: str, inner: Html) -> Html:
-    """Something that opens on a click, and is open in print."""
-    return tag("details", {}, tag("summary", {}, words), inner)
+def folded(words: str, inner: Html, *, printed: bool = False) -> Html:
+    """Something that opens on a click; in print it is as the reader left it, or open."""
+    return tag("details", {"class": "printed" if printed else None}, tag("summary", {}, words), inner)
 
 
 def table(rows: Sequence[Mapping[str, Child]]) -> Html:
@@ -76,7 +82,7 @@ def table(rows: Sequence[Mapping[str, Child]]) -> Html:
 
 def _is_number(value: Child) -> bool:
     text = "" if value is None else str(value)
-    return not text or text[0] in "0123456789+-\N{MINUS SIGN}" or text == "–"
+    return not text or text[0] in "0123456789+-\N{MINUS SIGN}" or text == NOTHING
 
 
 def executed(report: VerifyReport) -> list[tuple[ArtifactEvidence, SafetyReport]]:
@@ -92,6 +98,11 @@ def subjects(report: VerifyReport) -> Iterator[tuple[str, Tone, SafetyReport]]:
         yield artifact.variant, "engine", safety
 
 
+def _marked(label: str, dossier: Dossier) -> str:
+    """A variant that failed is marked wherever it is drawn."""
+    return f"✕ {label}" if dossier.verdict and label in dossier.verdict.failed else label
+
+
 _LEGEND = (
     charts.swatch("bar original", "original model"),
     charts.swatch("bar edited", "edited model, PyTorch float32"),
@@ -100,15 +111,16 @@ _LEGEND = (
 )
 
 
-def safeground(report: VerifyReport) -> Html:
+def safeground(dossier: Dossier) -> Html:
     """The nine metrics of every subject."""
+    report = dossier.verify
 
     def drawn(names: Iterable[str], head: str) -> Html:
         groups = [
             Group(
                 head=name,
                 note=MEANING[name],
-                bars=[_bar(label, tone, safety.preference[name]) for label, tone, safety in subjects(report)],
+                bars=[_bar(_marked(who, dossier), tone, s.preference[name]) for who, tone, s in subjects(report)],
             )
             for name in names
         ]
@@ -243,7 +255,7 @@ def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html
     rows: list[dict[str, Child]] = []
     counts: list[dict[str, Child]] = []
     for artifact, _ in executed(dossier.verify):
-        counts += _flip_rows(artifact.variant, artifact.flips)
+        counts += _flip_rows(artifact.variant, {m: f for m, f in artifact.flips.items() if f.lost + f.gained})
         clear = []
         for name in BASIC:
             if flips := artifact.flips.get(name):
@@ -251,43 +263,47 @@ def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html
                     clear += [(float(found.edited.margins[name][where[i]]), i, name, kind) for i in ids if i in where]
         clear.sort(key=lambda part: -abs(part[0]))
         rows += [
-            {"quadruple": item, "of": artifact.variant, "metric": name, "kind": kind, "margin": f"{signed(value, 4)}"}
+            {"quadruple": item, "of": artifact.variant, "metric": name, "kind": kind, "margin": signed(value, 4)}
             for value, item, name, kind in clear[:_WORST]
         ]
     total = sum(f.lost + f.gained for a, _ in executed(dossier.verify) for m, f in a.flips.items() if m in BASIC)
     inner = join(table(counts), tag("h3", {}, "The clearest ones"), table(rows)) if rows else table(counts)
-    return folded(f"Decisions that an artifact changes: {total}", inner)
+    return folded(f"Decisions that an artifact changes: {total}", inner, printed=bool(total))
 
 
-def zero_shot(report: VerifyReport) -> Html:
+def zero_shot(dossier: Dossier) -> Html:
     """Top-1 per set; what did not run is said, never 0."""
+    report = dossier.verify
     groups, rows = [], []
     for name in report.edited.zero_shot:
         found = [(label, tone, s.zero_shot[name]) for label, tone, s in subjects(report) if name in s.zero_shot]
-        groups.append(Group(head=name, bars=[_bar(label, tone, p) for label, tone, p in found]))
+        groups.append(Group(head=name, bars=[_bar(_marked(label, dossier), tone, p) for label, tone, p in found]))
         rows += [{"set": name, "of": label, **_cells(p)} for label, _, p in found]
     for name, reason in report.edited.zero_shot_missing.items():
         groups.append(Group(head=name, bars=[Bar(label="every model", value=None, shown=f"not run: {reason}")]))
-        rows.append({"set": name, "of": "every model", "percent": "not run", "95% interval": reason, "n": "–"})
+        rows.append({"set": name, "of": "every model", "percent": "not run", "95% interval": reason, "n": NOTHING})
     head = "Zero-shot"
     if not groups:
         return section("zero-shot", head, "Not run: the evaluation set names no zero-shot set.")
     ran, asked = len(report.edited.zero_shot), len(groups)
-    means = [f"{label} {zero_shot_mean(s):.1f}" for label, _, s in subjects(report) if s.zero_shot]
-    lead = f"What the model still knows: top-1 accuracy. Mean over {ran} of {asked} sets, percent: {', '.join(means)}."
+    lead = "What the model still knows: top-1 accuracy."
+    if ran:
+        before, after = zero_shot_mean(report.original), zero_shot_mean(report.edited)
+        lead += f" Mean over {ran} of {asked} sets: {before:.1f} before the edit, {after:.1f} after."
     drawn = charts.bars("Top-1 per set", "Percent of images that are recognised.", groups, 100.0)
     return section("zero-shot", head, lead, figure("Top-1 per set, percent", drawn, _LEGEND, rows))
 
 
 def retrieval(report: VerifyReport) -> Html:
-    """Recall; a table says it best."""
+    """Recall, as a table only: it is four metrics at four depths."""
     rows: list[dict[str, Child]] = [
         {"query and answer": name, "of": label, **_cells(p)}
         for name in report.edited.retrieval
         for label, _, safety in subjects(report)
         for p in [safety.retrieval[name]]
     ]
-    return folded("Retrieval: recall at 1, 5, 10 and 20", table(rows))
+    inner = folded("The numbers", table(rows))
+    return section("retrieval", "Retrieval", "Recall at 1, 5, 10 and 20, safe and unsafe queries.", inner)
 
 
 def sweep(report: SweepReport | None) -> Html | None:
@@ -321,9 +337,7 @@ def sweep(report: SweepReport | None) -> Html | None:
             "GS": f"{p.safety.preference['GS'].value:.1f}",
             "GS change": signed(y),
             "zero-shot change" if has_zero_shot else "share": signed(x),
-            "note": ", ".join(
-                w for w, true in (("not beaten", i in front), ("picked", i == report.picked)) if true
-            ),
+            "note": ", ".join(w for w, true in (("not beaten", i in front), ("picked", i == report.picked)) if true),
         }
         for i, (p, (x, y)) in enumerate(zip(report.points, found, strict=True))
     ]
@@ -331,9 +345,25 @@ def sweep(report: SweepReport | None) -> Html | None:
     legend += [charts.swatch("ring", "not beaten by any other point"), charts.swatch("chosen", "picked")]
     about = "Each point is one edit: safety gained upwards, knowledge kept to the right."
     drawn = charts.scatter("Sweep", about, points, x_name, "GS, change in points")
-    lead = f"{len(points)} edits of one scoring pass, measured on {report.measured_on.name} (n = {report.measured_on.n})"
+    lead = (
+        f"{len(points)} edits of one scoring pass, measured on {report.measured_on.name} (n = {report.measured_on.n})"
+    )
     lead += f". Picked: {report.rule}." if report.picked is not None else ". Labels: keep_mass."
     return section("sweep", "Sweep", lead, figure("Safety gained against knowledge kept", drawn, legend, rows))
+
+
+def shortened(names: Sequence[str]) -> tuple[list[str], str]:
+    """Layer names without what those inside blocks share, and what they share with a star for the rest."""
+    parts = [name.split(".") for name in names]
+    inner = [part for part in parts if len(part) > _BLOCK_PARTS]
+    if len(inner) < 2:
+        return list(names), ""
+    least = min(map(len, inner)) - 1
+    head = next((i for i in range(least) if len({p[i] for p in inner}) > 1), least)
+    tail = next((i for i in range(least - head) if len({p[-1 - i] for p in inner}) > 1), least - head)
+    first = inner[0]
+    pattern = ".".join([*first[:head], "*", *first[len(first) - tail :]])
+    return [".".join(p[head : len(p) - tail] if p in inner else p) for p in parts], pattern
 
 
 def edit(dossier: Dossier, method: str) -> Html:
@@ -342,15 +372,17 @@ def edit(dossier: Dossier, method: str) -> Html:
     groups, rows = [], []
     for tower in dict.fromkeys(layer.tower for layer in layers):
         own = [layer for layer in layers if layer.tower is tower]
+        short, pattern = shortened([layer.name for layer in own])
         drawn = [
-            Bar(label=layer.name, value=100 * layer.share, shown=f"{100 * layer.share:.2f}") for layer in own
+            Bar(label=label, value=100 * layer.share, shown=f"{100 * layer.share:.2f}")
+            for label, layer in zip(short, own, strict=True)
         ]
-        groups.append(Group(head=f"{tower.value} tower", note=f"{len(own)} layers", bars=drawn))
+        groups.append(Group(head=f"{tower.value} tower", note=charts.clipped(pattern, 54), bars=drawn))
         rows += [
             {
                 "layer": layer.name,
                 "tower": tower.value,
-                "shape": f"{layer.shape[0]} × {layer.shape[1]}",
+                "shape": f"{layer.shape[0]} {TIMES} {layer.shape[1]}",
                 "edited": str(layer.selected),
                 "percent": f"{100 * layer.share:.3f}",
                 "factor": f"{layer.factor:g}",
@@ -377,7 +409,7 @@ def parity(dossier: Dossier) -> Html:
     for artifact, _ in executed(dossier.verify):
         drawn = []
         for p in artifact.parity:
-            label = f"{p.output}, batch {p.batch}"
+            label = f"{p.output} {TIMES} {p.batch}"
             drawn.append(Bar(label=label, tone="engine", value=p.max_abs, shown=f"{p.max_abs:.0e}"))
             rows.append(
                 {
@@ -392,11 +424,13 @@ def parity(dossier: Dossier) -> Html:
                 }
             )
         limit = limits.get(artifact.variant)
-        note = ", ".join(f"{k} {v}" for k, v in sorted(artifact.where.items()) if k in ("provider", "gpu"))
-        groups.append(Group(head=artifact.variant, note="" if len(artifact.variant) > 16 else note, bars=drawn, limit=limit))
+        groups.append(Group(head=_marked(artifact.variant, dossier), bars=drawn, limit=limit))
     if not groups:
         return section("parity", "Numbers", "Not run: no artifact was executed.")
-    legend = (charts.swatch("limit", "limit of the policy, where it has one"),)
+    legend = (
+        charts.swatch("dot engine", f"output {TIMES} rows per call"),
+        charts.swatch("limit", "limit of the policy, where it has one"),
+    )
     about = "Largest absolute difference of each output from the edited model, logarithmic from 1e-9 to 1."
     picture = charts.dots("Largest difference per output", about, groups, 1e-9, 1.0)
     lead = "Every output against the edited model in PyTorch float32, one row at a time and at the largest batch."
@@ -405,8 +439,9 @@ def parity(dossier: Dossier) -> Html:
     )
 
 
-def canaries(report: VerifyReport) -> Html:
+def canaries(dossier: Dossier) -> Html:
     """Differential canaries."""
+    report = dossier.verify
     groups, rows = [], []
     for artifact, _ in executed(report):
         drawn = [
@@ -414,7 +449,7 @@ def canaries(report: VerifyReport) -> Html:
             for tower, value in artifact.canaries.items()
         ]
         if drawn:
-            groups.append(Group(head=artifact.variant, bars=drawn, limit=RATIO_LIMIT))
+            groups.append(Group(head=_marked(artifact.variant, dossier), bars=drawn, limit=RATIO_LIMIT))
         rows += [
             {"artifact": artifact.variant, "tower": tower, "worst ratio": f"{value:.3g}", "limit": f"{RATIO_LIMIT:g}"}
             for tower, value in artifact.canaries.items()
@@ -459,7 +494,7 @@ def compiled(dossier: Dossier) -> Html:
             "evidence": evidence.get(e.variant, "not run"),
             "precision": e.precision,
             "seconds": f"{e.seconds:.2f}",
-            "peak memory": f"{e.peak_rss_bytes / 2**20:.0f} MiB" if e.peak_rss_bytes else "–",
+            "peak memory": f"{e.peak_rss_bytes / 2**20:.0f} MiB" if e.peak_rss_bytes else NOTHING,
             "built on": e.built_on,
             "versions": ", ".join(f"{k} {v}" for k, v in e.versions.items()),
             "batch": f"{e.profile.min} to {e.profile.max}",
@@ -491,7 +526,7 @@ def _lowered(dossier: Dossier) -> list[dict[str, Child]]:
                 "clamped constants": str(made.clamped),
                 "activations in range, unsafe": f"{100 * made.coverage['unsafe'].inside:.1f}%"
                 if "unsafe" in made.coverage
-                else "–",
+                else NOTHING,
             }
         )
     return rows
@@ -501,16 +536,20 @@ def plan(found: PrecisionPlan | None) -> Html | None:
     """What precision `auto` chose, when it was asked for."""
     if found is None:
         return None
-    most = [layer for layer in found.layers if layer.kept] + [layer for layer in found.layers if not layer.kept][:8]
-    drawn = [
-        Bar(
-            label=layer.name,
-            tone="engine" if layer.kept else "original",
-            value=layer.sensitivity,
-            shown=f"{layer.sensitivity:.0e}",
-        )
-        for layer in most[:24]
-    ]
+    groups = []
+    for tower in dict.fromkeys(layer.tower for layer in found.layers):
+        own = [layer for layer in found.layers if layer.tower is tower]
+        short, pattern = shortened([layer.name for layer in own])
+        drawn = [
+            Bar(
+                label=label,
+                tone="engine" if layer.kept else "original",
+                value=layer.sensitivity,
+                shown=f"{layer.sensitivity:.0e}",
+            )
+            for label, layer in zip(short, own, strict=True)
+        ]
+        groups.append(Group(head=f"{tower.value} tower", note=charts.clipped(pattern, 54), bars=drawn[:_DRAWN]))
     largest = max((layer.sensitivity for layer in found.layers), default=1.0)
     lowest = min((layer.sensitivity for layer in found.layers if layer.sensitivity > 0), default=largest / 10) / 2
     rows: list[dict[str, Child]] = [
@@ -538,14 +577,17 @@ def plan(found: PrecisionPlan | None) -> Html | None:
         f"the search allowed {found.limit:g}%, the user {found.budget:g}%."
     )
     picture = charts.dots(
-        "Sensitivity of layers", "What lowering one layer alone does to near ties, logarithmic.",
-        [Group(head="", bars=drawn)], lowest, largest,
-    )  # fmt: skip
+        "Sensitivity of layers",
+        "What lowering one layer alone does to near ties, logarithmic.",
+        groups,
+        lowest,
+        largest,
+    )
     legend = (
         charts.swatch("bar engine", "stays in float32"),
-        charts.swatch("bar original", f"in {found.lowest.value}, the most sensitive ones"),
+        charts.swatch("bar original", f"in {found.lowest.value}"),
     )
-    shown = figure("Sensitivity of layers, logarithmic", picture, legend, rows)
+    shown = figure(f"The {_DRAWN} most sensitive layers of each tower, logarithmic", picture, legend, rows)
     return section("plan", "Precision plan", lead, shown, folded("Every plan that was measured", table(steps)))
 
 
@@ -578,10 +620,9 @@ def chain(dossier: Dossier) -> Html:
     lead = "What was made from what, from the original weights to the verdict. A digest of a model is over its weights."
     names: dict[str, Any] = dict(verify.versions)
     versions = ", ".join(f"{name} {value}" for name, value in sorted(names.items()))
-    return section(
-        "evidence", "Evidence", lead, table(shown), folded(f"Every file of the {dossier.kind}: {len(files)}", table(files)),
-        tag("p", {"class": "small"}, f"Measured with {versions}."),
-    )  # fmt: skip
+    every = folded(f"Every file of the {dossier.kind}: {len(files)}", table(files), printed=True)
+    measured = tag("p", {"class": "small"}, f"Measured with {versions}.")
+    return section("evidence", "Evidence", lead, table(shown), every, measured)
 
 
 def _digest(digest: str) -> Html:
