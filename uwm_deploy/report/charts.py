@@ -91,7 +91,13 @@ class _Linear:
     def mark(self, bar: Bar, y: float) -> list[Html]:
         assert bar.value is not None
         end = self.at(bar.value)
-        box: dict[str, Value] = {"class": f"bar {bar.tone}", "x": _LABEL, "y": y + 2.5, "width": max(end - _LABEL, 1.0), "height": 9}
+        box: dict[str, Value] = {
+            "class": f"bar {bar.tone}",
+            "x": _LABEL,
+            "y": y + 2.5,
+            "width": max(end - _LABEL, 1.0),
+            "height": 9,
+        }
         parts = [tag("rect", box, tag("title", {}, _spoken(bar)))]
         if bar.low is not None and bar.high is not None:
             low, high, middle = self.at(bar.low), self.at(bar.high), y + 7
@@ -171,7 +177,12 @@ def heat_map(
         parts.append(_text(left - 6, y + 15, clipped(name, 15), "label end"))
         for c, value in enumerate(row):
             x = left + c * wide
-            box: dict[str, Value] = {"class": f"cell {'up' if value >= 0 else 'down'}", "x": x + 0.5, "y": y, "width": wide - 1}
+            box: dict[str, Value] = {
+                "class": f"cell {'up' if value >= 0 else 'down'}",
+                "x": x + 0.5,
+                "y": y,
+                "width": wide - 1,
+            }
             box |= {"height": high - 1, "fill-opacity": f"{0.72 * abs(value) / strongest:.3f}"}
             parts.append(tag("rect", box, tag("title", {}, f"{name}, {columns[c]}: {signed(value)}")))
             parts.append(_text(x + wide / 2, y + 15, signed(value, 0 if abs(value) >= 9.95 else 1), "cell-text middle"))
