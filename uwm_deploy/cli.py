@@ -775,6 +775,31 @@ def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_js
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="Only this one. [default: those that failed, or all when none did]")
+@common_options
+def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
+    """Names the first layer where an artifact of a bundle or a run folder PATH leaves the exported graph.
+
+    \b
+    Example:
+      uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.diagnosis import diagnose as look
+    from uwm_deploy.diagnosis import rows
+    from uwm_deploy.summary import print_rows
+
+    found = look(path, variant)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_rows(rows(found), group="artifact")
+        click.echo("\n".join(found.findings))
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
 @common_options
 def inspect(path: Path, as_json: bool) -> int:
     """Shows what a bundle, a patch or one of the project's JSON files holds, after checking its digests.
