@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -1031,6 +1032,65 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
         click.echo(json_from_record(made), nl=False)
     else:
         print_made_manifest(made, out)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="HTML file. [default: PATH-report.html]")
+@click.option(
+    "--sweep",
+    "swept",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A sweep.json of the same model, for the picture of the trade-off.",
+)
+@click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
+@common_options
+def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_json: bool) -> int:
+    """Writes one self-contained HTML page about a bundle or a run folder PATH; needs the base install only.
+
+    \b
+    Example:
+      uwm-deploy report dist/demo --open
+      uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
+    """
+    from uwm_deploy.report.evidence import dossier_of
+    from uwm_deploy.report.html import page, place_of
+    from uwm_deploy.workspace import write_atomic
+
+    target = place_of(path, out)
+    dossier = dossier_of(path, swept)
+    write_atomic(target, page(dossier))
+    verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
+    click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")
+    if opened and not webbrowser.open(target.resolve().as_uri()):
+        click.echo(f"no browser here; open {target} yourself", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="Only this one. [default: those that failed, or all when none did]")
+@common_options
+def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
+    """Names the first layer where an artifact of a bundle or a run folder PATH leaves the exported graph.
+
+    \b
+    Example:
+      uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.diagnosis import diagnose as look
+    from uwm_deploy.diagnosis import rows
+    from uwm_deploy.summary import print_rows
+
+    found = look(path, variant)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_rows(rows(found), group="artifact")
+        click.echo("\n".join(found.findings))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Outputs for people and for CI systems, rendered from the records of a verdict only."""
+"""Pages and files for people and CI, rendered from the JSON reports only."""
