@@ -22,6 +22,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk
 from uwm_deploy.recipe import calibration_set_from_toml
 from uwm_deploy.records import (
+    EXPORTED,
     EditRecord,
     EngineArtifact,
     Evidence,
@@ -39,7 +40,6 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 from uwm_deploy.stages.attest import canaries_of
 from uwm_deploy.stages.canaries import read_canaries
-from uwm_deploy.stages.gate import EXPORTED
 
 R = TypeVar("R")
 Stage = Literal["export", "convert", "compile"]
