@@ -147,6 +147,9 @@ def _sentence(dossier: Dossier) -> str:
 def _failed(check: Check) -> Html:
     """One check that does not pass: what, by how much, against which limit."""
     words = {"at_least": "at least", "at_most": "at most", "equals": "exactly"}[check.direction]
+    further = plain_from_record(check)  # what a newer gate says beyond the numbers
+    concept = f" in {further['concept']}" if further.get("concept") else ""
+    waived = ", waived" if further.get("waiver") else ""
     reason = check.detail.partition(f"(n = {check.n}) ")[2] or check.detail  # the numbers are said once
     numbers = None
     if check.measured is not None and check.limit is not None:
@@ -158,10 +161,11 @@ def _failed(check: Check) -> Html:
     return tag(
         "li",
         {"class": _KIND[check.result]},
-        tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}"),
-        tag("strong", {}, f"{check.subject}: {check.name}"),
+        tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}{waived}"),
+        tag("strong", {}, f"{check.subject}: {check.name}{concept}"),
         numbers,
         tag("span", {"class": "detail"}, reason) if reason else None,
+        tag("span", {"class": "detail"}, "Try: ", further["advice"]) if further.get("advice") else None,
     )
 
 
