@@ -72,6 +72,16 @@ def test_power_is_said() -> None:
     assert found.detects == pytest.approx(4.1, abs=0.01)
 
 
+def test_a_value_close_to_its_limit_says_how_many_items_tell_them_apart() -> None:
+    """Enough items for the margin, but the value is nearly there: the distance counts; at the limit no n would do."""
+    limit = Limit(metric="GS.delta", at_least=-10.0, bound="worst", reason="why")
+    near = check_value("GS.delta", "s", Measured(-8.0, 1000, -10.04, -5.9, 34.0, difference=True), limit)
+    assert near.result is Result.INCONCLUSIVE
+    assert "n = 1000 can detect 3.5 points; the limit is away by 2 (n = 3037): why" in near.detail
+    on = check_value("GS.delta", "s", Measured(-10.0, 1000, -12.0, -8.0, 34.0, difference=True), limit)
+    assert on.detail.endswith("can detect 3.5 points: why")
+
+
 def test_a_point_limit_without_power_is_noted() -> None:
     """A limit that passes on too few items to show it is a note, not silence."""
     verdict = _judged(PARITY + '[[artifact]]\nmetric = "GS.delta"\nat_least = -0.5\n')

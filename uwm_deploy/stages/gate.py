@@ -316,8 +316,10 @@ def _overall(checks: Iterable[Check]) -> Result:
 
 def _worst(report: VerifyReport, checks: Iterable[Check]) -> tuple[WorstItem, ...]:
     """The worst quadruples of the subjects that do not pass."""
-    subjects = {found.subject for found in checks if found.result is not Result.PASS}
     parts = [report.edit_worst, *(a.worst for a in report.artifacts)]
+    known = {item.subject for part in parts for item in part}
+    failed = {found.subject for found in checks if found.blocks and found.result is Result.FAIL}
+    subjects = failed & known or {found.subject for found in checks if found.result is not Result.PASS}
     found: list[WorstItem] = [item for part in parts for item in part if item.subject in subjects]
     return tuple(sorted(found, key=lambda item: (not item.lost, item.margin - item.reference_margin))[:_WORST])
 

@@ -70,23 +70,24 @@ def detectable(measured: Measured) -> float | None:
     return _Z_POWER * measured.spread / math.sqrt(measured.n)
 
 
-def asked_for(measured: Measured, bound: float) -> float:
-    """How small a change the limit wants to see: its distance from no change, or from what was measured."""
-    return abs(bound) if measured.difference else abs(measured.value - bound)
-
-
 def power_note(subject: str, name: str, measured: Measured, bound: float) -> str:
     """A line where n is too small for what a limit asks; empty where it is large enough."""
-    found, asked = detectable(measured), asked_for(measured, bound)
-    if found is None or not measured.difference or not 0 < asked < found:
+    found = detectable(measured)
+    if found is None or not measured.difference or not 0 < abs(bound) < found:
         return ""
-    return f"{subject}: {name}: {_power(measured, found, asked)}"
+    return f"{subject}: {name}: {_power(measured, found, bound)}"
 
 
-def _power(measured: Measured, found: float, asked: float) -> str:
+def _power(measured: Measured, found: float, bound: float) -> str:
+    """What n can show, and how many items the limit takes: for a build without change, or for what was measured."""
     assert measured.spread is not None
-    needed = math.ceil((_Z_POWER * measured.spread / asked) ** 2)
-    return f"n = {measured.n} can detect {found:.2g} points; you asked for {asked:.2g} (n = {needed})"
+    text = f"n = {measured.n} can detect {found:.2g} points"
+    asked, words = abs(bound), "you asked for"
+    if not measured.difference or not 0 < asked < found:
+        asked, words = abs(measured.value - bound), "the limit is away by"
+    if asked == 0:
+        return text
+    return f"{text}; {words} {asked:.2g} (n = {math.ceil((_Z_POWER * measured.spread / asked) ** 2)})"
 
 
 def _compared(measured: Measured, limit: Limit, bound: float, least: bool) -> Result:
@@ -110,7 +111,7 @@ def _detail(measured: Measured, limit: Limit, bound: float, least: bool, result:
         value += f" (95% interval {measured.low:.4g} to {measured.high:.4g})"
     at_worst = " at worst" if limit.bound == "worst" else ""
     text = f"{value}, must be {words} {bound:g}{at_worst} (n = {measured.n})"
-    found, asked = detectable(measured), asked_for(measured, bound)
-    if result is Result.INCONCLUSIVE and found is not None and asked > 0:
-        text += f"; {_power(measured, found, asked)}"
-    return f"{text} {limit.reason}".strip()
+    found = detectable(measured)
+    if result is Result.INCONCLUSIVE and found is not None:
+        text += f"; {_power(measured, found, bound)}"
+    return f"{text}: {limit.reason}" if limit.reason else text
