@@ -6,9 +6,10 @@ import functools
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +17,9 @@ from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
 from uwm_deploy.records import Method, Precision, Selection, TowerName
+
+if TYPE_CHECKING:
+    from uwm_deploy.records import Verdict
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -151,6 +155,12 @@ def pipeline_options(command: F) -> F:
         ),
         click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file."),
         click.option(
+            "--baseline",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Accepted report to compare with: folder, bundle or file (docs/policy.md); kept in the bundle.",
+        ),
+        click.option(
             "--out", default=None, type=click.Path(path_type=Path), help="Bundle folder. [default: dist/MODEL]"
         ),
         click.option(
@@ -182,6 +192,41 @@ def pipeline_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return common_options(command)
+
+
+def output_options(command: F) -> F:
+    """Files and lines for CI systems, beside the table."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    options = [
+        click.option("--junit", default=None, type=file, help="Write JUnit XML: one case per check."),
+        click.option("--markdown", default=None, type=file, help="Write Markdown for a pull request."),
+        click.option("--sarif", default=None, type=file, help="Write SARIF 2.1.0."),
+        click.option(
+            "--gitlab",
+            default=None,
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder for GitLab's code quality and metrics reports.",
+        ),
+        click.option("--github", is_flag=True, help="Annotations of GitHub Actions, its step summary and outputs."),
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        names = ("junit", "markdown", "sarif", "gitlab", "github")
+        return command(*args, outputs={name: kwargs.pop(name) for name in names}, **kwargs)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bool) -> None:
+    """Everything `output_options` asked for."""
+    if any(outputs.values()):
+        from uwm_deploy.outputs import write_outputs
+
+        for line in write_outputs(verdict, policy, **outputs):
+            click.echo(line, err=as_json)  # the runner reads both; the result alone may be on standard output
 
 
 def common_options(command: F) -> F:
@@ -233,7 +278,7 @@ def _leave_group(*, in_order: bool) -> None:
         group.leave(in_order=in_order)
 
 
-def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
+def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import Request, run
     from uwm_deploy.summary import outcome_as_plain, print_outcome
@@ -247,6 +292,8 @@ def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
             click.echo(json.dumps(outcome_as_plain(outcome), indent=1, sort_keys=True))
         else:
             print_outcome(outcome)
+        if outcome.verdict:
+            _written(outcome.verdict, options["policy"], outputs or {}, as_json)
         return exit_code_of(outcome.verdict.result) if outcome.verdict else 0
 
     return ranks.first_only(shown)
@@ -259,7 +306,8 @@ def exit_code_of(result: str) -> int:
 
 @cli.command()
 @pipeline_options
-def build(as_json: bool, **options: Any) -> int:
+@output_options
+def build(as_json: bool, outputs: dict[str, Any], **options: Any) -> int:
     """The whole pipeline: from a calibration set to a verified bundle.
 
     \b
@@ -267,7 +315,7 @@ def build(as_json: bool, **options: Any) -> int:
       uwm-deploy build --model demo
       uwm-deploy build --model demo --target onnxruntime --keep-mass 0.97 --out dist/demo-97
     """
-    return _run("package", as_json, options)
+    return _run("package", as_json, options, outputs)
 
 
 @cli.command()
@@ -347,24 +395,33 @@ def package(as_json: bool, **options: Any) -> int:
 @cli.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option(
+    "--baseline",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Accepted report to compare with: folder, bundle or file. [default: the bundle's own]",
+)
 @common_options
-def gate(report: Path, policy: str, as_json: bool) -> int:
+@output_options
+def gate(report: Path, policy: str, baseline: Path | None, as_json: bool, outputs: dict[str, Any]) -> int:
     """Judges REPORT (a verify.json or a bundle) by a policy. Needs the base install only.
 
     \b
     Example:
       uwm-deploy gate dist/demo --policy ci/policy.toml
+      uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
     """
     from uwm_deploy.pipeline import judge_file
     from uwm_deploy.summary import print_verdict
 
-    verdict = judge_file(report, policy)
+    verdict = judge_file(report, policy, baseline)
     if as_json:
         from uwm_deploy.codec import json_from_record
 
         click.echo(json_from_record(verdict), nl=False)
     else:
         print_verdict(verdict)
+    _written(verdict, policy, outputs, as_json)
     return exit_code_of(verdict.result)
 
 
@@ -374,7 +431,10 @@ def gate(report: Path, policy: str, as_json: bool) -> int:
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @common_options
-def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool) -> int:
+@output_options
+def attest(
+    bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool, outputs: dict[str, Any]
+) -> int:
     """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
 
     \b
@@ -392,7 +452,95 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
         click.echo(json_from_record(verdict), nl=False)
     else:
         print_verdict(verdict)
+    _written(verdict, policy, outputs, as_json)
     return exit_code_of(verdict.result)
+
+
+@cli.group(cls=PipelineGroup)
+def baseline() -> None:
+    """Accepts a report as the one that later reports are compared with (`set`), shows it, compares with it.
+
+    \b
+    Example:
+      uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
+      uwm-deploy baseline compare dist/demo --baseline ci/baseline
+    """
+
+
+@baseline.command("set")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option(
+    "--at", required=True, type=click.Path(path_type=Path), help="Folder, or a bundle, that the baseline is stored in."
+)
+@click.option("--by", required=True, help="Who accepts it.")
+@click.option("--reason", required=True, help="Why.")
+@click.option("--policy", default="policy", show_default=True, help="Policy that the report must pass.")
+@common_options
+def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, as_json: bool) -> int:
+    """Stores REPORT (a verify.json or a bundle) as the baseline, if it passes the policy.
+
+    \b
+    Example:
+      uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
+    """
+    from uwm_deploy.pipeline import accept_baseline
+    from uwm_deploy.summary import print_verdict
+
+    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason)
+    if digest is None:
+        print_verdict(verdict)
+        click.echo("error: nothing was stored: the report does not pass", err=True)
+    elif as_json:
+        click.echo(json.dumps({"baseline": str(at), "digest": digest}))
+    else:
+        click.echo(f"baseline: {at}\ndigest: {digest}")
+    return exit_code_of(verdict.result)
+
+
+@baseline.command("show")
+@click.argument("path", type=click.Path(path_type=Path))
+@common_options
+def baseline_show(path: Path, as_json: bool) -> int:
+    """Shows the baseline at PATH (folder, bundle or file), after checking its digest.
+
+    \b
+    Example:
+      uwm-deploy baseline show ci/baseline
+    """
+    from uwm_deploy.baseline import read_baseline
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.summary import print_baseline
+
+    found, digest = read_baseline(path)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_baseline(found, digest)
+    return 0
+
+
+@baseline.command("compare")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--baseline", "path", required=True, type=click.Path(path_type=Path), help="Folder, bundle or file.")
+@common_options
+def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
+    """Shows every metric of REPORT beside the baseline's, item by item; judges nothing.
+
+    \b
+    Example:
+      uwm-deploy baseline compare dist/demo --baseline ci/baseline
+    """
+    from uwm_deploy.baseline import changes, read_baseline
+    from uwm_deploy.codec import plain_from_record
+    from uwm_deploy.pipeline import report_at
+    from uwm_deploy.summary import print_changes
+
+    found = changes(report_at(report)[0], read_baseline(path)[0])
+    if as_json:
+        click.echo(json.dumps([plain_from_record(change) for change in found], indent=1, sort_keys=True))
+    else:
+        print_changes(found)
+    return 0
 
 
 @cli.command()
@@ -613,6 +761,88 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--variant", "variants", multiple=True, help="Variant to measure; repeatable. [default: all]")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Rows per call; repeatable. [default: smallest, best and largest of the profile]",
+)
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600, min_open=True),
+    help="For each variant, tower and batch.",
+)
+@click.option(
+    "--torch",
+    "reference",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|MODEL",
+    help="Reference in PyTorch float32: the bundle's own model if its weights are here, none, or a recipe or folder.",
+)
+@click.option("--csv", "table", default=None, type=click.Path(path_type=Path), help="Write the numbers here as CSV.")
+@click.option("--picture", default=None, type=click.Path(path_type=Path), help="Write a picture here (PNG).")
+@common_options
+def bench(
+    bundle: Path,
+    variants: tuple[str, ...],
+    batches: tuple[int, ...],
+    seconds: float,
+    reference: str,
+    table: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> int:
+    """Latency and throughput of every variant of BUNDLE that this machine can execute, cold and warm, in turns.
+
+    Variants without proof are measured and labelled; what cannot run is "not run". Exit code 6 when nothing can.
+
+    \b
+    Example:
+      uwm-deploy bench dist/demo
+      uwm-deploy bench dist/demo --variant onnxruntime-int8 --batch 1 --batch 32 --csv bench.csv --picture bench.png
+    """
+    from uwm_deploy import engine_bench
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.runtime.bundle import open_bundle
+    from uwm_deploy.summary import print_rows
+    from uwm_deploy.workspace import write_atomic
+
+    opened = open_bundle(bundle, allow_failed=True)
+    contenders, not_run = engine_bench.contenders_of(opened, variants)
+    if reference != "none":
+        from uwm_deploy.torch_reference import NAME, torch_contender
+
+        try:
+            contenders.insert(0, torch_contender(opened, None if reference == "auto" else reference))
+        except UwmError as error:
+            if reference != "auto":
+                raise
+            not_run[NAME] = error.what
+    reporter = Reporter()
+    with reporter.stage("bench", str(bundle)):
+        report = engine_bench.bench(
+            opened, contenders, not_run, batches=batches, seconds=seconds, progress=reporter.progress
+        )
+    if table is not None:
+        write_atomic(table, engine_bench.csv_of(report))
+    if picture is not None:
+        engine_bench.draw(report, picture)
+    if as_json:
+        click.echo(json_from_record(report), nl=False)
+    else:
+        print_rows(engine_bench.rows_of(report))
+        click.echo("\n".join(engine_bench.lines_of(report)))
+    return 0
+
+
+@cli.command()
 @click.option(
     "--model", required=True, type=click.Path(path_type=Path), help="Edited model: `edit/model` of a run folder."
 )
@@ -802,6 +1032,65 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
         click.echo(json_from_record(made), nl=False)
     else:
         print_made_manifest(made, out)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="HTML file. [default: PATH-report.html]")
+@click.option(
+    "--sweep",
+    "swept",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A sweep.json of the same model, for the picture of the trade-off.",
+)
+@click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
+@common_options
+def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_json: bool) -> int:
+    """Writes one self-contained HTML page about a bundle or a run folder PATH; needs the base install only.
+
+    \b
+    Example:
+      uwm-deploy report dist/demo --open
+      uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
+    """
+    from uwm_deploy.report.evidence import dossier_of
+    from uwm_deploy.report.html import page, place_of
+    from uwm_deploy.workspace import write_atomic
+
+    target = place_of(path, out)
+    dossier = dossier_of(path, swept)
+    write_atomic(target, page(dossier))
+    verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
+    click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")
+    if opened and not webbrowser.open(target.resolve().as_uri()):
+        click.echo(f"no browser here; open {target} yourself", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="Only this one. [default: those that failed, or all when none did]")
+@common_options
+def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
+    """Names the first layer where an artifact of a bundle or a run folder PATH leaves the exported graph.
+
+    \b
+    Example:
+      uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.diagnosis import diagnose as look
+    from uwm_deploy.diagnosis import rows
+    from uwm_deploy.summary import print_rows
+
+    found = look(path, variant)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_rows(rows(found), group="artifact")
+        click.echo("\n".join(found.findings))
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from uwm_deploy import __version__, resources
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import EditRecord, Target
+from uwm_deploy.records import EditRecord, Precision, Target
 
 _PACKAGES = (
     "torch",
@@ -139,7 +139,7 @@ def machine_rows() -> list[dict[str, Any]]:
         except metadata.PackageNotFoundError:
             rows.append(_row(package, False, "not installed"))
     rows += [_target_row(target) for target in Target]
-    return rows
+    return rows + _precision_rows() + _gpu_only_rows()
 
 
 def _row(name: str, ok: bool, detail: str) -> dict[str, Any]:
@@ -170,5 +170,56 @@ def _target_row(target: Target) -> dict[str, Any]:
     reason = usable(target)
     if not reason:
         return _row(f"target {target.value}", True, "compiled and run")
-    compiled = "compiled, not run" if target is Target.TENSORRT_RTX else "not compiled, not run"
-    return _row(f"target {target.value}", False, f"{compiled}: {reason}")
+    return _row(f"target {target.value}", False, f"{_compiled(target)}, not run: {reason}")
+
+
+def _compiled(target: Target) -> str:
+    """What becomes of a target whose engines cannot be executed here; only one compiles without a GPU."""
+    if target is Target.TENSORRT_RTX and find_spec("tensorrt_rtx") is not None:
+        return "compiled ahead of time"
+    return "not compiled"
+
+
+def _precision_rows() -> list[dict[str, Any]]:
+    """Every precision of every target: executed here or not run, and why."""
+    from uwm_deploy.runtime.probe import PROBED, reason_not_executed
+    from uwm_deploy.runtime.session import missing_package, usable
+
+    rows = []
+    for target in Target:
+        reason = usable(target)
+        for precision in PROBED:
+            if target is Target.ONNXRUNTIME:
+                why = missing_package(target) or reason_not_executed(precision)
+                ok, detail = not why, _ON_CPU.get(precision, "run on the CPU") if not why else f"not run: {why}"
+            else:
+                ok = not reason
+                detail = f"{_compiled(target)}, not run: {reason}" if reason else "compiled and run"
+            rows.append(_row(f"{target.value} {precision.value}", ok, detail))
+    return rows
+
+
+_ON_CPU = {
+    Precision.FP16: "run on the CPU, which may compute in float32",
+    Precision.FP8: "run on the CPU, computed in float32",
+}
+"""What is executed but is not what its name says; docs/precision.md."""
+
+
+def _gpu_only_rows() -> list[dict[str, Any]]:
+    """What needs a GPU whatever the precision."""
+    from uwm_deploy.runtime.session import usable
+    from uwm_deploy.runtime.tensorrt import MODULES, gpu_reason
+
+    rows = [
+        _row(f"{target.value} refit", not reason, f"not run: {reason}" if reason else "run")
+        for target in MODULES
+        for reason in (usable(target),)
+    ]
+    reason = gpu_reason()
+    if not reason:
+        import onnxruntime
+
+        there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        reason = "" if there else "this ONNX Runtime was built without it"
+    return [*rows, _row("onnxruntime CUDA provider", not reason, f"not run: {reason}" if reason else "can be opened")]

@@ -16,17 +16,33 @@ from uwm_deploy.comparison import MEAN, cell, is_numeric, mean_of, missing_lines
 from uwm_deploy.inspection import method_line
 from uwm_deploy.records import (
     ArtifactEvidence,
+    Baseline,
+    Check,
     DataReport,
+    Digest,
     Evidence,
     MadeManifest,
+    PrecisionPlan,
     Result,
     SafetyReport,
     Verdict,
     VerifyReport,
 )
+from uwm_deploy.report.findings import (
+    findings,
+    gap_text,
+    limit_text,
+    line_of,
+    measured_text,
+    name_of,
+    verdict_line,
+    waiver_line,
+    worst_line,
+)
 from uwm_deploy.safeground.preference import METRICS
 
 if TYPE_CHECKING:
+    from uwm_deploy.baseline import Change
     from uwm_deploy.pipeline import Outcome
     from uwm_deploy.refit import Refitted
 
@@ -52,7 +68,7 @@ def outcome_as_plain(outcome: Outcome) -> dict[str, Any]:
         "reused": outcome.reused,
         "skipped": outcome.skipped,
     }
-    for key in ("score", "edit", "onnx", "engines", "report", "verdict"):
+    for key in ("score", "edit", "onnx", "engines", "plan", "report", "verdict"):
         value = getattr(outcome, key)
         if value:
             body[key] = plain_from_record(value)
@@ -65,6 +81,8 @@ def print_outcome(outcome: Outcome) -> None:
         _print_stages(outcome)
     if outcome.report is not None:
         print_report(outcome.report)
+    if outcome.plan is not None:
+        print_plan(outcome.plan)
     for target, reason in outcome.skipped.items():
         _console().print(Text(f"not compiled: {target}: {reason}", style="yellow"))
     if outcome.verdict is not None:
@@ -139,12 +157,44 @@ def print_report(report: VerifyReport) -> None:
             _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
 
 
+def print_plan(plan: PrecisionPlan) -> None:
+    """What precision `auto` chose: the plans that were measured, and which layers stay in float32 and why."""
+    kept = sum(map(len, plan.kept.values()))
+    title = (
+        f"precision auto: {kept} of {len(plan.layers)} linear layers stay in float32, {100 * plan.low_share:.1f}% of the "
+        f"multiplications are {plan.lowest.value}"
+    )
+    console = _console()
+    console.print(title, markup=False, soft_wrap=True)
+    print_rows(
+        [
+            {
+                "plan": step.what,
+                "kept": step.kept,
+                f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
+                "% flips": f"{step.flips:.2f}",
+            }
+            for step in plan.steps
+        ]
+    )
+    for tower, names in plan.kept.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        shown = f"{', '.join(names[:_NAMED])}{more}" if names else "nothing"
+        console.print(f"kept in the {tower} tower, most sensitive first: {shown}", markup=False, soft_wrap=True)
+    console.print(
+        f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples; the search allows "
+        f"{plan.limit:g}% there, the budget is {plan.budget:g}%",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvidence] = ()) -> None:
     """One column per subject, one row per metric; percentages."""
     table = Table(title_justify="left", header_style="bold")
     table.add_column("percent" if not executed else "")
     for report in reports:
-        table.add_column(report.subject, justify="right")
+        table.add_column(report.subject, justify="right", overflow="fold")
     first = reports[0]
     for name in METRICS:
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
@@ -198,15 +248,25 @@ def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What failed first, then the one line that says the result."""
+    """What does not pass, by how much and what to try, the worst items, then the one line that says the result."""
     console = _console()
-    for check in verdict.checks:
-        if check.result is not Result.PASS:
-            text = f"{check.result.value}: {check.subject}: {check.name}: {check.detail}"
-            console.print(Text(text, style=_STYLE[check.result]))
-    passed = sum(check.result is Result.PASS for check in verdict.checks)
-    line = f"verdict: {verdict.result.value}  ({passed} of {len(verdict.checks)} checks pass, policy {verdict.policy})"
-    console.print(Text(line, style=f"bold {_STYLE[verdict.result]}"))
+    found = findings(verdict)
+    print_rows([_finding_row(check) for check in found], styles={r.value: style for r, style in _STYLE.items()})
+    for advice in dict.fromkeys(check.advice for check in found):
+        for check in (check for check in found if check.advice == advice):
+            console.print(Text(line_of(check), style=_STYLE[check.result]), soft_wrap=True)
+        if advice:
+            console.print(f"  try: {advice}", markup=False, soft_wrap=True)
+    if verdict.worst:
+        console.print("worst quadruples:", markup=False)
+    for item in verdict.worst:
+        console.print(f"  {worst_line(item)}", markup=False, soft_wrap=True)
+    for waiver in verdict.waivers:
+        style = "bold red" if waiver.state == "expired" else "yellow"
+        console.print(Text(waiver_line(waiver), style=style), soft_wrap=True)
+    for note in verdict.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(Text(verdict_line(verdict), style=f"bold {_STYLE[verdict.result]}"))
     for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
         if names:
             console.print(f"{label}: {', '.join(names)}", markup=False)
@@ -222,6 +282,56 @@ def print_refitted(made: Refitted) -> None:
         console.print(Text(f"left out: {variant}: {reason}", style="yellow"))
     print_verdict(made.verdict)
     console.print(f"bundle: {made.out}", markup=False)
+
+
+def _finding_row(check: Check) -> dict[str, str]:
+    return {
+        "result": f"{check.result.value}{' (waived)' if check.waiver else ''}",
+        "subject": check.subject,
+        "check": name_of(check),
+        "measured": measured_text(check),
+        "limit": limit_text(check),
+        "missed by": gap_text(check) if check.blocks else "",
+        "n": str(check.n or ""),
+    }
+
+
+def print_baseline(baseline: Baseline, digest: Digest) -> None:
+    """Who accepted what, and its main numbers."""
+    report = baseline.report
+    lines = [
+        f"accepted {baseline.accepted} by {baseline.accepted_by}: {baseline.reason}",
+        f"policy     {baseline.policy} {baseline.policy_digest[:19]}",
+        f"model      {report.model.name}, edited weights {report.edited_weights_digest}",
+        f"measured   on {report.evaluation.name}, {report.evaluation.n} quadruples, content "
+        f"{report.evaluation.content_digest[:19]}",
+        f"digest     {digest}",
+    ]
+    print_report(report)
+    for line in lines:
+        _console().print(line, markup=False, soft_wrap=True)
+
+
+def print_changes(found: Sequence[Change]) -> None:
+    """Then and now, item by item."""
+    print_rows(
+        [
+            {
+                "subject": change.subject,
+                "metric": change.metric,
+                "baseline": f"{change.before:.1f}",
+                "now": f"{change.after:.1f}",
+                "change": f"{change.flips.delta:+.1f} ({change.flips.delta_low:+.1f} to {change.flips.delta_high:+.1f})",
+                "lost": change.flips.lost,
+                "gained": change.flips.gained,
+                "p": f"{change.flips.p_value:.2g}",
+            }
+            for change in found
+        ],
+        group="subject",
+    )
+    if not found:
+        _console().print("the two reports have no subject in common", markup=False)
 
 
 def print_data_report(report: DataReport) -> None:

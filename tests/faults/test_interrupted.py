@@ -61,7 +61,7 @@ def test_killed_builds_resume(with_signal: signal.Signals, tmp_path: Path) -> No
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     last = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     result = json.loads(last.stdout)
-    assert {"score", "edit", "export", "compile-onnxruntime"} <= set(result["reused"])
+    assert {"score", "edit", "export", "compile-onnxruntime-fp32"} <= set(result["reused"])
     assert result["verdict"]["result"] == "pass"
     assert not [p for p in (tmp_path / "work").iterdir() if p.name.startswith(".tmp-")]
 

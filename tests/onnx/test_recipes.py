@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -14,20 +15,28 @@ from tests.families import FAMILIES, NAMES, model_of, reduced
 from tests.oracles import uwm_oracle
 from uwm_deploy.datasets.demo import DemoSource
 from uwm_deploy.pipeline import calibration_set_of
-from uwm_deploy.records import Profile, Target, TowerName
+from uwm_deploy.recipe import ExportSpec
+from uwm_deploy.records import LayerEdit, OnnxArtifact, Precision, Profile, Target, TowerName
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.calibrate import PairStream
+from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert import converted, embed_with, ranges_of
 from uwm_deploy.stages.edit import edit_to_folder
 from uwm_deploy.stages.export import onnx_from_tower, sample_of
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.score import score_to_folder
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.uwm.digests import digest_of_tensor
+from uwm_deploy.uwm.patch import LayerPatch, Patch
 from uwm_deploy.uwm.selection import selected_indices
 
 PAIRS = 6
 AGREEMENT = 0.9995
+LOWERED = ("clip-vit-b32", "siglip-base", "coca-vit-b32")
+"""Recipes that are taken through the precisions."""
+
+PROFILE = Profile(min=1, opt=2, max=5)
 
 
 def source() -> DemoSource:
@@ -72,7 +81,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
     assert artifact.fingerprint.layers == len(tower.layers(recipe.edit.of(name).layers))
     assert not artifact.fingerprint.mismatches
     session = open_session(
-        Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=Profile(min=1, opt=2, max=5),
+        Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=PROFILE,
         inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
     )  # fmt: skip
     batch = next(iter(pairs_of(model, name)))
@@ -89,6 +98,9 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
         assert tuple(found) == tower.output_names
         for output, expected in zip(found.values(), wanted, strict=True):
             assert np.abs(output - expected[:size]).max() < 1e-5 * max(1.0, float(np.abs(expected).max()))
+    if recipe.name in LOWERED:
+        edits = [layer for layer in edit.layers if layer.tower is name]
+        check_lowered(artifact, edits, patch, rows, folder)
 
 
 @pytest.mark.parametrize("tower", list(TowerName))
@@ -132,3 +144,69 @@ def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, 
             for s in (fast[layer].numpy(), slow)
         )
         assert (chosen == wanted).mean() >= AGREEMENT
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_fused_attention_is_one_node_per_layer(name: str, tmp_path: Path) -> None:
+    """Opset 23: the same embeddings in ONNX Runtime, and an engine of TensorRT-RTX, which takes the node apart."""
+    model, ref = model_of(name), model_of(name).ref
+    shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
+    for tower in (model.image, model.text):
+        sample, edits = sample_of(tower, shapes[tower.name], ref.text.eos_id), unedited(model, tower.name, name)
+        graph = onnx_from_tower(
+            tower, sample, ExportSpec(opset=23, attention="fused"), weights_digest=ref.weights_digest, edits=edits,
+            patch=no_patch(edits), folder=tmp_path,
+        )  # fmt: skip
+        kinds = [node.op_type for node in onnx.load(tmp_path / graph.file).graph.node]
+        assert kinds.count("Attention") >= 2
+        assert "Softmax" not in kinds
+        with torch.inference_mode():
+            wanted = torch.nn.functional.normalize(tower.embed(sample)).numpy()
+        found = embed_with(graph, tmp_path / graph.file, Precision.FP32, [sample.numpy()])
+        assert np.abs(found - wanted).max() < 1e-5
+        (tmp_path / tower.name).mkdir()
+        engine_from_onnx(graph, tmp_path, Target.TENSORRT_RTX, PROFILE, edits, tmp_path / tower.name)
+
+
+def check_lowered(graph: OnnxArtifact, edits: list[LayerEdit], patch: Patch, rows: np.ndarray, folder: Path) -> None:
+    """fp16 and INT8 of one exported tower: the edit in it, ONNX Runtime executes it, TensorRT-RTX builds it."""
+    source = folder / graph.file
+    wanted = embed_with(graph, source, Precision.FP32, [rows])
+    ranges = ranges_of(source, {"safe": [rows], "unsafe": [rows]}, folder)
+    for precision, cosine in ((Precision.FP16, 0.9999), (Precision.INT8, 0.9)):
+        out = folder / f"{graph.tower.value}-{precision.value}"
+        out.mkdir()
+        lowered = converted(
+            graph, folder, out, precision=precision, lowered=precision, patterns=(), layers=(), ranges=ranges,
+            edits=edits, patch=patch, canaries=None,
+        )  # fmt: skip
+        assert lowered.fingerprint.layers == len(edits)
+        found = embed_with(lowered, out / lowered.file, precision, [rows])
+        assert (found * wanted).sum(1).min() > cosine
+        for target in (Target.ONNXRUNTIME, Target.TENSORRT_RTX):
+            (out / target.value).mkdir()
+            engine = engine_from_onnx(lowered, out, target, PROFILE, edits, out / target.value)
+            assert engine.precision == precision
+
+
+def unedited(model: LoadedModel, name: TowerName, recipe: str) -> list[LayerEdit]:
+    """Layers in which nothing is selected."""
+    spec = reduced(recipe).edit.of(name)
+    return [
+        LayerEdit(
+            tower=name, name=path, shape=tuple(layer.weight.shape), keep_mass=1.0, factor=1.0, selected=0, share=0.0,
+            digest_before=digest_of_tensor(layer.weight), digest_after=digest_of_tensor(layer.weight),
+        )
+        for path, layer in model.tower(name).layers(spec.layers).items()
+    ]  # fmt: skip
+
+
+def no_patch(edits: list[LayerEdit]) -> Patch:
+    """A patch that selects nothing."""
+    nothing = torch.empty(0, dtype=torch.int32)
+    return Patch({
+        edit.name: LayerPatch(
+            indices=nothing, factor=1.0, digest_before=edit.digest_before, digest_after=edit.digest_after
+        )
+        for edit in edits
+    })  # fmt: skip

@@ -18,6 +18,9 @@ from uwm_deploy.graphs.layers import after_the_last_layer
 FLOAT16, BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 _NUMPY = {FLOAT16: np.dtype(np.float16), BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 _LARGEST = {FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
+_MASK = 1e30
+"""No weight is that large; masks are, or infinite."""
+
 _FROM_OPSET = {BFLOAT16: {"Conv": 22}}
 """Operators that know a type only from an opset on; below it they stay float32."""
 
@@ -87,9 +90,10 @@ class _Cast:
         array = np.asarray(tensor.numpy(), dtype=np.float32)
         largest = _LARGEST[self.kind]
         outside = int((np.abs(array) > largest).sum())
-        if outside and weight and array.size > 1:
+        lost = int(((np.abs(array) > largest) & (np.abs(array) < _MASK)).sum())
+        if lost and weight and array.size > 1:
             raise ContractError(
-                f"{outside} values of {name} are outside the range of {self.kind.name}", fix="keep its layer in float32"
+                f"{lost} values of {name} are outside the range of {self.kind.name}", fix="keep its layer in float32"
             )
         self.clamped += outside
         return ir.tensor(np.clip(array, -largest, largest).astype(_NUMPY[self.kind]), dtype=self.kind, name=name)

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from uwm_deploy.protobuf import varint
+
 LARGE = 1024
 """Initialisers with more bytes are streamed; smaller ones stay in the graph's own message."""
 
@@ -114,19 +116,10 @@ def _bytes_of(value: ir.Value) -> int:
     return int(value.const_value.nbytes)
 
 
-def _varint(number: int) -> bytes:
-    parts = bytearray()
-    while number >= 0x80:
-        parts.append(number & 0x7F | 0x80)
-        number >>= 7
-    parts.append(number)
-    return bytes(parts)
-
-
 def _field_size(field: int, size: int) -> int:
     """Bytes of a length-delimited field with its content."""
-    return len(_varint(field << 3 | 2)) + len(_varint(size)) + size
+    return len(varint(field << 3 | 2)) + len(varint(size)) + size
 
 
 def _open_field(stream: BinaryIO, field: int, size: int) -> None:
-    stream.write(_varint(field << 3 | 2) + _varint(size))
+    stream.write(varint(field << 3 | 2) + varint(size))

@@ -40,7 +40,7 @@ from uwm_deploy.runtime.bundle import Bundle, engine_path
 from uwm_deploy.runtime.session import Session, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report, worst_items
 from uwm_deploy.workspace import digest_of_bytes
 
 SINGLE_ROWS = 8
@@ -170,8 +170,9 @@ def _evidence(
         artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
         parity=tuple(measured),
         canaries=canaries,
-        safety=safety_report(variant, embedded),
+        safety=safety_report(variant, embedded, with_items=True),
         flips=flips_between(reference, embedded),
+        worst=worst_items(variant, reference, embedded),
     )
 
 

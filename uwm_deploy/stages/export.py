@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Sequence, Set
@@ -20,6 +21,7 @@ from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipe import ExportSpec
 from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
+from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
 from uwm_deploy.uwm.patch import Patch
 
@@ -68,7 +70,8 @@ def onnx_from_tower(
     """
     sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
     _check_pooling(tower, sample)
-    model = _exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec)
+    with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
+        model = _exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec)
     _restore_names(model)
     simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
     name = f"{tower.name.value}.onnx"

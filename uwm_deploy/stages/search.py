@@ -67,10 +67,17 @@ def search(
         folder: For temporary files.
         progress: Called as it goes on.
     """
-    return _Search(sources, prepared, spec, patterns, folder, progress).run()
+    return Search(sources, prepared, spec, patterns, folder, progress).run()
 
 
-class _Search:
+class Search:
+    """Measures plans on a set of quadruples, and looks for the best; see `search`, which is what builds use.
+
+    Attributes:
+        work: Every linear layer to its multiplications.
+        steps: Every plan that was measured, in order.
+    """
+
     def __init__(
         self,
         sources: Mapping[TowerName, Source],
@@ -91,14 +98,15 @@ class _Search:
         self.steps: list[PrecisionStep] = []
 
     def run(self) -> PrecisionPlan:
+        """The plan."""
         sensitivity = self._sensitivities()
         order = sorted(self.work, key=lambda layer: (-sensitivity[layer] / self.work[layer], layer))
         limit = SHARE_OF_BUDGET * self.spec.flips
         low, high = 0, len(order)  # everything in float32 flips nothing
-        if self._flips(frozenset(), "all lowered") > limit:
+        if self.flips(frozenset(), "all lowered") > limit:
             while high - low > 1:
                 middle = (low + high) // 2
-                flips = self._flips(frozenset(order[:middle]), f"{middle} most sensitive kept")
+                flips = self.flips(frozenset(order[:middle]), f"{middle} most sensitive kept")
                 low, high = (low, middle) if flips <= limit else (middle, high)
         else:
             high = 0
@@ -111,7 +119,7 @@ class _Search:
             kept={
                 tower.value: tuple(name for t, name in order if t is tower and (t, name) in kept) for tower in TowerName
             },
-            flips=self._flips(kept, "chosen"),
+            flips=self.flips(kept, "chosen"),
             low_share=self._low_share(kept),
             layers=tuple(
                 LayerSensitivity(tower=t, name=name, sensitivity=sensitivity[t, name], kept=(t, name) in kept)
@@ -141,11 +149,11 @@ class _Search:
         chosen = frozenset(kept)
         for layer in list(reversed(kept))[:RETRIES]:
             fewer = chosen - {layer}
-            if self._flips(fewer, f"without {layer[1]}") <= limit:
+            if self.flips(fewer, f"without {layer[1]}") <= limit:
                 chosen = fewer
         return chosen
 
-    def _flips(self, kept: frozenset[Layer], what: str) -> float:
+    def flips(self, kept: frozenset[Layer], what: str) -> float:
         """Percentage of decisions of the worst metric that differ from the float32 graphs'."""
         found = self._decisions(kept)
         worst = max(float(np.mean(found.chosen[name] != self.reference.chosen[name])) for name in BASIC)

@@ -1,0 +1,109 @@
+"""Precision auto beside a magnitude rule, on the demo, with equally many layers in float32: flips of both from one run.
+
+    python tests/benchmarks/bench_precision.py --work .uwm/precision
+
+The rule keeps in float32 the layers that reach the largest values: outputs, inputs or weights. That is how tools choose that
+look at overflow alone. Every plan is INT8 elsewhere, with the same ranges, executed in ONNX Runtime and compared with the
+float32 graphs, on the calibration quadruples that the search used and on the test set that it never saw. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.embedding import PreparedSet, prepare
+from uwm_deploy.datasets.source import open_source
+from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.ranges import activation_maxima
+from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.records import TowerName
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.stages.convert import ranges_of
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.stages.pairs import some_of
+from uwm_deploy.stages.search import Layer, Search, Source
+
+RANGE_ROWS = 128
+
+
+def rows_of(prepared: PreparedSet, tower: TowerName) -> dict[str, list[np.ndarray]]:
+    """Some safe and unsafe inputs of a tower, in small batches."""
+    image = tower is TowerName.IMAGE
+    safe = prepared.safe_pixels if image else prepared.safe_ids
+    unsafe = prepared.unsafe_pixels if image else prepared.unsafe_ids
+    step = len(prepared.ids) // RANGE_ROWS
+    pick = np.array_split(np.arange(0, RANGE_ROWS * step, step), RANGE_ROWS // 16)
+    return {"safe": [safe[rows] for rows in pick], "unsafe": [unsafe[rows] for rows in pick]}
+
+
+def magnitudes(source: Path, tower: TowerName, rows: list[np.ndarray], folder: Path) -> dict[str, dict[Layer, float]]:
+    """Rule to layer to the largest absolute value it looks at."""
+    layers = linear_layers(ir.load(source))
+    outputs = {name: layer.node.outputs[0].name or "" for name, layer in layers.items()}
+    inputs = {name: layer.node.inputs[0].name or "" for name, layer in layers.items()}  # type: ignore[union-attr]
+    maxima = activation_maxima(source, [*outputs.values(), *inputs.values()], rows, folder)
+    weights = {name: float(np.abs(layer.weight.const_value.numpy()).max()) for name, layer in layers.items()}  # type: ignore[union-attr]
+    return {
+        "largest outputs": {(tower, name): float(maxima[value].max()) for name, value in outputs.items()},
+        "largest inputs": {(tower, name): float(maxima[value].max()) for name, value in inputs.items()},
+        "largest weights": {(tower, name): value for name, value in weights.items()},
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=Path(".uwm/bench-precision"))
+    work: Path = parser.parse_args().work
+    request = Request(precisions=("auto",), targets=("onnxruntime",), work=work)
+    outcome = run(request, until="compile", reporter=Reporter())
+    assert outcome.plan is not None
+    recipe, spec = recipe_of("demo")[0], recipe_of("demo")[0].compile.auto
+    model = load_model(recipe, folder=work / "edit" / "model", device="cpu")
+    tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
+
+    def prepared(name: str, items: int) -> PreparedSet:
+        definition, _, base = calibration_set_of(name)
+        source = some_of(open_source(definition, base=base), items)
+        return prepare(source, model.ref.image, tokenizer, workers=0, progress=lambda *_: None)
+
+    calibration = prepared(recipe.data.calibration, spec.items)
+    sources, sizes = {}, dict[str, dict[Layer, float]]()
+    for graph in outcome.onnx:
+        path, batches = work / "export" / graph.file, rows_of(calibration, graph.tower)
+        sources[graph.tower] = Source(graph, path, ranges_of(path, batches, work))
+        found = magnitudes(path, graph.tower, [*batches["safe"], *batches["unsafe"]], work)
+        for rule, values in found.items():
+            sizes.setdefault(rule, {}).update(values)
+    chosen = frozenset((TowerName(tower), name) for tower, names in outcome.plan.kept.items() for name in names)
+    plans = {"all INT8": frozenset[Layer](), "auto": chosen}
+    for rule, values in sizes.items():
+        plans[rule] = frozenset(sorted(values, key=lambda layer: (-values[layer], layer))[: len(chosen)])
+    rng = np.random.default_rng(0)
+    every = sorted(sizes["largest outputs"])
+    for turn in range(3):
+        picked = rng.choice(len(every), len(chosen), replace=False)
+        plans[f"random {turn + 1}"] = frozenset(every[i] for i in picked)
+    test = prepared(recipe.data.evaluation, 10**9)
+    sets = {"calibration": calibration, "test": test}
+    measured = {}
+    for name, part in sets.items():
+        search = Search(sources, part, spec, (), work, lambda *_: None)
+        for label, kept in plans.items():
+            search.flips(kept, label)
+        measured[name] = search.steps
+    counts = ", ".join(f"{len(part.ids)} {name}" for name, part in sets.items())
+    print(f"Quadruples: {counts}; flips are percent of the worst metric's decisions.\n")
+    print("| kept in float32 | layers | % of multiplications in INT8 | flips, calibration | flips, test |")
+    print("|---|---:|---:|---:|---:|")
+    for one, other in zip(measured["calibration"], measured["test"], strict=True):
+        print(f"| {one.what} | {one.kept} | {100 * one.low_share:.1f} | {one.flips:.2f} | {other.flips:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
