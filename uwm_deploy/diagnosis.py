@@ -336,11 +336,12 @@ def _walked(
 ) -> StageWalk:
     canaries = place.canaries(engine.tower)
     artifact = Graph(file)
+    unlike = tuple(differences(reference, artifact))
     try:
         rows = canaries.inputs if canaries is not None else place.rows(engine.tower)
         values = walk(reference, artifact, rows, folder)
     except UwmError as error:
-        return _not_run(engine, stage, precision, error.what)
+        return _not_run(engine, stage, precision, error.what, unlike, note)
     tolerance = TOLERANCE[precision]
     return StageWalk(
         variant=engine.variant,
@@ -350,7 +351,7 @@ def _walked(
         evidence=Evidence.EXECUTED,
         tolerance=tolerance,
         inputs=len(rows),
-        differences=tuple(differences(reference, artifact)),
+        differences=unlike,
         first=next((v for v in values if v.own > tolerance or not v.finite), None),
         values=tuple(values),
         canary_ratio=ratio,
@@ -358,7 +359,14 @@ def _walked(
     )
 
 
-def _not_run(engine: EngineArtifact, stage: Stage, precision: Precision, why: str) -> StageWalk:
+def _not_run(
+    engine: EngineArtifact,
+    stage: Stage,
+    precision: Precision,
+    why: str,
+    unlike: tuple[Difference, ...] = (),
+    note: str = "",
+) -> StageWalk:
     return StageWalk(
         variant=engine.variant,
         tower=engine.tower,
@@ -366,6 +374,8 @@ def _not_run(engine: EngineArtifact, stage: Stage, precision: Precision, why: st
         precision=precision,
         evidence=Evidence.NOT_RUN,
         reason=why,
+        differences=unlike,
+        note=note,
     )
 
 

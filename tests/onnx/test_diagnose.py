@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,25 +18,33 @@ from safetensors.torch import save_file
 
 from tests.onnx.conftest import WEIGHTS_DIGEST, make_case, make_edited
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record
+from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.datasets.source import PairBatch
 from uwm_deploy.diagnosis import TOLERANCE, StageWalk, diagnose, rows
-from uwm_deploy.errors import ContractError, InputError
+from uwm_deploy.errors import ContractError, InputError, IntegrityError
 from uwm_deploy.graphs.walk import VALUES, Graph, differences, part_of, places, walk
 from uwm_deploy.records import (
+    CalibrationRecord,
     EditRecord,
+    EngineArtifact,
     Evidence,
     ImageSpec,
+    Manifest,
     ModelRef,
+    OnnxArtifact,
     Precision,
     Profile,
+    Result,
     Target,
     TextSpec,
     TowerName,
+    Verdict,
 )
 from uwm_deploy.stages.canaries import canaries_to_folder
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert import converted, ranges_of
+from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.workspace import digest_of_bytes
 
 PROFILE = Profile(min=1, opt=2, max=4)
 PREFIX = {TowerName.IMAGE: "vision_model.encoder.layers", TowerName.TEXT: "text_model.encoder.layers"}
@@ -301,6 +310,78 @@ def test_an_engine_that_cannot_be_opened_up_is_not_run(run_folder: Path) -> None
     found = [w for w in diagnose(run_folder, "tensorrt-rtx-int8").walks if w.tower is TOWER and w.stage != "export"]
     assert [(w.stage, w.evidence) for w in found] == [("convert", Evidence.EXECUTED), ("compile", Evidence.NOT_RUN)]
     assert "cannot be opened up" in found[1].reason
+
+
+def test_bfloat16_is_compared_as_a_file(run_folder: Path) -> None:
+    """What ONNX Runtime cannot execute on a CPU is not run, and its weights are compared all the same."""
+    case, base = make_edited(TOWER), run_folder / "export"
+    folder = run_folder / "convert-bf16"
+    folder.mkdir()
+    graph = converted(
+        case.export(run_folder / "again"), base, folder, precision=Precision.BF16, lowered=Precision.BF16, patterns=(),
+        layers=(), ranges=None, edits=case.edits, patch=case.patch, canaries=None,
+    )  # fmt: skip
+    write(folder / f"{TOWER.value}.json", graph)
+    body = json.loads((run_folder / "compile-onnxruntime-fp16" / f"{TOWER.value}.json").read_text())
+    body |= {"variant": "tensorrt-bf16", "target": "tensorrt", "precision": "bf16"}
+    (run_folder / "compile-tensorrt-bf16").mkdir()
+    (run_folder / "compile-tensorrt-bf16" / f"{TOWER.value}.json").write_text(json.dumps(body), encoding="utf-8")
+    healthy = walked(run_folder, "tensorrt-bf16", "convert")
+    assert (healthy.evidence, healthy.differences) == (Evidence.NOT_RUN, ())
+    plant(folder / graph.file, on_tensor(f"{layer('mlp.fc2')}.weight", lambda w: -w))
+    found = walked(run_folder, "tensorrt-bf16", "convert")
+    assert [d.layer for d in found.differences] == [layer("mlp.fc2")]
+    assert found.leaves
+
+
+def test_a_bundle_is_walked_on_its_canaries_or_its_test_set(healthy: Path, tmp_path: Path) -> None:
+    """A tower that was not edited has no canaries; it is walked on the first quadruples of the bundle's evaluation set."""
+    bundle = bundle_of(healthy, tmp_path / "bundle")
+    walks = {w.tower: w for w in diagnose(bundle, "onnxruntime-fp32").walks if w.stage == "compile"}
+    assert (walks[TowerName.TEXT].inputs, walks[TowerName.IMAGE].inputs) == (16, 16)
+    assert walks[TowerName.IMAGE].canary_ratio is None
+    assert walks[TowerName.TEXT].canary_ratio is not None
+    assert not any(w.leaves for w in walks.values())
+    with (bundle / "engines" / "onnxruntime-fp32" / "text.onnx").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(IntegrityError):
+        diagnose(bundle)
+
+
+def bundle_of(path: Path, out: Path) -> Path:
+    """The float32 part of a run as a bundle, without the canaries of the image tower."""
+    edit = record_from_json(EditRecord, (path / "edit" / "edit.json").read_bytes(), where="edit.json")
+    onnx_records, engines = (
+        tuple(record_from_json(kind, (path / folder / f"{t.value}.json").read_bytes(), where=folder) for t in TowerName)
+        for kind, folder in ((OnnxArtifact, "export"), (EngineArtifact, "compile-onnxruntime-fp32"))
+    )
+    model = dataclasses.replace(
+        edit.model, text=dataclasses.replace(edit.model.text, tokenizer_digest=digest_of_bytes(b"{}"))
+    )
+    verdict = Verdict(
+        result=Result.FAIL, checks=(), proven=(), unproven=(), failed=("onnxruntime-fp32",), policy="p",
+        policy_digest="", report_digest=digest_of_bytes(b"{}"), edited_weights_digest=WEIGHTS_DIGEST,
+    )  # fmt: skip
+    data = CalibrationRecord(name="c", split="", n=1, ids_digest="", content_digest="", concepts={})
+    manifest = Manifest(
+        name="tiny", tool_version="0", created="", model=model, edit=dataclasses.replace(edit, model=model),
+        calibration=data, recipe="", recipe_digest=digest_of_bytes(b""), onnx=onnx_records, engines=engines,
+        verdict=verdict, versions={}, files=(),
+    )  # fmt: skip
+    parts: dict[str, Path | bytes] = {
+        "tokenizer.json": b"{}",
+        "recipe.toml": b"",
+        "evaluation.toml": b'format = 1\nname = "few"\nsource = "demo"\nsplit = "test"\nlimit = 9\n',
+        "reports/verify.json": b"{}",
+        "reports/verdict.json": json_from_record(verdict).encode(),
+        "evidence/canaries-text.safetensors": path / "canaries" / "text.safetensors",
+    }
+    for record in onnx_records:
+        parts[f"onnx/{record.file}"] = path / "export" / record.file
+    for engine in engines:
+        parts[f"engines/{engine.variant}/{engine.file}"] = path / f"compile-{engine.variant}" / engine.file
+    bundle_from_parts(out, manifest, parts)
+    return out
 
 
 def test_a_tower_without_canaries_is_not_run(run_folder: Path) -> None:

@@ -49,11 +49,11 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.report import charts
+from uwm_deploy.report.artifacts import shortened
 from uwm_deploy.report.charts import Bar, Group, Point
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page, place_of
 from uwm_deploy.report.markup import Html, tag, visible
-from uwm_deploy.report.sections import shortened
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings, flips_between, parity, safety_report
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts

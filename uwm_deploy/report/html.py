@@ -13,7 +13,7 @@ from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import InputError
 from uwm_deploy.inspection import method_line
 from uwm_deploy.records import Check, Evidence, Result, Verdict
-from uwm_deploy.report import charts, sections
+from uwm_deploy.report import artifacts, blocks, charts, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
@@ -80,18 +80,18 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.concepts(report),
         sections.zero_shot(dossier),
         sections.sweep(dossier.sweep),
-        sections.edit(dossier, method_line(dossier.edit)),
-        sections.parity(dossier),
-        sections.canaries(dossier),
-        sections.compiled(dossier),
-        sections.plan(dossier.plan),
+        artifacts.edit(dossier, method_line(dossier.edit)),
+        artifacts.parity(dossier),
+        artifacts.canaries(dossier),
+        artifacts.compiled(dossier),
+        artifacts.plan(dossier.plan),
     )
     return [
         sections.safeground(dossier),
         sections.margins(dossier),
         tag("div", {"class": "pair sections"}, *smaller),
         sections.retrieval(report),
-        sections.chain(dossier),
+        artifacts.chain(dossier),
     ]
 
 
@@ -125,7 +125,7 @@ def _verdict(dossier: Dossier) -> Html:
         ordered = [c for result in _ORDER for c in verdict.checks if c.result is result]
         parts += [
             _waivers(verdict),
-            sections.folded(heading, sections.table(list(map(_check_row, ordered))), printed=True),
+            blocks.folded(heading, blocks.table(list(map(_check_row, ordered))), printed=True),
         ]
     return tag("header", {"class": f"verdict {kind}"}, *parts)
 
@@ -147,6 +147,9 @@ def _sentence(dossier: Dossier) -> str:
 def _failed(check: Check) -> Html:
     """One check that does not pass: what, by how much, against which limit."""
     words = {"at_least": "at least", "at_most": "at most", "equals": "exactly"}[check.direction]
+    further = plain_from_record(check)  # what a newer gate says beyond the numbers
+    concept = f" in {further['concept']}" if further.get("concept") else ""
+    waived = ", waived" if further.get("waiver") else ""
     reason = check.detail.partition(f"(n = {check.n}) ")[2] or check.detail  # the numbers are said once
     numbers = None
     if check.measured is not None and check.limit is not None:
@@ -158,10 +161,11 @@ def _failed(check: Check) -> Html:
     return tag(
         "li",
         {"class": _KIND[check.result]},
-        tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}"),
-        tag("strong", {}, f"{check.subject}: {check.name}"),
+        tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}{waived}"),
+        tag("strong", {}, f"{check.subject}: {check.name}{concept}"),
         numbers,
         tag("span", {"class": "detail"}, reason) if reason else None,
+        tag("span", {"class": "detail"}, "Try: ", further["advice"]) if further.get("advice") else None,
     )
 
 
@@ -184,7 +188,7 @@ def _waivers(verdict: Verdict) -> Html | None:
     if not found:
         return None
     rows: list[dict[str, Child]] = [{key: str(value) for key, value in waiver.items()} for waiver in found]
-    return tag("div", {"class": "waivers"}, tag("h2", {}, f"Waived: {len(rows)}"), sections.table(rows))
+    return tag("div", {"class": "waivers"}, tag("h2", {}, f"Waived: {len(rows)}"), blocks.table(rows))
 
 
 def _tiles(dossier: Dossier) -> Html:
@@ -204,7 +208,7 @@ def _tiles(dossier: Dossier) -> Html:
         sets = f"{len(known)} sets" + (f", {missing} not run" if missing else "")
         mean = sum(p.value for p in report.edited.zero_shot.values()) / len(report.edited.zero_shot)
         tiles.append(_tile("Zero-shot mean", f"{mean:.1f}%", f"{signed(sum(known) / len(known))} points, {sets}"))
-    ran = sections.executed(report)
+    ran = blocks.executed(report)
     if ran:
         flips = {a.variant: sum(f.lost + f.gained for m, f in a.flips.items() if m in BASIC) for a, _ in ran}
         worst = max(flips, key=lambda name: flips[name])
@@ -240,9 +244,9 @@ def _gaps(dossier: Dossier) -> Html:
     if report.model.repo == "random":
         lines.append(("weights", "random: a dry run, which can never pass"))
     if not lines:
-        return sections.section("gaps", "Not covered", "Everything that was asked for was run.")
+        return blocks.section("gaps", "Not covered", "Everything that was asked for was run.")
     items = [tag("li", {}, tag("strong", {}, what), ": ", why) for what, why in lines]
-    return sections.section("gaps", "Not covered", None, tag("ul", {"class": "gaps"}, *items))
+    return blocks.section("gaps", "Not covered", None, tag("ul", {"class": "gaps"}, *items))
 
 
 def _footer(dossier: Dossier) -> Html:
