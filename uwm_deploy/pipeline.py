@@ -1013,7 +1013,7 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
     """Executes what is unproven and can be executed here; rewrites the bundle with the evidence."""
     from uwm_deploy.stages.attest import attest
 
-    judge = _judge(*policy_of(policy_name), _baseline_for(path, None))
+    judge = judge_of_bundle(path, policy_name)
     with locked(lock_of_bundle(path)):
         bundle = open_bundle(path, allow_failed=True)
         with reporter.stage("attest", str(path)):
@@ -1025,6 +1025,11 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
                 workers=workers,
                 progress=reporter.progress,
             )
+
+
+def judge_of_bundle(path: Path, policy_name: str) -> Judge:
+    """The gate with a policy and the bundle's own baseline, if it has one."""
+    return _judge(*policy_of(policy_name), _baseline_for(path, None))
 
 
 def lock_of_bundle(path: Path) -> Path:

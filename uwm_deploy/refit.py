@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +22,18 @@ from uwm_deploy.datasets.embedding import PreparedSet, prepare
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.stored import Replacement
-from uwm_deploy.pipeline import bundle_with_card, evaluation_source_of, lock_of_bundle, policy_of, refuse_foreign_folder
+from uwm_deploy.pipeline import (
+    Judge,
+    bundle_with_card,
+    evaluation_source_of,
+    judge_of_bundle,
+    lock_of_bundle,
+    refuse_foreign_folder,
+)
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
 from uwm_deploy.records import (
     EXPORTED,
     ArtifactEvidence,
-    Digest,
     EditRecord,
     EngineArtifact,
     Evidence,
@@ -45,7 +51,6 @@ from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report
 from uwm_deploy.stages.attest import SINGLE_ROWS, attest, reference_of
 from uwm_deploy.stages.edit import PATCH, RECORD, edit_to_folder
-from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.stages.refit import (
@@ -161,6 +166,7 @@ class _Refit:
 
     def run(self) -> Refitted:
         """Edits, refits, measures, judges, writes."""
+        judge = judge_of_bundle(self.bundle.path, self.request.policy)
         variants, left_out = self._variants()
         source, model = self._evaluation(), self._model()
         with self.reporter.stage("edit", self._what()):
@@ -176,12 +182,12 @@ class _Refit:
             del model
         with self.reporter.stage("refit", ", ".join(variants)):
             refitted = self._made(swap, variants, prepared)
-        unproven = self._unproven(swap, refitted, original, reference, prepared)
+        unproven = self._unproven(swap, refitted, original, reference, prepared, judge)
         with self.reporter.stage("attest", ", ".join(variants)):
             verdict = attest(
                 unproven,
                 source,
-                self._judge(),
+                judge,
                 lambda _, manifest, parts: bundle_with_card(self.out, manifest, parts),
                 workers=self.request.workers,
                 progress=self.reporter.progress,
@@ -374,12 +380,14 @@ class _Refit:
             parts=parts,
         )
 
-    def _judge(self) -> Callable[[VerifyReport, Digest], Verdict]:
-        policy, policy_digest = policy_of(self.request.policy)
-        return lambda report, digest: gate(report, policy, policy_digest=policy_digest, report_digest=digest)
-
     def _unproven(
-        self, swap: Swap, made: _Artifacts, original: EmbeddedSet, reference: EmbeddedSet, prepared: PreparedSet
+        self,
+        swap: Swap,
+        made: _Artifacts,
+        original: EmbeddedSet,
+        reference: EmbeddedSet,
+        prepared: PreparedSet,
+        judge: Judge,
     ) -> Bundle:
         """The new bundle as it is before anything of it was executed, opened with all checks."""
         edit = swap.new
@@ -391,7 +399,7 @@ class _Refit:
             artifacts=tuple(_not_run(made.onnx, made.engines)),
         )
         content = json_from_record(report).encode()
-        verdict = self._judge()(report, digest_of_bytes(content))
+        verdict = judge(report, digest_of_bytes(content))
         replaced = ("onnx/", "engines/", "evidence/canaries-")
         parts: Parts = {
             file.path: self.bundle.path / file.path
