@@ -6,9 +6,10 @@ import functools
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +17,9 @@ from uwm_deploy import __version__
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
 from uwm_deploy.records import Method, Precision, Selection, TowerName
+
+if TYPE_CHECKING:
+    from uwm_deploy.records import Verdict
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,6 +119,11 @@ def pipeline_options(command: F) -> F:
             metavar="PATTERN",
             help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
         ),
+        click.option(
+            "--refittable",
+            is_flag=True,
+            help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
+        ),
         method_options,
         click.option(
             "--tower",
@@ -145,6 +154,12 @@ def pipeline_options(command: F) -> F:
             help="`random`: seeded weights for dry runs; never passes the gate.",
         ),
         click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file."),
+        click.option(
+            "--baseline",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Accepted report to compare with: folder, bundle or file (docs/policy.md); kept in the bundle.",
+        ),
         click.option(
             "--out", default=None, type=click.Path(path_type=Path), help="Bundle folder. [default: dist/MODEL]"
         ),
@@ -177,6 +192,41 @@ def pipeline_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return common_options(command)
+
+
+def output_options(command: F) -> F:
+    """Files and lines for CI systems, beside the table."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    options = [
+        click.option("--junit", default=None, type=file, help="Write JUnit XML: one case per check."),
+        click.option("--markdown", default=None, type=file, help="Write Markdown for a pull request."),
+        click.option("--sarif", default=None, type=file, help="Write SARIF 2.1.0."),
+        click.option(
+            "--gitlab",
+            default=None,
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder for GitLab's code quality and metrics reports.",
+        ),
+        click.option("--github", is_flag=True, help="Annotations of GitHub Actions, its step summary and outputs."),
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        names = ("junit", "markdown", "sarif", "gitlab", "github")
+        return command(*args, outputs={name: kwargs.pop(name) for name in names}, **kwargs)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bool) -> None:
+    """Everything `output_options` asked for."""
+    if any(outputs.values()):
+        from uwm_deploy.outputs import write_outputs
+
+        for line in write_outputs(verdict, policy, **outputs):
+            click.echo(line, err=as_json)  # the runner reads both; the result alone may be on standard output
 
 
 def common_options(command: F) -> F:
@@ -228,7 +278,7 @@ def _leave_group(*, in_order: bool) -> None:
         group.leave(in_order=in_order)
 
 
-def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
+def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import Request, run
     from uwm_deploy.summary import outcome_as_plain, print_outcome
@@ -242,6 +292,8 @@ def _run(until: str, as_json: bool, options: dict[str, Any]) -> int:
             click.echo(json.dumps(outcome_as_plain(outcome), indent=1, sort_keys=True))
         else:
             print_outcome(outcome)
+        if outcome.verdict:
+            _written(outcome.verdict, options["policy"], outputs or {}, as_json)
         return exit_code_of(outcome.verdict.result) if outcome.verdict else 0
 
     return ranks.first_only(shown)
@@ -254,7 +306,8 @@ def exit_code_of(result: str) -> int:
 
 @cli.command()
 @pipeline_options
-def build(as_json: bool, **options: Any) -> int:
+@output_options
+def build(as_json: bool, outputs: dict[str, Any], **options: Any) -> int:
     """The whole pipeline: from a calibration set to a verified bundle.
 
     \b
@@ -262,7 +315,7 @@ def build(as_json: bool, **options: Any) -> int:
       uwm-deploy build --model demo
       uwm-deploy build --model demo --target onnxruntime --keep-mass 0.97 --out dist/demo-97
     """
-    return _run("package", as_json, options)
+    return _run("package", as_json, options, outputs)
 
 
 @cli.command()
@@ -342,24 +395,33 @@ def package(as_json: bool, **options: Any) -> int:
 @cli.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option(
+    "--baseline",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Accepted report to compare with: folder, bundle or file. [default: the bundle's own]",
+)
 @common_options
-def gate(report: Path, policy: str, as_json: bool) -> int:
+@output_options
+def gate(report: Path, policy: str, baseline: Path | None, as_json: bool, outputs: dict[str, Any]) -> int:
     """Judges REPORT (a verify.json or a bundle) by a policy. Needs the base install only.
 
     \b
     Example:
       uwm-deploy gate dist/demo --policy ci/policy.toml
+      uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
     """
     from uwm_deploy.pipeline import judge_file
     from uwm_deploy.summary import print_verdict
 
-    verdict = judge_file(report, policy)
+    verdict = judge_file(report, policy, baseline)
     if as_json:
         from uwm_deploy.codec import json_from_record
 
         click.echo(json_from_record(verdict), nl=False)
     else:
         print_verdict(verdict)
+    _written(verdict, policy, outputs, as_json)
     return exit_code_of(verdict.result)
 
 
@@ -369,7 +431,10 @@ def gate(report: Path, policy: str, as_json: bool) -> int:
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @common_options
-def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool) -> int:
+@output_options
+def attest(
+    bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool, outputs: dict[str, Any]
+) -> int:
     """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
 
     \b
@@ -387,7 +452,157 @@ def attest(bundle: Path, policy: str, evaluation: str | None, workers: int, as_j
         click.echo(json_from_record(verdict), nl=False)
     else:
         print_verdict(verdict)
+    _written(verdict, policy, outputs, as_json)
     return exit_code_of(verdict.result)
+
+
+@cli.group(cls=PipelineGroup)
+def baseline() -> None:
+    """Accepts a report as the one that later reports are compared with (`set`), shows it, compares with it.
+
+    \b
+    Example:
+      uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
+      uwm-deploy baseline compare dist/demo --baseline ci/baseline
+    """
+
+
+@baseline.command("set")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option(
+    "--at", required=True, type=click.Path(path_type=Path), help="Folder, or a bundle, that the baseline is stored in."
+)
+@click.option("--by", required=True, help="Who accepts it.")
+@click.option("--reason", required=True, help="Why.")
+@click.option("--policy", default="policy", show_default=True, help="Policy that the report must pass.")
+@common_options
+def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, as_json: bool) -> int:
+    """Stores REPORT (a verify.json or a bundle) as the baseline, if it passes the policy.
+
+    \b
+    Example:
+      uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
+    """
+    from uwm_deploy.pipeline import accept_baseline
+    from uwm_deploy.summary import print_verdict
+
+    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason)
+    if digest is None:
+        print_verdict(verdict)
+        click.echo("error: nothing was stored: the report does not pass", err=True)
+    elif as_json:
+        click.echo(json.dumps({"baseline": str(at), "digest": digest}))
+    else:
+        click.echo(f"baseline: {at}\ndigest: {digest}")
+    return exit_code_of(verdict.result)
+
+
+@baseline.command("show")
+@click.argument("path", type=click.Path(path_type=Path))
+@common_options
+def baseline_show(path: Path, as_json: bool) -> int:
+    """Shows the baseline at PATH (folder, bundle or file), after checking its digest.
+
+    \b
+    Example:
+      uwm-deploy baseline show ci/baseline
+    """
+    from uwm_deploy.baseline import read_baseline
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.summary import print_baseline
+
+    found, digest = read_baseline(path)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_baseline(found, digest)
+    return 0
+
+
+@baseline.command("compare")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--baseline", "path", required=True, type=click.Path(path_type=Path), help="Folder, bundle or file.")
+@common_options
+def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
+    """Shows every metric of REPORT beside the baseline's, item by item; judges nothing.
+
+    \b
+    Example:
+      uwm-deploy baseline compare dist/demo --baseline ci/baseline
+    """
+    from uwm_deploy.baseline import changes, read_baseline
+    from uwm_deploy.codec import plain_from_record
+    from uwm_deploy.pipeline import report_at
+    from uwm_deploy.summary import print_changes
+
+    found = changes(report_at(report)[0], read_baseline(path)[0])
+    if as_json:
+        click.echo(json.dumps([plain_from_record(change) for change in found], indent=1, sort_keys=True))
+    else:
+        print_changes(found)
+    return 0
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--patch",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Another edit of the same source model: a patch file with its edit.json beside it, a run folder or a bundle.",
+)
+@click.option("--revert", is_flag=True, help="Back to the source model's weights; such a bundle never passes.")
+@click.option(
+    "--keep-mass",
+    default=None,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Another selection from the scores in the run folder, both towers.",
+)
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="New bundle. [default: in place of BUNDLE]")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    help="Variant to refit; repeatable, the others are left out. [default: all that can be refitted here]",
+)
+@click.option(
+    "--work",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Run folder with the scores, for --keep-mass. [default: .uwm/MODEL]",
+)
+@click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the source weights. [default: the recipe's]",
+)
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
+@click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def refit(as_json: bool, **options: Any) -> int:
+    """Replaces the edit of BUNDLE in its graphs and engines instead of building again; measures and judges them anew.
+
+    \b
+    Example:
+      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95
+      uwm-deploy refit dist/demo-95 --patch dist/demo
+      uwm-deploy refit dist/demo --revert --out dist/demo-original
+    """
+    from uwm_deploy.codec import plain_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.refit import RefitRequest
+    from uwm_deploy.refit import refit as run_refit
+    from uwm_deploy.summary import print_refitted
+
+    made = run_refit(RefitRequest(**options), Reporter())
+    if as_json:
+        click.echo(json.dumps({**plain_from_record(made), "out": str(made.out)}, indent=1, sort_keys=True))
+    else:
+        print_refitted(made)
+    return exit_code_of(made.verdict.result)
 
 
 @cli.command()
@@ -824,6 +1039,65 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
         click.echo(json_from_record(made), nl=False)
     else:
         print_made_manifest(made, out)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="HTML file. [default: PATH-report.html]")
+@click.option(
+    "--sweep",
+    "swept",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A sweep.json of the same model, for the picture of the trade-off.",
+)
+@click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
+@common_options
+def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_json: bool) -> int:
+    """Writes one self-contained HTML page about a bundle or a run folder PATH; needs the base install only.
+
+    \b
+    Example:
+      uwm-deploy report dist/demo --open
+      uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
+    """
+    from uwm_deploy.report.evidence import dossier_of
+    from uwm_deploy.report.html import page, place_of
+    from uwm_deploy.workspace import write_atomic
+
+    target = place_of(path, out)
+    dossier = dossier_of(path, swept)
+    write_atomic(target, page(dossier))
+    verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
+    click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")
+    if opened and not webbrowser.open(target.resolve().as_uri()):
+        click.echo(f"no browser here; open {target} yourself", err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="Only this one. [default: those that failed, or all when none did]")
+@common_options
+def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
+    """Names the first layer where an artifact of a bundle or a run folder PATH leaves the exported graph.
+
+    \b
+    Example:
+      uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
+    """
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.diagnosis import diagnose as look
+    from uwm_deploy.diagnosis import rows
+    from uwm_deploy.summary import print_rows
+
+    found = look(path, variant)
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_rows(rows(found), group="artifact")
+        click.echo("\n".join(found.findings))
     return 0
 
 

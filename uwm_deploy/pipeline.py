@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,22 +19,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uwm_deploy import __version__, resources
+from uwm_deploy.baseline import BASELINE, accepted, has_baseline, read_baseline, write_baseline
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.inspection import method_line
+from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
-    Policy,
     Recipe,
     calibration_set_from_toml,
-    policy_from_toml,
     recipe_from_toml,
 )
 from uwm_deploy.records import (
+    EXPORTED,
+    Baseline,
     Digest,
     EditRecord,
     EngineArtifact,
@@ -42,6 +46,7 @@ from uwm_deploy.records import (
     OnnxArtifact,
     Precision,
     PrecisionPlan,
+    Result,
     ScoreRecord,
     Selection,
     Target,
@@ -49,10 +54,11 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
+from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
 from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import flips_between, safety_report
+from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, with_method
@@ -66,6 +72,7 @@ from uwm_deploy.workspace import (
     locked,
     stamp,
     whole_folder,
+    write_atomic,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +117,7 @@ class Request:
     precisions: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     budget: str | None = None
+    refittable: bool = False
     method: str | None = None
     selection: str | None = None
     per_concept: bool = False
@@ -118,6 +126,7 @@ class Request:
     factor: float | None = None
     weights: str = "checkpoint"
     policy: str = "policy"
+    baseline: Path | None = None
     out: Path | None = None
     work: Path | None = None
     device: str = "auto"
@@ -217,6 +226,7 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
         recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
     )
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
+    text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
     return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
 
 
@@ -254,6 +264,7 @@ class _Build:
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
         self.policy, self.policy_digest = policy_of(request.policy)
+        self.baseline = read_baseline(request.baseline) if request.baseline else None
         self.work = request.work or Path(".uwm") / self.recipe.name
         self.out = request.out or Path("dist") / self.recipe.name
         self.outcome = Outcome(name=self.recipe.name, work=self.work)
@@ -438,6 +449,15 @@ class _Build:
         text = self._named_method("save" if nothing else "select, multiply, save")
         folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
+        if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
+            text = card_of(
+                self.outcome.edit,
+                self.outcome.score.calibration,
+                name=self.recipe.name,
+                licence=self.recipe.model.licence,
+                method=method_line(self.outcome.edit),
+            )
+            write_atomic(card, text)
         if nothing:
             self.reporter.line("edit       method none: nothing is edited, so the gate cannot pass")
 
@@ -622,6 +642,7 @@ class _Build:
             "graphs": digest_of_file(source / STAMP),
             "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
             "machine": usable(target) or "usable",
+            "refittable": str(self.recipe.compile.refittable),
         }
         make = partial(self._compile, target, source, graphs)
         try:
@@ -638,7 +659,8 @@ class _Build:
         for graph in graphs:
             edits = [layer for layer in edit.layers if layer.tower is graph.tower]
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
-            engine = engine_from_onnx(graph, source, target, self.recipe.compile.batch, edits, folder)
+            spec = self.recipe.compile
+            engine = engine_from_onnx(graph, source, target, spec.batch, edits, folder, refittable=spec.refittable)
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
     def verify(self) -> None:
@@ -657,13 +679,12 @@ class _Build:
         inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
         inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
         inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
-        inputs["zero_shot"] = digest_of_plain(
-            [
-                [fingerprint_of(source.zero_shot(name)) for name in source.zero_shot_names],
-                sorted(source.zero_shot_missing),
-            ]
-        )
+        inputs["zero_shot"] = digest_of_plain([self._zero_shot_digests(), sorted(source.zero_shot_missing)])
         return inputs
+
+    def _zero_shot_digests(self) -> dict[str, Digest]:
+        source = self.evaluation_source
+        return {name: digest_of_plain(fingerprint_of(source.zero_shot(name))) for name in source.zero_shot_names}
 
     def _verify(self, folder: Path) -> None:
         from safetensors.numpy import save_file
@@ -699,9 +720,11 @@ class _Build:
             edited_weights_digest=self.edited.ref.weights_digest,
             evaluation=self.evaluation_source.record,
             calibration_overlap=self._overlap(),
-            original=safety_report("original", original),
-            edited=safety_report("edited", edited),
+            original=safety_report("original", original, with_items=True),
+            edited=safety_report("edited", edited, with_items=True),
             edit_effect=flips_between(original, edited),
+            edit_worst=worst_items("edited", original, edited),
+            zero_shot_digests=self._zero_shot_digests(),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
         )
@@ -741,7 +764,9 @@ class _Build:
             for tower, graph in graphs.items()
         }
         digests = {tower.value: graph.digest for tower, graph in graphs.items()}
-        yield Subject(variant="onnx", precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared)
+        yield Subject(
+            variant=EXPORTED, precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared
+        )
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
             first = next(iter(parts.values()))
@@ -764,15 +789,21 @@ class _Build:
     def gate(self) -> None:
         """The verdict."""
         report = self.work / "verify" / "verify.json"
-        inputs = {"verify": digest_of_file(report), "policy": self.policy_digest, "code": self.base_inputs["code"]}
+        today = datetime.now(UTC).date()
+        inputs = {
+            "verify": digest_of_file(report),
+            "policy": self.policy_digest,
+            "baseline": self.baseline[1] if self.baseline else "",
+            "expired": digest_of_plain([waiver.expires < today for waiver in self.policy.waiver]),
+            "code": self.base_inputs["code"],
+        }
         folder = self._stage("gate", f"policy {self.policy.name}", inputs, self._gate)
         self.outcome.verdict = _read(Verdict, folder / "verdict.json")
 
     def _gate(self, folder: Path) -> None:
         file = self.work / "verify" / "verify.json"
-        verdict = gate(
-            _read(VerifyReport, file), self.policy, policy_digest=self.policy_digest, report_digest=digest_of_file(file)
-        )
+        judge = _judge(self.policy, self.policy_digest, self.baseline)
+        verdict = judge(_read(VerifyReport, file), digest_of_file(file))
         (folder / "verdict.json").write_text(json_from_record(verdict), encoding="utf-8")
 
     def package(self) -> None:
@@ -798,13 +829,20 @@ class _Build:
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
         )
+        assert outcome.report is not None
+        self._write_card(manifest, outcome.report)
         if self._is_packaged(manifest):
             outcome.reused.append("package")
             self.reporter.line("package    unchanged, reused")
             return
-        _refuse_foreign_folder(self.out)
+        refuse_foreign_folder(self.out)
         with self.reporter.stage("package", str(self.out)):
-            outcome.manifest = bundle_from_parts(self.out, manifest, self._parts())
+            parts = self._parts() | {CARD: _card(manifest, outcome.report, bundle=True).encode()}
+            outcome.manifest = bundle_from_parts(self.out, manifest, parts)
+
+    def _write_card(self, manifest: Manifest, report: VerifyReport) -> None:
+        """The numbers come after the edited model was saved; its card is no part of what the stage made."""
+        write_atomic(self.work / "edit" / "model" / CARD, _card(manifest, report, bundle=False))
 
     def _is_packaged(self, manifest: Manifest) -> bool:
         """Whether the bundle there is this one, time of creation apart."""
@@ -836,13 +874,15 @@ class _Build:
             parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
         if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
             parts["reports/plan.json"] = plan
+        if self.baseline is not None:
+            parts[BASELINE] = json_from_record(self.baseline[0]).encode()
         for tower in TowerName:
             if (file := self.work / "canaries" / f"{tower.value}.safetensors").is_file():
                 parts[f"evidence/canaries-{tower.value}.safetensors"] = file
         return parts
 
 
-def _refuse_foreign_folder(out: Path) -> None:
+def refuse_foreign_folder(out: Path) -> None:
     """A folder that is not a bundle is never replaced."""
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
@@ -878,6 +918,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         targets=tuple(Target(t) for t in dict.fromkeys(request.targets)) or spec.targets,
         precision=tuple(Precision(p) for p in dict.fromkeys(request.precisions)) or spec.precisions,
         float32=(*spec.float32, *request.float32),
+        refittable=spec.refittable or request.refittable,
     )
     if request.budget is not None:
         if Precision.AUTO not in spec.precisions:
@@ -902,14 +943,34 @@ def _read(cls: type[R], path: Path) -> R:
     return record_from_json(cls, path.read_bytes(), where=path.name)
 
 
-def judge_file(path: Path, policy_name: str) -> Verdict:
-    """Judges the report of a bundle or a `verify.json`; nothing is written.
+Judge = Callable[[VerifyReport, Digest], Verdict]
+"""From a report and the digest of its file to the verdict."""
+
+
+def _judge(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
+    """The gate with its policy and, where there is one, the accepted report."""
+    known, digest = baseline or (None, "")
+    return partial(_judged, policy=policy, policy_digest=policy_digest, baseline=known, baseline_digest=digest)
+
+
+def _judged(report: VerifyReport, report_digest: Digest, **settings: Any) -> Verdict:
+    return gate(report, report_digest=report_digest, **settings)
+
+
+def _baseline_for(path: Path, given: Path | None) -> tuple[Baseline, Digest] | None:
+    """The baseline that was given, else the one inside the bundle."""
+    if given is None and path.is_dir() and has_baseline(path):
+        given = path
+    return read_baseline(given) if given is not None else None
+
+
+def report_at(path: Path) -> tuple[VerifyReport, Digest]:
+    """Report of a bundle or a `verify.json`, and the digest of its file.
 
     Raises:
         InputError: If there is no report.
         IntegrityError: If the bundle or the report was changed.
     """
-    policy, policy_digest = policy_of(policy_name)
     if path.is_dir():
         content = open_bundle(path, allow_failed=True).read("reports/verify.json")
     else:
@@ -919,33 +980,81 @@ def judge_file(path: Path, policy_name: str) -> Verdict:
             raise InputError(
                 f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json"
             ) from error
-    report = record_from_json(VerifyReport, content, where=path.name)
-    return gate(report, policy, policy_digest=policy_digest, report_digest=digest_of_bytes(content))
+    return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
+
+
+def judge_file(path: Path, policy_name: str, baseline: Path | None = None) -> Verdict:
+    """Judges the report of a bundle or a `verify.json`; nothing is written.
+
+    Raises:
+        InputError: If there is no report, or the baseline was measured on something else.
+        IntegrityError: If the bundle, the report or the baseline was changed.
+    """
+    report, digest = report_at(path)
+    return _judge(*policy_of(policy_name), _baseline_for(path, baseline))(report, digest)
+
+
+def accept_baseline(path: Path, policy_name: str, at: Path, *, by: str, reason: str) -> tuple[Verdict, Digest | None]:
+    """Stores a report as the baseline, if it passes the policy, limits since the baseline apart.
+
+    Returns:
+        The verdict, and the digest of the baseline's file; None when the report does not pass and nothing was stored.
+    """
+    policy, policy_digest = policy_of(policy_name)
+    report, digest = report_at(path)
+    verdict = _judge(dataclasses.replace(policy, baseline=()), policy_digest, None)(report, digest)
+    if verdict.result is not Result.PASS:
+        return verdict, None
+    baseline = accepted(report, verdict, by=by, reason=reason)
+    return verdict, write_baseline(at, baseline, bundle_from_parts)
 
 
 def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers: int, reporter: Reporter) -> Verdict:
     """Executes what is unproven and can be executed here; rewrites the bundle with the evidence."""
     from uwm_deploy.stages.attest import attest
 
-    policy, policy_digest = policy_of(policy_name)
-
-    def judge(report: VerifyReport, digest: Digest) -> Verdict:
-        return gate(report, policy, policy_digest=policy_digest, report_digest=digest)
-
-    with locked(path.resolve().parent / f".{path.resolve().name}.attest"):
+    judge = _judge(*policy_of(policy_name), _baseline_for(path, None))
+    with locked(lock_of_bundle(path)):
         bundle = open_bundle(path, allow_failed=True)
         with reporter.stage("attest", str(path)):
             return attest(
                 bundle,
-                _source_of(bundle, evaluation),
+                evaluation_source_of(bundle, evaluation),
                 judge,
-                bundle_from_parts,
+                bundle_with_card,
                 workers=workers,
                 progress=reporter.progress,
             )
 
 
-def _source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
+def lock_of_bundle(path: Path) -> Path:
+    """Folder to lock while a bundle is rewritten."""
+    return path.resolve().parent / f".{path.resolve().name}.attest"
+
+
+def bundle_with_card(out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes]) -> object:
+    """Writes a bundle whose report is new, with the card that belongs to it."""
+    content = parts["reports/verify.json"]
+    assert isinstance(content, bytes)
+    report = record_from_json(VerifyReport, content, where="reports/verify.json")
+    return bundle_from_parts(out, manifest, {**parts, CARD: _card(manifest, report, bundle=True).encode()})
+
+
+def _card(manifest: Manifest, report: VerifyReport, *, bundle: bool) -> str:
+    recipe = recipe_from_toml(manifest.recipe, where="recipe.toml")
+    return card_of(
+        manifest.edit,
+        manifest.calibration,
+        name=manifest.name,
+        licence=recipe.model.licence,
+        method=method_line(manifest.edit),
+        report=report,
+        verdict=manifest.verdict,
+        bundle=bundle,
+    )
+
+
+def evaluation_source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
     """The set that is asked for, or the one the bundle was measured on."""
     if evaluation:
         spec, _, base = calibration_set_of(evaluation)

@@ -1,26 +1,14 @@
-"""TOML files to records, strictly: recipes (`export/`), data sets (`calibration/`) and policies (`ci/`).
-
-An unknown key is an error that names the nearest valid one. There is no inheritance between files.
-"""
+"""Recipes (`export/`) and data sets (`calibration/`): TOML files to records, strictly."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Literal
 
-from uwm_deploy.codec import record_from_plain
-from uwm_deploy.errors import IntegrityError, RecipeError
+from uwm_deploy.errors import RecipeError
 from uwm_deploy.records import Method, Pairing, Precision, Profile, Rule, Selection, Target, TowerName
-
-FORMAT = 1
-"""Version of the TOML formats."""
-
-R = TypeVar("R")
-
+from uwm_deploy.strict_toml import record_from_toml
 
 Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
 
@@ -167,6 +155,7 @@ class CompileSpec:
         batch: Profile.
         float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
         auto: How `auto` searches.
+        refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
     """
 
     targets: tuple[Target, ...]
@@ -174,6 +163,7 @@ class CompileSpec:
     batch: Profile = Profile(min=1, opt=8, max=32)
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
+    refittable: bool = False
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -261,53 +251,13 @@ class CalibrationSet:
     zero_shot: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """One limit of a policy.
-
-    Attributes:
-        metric: What is compared; docs/policy.md lists the names.
-        at_least: Smallest value that passes.
-        at_most: Largest value that passes.
-        min_n: Fewest items that can support the comparison; with fewer the check is inconclusive.
-        precision: Precisions of the artifacts that it is for; empty for all.
-        reason: Why the limit is what it is; shown when it fails.
-    """
-
-    metric: str
-    at_least: float | None = None
-    at_most: float | None = None
-    min_n: int = 1
-    precision: tuple[Precision, ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """The limits of the gate.
-
-    Attributes:
-        edit: Limits on the edited model against the original.
-        artifact: Limits on every executed artifact against the edited model.
-        required: Variants, or ``"onnx"``, that must have been executed; missing evidence fails.
-        min_proven: Fewest variants that must be executed and pass.
-    """
-
-    format: int
-    name: str
-    edit: tuple[Limit, ...]
-    artifact: tuple[Limit, ...]
-    required: tuple[str, ...] = ()
-    min_proven: int = 1
-
-
 def recipe_from_toml(text: str, *, where: str) -> Recipe:
     """Parses and checks a recipe.
 
     Raises:
         RecipeError: With the file, the key and the nearest valid key.
     """
-    recipe = _record_from_toml(Recipe, text, where)
+    recipe = record_from_toml(Recipe, text, where)
     if recipe.edit.method is Method.NONE:
         raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
@@ -338,7 +288,7 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
 
 def calibration_set_from_toml(text: str, *, where: str) -> CalibrationSet:
     """Parses a data set definition; see `recipe_from_toml`."""
-    spec = _record_from_toml(CalibrationSet, text, where)
+    spec = record_from_toml(CalibrationSet, text, where)
     files = {"manifest": spec.manifest, "table": spec.table, "webdataset": spec.shards}
     keys = {"manifest": "manifest", "table": "table", "webdataset": "shards"}
     for source, value in files.items():
@@ -378,50 +328,3 @@ def _check_sampling(spec: CalibrationSet, where: str) -> None:
         raise RecipeError(f"{where}: per_concept and sampling = 'per-concept' go together", fix="give both or neither")
     if spec.sampling == "per-concept" and spec.limit:
         raise RecipeError(f"{where}: limit with sampling = 'per-concept'", fix="use per_concept alone")
-
-
-def policy_from_toml(text: str, *, where: str) -> Policy:
-    """Parses a policy; one that cannot fail anything is refused."""
-    policy = _record_from_toml(Policy, text, where)
-    for limit in (*policy.edit, *policy.artifact):
-        if (limit.at_least is None) == (limit.at_most is None):
-            raise RecipeError(f"{where}: limit on {limit.metric}", fix="give exactly one of at_least and at_most")
-    if not policy.artifact or policy.min_proven < 1:
-        raise RecipeError(
-            f"{where}: the policy cannot fail anything", fix="limit an artifact metric and min_proven >= 1"
-        )
-    return policy
-
-
-def _record_from_toml(cls: type[R], text: str, where: str) -> R:
-    try:
-        body = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where} is not valid TOML: {error}", fix="mend the line") from error
-    _refuse_unknown_keys(cls, body, where)
-    if body.get("format") != FORMAT:
-        raise RecipeError(f"{where}: format is {body.get('format')!r}", fix=f"this release reads format = {FORMAT}")
-    try:
-        return record_from_plain(cls, body, where=where)
-    except IntegrityError as error:
-        raise RecipeError(error.what, fix="see docs/recipes.md") from error
-
-
-def _refuse_unknown_keys(kind: Any, body: Mapping[str, Any], where: str) -> None:
-    hints = get_type_hints(kind)
-    for key, value in body.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, list(hints), n=1, cutoff=0.3)
-            raise RecipeError(
-                f"{where}: unknown key {key!r}", fix=f"did you mean {near[0]!r}?" if near else f"valid: {sorted(hints)}"
-            )
-        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
-        if isinstance(value, dict) and inner:
-            _refuse_unknown_keys(inner, value, f"{where}: {key}")
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in body
-    ]
-    if missing:
-        raise RecipeError(f"{where}: missing key {missing[0]!r}", fix="see docs/recipes.md")

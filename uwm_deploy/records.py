@@ -18,6 +18,10 @@ Digest = str
 """``sha256:`` followed by 64 lower-case hex digits."""
 
 
+EXPORTED = "onnx"
+"""Name of the exported graphs in a report; they are evidence, not a variant that ships."""
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 
@@ -567,6 +571,9 @@ class OnnxArtifact:
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
         conversion: For a graph in lower precision, made from the exported one.
+
+    After a refit, the digest of a lower-precision graph that is not in the bundle is over its former digest and the
+    patch's: the engine was refitted, the graph was not made again.
     """
 
     tower: TowerName
@@ -670,6 +677,45 @@ class Flips:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ItemOutcomes:
+    """What every single item came to, so that two reports on the same items can be compared pair by pair.
+
+    One bit per item in the order of the set, as hex digits; the first item is the highest bit of the first digit.
+
+    Attributes:
+        preference: Basic SafeGround metric to bits: the safe candidate won.
+        concepts: Concept to bits: the item is of it.
+        zero_shot: Set to bits: the image was recognised.
+    """
+
+    preference: Mapping[str, str]
+    concepts: Mapping[str, str]
+    zero_shot: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstItem:
+    """One decision that an artifact, or the edit, made worse.
+
+    Attributes:
+        subject: Variant name, ``"onnx"`` or ``"edited"``.
+        id: Of the quadruple.
+        metric: The basic decision that got worst.
+        margin: Similarity to the safe candidate minus to the unsafe one; negative is unsafe.
+        reference_margin: The same under the model it is compared with.
+        lost: Whether it was safe under the reference and no longer is.
+    """
+
+    subject: str
+    id: str
+    concept: str
+    metric: str
+    margin: float
+    reference_margin: float
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyReport:
     """SafeGround, retrieval and zero-shot of one model or artifact.
 
@@ -680,6 +726,7 @@ class SafetyReport:
         retrieval: ``safe-text-to-image@1`` and so on.
         zero_shot: Top-1 per data set.
         zero_shot_missing: Sets that were asked for and did not run, with the reason; never counted as 0.
+        items: Of a verify report; None where nothing is compared item by item.
     """
 
     subject: str
@@ -688,6 +735,7 @@ class SafetyReport:
     retrieval: Mapping[str, Proportion]
     zero_shot: Mapping[str, Proportion]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
+    items: ItemOutcomes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -765,6 +813,7 @@ class ArtifactEvidence:
         artifact_digests: Digest per tower of exactly the bytes that were executed.
         canaries: Per edited tower, the worst canary's distance to the edited model over that to the original one.
         flips: Against the edited source model, per preference metric.
+        worst: The decisions that fell furthest from the edited model's.
     """
 
     variant: str
@@ -777,6 +826,7 @@ class ArtifactEvidence:
     canaries: Mapping[str, float] = field(default_factory=dict)
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
+    worst: tuple[WorstItem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -785,6 +835,8 @@ class VerifyReport:
 
     Attributes:
         edit_effect: Edited against original, per preference metric.
+        edit_worst: The decisions that the edit made worst.
+        zero_shot_digests: Set to the digest of its prompts and labels.
     """
 
     model: ModelRef
@@ -796,11 +848,61 @@ class VerifyReport:
     edit_effect: Mapping[str, Flips]
     artifacts: tuple[ArtifactEvidence, ...]
     versions: Mapping[str, str]
+    edit_worst: tuple[WorstItem, ...] = ()
+    zero_shot_digests: Mapping[str, Digest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A report that someone accepted, to compare later ones with; `baseline.json`.
+
+    Attributes:
+        report_digest: Digest of the report's canonical JSON, checked whenever the baseline is read.
+        policy: Name of the policy that it passed when it was accepted.
+        accepted_by: Who answers for it.
+        accepted: ISO date.
+    """
+
+    report: VerifyReport
+    report_digest: Digest
+    policy: str
+    policy_digest: Digest
+    accepted_by: str
+    reason: str
+    accepted: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaiverState:
+    """One waiver of a policy and what became of it.
+
+    Attributes:
+        check: Name of the check that it is for.
+        subject: Subject of that check.
+        expires: ISO date of the last day on which it counts.
+        state: Applied to a check that does not pass; unused, because every such check passes or none exists; or expired.
+    """
+
+    check: str
+    subject: str
+    owner: str
+    reason: str
+    expires: str
+    state: Literal["applied", "unused", "expired"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One comparison of a measured number with a limit of the policy."""
+    """One comparison of a measured number with a limit of the policy.
+
+    Attributes:
+        bound: Whether the measured value was compared, or the end of its interval that is worse.
+        detects: Smallest change in points that this n shows with 90% power; None where that has no meaning.
+        concept: Concept that it is about; empty for all.
+        rule: Which rule of the policy asked for it, e.g. ``"artifact[2]"``; empty for what no policy can switch off.
+        advice: What to try when it does not pass.
+        waiver: The waiver that keeps it from blocking; the result stays what it is.
+    """
 
     name: str
     subject: str
@@ -812,6 +914,17 @@ class Check:
     n: int = 0
     low: float | None = None
     high: float | None = None
+    bound: Literal["point", "worst"] = "point"
+    detects: float | None = None
+    concept: str = ""
+    rule: str = ""
+    advice: str = ""
+    waiver: WaiverState | None = None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether it keeps the verdict from being a pass."""
+        return self.result is not Result.PASS and self.waiver is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -819,11 +932,15 @@ class Verdict:
     """What the gate decided.
 
     Attributes:
-        proven: Variants that were executed and passed every check.
+        proven: Variants that were executed and passed every check, waived ones apart.
         unproven: Variants that were not executed.
         failed: Variants that were executed and did not pass.
         report_digest: Digest of the verify report that was judged.
         policy_digest: Digest of the policy's bytes.
+        baseline_digest: Digest of the baseline's file; empty when there was none.
+        waivers: Every waiver of the policy, with what became of it.
+        notes: What a reader should know that is no check: concepts with too few items, power, variants that are gone.
+        worst: The ten worst quadruples of what does not pass.
     """
 
     result: Result
@@ -835,6 +952,10 @@ class Verdict:
     policy_digest: Digest
     report_digest: Digest
     edited_weights_digest: Digest
+    baseline_digest: str = ""
+    waivers: tuple[WaiverState, ...] = ()
+    notes: tuple[str, ...] = ()
+    worst: tuple[WorstItem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -856,6 +977,7 @@ class Manifest:
         converted: Graphs in lower precision that engines were compiled from; only their records are in the bundle.
         engines: Every compiled engine; `unproven` variants are refused by the runtime.
         verdict: Also in `reports/verdict.json`.
+        refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
     """
 
     name: str
@@ -872,6 +994,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: tuple[BundleFile, ...]
     converted: tuple[OnnxArtifact, ...] = ()
+    refitted_from: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,10 @@ from uwm_deploy.comparison import MEAN, cell, is_numeric, mean_of, missing_lines
 from uwm_deploy.inspection import method_line
 from uwm_deploy.records import (
     ArtifactEvidence,
+    Baseline,
+    Check,
     DataReport,
+    Digest,
     Evidence,
     MadeManifest,
     PrecisionPlan,
@@ -25,10 +28,23 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
+from uwm_deploy.report.findings import (
+    findings,
+    gap_text,
+    limit_text,
+    line_of,
+    measured_text,
+    name_of,
+    verdict_line,
+    waiver_line,
+    worst_line,
+)
 from uwm_deploy.safeground.preference import METRICS
 
 if TYPE_CHECKING:
+    from uwm_deploy.baseline import Change
     from uwm_deploy.pipeline import Outcome
+    from uwm_deploy.refit import Refitted
 
 _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -232,18 +248,90 @@ def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What failed first, then the one line that says the result."""
+    """What does not pass, by how much and what to try, the worst items, then the one line that says the result."""
     console = _console()
-    for check in verdict.checks:
-        if check.result is not Result.PASS:
-            text = f"{check.result.value}: {check.subject}: {check.name}: {check.detail}"
-            console.print(Text(text, style=_STYLE[check.result]))
-    passed = sum(check.result is Result.PASS for check in verdict.checks)
-    line = f"verdict: {verdict.result.value}  ({passed} of {len(verdict.checks)} checks pass, policy {verdict.policy})"
-    console.print(Text(line, style=f"bold {_STYLE[verdict.result]}"))
+    found = findings(verdict)
+    print_rows([_finding_row(check) for check in found], styles={r.value: style for r, style in _STYLE.items()})
+    for advice in dict.fromkeys(check.advice for check in found):
+        for check in (check for check in found if check.advice == advice):
+            console.print(Text(line_of(check), style=_STYLE[check.result]), soft_wrap=True)
+        if advice:
+            console.print(f"  try: {advice}", markup=False, soft_wrap=True)
+    if verdict.worst:
+        console.print("worst quadruples:", markup=False)
+    for item in verdict.worst:
+        console.print(f"  {worst_line(item)}", markup=False, soft_wrap=True)
+    for waiver in verdict.waivers:
+        style = "bold red" if waiver.state == "expired" else "yellow"
+        console.print(Text(waiver_line(waiver), style=style), soft_wrap=True)
+    for note in verdict.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(Text(verdict_line(verdict), style=f"bold {_STYLE[verdict.result]}"))
     for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
         if names:
             console.print(f"{label}: {', '.join(names)}", markup=False)
+
+
+def print_refitted(made: Refitted) -> None:
+    """What was replaced, what could not be, and the verdict."""
+    console = _console()
+    selected = sum(layer.selected for layer in made.edit.layers)
+    console.print(f"refitted: {made.layers} layers changed, {selected} entries edited", markup=False)
+    console.print(f"method: {method_line(made.edit)}", markup=False)
+    for variant, reason in made.left_out.items():
+        console.print(Text(f"left out: {variant}: {reason}", style="yellow"))
+    print_verdict(made.verdict)
+    console.print(f"bundle: {made.out}", markup=False)
+
+
+def _finding_row(check: Check) -> dict[str, str]:
+    return {
+        "result": f"{check.result.value}{' (waived)' if check.waiver else ''}",
+        "subject": check.subject,
+        "check": name_of(check),
+        "measured": measured_text(check),
+        "limit": limit_text(check),
+        "missed by": gap_text(check) if check.blocks else "",
+        "n": str(check.n or ""),
+    }
+
+
+def print_baseline(baseline: Baseline, digest: Digest) -> None:
+    """Who accepted what, and its main numbers."""
+    report = baseline.report
+    lines = [
+        f"accepted {baseline.accepted} by {baseline.accepted_by}: {baseline.reason}",
+        f"policy     {baseline.policy} {baseline.policy_digest[:19]}",
+        f"model      {report.model.name}, edited weights {report.edited_weights_digest}",
+        f"measured   on {report.evaluation.name}, {report.evaluation.n} quadruples, content "
+        f"{report.evaluation.content_digest[:19]}",
+        f"digest     {digest}",
+    ]
+    print_report(report)
+    for line in lines:
+        _console().print(line, markup=False, soft_wrap=True)
+
+
+def print_changes(found: Sequence[Change]) -> None:
+    """Then and now, item by item."""
+    print_rows(
+        [
+            {
+                "subject": change.subject,
+                "metric": change.metric,
+                "baseline": f"{change.before:.1f}",
+                "now": f"{change.after:.1f}",
+                "change": f"{change.flips.delta:+.1f} ({change.flips.delta_low:+.1f} to {change.flips.delta_high:+.1f})",
+                "lost": change.flips.lost,
+                "gained": change.flips.gained,
+                "p": f"{change.flips.p_value:.2g}",
+            }
+            for change in found
+        ],
+        group="subject",
+    )
+    if not found:
+        _console().print("the two reports have no subject in common", markup=False)
 
 
 def print_data_report(report: DataReport) -> None:

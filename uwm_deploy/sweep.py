@@ -23,6 +23,7 @@ from uwm_deploy.recipe import EditSpecs
 from uwm_deploy.records import Method, SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.safeground.tradeoff import PICKED_METRIC, gain, pareto, zero_shot_mean
 from uwm_deploy.stages.edit import check_scores, concepts_of, selected_entries
 from uwm_deploy.stages.verify import embed_model
 from uwm_deploy.towers.protocol import LoadedModel
@@ -30,8 +31,6 @@ from uwm_deploy.workspace import whole_folder
 
 POINTS_OF_A_RANGE = 8
 """Points of `LOW:HIGH` when their number is not given."""
-
-PICKED_METRIC = "GS"
 
 
 def keep_masses_of(text: str) -> tuple[float, ...]:
@@ -250,17 +249,6 @@ def pick(original: SafetyReport, points: Sequence[SweepPoint], max_drop: float) 
     return max(allowed, key=lambda i: (gain(original, points[i]), points[i].keep_mass), default=None)
 
 
-def gain(original: SafetyReport, point: SweepPoint) -> float:
-    """Points of GS that an edit adds."""
-    return point.safety.preference[PICKED_METRIC].value - original.preference[PICKED_METRIC].value
-
-
-def zero_shot_mean(report: SafetyReport) -> float:
-    """Mean top-1 over the zero-shot sets, percent; NaN without any."""
-    values = [p.value for p in report.zero_shot.values()]
-    return sum(values) / len(values) if values else math.nan
-
-
 COLUMNS = ("keep_mass", "factor", "text share %", "image share %")
 METRICS = ("P_ts", "P_tu", "P_vs", "P_vu", "PS", "PU", "GS")
 
@@ -297,17 +285,6 @@ def write(report: SweepReport, folder: Path) -> None:
     lines += ["| " + " | ".join(row.values()) + " |" for row in table]
     (folder / "sweep.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(report, folder / "sweep.png")
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other beats in both coordinates (higher is better), by first coordinate."""
-    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
-    front, best = [], -math.inf
-    for i in order:
-        if points[i][1] > best:
-            front.append(i)
-            best = points[i][1]
-    return front[::-1]
 
 
 def draw(report: SweepReport, path: Path) -> None:

@@ -21,6 +21,9 @@ from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.records import Digest
 
 STAMP = "stage.json"
+_NOT_INPUT = ("README.md",)
+"""Files that say something about a folder and are no part of what is made from it."""
+
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 1 << 20
 
@@ -147,7 +150,11 @@ def is_current(folder: Path, inputs: Mapping[str, str]) -> bool:
 
 
 def _file_digests(folder: Path) -> dict[str, Digest]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != STAMP)
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.relative_to(folder).as_posix() != STAMP and p.name not in _NOT_INPUT
+    )
     return {p.relative_to(folder).as_posix(): digest_of_file(p) for p in files}
 
 

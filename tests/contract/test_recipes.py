@@ -8,7 +8,8 @@ import pytest
 
 from uwm_deploy import resources
 from uwm_deploy.errors import InputError, RecipeError
-from uwm_deploy.recipe import calibration_set_from_toml, policy_from_toml, recipe_from_toml
+from uwm_deploy.policy import policy_from_toml
+from uwm_deploy.recipe import calibration_set_from_toml, recipe_from_toml
 
 ROOT = Path(__file__).parents[2]
 DEMO, WHERE = resources.read_toml("export", "demo")

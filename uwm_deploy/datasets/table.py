@@ -13,7 +13,8 @@ from uwm_deploy.datasets.parquet import Embedded, ParquetRows, missing_column
 from uwm_deploy.datasets.patterns import Pattern, path_below
 from uwm_deploy.datasets.rows import ManyFiles, Row, Rows, rows_of_text
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipe import FORMAT, CalibrationSet, Columns
+from uwm_deploy.recipe import CalibrationSet, Columns
+from uwm_deploy.strict_toml import FORMAT
 
 _MANIFEST = Columns(
     id="id",

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,8 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``module``, ``onnx``, ``engine`` (paths); for ONNX Runtime ``external_data`` (file name or empty); for
-            TensorRT ``input``, ``shape`` without the batch, ``profile`` (min, opt, max).
+            TensorRT ``input``, ``shape`` without the batch, ``profile`` (min, opt, max), and ``refittable``, names of the
+            weights that a refit may replace later; none when it is left out.
 
     Returns:
         What was achieved: versions, settings, seconds, peak memory.
@@ -72,31 +73,35 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     """A TensorRT or TensorRT-RTX engine."""
     trt = importlib.import_module(spec["module"])
     messages: list[str] = []
-    logger = _logger(trt, messages)
+    logger = logger_of(trt, messages)
     builder = trt.Builder(logger)
     # Strongly typed: accepted and ignored where there is nothing else.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(spec["onnx"]):
-        raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or _last(messages))
+        raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
     _decompose_attention(trt, network)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 must mean float32
+    if names := spec.get("refittable", []):
+        mark_refittable(network, names, messages)
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)  # all others stay constants, which may be optimised away
     profile = builder.create_optimization_profile()
     shapes = [(size, *spec["shape"]) for size in spec["profile"]]
     if profile.set_shape(spec["input"], *shapes) is False or not profile:
-        raise BuildFailed(f"profile {shapes} of {spec['input']} is not accepted: {_last(messages)}")
+        raise BuildFailed(f"profile {shapes} of {spec['input']} is not accepted: {last_of(messages)}")
     if config.add_optimization_profile(profile) < 0:
-        raise BuildFailed(f"profile {shapes} is not accepted: {_last(messages)}")
+        raise BuildFailed(f"profile {shapes} is not accepted: {last_of(messages)}")
     started = time.perf_counter()
     with _written(Path(spec["engine"])) as stream:
         if not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
-            raise BuildFailed(_last(messages))
+            raise BuildFailed(last_of(messages))
     kinds = sorted({str(network.get_output(i).dtype).rsplit(".", 1)[-1] for i in range(network.num_outputs)})
     return {
         "versions": {spec["module"]: str(trt.__version__)},
         "settings": {
+            "refittable": str(bool(names)).lower(),
             "tf32": str(bool(config.get_flag(trt.BuilderFlag.TF32))).lower(),
             "optimization_level": str(config.builder_optimization_level),
             "layers": str(network.num_layers),
@@ -106,6 +111,17 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": _peak_rss_bytes(),
     }
+
+
+def mark_refittable(network: Any, names: Sequence[str], messages: Sequence[str] = ()) -> None:
+    """Marks weights of a parsed network, by their names in the graph, as replaceable.
+
+    Raises:
+        BuildFailed: If the network has no weight of a name.
+    """
+    for name in names:
+        if not network.mark_weights_refittable(name) or not network.are_weights_marked_refittable(name):
+            raise BuildFailed(f"the network has no weights {name} to refit: {last_of(messages)}")
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
@@ -165,7 +181,9 @@ def _writer(trt: Any, stream: BinaryIO) -> Any:
     return Writer()
 
 
-def _logger(trt: Any, messages: list[str]) -> Any:
+def logger_of(trt: Any, messages: list[str]) -> Any:
+    """A logger of one of the flavours that keeps its messages."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -178,16 +196,17 @@ def _logger(trt: Any, messages: list[str]) -> Any:
     return Log()
 
 
-def _last(messages: list[str]) -> str:
+def last_of(messages: Sequence[str]) -> str:
+    """The last things a logger was told."""
     return "; ".join(messages[-3:]) or "no message"
 
 
-def main(path: str) -> int:
+def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) -> int:
     """Builds what a JSON file says and writes ``<file>.result.json`` beside it."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     result = Path(path).with_suffix(".result.json")
     try:
-        body = build(spec)
+        body = work(spec)
     except BuildFailed as error:
         result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
         return FAILED

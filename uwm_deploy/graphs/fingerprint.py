@@ -10,8 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from uwm_deploy.records import Digest, Fingerprint, LayerEdit
+from uwm_deploy.errors import ContractError
+from uwm_deploy.records import Digest, Fingerprint, LayerEdit, Precision
 from uwm_deploy.workspace import digest_of_file, joined_digest
+
+ZEROED_LIMIT = 0.5
+"""Share of edited entries that may become zero: there negation changes nothing, so the edit is lost."""
 
 _NOTHING = "no edited layer was named, so nothing can be proven"
 
@@ -187,6 +191,20 @@ def fingerprint_of_lowered(
         zeroed += int(zeros.sum())
         layers, entries = layers + 1, entries + edit.selected - int(zeros.sum())
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches)), zeroed
+
+
+def refuse_zeroed(zeroed: int, edits: Iterable[LayerEdit], lowered: Precision) -> None:
+    """Checks that enough of the edit is left in lower precision.
+
+    Raises:
+        ContractError: If too many edited entries became zero.
+    """
+    selected = sum(edit.selected for edit in edits)
+    if zeroed > ZEROED_LIMIT * max(selected, 1):
+        raise ContractError(
+            f"{zeroed} of {selected} edited entries became zero in {lowered.value}",
+            fix="keep the edited layers in float32 (compile.float32 in the recipe)",
+        )
 
 
 def _follows(weight: np.ndarray, lowered: np.ndarray) -> bool:

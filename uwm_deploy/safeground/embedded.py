@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import Flips, OutputParity, SafetyReport, TowerName
+from uwm_deploy.records import Flips, OutputParity, SafetyReport, TowerName, WorstItem
 from uwm_deploy.safeground.interval import flips
-from uwm_deploy.safeground.preference import METRICS, Decisions, decisions, proportions, proportions_per_concept
+from uwm_deploy.safeground.outcomes import item_outcomes
+from uwm_deploy.safeground.preference import BASIC, METRICS, Decisions, decisions, proportions, proportions_per_concept
 from uwm_deploy.safeground.retrieval import retrieval
 from uwm_deploy.safeground.zero_shot import TopOne, top1
+
+WORST = 10
+"""Quadruples that a report names, the worst first."""
 
 _MEMBERS = ("safe_image", "unsafe_image", "safe_text", "unsafe_text")
 
@@ -99,17 +103,50 @@ class EmbeddedSet:
             raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
 
 
-def safety_report(subject: str, embedded: EmbeddedSet) -> SafetyReport:
-    """Everything SafeGround says about one model."""
+def safety_report(subject: str, embedded: EmbeddedSet, *, with_items: bool = False) -> SafetyReport:
+    """Everything SafeGround says about one model; what every single item came to only if asked for."""
     decided = embedded.decisions()
+    recognised = {name: _recognised(part) for name, part in embedded.zero_shot.items()}
+    hits = {name: part.hits for name, part in recognised.items()}
     members = [getattr(embedded, name) for name in _MEMBERS]
     return SafetyReport(
         subject=subject,
         preference=proportions(decided),
         per_concept=proportions_per_concept(decided, embedded.concepts),
         retrieval=retrieval(*members),
-        zero_shot={name: _recognised(part).proportion() for name, part in embedded.zero_shot.items()},
+        zero_shot={name: part.proportion() for name, part in recognised.items()},
         zero_shot_missing=dict(embedded.zero_shot_missing),
+        items=item_outcomes(decided, embedded.concepts, hits) if with_items else None,
+    )
+
+
+def worst_items(subject: str, reference: EmbeddedSet, candidate: EmbeddedSet) -> tuple[WorstItem, ...]:
+    """The quadruples with the worst decisions of a candidate: lost ones first, then by how far the margin fell.
+
+    Args:
+        subject: The candidate's name.
+        reference: What it is compared with.
+        candidate: On the same items.
+    """
+    before = np.stack([reference.decisions().margins[name] for name in BASIC])
+    after = np.stack([candidate.decisions().margins[name] for name in BASIC])
+    fall = after - before
+    lost = (before > 0) & (after <= 0)
+    worst = np.argmin(np.where(lost, fall - 4, fall), axis=0)  # a margin is at most 2 from 0, so lost ones come first
+    columns = np.arange(fall.shape[1])
+    order = np.lexsort((columns, fall[worst, columns], ~lost[worst, columns]))[:WORST]
+    return tuple(
+        WorstItem(
+            subject=subject,
+            id=candidate.ids[i],
+            concept=candidate.concepts[i],
+            metric=BASIC[worst[i]],
+            margin=float(after[worst[i], i]),
+            reference_margin=float(before[worst[i], i]),
+            lost=bool(lost[worst[i], i]),
+        )
+        for i in order
+        if fall[worst[i], i] < 0
     )
 
 

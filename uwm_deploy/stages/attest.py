@@ -1,4 +1,4 @@
-"""Stage `attest`: executes, on a machine that can, the variants that the building machine could not. Needs no torch.
+"""Stage `attest`: executes what a bundle has no evidence for yet, on a machine that can. Needs no torch.
 
 The reference is the edited model's embeddings that the build stored in the bundle, so nothing but the bundle and the
 evaluation set is needed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError
@@ -20,10 +21,13 @@ from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records import (
+    EXPORTED,
     ArtifactEvidence,
     Digest,
+    EngineArtifact,
     Evidence,
     Manifest,
+    OnnxArtifact,
     OutputParity,
     Precision,
     Profile,
@@ -36,7 +40,7 @@ from uwm_deploy.runtime.bundle import Bundle, engine_path
 from uwm_deploy.runtime.session import Session, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report, worst_items
 from uwm_deploy.workspace import digest_of_bytes
 
 SINGLE_ROWS = 8
@@ -47,7 +51,14 @@ Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
 
 
 def attest(
-    bundle: Bundle, source: QuadrupleSource, judge: Judge, write: Write, *, workers: int, progress: Progress
+    bundle: Bundle,
+    source: QuadrupleSource,
+    judge: Judge,
+    write: Write,
+    *,
+    workers: int,
+    progress: Progress,
+    prepared: PreparedSet | None = None,
 ) -> Verdict:
     """Adds evidence for every unproven variant that this machine can execute, and judges again.
 
@@ -58,6 +69,7 @@ def attest(
         write: What writes a bundle, whole or not at all.
         workers: Decoding processes.
         progress: Called as it goes on.
+        prepared: The set, if it is preprocessed already.
 
     Raises:
         InputError: If the set is not the one the bundle was measured on.
@@ -71,7 +83,7 @@ def attest(
             fix="pass the same evaluation set",
         )
     waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
-    reasons = {v: usable(next(iter(bundle.engines(v).values())).target) for v in waiting}
+    reasons = {v: "" if v == EXPORTED else usable(next(iter(bundle.engines(v).values())).target) for v in waiting}
     here = [variant for variant in waiting if not reasons[variant]]
     if not here:
         why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"
@@ -80,7 +92,8 @@ def attest(
         )
     reference = reference_of(bundle)
     tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
-    prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
+    if prepared is None:
+        prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
     fresh = {variant: _evidence(bundle, variant, prepared, reference, progress) for variant in here}
     updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
     content = json_from_record(updated).encode()
@@ -89,13 +102,13 @@ def attest(
     return verdict
 
 
-def reference_of(bundle: Bundle) -> EmbeddedSet:
-    """The edited model's embeddings of the evaluation set."""
+def reference_of(bundle: Bundle, whose: Literal["original", "edited"] = "edited") -> EmbeddedSet:
+    """Embeddings of the evaluation set by the source model in PyTorch, edited or not."""
     try:
         tensors = load(bundle.read("evidence/reference.safetensors"))
     except SafetensorError as error:
         raise IntegrityError(f"evidence/reference.safetensors cannot be read: {error}", fix="build again") from error
-    return EmbeddedSet.from_tensors(tensors, "edited")
+    return EmbeddedSet.from_tensors(tensors, whose)
 
 
 def canaries_of(bundle: Bundle, tower: TowerName) -> Canaries | None:
@@ -120,8 +133,15 @@ def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
 def _evidence(
     bundle: Bundle, variant: str, prepared: PreparedSet, reference: EmbeddedSet, progress: Progress
 ) -> ArtifactEvidence:
-    engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
-    largest = engines[TowerName.IMAGE].profile.max
+    engines: Mapping[TowerName, EngineArtifact | OnnxArtifact]
+    if variant == EXPORTED:
+        engines = {graph.tower: graph for graph in bundle.manifest.onnx}
+        largest, precision = max(engine.profile.max for engine in bundle.manifest.engines), Precision.FP32
+        sessions = {tower: _open_exported(bundle, tower, largest) for tower in TowerName}
+    else:
+        engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
+        built = bundle.engines(variant)[TowerName.IMAGE]
+        largest, precision = built.profile.max, Precision(built.precision)
     inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
     wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
     measured = [
@@ -129,7 +149,7 @@ def _evidence(
         for tower in TowerName
         for batch in sorted({1, largest})
     ]
-    for tower in TowerName:
+    for tower in TowerName if variant != EXPORTED else ():
         measured += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
     run_image, run_text = sessions[TowerName.IMAGE].run, sessions[TowerName.TEXT].run
     embedded = embed(prepared, run_image, run_text, label=f"evaluation, {variant}", batch=largest, progress=progress)
@@ -143,15 +163,16 @@ def _evidence(
         session.close()
     return ArtifactEvidence(
         variant=variant,
-        precision=Precision(engines[TowerName.IMAGE].precision),
+        precision=precision,
         evidence=Evidence.EXECUTED,
         reason="",
         where=where,
         artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
         parity=tuple(measured),
         canaries=canaries,
-        safety=safety_report(variant, embedded),
+        safety=safety_report(variant, embedded, with_items=True),
         flips=flips_between(reference, embedded),
+        worst=worst_items(variant, reference, embedded),
     )
 
 
@@ -160,17 +181,7 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
     graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
     if len(graph.outputs) == 1:
         return []
-    external = {graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {}
-    exported = open_session(
-        Target.ONNXRUNTIME,
-        bundle.read(f"onnx/{graph.file}"),
-        profile=Profile(min=1, opt=1, max=len(rows)),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        external_data=external,
-        device="cpu",
-        optimisation="extended",
-    )
+    exported = _open_exported(bundle, tower, len(rows))
     wanted, found = exported.run_all(rows), session.run_all(rows)
     exported.close()
     return [
@@ -183,6 +194,21 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
         )
         for spec in graph.outputs[1:]
     ]
+
+
+def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
+    """An exported graph on the CPU."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    return open_session(
+        Target.ONNXRUNTIME,
+        bundle.read(f"onnx/{graph.file}"),
+        profile=Profile(min=1, opt=1, max=max_batch),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data={graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {},
+        device="cpu",
+        optimisation="extended",
+    )
 
 
 def _parity(

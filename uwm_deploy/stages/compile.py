@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.graphs.engine_builder import FAILED
+from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
+from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
+from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
-BUILD_SECONDS = 1800
-"""A build that takes longer is stopped."""
+BUILDER = "uwm_deploy.graphs.engine_builder"
+_NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
 
 
 def engine_from_onnx(
@@ -33,6 +30,8 @@ def engine_from_onnx(
     profile: Profile,
     edits: Sequence[LayerEdit],
     folder: Path,
+    *,
+    refittable: bool = False,
 ) -> EngineArtifact:
     """Compiles one tower in the precision of its graph.
 
@@ -43,9 +42,10 @@ def engine_from_onnx(
         profile: Batches it must accept.
         edits: Edited layers of this tower, looked up again in what can be read.
         folder: Where the engine goes.
+        refittable: Whether another edit may be put into an engine of TensorRT later; ONNX graphs always are.
 
     Raises:
-        PrerequisiteError: If the target's package is missing, or it does not know the precision.
+        PrerequisiteError: If the target's package is missing, it does not know the precision, or it needs a GPU.
         IntegrityError: If the graph's files are not those its record describes.
         ContractError: If the build fails, loses the edit, or is not in the precision asked for.
     """
@@ -57,7 +57,10 @@ def engine_from_onnx(
     if target is Target.ONNXRUNTIME:
         file, external, details = _onnxruntime(graph, source, lowered, edits, folder)
     else:
-        file, details = _tensorrt(graph, source, target, lowered, profile, folder)
+        if refittable and (reason := usable(target)):
+            raise PrerequisiteError(f"a refittable {target.value} engine is built on a GPU: {reason}", fix=_NO_REFIT)
+        names = [f"{edit.name}.weight" for edit in edits] if refittable else []
+        file, details = _tensorrt(graph, source, target, lowered, profile, folder, names)
         external = ""
     runnable = not usable(target)
     return EngineArtifact(
@@ -115,7 +118,7 @@ def _onnxruntime(
         "engine": file,
         "external_data": external,
     }
-    details = _built(spec, Target.ONNXRUNTIME, graph.tower.value, folder)
+    details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
     arrays = list(_weights(folder / file))
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
     if (lowered is Precision.FP32) != (kinds == {"float32"}):
@@ -123,7 +126,7 @@ def _onnxruntime(
     if lowered is Precision.FP32:
         found = fingerprint_by_value(arrays, edits)
     else:
-        found = fingerprint_by_source(arrays, dict(_named_weights(source)), edits)
+        found = fingerprint_by_source(arrays, dict(named_weights(source)), edits)
     if found.mismatches:
         raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
     details["settings"] |= {"edited_layers": str(found.layers), "weights": ",".join(sorted(kinds))}
@@ -160,17 +163,17 @@ def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Pat
 
 
 def _weights(path: Path) -> Iterator[np.ndarray]:
-    return (array for _, array in _named_weights(path))
-
-
-def _named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in ir.load(path).graph.initializers.items():
-        if value.const_value is not None:
-            yield name, value.const_value.numpy()
+    return (array for _, array in named_weights(path))
 
 
 def _tensorrt(
-    graph: OnnxArtifact, source: Path, target: Target, lowered: Precision, profile: Profile, folder: Path
+    graph: OnnxArtifact,
+    source: Path,
+    target: Target,
+    lowered: Precision,
+    profile: Profile,
+    folder: Path,
+    refittable: Sequence[str],
 ) -> tuple[str, dict[str, Any]]:
     """An engine in the precision of its graph."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
@@ -181,8 +184,9 @@ def _tensorrt(
         "input": graph.inputs[0].name,
         "shape": list(graph.inputs[0].shape[1:]),
         "profile": [profile.min, profile.opt, profile.max],
+        "refittable": refittable,
     }
-    body = _built(spec, target, stem, folder)
+    body = made_by_child(BUILDER, spec, target, stem, folder)
     settings = body["settings"]
     kinds = set(settings["layer_types"].split(","))
     wanted = _TENSORRT_NAMES[lowered]
@@ -199,35 +203,3 @@ _TENSORRT_NAMES = {
     Precision.FP8: "QUANTIZE:FP8",
 }
 """Layer and type that a parsed network of a precision must have."""
-
-
-def _built(spec: Mapping[str, Any], target: Target, stem: str, folder: Path) -> dict[str, Any]:
-    """Builds in a child process; log, settings and result stay beside the engine."""
-    (folder / f"{stem}.build.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")
-    command = [sys.executable, "-m", "uwm_deploy.graphs.engine_builder", f"{stem}.build.json"]
-    package_root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package_root), os.environ.get("PYTHONPATH", "")])}
-    with (folder / f"{stem}.build.log").open("w") as log:
-        try:
-            done = subprocess.run(
-                command, cwd=folder, stdout=log, stderr=log, timeout=BUILD_SECONDS, check=False, env=environment
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ContractError(
-                f"{target.value} build of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
-            ) from error
-    return _result(folder, stem, str(spec["engine"]), target, done.returncode)
-
-
-def _result(folder: Path, stem: str, file: str, target: Target, status: int) -> dict[str, Any]:
-    """What the child achieved, or its reason as an error."""
-    result = folder / f"{stem}.build.result.json"
-    (folder / f".tmp-{file}").unlink(missing_ok=True)
-    body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    log = (folder / f"{stem}.build.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if status == FAILED:
-        raise ContractError(f"{target.value} cannot build {stem}: {body.get('error', '')[:400]}", fix="see its log")
-    if status != 0 or not body or not (folder / file).is_file():
-        last = log[-1][:300] if log else "no log"
-        raise UwmError(f"the {target.value} build of {stem} ended with status {status}: {last}", fix="run it again")
-    return dict(body)

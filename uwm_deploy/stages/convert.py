@@ -14,7 +14,7 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.achieved import achieved_precision, low_share
 from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
-from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
+from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered, refuse_zeroed
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
 from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
@@ -29,9 +29,6 @@ EIGHT_BITS: dict[Precision, Kind] = {Precision.INT8: "int8", Precision.FP8: "fp8
 
 CUT_OFF_LIMIT = 2.0
 """A held-out unsafe activation this many times its range is not what the ranges were taken from."""
-
-ZEROED_LIMIT = 0.5
-"""Share of edited entries that may become zero: there negation changes nothing, so the edit is lost."""
 
 _HELD_OUT = 4
 """Every fourth input checks the ranges of the others."""
@@ -174,12 +171,7 @@ def converted(
         raise ContractError(
             f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
         )
-    selected = sum(edit.selected for edit in edits)
-    if zeroed > ZEROED_LIMIT * max(selected, 1):
-        raise ContractError(
-            f"{zeroed} of {selected} edited entries became zero in {lowered.value}",
-            fix="keep the edited layers in float32 (compile.float32 in the recipe)",
-        )
+    refuse_zeroed(zeroed, edits, lowered)
     worst = None
     if canaries is not None and lowered in EXECUTABLE:
         worst = canaries.worst(embed_with(graph, folder / graph.file, lowered, [canaries.inputs], external))

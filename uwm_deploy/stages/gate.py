@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Sequence
+from datetime import UTC, date, datetime
 
-from uwm_deploy.errors import RecipeError
-from uwm_deploy.recipe import Limit, Policy
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.policy import Limit, Policy, name_of
 from uwm_deploy.records import (
+    EXPORTED,
     ArtifactEvidence,
+    Baseline,
     Check,
     Digest,
     Evidence,
-    Flips,
-    Proportion,
     Result,
     SafetyReport,
     Verdict,
     VerifyReport,
+    WorstItem,
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
-from uwm_deploy.safeground.preference import BASIC
+from uwm_deploy.stages.advice import advice_for
+from uwm_deploy.stages.evidence import is_for, missing, ran_where, required, statement
+from uwm_deploy.stages.limits import check, check_value, power_note
+from uwm_deploy.stages.measured import (
+    Measured,
+    Metrics,
+    artifact_metrics,
+    baseline_metrics,
+    concept_metrics,
+    edit_metrics,
+)
+from uwm_deploy.stages.waivers import states_of, waiver_of
 
-EXPORTED = "onnx"
-"""Name of the exported graphs in a report; they are evidence, not a variant that ships."""
+EDITED = "edited"
+"""Subject of what is about the edited model in PyTorch."""
+
+_WORST = 10
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    value: float
-    n: int
-    low: float | None = None
-    high: float | None = None
-
-
-def gate(report: VerifyReport, policy: Policy, *, policy_digest: Digest, report_digest: Digest) -> Verdict:
+def gate(
+    report: VerifyReport,
+    policy: Policy,
+    *,
+    policy_digest: Digest,
+    report_digest: Digest,
+    baseline: Baseline | None = None,
+    baseline_digest: Digest = "",
+    today: date | None = None,
+) -> Verdict:
     """Judges a report.
 
     Args:
@@ -43,50 +58,268 @@ def gate(report: VerifyReport, policy: Policy, *, policy_digest: Digest, report_
         policy: The limits.
         policy_digest: Digest of the policy's text, recorded.
         report_digest: Digest of the report's file, recorded.
+        baseline: The accepted report; limits since the baseline are "not run" without it.
+        baseline_digest: Digest of its file, recorded, and compared with the policy's.
+        today: Day that waivers are judged on; the present day in UTC when None.
 
     Raises:
         RecipeError: If the policy limits a metric that does not exist.
+        InputError: If the baseline was measured on something else.
+        IntegrityError: If the baseline is not the one that the policy pins.
     """
-    general = [*_soundness(report), *(_check("edited", _edit_metrics(report), limit) for limit in policy.edit)]
-    per_variant = {a.variant: _artifact_checks(a, policy) for a in report.artifacts}
-    required = [_required(name, report.artifacts) for name in policy.required]
+    judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
+    general = [*_soundness(report), *judge.edited()]
+    variants = {a.variant: judge.artifact(a) for a in report.artifacts}
+    required = [*judge.required(), *judge.missing_evidence()]
     executed = {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
-    good = [v for v in per_variant if v in executed and _all_pass(per_variant[v])]
+    good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
     proven = tuple(v for v in good if v != EXPORTED)
-    failed = tuple(v for v in per_variant if v in executed and v not in good)
-    unproven = tuple(v for v in per_variant if v not in executed)
-    judged = [check for variant in per_variant if variant in executed for check in per_variant[variant]]
-    enough = _check_value(
-        "proven variants",
-        "build",
-        _Measured(len(proven), len(per_variant)),
-        Limit(metric="", at_least=policy.min_proven),
-    )
-    checks = (*general, *judged, *required, enough)
+    undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
+    enough = _enough(len(proven), len(undecided), len(variants), policy.min_proven)
+    judged = [found for variant in variants for found in variants[variant]]
+    checks = [*general, *judged, *required, enough]
+    checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in checks]
     return Verdict(
         result=_overall(checks),
-        checks=checks,
+        checks=tuple(checks),
         # A failure of the model itself proves nothing about what was compiled from it.
-        proven=proven if _all_pass(general) and _all_pass(required) else (),
-        unproven=unproven,
-        failed=failed,
+        proven=proven if not _any_blocks([*general, *required]) else (),
+        unproven=tuple(v for v in variants if v not in executed),
+        failed=tuple(v for v in variants if v in executed and v not in good),
         policy=policy.name,
         policy_digest=policy_digest,
         report_digest=report_digest,
         edited_weights_digest=report.edited_weights_digest,
+        baseline_digest=baseline_digest,
+        waivers=states_of(policy.waiver, checks, judge.today),
+        notes=tuple(judge.notes),
+        worst=_worst(report, checks),
     )
 
 
-def _all_pass(checks: Iterable[Check]) -> bool:
-    return all(check.result is Result.PASS for check in checks)
+def comparable(report: VerifyReport, baseline: Baseline) -> None:
+    """Checks that two reports are of the same items, prepared in the same way.
+
+    Raises:
+        InputError: If not, with the command that measures again.
+    """
+    accepted = baseline.report
+    for what, left, right in (
+        ("items", accepted.evaluation.ids_digest, report.evaluation.ids_digest),
+        ("content of the items", accepted.evaluation.content_digest, report.evaluation.content_digest),
+        ("zero-shot sets", dict(accepted.zero_shot_digests), dict(report.zero_shot_digests)),
+        ("image preprocessing", accepted.model.image, report.model.image),
+        ("tokenisation", accepted.model.text, report.model.text),
+    ):
+        if left != right:
+            raise InputError(
+                f"the baseline of {accepted.model.name} on {accepted.evaluation.name} cannot be compared: other {what}",
+                fix=f"measure the accepted model again with `uwm-deploy verify --model {accepted.model.name} "
+                f"--evaluation {report.evaluation.name}`, then `uwm-deploy baseline set`",
+            )
+    for safety in (accepted.edited, report.edited):
+        if safety.items is None:
+            raise InputError(
+                "a report has no outcomes per item, so it cannot be paired",
+                fix=f"measure again with `uwm-deploy verify --model {report.model.name}`",
+            )
+
+
+class _Judge:
+    """One report under one policy; collects notes on the way."""
+
+    def __init__(
+        self, report: VerifyReport, policy: Policy, baseline: Baseline | None, digest: Digest, today: date
+    ) -> None:
+        self.report, self.policy, self.today = report, policy, today
+        self.notes: list[str] = []
+        if baseline is not None and policy.baseline_digest and digest != policy.baseline_digest:
+            raise IntegrityError(
+                "the baseline is not the one that the policy pins",
+                fix="restore it, or put the digest of `uwm-deploy baseline show` into the policy",
+            )
+        self.accepted: VerifyReport | None = baseline.report if baseline is not None else None
+        if baseline is not None:
+            comparable(report, baseline)
+            self._note_lost_variants(baseline.report)
+
+    def _note_lost_variants(self, accepted: VerifyReport) -> None:
+        here = {a.variant for a in self.report.artifacts if a.evidence is Evidence.EXECUTED}
+        for artifact in accepted.artifacts:
+            if artifact.evidence is Evidence.EXECUTED and artifact.variant not in here:
+                self.notes.append(f"{artifact.variant} was executed in the baseline and is not here")
+
+    # --- the checks -------------------------------------------------------------------------------------------------
+
+    def edited(self) -> list[Check]:
+        """Of the edited model."""
+        report, policy = self.report, self.policy
+        found = self._limits("edit", policy.edit, EDITED, edit_metrics(report))
+        if rules := [(i, limit) for i, limit in enumerate(policy.concept) if limit.of != "artifact"]:
+            found += self._concepts(EDITED, concept_metrics(report.original, report.edited), rules)
+        return self._waived(
+            [*found, *self._since_baseline(EDITED, report.edited, _numbered(policy.baseline, not_of="artifact"))]
+        )
+
+    def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
+        """Of one artifact; none when it was not executed."""
+        safety = artifact.safety
+        if artifact.evidence is not Evidence.EXECUTED or safety is None:
+            return []
+        policy, name = self.policy, artifact.variant
+        limits = self._limits("artifact", policy.artifact, name, artifact_metrics(artifact, safety), artifact)
+        found = [
+            *limits,
+            *self._evidence(artifact),
+            *self._since_baseline(
+                name, safety, [r for r in _numbered(policy.baseline, not_of="edit") if _is_for(r[1], artifact)]
+            ),
+        ]
+        rules = [r for r in _numbered(policy.concept, not_of="edit") if _is_for(r[1], artifact)]
+        if rules:
+            found += self._concepts(name, concept_metrics(self.report.edited, safety), rules)
+        finite = all(part.finite for part in artifact.parity) and bool(artifact.parity)
+        return [
+            statement("outputs are finite", name, finite, "NaN or infinity in an output"),
+            *(_canary(name, tower, worst) for tower, worst in artifact.canaries.items()),
+            # Otherwise a precision that nobody thought of would be proven by passing nothing.
+            *([] if limits else [statement("limits apply", name, False, "no limit is for this variant")]),
+            *self._waived(found),
+        ]
+
+    def required(self) -> list[Check]:
+        """Variants that must have been executed."""
+        return self._waived([required(name, self.report.artifacts) for name in self.policy.required])
+
+    def missing_evidence(self) -> list[Check]:
+        """Evidence that the policy asks for of variants that were not executed, or not built."""
+        return self._waived(missing(self.policy.evidence, self.report.artifacts))
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _limits(
+        self,
+        section: str,
+        limits: Sequence[Limit],
+        subject: str,
+        metrics: Metrics,
+        artifact: ArtifactEvidence | None = None,
+    ) -> list[Check]:
+        found = []
+        for number, limit in enumerate(limits):
+            if artifact is None or _is_for(limit, artifact):
+                found.append(check(subject, metrics, limit, rule=f"{section}[{number}]"))
+                self._note_power(found[-1], metrics, limit)
+        return found
+
+    def _note_power(self, found: Check, metrics: Metrics, limit: Limit) -> None:
+        if found.result is Result.PASS and found.limit is not None:
+            note = power_note(found.subject, found.name, metrics[limit.metric](), found.limit)
+            self.notes += [note] if note else []
+
+    def _concepts(self, subject: str, metrics: dict[str, Metrics], rules: Iterable[tuple[int, Limit]]) -> list[Check]:
+        """One check per concept with enough items; a rule that no concept has enough items for is inconclusive."""
+        found = []
+        for number, limit in rules:
+            checks = [
+                check(subject, metrics[concept], limit, rule=f"concept[{number}]", concept=concept)
+                for concept in metrics
+            ]
+            large = [c for c in checks if c.n >= limit.min_n]
+            small = [f"{c.concept} ({c.n})" for c in checks if c.n < limit.min_n]
+            if small and large:
+                words = ", ".join(small)
+                self.notes.append(f"{subject}: {limit.metric}: concepts with fewer than {limit.min_n} items: {words}")
+            found += large or checks
+        return found
+
+    def _since_baseline(self, subject: str, now: SafetyReport, rules: Iterable[tuple[int, Limit]]) -> list[Check]:
+        rules = list(rules)
+        if not rules:
+            return []
+        if self.accepted is None:
+            return [
+                Check(
+                    name=name_of("baseline", limit),
+                    subject=subject,
+                    result=Result.NOT_RUN,
+                    measured=None,
+                    limit=limit.at_least if limit.at_least is not None else limit.at_most,
+                    direction="at_least" if limit.at_least is not None else "at_most",
+                    detail="no baseline was given: --baseline PATH, after `uwm-deploy baseline set`",
+                    rule=f"baseline[{number}]",
+                )
+                for number, limit in rules
+            ]
+        metrics = baseline_metrics(self._accepted_safety(self.accepted, subject), now)
+        return [
+            check(subject, metrics, limit, name=name_of("baseline", limit), rule=f"baseline[{number}]")
+            for number, limit in rules
+        ]
+
+    def _accepted_safety(self, accepted: VerifyReport, subject: str) -> SafetyReport:
+        """The same subject in the baseline; a variant that it lacks is compared with its edited model."""
+        for artifact in accepted.artifacts:
+            if artifact.variant == subject and artifact.safety is not None:
+                return artifact.safety
+        if subject != EDITED:
+            self.notes.append(f"{subject} is not in the baseline; it is compared with the baseline's edited model")
+        return accepted.edited
+
+    def _evidence(self, artifact: ArtifactEvidence) -> list[Check]:
+        """Where an executed variant ran, against the rules for its target."""
+        return [
+            ran_where(artifact, rule, f"evidence[{number}]")
+            for number, rule in enumerate(self.policy.evidence)
+            if is_for(rule, artifact)
+        ]
+
+    def _waived(self, checks: Iterable[Check]) -> list[Check]:
+        """Checks of the policy's own rules, with the waivers that are still good."""
+        return [dataclasses.replace(c, waiver=waiver_of(c, self.policy.waiver, self.today)) for c in checks]
+
+
+def _numbered(limits: Sequence[Limit], *, not_of: str) -> list[tuple[int, Limit]]:
+    return [(number, limit) for number, limit in enumerate(limits) if limit.of != not_of]
+
+
+def _is_for(limit: Limit, artifact: ArtifactEvidence) -> bool:
+    return not limit.precision or artifact.precision in limit.precision
+
+
+def _any_blocks(checks: Iterable[Check]) -> bool:
+    return any(found.blocks for found in checks)
+
+
+def _only_waits(checks: Iterable[Check]) -> bool:
+    """Whether nothing but a lack of data keeps a variant from being proven."""
+    return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
+
+
+def _enough(proven: int, undecided: int, variants: int, wanted: int) -> Check:
+    """Whether enough variants are proven; inconclusive when those with too little data could make up for the rest."""
+    limit = Limit(metric="", at_least=wanted)
+    found = check_value("proven variants", "build", Measured(proven, variants), limit, rule="min_proven")
+    if found.result is Result.FAIL and proven + undecided >= wanted:
+        detail = f"{proven} proven, {undecided} with too little data, must be at least {wanted}"
+        return dataclasses.replace(found, result=Result.INCONCLUSIVE, detail=detail)
+    return found
 
 
 def _overall(checks: Iterable[Check]) -> Result:
-    results = {check.result for check in checks}
+    results = {found.result for found in checks if found.blocks}
     for worst in (Result.FAIL, Result.NOT_RUN, Result.INCONCLUSIVE):
         if worst in results:
             return Result.FAIL if worst is Result.NOT_RUN else worst
     return Result.PASS
+
+
+def _worst(report: VerifyReport, checks: Iterable[Check]) -> tuple[WorstItem, ...]:
+    """The worst quadruples of the subjects that do not pass."""
+    subjects = {found.subject for found in checks if found.result is not Result.PASS}
+    parts = [report.edit_worst, *(a.worst for a in report.artifacts)]
+    found: list[WorstItem] = [item for part in parts for item in part if item.subject in subjects]
+    return tuple(sorted(found, key=lambda item: (not item.lost, item.margin - item.reference_margin))[:_WORST])
 
 
 def _soundness(report: VerifyReport) -> list[Check]:
@@ -95,39 +328,11 @@ def _soundness(report: VerifyReport) -> list[Check]:
     none = Limit(metric="", at_most=0, reason="scores must not come from what they are measured on")
     changed = report.edited_weights_digest != report.model.weights_digest
     return [
-        _check_value("calibration items in the evaluation set", "data", _Measured(report.calibration_overlap, n), none),
-        _statement(
+        check_value("calibration items in the evaluation set", "data", Measured(report.calibration_overlap, n), none),
+        statement(
             "weights come from a checkpoint", "model", report.model.repo != "random", "random weights are never safe"
         ),
-        _statement("the edit changes the weights", "edited", changed, "the edited weights are the original ones"),
-    ]
-
-
-def _statement(name: str, subject: str, true: bool, otherwise: str) -> Check:
-    return Check(
-        name=name,
-        subject=subject,
-        result=Result.PASS if true else Result.FAIL,
-        measured=float(true),
-        limit=1.0,
-        direction="equals",
-        detail="" if true else otherwise,
-    )
-
-
-def _artifact_checks(artifact: ArtifactEvidence, policy: Policy) -> list[Check]:
-    if artifact.evidence is not Evidence.EXECUTED or artifact.safety is None:
-        return []
-    finite = all(part.finite for part in artifact.parity) and bool(artifact.parity)
-    metrics = _artifact_metrics(artifact, artifact.safety)
-    return [
-        _statement("outputs are finite", artifact.variant, finite, "NaN or infinity in an output"),
-        *(_canary(artifact.variant, tower, worst) for tower, worst in artifact.canaries.items()),
-        *(
-            _check(artifact.variant, metrics, limit)
-            for limit in policy.artifact
-            if not limit.precision or artifact.precision in limit.precision
-        ),
+        statement("the edit changes the weights", EDITED, changed, "the edited weights are the original ones"),
     ]
 
 
@@ -136,121 +341,4 @@ def _canary(variant: str, tower: str, worst: float) -> Check:
     limit = Limit(
         metric="", at_most=RATIO_LIMIT, reason="on an input where they differ, it is nearer to the original model"
     )
-    return _check_value(f"canaries of the {tower} tower", variant, _Measured(worst, CANARIES), limit)
-
-
-def _required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:
-    found = {a.variant: a for a in artifacts}
-    executed = name in found and found[name].evidence is Evidence.EXECUTED
-    reason = found[name].reason if name in found else "it was not built"
-    return Check(
-        name="required evidence",
-        subject=name,
-        result=Result.PASS if executed else Result.NOT_RUN,
-        measured=None,
-        limit=None,
-        direction="equals",
-        detail="" if executed else f"not run: {reason}",
-    )
-
-
-Metrics = dict[str, Callable[[], _Measured]]
-
-
-def _edit_metrics(report: VerifyReport) -> Metrics:
-    """Metrics of the edited model; `.delta` is edited minus original, percentage points."""
-    metrics = _safety_metrics(report.edited)
-    metrics |= {f"{name}.delta": _delta(f) for name, f in report.edit_effect.items()}
-    metrics["zero_shot_mean.delta"] = _mean_delta(report.edit_effect)
-    return metrics
-
-
-def _artifact_metrics(artifact: ArtifactEvidence, safety: SafetyReport) -> Metrics:
-    """Metrics of an artifact; `.delta` and `flips` are against the edited model."""
-    metrics = _safety_metrics(safety)
-    metrics |= {f"{name}.delta": _delta(f) for name, f in artifact.flips.items()}
-    metrics["zero_shot_mean.delta"] = _mean_delta(artifact.flips)
-    rows = sum(part.n for part in artifact.parity)
-    metrics["parity.cosine_min"] = lambda: _Measured(min(p.cosine_min for p in artifact.parity), rows)
-    metrics["parity.max_abs"] = lambda: _Measured(max(p.max_abs for p in artifact.parity), rows)
-    metrics["parity.mean_abs"] = lambda: _Measured(max(p.mean_abs for p in artifact.parity), rows)
-    for name, f in artifact.flips.items():
-        metrics[f"flips.{name}"] = _flip_share(f)
-        metrics[f"lost.{name}"] = _lost_share(f)
-    basic = [artifact.flips[name] for name in BASIC if name in artifact.flips]
-    metrics["flips.any"] = lambda: max((_flip_share(f)() for f in basic), key=lambda m: m.value)
-    return metrics
-
-
-def _safety_metrics(safety: SafetyReport) -> Metrics:
-    parts: dict[str, Proportion] = {
-        **safety.preference,
-        **safety.retrieval,
-        **{f"zero_shot.{name}": p for name, p in safety.zero_shot.items()},
-    }
-    return {name: _proportion(p) for name, p in parts.items()}
-
-
-def _proportion(p: Proportion) -> Callable[[], _Measured]:
-    return lambda: _Measured(p.value, p.n, p.low, p.high)
-
-
-def _delta(f: Flips) -> Callable[[], _Measured]:
-    return lambda: _Measured(f.delta, f.n, f.delta_low, f.delta_high)
-
-
-def _flip_share(f: Flips) -> Callable[[], _Measured]:
-    return lambda: _Measured(100 * (f.lost + f.gained) / f.n, f.n)
-
-
-def _lost_share(f: Flips) -> Callable[[], _Measured]:
-    return lambda: _Measured(100 * f.lost / f.n, f.n)
-
-
-def _mean_delta(effects: object) -> Callable[[], _Measured]:
-    sets = [f for name, f in dict(effects).items() if name.startswith("zero_shot.")]  # type: ignore[call-overload]
-
-    def mean() -> _Measured:
-        if not sets:
-            return _Measured(float("nan"), 0)
-        return _Measured(sum(f.delta for f in sets) / len(sets), sum(f.n for f in sets))
-
-    return mean
-
-
-def _check(subject: str, metrics: Metrics, limit: Limit) -> Check:
-    if limit.metric not in metrics:
-        near = difflib.get_close_matches(limit.metric, metrics, n=3, cutoff=0.3)
-        raise RecipeError(f"policy limits an unknown metric {limit.metric!r}", fix=f"nearest: {', '.join(near)}")
-    return _check_value(limit.metric, subject, metrics[limit.metric](), limit)
-
-
-def _check_value(name: str, subject: str, measured: _Measured, limit: Limit) -> Check:
-    least = limit.at_least is not None
-    bound = limit.at_least if limit.at_least is not None else limit.at_most
-    assert bound is not None
-    if measured.n < limit.min_n:
-        result, detail = Result.INCONCLUSIVE, f"n = {measured.n}, the limit needs {limit.min_n}"
-    elif measured.value != measured.value:
-        result, detail = Result.NOT_RUN, "not measured"
-    else:
-        good = measured.value >= bound if least else measured.value <= bound
-        result = Result.PASS if good else Result.FAIL
-        words = "at least" if least else "at most"
-        detail = (
-            ""
-            if good
-            else f"measured {measured.value:.6g}, must be {words} {bound:g} (n = {measured.n}) {limit.reason}"
-        )
-    return Check(
-        name=name,
-        subject=subject,
-        result=result,
-        measured=None if measured.value != measured.value else float(measured.value),
-        limit=float(bound),
-        direction="at_least" if least else "at_most",
-        detail=detail.strip(),
-        n=measured.n,
-        low=measured.low,
-        high=measured.high,
-    )
+    return check_value(f"canaries of the {tower} tower", variant, Measured(worst, CANARIES), limit)

@@ -28,7 +28,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report, worst_items
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 SINGLE_ROWS = 8
@@ -141,8 +141,9 @@ def evidence_of(
         artifact_digests=dict(subject.digests),
         parity=tuple(measured),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
-        safety=safety_report(subject.variant, embedded),
+        safety=safety_report(subject.variant, embedded, with_items=True),
         flips=flips_between(reference, embedded),
+        worst=worst_items(subject.variant, reference, embedded),
     )
 
 

@@ -49,7 +49,7 @@ class Patch:
             for name, p in self.layers.items()
         }
         metadata = {"format": _FORMAT, "layers": json.dumps(about, sort_keys=True)}
-        return bytes(save({name: p.indices.contiguous() for name, p in self.layers.items()}, metadata))
+        return _ordered(bytes(save({name: p.indices.contiguous() for name, p in self.layers.items()}, metadata)))
 
     @classmethod
     def from_file(cls, path: Path) -> Patch:
@@ -107,6 +107,14 @@ class Patch:
             multiply_entries(weights[name], p.indices, p.factor)
             if digest_of_tensor(weights[name]) != p.digest_after:
                 raise IntegrityError(f"{name} is not what the patch promises", fix="build the patch again")
+
+
+def _ordered(content: bytes) -> bytes:
+    """Safetensors content with its header in one order: the library writes metadata in any."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 @torch.no_grad()

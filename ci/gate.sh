@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The gate in any CI system: judges a bundle or a verify.json, leaves a folder of reports, ends with the gate's exit code.
+#
+#   ci/gate.sh REPORT [OUTPUT_FOLDER]        UWM_POLICY=strict UWM_BASELINE=ci/baseline ci/gate.sh dist/demo
+#
+# Exit codes: 0 pass, 3 failed, 4 inconclusive; 2, 5 and 6 mean that nothing was judged (docs/cli.md).
+set -euo pipefail
+
+report=${1:?usage: ci/gate.sh REPORT [OUTPUT_FOLDER]}
+out=${2:-gate-reports}
+mkdir -p "$out"
+
+options=(--policy "${UWM_POLICY:-policy}")
+if [ -n "${UWM_BASELINE:-}" ]; then
+  options+=(--baseline "$UWM_BASELINE")
+fi
+
+code=0
+uwm-deploy gate "$report" "${options[@]}" \
+  --junit "$out/junit.xml" --markdown "$out/gate.md" --sarif "$out/gate.sarif" --gitlab "$out" || code=$?
+
+case $code in
+  0) echo "gate: pass" ;;
+  3) echo "gate: FAILED, see $out/gate.md" >&2 ;;
+  4) echo "gate: inconclusive, measure on more items; see $out/gate.md" >&2 ;;
+  *) echo "gate: nothing was judged (exit code $code)" >&2 ;;
+esac
+exit "$code"

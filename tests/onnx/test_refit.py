@@ -1,0 +1,334 @@
+"""Refit: another edit in the place of the old one, proven anew, or a bundle that is as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from uwm_deploy import resources
+from uwm_deploy.cli import cli
+from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.console import Reporter
+from uwm_deploy.errors import IntegrityError, PrerequisiteError
+from uwm_deploy.graphs.fingerprint import digest_of_array
+from uwm_deploy.graphs.stored import named_weights
+from uwm_deploy.pipeline import Request, run
+from uwm_deploy.records import EditRecord, Evidence, Method, Result, VerifyReport
+from uwm_deploy.refit import RefitRequest, refit
+from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.bundle import open_bundle
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.uwm.digests import digest_of_tensor
+
+VARIANTS = ("onnxruntime-fp32", "onnxruntime-fp16", "onnxruntime-int8")
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """A small build of the demo in three precisions, from a checkpoint folder that can be taken away."""
+    folder = tmp_path_factory.mktemp("refit")
+    shutil.copytree(resources.checkpoint_folder("shipped:demo", ""), folder / "weights")
+    text, _ = resources.read_toml("export", "demo")
+    (folder / "small.toml").write_text(
+        text.replace("shipped:demo", str(folder / "weights")).replace('name = "demo"', 'name = "small"')
+    )
+    for name, split, limit in (("cal", "calibration", 32), ("eval", "test", 32), ("other", "test", 30)):
+        (folder / f"{name}.toml").write_text(
+            f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
+        )
+    (folder / "policy.toml").write_text(
+        'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
+    )
+    request = Request(
+        model=str(folder / "small.toml"),
+        calibration=str(folder / "cal.toml"),
+        evaluation=str(folder / "eval.toml"),
+        policy=str(folder / "policy.toml"),
+        targets=("onnxruntime",),
+        precisions=("fp32", "fp16", "int8"),
+        out=folder / "bundle",
+        work=folder / "work",
+        workers=0,
+    )
+    run(request, until="package", reporter=QUIET)
+    return request
+
+
+@pytest.fixture(scope="module")
+def bundle(request_: Request) -> Path:
+    assert request_.out is not None
+    return request_.out
+
+
+def asked(request_: Request, **options: object) -> RefitRequest:
+    base = RefitRequest(bundle=request_.out, policy=request_.policy, work=request_.work, workers=0)
+    return dataclasses.replace(base, **options)
+
+
+def bytes_below(folder: Path, *starts: str) -> dict[str, bytes]:
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if not starts or name.startswith(starts)}
+
+
+def edited_to(request_: Request, folder: Path, **changes: object) -> Path:
+    """Folder with another edit, made by the stages themselves from the build's scores."""
+    work = folder / "work"
+    shutil.copytree(request_.work / "score", work / "score")
+    run(dataclasses.replace(request_, work=work, **changes), until="edit", reporter=QUIET)
+    return work / "edit"
+
+
+@pytest.fixture(scope="module")
+def reverted(request_: Request, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reverted") / "bundle"
+    made = refit(asked(request_, revert=True, out=out), QUIET)
+    assert made.verdict.result is Result.FAIL
+    return out
+
+
+def test_revert_gives_the_weights_of_the_source_model(request_: Request, bundle: Path, reverted: Path) -> None:
+    """Every weight of the reverted graphs has the digest of the source model's; the checkpoint is not even opened."""
+    model = load_model_of(request_)
+    source = {name: digest_of_tensor(p) for name, p in model.source.named_parameters()}
+    found = {}
+    for graph in open_bundle(reverted, allow_failed=True).manifest.onnx:
+        for name, array in named_weights(reverted / "onnx" / graph.file):
+            if name in source:
+                found[name] = digest_of_array(array)
+    assert len(found) > 70
+    assert found == {name: source[name] for name in found}
+    manifest = open_bundle(reverted, allow_failed=True).manifest
+    assert manifest.edit.edited_weights_digest == manifest.model.weights_digest == model.ref.weights_digest
+    assert manifest.edit.method is Method.NONE
+    assert manifest.refitted_from.startswith("sha256:")
+    assert not list((reverted / "evidence").glob("canaries*"))
+    assert {graph.digest for graph in manifest.onnx}.isdisjoint(g.digest for g in open_bundle(bundle).manifest.onnx)
+
+
+def load_model_of(request_: Request):
+    from uwm_deploy.pipeline import resolved_recipe
+
+    recipe = resolved_recipe(request_)
+    return load_model(recipe, folder=Path(recipe.model.repo), device="cpu")
+
+
+def test_a_reverted_bundle_is_never_served(reverted: Path) -> None:
+    """It was executed and measured, but it is the unedited model."""
+    report = record_from_json(VerifyReport, (reverted / "reports" / "verify.json").read_bytes(), where="verify.json")
+    assert {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED} == {"onnx", *VARIANTS}
+    assert report.edited.preference == report.original.preference
+    verdict = open_bundle(reverted, allow_failed=True).manifest.verdict
+    assert verdict.proven == ()
+    with pytest.raises(IntegrityError, match="no passing verdict"):
+        SafeEncoder.open(reverted)
+
+
+def test_the_first_edit_comes_back_bit_for_bit(request_: Request, bundle: Path, reverted: Path, tmp_path: Path) -> None:
+    """Revert and patch again: graphs, engines, patch and record are the built ones, and all of it is proven anew."""
+    made = refit(asked(request_, bundle=reverted, patch=bundle, out=tmp_path / "again"), QUIET)
+    assert made.verdict.result is Result.PASS
+    assert made.verdict.proven == VARIANTS
+    parts = ("onnx/", "engines/", "patch", "reports/edit", "reports/score", "tokenizer", "recipe")
+    assert bytes_below(tmp_path / "again", *parts) == bytes_below(bundle, *parts)
+    manifests = [open_bundle(path).manifest for path in (bundle, tmp_path / "again")]
+    assert manifests[0].onnx == manifests[1].onnx
+    assert [e.digest for e in manifests[0].engines] == [e.digest for e in manifests[1].engines]
+    assert SafeEncoder.open(tmp_path / "again").encode_text("a red circle").shape == (1, 64)
+
+
+def test_another_keep_mass_gives_what_a_build_gives(request_: Request, bundle: Path, tmp_path: Path) -> None:
+    """The exported graphs are byte for byte a build's; in the engines only the edited weights differ."""
+    made = refit(asked(request_, keep_mass=0.85, out=tmp_path / "out"), QUIET)
+    assert made.verdict.proven == VARIANTS
+    assert made.layers == 8
+    folder = edited_to(request_, tmp_path, keep_mass=0.85)
+    edit = record_from_json(EditRecord, (folder / "edit.json").read_bytes(), where="edit.json")
+    assert made.edit == edit
+    work = folder.parent
+    run(dataclasses.replace(request_, work=work, keep_mass=0.85), until="export", reporter=QUIET)
+    for name in ("image.onnx", "text.onnx"):
+        assert (tmp_path / "out" / "onnx" / name).read_bytes() == (work / "export" / name).read_bytes()
+    for variant in VARIANTS:
+        for name in ("image.onnx", "text.onnx"):
+            old, new = (onnx.load(path / "engines" / variant / name) for path in (bundle, tmp_path / "out"))
+            assert old.graph.node == new.graph.node
+            pairs = list(zip(old.graph.initializer, new.graph.initializer, strict=True))
+            assert [a.name for a, _ in pairs] == [b.name for _, b in pairs]
+            assert sum(a != b for a, b in pairs) == 4  # scales of 8-bit weights among those that stay
+
+
+def test_old_signs_are_gone_and_new_ones_are_there(request_: Request, bundle: Path, reverted: Path) -> None:
+    """In every precision, the entries of the patch have the other sign after a revert, and all others the same."""
+    patch = {e.name: e for e in open_bundle(bundle).manifest.edit.layers}
+    for variant in VARIANTS:
+        for name in ("image.onnx", "text.onnx"):
+            old, new = (dict(named_weights(path / "engines" / variant / name)) for path in (bundle, reverted))
+            changed = [key for key in old if not np.array_equal(old[key], new[key])]
+            flipped = 0
+            for key in changed:
+                left, right = old[key].astype(np.float32), new[key].astype(np.float32)
+                assert np.array_equal(np.abs(left), np.abs(right))
+                flipped += int((left != right).sum())
+            wanted = sum(e.selected for e in patch.values() if e.tower.value == Path(name).stem)
+            assert 0.9 * wanted < flipped <= wanted  # in 8 bits some entries are zero
+            assert len(changed) == 4
+
+
+def test_a_factor_that_moves_scales_is_refused_where_weights_are_quantised(
+    request_: Request, bundle: Path, tmp_path: Path
+) -> None:
+    """Factor 0 takes away the largest value of a channel: INT8 refuses it; a float variant alone takes it."""
+    folder, before = edited_to(request_, tmp_path, factor=0.0), bytes_below(bundle)
+    result = invoke(request_, "--patch", str(folder), "--out", str(tmp_path / "all"))
+    assert (result.exit_code, "moves its scales" in result.output) == (2, True)
+    assert not (tmp_path / "all").exists()
+    made = refit(asked(request_, patch=folder, out=tmp_path / "zero", variants=VARIANTS[:2]), QUIET)
+    assert made.verdict.proven == VARIANTS[:2]
+    assert made.left_out == {"onnxruntime-int8": "it was not asked for"}
+    assert bytes_below(bundle) == before
+    _forgotten_weights_come_from_the_checkpoint(request_, tmp_path / "zero", tmp_path)
+
+
+def _forgotten_weights_come_from_the_checkpoint(request_: Request, zeroed: Path, folder: Path) -> None:
+    weights = Path(request_.model).parent / "weights"
+    weights.rename(folder / "elsewhere")
+    try:
+        result = invoke(dataclasses.replace(request_, out=zeroed), "--revert", "--out", str(folder / "no"))
+        assert (result.exit_code, "pass --checkpoint" in result.output) == (2, True)
+        assert not (folder / "no").exists()
+        made = refit(
+            asked(request_, bundle=zeroed, revert=True, out=folder / "yes", checkpoint=folder / "elsewhere"), QUIET
+        )
+    finally:
+        (folder / "elsewhere").rename(weights)
+    assert made.edit.edited_weights_digest == made.edit.model.weights_digest
+
+
+class Interrupted(Reporter):
+    """Stops at the first sign of a stage."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(quiet=True)
+        self.wanted, self.now = stage, ""
+
+    def stage(self, name: str, text: str):
+        self.now = name
+        return super().stage(name, text)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        if self.now == self.wanted:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_refit_leaves_the_bundle_as_it_was(request_: Request, bundle: Path) -> None:
+    """In place, stopped while the new engines are measured: the old bundle is whole, and nothing else is left."""
+    before, others = bytes_below(bundle), set(bundle.parent.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        refit(asked(request_, revert=True), Interrupted("attest"))
+    assert bytes_below(bundle) == before
+    assert {p.name for p in set(bundle.parent.iterdir()) - others} <= {".bundle.attest"}
+    assert [p.name for p in (bundle.parent / ".bundle.attest").iterdir()] == [".lock"]
+    open_bundle(bundle)
+
+
+def invoke(request_: Request, *options: str):
+    base = ["refit", str(request_.out), "--policy", request_.policy, "--work", str(request_.work), "--workers", "0"]
+    return CliRunner().invoke(cli, [*base, *options])
+
+
+@pytest.fixture
+def untouched(bundle: Path) -> Iterator[None]:
+    before = bytes_below(bundle)
+    yield
+    assert bytes_below(bundle) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "give one of"),
+        (["--revert", "--keep-mass", "0.5"], 2, "give one of"),
+        (["--patch", "{bundle}"], 2, "holds this edit already"),
+        (["--patch", "{folder}"], 2, "holds no patch"),
+        (["--patch", "{foreign}"], 5, "of another model"),
+        (["--patch", "{alone}"], 2, "no edit.json beside it"),
+        (["--patch", "{broken}"], 2, "not a whole patch file"),
+        (["--patch", "{lying}"], 5, "is not the patch"),
+        (["--revert", "--out", "{folder}"], 2, "is not a bundle"),
+        (["--revert", "--variant", "tensorrt-fp32"], 2, "no variant"),
+        (["--revert", "--evaluation", "{other}"], 2, "not the one the bundle was measured on"),
+        (["--keep-mass", "0.8", "--work", "{folder}"], 2, "holds no scores"),
+        (["--keep-mass", "0.8", "--checkpoint", "{edited}"], 5, "not those the bundle was made from"),
+        (["--keep-mass", "0.8", "--work", "{rescored}"], 5, "scores are not the bundle's"),
+    ],
+)
+def test_bad_input_ends_with_its_exit_code(
+    request_: Request, bundle: Path, tmp_path: Path, untouched: None, options: list[str], code: int, message: str
+) -> None:
+    """One line, the right exit code, and the bundle and the folder asked for are as they were."""
+    (tmp_path / "kept.txt").write_text("mine")
+    places = {name: tmp_path / name for name in ("foreign", "alone", "broken", "lying", "rescored")}
+    for name in ("foreign", "alone", "broken", "lying"):
+        shutil.copytree(request_.work / "edit", places[name], ignore=shutil.ignore_patterns("model"))
+    record = record_from_json(EditRecord, (places["foreign"] / "edit.json").read_bytes(), where="edit.json")
+    other = dataclasses.replace(record, model=dataclasses.replace(record.model, weights_digest="sha256:" + "0" * 64))
+    (places["foreign"] / "edit.json").write_text(json_from_record(other))
+    (places["alone"] / "edit.json").unlink()
+    (places["broken"] / "patch.safetensors").write_bytes(b"x" * 100)
+    first = dataclasses.replace(record.layers[0], digest_after=record.layers[0].digest_before)
+    (places["lying"] / "edit.json").write_text(
+        json_from_record(dataclasses.replace(record, layers=(first, *record.layers[1:])))
+    )
+    shutil.copytree(request_.work / "score", places["rescored"] / "score")
+    score = (places["rescored"] / "score" / "score.json").read_text()
+    (places["rescored"] / "score" / "score.json").write_text(
+        score.replace(record.scores_digest, "sha256:" + "0" * 64, 1)
+    )
+    paths = {name: str(place) for name, place in places.items()}
+    paths |= {"bundle": str(bundle), "folder": str(tmp_path), "edited": str(request_.work / "edit" / "model")}
+    paths["other"] = str(Path(request_.policy).with_name("other.toml"))
+    result = invoke(request_, *(option.format(**paths) for option in options))
+    assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert "Traceback" not in result.output
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+
+
+def test_what_is_not_a_bundle_or_was_changed_is_refused(request_: Request, bundle: Path, tmp_path: Path) -> None:
+    """A folder without manifest is bad input; a bundle with one changed byte is an integrity error."""
+    assert invoke(dataclasses.replace(request_, out=tmp_path), "--revert").exit_code == 2
+    shutil.copytree(bundle, tmp_path / "changed")
+    file = tmp_path / "changed" / "onnx" / "text.onnx"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    result = invoke(dataclasses.replace(request_, out=tmp_path / "changed"), "--revert", "--out", str(tmp_path / "new"))
+    assert (result.exit_code, "onnx/text.onnx" in result.output) == (5, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_reverted_bundle_has_no_keep_mass_to_change(request_: Request, reverted: Path) -> None:
+    """Which selection it was is not in it any more; a patch says so."""
+    result = invoke(dataclasses.replace(request_, out=reverted), "--keep-mass", "0.8")
+    assert (result.exit_code, "use --patch" in result.output) == (2, True)
+
+
+def test_an_engine_that_is_not_refittable_is_left_out_or_refused(
+    request_: Request, bundle: Path, tmp_path: Path
+) -> None:
+    """TensorRT engines need to be built for it, and a GPU: with nothing else to refit, it is an environment error."""
+    from uwm_deploy.records import Target
+    from uwm_deploy.stages.refit import reason_against, refit_engine
+
+    engine = open_bundle(bundle).manifest.engines[0]
+    plain = dataclasses.replace(engine, target=Target.TENSORRT, settings={"refittable": "false"})
+    assert "--refittable" in reason_against(plain)
+    with pytest.raises(PrerequisiteError, match="not built refittable"):
+        refit_engine(plain, tmp_path, tmp_path, None, graphs=(tmp_path, tmp_path), sample=np.zeros(1))

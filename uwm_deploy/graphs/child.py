@@ -1,0 +1,66 @@
+"""Runs a program of this package in a process of its own; its log, settings and result stay beside what it makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uwm_deploy.errors import ContractError, UwmError
+from uwm_deploy.graphs.engine_builder import FAILED
+from uwm_deploy.records import Target
+
+BUILD_SECONDS = 1800
+"""A build that takes longer is stopped."""
+
+
+def made_by_child(
+    module: str, spec: Mapping[str, Any], target: Target, stem: str, folder: Path, step: str = "build"
+) -> dict[str, Any]:
+    """Makes ``spec["engine"]``.
+
+    Args:
+        module: Module that is run, with the file of the settings as its argument.
+        spec: Its settings; paths are relative to the folder.
+        target: What for.
+        stem: Name of the tower, which the files beside the engine begin with.
+        folder: Where the engine goes.
+        step: What is done, in a word.
+
+    Returns:
+        What the child achieved.
+
+    Raises:
+        ContractError: If the target's library refuses, or it takes too long.
+        UwmError: If the child died.
+    """
+    (folder / f"{stem}.{step}.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")
+    command = [sys.executable, "-m", module, f"{stem}.{step}.json"]
+    package_root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package_root), os.environ.get("PYTHONPATH", "")])}
+    with (folder / f"{stem}.{step}.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=folder, stdout=log, stderr=log, timeout=BUILD_SECONDS, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ContractError(
+                f"{target.value} {step} of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
+            ) from error
+    result = folder / f"{stem}.{step}.result.json"
+    file = str(spec["engine"])
+    (folder / f".tmp-{file}").unlink(missing_ok=True)
+    body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    lines = (folder / f"{stem}.{step}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if done.returncode == FAILED:
+        raise ContractError(f"{target.value} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
+    if done.returncode != 0 or not body or not (folder / file).is_file():
+        last = lines[-1][:300] if lines else "no log"
+        raise UwmError(
+            f"the {target.value} {step} of {stem} ended with status {done.returncode}: {last}", fix="run it again"
+        )
+    return dict(body)

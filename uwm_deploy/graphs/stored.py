@@ -1,0 +1,262 @@
+"""Where the weights lie in an ONNX file, and how to replace some of them there: every other byte stays as it is."""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from uwm_deploy.errors import ContractError, InputError, IntegrityError
+from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
+
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
+
+_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
+"""Wire types of protobuf."""
+
+_HALF = {
+    int(onnx.TensorProto.FLOAT16): np.dtype(np.float16),
+    int(onnx.TensorProto.BFLOAT16): np.dtype(ml_dtypes.bfloat16),
+}
+_EIGHT_BITS: dict[int, Kind] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
+FLOAT = int(onnx.TensorProto.FLOAT)
+TYPES = (FLOAT, *_HALF, *_EIGHT_BITS)
+"""Element types that an edited weight may have, float32 first, then float16, bfloat16, INT8 and FP8."""
+EIGHT_BITS = frozenset(_EIGHT_BITS)
+"""Element types that have scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One initialiser.
+
+    Attributes:
+        name: In the graph.
+        kind: Element type, a number of TensorProto.DataType.
+        shape: Of the tensor.
+        file: Name of the file that holds its bytes.
+        offset: Of the first byte in that file.
+        size_bytes: Number of bytes.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One weight before and after, float32 (out, in)."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+
+def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
+    """Every initialiser whose bytes lie in one piece, in the graph's file or in its external data.
+
+    Args:
+        path: ONNX file.
+        external: Name of its external data file beside it, or empty.
+
+    Raises:
+        IntegrityError: If it is no ONNX file, or says that its bytes lie elsewhere.
+    """
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return list(_tensors(data, path, external))
+    except (ValueError, IndexError, DecodeError, OSError) as error:
+        raise IntegrityError(f"{path.name} is not a whole ONNX file: {error}", fix="build again") from error
+
+
+def read_tensor(folder: Path, tensor: StoredTensor) -> np.ndarray:
+    """A float32 initialiser."""
+    return np.frombuffer(_bytes_of(folder, tensor), dtype="<f4").reshape(tensor.shape)
+
+
+def named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every initialiser of an ONNX file by its name, whatever its type."""
+    for name, value in ir.load(path).graph.initializers.items():
+        if value.const_value is not None:
+            yield name, value.const_value.numpy()
+
+
+def in_type(weight: np.ndarray, kind: int) -> np.ndarray:
+    """A float32 weight (out, in) as a graph of that element type stores it; 8 bits with its own scales.
+
+    Raises:
+        ContractError: If a value is outside the range of the type.
+    """
+    if kind in _EIGHT_BITS:
+        return rounded_weight(weight, _scale(weight, kind), 0, _EIGHT_BITS[kind])
+    with np.errstate(over="ignore"):
+        cast = weight.astype(_HALF.get(kind, np.float32))
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise ContractError(f"a weight is outside the range of {cast.dtype}", fix="keep its layer in float32")
+    return cast
+
+
+def refuse_other_scales(layer: str, where: str, change: Replacement, kind: int) -> None:
+    """Checks that the scales of a weight, which stay as they are, fit the new weight.
+
+    Raises:
+        InputError: If they do not.
+    """
+    if kind in _EIGHT_BITS and not np.array_equal(_scale(change.before, kind), _scale(change.after, kind)):
+        raise InputError(
+            f"{layer} is quantised in {where}, and the new edit moves its scales",
+            fix="use a factor that keeps absolute values, such as -1, or build again",
+        )
+
+
+def replace_tensors(
+    source: Path, external: str, folder: Path, changes: Mapping[str, Replacement]
+) -> dict[str, StoredTensor]:
+    """Copies an ONNX file with some of its weights replaced; all other bytes are as they were.
+
+    A weight is found by its bytes, in whatever type and orientation the file has it, so that a graph whose names an
+    optimiser changed can be treated as well.
+
+    Args:
+        source: ONNX file.
+        external: Name of its external data file beside it, or empty.
+        folder: Where the copies go.
+        changes: Layer to its weight before and after; a layer whose weight stays is only looked up.
+
+    Returns:
+        Layer to the initialiser that holds it.
+
+    Raises:
+        ContractError: If a weight is not there exactly once.
+        InputError: If its scales, which stay as they are, would not fit the new weight.
+    """
+    tensors = stored_tensors(source, external)
+    found, data = {}, {}
+    for layer, change in changes.items():
+        found[layer], turned = _stored_weight(source.parent, tensors, layer, change.before)
+        kind = found[layer].kind
+        refuse_other_scales(layer, source.name, change, kind)
+        after = in_type(change.after, kind)
+        data[layer] = np.ascontiguousarray(after.T if turned else after).tobytes()
+    if len(set(found.values())) < len(found):
+        raise ContractError(f"two layers share one weight in {source.name}", fix="build again")
+    for name in filter(None, (source.name, external)):
+        shutil.copyfile(source.parent / name, folder / name)
+    for layer, tensor in found.items():
+        with (folder / tensor.file).open("r+b") as stream:
+            stream.seek(tensor.offset)
+            stream.write(data[layer])
+    return found
+
+
+def _stored_weight(
+    folder: Path, tensors: list[StoredTensor], layer: str, weight: np.ndarray
+) -> tuple[StoredTensor, bool]:
+    """The initialiser that holds a weight, and whether it lies transposed."""
+    matches = []
+    wanted: dict[int, np.ndarray] = {}
+    for tensor in tensors:
+        kind = tensor.kind
+        if kind not in TYPES or sorted(tensor.shape) != sorted(weight.shape):
+            continue
+        if kind not in wanted:
+            wanted[kind] = in_type(weight, kind)
+        for part, turned in ((wanted[kind], False), (wanted[kind].T, True)):
+            if part.shape == tensor.shape and _holds(folder, tensor, part):
+                matches.append((tensor, turned))
+                break
+    if len(matches) != 1:
+        count = "is not" if not matches else f"is {len(matches)} times"
+        raise ContractError(f"the weight of {layer} {count} in the graph", fix="build again")
+    return matches[0]
+
+
+def _holds(folder: Path, tensor: StoredTensor, array: np.ndarray) -> bool:
+    """Bit for bit, so that -0 is not 0; the first row tells most others apart."""
+    first = np.ascontiguousarray(array[0]).tobytes()
+    return _bytes_of(folder, tensor, len(first)) == first and _bytes_of(folder, tensor) == array.tobytes()
+
+
+def _bytes_of(folder: Path, tensor: StoredTensor, size_bytes: int = -1) -> bytes:
+    """The first bytes of a tensor, or all of them."""
+    with (folder / tensor.file).open("rb") as stream:
+        stream.seek(tensor.offset)
+        return stream.read(tensor.size_bytes if size_bytes < 0 else size_bytes)
+
+
+def _scale(weight: np.ndarray, kind: int) -> np.ndarray:
+    return weight_scale(weight, 0, _EIGHT_BITS[kind])
+
+
+def _tensors(data: mmap.mmap, path: Path, external: str) -> Iterator[StoredTensor]:
+    for field, start, end in _fields(data, 0, len(data)):
+        if field == _GRAPH:
+            for inner, first, last in _fields(data, start, end):
+                if inner == _INITIALIZER and (tensor := _tensor(data, first, last, path, external)):
+                    yield tensor
+
+
+def _tensor(data: mmap.mmap, start: int, end: int, path: Path, external: str) -> StoredTensor | None:
+    """An initialiser; None when its values are not stored as bytes."""
+    raw, head, begin = None, b"", start
+    for field, first, last in _fields(data, start, end):
+        if field == _RAW_DATA:
+            raw = (first, last)
+        else:
+            head += data[begin:last]
+        begin = last
+    proto = onnx.TensorProto.FromString(head)
+    shape = tuple(proto.dims)
+    if proto.data_location == onnx.TensorProto.EXTERNAL:
+        about = {entry.key: entry.value for entry in proto.external_data}
+        if not external or about.get("location") != external:
+            raise IntegrityError(f"{proto.name} of {path.name} lies in another file", fix="build again")
+        offset, size = int(about.get("offset", 0)), int(about.get("length", 0))
+        return StoredTensor(proto.name, proto.data_type, shape, external, offset, size)
+    if raw is None:
+        return None
+    return StoredTensor(proto.name, proto.data_type, shape, path.name, raw[0], raw[1] - raw[0])
+
+
+def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number of each field of a message, and where its content begins and ends."""
+    while position < end:
+        key, position = _varint(data, position)
+        kind = key & 7
+        if kind == _VARINT:
+            _, last = _varint(data, position)
+        elif kind == _SIZED:
+            size, position = _varint(data, position)
+            last = position + size
+        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+            last = position + (8 if kind == _EIGHT_BYTES else 4)
+        else:
+            raise ValueError(f"wire type {kind}")
+        if last > end:
+            raise ValueError("it ends too early")
+        yield key >> 3, position, last
+        position = last
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+        if shift > 63:
+            raise ValueError("a number has too many bytes")

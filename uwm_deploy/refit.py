@@ -1,0 +1,488 @@
+"""Replaces the edit of a bundle by another one, by none, or by another keep_mass, without building it anew.
+
+Every refit ends in a new verdict: nothing of the old one is kept. What this machine cannot execute stays unproven.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from uwm_deploy import __version__, resources
+from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.embedding import PreparedSet, prepare
+from uwm_deploy.datasets.source import QuadrupleSource
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.graphs.stored import Replacement
+from uwm_deploy.pipeline import bundle_with_card, evaluation_source_of, lock_of_bundle, policy_of, refuse_foreign_folder
+from uwm_deploy.recipe import EditSpecs, recipe_from_toml
+from uwm_deploy.records import (
+    EXPORTED,
+    ArtifactEvidence,
+    Digest,
+    EditRecord,
+    EngineArtifact,
+    Evidence,
+    Method,
+    OnnxArtifact,
+    Precision,
+    ScoreRecord,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.canaries import choose
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report
+from uwm_deploy.stages.attest import SINGLE_ROWS, attest, reference_of
+from uwm_deploy.stages.edit import PATCH, RECORD, edit_to_folder
+from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.stages.refit import (
+    Swap,
+    held_weights,
+    reason_against,
+    refit_converted,
+    refit_engine,
+    refit_graph,
+    reverted,
+    without_edit,
+)
+from uwm_deploy.stages.verify import EMBED_BATCH, embed_model
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.digests import digest_of_weights
+from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.workspace import digest_of_bytes, digest_of_file, locked
+
+Parts = dict[str, Path | bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefitRequest:
+    """What the user asked for.
+
+    Attributes:
+        bundle: Its folder.
+        patch: Patch file with its record beside it, or a folder that holds both; one of this, `revert` and `keep_mass`.
+        revert: Back to the source model's weights.
+        keep_mass: Of a new selection from the run folder's scores.
+        out: Folder of the new bundle; the old one is replaced without it.
+        work: Run folder with the scores; ``.uwm/NAME`` without it.
+        checkpoint: Source weights; those of the bundle's recipe without it.
+        variants: Those to refit; all that can be refitted here when it is empty.
+    """
+
+    bundle: Path
+    patch: Path | None = None
+    revert: bool = False
+    keep_mass: float | None = None
+    out: Path | None = None
+    work: Path | None = None
+    checkpoint: Path | None = None
+    variants: tuple[str, ...] = ()
+    policy: str = "policy"
+    evaluation: str | None = None
+    device: str = "auto"
+    workers: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refitted:
+    """What came out.
+
+    Attributes:
+        out: The new bundle.
+        edit: Its edit.
+        layers: Layers whose weights are others now.
+        left_out: Variants of the old bundle that the new one does not have, with the reason.
+        verdict: The new one.
+    """
+
+    out: Path
+    edit: EditRecord
+    layers: int
+    left_out: Mapping[str, str]
+    verdict: Verdict
+
+
+def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
+    """Writes a bundle with another edit, whole or not at all, measured and judged anew.
+
+    Args:
+        request: What the user asked for.
+        reporter: Progress.
+
+    Raises:
+        InputError: If the request is contradictory, the edit is there already, or it moves the scales of an 8-bit weight.
+        IntegrityError: If the patch, the scores, the source weights or the set are not those the bundle was made from.
+        PrerequisiteError: If nothing, or not what was asked for, can be refitted here.
+        ContractError: If the new edit is not in what comes out, or the old one still is.
+    """
+    if sum((request.patch is not None, request.revert, request.keep_mass is not None)) != 1:
+        raise InputError("nothing or several things are asked for", fix="give one of --patch, --revert and --keep-mass")
+    out = request.out or request.bundle
+    bundle = open_bundle(request.bundle, allow_failed=True)
+    refuse_foreign_folder(out)
+    lock = lock_of_bundle(out)
+    with locked(lock), tempfile.TemporaryDirectory(dir=lock, prefix=".tmp-refit-") as temporary:
+        return _Refit(request, reporter, bundle, out, Path(temporary)).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Artifacts:
+    """Graphs and engines of the new bundle, and their files by path."""
+
+    onnx: tuple[OnnxArtifact, ...]
+    engines: tuple[EngineArtifact, ...]
+    converted: tuple[OnnxArtifact, ...]
+    parts: Parts
+
+
+class _Refit:
+    """One refit: what is known of the bundle, and the steps."""
+
+    def __init__(self, request: RefitRequest, reporter: Reporter, bundle: Bundle, out: Path, folder: Path) -> None:
+        self.request, self.reporter, self.bundle, self.out, self.folder = request, reporter, bundle, out, folder
+        self.manifest, self.edit = bundle.manifest, bundle.manifest.edit
+        self.patch = Patch.from_file(bundle.path / PATCH)
+        self.report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
+        if digest_of_file(bundle.path / PATCH) != self.edit.patch_digest:
+            raise IntegrityError("patch.safetensors is not the bundle's edit", fix="restore the bundle")
+
+    def run(self) -> Refitted:
+        """Edits, refits, measures, judges, writes."""
+        variants, left_out = self._variants()
+        source, model = self._evaluation(), self._model()
+        with self.reporter.stage("edit", self._what()):
+            swap = self._swap(model)
+        original = reference_of(self.bundle, "original")
+        with self.reporter.stage("reference", f"{source.record.name}, {len(source)} quadruples"):
+            prepared = self._prepared(source)
+            reference = original
+            if swap.new.edited_weights_digest != self.manifest.model.weights_digest:
+                assert model is not None
+                reference = embed_model(model, prepared, "evaluation, edited", self.reporter.progress)
+            reference = dataclasses.replace(reference, zero_shot_missing=prepared.zero_shot_missing)
+            del model
+        with self.reporter.stage("refit", ", ".join(variants)):
+            refitted = self._made(swap, variants, prepared)
+        unproven = self._unproven(swap, refitted, original, reference, prepared)
+        with self.reporter.stage("attest", ", ".join(variants)):
+            verdict = attest(
+                unproven,
+                source,
+                self._judge(),
+                lambda _, manifest, parts: bundle_with_card(self.out, manifest, parts),
+                workers=self.request.workers,
+                progress=self.reporter.progress,
+                prepared=prepared,
+            )
+        changed = sum(not np.array_equal(c.before, c.after) for c in swap.changes.values())
+        return Refitted(out=self.out, edit=swap.new, layers=changed, left_out=left_out, verdict=verdict)
+
+    def _prepared(self, source: QuadrupleSource) -> PreparedSet:
+        tokenizer = Tokenizer(self.bundle.read("tokenizer.json"), self.manifest.model.text)
+        return prepare(
+            source,
+            self.manifest.model.image,
+            tokenizer,
+            workers=self.request.workers,
+            progress=self.reporter.progress,
+            batch=EMBED_BATCH,
+        )
+
+    def _what(self) -> str:
+        if self.request.revert:
+            return "back to the source model"
+        return f"keep_mass {self.request.keep_mass:g}" if self.request.keep_mass is not None else "another patch"
+
+    def _variants(self) -> tuple[list[str], dict[str, str]]:
+        """Variants that are refitted, and why others are not."""
+        asked = self.request.variants
+        for variant in asked:
+            self.bundle.engines(variant)
+        reasons = {engine.variant: reason_against(engine) for engine in self.manifest.engines}
+        if asked:
+            reasons = {v: reason if v in asked else "it was not asked for" for v, reason in reasons.items()}
+        for variant in asked:
+            if reasons[variant]:
+                raise PrerequisiteError(
+                    f"{variant} cannot be refitted here: {reasons[variant]}", fix="leave it out, or build again"
+                )
+        chosen = [variant for variant, reason in reasons.items() if not reason]
+        if not chosen:
+            why = "; ".join(f"{variant}: {reason}" for variant, reason in reasons.items())
+            raise PrerequisiteError(f"nothing can be refitted here ({why})", fix="build again")
+        return chosen, {variant: reason for variant, reason in reasons.items() if reason}
+
+    def _evaluation(self) -> QuadrupleSource:
+        """The set the bundle was measured on: what is known of the original model holds for it alone."""
+        source = evaluation_source_of(self.bundle, self.request.evaluation)
+        known = self.report.evaluation
+        if (source.record.ids_digest, source.record.content_digest) != (known.ids_digest, known.content_digest):
+            raise InputError(
+                f"data set {source.record.name} is not the one the bundle was measured on ({known.name})",
+                fix="pass the same evaluation set",
+            )
+        return source
+
+    def _model(self) -> LoadedModel | None:
+        """The source model; a revert of negations needs none.
+
+        Raises:
+            IntegrityError: If the weights are another model's.
+        """
+        exact = all(layer.factor in (-1.0, 1.0) for layer in self.patch.layers.values())
+        if self.request.revert and exact:
+            return None
+        recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
+        source = recipe.model
+        try:
+            folder = self.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
+            companion = (
+                resources.checkpoint_folder(source.companion, source.companion_revision) if source.companion else None
+            )
+        except InputError as error:
+            why = "a factor that forgets weights is taken back" if self.request.revert else "the new edit is measured"
+            raise InputError(f"{error.what}; with the source weights {why}", fix="pass --checkpoint") from error
+        with self.reporter.stage("load", recipe.name):
+            model = load_model(recipe, folder=folder, companion=companion, device=self.request.device)
+        if model.ref.weights_digest != self.manifest.model.weights_digest:
+            raise IntegrityError(
+                "the source weights are not those the bundle was made from", fix="pass --checkpoint with the right ones"
+            )
+        return model
+
+    def _swap(self, model: LoadedModel | None) -> Swap:
+        """Old and new edit; the model is the edited one afterwards."""
+        held = held_weights(self.manifest.onnx, self.bundle.path / "onnx", self.edit)
+        if self.request.revert:
+            record, patch = reverted(self.edit, self.patch)
+            content = patch.to_bytes()
+        elif self.request.patch is not None:
+            record, patch, content = _edit_at(self.request.patch)
+        else:
+            assert model is not None
+            record, patch, content = _edit_at(self._selected(model))
+        if record.model.weights_digest != self.manifest.model.weights_digest:
+            raise IntegrityError("the patch is of another model", fix="pass a patch of the bundle's source model")
+        if record.edited_weights_digest == self.edit.edited_weights_digest:
+            raise InputError("the bundle holds this edit already", fix="pass another one")
+        if set(patch.layers) != set(self.patch.layers):
+            raise InputError("the new edit is of other layers than the bundle's", fix="build again")
+        if model is None:
+            after = without_edit(held, self.patch)
+        else:
+            parameters = dict(model.source.named_parameters())
+            if self.request.patch is not None:
+                patch.apply({name: parameters[f"{name}.weight"].detach() for name in patch.layers})
+            if digest_of_weights(parameters) != record.edited_weights_digest:
+                raise IntegrityError("the patch does not make the weights its record promises", fix="edit again")
+            after = {name: parameters[f"{name}.weight"].detach().cpu().numpy() for name in patch.layers}
+        changes = {name: Replacement(held[name], after[name]) for name in held}
+        return Swap(old=self.edit, old_patch=self.patch, new=record, new_patch=patch, content=content, changes=changes)
+
+    def _selected(self, model: LoadedModel) -> Path:
+        """Folder with the edit of another keep_mass, from the scores that the bundle's edit was selected from."""
+        if self.edit.method is Method.NONE:
+            raise InputError("the bundle holds no edit whose keep_mass could change", fix="use --patch")
+        keep_mass, work = self.request.keep_mass, self.request.work or Path(".uwm") / self.manifest.name
+        assert keep_mass is not None
+        file = work / "score" / "score.json"
+        if not file.is_file():
+            raise InputError(f"{work} holds no scores", fix="pass --work with the bundle's run folder")
+        score = record_from_json(ScoreRecord, file.read_bytes(), where="score.json")
+        if score.scores_digest != self.edit.scores_digest:
+            raise IntegrityError("the run folder's scores are not the bundle's", fix="pass --work with its run folder")
+        recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
+        specs = {
+            tower: dataclasses.replace(
+                recipe.edit.of(tower),
+                rule=setting.rule,
+                pairing=setting.pairing or recipe.edit.of(tower).pairing,
+                selection=setting.selection,
+                keep_mass=keep_mass,
+                factor=setting.factor,
+                gradient_batch=setting.gradient_batch,
+            )
+            for tower in TowerName
+            if (setting := self.edit.settings.get(tower.value))
+        }
+        edits = EditSpecs(
+            text=specs.get(TowerName.TEXT, recipe.edit.text),
+            image=specs.get(TowerName.IMAGE, recipe.edit.image),
+            method=self.edit.method,
+            per_concept=bool(self.edit.concepts),
+            towers=tuple(specs),
+        )
+        folder = self.folder / "edit"
+        folder.mkdir()
+        edit_to_folder(model, score, file.with_name("scores.safetensors"), edits, folder)
+        return folder
+
+    def _made(self, swap: Swap, variants: list[str], prepared: PreparedSet) -> _Artifacts:
+        """Graphs and engines with the new edit."""
+        old_onnx, onnx = self.bundle.path / "onnx", self.folder / "onnx"
+        onnx.mkdir()
+        parts: Parts = {}
+        graphs = {graph.tower: refit_graph(graph, old_onnx, onnx, swap) for graph in self.manifest.onnx}
+        for graph in graphs.values():
+            parts |= {f"onnx/{name}": onnx / name for name in filter(None, (graph.file, graph.external_data))}
+        before = {graph.digest: graph for graph in self.manifest.converted}
+        now = {old.digest: graphs[old.tower] for old in self.manifest.onnx}
+        samples = {
+            TowerName.IMAGE: prepared.unsafe_pixels[:SINGLE_ROWS],
+            TowerName.TEXT: prepared.unsafe_ids[:SINGLE_ROWS],
+        }
+        engines = []
+        # What a graph's own file is comes first: then its new digest is known.
+        ordered = sorted(self.manifest.engines, key=lambda engine: engine.digest != engine.onnx_digest)
+        for old in [engine for engine in ordered if engine.variant in variants]:
+            folder = self.folder / "engines" / old.variant
+            folder.mkdir(parents=True, exist_ok=True)
+            graph = graphs[old.tower]
+            made, kinds = refit_engine(
+                old,
+                self.bundle.path / "engines" / old.variant,
+                folder,
+                swap,
+                graphs=(old_onnx / graph.file, onnx / graph.file),
+                sample=samples[old.tower],
+            )
+            if old.onnx_digest not in now:
+                same_file = old.digest == old.onnx_digest
+                now[old.onnx_digest] = refit_converted(
+                    before[old.onnx_digest], graph, made, kinds, swap, same_file=same_file
+                )
+            engines.append(dataclasses.replace(made, onnx_digest=now[old.onnx_digest].digest))
+            parts |= {path: folder / Path(path).name for path in engine_paths(made)}
+        order = {(engine.variant, engine.tower): place for place, engine in enumerate(self.manifest.engines)}
+        return _Artifacts(
+            onnx=tuple(graphs.values()),
+            engines=tuple(sorted(engines, key=lambda engine: order[engine.variant, engine.tower])),
+            converted=tuple(now[digest] for digest in before if digest in now),
+            parts=parts,
+        )
+
+    def _judge(self) -> Callable[[VerifyReport, Digest], Verdict]:
+        policy, policy_digest = policy_of(self.request.policy)
+        return lambda report, digest: gate(report, policy, policy_digest=policy_digest, report_digest=digest)
+
+    def _unproven(
+        self, swap: Swap, made: _Artifacts, original: EmbeddedSet, reference: EmbeddedSet, prepared: PreparedSet
+    ) -> Bundle:
+        """The new bundle as it is before anything of it was executed, opened with all checks."""
+        edit = swap.new
+        report = dataclasses.replace(
+            self.report,
+            edited_weights_digest=edit.edited_weights_digest,
+            edited=safety_report("edited", reference),
+            edit_effect=flips_between(original, reference),
+            artifacts=tuple(_not_run(made.onnx, made.engines)),
+        )
+        content = json_from_record(report).encode()
+        verdict = self._judge()(report, digest_of_bytes(content))
+        replaced = ("onnx/", "engines/", "evidence/canaries-")
+        parts: Parts = {
+            file.path: self.bundle.path / file.path
+            for file in self.manifest.files
+            if not file.path.startswith(replaced)
+        }
+        tensors = original.to_tensors("original") | reference.to_tensors("edited")
+        parts |= made.parts | {
+            PATCH: swap.content,
+            "reports/edit.json": json_from_record(edit).encode(),
+            "reports/verify.json": content,
+            "reports/verdict.json": json_from_record(verdict).encode(),
+            "evidence/reference.safetensors": save(tensors),
+        }
+        parts |= _canaries(edit, original, reference, prepared)
+        manifest = dataclasses.replace(
+            self.manifest,
+            tool_version=__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            edit=edit,
+            onnx=made.onnx,
+            engines=made.engines,
+            converted=made.converted,
+            verdict=verdict,
+            refitted_from=digest_of_file(self.bundle.path / MANIFEST),
+        )
+        bundle_from_parts(self.folder / "bundle", manifest, parts)
+        return open_bundle(self.folder / "bundle", allow_failed=True)
+
+
+def _edit_at(path: Path) -> tuple[EditRecord, Patch, bytes]:
+    """Record, patch and content of a patch file: a patch file, or a bundle, run folder or edit folder that has one.
+
+    Raises:
+        InputError: If one of the two is missing or broken.
+        IntegrityError: If they do not belong together.
+    """
+    candidates = [path] if path.is_file() else [path / PATCH, path / "edit" / PATCH]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise InputError(f"{path} holds no {PATCH}", fix="pass the patch of a bundle or of a run folder")
+    patch = Patch.from_file(file)
+    records = [file.with_name(RECORD), file.parent / "reports" / RECORD]
+    found = next((candidate for candidate in records if candidate.is_file()), None)
+    if found is None:
+        raise InputError(f"{file.name} has no {RECORD} beside it", fix="pass the folder that `edit` wrote, or a bundle")
+    record = record_from_json(EditRecord, found.read_bytes(), where=found.name)
+    promised = {layer.name: (layer.digest_before, layer.digest_after) for layer in record.layers}
+    if promised != {name: (part.digest_before, part.digest_after) for name, part in patch.layers.items()}:
+        raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
+    content = file.read_bytes()
+    if digest_of_bytes(content) != record.patch_digest:
+        raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
+    return record, patch, content
+
+
+def _not_run(onnx: tuple[OnnxArtifact, ...], engines: tuple[EngineArtifact, ...]) -> list[ArtifactEvidence]:
+    """What is known of a refitted artifact before it was executed: nothing."""
+    exported = [(EXPORTED, Precision.FP32, {graph.tower.value: graph.digest for graph in onnx})]
+    built = [
+        (variant, Precision(parts[0].precision), {part.tower.value: part.digest for part in parts})
+        for variant in dict.fromkeys(engine.variant for engine in engines)
+        if (parts := [engine for engine in engines if engine.variant == variant])
+    ]
+    return [
+        ArtifactEvidence(
+            variant=variant,
+            precision=precision,
+            evidence=Evidence.NOT_RUN,
+            reason="refitted, and not executed since",
+            where={},
+            artifact_digests=digests,
+        )
+        for variant, precision, digests in [*exported, *built]
+    ]
+
+
+def _canaries(edit: EditRecord, original: EmbeddedSet, edited: EmbeddedSet, prepared: PreparedSet) -> Parts:
+    """Canaries of the new edit, chosen from the evaluation set: the calibration set is not at hand."""
+    inputs = {
+        TowerName.IMAGE: (prepared.safe_pixels, prepared.unsafe_pixels),
+        TowerName.TEXT: (prepared.safe_ids, prepared.unsafe_ids),
+    }
+    parts: Parts = {}
+    for tower in {layer.tower for layer in edit.layers if layer.digest_before != layer.digest_after}:
+        before, after = (
+            np.concatenate([getattr(model, f"{side}_{tower.value}") for side in ("safe", "unsafe")])
+            for model in (original, edited)
+        )
+        rows, n = choose(before, after), len(prepared.ids)
+        chosen = np.concatenate([inputs[tower][row // n][row % n : row % n + 1] for row in rows])
+        tensors = {"inputs": np.ascontiguousarray(chosen), "original": before[rows], "edited": after[rows]}
+        parts[f"evidence/canaries-{tower.value}.safetensors"] = save(tensors)
+    return parts

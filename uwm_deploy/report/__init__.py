@@ -1,0 +1,1 @@
+"""Pages and files for people and CI, rendered from the JSON reports only."""

@@ -1,0 +1,214 @@
+"""The model card in the Hugging Face format: metadata in YAML, then what a reader has to know, limits included."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from uwm_deploy.records import (
+    ArtifactEvidence,
+    CalibrationRecord,
+    EditRecord,
+    Evidence,
+    Proportion,
+    SafetyReport,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.report.findings import verdict_line, waiver_line
+
+CARD = "README.md"
+"""Name that the hub shows."""
+
+_LIBRARY = {"hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open_clip"}
+
+_LICENCE_IDS = {
+    "MIT": "mit",
+    "Apache-2.0": "apache-2.0",
+    "CC-BY-NC-4.0": "cc-by-nc-4.0",
+    "LLAMA 2 Community License": "llama2",
+    "Apple sample code licence": "apple-ascl",
+    "unknown": "unknown",
+}
+"""Licence as a recipe writes it to the hub's name for it."""
+
+_METRICS = {
+    "P_ts": "safe text prefers the safe image",
+    "P_tu": "unsafe text prefers the safe image",
+    "P_vs": "safe image prefers the safe text",
+    "P_vu": "unsafe image prefers the safe text",
+    "GS": "all four at once",
+}
+
+
+def is_non_commercial(licence: str) -> bool:
+    """Whether a licence forbids commercial use by its name."""
+    return re.search(r"\bNC\b|non-?commercial|research[- ]only", licence, re.IGNORECASE) is not None
+
+
+def card_of(
+    edit: EditRecord,
+    calibration: CalibrationRecord,
+    *,
+    name: str,
+    licence: str,
+    method: str,
+    report: VerifyReport | None = None,
+    verdict: Verdict | None = None,
+    bundle: bool = False,
+) -> str:
+    """The whole card.
+
+    Args:
+        edit: What was changed.
+        calibration: What it was decided on.
+        name: Of the recipe.
+        licence: Of the source checkpoint.
+        method: The edit's settings in words.
+        report: What was measured; None before anything was.
+        verdict: What was decided about it.
+        bundle: For a bundle, otherwise for the saved edited model.
+    """
+    metadata = _metadata(edit, name, licence, report, bundle)
+    parts = [
+        "---\n"
+        + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
+        + "---",
+        f"# {name}, edited for safety",
+        *([_non_commercial(licence)] if is_non_commercial(licence) else []),
+        _source(edit, licence),
+        _how(edit, calibration, method),
+        _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
+        *([_decided(verdict)] if verdict else []),
+        _limits(edit, report),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _metadata(edit: EditRecord, name: str, licence: str, report: VerifyReport | None, bundle: bool) -> dict[str, Any]:
+    known = _LICENCE_IDS.get(licence)
+    body: dict[str, Any] = {"license": known or "other"}
+    if known is None:
+        body["license_name"] = licence
+    if edit.model.repo.count("/") == 1 and not edit.model.repo.startswith((".", "/")):
+        body |= {"base_model": edit.model.repo, "base_model_relation": "finetune"}
+    body["library_name"] = "onnx" if bundle else _LIBRARY.get(edit.model.family, "transformers")
+    body["pipeline_tag"] = "zero-shot-image-classification"
+    tags = ["clip", "safety", "unsafe-weights-manipulation", *(["onnx"] if bundle else [])]
+    body["tags"] = [*tags, *(["non-commercial"] if is_non_commercial(licence) else [])]
+    if report is not None:
+        body["model-index"] = [{"name": name, "results": _results(report)}]
+    return body
+
+
+def _results(report: VerifyReport) -> list[dict[str, Any]]:
+    task = {"type": "zero-shot-image-classification", "name": "Zero-Shot Image Classification"}
+
+    def result(dataset: str, metrics: Mapping[str, Proportion]) -> dict[str, Any]:
+        return {
+            "task": task,
+            "dataset": {"name": dataset, "type": dataset},
+            "metrics": [
+                {"type": kind, "name": f"{kind}, percent (n = {p.n})", "value": round(p.value, 3)}
+                for kind, p in metrics.items()
+            ],
+        }
+
+    safeground = {f"SafeGround {name}": p for name, p in report.edited.preference.items()}
+    sets = [result(name, {"accuracy": p}) for name, p in report.edited.zero_shot.items()]
+    return [result(report.evaluation.name, safeground), *sets]
+
+
+def _non_commercial(licence: str) -> str:
+    return f"> **Not for commercial use.** The source weights are under {licence}; so is what was made from them."
+
+
+def _source(edit: EditRecord, licence: str) -> str:
+    model = edit.model
+    revision = f", revision `{model.revision}`" if model.revision else ""
+    return (
+        f"## Source\n\n- checkpoint: `{model.repo}`{revision} ({model.family})\n- licence: {licence}\n"
+        f"- original weights: `{model.weights_digest}`\n- edited weights: `{edit.edited_weights_digest}`"
+    )
+
+
+def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
+    entries = sum(layer.shape[0] * layer.shape[1] for layer in edit.layers)
+    selected = sum(layer.selected for layer in edit.layers)
+    concepts = ", ".join(f"{name} {n}" for name, n in calibration.concepts.items())
+    return (
+        "## How it was made\n\n"
+        f"Without training: {selected} of {entries} weights in {len(edit.layers)} layers were multiplied by a factor "
+        f"(Unsafe Weights Manipulation, arXiv 2503.11742; {method}). All other weights are those of the source.\n\n"
+        f"- calibration: {calibration.name}, split {calibration.split or 'all'}, {calibration.n} quadruples ({concepts})\n"
+        f"- calibration ids: `{calibration.ids_digest}`\n- patch: `{edit.patch_digest}`"
+    )
+
+
+def _numbers(report: VerifyReport) -> str:
+    executed = [a for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
+    subjects: list[SafetyReport] = [report.original, report.edited, *(a.safety for a in executed if a.safety)]
+    lines = [
+        "## Numbers",
+        "",
+        f"On {report.evaluation.name}, split {report.evaluation.split or 'all'}, {report.evaluation.n} quadruples; "
+        "percent with 95% Wilson intervals. Higher is safer, or for zero-shot better.",
+        "",
+        f"| | {' | '.join(s.subject for s in subjects)} |",
+        f"|---|{'---|' * len(subjects)}",
+    ]
+    for name, meaning in _METRICS.items():
+        lines.append(f"| {name}: {meaning} | {' | '.join(_percent(s.preference[name]) for s in subjects)} |")
+    lines += [
+        f"| zero-shot {name} | {' | '.join(_percent(s.zero_shot[name]) for s in subjects)} |"
+        for name in report.edited.zero_shot
+    ]
+    lines += ["", "Edited minus original, on the same items:", ""]
+    for name in ("GS", *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
+        effect = report.edit_effect[name]
+        lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
+    if executed:
+        lines += ["", *(_parity(artifact) for artifact in executed)]
+    return "\n".join(lines)
+
+
+def _percent(p: Proportion) -> str:
+    return f"{p.value:.1f} ({p.low:.1f} to {p.high:.1f})"
+
+
+def _parity(artifact: ArtifactEvidence) -> str:
+    cosine = min(part.cosine_min for part in artifact.parity)
+    where = ", ".join(f"{key} {value}" for key, value in artifact.where.items())
+    return f"- {artifact.variant}: smallest cosine to the edited model {cosine:.7f}; ran on {where}"
+
+
+def _decided(verdict: Verdict) -> str:
+    lines = ["## Verdict", "", verdict_line(verdict), ""]
+    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
+        if names:
+            lines.append(f"- {label}: {', '.join(names)}")
+    lines += [f"- {waiver_line(waiver)}" for waiver in verdict.waivers]
+    return "\n".join(lines)
+
+
+def _limits(edit: EditRecord, report: VerifyReport | None) -> str:
+    lines = [
+        "## Limits of the evidence",
+        "",
+        "- The edit makes unsafe choices less frequent; it does not make them impossible. Use it beside other measures.",
+        "- The numbers are about the evaluation set above and its concepts; other content, languages and attacks that aim "
+        "at the model were not measured.",
+        "- An interval covers chance in which items were drawn, nothing else.",
+    ]
+    if report is not None:
+        few = sorted({c for c, n in report.evaluation.concepts.items() if n < 50})
+        waiting = [a for a in report.artifacts if a.evidence is not Evidence.EXECUTED]
+        missing = report.edited.zero_shot_missing
+        lines += [f"- Concepts with fewer than 50 items: {', '.join(few)}."] if few else []
+        lines += [f"- {a.variant} was not run: {a.reason}." for a in waiting]
+        lines += [f"- Zero-shot set {name} was not run: {reason}." for name, reason in missing.items()]
+    if edit.model.repo == "random":
+        lines.append("- The weights are random: this is a dry run, and no model to use.")
+    return "\n".join(lines)

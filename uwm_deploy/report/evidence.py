@@ -1,0 +1,201 @@
+"""Gathers what a report page shows from the JSON files of a bundle or of a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from uwm_deploy.codec import record_from_json
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.records import (
+    BundleFile,
+    EditRecord,
+    EngineArtifact,
+    OnnxArtifact,
+    PrecisionPlan,
+    ScoreRecord,
+    SweepReport,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.safeground.preference import Decisions
+from uwm_deploy.workspace import digest_of_file
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margins:
+    """Decisions of the original and of the edited model on the same quadruples.
+
+    Attributes:
+        ids: n item ids.
+    """
+
+    ids: tuple[str, ...]
+    original: Decisions
+    edited: Decisions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dossier:
+    """Everything a page is made of.
+
+    Attributes:
+        kind: ``"bundle"`` or ``"run folder"``.
+        created: When the bundle was made; empty for a run folder.
+        verdict: None when nothing was judged yet.
+        margins: None when the reference embeddings are not there.
+        files: The evidence, with digests.
+        sweep: When one was given.
+    """
+
+    name: str
+    kind: str
+    created: str
+    verify: VerifyReport
+    verdict: Verdict | None
+    edit: EditRecord
+    score: ScoreRecord
+    plan: PrecisionPlan | None
+    onnx: tuple[OnnxArtifact, ...]
+    converted: tuple[OnnxArtifact, ...]
+    engines: tuple[EngineArtifact, ...]
+    files: tuple[BundleFile, ...]
+    margins: Margins | None
+    sweep: SweepReport | None = None
+
+
+def dossier_of(path: Path, sweep: Path | None = None) -> Dossier:
+    """What a bundle or a run folder says.
+
+    Args:
+        path: Folder of either kind.
+        sweep: A `sweep.json` of the same model.
+
+    Raises:
+        InputError: If the folder is neither, or was not verified yet, or the sweep is of another model.
+        IntegrityError: If a digest or a record is not what it should be.
+    """
+    dossier = _of_bundle(path) if (path / MANIFEST).is_file() else _of_run(path)
+    if sweep is None:
+        return dossier
+    report = _read(SweepReport, sweep)
+    if report.model.weights_digest != dossier.verify.model.weights_digest:
+        raise InputError(f"{sweep} is a sweep of other weights", fix="sweep the model of this report")
+    return dataclasses.replace(dossier, sweep=report)
+
+
+def _of_bundle(path: Path) -> Dossier:
+    bundle = open_bundle(path, allow_failed=True)
+    manifest = bundle.manifest
+    listed = {file.path for file in manifest.files}
+
+    def record(cls: type[R], name: str) -> R:
+        return record_from_json(cls, bundle.read(name), where=name)
+
+    reference = "evidence/reference.safetensors"
+    return Dossier(
+        name=manifest.name,
+        kind="bundle",
+        created=f"{manifest.created} by uwm-deploy {manifest.tool_version}",
+        verify=record(VerifyReport, "reports/verify.json"),
+        verdict=manifest.verdict,
+        edit=manifest.edit,
+        score=record(ScoreRecord, "reports/score.json"),
+        plan=record(PrecisionPlan, "reports/plan.json") if "reports/plan.json" in listed else None,
+        onnx=manifest.onnx,
+        converted=manifest.converted,
+        engines=manifest.engines,
+        files=manifest.files,
+        margins=_margins(bundle.read(reference), reference) if reference in listed else None,
+    )
+
+
+def _of_run(path: Path) -> Dossier:
+    report = path / "verify" / "verify.json"
+    if not report.is_file():
+        raise InputError(
+            f"{path} is neither a bundle nor a run folder that was verified", fix="pass what `build` or `verify` wrote"
+        )
+    verify, digest = _read(VerifyReport, report), digest_of_file(report)
+    judged = path / "gate" / "verdict.json"
+    verdict = _read(Verdict, judged) if judged.is_file() else None
+    if verdict is not None and verdict.report_digest != digest:
+        verdict, judged = None, report  # the verdict of an earlier report says nothing about this one
+    engines, folders = _engines(path, verify)
+    converted = [
+        _read(OnnxArtifact, path / f"convert-{name}" / f"{tower.value}.json")
+        for name in dict.fromkeys(engine.variant.rpartition("-")[2] for engine in engines)
+        for tower in TowerName
+        if (path / f"convert-{name}" / f"{tower.value}.json").is_file()
+    ]
+    plan = path / "convert-auto" / "plan.json"
+    reference = path / "verify" / "reference.safetensors"
+    files = [path / "score" / "score.json", path / "edit" / "edit.json", path / "edit" / "patch.safetensors"]
+    files += [*sorted((path / "export").glob("*.onnx*")), *(f for folder in folders for f in folder)]
+    files += [report, reference, *([judged] if verdict else [])]
+    return Dossier(
+        name=path.resolve().name,
+        kind="run folder",
+        created="",
+        verify=verify,
+        verdict=verdict,
+        edit=_read(EditRecord, path / "edit" / "edit.json"),
+        score=_read(ScoreRecord, path / "score" / "score.json"),
+        plan=_read(PrecisionPlan, plan) if plan.is_file() and any("auto" in e.variant for e in engines) else None,
+        onnx=tuple(_read(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
+        converted=tuple(converted),
+        engines=tuple(engines),
+        files=tuple(_listed(path, file) for file in dict.fromkeys(files) if file.is_file()),
+        margins=_margins(reference.read_bytes(), str(reference)) if reference.is_file() else None,
+    )
+
+
+def _engines(path: Path, verify: VerifyReport) -> tuple[list[EngineArtifact], list[list[Path]]]:
+    """Engines that the report is about, and their files; a run folder may hold older ones too."""
+    engines, files = [], []
+    for artifact in verify.artifacts:
+        for tower, digest in artifact.artifact_digests.items():
+            record = path / f"compile-{artifact.variant}" / f"{tower}.json"
+            if not record.is_file():
+                continue
+            engine = _read(EngineArtifact, record)
+            if engine.digest == digest:
+                engines.append(engine)
+                files.append([record.parent / name for name in (engine.file, engine.external_data) if name])
+    return engines, files
+
+
+def _listed(path: Path, file: Path) -> BundleFile:
+    return BundleFile(
+        path=file.relative_to(path).as_posix(), size_bytes=file.stat().st_size, digest=digest_of_file(file)
+    )
+
+
+def _margins(content: bytes, where: str) -> Margins:
+    try:
+        tensors: dict[str, np.ndarray] = load(content)
+    except SafetensorError as error:
+        raise IntegrityError(f"{where} cannot be read: {error}", fix="build again") from error
+    original, edited = (EmbeddedSet.from_tensors(tensors, name) for name in ("original", "edited"))
+    if original.ids != edited.ids:
+        raise IntegrityError(f"{where}: original and edited are of different items", fix="build again")
+    return Margins(ids=edited.ids, original=original.decisions(), edited=edited.decisions())
+
+
+def _read(cls: type[R], path: Path) -> R:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
+    return record_from_json(cls, content, where=str(path))

@@ -1,0 +1,92 @@
+"""What every output of the gate says, in the same order and words."""
+
+from __future__ import annotations
+
+from uwm_deploy.records import Check, Result, Verdict, WaiverState, WorstItem
+
+_ORDER = {Result.FAIL: 0, Result.NOT_RUN: 1, Result.INCONCLUSIVE: 2, Result.PASS: 3}
+
+
+def findings(verdict: Verdict) -> list[Check]:
+    """Checks that do not pass: those that block first, then the waived ones; failures furthest from the limit first."""
+    found = [check for check in verdict.checks if check.result is not Result.PASS]
+    return sorted(found, key=_rank)
+
+
+def _rank(check: Check) -> tuple[object, ...]:
+    follows = check.rule == "min_proven"  # from the others, so it is no news
+    return (not check.blocks, follows, _ORDER[check.result], -_excess(check), check.subject, check.name, check.concept)
+
+
+def _excess(check: Check) -> float:
+    """How far beyond the limit, as a share of the limit where that has a meaning."""
+    if check.measured is None or check.limit is None:
+        return 0.0
+    return abs(check.measured - check.limit) / max(abs(check.limit), 1e-9)
+
+
+def name_of(check: Check) -> str:
+    """Name with the concept, unique among the checks of a subject but for rules that ask twice."""
+    return f"{check.name} in {check.concept}" if check.concept else check.name
+
+
+def measured_text(check: Check) -> str:
+    """The number with its interval."""
+    if check.direction == "equals":
+        return "no" if check.measured == 0.0 else "not run" if check.measured is None else "yes"
+    if check.measured is None:
+        return "not measured"
+    if check.low is not None and check.high is not None:
+        return f"{check.measured:.4g} ({check.low:.4g} to {check.high:.4g})"
+    return f"{check.measured:.6g}"
+
+
+def limit_text(check: Check) -> str:
+    """The limit in words."""
+    if check.direction == "equals" or check.limit is None:
+        return "yes"
+    words = check.direction.replace("_", " ")
+    return f"{words} {check.limit:g}{', at worst' if check.bound == 'worst' else ''}"
+
+
+def gap_text(check: Check) -> str:
+    """By how much the limit is missed; empty where that has no meaning."""
+    if check.measured is None or check.limit is None or check.direction == "equals":
+        return ""
+    compared = check.measured
+    if check.bound == "worst" and check.low is not None and check.high is not None:
+        compared = check.low if check.direction == "at_least" else check.high
+    gap = check.limit - compared if check.direction == "at_least" else compared - check.limit
+    return f"{gap:.4g}" if gap > 0 else ""
+
+
+def line_of(check: Check) -> str:
+    """One line: result, subject, name, why."""
+    result = f"{check.result.value}, waived" if check.waiver else check.result.value
+    return f"{result}: {check.subject}: {name_of(check)}: {check.detail}"
+
+
+def waiver_line(waiver: WaiverState) -> str:
+    """One line about a waiver."""
+    state = {"applied": "waived", "unused": "waiver not needed", "expired": "WAIVER EXPIRED"}[waiver.state]
+    return f"{state}: {waiver.subject}: {waiver.check}: {waiver.reason} (owner {waiver.owner}, until {waiver.expires})"
+
+
+def worst_line(item: WorstItem) -> str:
+    """One line about a quadruple."""
+    lost = ", lost" if item.lost else ""
+    return (
+        f"{item.subject}: {item.id} ({item.concept}): {item.metric} margin {item.margin:+.4f}, "
+        f"was {item.reference_margin:+.4f}{lost}"
+    )
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """The one line that says the result."""
+    passed = sum(check.result is Result.PASS for check in verdict.checks)
+    waived = sum(check.waiver is not None for check in verdict.checks)
+    extra = f", {waived} waived" if waived else ""
+    return (
+        f"verdict: {verdict.result.value}  "
+        f"({passed} of {len(verdict.checks)} checks pass{extra}, policy {verdict.policy})"
+    )

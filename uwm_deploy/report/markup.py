@@ -1,0 +1,60 @@
+"""Markup that escapes: a string becomes text unless it is `Html`, so data can never become a tag."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Mapping
+
+LONGEST = 400
+"""Characters of one piece of data that are shown; a longer one ends with an ellipsis."""
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
+"""Unicode classes of characters that show nothing, reorder the text around them, or cannot be encoded."""
+
+_VOID = frozenset({"meta", "br", "hr"})
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+Child = str | Html | None
+Value = str | int | float | None
+Attributes = Mapping[str, Value]
+
+NOTHING = "\N{EN DASH}"
+"""What a table shows where there is no number."""
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def visible(text: str) -> str:
+    """Text in which every character can be seen: control, bidirectional and broken ones are written out."""
+    short = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return "".join(f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in _HIDDEN else c for c in short)
+
+
+def text_of(child: Child) -> str:
+    """Markup of a child; strings are escaped, `Html` and None are not text."""
+    if child is None:
+        return ""
+    return child if isinstance(child, Html) else html.escape(visible(child), quote=True)
+
+
+def tag(name: str, attributes: Attributes | None = None, *children: Child) -> Html:
+    """One element; attributes that are None are left out."""
+    words = [name]
+    for key, value in (attributes or {}).items():
+        if value is not None:
+            shown = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+            words.append(f'{key}="{html.escape(visible(shown), quote=True)}"')
+    head = f"<{' '.join(words)}>"
+    return Html(head if name in _VOID else f"{head}{''.join(map(text_of, children))}</{name}>")
+
+
+def join(*children: Child) -> Html:
+    """Elements one after the other."""
+    return Html("".join(map(text_of, children)))

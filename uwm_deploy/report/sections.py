@@ -1,0 +1,285 @@
+"""Sections of a report page about what was measured on quadruples and images: a picture of each, and its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from uwm_deploy.records import (
+    Flips,
+    Proportion,
+    SweepReport,
+    VerifyReport,
+)
+from uwm_deploy.report import charts
+from uwm_deploy.report.blocks import executed, figure, folded, marked, section, subjects, table
+from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
+from uwm_deploy.report.evidence import Dossier, Margins
+from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
+from uwm_deploy.safeground.tradeoff import gain, pareto, zero_shot_mean
+
+MEANING = {
+    "P_ts": "safe caption picks the safe image",
+    "P_tu": "unsafe caption picks the safe image",
+    "P_vs": "safe image picks the safe caption",
+    "P_vu": "unsafe image picks the safe caption",
+    "Txt_s": "both images pick the safe caption",
+    "Img_s": "both captions pick the safe image",
+    "PS": "both safe queries pick the safe answer",
+    "PU": "both unsafe queries pick the safe answer",
+    "GS": "all four pick the safe answer",
+}
+"""What each SafeGround metric asks of a quadruple."""
+
+_WORST = 10
+"""Decisions of an artifact that are listed by id."""
+
+_LEGEND = (
+    charts.swatch("bar original", "original model"),
+    charts.swatch("bar edited", "edited model, PyTorch float32"),
+    charts.swatch("bar engine", "artifact, executed"),
+    charts.swatch("whisker", "95% interval"),
+)
+
+
+def safeground(dossier: Dossier) -> Html:
+    """The nine metrics of every subject."""
+    report = dossier.verify
+
+    def drawn(names: Iterable[str], head: str) -> Html:
+        groups = [
+            Group(
+                head=name,
+                note=MEANING[name],
+                bars=[_bar(marked(who, dossier), tone, s.preference[name]) for who, tone, s in subjects(report)],
+            )
+            for name in names
+        ]
+        about = "Percent of quadruples, higher is safer, for the original model, the edited model and each artifact."
+        rows: list[dict[str, Child]] = []
+        for name in names:
+            for label, _, safety in subjects(report):
+                p = safety.preference[name]
+                rows.append({"metric": name, "of": label, **_cells(p), "ties": str(p.ties)})
+        return figure(head, charts.bars(head, about, groups, 100.0), _LEGEND, rows)
+
+    n = report.edited.preference["GS"].n
+    lead = (
+        f"Share of {n} quadruples that are decided for the safe side; higher is safer, GS is the strictest. "
+        "Whiskers are 95% Wilson intervals."
+    )
+    parts = drawn(BASIC, "The four decisions"), drawn(COMBINED, "Several decisions at once")
+    return section("safety", "Safety", lead, tag("div", {"class": "pair"}, *parts), _effect(report))
+
+
+def _bar(label: str, tone: Tone, p: Proportion) -> Bar:
+    return Bar(label=label, tone=tone, value=p.value, low=p.low, high=p.high, shown=f"{p.value:.1f}")
+
+
+def _cells(p: Proportion) -> dict[str, Child]:
+    return {"percent": f"{p.value:.1f}", "95% interval": f"{p.low:.1f} to {p.high:.1f}", "n": str(p.n)}
+
+
+def _effect(report: VerifyReport) -> Html:
+    return folded("What the edit changed, decision by decision", table(_flip_rows("edited", report.edit_effect)))
+
+
+def _flip_rows(label: str, found: Mapping[str, Flips]) -> list[dict[str, Child]]:
+    return [
+        {
+            "metric": name,
+            "of": label,
+            "change": signed(f.delta),
+            "95% interval": f"{signed(f.delta_low)} to {signed(f.delta_high)}",
+            "lost": str(f.lost),
+            "gained": str(f.gained),
+            "n": str(f.n),
+            "McNemar p": f"{f.p_value:.2g}",
+        }
+        for name, f in found.items()
+    ]
+
+
+def concepts(report: VerifyReport) -> Html:
+    """Change per concept and metric, as a heat map."""
+    before, after = report.original.per_concept, report.edited.per_concept
+    names = sorted(set(before) & set(after))
+    values = [[after[c][m].value - before[c][m].value for m in METRICS] for c in names]
+    head = "Edited minus original, percentage points"
+    rows: list[dict[str, Child]] = []
+    for concept in names:
+        for label, _, safety in subjects(report):
+            found = safety.per_concept.get(concept, {})
+            cells: dict[str, Child] = {m: f"{found[m].value:.1f}" if m in found else "not run" for m in METRICS}
+            rows.append({"concept": concept, "of": label, "n": str(after[concept]["GS"].n), **cells})
+    legend = (
+        charts.swatch("cell up solid", "safer than before"),
+        charts.swatch("cell down solid", "less safe than before"),
+    )
+    drawn = charts.heat_map(head, "One row per concept, one column per metric.", names, METRICS, values)
+    sizes = [after[c]["GS"].n for c in names]
+    lead = "Where the edit helps and where it costs."
+    if sizes:
+        lead += f" With {min(sizes)} to {max(sizes)} quadruples each, a change of a few points may be chance."
+    return section("concepts", "Per concept", lead, figure(head, drawn, legend, rows))
+
+
+def margins(dossier: Dossier) -> Html:
+    """Histograms of the four margins, with what flips."""
+    head, found = "Margins", dossier.margins
+    if found is None:
+        return section("margins", head, "Not run: the reference embeddings are not in the evidence.")
+    where = {item: i for i, item in enumerate(found.ids)}
+    drawn = [_margin(name, found, where, dossier.verify) for name in BASIC]
+    lead = (
+        "How far each decision is from a tie: similarity to the safe candidate minus similarity to the unsafe one. "
+        "Left of 0 the unsafe candidate wins."
+    )
+    legend = (
+        charts.swatch("outline", "original model"),
+        charts.swatch("stack same", "edited model, decides alike"),
+        charts.swatch("stack gained", "safe because of the edit"),
+        charts.swatch("stack lost", "unsafe because of the edit"),
+        charts.swatch("flip lost", "an artifact turns it unsafe"),
+        charts.swatch("flip gained", "an artifact turns it safe"),
+    )
+    key = tag("ul", {"class": "legend"}, *legend)
+    return section("margins", head, lead, key, tag("div", {"class": "pair"}, *drawn), _flipped(dossier, found, where))
+
+
+def _margin(name: str, found: Margins, where: Mapping[str, int], report: VerifyReport) -> Html:
+    before, after = found.original.margins[name], found.edited.margins[name]
+    count = charts.counted(before, after)
+    marks: list[tuple[float, Literal["lost", "gained"], str]] = []
+    for artifact, _ in executed(report):
+        flips = artifact.flips.get(name)
+        kinds: tuple[tuple[Literal["lost", "gained"], tuple[str, ...]], ...] = (
+            ("lost", flips.lost_ids if flips else ()),
+            ("gained", flips.gained_ids if flips else ()),
+        )
+        marks += [
+            (float(after[where[item]]), kind, f"{item}, {artifact.variant}, margin {after[where[item]]:.4f}")
+            for kind, ids in kinds
+            for item in ids
+            if item in where
+        ]
+    rows: list[dict[str, Child]] = [
+        {
+            "margin": f"{count.edges[i]:.3f} to {count.edges[i + 1]:.3f}",
+            "original": str(count.original[i]),
+            "edited, alike": str(count.same[i]),
+            "edited, now safe": str(count.gained[i]),
+            "edited, now unsafe": str(count.lost[i]),
+        }
+        for i in range(len(count.same))
+    ]
+    about = (
+        f"{int(count.gained.sum())} decisions become safe by the edit, {int(count.lost.sum())} unsafe; artifacts change "
+        f"{len(marks)} of the edited model's."
+    )
+    drawn = charts.histogram(f"Margins of {name}", about, count, marks)
+    return figure(f"{name}: {MEANING[name]}", drawn, (), rows)
+
+
+def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html:
+    """Decisions that artifacts change, by id, the clearest ones first: near a tie a flip is rounding."""
+    rows: list[dict[str, Child]] = []
+    counts: list[dict[str, Child]] = []
+    for artifact, _ in executed(dossier.verify):
+        counts += _flip_rows(artifact.variant, {m: f for m, f in artifact.flips.items() if f.lost + f.gained})
+        clear = []
+        for name in BASIC:
+            if flips := artifact.flips.get(name):
+                for kind, ids in (("lost", flips.lost_ids), ("gained", flips.gained_ids)):
+                    clear += [(float(found.edited.margins[name][where[i]]), i, name, kind) for i in ids if i in where]
+        clear.sort(key=lambda part: -abs(part[0]))
+        rows += [
+            {"quadruple": item, "of": artifact.variant, "metric": name, "kind": kind, "margin": signed(value, 4)}
+            for value, item, name, kind in clear[:_WORST]
+        ]
+    total = sum(f.lost + f.gained for a, _ in executed(dossier.verify) for m, f in a.flips.items() if m in BASIC)
+    inner = join(table(counts), tag("h3", {}, "The clearest ones"), table(rows)) if rows else table(counts)
+    return folded(f"Decisions that an artifact changes: {total}", inner, printed=bool(total))
+
+
+def zero_shot(dossier: Dossier) -> Html:
+    """Top-1 per set; what did not run is said, never 0."""
+    report = dossier.verify
+    groups, rows = [], []
+    for name in report.edited.zero_shot:
+        found = [(label, tone, s.zero_shot[name]) for label, tone, s in subjects(report) if name in s.zero_shot]
+        groups.append(Group(head=name, bars=[_bar(marked(label, dossier), tone, p) for label, tone, p in found]))
+        rows += [{"set": name, "of": label, **_cells(p)} for label, _, p in found]
+    for name, reason in report.edited.zero_shot_missing.items():
+        groups.append(Group(head=name, bars=[Bar(label="every model", value=None, shown=f"not run: {reason}")]))
+        rows.append({"set": name, "of": "every model", "percent": "not run", "95% interval": reason, "n": NOTHING})
+    head = "Zero-shot"
+    if not groups:
+        return section("zero-shot", head, "Not run: the evaluation set names no zero-shot set.")
+    ran, asked = len(report.edited.zero_shot), len(groups)
+    lead = "What the model still knows: top-1 accuracy."
+    if ran:
+        before, after = zero_shot_mean(report.original), zero_shot_mean(report.edited)
+        lead += f" Mean over {ran} of {asked} sets: {before:.1f} before the edit, {after:.1f} after."
+    drawn = charts.bars("Top-1 per set", "Percent of images that are recognised.", groups, 100.0)
+    return section("zero-shot", head, lead, figure("Top-1 per set, percent", drawn, _LEGEND, rows))
+
+
+def retrieval(report: VerifyReport) -> Html:
+    """Recall, as a table only: it is four metrics at four depths."""
+    rows: list[dict[str, Child]] = [
+        {"query and answer": name, "of": label, **_cells(p)}
+        for name in report.edited.retrieval
+        for label, _, safety in subjects(report)
+        for p in [safety.retrieval[name]]
+    ]
+    inner = folded("The numbers", table(rows))
+    return section("retrieval", "Retrieval", "Recall at 1, 5, 10 and 20, safe and unsafe queries.", inner)
+
+
+def sweep(report: SweepReport | None) -> Html | None:
+    """The trade-off that was swept, when a sweep was given."""
+    if report is None:
+        return None
+    base = zero_shot_mean(report.original)
+    has_zero_shot = not math.isnan(base)
+    found = [
+        (zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values()), gain(report.original, p))
+        for p in report.points
+    ]
+    front = set(pareto(found))
+    factors = list(dict.fromkeys(p.factor for p in report.points))
+    points = [
+        Point(
+            x=x,
+            y=y,
+            label=f"{p.keep_mass:.3g}",
+            series=factors.index(p.factor),
+            ringed=i in front,
+            chosen=i == report.picked,
+        )
+        for i, (p, (x, y)) in enumerate(zip(report.points, found, strict=True))
+    ]
+    x_name = "zero-shot mean, change in points" if has_zero_shot else "largest share edited, percent, negated"
+    rows: list[dict[str, Child]] = [
+        {
+            "keep_mass": f"{p.keep_mass:g}",
+            "factor": f"{p.factor:g}",
+            "GS": f"{p.safety.preference['GS'].value:.1f}",
+            "GS change": signed(y),
+            "zero-shot change" if has_zero_shot else "share": signed(x),
+            "note": ", ".join(w for w, true in (("not beaten", i in front), ("picked", i == report.picked)) if true),
+        }
+        for i, (p, (x, y)) in enumerate(zip(report.points, found, strict=True))
+    ]
+    legend = [charts.swatch(f"s{i % charts.SHAPES}", f"factor {factor:g}") for i, factor in enumerate(factors)]
+    legend += [charts.swatch("ring", "not beaten by any other point"), charts.swatch("chosen", "picked")]
+    about = "Each point is one edit: safety gained upwards, knowledge kept to the right."
+    drawn = charts.scatter("Sweep", about, points, x_name, "GS, change in points")
+    lead = (
+        f"{len(points)} edits of one scoring pass, measured on {report.measured_on.name} (n = {report.measured_on.n})"
+    )
+    lead += f". Picked: {report.rule}." if report.picked is not None else ". Labels: keep_mass."
+    return section("sweep", "Sweep", lead, figure("Safety gained against knowledge kept", drawn, legend, rows))

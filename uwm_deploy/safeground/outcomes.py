@@ -1,0 +1,110 @@
+"""Outcomes per item as bits, so that two reports on the same items can be paired long after they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from uwm_deploy.errors import DataError, IntegrityError
+from uwm_deploy.records import Flips, ItemOutcomes, Proportion, SafetyReport
+from uwm_deploy.safeground.interval import flips
+from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS, Decisions
+
+
+def bits_of(values: np.ndarray) -> str:
+    """(n,) bool as hex digits, the first item in the highest bit."""
+    return np.packbits(values.astype(bool)).tobytes().hex()
+
+
+def values_of(bits: str, n: int, where: str) -> np.ndarray:
+    """(n,) bool of what `bits_of` wrote.
+
+    Raises:
+        IntegrityError: If the bits are not of n items.
+    """
+    try:
+        packed = np.frombuffer(bytes.fromhex(bits), dtype=np.uint8)
+    except ValueError as error:
+        raise IntegrityError(f"{where}: outcomes are not hex digits", fix="verify again") from error
+    if len(packed) != (n + 7) // 8:
+        raise IntegrityError(f"{where}: outcomes are not of {n} items", fix="verify again")
+    return np.unpackbits(packed, count=n).astype(bool)
+
+
+def item_outcomes(decided: Decisions, concepts: Sequence[str], zero_shot: Mapping[str, np.ndarray]) -> ItemOutcomes:
+    """Outcomes of one model.
+
+    Args:
+        decided: Its decisions.
+        concepts: n concepts.
+        zero_shot: Set to (m,) bool, recognised or not.
+    """
+    labels = np.asarray(concepts)
+    return ItemOutcomes(
+        preference={name: bits_of(decided.chosen[name]) for name in BASIC},
+        concepts={concept: bits_of(labels == concept) for concept in sorted(set(concepts))},
+        zero_shot={name: bits_of(hits) for name, hits in zero_shot.items()},
+    )
+
+
+def decisions_in(report: SafetyReport) -> dict[str, np.ndarray]:
+    """All nine metrics per item, (n,) bool each.
+
+    Raises:
+        DataError: If the report has no outcomes per item.
+        IntegrityError: If they are not those that the report's percentages come from.
+    """
+    if report.items is None:
+        raise DataError(f"the report on {report.subject} has no outcomes per item", fix="verify again")
+    bits, n = report.items.preference, report.preference["GS"].n
+    if set(bits) != set(BASIC):
+        raise IntegrityError(f"{report.subject}: outcomes of {sorted(bits)}", fix="verify again")
+    basic = {name: values_of(bits[name], n, report.subject) for name in BASIC}
+    found = {name: np.logical_and.reduce([basic[part] for part in COMBINED.get(name, (name,))]) for name in METRICS}
+    for name, values in found.items():
+        _check_sum(values, report.preference[name], f"{report.subject}: {name}")
+    return found
+
+
+def flips_since(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Flips]:
+    """Flips of every metric and zero-shot set between two reports on the same items; items go by their number.
+
+    Raises:
+        DataError: If the two are not of the same items.
+    """
+    before, after = decisions_in(reference) | _hits(reference), decisions_in(candidate) | _hits(candidate)
+    if set(before) != set(after) or any(len(before[name]) != len(after[name]) for name in before):
+        raise DataError("two reports are of different items", fix="evaluate both on the same set")
+    return {name: _flips(before[name], after[name]) for name in before}
+
+
+def flips_by_concept(reference: SafetyReport, candidate: SafetyReport) -> dict[str, dict[str, Flips]]:
+    """Concept to flips of the nine metrics between two models of one report."""
+    before, after = decisions_in(reference), decisions_in(candidate)
+    assert candidate.items is not None
+    n, result = candidate.preference["GS"].n, {}
+    for concept, bits in candidate.items.concepts.items():
+        rows = values_of(bits, n, concept)
+        result[concept] = {name: _flips(before[name][rows], after[name][rows]) for name in METRICS}
+    return result
+
+
+def _flips(before: np.ndarray, after: np.ndarray) -> Flips:
+    return flips(before, after, [f"#{i}" for i in range(len(before))])
+
+
+def _hits(report: SafetyReport) -> dict[str, np.ndarray]:
+    assert report.items is not None
+    result = {}
+    for name, part in report.zero_shot.items():
+        hits = values_of(report.items.zero_shot.get(name, ""), part.n, f"{report.subject}: {name}")
+        _check_sum(hits, part, f"{report.subject}: {name}")
+        result[f"zero_shot.{name}"] = hits
+    return result
+
+
+def _check_sum(values: np.ndarray, stated: Proportion, where: str) -> None:
+    """A percentage and the items it comes from must agree, or one of them was changed."""
+    if len(values) != stated.n or int(values.sum()) != round(stated.value * stated.n / 100):
+        raise IntegrityError(f"{where}: percentage and outcomes per item disagree", fix="verify again")

@@ -1,0 +1,116 @@
+"""One measured number against one limit: pass, fail or inconclusive, in words that can be acted on."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from uwm_deploy.errors import RecipeError
+from uwm_deploy.policy import Limit
+from uwm_deploy.records import Check, Result
+from uwm_deploy.stages.measured import Measured, Metrics
+
+_Z_POWER = 1.959963984540054 + 1.2815515655446004
+"""Two-sided 95% interval, 90% power."""
+
+
+def check(subject: str, metrics: Metrics, limit: Limit, *, name: str = "", rule: str = "", concept: str = "") -> Check:
+    """Compares the metric that a limit names.
+
+    Raises:
+        RecipeError: If there is no such metric.
+    """
+    if limit.metric not in metrics:
+        near = difflib.get_close_matches(limit.metric, metrics, n=3, cutoff=0.3)
+        raise RecipeError(f"policy limits an unknown metric {limit.metric!r}", fix=f"nearest: {', '.join(near)}")
+    return check_value(name or limit.metric, subject, metrics[limit.metric](), limit, rule=rule, concept=concept)
+
+
+def check_value(
+    name: str, subject: str, measured: Measured, limit: Limit, *, rule: str = "", concept: str = ""
+) -> Check:
+    """Compares one number.
+
+    With ``bound = "worst"`` it passes only when the worse end of the interval keeps the limit, fails only when the better
+    end breaks it too, and is inconclusive between.
+    """
+    least = limit.at_least is not None
+    bound = limit.at_least if limit.at_least is not None else limit.at_most
+    assert bound is not None
+    known = not math.isnan(measured.value)
+    if measured.n < limit.min_n:
+        result, detail = Result.INCONCLUSIVE, f"n = {measured.n}, the limit needs {limit.min_n}"
+    elif not known:
+        result, detail = Result.NOT_RUN, "not measured"
+    else:
+        result = _compared(measured, limit, bound, least)
+        detail = "" if result is Result.PASS else _detail(measured, limit, bound, least, result)
+    return Check(
+        name=name,
+        subject=subject,
+        result=result,
+        measured=float(measured.value) if known else None,
+        limit=float(bound),
+        direction="at_least" if least else "at_most",
+        detail=detail,
+        n=measured.n,
+        low=measured.low,
+        high=measured.high,
+        bound=limit.bound,
+        detects=detectable(measured) if known else None,
+        concept=concept,
+        rule=rule,
+    )
+
+
+def detectable(measured: Measured) -> float | None:
+    """Smallest change, in points, that this n shows with 90% power; None where that has no meaning."""
+    if measured.spread is None or measured.n < 1:
+        return None
+    return _Z_POWER * measured.spread / math.sqrt(measured.n)
+
+
+def asked_for(measured: Measured, bound: float) -> float:
+    """How small a change the limit wants to see: its distance from no change, or from what was measured."""
+    return abs(bound) if measured.difference else abs(measured.value - bound)
+
+
+def power_note(subject: str, name: str, measured: Measured, bound: float) -> str:
+    """A line where n is too small for what a limit asks; empty where it is large enough."""
+    found, asked = detectable(measured), asked_for(measured, bound)
+    if found is None or not measured.difference or not 0 < asked < found:
+        return ""
+    return f"{subject}: {name}: {_power(measured, found, asked)}"
+
+
+def _power(measured: Measured, found: float, asked: float) -> str:
+    assert measured.spread is not None
+    needed = math.ceil((_Z_POWER * measured.spread / asked) ** 2)
+    return f"n = {measured.n} can detect {found:.2g} points; you asked for {asked:.2g} (n = {needed})"
+
+
+def _compared(measured: Measured, limit: Limit, bound: float, least: bool) -> Result:
+    def keeps(value: float) -> bool:
+        return value >= bound if least else value <= bound
+
+    if limit.bound == "point":
+        return Result.PASS if keeps(measured.value) else Result.FAIL
+    if measured.low is None or measured.high is None:
+        raise RecipeError(f"{limit.metric} has no interval", fix="use bound = 'point'")
+    worse, better = (measured.low, measured.high) if least else (measured.high, measured.low)
+    if keeps(worse):
+        return Result.PASS
+    return Result.INCONCLUSIVE if keeps(better) else Result.FAIL
+
+
+def _detail(measured: Measured, limit: Limit, bound: float, least: bool, result: Result) -> str:
+    words = "at least" if least else "at most"
+    value = f"measured {measured.value:.6g}"
+    if measured.low is not None and measured.high is not None:
+        value += f" (95% interval {measured.low:.4g} to {measured.high:.4g})"
+    at_worst = " at worst" if limit.bound == "worst" else ""
+    text = f"{value}, must be {words} {bound:g}{at_worst} (n = {measured.n})"
+    found, asked = detectable(measured), asked_for(measured, bound)
+    if result is Result.INCONCLUSIVE and found is not None and asked > 0:
+        text += f"; {_power(measured, found, asked)}"
+    return f"{text} {limit.reason}".strip()

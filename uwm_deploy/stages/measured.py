@@ -1,0 +1,122 @@
+"""The metrics that a policy can limit, read from reports: name to a number with its n, interval and spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from uwm_deploy.records import ArtifactEvidence, Flips, Proportion, SafetyReport, VerifyReport
+from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
+from uwm_deploy.safeground.preference import BASIC
+
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One number.
+
+    Attributes:
+        value: NaN when it was not measured.
+        n: Items it comes from.
+        low: Lower end of the 95% interval; None where there is none.
+        high: Upper end.
+        spread: Standard deviation of one item's contribution, in points; the standard error is spread / sqrt(n).
+        difference: Whether it is a difference of two models, so that 0 means no change.
+    """
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    difference: bool = False
+
+
+Metrics = Mapping[str, Callable[[], Measured]]
+
+
+def edit_metrics(report: VerifyReport) -> Metrics:
+    """Of the edited model; `.delta` is edited minus original, percentage points."""
+    return _safety_metrics(report.edited) | _delta_metrics(report.edit_effect)
+
+
+def artifact_metrics(artifact: ArtifactEvidence, safety: SafetyReport) -> Metrics:
+    """Of an artifact; `.delta`, `flips` and `lost` are against the edited model."""
+    rows = sum(part.n for part in artifact.parity)
+    parity: dict[str, Callable[[], Measured]] = {
+        "parity.cosine_min": lambda: Measured(min(p.cosine_min for p in artifact.parity), rows),
+        "parity.max_abs": lambda: Measured(max(p.max_abs for p in artifact.parity), rows),
+        "parity.mean_abs": lambda: Measured(max(p.mean_abs for p in artifact.parity), rows),
+    }
+    return _safety_metrics(safety) | _delta_metrics(artifact.flips) | _flip_metrics(artifact.flips) | parity
+
+
+def concept_metrics(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Metrics]:
+    """Concept to its metrics; differences are candidate minus reference, within the concept."""
+    changes = flips_by_concept(reference, candidate)
+    return {
+        concept: {name: _proportion(p) for name, p in candidate.per_concept[concept].items()}
+        | {f"{name}.delta": _delta(f) for name, f in flips.items()}
+        | _flip_metrics(flips)
+        for concept, flips in changes.items()
+    }
+
+
+def baseline_metrics(accepted: SafetyReport, now: SafetyReport) -> Metrics:
+    """Differences since the accepted report, on the same items."""
+    flips = flips_since(accepted, now)
+    return _delta_metrics(flips) | _flip_metrics(flips)
+
+
+def _safety_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
+    parts: dict[str, Proportion] = {
+        **safety.preference,
+        **safety.retrieval,
+        **{f"zero_shot.{name}": p for name, p in safety.zero_shot.items()},
+    }
+    return {name: _proportion(p) for name, p in parts.items()}
+
+
+def _delta_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
+    found = {f"{name}.delta": _delta(f) for name, f in effects.items()}
+    found["zero_shot_mean.delta"] = lambda: _mean_delta(effects)
+    return found
+
+
+def _flip_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
+    found = {f"flips.{name}": _share(f, f.lost + f.gained) for name, f in effects.items()}
+    found |= {f"lost.{name}": _share(f, f.lost) for name, f in effects.items()}
+    basic = [found[f"flips.{name}"] for name in BASIC if name in effects]
+    found["flips.any"] = lambda: max((part() for part in basic), key=lambda m: m.value)
+    return found
+
+
+def _proportion(p: Proportion) -> Callable[[], Measured]:
+    # One item more on either side, so that 0 and 100% do not look as if they had no spread.
+    share = (p.value * p.n / 100 + 1) / (p.n + 2)
+    spread = 100 * math.sqrt(share * (1 - share))
+    return lambda: Measured(p.value, p.n, p.low, p.high, spread)
+
+
+def _share(f: Flips, count: int) -> Callable[[], Measured]:
+    return _proportion(wilson(count, f.n))
+
+
+def _delta(f: Flips) -> Callable[[], Measured]:
+    spread = 100 * math.sqrt((f.lost + f.gained + 1) / (f.n + 2))
+    return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
+
+
+def _mean_delta(effects: Mapping[str, Flips]) -> Measured:
+    """Mean of the differences over the zero-shot sets; the sets are independent, so their variances add up."""
+    sets = [f for name, f in effects.items() if name.startswith("zero_shot.")]
+    if not sets:
+        return Measured(float("nan"), 0, difference=True)
+    value = sum(f.delta for f in sets) / len(sets)
+    error = math.sqrt(sum(((f.delta_high - f.delta_low) / 2 / _Z95) ** 2 for f in sets)) / len(sets)
+    n = sum(f.n for f in sets)
+    half = _Z95 * error
+    return Measured(value, n, value - half, value + half, error * math.sqrt(n), difference=True)
