@@ -78,11 +78,11 @@ def bytes_below(folder: Path, *starts: str) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not starts or name.startswith(starts)}
 
 
-def edited_to(request_: Request, folder: Path, **changes: object) -> Path:
+def edited_to(request_: Request, folder: Path, until: str = "edit", **changes: object) -> Path:
     """Folder with another edit, made by the stages themselves from the build's scores."""
     work = folder / "work"
     shutil.copytree(request_.work / "score", work / "score")
-    run(dataclasses.replace(request_, work=work, **changes), until="edit", reporter=QUIET)
+    run(dataclasses.replace(request_, work=work, **changes), until=until, reporter=QUIET)
     return work / "edit"
 
 
@@ -149,13 +149,11 @@ def test_another_keep_mass_gives_what_a_build_gives(request_: Request, bundle: P
     made = refit(asked(request_, keep_mass=0.85, out=tmp_path / "out"), QUIET)
     assert made.verdict.proven == VARIANTS
     assert made.layers == 8
-    folder = edited_to(request_, tmp_path, keep_mass=0.85)
+    folder = edited_to(request_, tmp_path, "export", keep_mass=0.85)
     edit = record_from_json(EditRecord, (folder / "edit.json").read_bytes(), where="edit.json")
     assert made.edit == edit
-    work = folder.parent
-    run(dataclasses.replace(request_, work=work, keep_mass=0.85), until="export", reporter=QUIET)
     for name in ("image.onnx", "text.onnx"):
-        assert (tmp_path / "out" / "onnx" / name).read_bytes() == (work / "export" / name).read_bytes()
+        assert (tmp_path / "out" / "onnx" / name).read_bytes() == (folder.parent / "export" / name).read_bytes()
     for variant in VARIANTS:
         for name in ("image.onnx", "text.onnx"):
             old, new = (onnx.load(path / "engines" / variant / name) for path in (bundle, tmp_path / "out"))

@@ -26,6 +26,7 @@ from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert import embed_with, lower
 from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, refit_graph, reverted, without_edit
+from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
 needs_rtx = pytest.mark.skipif(
@@ -215,6 +216,17 @@ def swap_back(exported: Exported) -> Swap:
     after = without_edit(held, patch)
     found = {name: Replacement(held[name], after[name]) for name in held}
     return Swap(old=old, old_patch=patch, new=new, new_patch=nothing, content=nothing.to_bytes(), changes=found)
+
+
+def test_equal_patches_are_equal_bytes(exported: Exported, tmp_path: Path) -> None:
+    """However often it is written, a patch is one file with one digest, and reads back as it was."""
+    patch = exported.case.patch
+    contents = {patch.to_bytes() for _ in range(20)}
+    assert len(contents) == 1
+    (tmp_path / "patch.safetensors").write_bytes(contents.pop())
+    again = Patch.from_file(tmp_path / "patch.safetensors")
+    assert set(again.layers) == set(patch.layers)
+    assert {again.to_bytes()} == {patch.to_bytes()}
 
 
 def test_a_refitted_graph_has_the_edit_of_its_record(exported: Exported, tmp_path: Path) -> None:
