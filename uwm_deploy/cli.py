@@ -785,6 +785,12 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     metavar="auto|none|MODEL",
     help="Reference in PyTorch float32: the bundle's own model if its weights are here, none, or a recipe or folder.",
 )
+@click.option(
+    "--threads",
+    default=0,
+    type=click.IntRange(min=0),
+    help="Of each on the CPU, PyTorch too. [default: what each takes, which may differ; shown]",
+)
 @click.option("--csv", "table", default=None, type=click.Path(path_type=Path), help="Write the numbers here as CSV.")
 @click.option("--picture", default=None, type=click.Path(path_type=Path), help="Write a picture here (PNG).")
 @common_options
@@ -794,6 +800,7 @@ def bench(
     batches: tuple[int, ...],
     seconds: float,
     reference: str,
+    threads: int,
     table: Path | None,
     picture: Path | None,
     as_json: bool,
@@ -815,12 +822,12 @@ def bench(
     from uwm_deploy.workspace import write_atomic
 
     opened = open_bundle(bundle, allow_failed=True)
-    contenders, not_run = engine_bench.contenders_of(opened, variants)
+    contenders, not_run = engine_bench.contenders_of(opened, variants, threads)
     if reference != "none":
         from uwm_deploy.torch_reference import NAME, torch_contender
 
         try:
-            contenders.insert(0, torch_contender(opened, None if reference == "auto" else reference))
+            contenders.insert(0, torch_contender(opened, None if reference == "auto" else reference, threads))
         except UwmError as error:
             if reference != "auto":
                 raise

@@ -69,12 +69,13 @@ class Contender:
     open: Open
 
 
-def contenders_of(bundle: Bundle, variants: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
+def contenders_of(bundle: Bundle, variants: Sequence[str], threads: int = 0) -> tuple[list[Contender], dict[str, str]]:
     """Variants of a bundle that this machine can execute, and the reason why it cannot, for each of the others.
 
     Args:
         bundle: An opened bundle.
         variants: Those that are asked for; all when empty.
+        threads: Of a session on the CPU; 0 leaves the number to the runtime.
 
     Raises:
         InputError: If the bundle has no such variant.
@@ -95,7 +96,8 @@ def contenders_of(bundle: Bundle, variants: Sequence[str]) -> tuple[list[Contend
 
         def opened(tower: TowerName, parts: Mapping[TowerName, EngineArtifact] = parts) -> Session:
             engine = parts[tower]
-            return open_engine(engine, bundle.read(engine_path(engine)), bundle.external_data(engine))
+            data = bundle.external_data(engine)
+            return open_engine(engine, bundle.read(engine_path(engine)), data, threads=threads)
 
         found.append(Contender(subject, opened))
     return found, not_run
@@ -442,7 +444,9 @@ def draw(report: BenchReport, path: Path) -> None:
             axes.errorbar(
                 [row.batch for row in rows], middle, yerr=spread, marker="o", markersize=4, capsize=2, label=label
             )
+        sizes = sorted({row.batch for row in report.warm})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_yscale("log")
         axes.set_xlabel("batch")
         axes.set_ylabel("ms per row, p50 to p95")

@@ -55,12 +55,13 @@ class TorchSession:
         """See `Session.close`."""
 
 
-def torch_contender(bundle: Bundle, model: str | None) -> Contender:
+def torch_contender(bundle: Bundle, model: str | None, threads: int = 0) -> Contender:
     """The reference. An edit changes values and no shape, so the weights may be the edited or the original ones.
 
     Args:
         bundle: What is compared with it.
         model: Recipe, recipe file or checkpoint folder; None takes the bundle's own recipe, with weights of this machine.
+        threads: Of PyTorch on the CPU, for the whole process; 0 leaves the number to it.
 
     Raises:
         PrerequisiteError: If torch is not installed.
@@ -68,6 +69,10 @@ def torch_contender(bundle: Bundle, model: str | None) -> Contender:
     """
     if importlib.util.find_spec("torch") is None:
         raise PrerequisiteError("package torch is not installed", fix="pip install 'uwm-deploy[build]'")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
     recipe = _recipe(bundle, model)
     manifest, digest = bundle.manifest, _loaded(recipe).ref.weights_digest
     if digest not in (manifest.model.weights_digest, manifest.edit.edited_weights_digest):

@@ -26,7 +26,7 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.convert import ranges_of
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.pairs import some_of
-from uwm_deploy.stages.search import Layer, Search, Source
+from uwm_deploy.stages.search import Layer, Search, Source, search
 
 RANGE_ROWS = 128
 
@@ -60,9 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=Path(".uwm/bench-precision"))
     work: Path = parser.parse_args().work
-    request = Request(precisions=("auto",), targets=("onnxruntime",), work=work)
-    outcome = run(request, until="compile", reporter=Reporter())
-    assert outcome.plan is not None
+    outcome = run(Request(work=work), until="export", reporter=Reporter())
     recipe, spec = recipe_of("demo")[0], recipe_of("demo")[0].compile.auto
     model = load_model(recipe, folder=work / "edit" / "model", device="cpu")
     tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
@@ -80,7 +78,8 @@ def main() -> None:
         found = magnitudes(path, graph.tower, [*batches["safe"], *batches["unsafe"]], work)
         for rule, values in found.items():
             sizes.setdefault(rule, {}).update(values)
-    chosen = frozenset((TowerName(tower), name) for tower, names in outcome.plan.kept.items() for name in names)
+    plan = search(sources, calibration, spec, (), work, lambda *_: None)
+    chosen = frozenset((TowerName(tower), name) for tower, names in plan.kept.items() for name in names)
     plans = {"all INT8": frozenset[Layer](), "auto": chosen}
     for rule, values in sizes.items():
         plans[rule] = frozenset(sorted(values, key=lambda layer: (-values[layer], layer))[: len(chosen)])
@@ -93,10 +92,10 @@ def main() -> None:
     sets = {"calibration": calibration, "test": test}
     measured = {}
     for name, part in sets.items():
-        search = Search(sources, part, spec, (), work, lambda *_: None)
+        measuring = Search(sources, part, spec, (), work, lambda *_: None)
         for label, kept in plans.items():
-            search.flips(kept, label)
-        measured[name] = search.steps
+            measuring.flips(kept, label)
+        measured[name] = measuring.steps
     counts = ", ".join(f"{len(part.ids)} {name}" for name, part in sets.items())
     print(f"Quadruples: {counts}; flips are percent of the worst metric's decisions.\n")
     print("| kept in float32 | layers | % of multiplications in INT8 | flips, calibration | flips, test |")

@@ -158,11 +158,14 @@ def test_command_writes_table_picture_and_compares_with_torch(bundle: Path, tmp_
     """The reference is found by the bundle's own recipe, measured in the same run, and called what it is."""
     picture, table = tmp_path / "bench.png", tmp_path / "bench.csv"
     command = ["bench", str(bundle), "--seconds", "0.01", "--batch", "1", "--variant", "onnxruntime-fp32"]
-    done = CliRunner().invoke(cli, [*command, "--json", "--csv", str(table), "--picture", str(picture)])
+    done = CliRunner().invoke(
+        cli, [*command, "--threads", "1", "--json", "--csv", str(table), "--picture", str(picture)]
+    )
     assert done.exit_code == 0, done.output
     body = json.loads(done.stdout)
     assert body["against"] == "torch"
     assert {s["name"]: s["state"] for s in body["subjects"]} == {"torch": "reference", "onnxruntime-fp32": "proven"}
+    assert {s["where"]["threads"] for s in body["subjects"]} == {"1"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(table.read_text().splitlines()) == 5
 

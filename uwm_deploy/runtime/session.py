@@ -53,6 +53,7 @@ def open_session(
     external_data: Mapping[str, bytes] | None = None,
     device: Device = "auto",
     optimisation: Optimisation = "done",
+    threads: int = 0,
 ) -> Session:
     """Opens an engine from bytes that were already verified.
 
@@ -65,19 +66,26 @@ def open_session(
         external_data: Content of external data files by their name in the graph.
         device: Where it must run; `auto` takes the best that works.
         optimisation: Of an ONNX graph.
+        threads: Of ONNX Runtime on a CPU; 0 leaves the number to it.
 
     Raises:
         PrerequisiteError: If this machine cannot run it; never falls back silently.
     """
     if target is Target.ONNXRUNTIME:
-        return OnnxRuntimeSession(model, profile, inputs, outputs, external_data or {}, device, optimisation)
+        data = external_data or {}
+        return OnnxRuntimeSession(model, profile, inputs, outputs, data, device, optimisation, threads)
     from uwm_deploy.runtime.tensorrt import TensorRTSession
 
     return TensorRTSession(target, model, profile, inputs, outputs)
 
 
 def open_engine(
-    engine: EngineArtifact, model: bytes, external_data: Mapping[str, bytes], *, device: Device = "auto"
+    engine: EngineArtifact,
+    model: bytes,
+    external_data: Mapping[str, bytes],
+    *,
+    device: Device = "auto",
+    threads: int = 0,
 ) -> Session:
     """Opens what a record describes; see `open_session`."""
     return open_session(
@@ -89,6 +97,7 @@ def open_engine(
         external_data=external_data,
         device=device,
         optimisation=_WHEN[engine.settings.get("optimisation", "")],
+        threads=threads,
     )
 
 
@@ -127,6 +136,7 @@ class OnnxRuntimeSession:
         external_data: Mapping[str, bytes],
         device: Device,
         optimisation: Optimisation,
+        threads: int = 0,
     ) -> None:
         import onnxruntime as ort
 
@@ -134,6 +144,7 @@ class OnnxRuntimeSession:
         self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads
         # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
         options.graph_optimization_level = {
             "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -146,7 +157,7 @@ class OnnxRuntimeSession:
             options.add_external_initializers_from_files_in_memory(names, buffers, [len(b) for b in buffers])
         self._session = self._open(ort, model, options, device)
         provider = self._session.get_providers()[0]
-        self.where = {"provider": provider, "onnxruntime": ort.__version__, "device": ort.get_device()}
+        self.where = {"provider": provider, "onnxruntime": ort.__version__, "device": _device(provider)}
 
     @staticmethod
     def _open(ort: Any, model: bytes, options: Any, device: Device) -> Any:
@@ -187,6 +198,13 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """See `Session.close`."""
         del self._session
+
+
+def _device(provider: str) -> str:
+    """Where a provider runs; ONNX Runtime itself only says what it was compiled for."""
+    from uwm_deploy.runtime.tensorrt import device_name
+
+    return "cpu" if provider == "CPUExecutionProvider" else device_name()
 
 
 def _no_cuda(ort: Any) -> bool:
