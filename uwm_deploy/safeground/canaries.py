@@ -15,6 +15,10 @@ RATIO_LIMIT = 0.5
 """Distance to the edited model divided by distance to the original one; above it the artifact may be the wrong model."""
 
 
+FAR = 1e9
+"""A row at the original model, or without a direction."""
+
+
 @dataclass(frozen=True, slots=True)
 class Canaries:
     """Canaries of one tower.
@@ -30,8 +34,8 @@ class Canaries:
     edited: np.ndarray
 
     def worst(self, found: np.ndarray) -> float:
-        """Largest of the `ratios` of an artifact's embeddings."""
-        return float(ratios(found, self.original, self.edited).max())
+        """Largest of the `ratios` of an artifact's embeddings; `FAR` for one that is infinite, since reports hold numbers."""
+        return min(float(ratios(found, self.original, self.edited).max()), FAR)
 
 
 def choose(original: np.ndarray, edited: np.ndarray, count: int = CANARIES) -> np.ndarray:
