@@ -216,17 +216,18 @@ def make(hostile: bool = False) -> Made:
         edited_weights_digest=edit.edited_weights_digest,
         evaluation=data,
         calibration_overlap=0,
-        original=safety_report("original", before),
-        edited=safety_report("edited", after),
+        original=safety_report("original", before, with_items=True),
+        edited=safety_report("edited", after, with_items=True),
         edit_effect=flips_between(before, after),
         artifacts=(
             ArtifactEvidence(
-                variant="onnx", artifact_digests={}, safety=safety_report("onnx", after),
+                variant="onnx", artifact_digests={}, safety=safety_report("onnx", after, with_items=True),
                 parity=(parity(TowerName.IMAGE, "image_embeds", 32, after.safe_image, after.safe_image),),
                 flips=flips_between(after, after), **measured,
             ),
             ArtifactEvidence(
-                variant="onnxruntime-fp32", artifact_digests=digests, safety=safety_report("onnxruntime-fp32", engine),
+                variant="onnxruntime-fp32", artifact_digests=digests,
+                safety=safety_report("onnxruntime-fp32", engine, with_items=True),
                 parity=(parity(TowerName.IMAGE, "image_embeds", 32, after.safe_image, engine.safe_image),),
                 flips=flips_between(after, engine), **measured,
             ),
