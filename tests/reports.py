@@ -9,7 +9,9 @@ import numpy as np
 from uwm_deploy.records import (
     ArtifactEvidence,
     CalibrationRecord,
+    EditProof,
     Evidence,
+    Goldens,
     ImageSpec,
     ModelRef,
     Precision,
@@ -25,6 +27,7 @@ from uwm_deploy.safeground.embedded import (
     safety_report,
     worst_items,
 )
+from uwm_deploy.safeground.health import data_health
 
 CONCEPTS = ("fire", "blade", "spill")
 DIM = 16
@@ -106,6 +109,9 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
         artifacts=artifacts,
         versions={},
         zero_shot_digests={"shape": digest("7")},
+        edit_proof=EditProof(layers=2, weights=40),
+        goldens=Goldens(images=5, captions=8, grey_levels=1.0, ids_differ=0, cosine_min={"image": 1.0, "text": 1.0}),
+        data=data_health(original, concepts),
     )
 
 

@@ -1102,6 +1102,44 @@ def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
 
 
 @cli.command()
+@click.option(
+    "--fault", "names", multiple=True, metavar="NAME", help="Plant only this one; may be repeated. [default: all]"
+)
+@click.option("--rebuilds", type=click.IntRange(min=0), default=50, show_default=True, help="Honest rebuilds.")
+@click.option(
+    "--peers/--no-peers", default=True, show_default=True, help="Put the artifacts through other tools' checks."
+)
+@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write the table to this file.")
+@common_options
+def selftest(names: tuple[str, ...], rebuilds: int, peers: bool, markdown: Path | None, as_json: bool) -> int:
+    """Tests the gate: planted faults must fail with the right cause, honest rebuilds of the demo must pass.
+
+    \b
+    Example:
+      uwm-deploy selftest
+      uwm-deploy selftest --fault stale-engine --rebuilds 0
+    """
+    import tempfile
+
+    from uwm_deploy.codec import json_from_record
+    from uwm_deploy.console import Reporter
+    from uwm_deploy.selftest import run
+    from uwm_deploy.summary import print_rows
+    from uwm_deploy.workspace import write_atomic
+
+    with tempfile.TemporaryDirectory(prefix="uwm-deploy-") as folder:
+        found = run.selftest(Path(folder), names, rebuilds, peers=peers, progress=Reporter().progress)
+    if markdown:
+        write_atomic(markdown, run.markdown_of(found))
+    if as_json:
+        click.echo(json_from_record(found), nl=False)
+    else:
+        print_rows(run.fault_rows(found))
+        click.echo("\n".join(run.summary_lines(found)))
+    return ExitCode.PASS if run.passed(found) else ExitCode.GATE_FAILED
+
+
+@cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @common_options
 def inspect(path: Path, as_json: bool) -> int:

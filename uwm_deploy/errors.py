@@ -63,6 +63,10 @@ class IntegrityError(UwmError):
     exit_code = ExitCode.INTEGRITY
 
 
+class EvidenceError(IntegrityError):
+    """Files that are whole, and do not belong together: a verdict about another engine, a report that was not judged."""
+
+
 class PrerequisiteError(UwmError):
     """This machine lacks something: a GPU, a provider, a package, disk space."""
 

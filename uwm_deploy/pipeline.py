@@ -41,6 +41,10 @@ from uwm_deploy.records import (
     Digest,
     EditRecord,
     EngineArtifact,
+    Goldens,
+    GraphAudit,
+    LayerEdit,
+    LayerScore,
     Manifest,
     Method,
     OnnxArtifact,
@@ -59,6 +63,7 @@ from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundl
 from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
+from uwm_deploy.safeground.health import data_health
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, with_method
@@ -76,10 +81,14 @@ from uwm_deploy.workspace import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from uwm_deploy.stages.calibrate import PairStream
+    from uwm_deploy.stages.proof import Expected
     from uwm_deploy.stages.search import Source
     from uwm_deploy.stages.verify import Subject
     from uwm_deploy.towers.protocol import LoadedModel
+    from uwm_deploy.uwm.patch import Patch
 
 R = TypeVar("R")
 
@@ -690,6 +699,7 @@ class _Build:
         from safetensors.numpy import save_file
 
         from uwm_deploy.stages.canaries import read_canaries
+        from uwm_deploy.stages.proof import proof_of
         from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
 
         progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
@@ -704,6 +714,7 @@ class _Build:
             ranks=ALONE if ranks.first else ranks,  # the first runs every artifact on all of it
         )
         original = embed_model(self.original, prepared, "evaluation, original", progress, ranks)
+        expected = self._expected()
         del self.original  # one model in memory at a time
         edited = embed_model(self.edited, prepared, "evaluation, edited", progress, ranks)
         if not ranks.first:
@@ -725,11 +736,38 @@ class _Build:
             edit_effect=flips_between(original, edited),
             edit_worst=worst_items("edited", original, edited),
             zero_shot_digests=self._zero_shot_digests(),
+            edit_proof=proof_of(expected, self.edited.source),
+            goldens=self._goldens(),
+            data=data_health(original, self.calibration_source.record.concepts),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
         )
         (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
+
+    def _expected(self) -> Expected:
+        """What the edited model must be, made again from source weights and scores."""
+        from uwm_deploy.stages.edit import selected_entries
+        from uwm_deploy.stages.proof import expected_weights
+
+        edits = self.recipe.edit
+        score = _read(ScoreRecord, self.work / "score" / "score.json")
+        scores = self.work / "score" / "scores.safetensors"
+
+        def select(layer: LayerScore) -> Tensor:
+            return selected_entries(score, scores, layer, edits.of(layer.tower))
+
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        return expected_weights(self.original.source, score, edit, self._patch(), edits, select)
+
+    def _goldens(self) -> Goldens:
+        """The runtime and the towers against the source library."""
+        from uwm_deploy.stages.goldens import goldens_of
+        from uwm_deploy.towers.library import library_of
+
+        model = self.edited
+        library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
+        return goldens_of(model, library)
 
     def _overlap(self) -> int:
         """Evaluation items whose content is also in the calibration set."""
@@ -749,6 +787,7 @@ class _Build:
             "outputs": outputs,
             "normalised": self.recipe.export.normalise,
             "max_batch": batch.max,
+            "opt_batch": batch.opt,
         }
         sessions = {
             tower: open_session(
@@ -765,7 +804,13 @@ class _Build:
         }
         digests = {tower.value: graph.digest for tower, graph in graphs.items()}
         yield Subject(
-            variant=EXPORTED, precision=Precision.FP32, digests=digests, sessions=sessions, reason="", **shared
+            variant=EXPORTED,
+            precision=Precision.FP32,
+            digests=digests,
+            sessions=sessions,
+            reason="",
+            audit=self._audit_graphs,
+            **shared,
         )
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
@@ -779,8 +824,57 @@ class _Build:
                     reason = error.what
             digests = {tower.value: engine.digest for tower, engine in parts.items()}
             yield Subject(
-                variant=variant, precision=precision, digests=digests, sessions=opened, reason=reason, **shared
+                variant=variant,
+                precision=precision,
+                digests=digests,
+                sessions=opened,
+                reason=reason,
+                audit=partial(self._audit_engines, parts),
+                **shared,
             )
+
+    def _audit_graphs(self) -> dict[str, GraphAudit]:
+        """Weights in the exported graphs."""
+        from uwm_deploy.stages.audit import audit_of_graph
+
+        return {
+            graph.tower.value: audit_of_graph(
+                self.work / "export" / graph.file,
+                self.edited.tower(graph.tower).graph_module(),
+                self._edits_of(graph.tower),
+                self._patch(),
+            )
+            for graph in self.outcome.onnx
+        }
+
+    def _audit_engines(self, parts: Mapping[TowerName, EngineArtifact]) -> dict[str, GraphAudit]:
+        """Edited weights in the engines of a variant; a TensorRT engine cannot be read."""
+        from uwm_deploy.stages.audit import audit_of_engine
+
+        sources = {graph.digest: self.work / "export" / graph.file for graph in self.outcome.onnx}
+        for graph in self.outcome.converted:
+            assert graph.conversion is not None
+            sources[graph.digest] = self.work / f"convert-{graph.conversion.precision.value}" / graph.file
+        return {
+            tower.value: audit_of_engine(
+                self.work / f"compile-{engine.variant}" / engine.file,
+                sources[engine.onnx_digest],
+                Precision(engine.precision),
+                self._edits_of(tower),
+                self._patch(),
+            )
+            for tower, engine in parts.items()
+            if engine.target is Target.ONNXRUNTIME
+        }
+
+    def _edits_of(self, tower: TowerName) -> list[LayerEdit]:
+        assert self.outcome.edit is not None
+        return [layer for layer in self.outcome.edit.layers if layer.tower is tower]
+
+    def _patch(self) -> Patch:
+        from uwm_deploy.uwm.patch import Patch
+
+        return Patch.from_file(self.work / "edit" / "patch.safetensors")
 
     def _open(self, engine: EngineArtifact) -> Session:
         folder = self.work / f"compile-{engine.variant}"
@@ -943,7 +1037,7 @@ def _read(cls: type[R], path: Path) -> R:
     return record_from_json(cls, path.read_bytes(), where=path.name)
 
 
-Judge = Callable[[VerifyReport, Digest], Verdict]
+Judge = Callable[..., Verdict]
 """From a report and the digest of its file to the verdict."""
 
 
@@ -991,7 +1085,10 @@ def judge_file(path: Path, policy_name: str, baseline: Path | None = None) -> Ve
         IntegrityError: If the bundle, the report or the baseline was changed.
     """
     report, digest = report_at(path)
-    return _judge(*policy_of(policy_name), _baseline_for(path, baseline))(report, digest)
+    judge = _judge(*policy_of(policy_name), _baseline_for(path, baseline))
+    if path.is_dir():
+        judge = partial(judge, earlier=open_bundle(path, allow_failed=True).manifest.verdict)
+    return judge(report, digest)
 
 
 def accept_baseline(path: Path, policy_name: str, at: Path, *, by: str, reason: str) -> tuple[Verdict, Digest | None]:

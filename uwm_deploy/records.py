@@ -98,6 +98,23 @@ class Evidence(StrEnum):
     NOT_RUN = "not run"
 
 
+class Cause(StrEnum):
+    """What kind of fault a failing check points to; docs/faults.md lists who detects which."""
+
+    EDIT = "edit"
+    WEIGHTS = "weights"
+    GRAPH = "graph"
+    NUMBERS = "numbers"
+    BATCHING = "batching"
+    PREPROCESSING = "preprocessing"
+    TOKENISATION = "tokenisation"
+    DATA = "data"
+    EVIDENCE = "evidence"
+    INTEGRITY = "integrity"
+    MODEL = "model"
+    DECISIONS = "decisions"
+
+
 class Result(StrEnum):
     """Outcome of a check or a verdict; only ``pass`` passes."""
 
@@ -786,6 +803,7 @@ class OutputParity:
         max_abs: Largest absolute difference over all elements.
         mean_abs: Mean absolute difference.
         cosine_min: Smallest row-wise cosine.
+        norm_error: Largest difference of a row's length from the reference's, as a share of it.
         batch: Rows per call.
         n: Rows compared.
     """
@@ -799,6 +817,94 @@ class OutputParity:
     cosine_min: float
     cosine_mean: float
     finite: bool
+    norm_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchCheck:
+    """Whether a row's embedding depends on the rows around it: the same rows alone, and at other places of a batch.
+
+    Attributes:
+        batch: Rows per call.
+        n: Rows compared.
+        cosine_min: Smallest cosine of a row with itself, alone.
+        error: What the artifact says when it does not take such a batch; empty when it does.
+    """
+
+    tower: TowerName
+    batch: int
+    n: int
+    cosine_min: float
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphAudit:
+    """One tower's weights as they lie in an artifact, compared with the edited model; nothing is executed.
+
+    Attributes:
+        layers: Edited layers that hold exactly the edited weight.
+        weights: Other weights that were compared, bit for bit.
+        edit: Edited layers that do not, with the reason.
+        differ: Other weights that are not the edited model's.
+        structure: What else differs from the model, such as the epsilon of a normalisation.
+    """
+
+    layers: int
+    weights: int
+    edit: tuple[str, ...] = ()
+    differ: tuple[str, ...] = ()
+    structure: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditProof:
+    """The saved edited model compared with what source weights, scores and recipe make.
+
+    Attributes:
+        layers: Edited layers.
+        weights: Weights that were compared, edited or not.
+        problems: Every difference, by the weight's name.
+    """
+
+    layers: int
+    weights: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goldens:
+    """The runtime and the towers compared with the source library on images and captions that are hard to get right.
+
+    Attributes:
+        images: Images compared.
+        captions: Captions compared.
+        grey_levels: Largest difference of a pixel, in steps of an 8-bit image; infinite differences are `FAR`.
+        ids_differ: Captions whose ids differ.
+        cosine_min: Tower to the smallest cosine of the library's embedding with the tower's, on equal inputs.
+    """
+
+    images: int
+    captions: int
+    grey_levels: float
+    ids_differ: int
+    cosine_min: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataHealth:
+    """Whether an evaluation set can measure anything, by the source model.
+
+    Attributes:
+        paired: Members of an item that belong together, such as `safe_text safe_image`, to the share of items in which they
+            are more alike than the same two members of different items.
+        aligned: Share of items in which texts fit their own images better than crosswise.
+        calibrated_concepts: Concepts of the calibration set, with their number of items.
+    """
+
+    paired: Mapping[str, Proportion]
+    aligned: Proportion
+    calibrated_concepts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -812,6 +918,10 @@ class ArtifactEvidence:
         where: Machine kind: provider, device name, versions.
         artifact_digests: Digest per tower of exactly the bytes that were executed.
         canaries: Per edited tower, the worst canary's distance to the edited model over that to the original one.
+        batches: Per tower and batch size.
+        broken: Why nothing was measured on the evaluation set although it was executed; empty when it was.
+        audit: Per tower, the weights that lie in it; a tower whose format cannot be read is missing.
+        anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
         flips: Against the edited source model, per preference metric.
         worst: The decisions that fell furthest from the edited model's.
     """
@@ -824,6 +934,10 @@ class ArtifactEvidence:
     artifact_digests: Mapping[str, Digest]
     parity: tuple[OutputParity, ...] = ()
     canaries: Mapping[str, float] = field(default_factory=dict)
+    batches: tuple[BatchCheck, ...] = ()
+    broken: str = ""
+    audit: Mapping[str, GraphAudit] = field(default_factory=dict)
+    anisotropy: Mapping[str, float] = field(default_factory=dict)
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
     worst: tuple[WorstItem, ...] = ()
@@ -850,6 +964,9 @@ class VerifyReport:
     versions: Mapping[str, str]
     edit_worst: tuple[WorstItem, ...] = ()
     zero_shot_digests: Mapping[str, Digest] = field(default_factory=dict)
+    edit_proof: EditProof | None = None
+    goldens: Goldens | None = None
+    data: DataHealth | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -900,6 +1017,8 @@ class Check:
         detects: Smallest change in points that this n shows with 90% power; None where that has no meaning.
         concept: Concept that it is about; empty for all.
         rule: Which rule of the policy asked for it, e.g. ``"artifact[2]"``; empty for what no policy can switch off.
+        cause: What kind of fault it points to when it fails.
+        stage: Stage in which that fault was made.
         advice: What to try when it does not pass.
         waiver: The waiver that keeps it from blocking; the result stays what it is.
     """
@@ -919,6 +1038,8 @@ class Check:
     concept: str = ""
     rule: str = ""
     advice: str = ""
+    cause: Cause | None = None
+    stage: str = ""
     waiver: WaiverState | None = None
 
     @property
@@ -928,10 +1049,28 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """A fault that failing checks point to.
+
+    Attributes:
+        stage: Stage in which it was made.
+        subject: What it was seen in.
+        detail: The check that says most about it.
+    """
+
+    cause: Cause
+    stage: str
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the gate decided.
 
     Attributes:
+        causes: Faults behind the checks that fail, the first in the pipeline's order first: the others may follow from it.
+        judged: Variant to the digests, by tower, of the artifacts that the verdict is about.
         proven: Variants that were executed and passed every check, waived ones apart.
         unproven: Variants that were not executed.
         failed: Variants that were executed and did not pass.
@@ -956,6 +1095,64 @@ class Verdict:
     waivers: tuple[WaiverState, ...] = ()
     notes: tuple[str, ...] = ()
     worst: tuple[WorstItem, ...] = ()
+    causes: tuple[Blame, ...] = ()
+    judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultResult:
+    """One planted fault and what the gate said of it.
+
+    Attributes:
+        text: What is wrong.
+        cause: What the gate must name first.
+        stage: Where it must say that the fault was made.
+        found_cause: What it named first; None when it let the fault pass, or refused without a cause.
+        named: Whether both are right.
+        detectors: Checks that failed, or the refusal.
+        peers: Other tool's check to whether it says that something is wrong; empty where there is nothing to check.
+    """
+
+    name: str
+    text: str
+    cause: Cause
+    stage: str
+    found_cause: Cause | None
+    found_stage: str
+    named: bool
+    detectors: tuple[str, ...]
+    peers: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuild:
+    """One honest rebuild and its verdict.
+
+    Attributes:
+        what: What was varied.
+        result: The verdict.
+        failing: Checks that do not pass.
+    """
+
+    what: str
+    result: Result
+    failing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelftestReport:
+    """`uwm-deploy selftest`: faults that must fail, honest rebuilds that must pass.
+
+    Attributes:
+        policy: What everything was judged by.
+        seconds: Wall time.
+    """
+
+    policy: str
+    faults: tuple[FaultResult, ...]
+    rebuilds: tuple[Rebuild, ...]
+    seconds: float
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

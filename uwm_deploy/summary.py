@@ -29,6 +29,7 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.report.findings import (
+    cause_line,
     findings,
     gap_text,
     limit_text,
@@ -251,6 +252,8 @@ def print_verdict(verdict: Verdict) -> None:
     """What does not pass, by how much and what to try, the worst items, then the one line that says the result."""
     console = _console()
     found = findings(verdict)
+    for blame in verdict.causes:
+        console.print(Text(f"cause: {cause_line(blame)}", style="bold red"), soft_wrap=True)
     print_rows([_finding_row(check) for check in found], styles={r.value: style for r, style in _STYLE.items()})
     for advice in dict.fromkeys(check.advice for check in found):
         for check in (check for check in found if check.advice == advice):

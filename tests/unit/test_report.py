@@ -277,6 +277,7 @@ def write_bundle(made: Made, folder: Path) -> Path:
         "recipe.toml": b"x",
         "tokenizer.json": b"{}",
         "reports/score.json": json_from_record(made.score).encode(),
+        "reports/edit.json": json_from_record(made.edit).encode(),
         "reports/verify.json": json_from_record(made.verify).encode(),
         "reports/verdict.json": json_from_record(made.verdict()).encode(),
         "reports/plan.json": json_from_record(made.plan).encode(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uwm_deploy.records import Check, Result, Verdict, WaiverState, WorstItem
+from uwm_deploy.records import Blame, Check, Result, Verdict, WaiverState, WorstItem
 
 _ORDER = {Result.FAIL: 0, Result.NOT_RUN: 1, Result.INCONCLUSIVE: 2, Result.PASS: 3}
 
@@ -64,6 +64,11 @@ def line_of(check: Check) -> str:
     """One line: result, subject, name, why."""
     result = f"{check.result.value}, waived" if check.waiver else check.result.value
     return f"{result}: {check.subject}: {name_of(check)}: {check.detail}"
+
+
+def cause_line(blame: Blame) -> str:
+    """One line about the fault behind failing checks."""
+    return f"{blame.cause.value} @ {blame.stage}: {blame.subject}: {blame.detail}"
 
 
 def waiver_line(waiver: WaiverState) -> str:

@@ -16,6 +16,7 @@ from uwm_deploy.records import Check, Evidence, Result, Verdict
 from uwm_deploy.report import artifacts, blocks, charts, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
+from uwm_deploy.report.findings import cause_line
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
@@ -118,6 +119,7 @@ def _verdict(dossier: Dossier) -> Html:
         tag("p", {"class": "sentence"}, _sentence(dossier)),
     ]
     bad = [c for result in _ORDER[:-1] for c in (verdict.checks if verdict else ()) if c.result is result]
+    parts += [tag("p", {"class": "cause"}, f"Cause: {cause_line(b)}") for b in (verdict.causes if verdict else ())]
     parts += [tag("ol", {"class": "failed"}, *map(_failed, bad))] if bad else []
     parts += [_tiles(dossier)]
     if verdict:

@@ -9,7 +9,7 @@ import re
 from xml.etree import ElementTree as ET
 
 from uwm_deploy.records import Check, Verdict
-from uwm_deploy.report.findings import limit_text, measured_text, name_of, waiver_line
+from uwm_deploy.report.findings import cause_line, limit_text, measured_text, name_of, waiver_line
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -43,6 +43,7 @@ def _properties(suite: ET.Element, verdict: Verdict) -> None:
     }
     if verdict.baseline_digest:
         values["baseline"] = verdict.baseline_digest
+    values |= {f"cause {number}": cause_line(blame) for number, blame in enumerate(verdict.causes, start=1)}
     values |= {f"waiver {number}": waiver_line(waiver) for number, waiver in enumerate(verdict.waivers, start=1)}
     for name, value in values.items():
         ET.SubElement(properties, "property", {"name": name, "value": _clean(value)})

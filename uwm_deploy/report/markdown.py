@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from uwm_deploy.records import Check, Verdict
-from uwm_deploy.report.findings import findings, gap_text, limit_text, measured_text, name_of, verdict_line, waiver_line
+from uwm_deploy.report.findings import (
+    cause_line,
+    findings,
+    gap_text,
+    limit_text,
+    measured_text,
+    name_of,
+    verdict_line,
+    waiver_line,
+)
 
 SUMMARY_BYTES = 1_000_000
 """GitHub drops a step summary above 1 MiB as a whole."""
@@ -22,6 +31,7 @@ def markdown_from_verdict(verdict: Verdict, *, limit_bytes: int = SUMMARY_BYTES)
     """
     found = findings(verdict)
     lines = [f"### {_cell(verdict_line(verdict))}", ""]
+    lines += _list("Cause, the first first", [cause_line(blame) for blame in verdict.causes])
     lines += _table(found[:_ROWS])
     if len(found) > _ROWS:
         lines += [f"... and {len(found) - _ROWS} more", ""]

@@ -72,6 +72,8 @@ def _result(check: Check, rules: list[str], policy_file: str, lines: Mapping[str
         "locations": [{"physicalLocation": place}],
         "partialFingerprints": {"uwmDeployCheck/v1": fingerprint_of(check)},
     }
+    if check.cause is not None:
+        result["properties"] = {"cause": check.cause.value, "stage": check.stage}
     if check.waiver is not None:
         why = f"{check.waiver.reason} (owner {check.waiver.owner}, until {check.waiver.expires})"
         result["suppressions"] = [{"kind": "external", "justification": why}]

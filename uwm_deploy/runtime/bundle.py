@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
 from uwm_deploy.records import EngineArtifact, Manifest, Result, TowerName, Verdict
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 MANIFEST = "manifest.json"
 _RESTORE = "restore the bundle or build again"
+_REPORTS = ("reports/verdict.json", "reports/verify.json", "reports/edit.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def _check_chain(manifest: Manifest) -> None:
     if manifest.edit.model.weights_digest != manifest.model.weights_digest:
         raise IntegrityError("the edit is of another model", fix=_RESTORE)
     if manifest.verdict.edited_weights_digest != edited:
-        raise IntegrityError("the verdict is about other weights", fix=_RESTORE)
+        raise EvidenceError("the verdict is about other weights", fix=_RESTORE)
     digests = {file.path: file.digest for file in manifest.files}
     exported = {graph.digest for graph in manifest.onnx}
     for graph in (*manifest.onnx, *manifest.converted):
@@ -149,6 +150,8 @@ def _check_chain(manifest: Manifest) -> None:
             raise IntegrityError(f"{name} is not made from this bundle's graphs", fix=_RESTORE)
         if joined_digest([digests.get(part, "") for part in engine_paths(engine)]) != engine.digest:
             raise IntegrityError(f"{name} is not the engine its record describes", fix=_RESTORE)
+        if manifest.verdict.judged.get(engine.variant, {}).get(engine.tower.value) != engine.digest:
+            raise EvidenceError(f"the verdict is about another engine than {name}", fix=_RESTORE)
     if digests.get("tokenizer.json") != manifest.model.text.tokenizer_digest:
         raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
     if digests.get("recipe.toml") != manifest.recipe_digest:
@@ -157,12 +160,17 @@ def _check_chain(manifest: Manifest) -> None:
 
 def _check_reports(folder: Path, manifest: Manifest) -> None:
     """The verdict in the manifest is the one in the reports, and judges the report that is there."""
+    listed = {file.path for file in manifest.files}
+    if lost := [name for name in _REPORTS if name not in listed]:
+        raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
     text = (folder / "reports" / "verdict.json").read_bytes()
     verdict = record_from_json(Verdict, text, where="reports/verdict.json")
     if json_from_record(verdict) != json_from_record(manifest.verdict):
-        raise IntegrityError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
+        raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if digest_of_file(folder / "reports" / "verify.json") != verdict.report_digest:
-        raise IntegrityError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+        raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+    if json_from_record(manifest.edit).encode() != (folder / "reports" / "edit.json").read_bytes():
+        raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
 
 
 def engine_path(engine: EngineArtifact) -> str:

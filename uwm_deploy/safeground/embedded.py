@@ -61,6 +61,12 @@ class EmbeddedSet:
         """Decisions on every quadruple."""
         return decisions(self.safe_image, self.unsafe_image, self.safe_text, self.unsafe_text)
 
+    def is_finite(self) -> bool:
+        """Whether every embedding is a number."""
+        parts = [getattr(self, name) for name in _MEMBERS]
+        parts += [rows for part in self.zero_shot.values() for rows in (part.images, part.classes)]
+        return all(bool(np.isfinite(rows).all()) for rows in parts)
+
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays for a safetensors file; ids and concepts as UTF-8 JSON bytes."""
         names = json.dumps({"ids": self.ids, "concepts": self.concepts}).encode()
@@ -190,7 +196,8 @@ def parity(tower: TowerName, output: str, batch: int, reference: np.ndarray, can
         )
     finite = bool(np.isfinite(candidate).all() and np.isfinite(reference).all())
     left, right = (np.nan_to_num(part.astype(np.float64)) for part in (reference, candidate))
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    before, after = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
+    lengths = before * after
     # A row without length has no direction; it must not count as equal.
     cosine = np.where(lengths > 0, np.einsum("nd,nd->n", left, right) / np.where(lengths > 0, lengths, 1), -1.0)
     difference = np.abs(left - right)
@@ -204,4 +211,5 @@ def parity(tower: TowerName, output: str, batch: int, reference: np.ndarray, can
         cosine_min=float(np.clip(cosine, -1, 1).min()),
         cosine_mean=float(np.clip(cosine, -1, 1).mean()),
         finite=finite,
+        norm_error=float((np.abs(after - before) / np.where(before > 0, before, 1)).max()),
     )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.datasets.embedding import Inputs, PreparedSet, embed, prepare
+from uwm_deploy.datasets.embedding import Inputs, PreparedSet, prepare
 from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.datasets.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
@@ -40,7 +40,8 @@ from uwm_deploy.runtime.bundle import Bundle, engine_path
 from uwm_deploy.runtime.session import Session, open_engine, open_session, usable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report, worst_items
+from uwm_deploy.safeground.embedded import EmbeddedSet, parity
+from uwm_deploy.stages.executed import executed
 from uwm_deploy.workspace import digest_of_bytes
 
 SINGLE_ROWS = 8
@@ -137,43 +138,40 @@ def _evidence(
     if variant == EXPORTED:
         engines = {graph.tower: graph for graph in bundle.manifest.onnx}
         largest, precision = max(engine.profile.max for engine in bundle.manifest.engines), Precision.FP32
+        optimal = max(engine.profile.opt for engine in bundle.manifest.engines)
         sessions = {tower: _open_exported(bundle, tower, largest) for tower in TowerName}
     else:
         engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
         built = bundle.engines(variant)[TowerName.IMAGE]
-        largest, precision = built.profile.max, Precision(built.precision)
+        largest, optimal, precision = built.profile.max, built.profile.opt, Precision(built.precision)
     inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
     wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
-    measured = [
-        _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
-        for tower in TowerName
-        for batch in sorted({1, largest})
-    ]
-    for tower in TowerName if variant != EXPORTED else ():
-        measured += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
-    run_image, run_text = sessions[TowerName.IMAGE].run, sessions[TowerName.TEXT].run
-    embedded = embed(prepared, run_image, run_text, label=f"evaluation, {variant}", batch=largest, progress=progress)
-    canaries = {
-        tower.value: part.worst(sessions[tower].run(part.inputs))
-        for tower in TowerName
-        if (part := canaries_of(bundle, tower)) is not None
-    }
-    where = dict(sessions[TowerName.IMAGE].where)
-    for session in sessions.values():
-        session.close()
-    return ArtifactEvidence(
+
+    def measured() -> list[OutputParity]:
+        found = [
+            _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
+            for tower in TowerName
+            for batch in sorted({1, largest})
+        ]
+        for tower in TowerName if variant != EXPORTED else ():
+            found += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
+        return found
+
+    evidence = ArtifactEvidence(
         variant=variant,
         precision=precision,
         evidence=Evidence.EXECUTED,
         reason="",
-        where=where,
+        where=dict(sessions[TowerName.IMAGE].where),
         artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
-        parity=tuple(measured),
-        canaries=canaries,
-        safety=safety_report(variant, embedded, with_items=True),
-        flips=flips_between(reference, embedded),
-        worst=worst_items(variant, reference, embedded),
     )
+    canaries = {tower: part for tower in TowerName if (part := canaries_of(bundle, tower)) is not None}
+    evidence = executed(
+        evidence, sessions, reference, prepared, canaries, measured, sizes=(optimal, largest), progress=progress
+    )
+    for session in sessions.values():
+        session.close()
+    return evidence
 
 
 def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np.ndarray) -> list[OutputParity]:

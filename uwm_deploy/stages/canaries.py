@@ -37,6 +37,8 @@ def canaries_to_folder(original: Tower, edited: Tower, pairs: Iterable[PairBatch
     inputs = np.concatenate([part for batch in pairs for part in (batch.safe, batch.unsafe)])
     before, after = _embed(original, inputs), _embed(edited, inputs)
     rows = choose(before, after)
+    if not len(rows):  # the models are the same, which the gate says better
+        return
     save_file(
         {"inputs": inputs[rows], "original": before[rows], "edited": after[rows]}, canary_file(folder, original.name)
     )

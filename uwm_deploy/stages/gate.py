@@ -21,8 +21,8 @@ from uwm_deploy.records import (
     VerifyReport,
     WorstItem,
 )
-from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
 from uwm_deploy.stages.advice import advice_for
+from uwm_deploy.stages.causes import blames, with_causes
 from uwm_deploy.stages.evidence import is_for, missing, ran_where, required, statement
 from uwm_deploy.stages.limits import check, check_value, power_note
 from uwm_deploy.stages.measured import (
@@ -33,6 +33,7 @@ from uwm_deploy.stages.measured import (
     concept_metrics,
     edit_metrics,
 )
+from uwm_deploy.stages.soundness import absent_concepts, sound_artifact, sound_report
 from uwm_deploy.stages.waivers import states_of, waiver_of
 
 EDITED = "edited"
@@ -49,6 +50,7 @@ def gate(
     report_digest: Digest,
     baseline: Baseline | None = None,
     baseline_digest: Digest = "",
+    earlier: Verdict | None = None,
     today: date | None = None,
 ) -> Verdict:
     """Judges a report.
@@ -60,6 +62,8 @@ def gate(
         report_digest: Digest of the report's file, recorded.
         baseline: The accepted report; limits since the baseline are "not run" without it.
         baseline_digest: Digest of its file, recorded, and compared with the policy's.
+        earlier: The verdict that the bundle carries: one by a policy of this name that was another then, and let pass what
+            this one does not, is named.
         today: Day that waivers are judged on; the present day in UTC when None.
 
     Raises:
@@ -68,7 +72,9 @@ def gate(
         IntegrityError: If the baseline is not the one that the policy pins.
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
-    general = [*_soundness(report), *judge.edited()]
+    general = [*sound_report(report), *judge.edited()]
+    if report.data and (absent := sorted(absent_concepts(report.data, report))):
+        judge.notes.append(f"data: calibrated concepts that no item measures: {', '.join(absent)}")
     variants = {a.variant: judge.artifact(a) for a in report.artifacts}
     required = [*judge.required(), *judge.missing_evidence()]
     executed = {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
@@ -78,7 +84,8 @@ def gate(
     enough = _enough(len(proven), len(undecided), len(variants), policy.min_proven)
     judged = [found for variant in variants for found in variants[variant]]
     checks = [*general, *judged, *required, enough]
-    checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in checks]
+    checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
+    checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in with_causes(checks, report)]
     return Verdict(
         result=_overall(checks),
         checks=tuple(checks),
@@ -94,6 +101,8 @@ def gate(
         waivers=states_of(policy.waiver, checks, judge.today),
         notes=tuple(judge.notes),
         worst=_worst(report, checks),
+        causes=blames(checks),
+        judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
     )
 
 
@@ -163,10 +172,14 @@ class _Judge:
 
     def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
         """Of one artifact; none when it was not executed."""
-        safety = artifact.safety
-        if artifact.evidence is not Evidence.EXECUTED or safety is None:
+        safety, name = artifact.safety, artifact.variant
+        if artifact.evidence is not Evidence.EXECUTED:
             return []
-        policy, name = self.policy, artifact.variant
+        sound = sound_artifact(artifact)
+        if safety is None:
+            whole = statement("the evaluation set was embedded", name, False, artifact.broken or "see the other checks")
+            return [*sound, whole]
+        policy = self.policy
         limits = self._limits("artifact", policy.artifact, name, artifact_metrics(artifact, safety), artifact)
         found = [
             *limits,
@@ -178,10 +191,8 @@ class _Judge:
         rules = [r for r in _numbered(policy.concept, not_of="edit") if _is_for(r[1], artifact)]
         if rules:
             found += self._concepts(name, concept_metrics(self.report.edited, safety), rules)
-        finite = all(part.finite for part in artifact.parity) and bool(artifact.parity)
         return [
-            statement("outputs are finite", name, finite, "NaN or infinity in an output"),
-            *(_canary(name, tower, worst) for tower, worst in artifact.canaries.items()),
+            *sound,
             # Otherwise a precision that nobody thought of would be proven by passing nothing.
             *([] if limits else [statement("limits apply", name, False, "no limit is for this variant")]),
             *self._waived(found),
@@ -296,6 +307,16 @@ def _only_waits(checks: Iterable[Check]) -> bool:
     return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
 
 
+def _contradicts(earlier: Verdict, policy: Policy, digest: Digest, checks: Sequence[Check]) -> bool:
+    same = earlier.policy == policy.name and earlier.policy_digest != digest
+    return same and earlier.result is Result.PASS and _overall(checks) is Result.FAIL
+
+
+def _loosened(policy: Policy) -> Check:
+    text = f"it passed by another policy of the name {policy.name}, and fails by this one: limits were changed between"
+    return statement("verdict of the bundle", "build", False, text)
+
+
 def _enough(proven: int, undecided: int, variants: int, wanted: int) -> Check:
     """Whether enough variants are proven; inconclusive when those with too little data could make up for the rest."""
     limit = Limit(metric="", at_least=wanted)
@@ -322,25 +343,3 @@ def _worst(report: VerifyReport, checks: Iterable[Check]) -> tuple[WorstItem, ..
     subjects = failed & known or {found.subject for found in checks if found.result is not Result.PASS}
     found: list[WorstItem] = [item for part in parts for item in part if item.subject in subjects]
     return tuple(sorted(found, key=lambda item: (not item.lost, item.margin - item.reference_margin))[:_WORST])
-
-
-def _soundness(report: VerifyReport) -> list[Check]:
-    """What no policy can switch off."""
-    n = report.evaluation.n
-    none = Limit(metric="", at_most=0, reason="scores must not come from what they are measured on")
-    changed = report.edited_weights_digest != report.model.weights_digest
-    return [
-        check_value("calibration items in the evaluation set", "data", Measured(report.calibration_overlap, n), none),
-        statement(
-            "weights come from a checkpoint", "model", report.model.repo != "random", "random weights are never safe"
-        ),
-        statement("the edit changes the weights", EDITED, changed, "the edited weights are the original ones"),
-    ]
-
-
-def _canary(variant: str, tower: str, worst: float) -> Check:
-    """Nearer to the edited model than to the original one, where they differ most; no policy can switch it off."""
-    limit = Limit(
-        metric="", at_most=RATIO_LIMIT, reason="on an input where they differ, it is nearer to the original model"
-    )
-    return check_value(f"canaries of the {tower} tower", variant, Measured(worst, CANARIES), limit)

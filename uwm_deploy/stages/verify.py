@@ -21,6 +21,7 @@ from uwm_deploy.records import (
     ArtifactEvidence,
     Digest,
     Evidence,
+    GraphAudit,
     OutputParity,
     Precision,
     TensorSpec,
@@ -28,7 +29,8 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, parity, safety_report, worst_items
+from uwm_deploy.safeground.embedded import EmbeddedSet, parity
+from uwm_deploy.stages.executed import executed
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 SINGLE_ROWS = 8
@@ -57,6 +59,8 @@ class Subject:
         outputs: Outputs of each tower; the embedding is the first.
         normalised: Whether its embeddings have length 1 already.
         max_batch: Largest batch of its profile.
+        opt_batch: The batch that the profile is tuned for.
+        audit: Reads the weights that lie in it, by tower; towers whose format cannot be read are left out.
     """
 
     variant: str
@@ -67,6 +71,8 @@ class Subject:
     outputs: Mapping[TowerName, tuple[TensorSpec, ...]]
     normalised: bool
     max_batch: int
+    opt_batch: int = 1
+    audit: Callable[[], Mapping[str, GraphAudit]] = dict
 
 
 def encode_with(tower: Tower) -> Encode:
@@ -97,7 +103,7 @@ def evidence_of(
     canaries: Mapping[TowerName, Canaries],
     progress: Progress,
 ) -> ArtifactEvidence:
-    """Executes one artifact: parity at batch 1 and at its largest batch, then the whole evaluation set.
+    """Executes one artifact; see `executed`.
 
     Args:
         subject: What to measure.
@@ -118,33 +124,26 @@ def evidence_of(
         )
     sessions = subject.sessions
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
-    measured = [
-        part
-        for name in TowerName
-        for batch in sorted({1, subject.max_batch})
-        for part in _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
-    ]
-    embedded = embed(
-        prepared,
-        sessions[TowerName.IMAGE].run,
-        sessions[TowerName.TEXT].run,
-        label=f"evaluation, {subject.variant}",
-        batch=subject.max_batch,
-        progress=progress,
-    )
-    return ArtifactEvidence(
+
+    def measured() -> list[OutputParity]:
+        return [
+            part
+            for name in TowerName
+            for batch in sorted({1, subject.max_batch})
+            for part in _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
+        ]
+
+    evidence = ArtifactEvidence(
         variant=subject.variant,
         precision=subject.precision,
         evidence=Evidence.EXECUTED,
         reason="",
         where=dict(sessions[TowerName.IMAGE].where),
         artifact_digests=dict(subject.digests),
-        parity=tuple(measured),
-        canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
-        safety=safety_report(subject.variant, embedded, with_items=True),
-        flips=flips_between(reference, embedded),
-        worst=worst_items(subject.variant, reference, embedded),
+        audit=dict(subject.audit()),
     )
+    sizes = (subject.opt_batch, subject.max_batch)
+    return executed(evidence, sessions, reference, prepared, canaries, measured, sizes=sizes, progress=progress)
 
 
 def _parity(

@@ -58,9 +58,7 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
     checkpoint.config_of_type(folder, ("siglip",), FAMILY)
     config = SiglipConfig.from_pretrained(folder)
     model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config=config)
-    tokenizer = _tokenizer_of(folder)
-    if config.text_config.vocab_size == SIGLIP2_VOCABULARY:
-        _lowercase(tokenizer)
+    tokenizer = tokenizer_for(folder, config)
 
     def save(target: Path) -> None:
         model.save_pretrained(target)
@@ -106,6 +104,14 @@ def _parts(model: SiglipModel, image: ImageSpec, tokenizer: Any, save: Callable[
         tokenizer_json=content,
         save=save,
     )
+
+
+def tokenizer_for(folder: Path, config: Any) -> Any:
+    """The tokenizer of a checkpoint, with the lower-casing that SigLIP 2 needs."""
+    tokenizer = _tokenizer_of(folder)
+    if config.text_config.vocab_size == SIGLIP2_VOCABULARY:
+        _lowercase(tokenizer)
+    return tokenizer
 
 
 def _tokenizer_of(folder: Path) -> Any:

@@ -1,0 +1,136 @@
+"""Faults of the edit: a model that is not the source with the selected entries negated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from uwm_deploy.records import EditRecord, TowerName
+from uwm_deploy.selftest.surgery import changed_graph, with_weights
+from uwm_deploy.selftest.world import Build, World
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
+from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
+
+Mutate = Callable[[LoadedModel], None]
+
+
+def edited_by(world: World, folder: Path, start: str, mutate: Mutate) -> Build:
+    """A whole build of an edited model that was made wrong; record and patch tell of it as if it were right.
+
+    Args:
+        world: The honest build.
+        folder: An empty folder.
+        start: ``original`` or ``edited``: the model that is changed.
+        mutate: What the faulty stage does to it.
+    """
+    model = world.model(None if start == "original" else world.work / "edit" / "model")
+    with torch.no_grad():
+        mutate(model)
+    model.save(folder / "model")
+    saved = world.model(folder / "model")
+    edit, patch = _retold(world, saved)
+    files = {
+        tower: changed_graph(world.honest.exported[tower], folder, with_weights(saved.tower(tower).graph_module()))
+        for tower in changed_towers(world.edited, saved)
+    }
+    exported = {**world.honest.exported, **files}
+    return dataclasses.replace(
+        world.honest, edited=saved, edit=edit, patch=patch, exported=exported, engines=exported, sources=exported
+    )
+
+
+def changed_towers(left: LoadedModel, right: LoadedModel) -> list[TowerName]:
+    """Towers in which two models differ."""
+    found = []
+    for tower in TowerName:
+        one, two = (digest_of_weights(dict(m.tower(tower).graph_module().named_parameters())) for m in (left, right))
+        found += [tower] if one != two else []
+    return found
+
+
+def _retold(world: World, saved: LoadedModel) -> tuple[EditRecord, Patch]:
+    """Record and patch with the digests of what was made, as a faulty stage would write them."""
+    weights = dict(saved.source.named_parameters())
+    after = {layer.name: digest_of_tensor(weights[f"{layer.name}.weight"]) for layer in world.honest.edit.layers}
+    edit = dataclasses.replace(
+        world.honest.edit,
+        edited_weights_digest=saved.ref.weights_digest,
+        layers=tuple(dataclasses.replace(e, digest_after=after[e.name]) for e in world.honest.edit.layers),
+    )
+    parts = {name: dataclasses.replace(p, digest_after=after[name]) for name, p in world.honest.patch.layers.items()}
+    return edit, Patch(parts)
+
+
+def _weight(model: LoadedModel, layer: str) -> Tensor:
+    return model.source.get_parameter(f"{layer}.weight").data
+
+
+def _multiply(patches: Mapping[str, LayerPatch], factor: float) -> Mutate:
+    def mutate(model: LoadedModel) -> None:
+        for name, part in patches.items():
+            multiply_entries(_weight(model, name), part.indices, factor)
+
+    return mutate
+
+
+def applied_twice(world: World, folder: Path) -> Build:
+    """The patch is its own inverse."""
+    return edited_by(world, folder, "edited", _multiply(world.honest.patch.layers, -1.0))
+
+
+def factor_zero(world: World, folder: Path) -> Build:
+    """Entries removed instead of negated."""
+    return edited_by(world, folder, "original", _multiply(world.honest.patch.layers, 0.0))
+
+
+def layer_missed(world: World, folder: Path) -> Build:
+    """The last layer stays as it was."""
+    last = world.honest.edit.layers[-1].name
+    some = {name: part for name, part in world.honest.patch.layers.items() if name != last}
+    return edited_by(world, folder, "original", _multiply(some, -1.0))
+
+
+def one_tower(world: World, folder: Path) -> Build:
+    """The text tower stays as it was."""
+    images = {e.name for e in world.honest.edit.layers if e.tower is TowerName.IMAGE}
+    some = {name: part for name, part in world.honest.patch.layers.items() if name in images}
+    return edited_by(world, folder, "original", _multiply(some, -1.0))
+
+
+def other_entries(world: World, folder: Path) -> Build:
+    """As many entries as were selected, but the patch of another model: the places are elsewhere."""
+
+    def mutate(model: LoadedModel) -> None:
+        for number, (name, part) in enumerate(sorted(world.honest.patch.layers.items())):
+            weight = _weight(model, name)
+            places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(number))
+            multiply_entries(weight, places[: len(part.indices)].sort().values, part.factor)
+
+    return edited_by(world, folder, "original", mutate)
+
+
+def bias_touched(world: World, folder: Path) -> Build:
+    """The edit takes the biases of its layers along."""
+
+    def mutate(model: LoadedModel) -> None:
+        for name in world.honest.patch.layers:
+            model.source.get_parameter(f"{name}.bias").data.neg_()
+
+    return edited_by(world, folder, "edited", mutate)
+
+
+def whole_layer(world: World, folder: Path) -> Build:
+    """A mask that was not applied: every entry of one layer is negated."""
+    first = world.honest.edit.layers[0].name
+
+    def mutate(model: LoadedModel) -> None:
+        rest = {name: part for name, part in world.honest.patch.layers.items() if name != first}
+        _multiply(rest, -1.0)(model)
+        _weight(model, first).neg_()
+
+    return edited_by(world, folder, "original", mutate)

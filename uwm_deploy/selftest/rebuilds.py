@@ -1,0 +1,120 @@
+"""Honest rebuilds: the same pipeline with other seeds, threads, batches and workers, which must all pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uwm_deploy import resources
+from uwm_deploy.console import Reporter
+from uwm_deploy.pipeline import Request, run
+from uwm_deploy.records import Rebuild, Result, Target
+from uwm_deploy.selftest.world import PAIRS_SCORED, POLICY, QUADRUPLES, data_file
+
+PER_EDIT = 5
+"""Rebuilds that share scores, edit and export, and are compiled and verified anew."""
+
+_BATCHES = (32, 1, 5, 16, 8)
+_BATCH_PAIRS = (8, 1, 32, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """What one rebuild does differently.
+
+    Attributes:
+        seed: Of the calibration sample.
+        batch_pairs: Pairs per pass while scoring.
+        threads: Of PyTorch.
+        workers: Decoding processes.
+        max_batch: Largest batch of the engines.
+        items: Seed of the evaluation sample.
+        half: Whether a half-precision engine is built too.
+    """
+
+    seed: int
+    batch_pairs: int
+    threads: int
+    workers: int
+    max_batch: int
+    items: int
+    half: bool
+
+    def words(self) -> str:
+        """What a table says of it."""
+        half = ", fp16 too" if self.half else ""
+        return (
+            f"seed {self.seed}, {self.batch_pairs} pairs per pass, {self.threads} threads, {self.workers} workers, "
+            f"batch up to {self.max_batch}, sample {self.items}{half}"
+        )
+
+
+def variations(count: int) -> list[Variation]:
+    """Different rebuilds, those with the same edit one after the other."""
+    found = []
+    for number in range(count):
+        edit, turn = divmod(number, PER_EDIT)
+        found.append(
+            Variation(
+                seed=edit,
+                batch_pairs=_BATCH_PAIRS[edit % len(_BATCH_PAIRS)],
+                threads=1 + edit % 2,
+                workers=(0, 2)[turn % 2],
+                max_batch=_BATCHES[turn],
+                items=number,
+                half=turn == PER_EDIT - 1,
+            )
+        )
+    return found
+
+
+def rebuild_all(folder: Path, count: int, progress: Callable[[str, int, int], None]) -> Iterator[Rebuild]:
+    """Builds, verifies and judges again and again.
+
+    Args:
+        folder: Where run folders go.
+        count: How many.
+        progress: Called as it goes on.
+    """
+    threads = torch.get_num_threads()
+    try:
+        for number, variation in enumerate(variations(count)):
+            yield _rebuilt(variation, folder)
+            progress("honest rebuilds", number + 1, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
+    own = folder / f"edit-{variation.seed}"
+    own.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(variation.threads)
+    request = Request(
+        model=_recipe(own, variation.max_batch),
+        calibration=data_file(own, "calibration", "calibration", PAIRS_SCORED, variation.seed),
+        evaluation=data_file(own, "test", "test", QUADRUPLES, variation.items),
+        targets=(Target.ONNXRUNTIME.value,),
+        precisions=("fp32", "fp16") if variation.half else ("fp32",),
+        policy=POLICY,
+        work=own / "work",
+        device="cpu",
+        workers=variation.workers,
+        batch_pairs=variation.batch_pairs,
+    )
+    verdict = run(request, until="gate", reporter=Reporter(quiet=True)).verdict
+    assert verdict is not None
+    failing = tuple(f"{c.subject}: {c.name}" for c in verdict.checks if c.result is not Result.PASS)
+    return Rebuild(what=variation.words(), result=verdict.result, failing=failing)
+
+
+def _recipe(folder: Path, max_batch: int) -> str:
+    """The demo's recipe with another largest batch."""
+    text, _ = resources.read_toml("export", "demo")
+    batch = f"batch = {{ min = 1, opt = {min(8, max_batch)}, max = {max_batch} }}"
+    path = folder / "recipe.toml"
+    path.write_text(re.sub(r"(?m)^batch = .*$", batch, text), encoding="utf-8")
+    return str(path)

@@ -1,0 +1,389 @@
+"""An honest build of the demo, and what the gate says when parts of it are replaced by faulty ones.
+
+Everything is real: the faulty parts are files and models, they are executed by the code that verifies a build, and the
+report is judged by the gate with a shipped policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from uwm_deploy import resources
+from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.console import Reporter
+from uwm_deploy.datasets.crops import PixelRows
+from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
+from uwm_deploy.datasets.source import PairBatch, QuadrupleSource, open_source
+from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.fingerprint import digest_of_onnx
+from uwm_deploy.pipeline import Request, calibration_set_of, policy_of, recipe_of, run
+from uwm_deploy.policy import Policy
+from uwm_deploy.recipe import Recipe
+from uwm_deploy.records import (
+    EXPORTED,
+    CalibrationRecord,
+    Digest,
+    EditRecord,
+    EngineArtifact,
+    ImageSpec,
+    LayerScore,
+    OnnxArtifact,
+    Precision,
+    Result,
+    ScoreRecord,
+    Target,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.runtime.image import pixels_from_image
+from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.canaries import Canaries
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, worst_items
+from uwm_deploy.safeground.health import data_health
+from uwm_deploy.stages.audit import audit_of_engine, audit_of_graph
+from uwm_deploy.stages.calibrate import PairStream
+from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder, read_canaries
+from uwm_deploy.stages.edit import selected_entries
+from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.goldens import goldens_of
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.stages.pairs import some_of
+from uwm_deploy.stages.proof import expected_weights, proof_of
+from uwm_deploy.stages.verify import Subject, embed_model, evidence_of
+from uwm_deploy.towers.library import library_of
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.workspace import digest_of_bytes
+
+POLICY = "demo"
+"""The shipped policy that everything is judged by."""
+
+PAIRS_SCORED, QUADRUPLES = 96, 160
+VARIANT = "onnxruntime-fp32"
+
+DATA = """format = 1
+name = "{name}"
+source = "demo"
+split = "{split}"
+limit = {limit}
+seed = {seed}
+"""
+
+R = TypeVar("R")
+Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
+Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+def data_file(folder: Path, name: str, split: str, limit: int, seed: int = 0) -> str:
+    """Writes the definition of a data set; returns its path."""
+    path = folder / f"{name}.toml"
+    path.write_text(DATA.format(name=name, split=split, limit=limit, seed=seed), encoding="utf-8")
+    return str(path)
+
+
+def _silent(*_: object) -> None:
+    """Progress of a part that takes a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What a pipeline produced; a fault replaces some of it.
+
+    Attributes:
+        original: The source model.
+        edited: The edited model, as it was read back.
+        edit: Its record.
+        patch: Its patch.
+        exported: Exported graph per tower.
+        engines: Compiled graph per tower.
+        precision: Of the engines.
+        sources: Graph that each engine was compiled from.
+        evaluation: Record of the evaluation set.
+        calibrated: Concepts of the calibration set.
+        overlap: Items in both sets.
+        prepared: The evaluation set as it is fed to everything.
+        pixels: Preprocessing of the runtime.
+        encode: Tokenisation of the runtime; that of the model when None.
+    """
+
+    original: LoadedModel
+    edited: LoadedModel
+    edit: EditRecord
+    patch: Patch
+    exported: Mapping[TowerName, Path]
+    engines: Mapping[TowerName, Path]
+    precision: Precision
+    sources: Mapping[TowerName, Path]
+    evaluation: CalibrationRecord
+    calibrated: Mapping[str, int]
+    overlap: int
+    prepared: PreparedSet
+    pixels: Pixels = pixels_from_image
+    encode: Encode | None = None
+
+
+class World:
+    """An honest build of the demo in a folder, and its models in memory.
+
+    Args:
+        folder: Where it goes.
+
+    Raises:
+        ContractError: If the honest build does not pass.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.work, self.bundle = folder, folder / "work", folder / "bundle"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.calibration = data_file(folder, "calibration", "calibration", PAIRS_SCORED)
+        self.test = data_file(folder, "test", "test", QUADRUPLES)
+        self.request = Request(
+            calibration=self.calibration,
+            evaluation=self.test,
+            policy=POLICY,
+            targets=(Target.ONNXRUNTIME.value,),
+            work=self.work,
+            out=self.bundle,
+            device="cpu",
+            workers=0,
+        )
+        outcome = run(self.request, until="package", reporter=Reporter(quiet=True))
+        if outcome.verdict is None or outcome.verdict.result is not Result.PASS:
+            raise ContractError(
+                "the honest build of the demo does not pass", fix="see its verdict with `uwm-deploy gate`"
+            )
+        self.onnx: dict[TowerName, OnnxArtifact] = {graph.tower: graph for graph in outcome.onnx}
+        self.engines: dict[TowerName, EngineArtifact] = {engine.tower: engine for engine in outcome.engines}
+        self.recipe: Recipe = recipe_of("demo")[0]
+        self.score = self._record(ScoreRecord, "score/score.json")
+        self.report = self._record(VerifyReport, "verify/verify.json")
+        self.original, self.edited = self.model(None), self.model(self.work / "edit" / "model")
+        self.source = self.open(self.test)
+        self.honest = self._honest()
+        self._reference = self._embedded(self.honest)
+        self._canaries = self._read_canaries(self.work / "canaries")
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def model(self, folder: Path | None) -> LoadedModel:
+        """A model from a folder; the shipped one when None."""
+        shipped = resources.checkpoint_folder(self.recipe.model.repo, "")
+        return load_model(self.recipe, folder=folder or shipped, device="cpu")
+
+    def open(self, definition: str) -> QuadrupleSource:
+        """A data set."""
+        spec, _, base = calibration_set_of(definition)
+        return open_source(spec, base=base)
+
+    def shares_with_calibration(self, source: QuadrupleSource) -> int:
+        """Items of a set that are in the calibration set."""
+        sets = [content_digests(part, workers=0, progress=_silent) for part in (self.open(self.calibration), source)]
+        return overlap(*sets)
+
+    def prepare(
+        self,
+        source: QuadrupleSource | None = None,
+        pixels: Pixels | None = None,
+        encode: Encode | None = None,
+        image: ImageSpec | None = None,
+    ) -> PreparedSet:
+        """The evaluation set, prepared by the runtime or by something else.
+
+        Args:
+            source: Another set.
+            pixels: Another preprocessing.
+            encode: Another tokenisation.
+            image: Another preprocessing that the runtime knows.
+        """
+        source, ref = source or self.source, self.original.ref
+        tokenizer = Tokenizer(self.original.tokenizer_json, ref.text)
+        found = prepare(source, image or ref.image, tokenizer, workers=0, progress=_silent)
+        if pixels is not None:
+            items = [source.read(i) for i in range(len(source))]
+            safe, unsafe = (
+                np.stack([pixels(getattr(item, f"{side}_image"), ref.image) for item in items])
+                for side in ("safe", "unsafe")
+            )
+            found = dataclasses.replace(found, safe_pixels=safe, unsafe_pixels=unsafe)
+        if encode is not None:
+            texts = [source.read_texts(i) or ("", "") for i in range(len(source))]
+            found = dataclasses.replace(
+                found, safe_ids=encode([pair[0] for pair in texts]), unsafe_ids=encode([pair[1] for pair in texts])
+            )
+        return found
+
+    def pairs(self, tower: TowerName) -> list[PairBatch]:
+        """Inputs that canaries are chosen from."""
+        stream = PairStream(
+            some_of(self.open(self.calibration), PAIRS),
+            tower,
+            self.original.ref.image,
+            Tokenizer(self.original.tokenizer_json, self.original.ref.text),
+            batch_pairs=16,
+            workers=0,
+            max_broken_share=0.0,
+            progress=_silent,
+            sort_by_length=False,
+        )
+        return list(stream)
+
+    def select(self, layer: LayerScore) -> Tensor:
+        """Entries that the scores of a layer select."""
+        return selected_entries(
+            self.score, self.work / "score" / "scores.safetensors", layer, self.recipe.edit.of(layer.tower)
+        )
+
+    # --- judging ----------------------------------------------------------------------------------------------------
+
+    def verdict(self, build: Build, folder: Path, policy: tuple[Policy, Digest] | None = None) -> Verdict:
+        """Measures a build as `verify` does, and judges it.
+
+        Args:
+            build: What a pipeline produced.
+            folder: An empty folder.
+            policy: Another policy than the shipped one.
+        """
+        report = self.measured(build, folder)
+        rules, digest = policy or policy_of(POLICY)
+        return gate(
+            report, rules, policy_digest=digest, report_digest=digest_of_bytes(json_from_record(report).encode())
+        )
+
+    def measured(self, build: Build, folder: Path) -> VerifyReport:
+        """The report on a build."""
+        honest = self.honest
+        same = build.original is honest.original and build.prepared is honest.prepared
+        original, edited = self._reference if same and build.edited is honest.edited else self._embedded(build)
+        canaries = self._canaries
+        if build.original is not honest.original or build.edited is not honest.edited:
+            canaries = self._choose_canaries(build, folder)
+        expected = expected_weights(
+            build.original.source,
+            self.score,
+            build.edit,
+            build.patch,
+            self.recipe.edit,
+            self.select,
+        )
+        model = build.edited
+        library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
+        artifacts = []
+        for subject in self._subjects(build):
+            artifacts.append(evidence_of(subject, build.edited, edited, build.prepared, canaries, _silent))
+            for session in (subject.sessions or {}).values():
+                session.close()
+        return dataclasses.replace(
+            self.report,
+            model=build.original.ref,
+            edited_weights_digest=model.ref.weights_digest,
+            evaluation=build.evaluation,
+            calibration_overlap=build.overlap,
+            original=safety_report("original", original, with_items=True),
+            edited=safety_report("edited", edited, with_items=True),
+            edit_effect=flips_between(original, edited),
+            edit_worst=worst_items("edited", original, edited),
+            edit_proof=proof_of(expected, model.source),
+            goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
+            data=data_health(original, build.calibrated),
+            artifacts=tuple(artifacts),
+        )
+
+    def _honest(self) -> Build:
+        exported = {tower: self.work / "export" / graph.file for tower, graph in self.onnx.items()}
+        compiled = self.work / f"compile-{VARIANT}"
+        return Build(
+            original=self.original,
+            edited=self.edited,
+            edit=self._record(EditRecord, "edit/edit.json"),
+            patch=Patch.from_file(self.work / "edit" / "patch.safetensors"),
+            exported=exported,
+            engines={tower: compiled / engine.file for tower, engine in self.engines.items()},
+            precision=Precision.FP32,
+            sources=exported,
+            evaluation=self.report.evaluation,
+            calibrated=self.open(self.calibration).record.concepts,
+            overlap=0,
+            prepared=self.prepare(),
+        )
+
+    def _record(self, cls: type[R], name: str) -> R:
+        return record_from_json(cls, (self.work / name).read_bytes(), where=name)
+
+    def _embedded(self, build: Build) -> tuple[EmbeddedSet, EmbeddedSet]:
+        first, second = (
+            embed_model(model, build.prepared, name, _silent)
+            for name, model in (("original", build.original), ("edited", build.edited))
+        )
+        return first, second
+
+    def _choose_canaries(self, build: Build, folder: Path) -> dict[TowerName, Canaries]:
+        for tower in TowerName:
+            canaries_to_folder(build.original.tower(tower), build.edited.tower(tower), self.pairs(tower), folder)
+        return self._read_canaries(folder)
+
+    def _read_canaries(self, folder: Path) -> dict[TowerName, Canaries]:
+        found = {tower: read_canaries(folder, tower) for tower in TowerName}
+        return {tower: part for tower, part in found.items() if part is not None and len(part.inputs)}
+
+    def _subjects(self, build: Build) -> list[Subject]:
+        """The exported graphs and the engines, opened as a build opens them."""
+        edits = {tower: [layer for layer in build.edit.layers if layer.tower is tower] for tower in TowerName}
+        towers = {tower: build.edited.tower(tower).graph_module() for tower in TowerName}
+        audits = {
+            EXPORTED: lambda: {
+                tower.value: audit_of_graph(path, towers[tower], edits[tower], build.patch)
+                for tower, path in build.exported.items()
+            },
+            VARIANT: lambda: {
+                tower.value: audit_of_engine(path, build.sources[tower], build.precision, edits[tower], build.patch)
+                for tower, path in build.engines.items()
+            },
+        }
+        batch = self.recipe.compile.batch
+        found = []
+        for variant, files in ((EXPORTED, build.exported), (VARIANT, build.engines)):
+            precision = Precision.FP32 if variant == EXPORTED else build.precision
+            name = variant if variant == EXPORTED else f"onnxruntime-{precision.value}"
+            sessions = {
+                tower: open_session(
+                    Target.ONNXRUNTIME,
+                    path.read_bytes(),
+                    profile=batch,
+                    inputs=self.onnx[tower].inputs,
+                    outputs=self.onnx[tower].outputs,
+                    device="cpu",
+                    optimisation="extended",
+                )
+                for tower, path in files.items()
+            }
+            found.append(
+                Subject(
+                    variant=name,
+                    precision=precision,
+                    digests={tower.value: digest_of_onnx(path, "") for tower, path in files.items()},
+                    sessions=sessions,
+                    reason="",
+                    outputs={tower: self.onnx[tower].outputs for tower in TowerName},
+                    normalised=self.recipe.export.normalise,
+                    max_batch=batch.max,
+                    opt_batch=batch.opt,
+                    audit=audits[variant],
+                )
+            )
+        return found
+
+
+def as_rows(pixels: np.ndarray | PixelRows) -> np.ndarray:
+    """All rows of prepared pixels, (n, 3, H, W) float32."""
+    rows: np.ndarray = pixels[0 : len(pixels)]
+    return rows

@@ -1,0 +1,98 @@
+"""The faults, and what the gate must say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from uwm_deploy.records import Cause, TowerName
+from uwm_deploy.selftest import artifacts, bundles, edits, inputs, surgery
+from uwm_deploy.selftest.artifacts import both, compiled_with, exported_with, unedited
+from uwm_deploy.selftest.inputs import prepared_by
+from uwm_deploy.selftest.world import Build, World
+
+Plant = Callable[[World, Path], Build | Path]
+"""Makes the wrong artifact: a build to be verified, or a bundle to be opened."""
+
+IMAGE, TEXT = TowerName.IMAGE, TowerName.TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        name: Short name.
+        cause: What the gate must name first.
+        stage: Where it must say that it was made.
+        text: What is wrong.
+        plant: Makes it.
+    """
+
+    name: str
+    cause: Cause
+    stage: str
+    text: str
+    plant: Plant
+
+
+# fmt: off
+# ruff: noqa: E501
+FAULTS = (
+    # --- the edit
+    Fault("patch-twice", Cause.EDIT, "edit", "the patch was applied twice", edits.applied_twice),
+    Fault("factor-zero", Cause.EDIT, "edit", "factor 0 for -1", edits.factor_zero),
+    Fault("layer-missed", Cause.EDIT, "edit", "one layer was not edited", edits.layer_missed),
+    Fault("one-tower-edited", Cause.EDIT, "edit", "only the image tower was edited", edits.one_tower),
+    Fault("patch-of-another-model", Cause.EDIT, "edit", "other entries were edited", edits.other_entries),
+    Fault("bias-touched", Cause.EDIT, "edit", "biases were negated too", edits.bias_touched),
+    Fault("mask-ignored", Cause.EDIT, "edit", "a whole layer was negated", edits.whole_layer),
+    # --- the export
+    Fault("edit-not-exported", Cause.EDIT, "export", "the original model was exported", unedited(tuple(TowerName), exported_with)),
+    Fault("one-tower-exported", Cause.EDIT, "export", "the text graph is the original's", unedited((TEXT,), exported_with)),
+    Fault("weights-truncated", Cause.WEIGHTS, "export", "weights cut to 8-bit integers", artifacts.weights_truncated),
+    Fault("colour-weights-reversed", Cause.WEIGHTS, "export", "the graph takes BGR", artifacts.colours_reversed),
+    Fault("layernorm-epsilon", Cause.GRAPH, "export", "epsilon 1e-6 for 1e-5", exported_with(both(surgery.epsilon(1e-6)))),
+    Fault("quick-gelu-lost", Cause.GRAPH, "export", "GELU for QuickGELU", exported_with(both(surgery.gelu_for_quick_gelu))),
+    Fault("wrong-pooling", Cause.GRAPH, "export", "text read at the start token", exported_with({TEXT: surgery.pool_at_start})),
+    Fault("mask-dropped", Cause.GRAPH, "export", "words see their padding", exported_with({TEXT: surgery.no_mask})),
+    Fault("projection-missing", Cause.GRAPH, "export", "image embeddings are not projected", exported_with({IMAGE: surgery.no_projection})),
+    Fault("normalisation-missing", Cause.GRAPH, "export", "embeddings of any length", exported_with({IMAGE: surgery.no_normalisation})),
+    Fault("normalisation-twice", Cause.GRAPH, "export", "divided by the length twice", exported_with({TEXT: surgery.normalised_twice})),
+    Fault("batch-baked-in", Cause.BATCHING, "export", "the graph takes one row only", exported_with({IMAGE: surgery.fixed_batch})),
+    Fault("rows-moved", Cause.BATCHING, "export", "each row gets its neighbour's result", exported_with({IMAGE: surgery.rows_moved})),
+    Fault("rows-mixed", Cause.BATCHING, "export", "rows take part in each other", exported_with({TEXT: surgery.rows_mixed(0.3)})),
+    # --- the compiler
+    Fault("stale-engine", Cause.EDIT, "compile", "the original's engine under the edited name", unedited(tuple(TowerName), compiled_with)),
+    Fault("towers-of-two-builds", Cause.EDIT, "compile", "the text engine of another edit", artifacts.tower_of_another_build),
+    Fault("fp16-overflow", Cause.NUMBERS, "compile", "a value above 65504 in fp16", artifacts.half_precision_overflow),
+    Fault("nan", Cause.NUMBERS, "compile", "NaN in an engine", artifacts.not_a_number),
+    Fault("activation-in-engine", Cause.GRAPH, "compile", "an engine fused to GELU", compiled_with({IMAGE: surgery.gelu_for_quick_gelu})),
+    Fault("batch-in-engine", Cause.BATCHING, "compile", "an engine that mixes rows", compiled_with({IMAGE: surgery.rows_mixed(0.3)})),
+    # --- the model and its inputs
+    Fault("wrong-pooling-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.pooled_by_the_adapter),
+    Fault("activation-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.activation_of_the_adapter),
+    Fault("bilinear", Cause.PREPROCESSING, "load", "resized bilinear for bicubic", prepared_by(inputs.bilinear)),
+    Fault("bgr", Cause.PREPROCESSING, "load", "channels in the order BGR", prepared_by(inputs.blue_first)),
+    Fault("mean-and-std", Cause.PREPROCESSING, "load", "statistics of another model", prepared_by(inputs.other_statistics)),
+    Fault("crop-off-by-one", Cause.PREPROCESSING, "load", "the crop is one pixel off", prepared_by(inputs.crop_off_by_one)),
+    Fault("squashed", Cause.PREPROCESSING, "load", "squashed for cropped", prepared_by(inputs.squashed)),
+    Fault("ids-cut", Cause.TOKENISATION, "load", "captions cut, end token lost", inputs.cut_ids),
+    Fault("other-tokenizer", Cause.TOKENISATION, "load", "words have other ids", inputs.other_tokenizer),
+    # --- the data
+    Fault("calibration-in-test", Cause.DATA, "calibrate", "measured on what scores come from", inputs.measured_on_calibration),
+    Fault("partners-shuffled", Cause.DATA, "verify", "texts beside other items' images", inputs.partners_shuffled),
+    Fault("members-swapped", Cause.DATA, "verify", "safe for unsafe in half of the items", inputs.members_swapped),
+    Fault("concept-dropped", Cause.DATA, "verify", "a concept is never measured", inputs.concept_dropped),
+    Fault("nothing-measured", Cause.DATA, "verify", "an empty evaluation set", inputs.nothing_measured),
+    # --- the bundle
+    Fault("report-of-another-engine", Cause.EVIDENCE, "gate", "the verdict is about another engine", bundles.report_of_another_engine),
+    Fault("report-edited", Cause.EVIDENCE, "gate", "not the report that was judged", bundles.report_edited),
+    Fault("policy-loosened", Cause.EVIDENCE, "gate", "a policy of the same name let it pass", bundles.policy_loosened),
+    Fault("manifest-edited", Cause.EVIDENCE, "gate", "another factor in the manifest", bundles.manifest_edited),
+    Fault("engine-flipped", Cause.INTEGRITY, "package", "one bit of an engine", bundles.engine_flipped),
+    Fault("tokenizer-swapped", Cause.INTEGRITY, "package", "the tokenizer of another model", bundles.tokenizer_swapped),
+    Fault("file-added", Cause.INTEGRITY, "package", "a library beside the engine", bundles.file_added),
+)  # fmt: skip
+"""Every fault, in the pipeline's order."""
