@@ -30,6 +30,7 @@ from uwm_deploy.inspection import method_line
 from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
+    BuilderSpec,
     CalibrationSet,
     Recipe,
     calibration_set_from_toml,
@@ -57,6 +58,7 @@ from uwm_deploy.records import (
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
 from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
+from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.stages.gate import gate
@@ -641,7 +643,8 @@ class _Build:
         inputs = {
             "graphs": digest_of_file(source / STAMP),
             "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
-            "machine": usable(target) or "usable",
+            "builder": digest_of_plain(plain_from_record(self.recipe.compile.builder(target))),
+            "machine": usable(target) or device_name(),
             "refittable": str(self.recipe.compile.refittable),
         }
         make = partial(self._compile, target, source, graphs)
@@ -660,7 +663,17 @@ class _Build:
             edits = [layer for layer in edit.layers if layer.tower is graph.tower]
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
             spec = self.recipe.compile
-            engine = engine_from_onnx(graph, source, target, spec.batch, edits, folder, refittable=spec.refittable)
+            engine = engine_from_onnx(
+                graph,
+                source,
+                target,
+                spec.profile,
+                edits,
+                folder,
+                refittable=spec.refittable,
+                profiles=spec.profiles,
+                builder=spec.builder(target) or BuilderSpec(),
+            )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
     def verify(self) -> None:
@@ -743,7 +756,7 @@ class _Build:
         """The exported graphs, then every variant; sessions are opened one subject at a time."""
         from uwm_deploy.stages.verify import Subject
 
-        graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
+        graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.profile
         outputs = {tower: graph.outputs for tower, graph in graphs.items()}
         shared: dict[str, Any] = {
             "outputs": outputs,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.errors import ContractError, UwmError
-from uwm_deploy.graphs.engine_builder import FAILED
+from uwm_deploy.errors import ContractError, RecipeError, UwmError
+from uwm_deploy.graphs.engine_builder import FAILED, NOT_OFFERED
 from uwm_deploy.records import Target
 
 BUILD_SECONDS = 1800
@@ -35,6 +35,7 @@ def made_by_child(
         What the child achieved.
 
     Raises:
+        RecipeError: If the target's library does not have what is asked for.
         ContractError: If the target's library refuses, or it takes too long.
         UwmError: If the child died.
     """
@@ -56,6 +57,8 @@ def made_by_child(
     (folder / f".tmp-{file}").unlink(missing_ok=True)
     body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     lines = (folder / f"{stem}.{step}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if done.returncode == NOT_OFFERED:
+        raise RecipeError(f"{target.value} {step} of {stem}: {body.get('error', '')[:400]}", fix="see docs/compile.md")
     if done.returncode == FAILED:
         raise ContractError(f"{target.value} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
     if done.returncode != 0 or not body or not (folder / file).is_file():

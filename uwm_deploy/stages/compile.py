@@ -11,16 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
 from uwm_deploy.graphs.stored import named_weights
+from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 BUILDER = "uwm_deploy.graphs.engine_builder"
 _NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
+_ON_A_GPU = "build where the GPU is, or for tensorrt-rtx ahead of time"
+_DEFAULTS = BuilderSpec()
 
 
 def engine_from_onnx(
@@ -32,6 +36,8 @@ def engine_from_onnx(
     folder: Path,
     *,
     refittable: bool = False,
+    profiles: Sequence[Profile] = (),
+    builder: BuilderSpec = _DEFAULTS,
 ) -> EngineArtifact:
     """Compiles one tower in the precision of its graph.
 
@@ -43,8 +49,11 @@ def engine_from_onnx(
         edits: Edited layers of this tower, looked up again in what can be read.
         folder: Where the engine goes.
         refittable: Whether another edit may be put into an engine of TensorRT later; ONNX graphs always are.
+        profiles: Parts of the profile that an engine of TensorRT is optimised for on their own; the whole when empty.
+        builder: How an engine of TensorRT is built.
 
     Raises:
+        RecipeError: If the target does not have what is asked for.
         PrerequisiteError: If the target's package is missing, it does not know the precision, or it needs a GPU.
         IntegrityError: If the graph's files are not those its record describes.
         ContractError: If the build fails, loses the edit, or is not in the precision asked for.
@@ -57,10 +66,9 @@ def engine_from_onnx(
     if target is Target.ONNXRUNTIME:
         file, external, details = _onnxruntime(graph, source, lowered, edits, folder)
     else:
-        if refittable and (reason := usable(target)):
-            raise PrerequisiteError(f"a refittable {target.value} engine is built on a GPU: {reason}", fix=_NO_REFIT)
+        _check_machine(target, refittable, builder)
         names = [f"{edit.name}.weight" for edit in edits] if refittable else []
-        file, details = _tensorrt(graph, source, target, lowered, profile, folder, names)
+        file, details = _tensorrt(graph, source, target, lowered, profiles or (profile,), folder, names, builder)
         external = ""
     runnable = not usable(target)
     return EngineArtifact(
@@ -84,6 +92,20 @@ def engine_from_onnx(
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
     )
+
+
+def _check_machine(target: Target, refittable: bool, builder: BuilderSpec) -> None:
+    """What needs a GPU is refused before anything is started."""
+    if not (reason := usable(target)):
+        return
+    if refittable:
+        raise PrerequisiteError(f"a refittable {target.value} engine is built on a GPU: {reason}", fix=_NO_REFIT)
+    if target is Target.TENSORRT:
+        raise PrerequisiteError(f"{target.value} builds on a GPU only: {reason}", fix=_ON_A_GPU)
+    if CURRENT_GPU in builder.compute_capabilities:
+        raise PrerequisiteError(
+            f"compute_capabilities of {target.value} is {CURRENT_GPU}: {reason}", fix="name the GPU's, such as 8.9"
+        )
 
 
 def _check_source(graph: OnnxArtifact, folder: Path) -> None:
@@ -171,9 +193,10 @@ def _tensorrt(
     source: Path,
     target: Target,
     lowered: Precision,
-    profile: Profile,
+    profiles: Sequence[Profile],
     folder: Path,
     refittable: Sequence[str],
+    builder: BuilderSpec,
 ) -> tuple[str, dict[str, Any]]:
     """An engine in the precision of its graph."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
@@ -183,14 +206,16 @@ def _tensorrt(
         "engine": file,
         "input": graph.inputs[0].name,
         "shape": list(graph.inputs[0].shape[1:]),
-        "profile": [profile.min, profile.opt, profile.max],
+        "profiles": [[part.min, part.opt, part.max] for part in profiles],
+        "builder": plain_from_record(builder),
         "refittable": refittable,
     }
     body = made_by_child(BUILDER, spec, target, stem, folder)
     settings = body["settings"]
     kinds = set(settings["layer_types"].split(","))
     wanted = _TENSORRT_NAMES[lowered]
-    if set(settings["output_types"].split(",")) != {"FLOAT"} or settings["tf32"] != "false" or wanted not in kinds:
+    tf32 = str(builder.tf32).lower()
+    if set(settings["output_types"].split(",")) != {"FLOAT"} or settings["tf32"] != tf32 or wanted not in kinds:
         raise ContractError(f"{target.value} built {stem} as {settings}, not {lowered.value}", fix="report this")
     return file, body
 
