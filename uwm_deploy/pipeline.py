@@ -30,7 +30,6 @@ from uwm_deploy.inspection import method_line
 from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
-    BuilderSpec,
     CalibrationSet,
     Recipe,
     calibration_set_from_toml,
@@ -47,6 +46,7 @@ from uwm_deploy.records import (
     OnnxArtifact,
     Precision,
     PrecisionPlan,
+    Provider,
     Result,
     ScoreRecord,
     Selection,
@@ -54,10 +54,19 @@ from uwm_deploy.records import (
     TowerName,
     Verdict,
     VerifyReport,
+    variant_name,
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
-from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
+from uwm_deploy.runtime.providers import provider_reason
+from uwm_deploy.runtime.session import (
+    Session,
+    missing_package,
+    open_engine,
+    open_session,
+    reason_not_executable,
+    usable,
+)
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
@@ -549,7 +558,8 @@ class _Build:
             source, graphs = self._graphs(precision)
             converted += [graph for graph in graphs if graph.conversion]
             for target in targets:
-                engines += self._engines(target, precision, source, graphs)
+                for provider in self.recipe.compile.providers(target):
+                    engines += self._engines(target, provider, precision, source, graphs)
         if not engines:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outcome.skipped.items())
             raise PrerequisiteError(f"nothing can be compiled here ({reasons})", fix="see `uwm-deploy doctor`")
@@ -636,26 +646,30 @@ class _Build:
         return plan
 
     def _engines(
-        self, target: Target, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
+        self, target: Target, provider: Provider, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
     ) -> list[EngineArtifact]:
         """Both engines of one variant; none where the target does not know the precision."""
-        variant = f"{target.value}-{precision.value}"
+        variant = variant_name(target, precision, provider)
         inputs = {
             "graphs": digest_of_file(source / STAMP),
             "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
-            "builder": digest_of_plain(plain_from_record(self.recipe.compile.builder(target))),
-            "machine": usable(target) or device_name(),
+            "builder": digest_of_plain(plain_from_record(self.recipe.compile.builder(target, provider))),
+            "machine": usable(target) or provider_reason(provider) or device_name(),
             "refittable": str(self.recipe.compile.refittable),
         }
-        make = partial(self._compile, target, source, graphs)
+        make = partial(self._compile, target, provider, source, graphs)
         try:
-            folder = self._stage(f"compile-{variant}", f"{precision.value} for {target.value}", inputs, make)
+            folder = self._stage(
+                f"compile-{variant}", f"{precision.value} for {_named(target, provider)}", inputs, make
+            )
         except PrerequisiteError as error:
             self._skip(variant, error.what)
             return []
         return [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
 
-    def _compile(self, target: Target, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path) -> None:
+    def _compile(
+        self, target: Target, provider: Provider, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path
+    ) -> None:
         from uwm_deploy.stages.compile import engine_from_onnx
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
@@ -672,7 +686,8 @@ class _Build:
                 folder,
                 refittable=spec.refittable,
                 profiles=spec.profiles,
-                builder=spec.builder(target) or BuilderSpec(),
+                builder=spec.builder(target, provider),
+                provider=provider,
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
@@ -783,8 +798,8 @@ class _Build:
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
             first = next(iter(parts.values()))
-            target, precision = first.target, Precision(first.precision)
-            reason, opened = usable(target), None
+            precision = Precision(first.precision)
+            reason, opened = reason_not_executable(first), None
             if not reason:
                 try:
                     opened = {tower: self._open(engine) for tower, engine in parts.items()}
@@ -893,6 +908,10 @@ class _Build:
             if (file := self.work / "canaries" / f"{tower.value}.safetensors").is_file():
                 parts[f"evidence/canaries-{tower.value}.safetensors"] = file
         return parts
+
+
+def _named(target: Target, provider: Provider) -> str:
+    return target.value if provider == "any" else f"{target.value} with {provider}"
 
 
 def refuse_foreign_folder(out: Path) -> None:

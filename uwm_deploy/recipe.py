@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uwm_deploy.errors import RecipeError
-from uwm_deploy.records import Method, Pairing, Precision, Profile, Rule, Selection, Target, TowerName
+from uwm_deploy.records import Method, Pairing, Precision, Profile, Provider, Rule, Selection, Target, TowerName
 from uwm_deploy.strict_toml import record_from_toml
 
 Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
@@ -175,6 +175,17 @@ class BuilderSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxRuntimeSpec:
+    """What graphs for ONNX Runtime are made for (docs/compile.md).
+
+    Attributes:
+        providers: One, or several; each is a variant of its own.
+    """
+
+    providers: tuple[Provider, ...] = ("any",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompileSpec:
     """What is compiled, and for which batches.
 
@@ -185,6 +196,7 @@ class CompileSpec:
         float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
         auto: How `auto` searches.
         refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
+        onnxruntime: Which providers graphs for ONNX Runtime are made for.
         tensorrt: How engines of TensorRT are built.
         tensorrt_rtx: How engines of TensorRT-RTX are built.
     """
@@ -195,6 +207,7 @@ class CompileSpec:
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
     refittable: bool = False
+    onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     tensorrt: BuilderSpec = BuilderSpec()
     tensorrt_rtx: BuilderSpec = BuilderSpec()
 
@@ -209,9 +222,14 @@ class CompileSpec:
         parts = self.profiles
         return Profile(min=min(p.min for p in parts), opt=parts[0].opt, max=max(p.max for p in parts))
 
-    def builder(self, target: Target) -> BuilderSpec | None:
-        """How engines of a target are built; None where TensorRT plays no part."""
-        return {Target.TENSORRT: self.tensorrt, Target.TENSORRT_RTX: self.tensorrt_rtx}.get(target)
+    def builder(self, target: Target, provider: Provider = "any") -> BuilderSpec:
+        """How engines of a target, or of a provider of ONNX Runtime, are built; the defaults where TensorRT has no part."""
+        uses = provider if target is Target.ONNXRUNTIME else target.value
+        return {"tensorrt": self.tensorrt, "tensorrt-rtx": self.tensorrt_rtx}.get(uses, BuilderSpec())
+
+    def providers(self, target: Target) -> tuple[Provider, ...]:
+        """Providers of a target's variants."""
+        return self.onnxruntime.providers if target is Target.ONNXRUNTIME else ("any",)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -329,6 +347,9 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     if recipe.export.attention == "fused" and recipe.export.opset < 23:
         raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
     _check_profiles(recipe.compile.profiles, where)
+    providers = recipe.compile.onnxruntime.providers
+    if not providers or len(set(providers)) < len(providers):
+        raise RecipeError(f"{where}: compile.onnxruntime.providers is {list(providers)}", fix="name each once")
     _check_builder(recipe.compile.tensorrt, "tensorrt", where)
     _check_builder(recipe.compile.tensorrt_rtx, "tensorrt_rtx", where)
     return recipe

@@ -36,7 +36,9 @@ def test_settings_of_both_flavours_are_read() -> None:
     assert (spec.profile.min, spec.profile.opt, spec.profile.max, len(spec.profiles)) == (1, 16, 16, 2)
     assert spec.tensorrt.hardware_compatibility == "ampere-plus"
     assert spec.builder(Target.TENSORRT_RTX) == BuilderSpec(workspace_mib=512)
-    assert spec.builder(Target.ONNXRUNTIME) is None
+    assert spec.builder(Target.ONNXRUNTIME, "tensorrt-rtx") == BuilderSpec(workspace_mib=512)
+    assert spec.builder(Target.ONNXRUNTIME) == BuilderSpec()
+    assert spec.providers(Target.ONNXRUNTIME) == ("any",)
 
 
 @pytest.mark.parametrize("name", resources.names("calibration"))
@@ -73,6 +75,8 @@ def test_every_policy_loads(name: str) -> None:
         (BATCH, BATCH + "\n[compile.tensorrt_rtx]\nversion_compatible = true", "one release"),
         (BATCH, BATCH + "\n[compile.tensorrt_rtx]\ncompute_capabilities = ['sm_89']", '"8.9"'),
         (BATCH, BATCH + "\n[compile.tensorrt_rtx]\ncompute_capabilities = ['8.9', 'current']", "current alone"),
+        (BATCH, BATCH + "\n[compile.onnxruntime]\nproviders = ['cpu', 'cpu']", "name each once"),
+        (BATCH, BATCH + "\n[compile.onnxruntime]\nproviders = ['openvino']", "tensorrt-rtx"),
         (BATCH, BATCH + "\n[compile.tensorrt]\noptimisation_level = 6", "0 to 5"),
         (BATCH, BATCH + "\n[compile.tensorrt]\nworkspace = 6", "did you mean 'workspace_mib'"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from tests.onnx.conftest import Exported
 from uwm_deploy.errors import PrerequisiteError, RecipeError
-from uwm_deploy.graphs.builder_log import BuildFailed, NotOffered, logger_of
+from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
 from uwm_deploy.graphs.builder_settings import apply_settings
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipe import BuilderSpec
@@ -109,7 +109,7 @@ def test_what_a_release_lacks_is_not_offered(rtx: tuple[types.ModuleType, object
         __name__="tensorrt", __version__="11.1", BuilderFlag=trt.BuilderFlag, HardwareCompatibilityLevel=object()
     )
     for spec in (BuilderSpec(compute_capabilities=("8.9",)), BuilderSpec(hardware_compatibility="ampere-plus")):
-        with pytest.raises(NotOffered, match=r"tensorrt 11\.1"):
+        with pytest.raises(RecipeError, match=r"tensorrt 11\.1"):
             apply_settings(lacking, config, spec, refittable=False, messages=messages)
 
 

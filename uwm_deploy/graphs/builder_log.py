@@ -14,10 +14,6 @@ class BuildFailed(Exception):  # noqa: N818 -- reads better where it is raised
     """The builder said no; its words are the message."""
 
 
-class NotOffered(BuildFailed):
-    """The recipe asks for what this flavour or release does not have."""
-
-
 def logger_of(trt: Any, messages: list[str]) -> Any:
     """A logger of one of the flavours that keeps its messages."""
 

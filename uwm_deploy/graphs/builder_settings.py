@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from uwm_deploy.graphs.builder_log import BuildFailed, NotOffered, last_of
+from uwm_deploy.errors import RecipeError
+from uwm_deploy.graphs.builder_log import BuildFailed, last_of
 from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records import Profile
 
 _MIB = 1 << 20
+_SEE = "see docs/compile.md"
 _HARDWARE = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -24,7 +26,7 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
         messages: What its logger was told.
 
     Raises:
-        NotOffered: If this flavour or release does not have a setting.
+        RecipeError: If this flavour or release does not have a setting.
         BuildFailed: If the builder does not take a value.
     """
     _set_flag(trt, config, "TF32", spec.tf32)  # on by default; float32 must mean float32
@@ -39,7 +41,7 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
         name = _HARDWARE[spec.hardware_compatibility]
         level = getattr(trt.HardwareCompatibilityLevel, name, None)
         if level is None:
-            raise NotOffered(f"{trt.__name__} {trt.__version__} has no hardware compatibility {name}")
+            raise RecipeError(f"{trt.__name__} {trt.__version__} has no hardware compatibility {name}", fix=_SEE)
         config.hardware_compatibility_level = level
         _check("hardware_compatibility", level, config.hardware_compatibility_level, messages)
     if spec.version_compatible:
@@ -102,12 +104,12 @@ def settings_of(trt: Any, config: Any, spec: BuilderSpec, profiles: Sequence[Pro
 def _set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str], messages: Sequence[str]) -> None:
     known = getattr(trt, "ComputeCapability", None)
     if known is None or not hasattr(config, "num_compute_capabilities"):
-        raise NotOffered(f"{trt.__name__} {trt.__version__} builds for the GPU it runs on, not for others")
+        raise RecipeError(f"{trt.__name__} {trt.__version__} builds for the GPU it runs on, not for others", fix=_SEE)
     names = ["CURRENT" if text == CURRENT_GPU else f"SM{text.replace('.', '')}" for text in wanted]
     for text, name in zip(wanted, names, strict=True):
         if not hasattr(known, name):
             has = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in sorted(known.__members__) if one.startswith("SM"))
-            raise NotOffered(f"{trt.__name__} {trt.__version__} does not build for {text}; it knows {has}")
+            raise RecipeError(f"{trt.__name__} {trt.__version__} does not build for {text}; it knows {has}", fix=_SEE)
     config.num_compute_capabilities = len(names)
     _check("compute_capabilities", len(names), config.num_compute_capabilities, messages)
     for index, name in enumerate(names):
@@ -118,7 +120,7 @@ def _set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str], mess
 def _set_flag(trt: Any, config: Any, name: str, wanted: bool) -> None:
     flag = getattr(trt.BuilderFlag, name, None)
     if flag is None:
-        raise NotOffered(f"{trt.__name__} {trt.__version__} has no builder flag {name}")
+        raise RecipeError(f"{trt.__name__} {trt.__version__} has no builder flag {name}", fix=_SEE)
     (config.set_flag if wanted else config.clear_flag)(flag)
     if bool(config.get_flag(flag)) is not wanted:
         raise BuildFailed(f"the builder does not take its flag {name} as {_word(wanted)}")

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.errors import ContractError, RecipeError, UwmError
-from uwm_deploy.graphs.engine_builder import FAILED, NOT_OFFERED
+from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError, UwmError
+from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
 from uwm_deploy.records import Target
+
+_KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
 
 BUILD_SECONDS = 1800
 """A build that takes longer is stopped."""
@@ -36,6 +38,7 @@ def made_by_child(
 
     Raises:
         RecipeError: If the target's library does not have what is asked for.
+        PrerequisiteError: If it does not work here.
         ContractError: If the target's library refuses, or it takes too long.
         UwmError: If the child died.
     """
@@ -57,8 +60,9 @@ def made_by_child(
     (folder / f".tmp-{file}").unlink(missing_ok=True)
     body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     lines = (folder / f"{stem}.{step}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if done.returncode == NOT_OFFERED:
-        raise RecipeError(f"{target.value} {step} of {stem}: {body.get('error', '')[:400]}", fix="see docs/compile.md")
+    if done.returncode == REFUSED:
+        what = f"{target.value} {step} of {stem}: {body.get('error', '')[:400]}"
+        raise _KINDS.get(str(body.get("kind")), UwmError)(what, fix=str(body.get("fix", "")))
     if done.returncode == FAILED:
         raise ContractError(f"{target.value} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
     if done.returncode != 0 or not body or not (folder / file).is_file():

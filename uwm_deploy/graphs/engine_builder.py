@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uwm_deploy.codec import record_from_plain
-from uwm_deploy.graphs.builder_log import BuildFailed, NotOffered, last_of, logger_of
+from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
+from uwm_deploy.graphs.onnx_builder import compiled, optimised
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipe import BuilderSpec
 from uwm_deploy.records import Profile, Target
@@ -29,49 +31,26 @@ from uwm_deploy.runtime.tensorrt import MODULES, device_name
 FAILED = 3
 """Exit status of a build that the target's builder refused."""
 
-NOT_OFFERED = 4
-"""Exit status of a build whose settings the target does not have."""
+REFUSED = 4
+"""Exit status of a build that cannot be begun: the result says which kind of error it is."""
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds an engine.
 
     Args:
-        spec: ``module``, ``onnx``, ``engine`` (paths); for ONNX Runtime ``external_data`` (file name or empty); for
-            TensorRT ``input``, ``shape`` without the batch, ``profiles`` (min, opt and max of each), ``builder``, a
-            `recipe.BuilderSpec` that may be left out, and ``refittable``, names of the weights that a refit may replace
-            later; none when it is left out.
+        spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime what `onnx_builder` says, and ``compile``, whether
+            the provider makes engines of it. For TensorRT ``input``, ``shape`` without the batch, ``profiles`` (min, opt
+            and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and ``refittable``, names of the
+            weights that a refit may replace later; none when it is left out.
 
     Returns:
         What was achieved: versions, settings, seconds, peak memory.
     """
-    return _optimise(spec) if spec["module"] == "onnxruntime" else _plan(spec)
-
-
-def _optimise(spec: dict[str, Any]) -> dict[str, Any]:
-    """The graph with ONNX Runtime's machine-independent optimisations applied."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = spec["engine"]
-    if spec["external_data"]:
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", spec["external_data"]
-        )
-    started = time.perf_counter()
-    try:
-        ort.InferenceSession(spec["onnx"], options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base class
-        raise BuildFailed(str(error)) from error
-    return {
-        "versions": {"onnxruntime": ort.__version__},
-        "settings": {"optimisation": "extended"},
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": _peak_rss_bytes(),
-    }
+    make = _plan
+    if spec["module"] == "onnxruntime":
+        make = compiled if spec["compile"] else optimised
+    return make(spec) | {"peak_rss_bytes": _peak_rss_bytes()}
 
 
 def _plan(spec: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +89,6 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
             "output_types": ",".join(kinds),
         },
         "seconds": seconds,
-        "peak_rss_bytes": _peak_rss_bytes(),
     }
 
 
@@ -234,7 +212,11 @@ def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) ->
         body = work(spec)
     except BuildFailed as error:
         result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
-        return NOT_OFFERED if isinstance(error, NotOffered) else FAILED
+        return FAILED
+    except UwmError as error:
+        kind = type(error).__name__
+        result.write_text(json.dumps({"kind": kind, "error": error.what, "fix": error.fix}), encoding="utf-8")
+        return REFUSED
     result.write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return 0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,27 @@ from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
+from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
-from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records import (
+    EngineArtifact,
+    LayerEdit,
+    OnnxArtifact,
+    Precision,
+    Profile,
+    Provider,
+    Target,
+    variant_name,
+)
+from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 BUILDER = "uwm_deploy.graphs.engine_builder"
 _NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
 _ON_A_GPU = "build where the GPU is, or for tensorrt-rtx ahead of time"
+_OTHER_PROVIDER = "leave it out of compile.onnxruntime.providers, or build where it works"
 _DEFAULTS = BuilderSpec()
 
 
@@ -38,6 +51,7 @@ def engine_from_onnx(
     refittable: bool = False,
     profiles: Sequence[Profile] = (),
     builder: BuilderSpec = _DEFAULTS,
+    provider: Provider = "any",
 ) -> EngineArtifact:
     """Compiles one tower in the precision of its graph.
 
@@ -51,6 +65,7 @@ def engine_from_onnx(
         refittable: Whether another edit may be put into an engine of TensorRT later; ONNX graphs always are.
         profiles: Parts of the profile that an engine of TensorRT is optimised for on their own; the whole when empty.
         builder: How an engine of TensorRT is built.
+        provider: Of ONNX Runtime.
 
     Raises:
         RecipeError: If the target does not have what is asked for.
@@ -64,7 +79,10 @@ def engine_from_onnx(
     source = onnx_folder / graph.file
     asked, lowered = precision_of(graph)
     if target is Target.ONNXRUNTIME:
-        file, external, details = _onnxruntime(graph, source, lowered, edits, folder)
+        if reason := provider_reason(provider):
+            raise PrerequisiteError(f"{target.value} with {provider}: {reason}", fix=_OTHER_PROVIDER)
+        wanted = Wanted(provider, tuple(profiles) or (profile,), builder)
+        file, external, details = _onnxruntime(graph, source, lowered, edits, folder, wanted)
     else:
         _check_machine(target, refittable, builder)
         names = [f"{edit.name}.weight" for edit in edits] if refittable else []
@@ -72,7 +90,7 @@ def engine_from_onnx(
         external = ""
     runnable = not usable(target)
     return EngineArtifact(
-        variant=f"{target.value}-{asked.value}",
+        variant=variant_name(target, asked, provider),
         tower=graph.tower,
         target=target,
         precision=lowered,
@@ -87,11 +105,26 @@ def engine_from_onnx(
         normalised=graph.normalised,
         settings=details["settings"],
         versions=details["versions"],
-        built_on="cpu" if target is Target.ONNXRUNTIME else device_name() if runnable else "ahead of time",
+        built_on=_built_on(target, provider, runnable),
         runnable=runnable,
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a graph for ONNX Runtime is made for."""
+
+    provider: Provider
+    profiles: tuple[Profile, ...]
+    builder: BuilderSpec
+
+
+def _built_on(target: Target, provider: Provider, runnable: bool) -> str:
+    if target is Target.ONNXRUNTIME and provider in ("any", "cpu"):
+        return "cpu"
+    return device_name() if runnable else "ahead of time"
 
 
 def _check_machine(target: Target, refittable: bool, builder: BuilderSpec) -> None:
@@ -125,21 +158,36 @@ def precision_of(graph: OnnxArtifact) -> tuple[Precision, Precision]:
 
 
 def _onnxruntime(
-    graph: OnnxArtifact, source: Path, lowered: Precision, edits: Sequence[LayerEdit], folder: Path
+    graph: OnnxArtifact,
+    source: Path,
+    lowered: Precision,
+    edits: Sequence[LayerEdit],
+    folder: Path,
+    wanted: Wanted,
 ) -> tuple[str, str, dict[str, Any]]:
-    """The optimised graph, its precision and the edit read back from it."""
+    """The optimised or compiled graph; of an optimised one its precision and the edit are read back from it."""
     file = f"{graph.tower.value}.onnx"
     external = f"{file}.data" if graph.external_data else ""
-    if lowered is Precision.BF16:
+    provider = wanted.provider
+    closed, on_cpu = provider in COMPILING, provider in ("any", "cpu")
+    if lowered is Precision.BF16 and on_cpu:
         raise PrerequisiteError("ONNX Runtime has no bfloat16 kernels on the CPU", fix="use tensorrt or tensorrt-rtx")
-    if lowered in _AT_LOAD:
-        return file, external, _as_it_is(graph, source, lowered, folder)
+    if not closed and lowered in (_AT_LOAD if on_cpu else {Precision.FP8}):
+        return file, external, _as_it_is(graph, source, lowered, folder, provider)
+    given, builder = graph.inputs[0], wanted.builder
+    row = [size for size in given.shape[1:] if isinstance(size, int)]
     spec = {
         "module": "onnxruntime",
         "onnx": os.path.relpath(source, folder),
         "engine": file,
-        "external_data": external,
+        "external_data": "" if closed else external,
+        "provider": provider,
+        "options": provider_options(provider, given.name, row, wanted.profiles, builder),
+        "compile": closed,
+        "tf32": builder.tf32,
     }
+    if closed:
+        return file, "", made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
     details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
     arrays = list(_weights(folder / file))
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
@@ -158,7 +206,9 @@ def _onnxruntime(
 _AT_LOAD = {Precision.FP16: AT_LOAD, Precision.FP8: BASIC_AT_LOAD}
 
 
-def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path) -> dict[str, Any]:
+def _as_it_is(
+    graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path, provider: Provider
+) -> dict[str, Any]:
     """A graph that ONNX Runtime optimises when it is opened; opened once, so that one it cannot open is not shipped."""
     started = time.perf_counter()
     for name in filter(None, (graph.file, graph.external_data)):
@@ -171,13 +221,13 @@ def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Pat
         inputs=graph.inputs,
         outputs=graph.outputs,
         external_data=external,
-        device="cpu",
+        device="cpu" if provider == "any" else provider,
         optimisation="basic" if lowered is Precision.FP8 else "extended",
     )
     where = session.where
     session.close()
     return {
-        "settings": {"optimisation": _AT_LOAD[lowered]},
+        "settings": {"optimisation": _AT_LOAD[lowered], "provider": provider},
         "versions": {"onnxruntime": where["onnxruntime"]},
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": 0,
