@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.inspection import method_line
 from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
@@ -87,6 +87,10 @@ from uwm_deploy.workspace import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from uwm_deploy.graphs.quantise import Kind
     from uwm_deploy.stages.calibrate import PairStream
     from uwm_deploy.stages.search import Source
     from uwm_deploy.stages.verify import Subject
@@ -587,6 +591,7 @@ class _Build:
             "export": digest_of_file(self.work / "export" / STAMP),
             "canaries": digest_of_file(self._canaries() / STAMP),
             "float32": digest_of_plain(list(spec.float32)),
+            "quantiser": f"{spec.quantiser} {versions(('nvidia-modelopt',))}",
             "auto": digest_of_plain(plain_from_record(spec.auto)) if precision is Precision.AUTO else "",
         }
         make = partial(self._convert, precision)
@@ -605,7 +610,8 @@ class _Build:
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
         patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         lowered = spec.auto.lowest if precision is Precision.AUTO else precision
-        sources = {}
+        sources: dict[TowerName, Source] = {}
+        quantised: dict[TowerName, tuple[ir.Model, str]] = {}
         for graph in self.outcome.onnx:
             ranges = None
             if lowered in EIGHT_BITS:
@@ -613,6 +619,9 @@ class _Build:
                 batches = list(self._pairs(graph.tower, _RANGE_PAIRS))
                 rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
                 ranges = ranges_of(export / graph.file, rows, folder)
+                if spec.quantiser != "built-in":
+                    every = [*rows["safe"], *rows["unsafe"]]
+                    quantised[graph.tower] = self._by_modelopt(export / graph.file, EIGHT_BITS[lowered], every, folder)
             sources[graph.tower] = Source(graph, export / graph.file, ranges)
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
@@ -628,8 +637,19 @@ class _Build:
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
                 patch=patch,
                 canaries=read_canaries(self.work / "canaries", graph.tower),
+                quantised=quantised.get(graph.tower),
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+
+    def _by_modelopt(self, source: Path, kind: Kind, rows: Sequence[np.ndarray], folder: Path) -> tuple[ir.Model, str]:
+        """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
+        from uwm_deploy.graphs.modelopt import quantised_by_modelopt
+
+        spec = self.recipe.compile
+        method: Literal["entropy", "max"] = "max" if spec.quantiser == "modelopt-max" else "entropy"
+        self.reporter.progress(f"modelopt, {source.stem} tower", 0, 1)
+        model, version = quantised_by_modelopt(source, kind, method, spec.float32, rows, folder)
+        return model, f"nvidia-modelopt {version}, {method}"
 
     def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
         """The plan of precision `auto`, searched on the calibration set, and its record."""
@@ -952,6 +972,11 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         float32=(*spec.float32, *request.float32),
         refittable=spec.refittable or request.refittable,
     )
+    if spec.quantiser != "built-in" and Precision.AUTO in spec.precisions:
+        raise RecipeError(
+            f"compile.quantiser is {spec.quantiser} with precision auto, whose search quantises by itself",
+            fix="use int8 or fp8, or the built-in one",
+        )
     if request.budget is not None:
         if Precision.AUTO not in spec.precisions:
             raise InputError("--budget has no effect without precision auto", fix="add --precision auto")

@@ -146,6 +146,8 @@ class AutoSpec:
     items: int = 512
 
 
+Quantiser = Literal["built-in", "modelopt-entropy", "modelopt-max"]
+
 CURRENT_GPU = "current"
 """Stands for the compute capability of the GPU that an engine is built on."""
 
@@ -195,6 +197,7 @@ class CompileSpec:
         batch: Profile, or several, each optimised for on its own; together they leave no batch out.
         float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
         auto: How `auto` searches.
+        quantiser: What makes INT8 and FP8 graphs: this program, or nvidia-modelopt with one of its ways to find ranges.
         refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
         onnxruntime: Which providers graphs for ONNX Runtime are made for.
         tensorrt: How engines of TensorRT are built.
@@ -206,6 +209,7 @@ class CompileSpec:
     batch: Profile | tuple[Profile, ...] = Profile(min=1, opt=8, max=32)
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
+    quantiser: Quantiser = "built-in"
     refittable: bool = False
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     tensorrt: BuilderSpec = BuilderSpec()

@@ -506,6 +506,7 @@ class Conversion:
         coverage: Per class of input, ``safe`` and ``unsafe``; empty where nothing is quantised.
         canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
         canaries: Number of them.
+        quantiser: What quantised it, with its version where it is another's; empty where nothing is quantised.
     """
 
     precision: Precision
@@ -518,6 +519,7 @@ class Conversion:
     coverage: Mapping[str, ActivationCoverage] = field(default_factory=dict)
     canary_ratio_max: float | None = None
     canaries: int = 0
+    quantiser: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

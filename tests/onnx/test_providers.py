@@ -87,7 +87,7 @@ def test_the_builder_itself_never_falls_back(
     """Where a driver is there but a library is not, ONNX Runtime would take the CPU with a line in the log."""
     spec = build_spec(exported, provider, compiling)
     with pytest.raises(PrerequisiteError, match=r"no working|is not installed|no device"):
-        made_by_child(BUILDER, spec, Target.ONNXRUNTIME, exported.artifact.tower.value, tmp_path)
+        made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, exported.artifact.tower.value, tmp_path)
     assert not list(tmp_path.glob("*.onnx"))
 
 
@@ -95,7 +95,7 @@ def test_a_provider_that_compiles_nothing_is_an_error(exported: Exported, tmp_pa
     """The CPU provider makes no engines; without the flag ONNX Runtime writes the graph as it is and calls it compiled."""
     spec = build_spec(exported, "cpu", True)
     with pytest.raises(ContractError, match=r"CPUExecutionProvider.*Unable to compile any nodes"):
-        made_by_child(BUILDER, spec, Target.ONNXRUNTIME, exported.artifact.tower.value, tmp_path)
+        made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, exported.artifact.tower.value, tmp_path)
     assert not list(tmp_path.glob("*.onnx"))
     ort.ModelCompiler(ort.SessionOptions(), spec["onnx"]).compile_to_file(str(tmp_path / "plain.onnx"))
     assert all(node.op_type != "EPContext" for node in onnx.load(tmp_path / "plain.onnx").graph.node)

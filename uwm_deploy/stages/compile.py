@@ -187,8 +187,8 @@ def _onnxruntime(
         "tf32": builder.tf32,
     }
     if closed:
-        return file, "", made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
-    details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
+        return file, "", made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
+    details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
     arrays = list(_weights(folder / file))
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
     if (lowered is Precision.FP32) != (kinds == {"float32"}):
@@ -260,7 +260,7 @@ def _tensorrt(
         "builder": plain_from_record(builder),
         "refittable": refittable,
     }
-    body = made_by_child(BUILDER, spec, target, stem, folder)
+    body = made_by_child(BUILDER, spec, target.value, stem, folder)
     settings = body["settings"]
     kinds = set(settings["layer_types"].split(","))
     wanted = _TENSORRT_NAMES[lowered]

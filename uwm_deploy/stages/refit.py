@@ -349,7 +349,7 @@ def _refitted(
         "weights": f"{engine.tower.value}.weights.safetensors",
         "turned": turned,
     }
-    made_by_child(_REFITTER, spec, engine.target, engine.tower.value, folder, "refit")
+    made_by_child(_REFITTER, spec, engine.target.value, engine.tower.value, folder, "refit")
     _check_against_graph(engine, folder / engine.file, graphs[1], sample, "after the refit")
     return dict.fromkeys(edits, kind)
 
