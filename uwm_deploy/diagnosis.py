@@ -309,7 +309,7 @@ def _variant(place: _Place, engine: EngineArtifact, folder: Path) -> Iterator[St
             place, engine, "convert", precision, base, where / graph.file,
             folder, _note(where / graph.file, graph.external_data, graph.digest), None,
         )  # fmt: skip
-    if engine.target is not Target.ONNXRUNTIME:
+    if engine.target is not Target.ONNXRUNTIME or engine.settings.get("optimisation") == "compiled":
         why = f"an engine of {engine.target.value} cannot be opened up" + (
             "" if made or precision is Precision.FP32 else ", and a bundle does not hold the graph it was compiled from"
         )

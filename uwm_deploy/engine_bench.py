@@ -32,7 +32,7 @@ from uwm_deploy.records import (
     Verdict,
 )
 from uwm_deploy.runtime.bundle import Bundle, engine_path
-from uwm_deploy.runtime.session import Session, open_engine, usable
+from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.workspace import write_atomic
@@ -84,7 +84,7 @@ def contenders_of(bundle: Bundle, variants: Sequence[str], threads: int = 0) -> 
     for name in variants or sorted({engine.variant for engine in manifest.engines}):
         parts = bundle.engines(name)
         first = parts[TowerName.IMAGE]
-        if reason := usable(first.target):
+        if reason := reason_not_executable(first):
             not_run[name] = reason
             continue
         subject = BenchSubject(

@@ -15,7 +15,7 @@ from typing import Any
 from uwm_deploy import __version__, resources
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import EditRecord, Precision, Target
+from uwm_deploy.records import EditRecord, Precision, Provider, Target
 
 _PACKAGES = (
     "torch",
@@ -208,18 +208,19 @@ _ON_CPU = {
 
 def _gpu_only_rows() -> list[dict[str, Any]]:
     """What needs a GPU whatever the precision."""
-    from uwm_deploy.runtime.session import usable
-    from uwm_deploy.runtime.tensorrt import MODULES, gpu_reason
+    from uwm_deploy.runtime.providers import provider_reason
+    from uwm_deploy.runtime.session import missing_package, usable
+    from uwm_deploy.runtime.tensorrt import MODULES
 
     rows = [
         _row(f"{target.value} refit", not reason, f"not run: {reason}" if reason else "run")
         for target in MODULES
         for reason in (usable(target),)
     ]
-    reason = gpu_reason()
-    if not reason:
-        import onnxruntime
-
-        there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        reason = "" if there else "this ONNX Runtime was built without it"
-    return [*rows, _row("onnxruntime CUDA provider", not reason, f"not run: {reason}" if reason else "can be opened")]
+    shown: dict[Provider, str] = {"cuda": "CUDA", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+    for provider, name in shown.items():
+        reason = missing_package(Target.ONNXRUNTIME) or provider_reason(provider)
+        rows.append(
+            _row(f"onnxruntime {name} provider", not reason, f"not run: {reason}" if reason else "can be opened")
+        )
+    return rows

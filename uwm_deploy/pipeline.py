@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.inspection import method_line
 from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
@@ -50,6 +50,7 @@ from uwm_deploy.records import (
     OnnxArtifact,
     Precision,
     PrecisionPlan,
+    Provider,
     Result,
     ScoreRecord,
     Selection,
@@ -57,10 +58,21 @@ from uwm_deploy.records import (
     TowerName,
     Verdict,
     VerifyReport,
+    variant_name,
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
-from uwm_deploy.runtime.session import Session, missing_package, open_engine, open_session, usable
+from uwm_deploy.runtime.providers import COMPILING, provider_reason
+from uwm_deploy.runtime.session import (
+    Session,
+    missing_package,
+    open_engine,
+    open_session,
+    provider_of,
+    reason_not_executable,
+    usable,
+)
+from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import data_health
@@ -81,8 +93,11 @@ from uwm_deploy.workspace import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
     from torch import Tensor
 
+    from uwm_deploy.graphs.quantise import Kind
     from uwm_deploy.stages.calibrate import PairStream
     from uwm_deploy.stages.proof import Expected
     from uwm_deploy.stages.search import Source
@@ -556,7 +571,8 @@ class _Build:
             source, graphs = self._graphs(precision)
             converted += [graph for graph in graphs if graph.conversion]
             for target in targets:
-                engines += self._engines(target, precision, source, graphs)
+                for provider in self.recipe.compile.providers(target):
+                    engines += self._engines(target, provider, precision, source, graphs)
         if not engines:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.outcome.skipped.items())
             raise PrerequisiteError(f"nothing can be compiled here ({reasons})", fix="see `uwm-deploy doctor`")
@@ -584,6 +600,7 @@ class _Build:
             "export": digest_of_file(self.work / "export" / STAMP),
             "canaries": digest_of_file(self._canaries() / STAMP),
             "float32": digest_of_plain(list(spec.float32)),
+            "quantiser": f"{spec.quantiser} {versions(('nvidia-modelopt',))}",
             "auto": digest_of_plain(plain_from_record(spec.auto)) if precision is Precision.AUTO else "",
         }
         make = partial(self._convert, precision)
@@ -602,7 +619,8 @@ class _Build:
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
         patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         lowered = spec.auto.lowest if precision is Precision.AUTO else precision
-        sources = {}
+        sources: dict[TowerName, Source] = {}
+        quantised: dict[TowerName, tuple[ir.Model, str]] = {}
         for graph in self.outcome.onnx:
             ranges = None
             if lowered in EIGHT_BITS:
@@ -610,6 +628,9 @@ class _Build:
                 batches = list(self._pairs(graph.tower, _RANGE_PAIRS))
                 rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
                 ranges = ranges_of(export / graph.file, rows, folder)
+                if spec.quantiser != "built-in":
+                    every = [*rows["safe"], *rows["unsafe"]]
+                    quantised[graph.tower] = self._by_modelopt(export / graph.file, EIGHT_BITS[lowered], every, folder)
             sources[graph.tower] = Source(graph, export / graph.file, ranges)
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
@@ -625,8 +646,19 @@ class _Build:
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
                 patch=patch,
                 canaries=read_canaries(self.work / "canaries", graph.tower),
+                quantised=quantised.get(graph.tower),
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+
+    def _by_modelopt(self, source: Path, kind: Kind, rows: Sequence[np.ndarray], folder: Path) -> tuple[ir.Model, str]:
+        """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
+        from uwm_deploy.graphs.modelopt import quantised_by_modelopt
+
+        spec = self.recipe.compile
+        method: Literal["entropy", "max"] = "max" if spec.quantiser == "modelopt-max" else "entropy"
+        self.reporter.progress(f"modelopt, {source.stem} tower", 0, 1)
+        model, version = quantised_by_modelopt(source, kind, method, spec.float32, rows, folder)
+        return model, f"nvidia-modelopt {version}, {method}"
 
     def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
         """The plan of precision `auto`, searched on the calibration set, and its record."""
@@ -643,25 +675,30 @@ class _Build:
         return plan
 
     def _engines(
-        self, target: Target, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
+        self, target: Target, provider: Provider, precision: Precision, source: Path, graphs: tuple[OnnxArtifact, ...]
     ) -> list[EngineArtifact]:
         """Both engines of one variant; none where the target does not know the precision."""
-        variant = f"{target.value}-{precision.value}"
+        variant = variant_name(target, precision, provider)
         inputs = {
             "graphs": digest_of_file(source / STAMP),
             "batch": digest_of_plain(plain_from_record(self.recipe.compile.batch)),
-            "machine": usable(target) or "usable",
+            "builder": digest_of_plain(plain_from_record(self.recipe.compile.builder(target, provider))),
+            "machine": usable(target) or provider_reason(provider) or device_name(),
             "refittable": str(self.recipe.compile.refittable),
         }
-        make = partial(self._compile, target, source, graphs)
+        make = partial(self._compile, target, provider, source, graphs)
         try:
-            folder = self._stage(f"compile-{variant}", f"{precision.value} for {target.value}", inputs, make)
+            folder = self._stage(
+                f"compile-{variant}", f"{precision.value} for {_named(target, provider)}", inputs, make
+            )
         except PrerequisiteError as error:
             self._skip(variant, error.what)
             return []
         return [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
 
-    def _compile(self, target: Target, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path) -> None:
+    def _compile(
+        self, target: Target, provider: Provider, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path
+    ) -> None:
         from uwm_deploy.stages.compile import engine_from_onnx
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
@@ -669,7 +706,18 @@ class _Build:
             edits = [layer for layer in edit.layers if layer.tower is graph.tower]
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
             spec = self.recipe.compile
-            engine = engine_from_onnx(graph, source, target, spec.batch, edits, folder, refittable=spec.refittable)
+            engine = engine_from_onnx(
+                graph,
+                source,
+                target,
+                spec.profile,
+                edits,
+                folder,
+                refittable=spec.refittable,
+                profiles=spec.profiles,
+                builder=spec.builder(target, provider),
+                provider=provider,
+            )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
 
     def verify(self) -> None:
@@ -781,7 +829,7 @@ class _Build:
         """The exported graphs, then every variant; sessions are opened one subject at a time."""
         from uwm_deploy.stages.verify import Subject
 
-        graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.batch
+        graphs, batch = {g.tower: g for g in self.outcome.onnx}, self.recipe.compile.profile
         outputs = {tower: graph.outputs for tower, graph in graphs.items()}
         shared: dict[str, Any] = {
             "outputs": outputs,
@@ -815,8 +863,8 @@ class _Build:
         for variant in dict.fromkeys(e.variant for e in self.outcome.engines):
             parts = {e.tower: e for e in self.outcome.engines if e.variant == variant}
             first = next(iter(parts.values()))
-            target, precision = first.target, Precision(first.precision)
-            reason, opened = usable(target), None
+            precision = Precision(first.precision)
+            reason, opened = reason_not_executable(first), None
             if not reason:
                 try:
                     opened = {tower: self._open(engine) for tower, engine in parts.items()}
@@ -848,7 +896,7 @@ class _Build:
         }
 
     def _audit_engines(self, parts: Mapping[TowerName, EngineArtifact]) -> dict[str, GraphAudit]:
-        """Edited weights in the engines of a variant; a TensorRT engine cannot be read."""
+        """Edited weights in the engines of a variant; one of TensorRT cannot be read."""
         from uwm_deploy.stages.audit import audit_of_engine
 
         sources = {graph.digest: self.work / "export" / graph.file for graph in self.outcome.onnx}
@@ -864,7 +912,7 @@ class _Build:
                 self._patch(),
             )
             for tower, engine in parts.items()
-            if engine.target is Target.ONNXRUNTIME
+            if engine.target is Target.ONNXRUNTIME and provider_of(engine) not in COMPILING
         }
 
     def _edits_of(self, tower: TowerName) -> list[LayerEdit]:
@@ -976,6 +1024,10 @@ class _Build:
         return parts
 
 
+def _named(target: Target, provider: Provider) -> str:
+    return target.value if provider == "any" else f"{target.value} with {provider}"
+
+
 def refuse_foreign_folder(out: Path) -> None:
     """A folder that is not a bundle is never replaced."""
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -1014,6 +1066,11 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         float32=(*spec.float32, *request.float32),
         refittable=spec.refittable or request.refittable,
     )
+    if spec.quantiser != "built-in" and Precision.AUTO in spec.precisions:
+        raise RecipeError(
+            f"compile.quantiser is {spec.quantiser} with precision auto, whose search quantises by itself",
+            fix="use int8 or fp8, or the built-in one",
+        )
     if request.budget is not None:
         if Precision.AUTO not in spec.precisions:
             raise InputError("--budget has no effect without precision auto", fix="add --precision auto")

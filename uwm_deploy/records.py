@@ -91,6 +91,21 @@ class Target(StrEnum):
     TENSORRT_RTX = "tensorrt-rtx"
 
 
+Provider = Literal["any", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+"""Execution provider of ONNX Runtime that a graph is for; `any` is optimised for no machine and opened on the best there."""
+
+
+def variant_name(target: Target, precision: Precision, provider: Provider = "any") -> str:
+    """Name of one variant: target, provider where it is a certain one, precision."""
+    return "-".join([target.value, *([] if provider == "any" else [provider]), precision.value])
+
+
+def target_of(variant: str) -> Target | None:
+    """Target of a variant; None for the exported graphs themselves."""
+    longest_first = sorted(Target, key=len, reverse=True)
+    return next((target for target in longest_first if variant.startswith(f"{target.value}-")), None)
+
+
 class Evidence(StrEnum):
     """Whether the numbers of an artifact come from executing it."""
 
@@ -508,6 +523,7 @@ class Conversion:
         coverage: Per class of input, ``safe`` and ``unsafe``; empty where nothing is quantised.
         canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
         canaries: Number of them.
+        quantiser: What quantised it, with its version where it is another's; empty where nothing is quantised.
     """
 
     precision: Precision
@@ -520,6 +536,7 @@ class Conversion:
     coverage: Mapping[str, ActivationCoverage] = field(default_factory=dict)
     canary_ratio_max: float | None = None
     canaries: int = 0
+    quantiser: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,23 +5,31 @@
 The rule keeps in float32 the layers that reach the largest values: outputs, inputs or weights. That is how tools choose that
 look at overflow alone. Every plan is INT8 elsewhere, with the same ranges, executed in ONNX Runtime and compared with the
 float32 graphs, on the calibration quadruples that the search used and on the test set that it never saw. Prints Markdown.
+
+Where nvidia-modelopt is installed, the rule of its AutoCast is applied by its own code, and its graphs are measured too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from collections import Counter
 from pathlib import Path
 
+import modelopt_rules
 import numpy as np
 import onnx_ir as ir
 
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import PreparedSet, prepare
 from uwm_deploy.datasets.source import open_source
+from uwm_deploy.graphs.achieved import achieved_precision
 from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.modelopt import Method
+from uwm_deploy.graphs.quantise import Kind
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
-from uwm_deploy.records import TowerName
+from uwm_deploy.records import Precision, TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.convert import ranges_of
 from uwm_deploy.stages.load import load_model
@@ -72,10 +80,12 @@ def main() -> None:
 
     calibration = prepared(recipe.data.calibration, spec.items)
     sources, sizes = {}, dict[str, dict[Layer, float]]()
+    rows: dict[TowerName, list[np.ndarray]] = {}
     for graph in outcome.onnx:
         path, batches = work / "export" / graph.file, rows_of(calibration, graph.tower)
         sources[graph.tower] = Source(graph, path, ranges_of(path, batches, work))
-        found = magnitudes(path, graph.tower, [*batches["safe"], *batches["unsafe"]], work)
+        rows[graph.tower] = [*batches["safe"], *batches["unsafe"]]
+        found = magnitudes(path, graph.tower, rows[graph.tower], work)
         for rule, values in found.items():
             sizes.setdefault(rule, {}).update(values)
     plan = search(sources, calibration, spec, (), work, lambda *_: None)
@@ -88,6 +98,12 @@ def main() -> None:
     for turn in range(3):
         picked = rng.choice(len(every), len(chosen), replace=False)
         plans[f"random {turn + 1}"] = frozenset(every[i] for i in picked)
+    modelopt = importlib.util.find_spec("modelopt") is not None
+    rule = None
+    if modelopt:
+        rule = modelopt_rules.autocast_rule(sources, rows)
+        value, autocast = modelopt_rules.as_many(rule, len(chosen))
+        plans[f"AutoCast, values above {value:.3g}"] = autocast
     test = prepared(recipe.data.evaluation, 10**9)
     sets = {"calibration": calibration, "test": test}
     measured = {}
@@ -102,6 +118,38 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|")
     for one, other in zip(measured["calibration"], measured["test"], strict=True):
         print(f"| {one.what} | {one.kept} | {100 * one.low_share:.1f} | {one.flips:.2f} | {other.flips:.2f} |")
+    if rule is None:
+        print("\nAutoCast and modelopt's graphs: not run, package nvidia-modelopt is not installed")
+        return
+    print(f"\nKept by auto: {shown(chosen)}.\n\nKept by AutoCast: {shown(autocast)}.\n")
+    usual = rule(modelopt_rules.DEFAULT_DATA_MAX)
+    print(f"AutoCast as it comes, values above {modelopt_rules.DEFAULT_DATA_MAX:g}: {len(usual)} linear layers kept.\n")
+    graphs: list[tuple[str, Precision, dict[TowerName, Path]]] = [
+        ("fp16, AutoCast's layers kept", Precision.FP16, modelopt_rules.halved(sources, usual, work))
+    ]
+    kinds: tuple[Kind, ...] = ("int8", "fp8")
+    methods: tuple[Method | None, ...] = (None, "max", "entropy")
+    for kind in kinds:
+        for method in methods:
+            label = f"{kind}, {f'modelopt, {method}' if method else 'built-in'}"
+            graphs.append((label, Precision(kind), modelopt_rules.quantised(sources, rows, kind, method, work)))
+    print("| graphs | linear layers in low precision | flips, calibration | flips, test |")
+    print("|---|---:|---:|---:|")
+    plain = {tower: source.path for tower, source in sources.items()}
+    wanted = {name: modelopt_rules.decided(sources, plain, Precision.FP32, part) for name, part in sets.items()}
+    for label, precision, paths in graphs:
+        found_flips = [
+            modelopt_rules.flips(modelopt_rules.decided(sources, paths, precision, part), wanted[name])
+            for name, part in sets.items()
+        ]
+        counts_low = [achieved_precision(ir.load(path))["linear"].get(precision.value, 0) for path in paths.values()]
+        print(f"| {label} | {sum(counts_low)} | {found_flips[0]:.2f} | {found_flips[1]:.2f} |")
+
+
+def shown(layers: frozenset[Layer]) -> str:
+    """Number of layers per tower and kind."""
+    counts = Counter(f"{tower.value} {name.rpartition('.')[2]}" for tower, name in layers)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import pytest
 from uwm_deploy import resources
 from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.recipe import calibration_set_from_toml, recipe_from_toml
+from uwm_deploy.recipe import BuilderSpec, calibration_set_from_toml, recipe_from_toml
+from uwm_deploy.records import Target
 
 ROOT = Path(__file__).parents[2]
+BATCH = "batch = { min = 1, opt = 8, max = 32 }"
 DEMO, WHERE = resources.read_toml("export", "demo")
 
 
@@ -24,6 +26,19 @@ def test_every_recipe_loads_and_is_documented(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / "recipes.md").read_text()
     for data in (recipe.data.calibration, recipe.data.evaluation):
         assert data in resources.names("calibration")
+
+
+def test_settings_of_both_flavours_are_read() -> None:
+    """Each has its own table; several profiles make one range of batches."""
+    tables = "[compile.tensorrt]\nhardware_compatibility = 'ampere-plus'\n[compile.tensorrt_rtx]\nworkspace_mib = 512\n"
+    batch = "batch = [{ min = 4, opt = 16, max = 16 }, { min = 1, opt = 1, max = 4 }]"
+    spec = recipe_from_toml(DEMO.replace(BATCH, batch) + tables, where=WHERE).compile
+    assert (spec.profile.min, spec.profile.opt, spec.profile.max, len(spec.profiles)) == (1, 16, 16, 2)
+    assert spec.tensorrt.hardware_compatibility == "ampere-plus"
+    assert spec.builder(Target.TENSORRT_RTX) == BuilderSpec(workspace_mib=512)
+    assert spec.builder(Target.ONNXRUNTIME, "tensorrt-rtx") == BuilderSpec(workspace_mib=512)
+    assert spec.builder(Target.ONNXRUNTIME) == BuilderSpec()
+    assert spec.providers(Target.ONNXRUNTIME) == ("any",)
 
 
 @pytest.mark.parametrize("name", resources.names("calibration"))
@@ -53,6 +68,17 @@ def test_every_policy_loads(name: str) -> None:
         ("min = 1, opt = 8", "min = 9, opt = 8", "min <= opt <= max"),
         ('rule = "ratio"\n', "", "missing key 'rule'"),
         ("[model]", "[model", "not valid TOML"),
+        (BATCH, "batch = []", "batch is empty"),
+        (BATCH, "batch = [{ min = 1, opt = 1, max = 2 }, { min = 4, opt = 8, max = 8 }]", "no batch of 3"),
+        (BATCH, BATCH + "\n[compile.tensorrt]\ncompute_capabilities = ['8.9']", "hardware_compatibility"),
+        (BATCH, BATCH + "\n[compile.tensorrt_rtx]\nhardware_compatibility = 'ampere-plus'", "compute_capabilities"),
+        (BATCH, BATCH + "\n[compile.tensorrt_rtx]\nversion_compatible = true", "one release"),
+        (BATCH, BATCH + "\n[compile.tensorrt_rtx]\ncompute_capabilities = ['sm_89']", '"8.9"'),
+        (BATCH, BATCH + "\n[compile.tensorrt_rtx]\ncompute_capabilities = ['8.9', 'current']", "current alone"),
+        (BATCH, BATCH + "\n[compile.onnxruntime]\nproviders = ['cpu', 'cpu']", "name each once"),
+        (BATCH, BATCH + "\n[compile.onnxruntime]\nproviders = ['openvino']", "tensorrt-rtx"),
+        (BATCH, BATCH + "\n[compile.tensorrt]\noptimisation_level = 6", "0 to 5"),
+        (BATCH, BATCH + "\n[compile.tensorrt]\nworkspace = 6", "did you mean 'workspace_mib'"),
     ],
 )
 def test_a_wrong_recipe_is_refused(old: str, new: str, message: str) -> None:

@@ -133,7 +133,7 @@ def test_unknown_input_is_an_error(exported, tmp_path):
         "engine": "x.engine",
         "input": "nothing",
         "shape": list(exported.artifact.inputs[0].shape[1:]),
-        "profile": [1, 2, 4],
+        "profiles": [[1, 2, 4]],
     }
     (tmp_path / "x.build.json").write_text(json.dumps(spec), encoding="utf-8")
     assert engine_builder.main(str(tmp_path / "x.build.json")) == engine_builder.FAILED
@@ -148,7 +148,7 @@ def test_graph_that_cannot_be_parsed_is_an_error(tmp_path):
     """A broken graph fails with the parser's message."""
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")
     spec = {"module": "tensorrt_rtx", "onnx": str(tmp_path / "broken.onnx"), "engine": str(tmp_path / "x.engine")}
-    spec |= {"input": "x", "shape": [3], "profile": [1, 2, 4]}
+    spec |= {"input": "x", "shape": [3], "profiles": [[1, 2, 4]]}
     with pytest.raises(engine_builder.BuildFailed, match=r"\w"):
         engine_builder.build(spec)
 

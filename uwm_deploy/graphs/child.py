@@ -10,23 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.errors import ContractError, UwmError
-from uwm_deploy.graphs.engine_builder import FAILED
-from uwm_deploy.records import Target
+from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError, UwmError
+from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
+
+_KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
 
 BUILD_SECONDS = 1800
 """A build that takes longer is stopped."""
 
 
 def made_by_child(
-    module: str, spec: Mapping[str, Any], target: Target, stem: str, folder: Path, step: str = "build"
+    module: str, spec: Mapping[str, Any], tool: str, stem: str, folder: Path, step: str = "build"
 ) -> dict[str, Any]:
     """Makes ``spec["engine"]``.
 
     Args:
         module: Module that is run, with the file of the settings as its argument.
         spec: Its settings; paths are relative to the folder.
-        target: What for.
+        tool: What makes it, for messages.
         stem: Name of the tower, which the files beside the engine begin with.
         folder: Where the engine goes.
         step: What is done, in a word.
@@ -35,6 +36,8 @@ def made_by_child(
         What the child achieved.
 
     Raises:
+        RecipeError: If the target's library does not have what is asked for.
+        PrerequisiteError: If it does not work here.
         ContractError: If the target's library refuses, or it takes too long.
         UwmError: If the child died.
     """
@@ -49,18 +52,19 @@ def made_by_child(
             )
         except subprocess.TimeoutExpired as error:
             raise ContractError(
-                f"{target.value} {step} of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
+                f"{tool} {step} of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
             ) from error
     result = folder / f"{stem}.{step}.result.json"
     file = str(spec["engine"])
     (folder / f".tmp-{file}").unlink(missing_ok=True)
     body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     lines = (folder / f"{stem}.{step}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if done.returncode == REFUSED:
+        what = f"{tool} {step} of {stem}: {body.get('error', '')[:400]}"
+        raise _KINDS.get(str(body.get("kind")), UwmError)(what, fix=str(body.get("fix", "")))
     if done.returncode == FAILED:
-        raise ContractError(f"{target.value} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
+        raise ContractError(f"{tool} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
     if done.returncode != 0 or not body or not (folder / file).is_file():
         last = lines[-1][:300] if lines else "no log"
-        raise UwmError(
-            f"the {target.value} {step} of {stem} ended with status {done.returncode}: {last}", fix="run it again"
-        )
+        raise UwmError(f"the {tool} {step} of {stem} ended with status {done.returncode}: {last}", fix="run it again")
     return dict(body)

@@ -18,99 +18,122 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_HARMLESS = ("Thread context has not been set",)
-"""Logged on every build as an internal error, without meaning."""
+from uwm_deploy.codec import record_from_plain
+from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
+from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
+from uwm_deploy.graphs.onnx_builder import compiled, optimised
+from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
+from uwm_deploy.recipe import BuilderSpec
+from uwm_deploy.records import Profile, Target
+from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 FAILED = 3
 """Exit status of a build that the target's builder refused."""
 
-
-class BuildFailed(Exception):  # noqa: N818 -- reads better where it is raised
-    """The builder said no; its words are the message."""
+REFUSED = 4
+"""Exit status of a build that cannot be begun: the result says which kind of error it is."""
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds an engine.
 
     Args:
-        spec: ``module``, ``onnx``, ``engine`` (paths); for ONNX Runtime ``external_data`` (file name or empty); for
-            TensorRT ``input``, ``shape`` without the batch, ``profile`` (min, opt, max), and ``refittable``, names of the
+        spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime what `onnx_builder` says, and ``compile``, whether
+            the provider makes engines of it. For TensorRT ``input``, ``shape`` without the batch, ``profiles`` (min, opt
+            and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and ``refittable``, names of the
             weights that a refit may replace later; none when it is left out.
 
     Returns:
         What was achieved: versions, settings, seconds, peak memory.
     """
-    return _optimise(spec) if spec["module"] == "onnxruntime" else _plan(spec)
-
-
-def _optimise(spec: dict[str, Any]) -> dict[str, Any]:
-    """The graph with ONNX Runtime's machine-independent optimisations applied."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = spec["engine"]
-    if spec["external_data"]:
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", spec["external_data"]
-        )
-    started = time.perf_counter()
-    try:
-        ort.InferenceSession(spec["onnx"], options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors share no base class
-        raise BuildFailed(str(error)) from error
-    return {
-        "versions": {"onnxruntime": ort.__version__},
-        "settings": {"optimisation": "extended"},
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": _peak_rss_bytes(),
-    }
+    make = _plan
+    if spec["module"] == "onnxruntime":
+        make = compiled if spec["compile"] else optimised
+    return make(spec) | {"peak_rss_bytes": _peak_rss_bytes()}
 
 
 def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     """A TensorRT or TensorRT-RTX engine."""
     trt = importlib.import_module(spec["module"])
+    asked = record_from_plain(BuilderSpec, spec.get("builder", {}), where="builder")
+    profiles = [Profile(min=low, opt=usual, max=high) for low, usual, high in spec["profiles"]]
     messages: list[str] = []
     logger = logger_of(trt, messages)
-    builder = trt.Builder(logger)
-    # Strongly typed: accepted and ignored where there is nothing else.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(spec["onnx"]):
-        raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
-    _decompose_attention(trt, network)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 must mean float32
+    builder = _made(lambda: trt.Builder(logger), "builder", messages)
+    network = _parsed(trt, builder, logger, spec["onnx"], messages)
+    config = _made(builder.create_builder_config, "configuration", messages)
     if names := spec.get("refittable", []):
         mark_refittable(network, names, messages)
-        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)  # all others stay constants, which may be optimised away
-    profile = builder.create_optimization_profile()
-    shapes = [(size, *spec["shape"]) for size in spec["profile"]]
-    if profile.set_shape(spec["input"], *shapes) is False or not profile:
-        raise BuildFailed(f"profile {shapes} of {spec['input']} is not accepted: {last_of(messages)}")
-    if config.add_optimization_profile(profile) < 0:
-        raise BuildFailed(f"profile {shapes} is not accepted: {last_of(messages)}")
+    apply_settings(trt, config, asked, refittable=bool(names), messages=messages)
+    add_profiles(builder, config, spec["input"], spec["shape"], profiles, messages)
+    times = _times_file(trt, asked)
+    timing = attach(config, times, messages) if times else {"timing_cache": "none"}
     started = time.perf_counter()
     with _written(Path(spec["engine"])) as stream:
         if not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
             raise BuildFailed(last_of(messages))
+    seconds = time.perf_counter() - started
+    if times:
+        timing |= keep(config, times, messages)
     kinds = sorted({str(network.get_output(i).dtype).rsplit(".", 1)[-1] for i in range(network.num_outputs)})
     return {
         "versions": {spec["module"]: str(trt.__version__)},
-        "settings": {
+        "settings": settings_of(trt, config, asked, profiles)
+        | timing
+        | header_facts(Path(spec["engine"]))
+        | {
             "refittable": str(bool(names)).lower(),
-            "tf32": str(bool(config.get_flag(trt.BuilderFlag.TF32))).lower(),
-            "optimization_level": str(config.builder_optimization_level),
             "layers": str(network.num_layers),
             "layer_types": ",".join(_layer_types(network)),
             "output_types": ",".join(kinds),
         },
-        "seconds": time.perf_counter() - started,
-        "peak_rss_bytes": _peak_rss_bytes(),
+        "seconds": seconds,
     }
+
+
+def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
+    """What a call gives; both flavours return None, or raise a TypeError about a null pointer, when they cannot."""
+    try:
+        made = make()
+    except TypeError as error:
+        raise BuildFailed(f"no {what}: {last_of(messages)} ({error})") from error
+    if made is None:
+        raise BuildFailed(f"no {what}: {last_of(messages)}")
+    return made
+
+
+def _parsed(trt: Any, builder: Any, logger: Any, onnx: str, messages: Sequence[str]) -> Any:
+    """The network of a graph."""
+    # Strongly typed: accepted and ignored where there is nothing else.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = _made(lambda: builder.create_network(0 if flag is None else 1 << int(flag)), "network", messages)
+    parser = _made(lambda: trt.OnnxParser(network, logger), "parser", messages)
+    if not parser.parse_from_file(onnx):
+        raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
+    _decompose_attention(trt, network)
+    return network
+
+
+def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:
+    """Where times are kept; TensorRT-RTX measures none, and at level 0 neither does TensorRT."""
+    if not asked.timing_cache or asked.optimisation_level == 0 or trt.__name__ != MODULES[Target.TENSORRT]:
+        return None
+    return cache_file(trt.__name__, str(trt.__version__), device_name())
+
+
+def header_facts(path: Path) -> dict[str, str]:
+    """What the first bytes of an engine say. Their layout is observed, not documented: for people, never to decide by."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+    facts = {"header_magic": head[:4].decode("ascii", errors="replace")}
+    if head[:4] == b"vtrt" and int.from_bytes(head[16:24], "little") == path.stat().st_size:
+        facts["header_version"] = ".".join(str(byte) for byte in head[24:28])
+        facts["header_compute_capabilities"] = hex(int.from_bytes(head[32:40], "little"))
+    return facts
+
+
+_HEADER_BYTES = 64
 
 
 def mark_refittable(network: Any, names: Sequence[str], messages: Sequence[str] = ()) -> None:
@@ -181,26 +204,6 @@ def _writer(trt: Any, stream: BinaryIO) -> Any:
     return Writer()
 
 
-def logger_of(trt: Any, messages: list[str]) -> Any:
-    """A logger of one of the flavours that keeps its messages."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING and not any(h in message for h in _HARMLESS):
-                messages.append(message)
-                print(f"{severity}: {message}", file=sys.stderr, flush=True)  # noqa: T201 -- the captured log
-
-    return Log()
-
-
-def last_of(messages: Sequence[str]) -> str:
-    """The last things a logger was told."""
-    return "; ".join(messages[-3:]) or "no message"
-
-
 def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) -> int:
     """Builds what a JSON file says and writes ``<file>.result.json`` beside it."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -210,6 +213,10 @@ def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) ->
     except BuildFailed as error:
         result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
         return FAILED
+    except UwmError as error:
+        kind = type(error).__name__
+        result.write_text(json.dumps({"kind": kind, "error": error.what, "fix": error.fix}), encoding="utf-8")
+        return REFUSED
     result.write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return 0
 

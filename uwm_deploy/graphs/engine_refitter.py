@@ -20,7 +20,8 @@ import onnx
 from safetensors.numpy import load_file
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.graphs.engine_builder import BuildFailed, last_of, logger_of, main
+from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
+from uwm_deploy.graphs.engine_builder import main
 from uwm_deploy.graphs.stored import EIGHT_BITS, in_type
 from uwm_deploy.workspace import write_atomic
 

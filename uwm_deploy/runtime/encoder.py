@@ -12,7 +12,7 @@ from uwm_deploy.errors import DataError, InputError, IntegrityError, Prerequisit
 from uwm_deploy.records import EngineArtifact, Manifest, Target, TowerName
 from uwm_deploy.runtime.bundle import Bundle, engine_path, open_bundle
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
-from uwm_deploy.runtime.session import Device, Session, open_engine, usable
+from uwm_deploy.runtime.session import Device, Session, open_engine, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
 _PREFERENCE = (Target.TENSORRT, Target.TENSORRT_RTX, Target.ONNXRUNTIME)
@@ -129,8 +129,8 @@ def _choose(bundle: Bundle, variant: str | None, allow_unsafe: bool) -> tuple[st
         return variant, f"{variant} was asked for"
     reasons = []
     for target in _PREFERENCE:
-        for name in sorted({e.variant for e in bundle.manifest.engines if e.target is target}):
-            if reason := usable(target):
+        for name, engine in sorted({e.variant: e for e in bundle.manifest.engines if e.target is target}.items()):
+            if reason := reason_not_executable(engine):
                 reasons.append(f"{name}: {reason}")
             elif name not in bundle.manifest.verdict.proven and not allow_unsafe:
                 reasons.append(f"{name}: unproven")

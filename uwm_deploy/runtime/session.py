@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -9,9 +10,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import EngineArtifact, Profile, Target, TensorSpec
+from uwm_deploy.records import EngineArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 Optimisation = Literal["done", "basic", "extended"]
 """Of an ONNX graph: applied when it was compiled, or applied by ONNX Runtime when it is opened."""
@@ -64,7 +66,7 @@ def open_session(
         inputs: Its inputs; exactly one.
         outputs: Its outputs; the embedding is the first.
         external_data: Content of external data files by their name in the graph.
-        device: Where it must run; `auto` takes the best that works.
+        device: Where it must run; `auto` takes the best that works of CUDA and CPU.
         optimisation: Of an ONNX graph.
         threads: Of ONNX Runtime on a CPU; 0 leaves the number to it.
 
@@ -87,7 +89,10 @@ def open_engine(
     device: Device = "auto",
     threads: int = 0,
 ) -> Session:
-    """Opens what a record describes; see `open_session`."""
+    """Opens what a record describes, with the provider it was made for; see `open_session`."""
+    made_for = provider_of(engine)
+    if made_for != "any" and device not in ("auto", made_for):
+        raise PrerequisiteError(f"{engine.variant} was made for {made_for}, not for {device}", fix="ask for its own")
     return open_session(
         engine.target,
         model,
@@ -95,14 +100,31 @@ def open_engine(
         inputs=engine.inputs,
         outputs=engine.outputs,
         external_data=external_data,
-        device=device,
+        device=device if made_for == "any" else made_for,
         optimisation=_WHEN[engine.settings.get("optimisation", "")],
         threads=threads,
     )
 
 
-_WHEN: Mapping[str, Optimisation] = {"": "done", "extended": "done", AT_LOAD: "extended", BASIC_AT_LOAD: "basic"}
+_WHEN: Mapping[str, Optimisation] = {
+    "": "done",
+    "extended": "done",
+    "compiled": "done",
+    AT_LOAD: "extended",
+    BASIC_AT_LOAD: "basic",
+}
 """What an engine's settings say to when its graph is optimised."""
+
+
+def provider_of(engine: EngineArtifact) -> Provider:
+    """The provider of ONNX Runtime that an engine was made for."""
+    found = engine.settings.get("provider", "any")
+    return next((name for name in NAMES if name == found), "any")
+
+
+def reason_not_executable(engine: EngineArtifact) -> str:
+    """Empty when this machine can execute an engine, as far as can be told without opening it."""
+    return usable(engine.target) or provider_reason(provider_of(engine))
 
 
 def missing_package(target: Target) -> str:
@@ -161,21 +183,19 @@ class OnnxRuntimeSession:
 
     @staticmethod
     def _open(ort: Any, model: bytes, options: Any, device: Device) -> Any:
-        wanted = {
-            "cpu": ["CPUExecutionProvider"],
-            "cuda": ["CUDAExecutionProvider"],
-            "auto": ["CPUExecutionProvider"] if _no_cuda(ort) else ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        }[device]
+        provider = _add_best(ort, options) if device == "auto" else device
+        if device != "auto":
+            add_provider(ort, options, device, FLOAT32 if device == "cuda" else {})
         try:
-            session = ort.InferenceSession(model, options, providers=wanted)
+            session = ort.InferenceSession(model, options)
         except Exception as error:  # its errors share no base class
             line = str(error).strip().splitlines()[0][:200]
             raise PrerequisiteError(
                 f"ONNX Runtime cannot open the graph: {line}", fix="see `uwm-deploy doctor`"
             ) from error
         # It falls back to the CPU with a log line only.
-        if device == "cuda" and session.get_providers()[0] != wanted[0]:
-            raise PrerequisiteError("ONNX Runtime has no working CUDA provider", fix="see `uwm-deploy doctor`")
+        if (taken := session.get_providers()[0]) != NAMES[provider]:
+            raise PrerequisiteError(f"ONNX Runtime took {taken}, not {NAMES[provider]}", fix="see `uwm-deploy doctor`")
         return session
 
     def run(self, batch: np.ndarray) -> np.ndarray:
@@ -198,6 +218,16 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """See `Session.close`."""
         del self._session
+
+
+def _add_best(ort: Any, options: Any) -> Provider:
+    """Adds CUDA where it works, else the CPU; which one it was stands in the session's `where`."""
+    if not _no_cuda(ort):
+        with contextlib.suppress(PrerequisiteError):
+            add_provider(ort, options, "cuda", FLOAT32)
+            return "cuda"
+    add_provider(ort, options, "cpu", {})
+    return "cpu"
 
 
 def _device(provider: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from uwm_deploy.records import Profile, Target, TensorSpec
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
+
+LEAN_RUNTIME = "UWM_DEPLOY_LEAN_RUNTIME"
+"""Library of the TensorRT release that version-compatible engines were built with (docs/compile.md)."""
 
 
 @cache
@@ -53,6 +57,25 @@ def reason_not_usable(target: Target) -> str:
     return ""
 
 
+def profiles_of(engine: Any, name: str) -> tuple[Profile, ...]:
+    """Batches that each optimisation profile of an engine takes at one of its inputs."""
+    shapes = (engine.get_tensor_profile_shape(name, index) for index in range(engine.num_optimization_profiles))
+    return tuple(Profile(min=low[0], opt=usual[0], max=high[0]) for low, usual, high in shapes)
+
+
+def profile_for(rows: int, profiles: Sequence[Profile]) -> int:
+    """Index of the profile that takes a batch and was optimised for the nearest one.
+
+    Raises:
+        PrerequisiteError: If none takes it.
+    """
+    fitting = [index for index, part in enumerate(profiles) if part.min <= rows <= part.max]
+    if not fitting:
+        taken = ", ".join(f"{part.min} to {part.max}" for part in profiles)
+        raise PrerequisiteError(f"the engine takes batches of {taken}, not of {rows}", fix="stay within its profiles")
+    return min(fitting, key=lambda index: abs(profiles[index].opt - rows))
+
+
 class TensorRTSession:
     """A serialized engine, deserialized from verified bytes.
 
@@ -79,7 +102,7 @@ class TensorRTSession:
         self.max_batch = profile.max
         self._input, self._outputs = inputs[0], outputs
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
-        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime = self._open_runtime(self._trt.Runtime(self._logger))
         self._runtime.engine_host_code_allowed = False
         self._engine = self._runtime.deserialize_cuda_engine(model)
         if self._engine is None:
@@ -90,9 +113,21 @@ class TensorRTSession:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise PrerequisiteError("no memory for an execution context", fix="free GPU memory")
+        self._profiles, self._profile = profiles_of(self._engine, self._input.name), 0
         self._stream = self._call(self._cuda.cudaStreamCreate())
         self._buffers = self._allocate()
         self.where = self._describe(target)
+
+    @staticmethod
+    def _open_runtime(runtime: Any) -> Any:
+        """The installed runtime, or through it the lean runtime of another release, for engines built with that."""
+        path = os.environ.get(LEAN_RUNTIME)
+        if not path:
+            return runtime
+        other = runtime.load_runtime(path) if hasattr(runtime, "load_runtime") else None
+        if other is None:
+            raise PrerequisiteError(f"${LEAN_RUNTIME} is {path}, which is no lean runtime", fix="unset it, or mend it")
+        return other
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         """Value of a CUDA runtime call, whose first item is its status."""
@@ -136,6 +171,7 @@ class TensorRTSession:
     def _run_once(self, data: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
         """One call; only what is wanted is copied back."""
         kinds = self._cuda.cudaMemcpyKind
+        self._choose_profile(len(data))
         if not self._context.set_input_shape(self._input.name, data.shape):
             raise PrerequisiteError(f"the engine refuses the shape {data.shape}", fix="stay within its profile")
         for name, address in self._buffers.items():
@@ -155,6 +191,16 @@ class TensorRTSession:
             results.append(result)
         self._call(self._cuda.cudaStreamSynchronize(self._stream))
         return results
+
+    def _choose_profile(self, rows: int) -> None:
+        """The engine's kernels for a batch; switching costs time, so only when another profile is nearer."""
+        wanted = profile_for(rows, self._profiles)
+        if wanted == self._profile:
+            return
+        if not self._context.set_optimization_profile_async(wanted, int(self._stream)):
+            raise PrerequisiteError(f"the engine does not switch to profile {wanted}", fix="build it again")
+        self._call(self._cuda.cudaStreamSynchronize(self._stream))
+        self._profile = wanted
 
     def close(self) -> None:
         """See `Session.close`."""

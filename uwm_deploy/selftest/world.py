@@ -349,7 +349,7 @@ class World:
                 for tower, path in build.engines.items()
             },
         }
-        batch = self.recipe.compile.batch
+        batch = self.recipe.compile.profile
         found = []
         for variant, files in ((EXPORTED, build.exported), (VARIANT, build.engines)):
             precision = Precision.FP32 if variant == EXPORTED else build.precision

@@ -37,7 +37,7 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.runtime.bundle import Bundle, engine_path
-from uwm_deploy.runtime.session import Session, open_engine, open_session, usable
+from uwm_deploy.runtime.session import Session, open_engine, open_session, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, parity
@@ -84,7 +84,9 @@ def attest(
             fix="pass the same evaluation set",
         )
     waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
-    reasons = {v: "" if v == EXPORTED else usable(next(iter(bundle.engines(v).values())).target) for v in waiting}
+    reasons = {
+        v: "" if v == EXPORTED else reason_not_executable(next(iter(bundle.engines(v).values()))) for v in waiting
+    }
     here = [variant for variant in waiting if not reasons[variant]]
     if not here:
         why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"

@@ -6,21 +6,38 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
+from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.records import EngineArtifact, LayerEdit, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
+from uwm_deploy.records import (
+    EngineArtifact,
+    LayerEdit,
+    OnnxArtifact,
+    Precision,
+    Profile,
+    Provider,
+    Target,
+    variant_name,
+)
+from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 BUILDER = "uwm_deploy.graphs.engine_builder"
 _NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
+_ON_A_GPU = "build where the GPU is, or for tensorrt-rtx ahead of time"
+_OTHER_PROVIDER = "leave it out of compile.onnxruntime.providers, or build where it works"
+_DEFAULTS = BuilderSpec()
 
 
 def engine_from_onnx(
@@ -32,6 +49,9 @@ def engine_from_onnx(
     folder: Path,
     *,
     refittable: bool = False,
+    profiles: Sequence[Profile] = (),
+    builder: BuilderSpec = _DEFAULTS,
+    provider: Provider = "any",
 ) -> EngineArtifact:
     """Compiles one tower in the precision of its graph.
 
@@ -43,8 +63,12 @@ def engine_from_onnx(
         edits: Edited layers of this tower, looked up again in what can be read.
         folder: Where the engine goes.
         refittable: Whether another edit may be put into an engine of TensorRT later; ONNX graphs always are.
+        profiles: Parts of the profile that an engine of TensorRT is optimised for on their own; the whole when empty.
+        builder: How an engine of TensorRT is built.
+        provider: Of ONNX Runtime.
 
     Raises:
+        RecipeError: If the target does not have what is asked for.
         PrerequisiteError: If the target's package is missing, it does not know the precision, or it needs a GPU.
         IntegrityError: If the graph's files are not those its record describes.
         ContractError: If the build fails, loses the edit, or is not in the precision asked for.
@@ -55,16 +79,18 @@ def engine_from_onnx(
     source = onnx_folder / graph.file
     asked, lowered = precision_of(graph)
     if target is Target.ONNXRUNTIME:
-        file, external, details = _onnxruntime(graph, source, lowered, edits, folder)
+        if reason := provider_reason(provider):
+            raise PrerequisiteError(f"{target.value} with {provider}: {reason}", fix=_OTHER_PROVIDER)
+        wanted = Wanted(provider, tuple(profiles) or (profile,), builder)
+        file, external, details = _onnxruntime(graph, source, lowered, edits, folder, wanted)
     else:
-        if refittable and (reason := usable(target)):
-            raise PrerequisiteError(f"a refittable {target.value} engine is built on a GPU: {reason}", fix=_NO_REFIT)
+        _check_machine(target, refittable, builder)
         names = [f"{edit.name}.weight" for edit in edits] if refittable else []
-        file, details = _tensorrt(graph, source, target, lowered, profile, folder, names)
+        file, details = _tensorrt(graph, source, target, lowered, profiles or (profile,), folder, names, builder)
         external = ""
     runnable = not usable(target)
     return EngineArtifact(
-        variant=f"{target.value}-{asked.value}",
+        variant=variant_name(target, asked, provider),
         tower=graph.tower,
         target=target,
         precision=lowered,
@@ -79,11 +105,40 @@ def engine_from_onnx(
         normalised=graph.normalised,
         settings=details["settings"],
         versions=details["versions"],
-        built_on="cpu" if target is Target.ONNXRUNTIME else device_name() if runnable else "ahead of time",
+        built_on=_built_on(target, provider, runnable),
         runnable=runnable,
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a graph for ONNX Runtime is made for."""
+
+    provider: Provider
+    profiles: tuple[Profile, ...]
+    builder: BuilderSpec
+
+
+def _built_on(target: Target, provider: Provider, runnable: bool) -> str:
+    if target is Target.ONNXRUNTIME and provider in ("any", "cpu"):
+        return "cpu"
+    return device_name() if runnable else "ahead of time"
+
+
+def _check_machine(target: Target, refittable: bool, builder: BuilderSpec) -> None:
+    """What needs a GPU is refused before anything is started."""
+    if not (reason := usable(target)):
+        return
+    if refittable:
+        raise PrerequisiteError(f"a refittable {target.value} engine is built on a GPU: {reason}", fix=_NO_REFIT)
+    if target is Target.TENSORRT:
+        raise PrerequisiteError(f"{target.value} builds on a GPU only: {reason}", fix=_ON_A_GPU)
+    if CURRENT_GPU in builder.compute_capabilities:
+        raise PrerequisiteError(
+            f"compute_capabilities of {target.value} is {CURRENT_GPU}: {reason}", fix="name the GPU's, such as 8.9"
+        )
 
 
 def _check_source(graph: OnnxArtifact, folder: Path) -> None:
@@ -103,22 +158,37 @@ def precision_of(graph: OnnxArtifact) -> tuple[Precision, Precision]:
 
 
 def _onnxruntime(
-    graph: OnnxArtifact, source: Path, lowered: Precision, edits: Sequence[LayerEdit], folder: Path
+    graph: OnnxArtifact,
+    source: Path,
+    lowered: Precision,
+    edits: Sequence[LayerEdit],
+    folder: Path,
+    wanted: Wanted,
 ) -> tuple[str, str, dict[str, Any]]:
-    """The optimised graph, its precision and the edit read back from it."""
+    """The optimised or compiled graph; of an optimised one its precision and the edit are read back from it."""
     file = f"{graph.tower.value}.onnx"
     external = f"{file}.data" if graph.external_data else ""
-    if lowered is Precision.BF16:
+    provider = wanted.provider
+    closed, on_cpu = provider in COMPILING, provider in ("any", "cpu")
+    if lowered is Precision.BF16 and on_cpu:
         raise PrerequisiteError("ONNX Runtime has no bfloat16 kernels on the CPU", fix="use tensorrt or tensorrt-rtx")
-    if lowered in _AT_LOAD:
-        return file, external, _as_it_is(graph, source, lowered, folder)
+    if not closed and lowered in (_AT_LOAD if on_cpu else {Precision.FP8}):
+        return file, external, _as_it_is(graph, source, lowered, folder, provider)
+    given, builder = graph.inputs[0], wanted.builder
+    row = [size for size in given.shape[1:] if isinstance(size, int)]
     spec = {
         "module": "onnxruntime",
         "onnx": os.path.relpath(source, folder),
         "engine": file,
-        "external_data": external,
+        "external_data": "" if closed else external,
+        "provider": provider,
+        "options": provider_options(provider, given.name, row, wanted.profiles, builder),
+        "compile": closed,
+        "tf32": builder.tf32,
     }
-    details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME, graph.tower.value, folder)
+    if closed:
+        return file, "", made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
+    details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
     arrays = list(_weights(folder / file))
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
     if (lowered is Precision.FP32) != (kinds == {"float32"}):
@@ -136,7 +206,9 @@ def _onnxruntime(
 _AT_LOAD = {Precision.FP16: AT_LOAD, Precision.FP8: BASIC_AT_LOAD}
 
 
-def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path) -> dict[str, Any]:
+def _as_it_is(
+    graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path, provider: Provider
+) -> dict[str, Any]:
     """A graph that ONNX Runtime optimises when it is opened; opened once, so that one it cannot open is not shipped."""
     started = time.perf_counter()
     for name in filter(None, (graph.file, graph.external_data)):
@@ -149,13 +221,13 @@ def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Pat
         inputs=graph.inputs,
         outputs=graph.outputs,
         external_data=external,
-        device="cpu",
+        device="cpu" if provider == "any" else provider,
         optimisation="basic" if lowered is Precision.FP8 else "extended",
     )
     where = session.where
     session.close()
     return {
-        "settings": {"optimisation": _AT_LOAD[lowered]},
+        "settings": {"optimisation": _AT_LOAD[lowered], "provider": provider},
         "versions": {"onnxruntime": where["onnxruntime"]},
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": 0,
@@ -171,9 +243,10 @@ def _tensorrt(
     source: Path,
     target: Target,
     lowered: Precision,
-    profile: Profile,
+    profiles: Sequence[Profile],
     folder: Path,
     refittable: Sequence[str],
+    builder: BuilderSpec,
 ) -> tuple[str, dict[str, Any]]:
     """An engine in the precision of its graph."""
     stem, file = graph.tower.value, f"{graph.tower.value}.engine"
@@ -183,14 +256,16 @@ def _tensorrt(
         "engine": file,
         "input": graph.inputs[0].name,
         "shape": list(graph.inputs[0].shape[1:]),
-        "profile": [profile.min, profile.opt, profile.max],
+        "profiles": [[part.min, part.opt, part.max] for part in profiles],
+        "builder": plain_from_record(builder),
         "refittable": refittable,
     }
-    body = made_by_child(BUILDER, spec, target, stem, folder)
+    body = made_by_child(BUILDER, spec, target.value, stem, folder)
     settings = body["settings"]
     kinds = set(settings["layer_types"].split(","))
     wanted = _TENSORRT_NAMES[lowered]
-    if set(settings["output_types"].split(",")) != {"FLOAT"} or settings["tf32"] != "false" or wanted not in kinds:
+    tf32 = str(builder.tf32).lower()
+    if set(settings["output_types"].split(",")) != {"FLOAT"} or settings["tf32"] != tf32 or wanted not in kinds:
         raise ContractError(f"{target.value} built {stem} as {settings}, not {lowered.value}", fix="report this")
     return file, body
 

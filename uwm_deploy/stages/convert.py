@@ -140,6 +140,7 @@ def converted(
     edits: Sequence[LayerEdit],
     patch: Patch,
     canaries: Canaries | None,
+    quantised: tuple[ir.Model, str] | None = None,
 ) -> OnnxArtifact:
     """Writes a tower in lower precision, with the proof that it holds the edit.
 
@@ -155,12 +156,14 @@ def converted(
         edits: Edited layers of this tower.
         patch: Patch of the model.
         canaries: None when the tower is not edited.
+        quantised: A graph that another tool quantised, and that tool; instead of our own conversion.
 
     Raises:
         ContractError: If the edit is lost, the precision was not achieved, or the graph is not valid.
     """
     source = source_folder / graph.file
-    model, clamped = lower(source, lowered, patterns, layers, ranges)
+    model, clamped = (quantised[0], 0) if quantised else lower(source, lowered, patterns, layers, ranges)
+    kept = set(linear_layers(model)) if quantised else set(layers)  # another tool has a mind of its own
     achieved = achieved_precision(model)
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
@@ -190,13 +193,14 @@ def converted(
             precision=precision,
             lowered=lowered,
             source_digest=graph.digest,
-            kept=(*patterns, *(name for name in layer_names(source) if name in layers)),
+            kept=tuple(dict.fromkeys((*patterns, *(name for name in layer_names(source) if name in kept)))),
             achieved=achieved,
             clamped=clamped,
             zeroed=zeroed,
             coverage=ranges.coverage if ranges else {},
             canary_ratio_max=worst,
             canaries=len(canaries.inputs) if worst is not None and canaries is not None else 0,
+            quantiser=quantised[1] if quantised else "built-in" if ranges else "",
         ),
     )
 

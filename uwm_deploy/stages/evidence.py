@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from uwm_deploy.policy import EvidenceRule
-from uwm_deploy.records import ArtifactEvidence, Check, Evidence, Result
+from uwm_deploy.records import ArtifactEvidence, Check, Evidence, Result, target_of
 
 NAME = "required evidence"
 """Name of every check of this kind."""
@@ -51,8 +51,7 @@ def not_run(subject: str, detail: str, rule: str) -> Check:
 
 def is_for(rule: EvidenceRule, artifact: ArtifactEvidence) -> bool:
     """Whether a rule is about a variant."""
-    target = artifact.variant.removesuffix(f"-{artifact.precision.value}")
-    return target == rule.target.value and (not rule.precision or artifact.precision in rule.precision)
+    return target_of(artifact.variant) is rule.target and (not rule.precision or artifact.precision in rule.precision)
 
 
 def missing(rules: Sequence[EvidenceRule], artifacts: Sequence[ArtifactEvidence]) -> list[Check]:

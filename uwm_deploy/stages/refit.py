@@ -48,7 +48,8 @@ from uwm_deploy.records import (
     Profile,
     Target,
 )
-from uwm_deploy.runtime.session import open_engine, open_session, usable
+from uwm_deploy.runtime.providers import provider_reason
+from uwm_deploy.runtime.session import open_engine, open_session, provider_of, usable
 from uwm_deploy.runtime.tensorrt import MODULES
 from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.uwm.patch import LayerPatch, Patch
@@ -186,7 +187,12 @@ def refit_graph(graph: OnnxArtifact, source_folder: Path, folder: Path, swap: Sw
 def reason_against(engine: EngineArtifact) -> str:
     """Why an engine cannot be refitted here; empty when it can."""
     if engine.target is Target.ONNXRUNTIME:
-        return ""
+        closed = engine.settings.get("optimisation") == "compiled"
+        return (
+            f"its weights are inside engines of {provider_of(engine)}"
+            if closed
+            else provider_reason(provider_of(engine))
+        )
     if engine.settings.get("refittable") != "true":
         return "it was not built refittable (build --refittable, on a GPU)"
     return usable(engine.target)
@@ -343,7 +349,7 @@ def _refitted(
         "weights": f"{engine.tower.value}.weights.safetensors",
         "turned": turned,
     }
-    made_by_child(_REFITTER, spec, engine.target, engine.tower.value, folder, "refit")
+    made_by_child(_REFITTER, spec, engine.target.value, engine.tower.value, folder, "refit")
     _check_against_graph(engine, folder / engine.file, graphs[1], sample, "after the refit")
     return dict.fromkeys(edits, kind)
 

@@ -1,0 +1,146 @@
+"""Graphs for ONNX Runtime: optimised for a provider, or compiled by one into EPContext nodes; in the builder's process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from uwm_deploy.graphs.builder_log import BuildFailed
+from uwm_deploy.recipe import BuilderSpec
+from uwm_deploy.records import Profile, Provider
+from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
+
+_PREFIX: dict[Provider, str] = {"tensorrt": "trt", "tensorrt-rtx": "nv"}
+"""What the names of a provider's own settings begin with."""
+
+
+def optimised(spec: dict[str, Any]) -> dict[str, Any]:
+    """Writes the graph with the optimisations applied that a provider takes.
+
+    Args:
+        spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, and its ``options``.
+
+    Raises:
+        PrerequisiteError: If the provider does not work here.
+        BuildFailed: If ONNX Runtime refuses the graph, or takes another provider.
+    """
+    import onnxruntime as ort
+
+    options = _options(ort)
+    # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = spec["engine"]
+    if spec["external_data"]:
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", spec["external_data"]
+        )
+    provider: Provider = "cpu" if spec["provider"] == "any" else spec["provider"]
+    add_provider(ort, options, provider, spec["options"])
+    started = time.perf_counter()
+    try:
+        session = ort.InferenceSession(spec["onnx"], options)
+    except Exception as error:  # its errors share no base class
+        raise BuildFailed(str(error)) from error
+    if (taken := session.get_providers()[0]) != NAMES[provider]:
+        raise BuildFailed(f"ONNX Runtime took {taken} instead of {NAMES[provider]}")
+    return {
+        "versions": {"onnxruntime": ort.__version__},
+        "settings": {"optimisation": "extended"} | _recorded(spec),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def compiled(spec: dict[str, Any]) -> dict[str, Any]:
+    """Writes a graph whose nodes are engines of a provider, embedded; without one such node it is an error.
+
+    Args:
+        spec: As `optimised` takes it, without external data, and ``tf32``.
+
+    Raises:
+        PrerequisiteError: If the provider does not work here.
+        BuildFailed: If it compiles nothing.
+    """
+    if not spec["tf32"]:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read by NVIDIA's libraries when they are loaded
+    import onnxruntime as ort
+
+    options = _options(ort)
+    add_provider(ort, options, spec["provider"], spec["options"])
+    # In one file, embedded. Without the flag a graph in which nothing was compiled is written as if it were.
+    path = Path(spec["engine"])
+    temporary = path.with_name(f".tmp-{path.name}")
+    started = time.perf_counter()
+    try:
+        ort.ModelCompiler(
+            options,
+            spec["onnx"],
+            embed_compiled_data_into_model=True,
+            flags=ort.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
+            graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        ).compile_to_file(str(temporary))
+    except Exception as error:  # its errors share no base class
+        raise BuildFailed(f"{NAMES[spec['provider']]}: {error}") from error
+    seconds = time.perf_counter() - started
+    nodes = [node.op_type for node in onnx.load(temporary, load_external_data=False).graph.node]
+    if "EPContext" not in nodes:
+        raise BuildFailed(f"{NAMES[spec['provider']]} compiled none of {len(nodes)} nodes")
+    temporary.replace(path)
+    return {
+        "versions": {"onnxruntime": ort.__version__},
+        "settings": {
+            "optimisation": "compiled",
+            "compiled_nodes": str(nodes.count("EPContext")),
+            "other_nodes": str(len(nodes) - nodes.count("EPContext")),
+            "tf32": "by the recipe" if spec["tf32"] else "false (NVIDIA_TF32_OVERRIDE=0)",
+        }
+        | _recorded(spec),
+        "seconds": seconds,
+    }
+
+
+def provider_options(
+    provider: Provider, name: str, row: Sequence[int], profiles: Sequence[Profile], builder: BuilderSpec
+) -> dict[str, str]:
+    """Settings of a recipe in a provider's own words.
+
+    Args:
+        provider: The provider.
+        name: The graph's input.
+        row: Shape of one row of it, without the batch.
+        profiles: Batches.
+        builder: Of the flavour of TensorRT that the provider uses.
+    """
+    if provider == "cuda":
+        return dict(FLOAT32)
+    if provider not in COMPILING:
+        return {}
+    prefix = _PREFIX[provider]
+    found = {
+        f"{prefix}_profile_{size}_shapes": ",".join(
+            f"{name}:{'x'.join(str(n) for n in (getattr(part, size), *row))}" for part in profiles
+        )
+        for size in ("min", "opt", "max")
+    }
+    if builder.workspace_mib:
+        found[f"{prefix}_max_workspace_size"] = str(builder.workspace_mib << 20)
+    if provider == "tensorrt":
+        found["trt_builder_optimization_level"] = str(builder.optimisation_level)
+    elif len(profiles) > 1:
+        found["nv_multi_profile_enable"] = "1"
+    return found
+
+
+def _options(ort: Any) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _recorded(spec: dict[str, Any]) -> dict[str, str]:
+    named = ", ".join(f"{key}={value}" for key, value in sorted(spec["options"].items()))
+    return {"provider": spec["provider"]} | ({"provider_options": named} if named else {})

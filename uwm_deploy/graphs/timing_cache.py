@@ -1,0 +1,88 @@
+"""What builders of TensorRT measured, kept for the next build; one file per flavour, version and device.
+
+Kernels are chosen by their times, so engines of one recipe differ between machines and moments. A cache makes builds faster
+and alike. Builds may run at the same time: a file is only ever replaced as a whole, by one that also holds what it held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.builder_log import BuildFailed, last_of
+from uwm_deploy.workspace import digest_of_bytes, write_atomic
+
+VARIABLE = "UWM_DEPLOY_CACHE"
+"""Folder for what can be made again, instead of the user's own one for such things."""
+
+
+def cache_file(module: str, version: str, device: str) -> Path:
+    """Where the times of one flavour, version and device are kept."""
+    given, usual = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(given) if given else (Path(usual) if usual else Path.home() / ".cache") / "uwm-deploy"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{module} {version} {device}").strip("-")
+    return folder / "timing" / f"{name}.cache"
+
+
+def attach(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
+    """Gives a builder what earlier builds measured.
+
+    Args:
+        config: `IBuilderConfig`.
+        file: See `cache_file`; need not exist.
+        messages: What the logger was told: a file that does not fit is answered with an empty cache and a message.
+
+    Returns:
+        State for the record: ``new``, ``reused``, or ``refused`` with a new one begun; and the digest of what was read.
+    """
+    try:
+        known = file.read_bytes()
+    except FileNotFoundError:
+        known = b""
+    heard = len(messages)
+    cache = config.create_timing_cache(known)
+    taken = cache is not None and config.set_timing_cache(cache, False)
+    fits = taken and not any("timing cache" in message.lower() for message in messages[heard:])
+    if not taken:
+        cache = config.create_timing_cache(b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise BuildFailed(f"no timing cache: {last_of(messages)}")
+    state = "new" if not known else "reused" if fits else "refused, begun anew"
+    return {"timing_cache": state, "timing_cache_before": digest_of_bytes(known) if known else "none"}
+
+
+def keep(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
+    """Adds what a build measured to the file, beside what other builds have put there meanwhile.
+
+    Returns:
+        The digest of the file for the record, or why it was not kept: a build is not lost for that.
+    """
+    cache = config.get_timing_cache()
+    if cache is None:
+        return {"timing_cache_after": f"not kept: {last_of(messages)}"}
+    try:
+        with _alone(file):
+            if file.is_file() and (others := config.create_timing_cache(file.read_bytes())) is not None:
+                cache.combine(others, False)  # False for a file that does not fit, which is then replaced
+            content = cache.serialize()
+            if content is None:
+                return {"timing_cache_after": f"not kept: {last_of(messages)}"}
+            write_atomic(file, bytes(content))
+            return {"timing_cache_after": digest_of_bytes(bytes(content))}
+    except (UwmError, OSError) as error:
+        return {"timing_cache_after": f"not kept: {error}"}
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """No other process adds to the file meanwhile; the lock dies with its process."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
