@@ -1052,9 +1052,16 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A sweep.json of the same model, for the picture of the trade-off.",
 )
+@click.option(
+    "--bench",
+    "benched",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What `bench --json` said of the same bundle, for the latencies.",
+)
 @click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
 @common_options
-def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_json: bool) -> int:
+def report(path: Path, out: Path | None, swept: Path | None, benched: Path | None, opened: bool, as_json: bool) -> int:
     """Writes one self-contained HTML page about a bundle or a run folder PATH; needs the base install only.
 
     \b
@@ -1067,7 +1074,7 @@ def report(path: Path, out: Path | None, swept: Path | None, opened: bool, as_js
     from uwm_deploy.workspace import write_atomic
 
     target = place_of(path, out)
-    dossier = dossier_of(path, swept)
+    dossier = dossier_of(path, swept, benched)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
     click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")

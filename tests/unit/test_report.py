@@ -22,12 +22,16 @@ from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline import policy_of
 from uwm_deploy.records import (
     ArtifactEvidence,
+    BenchReport,
+    BenchSubject,
     CalibrationRecord,
+    ColdStart,
     EditRecord,
     EngineArtifact,
     Evidence,
     Fingerprint,
     ImageSpec,
+    Latency,
     LayerEdit,
     LayerSensitivity,
     Manifest,
@@ -395,7 +399,7 @@ def test_what_was_not_run_is_said(run_folder: Path) -> None:
     for words in ("tensorrt-rtx-auto", "not run, so unproven: this machine has no NVIDIA driver", "no folder birds"):
         assert words in gaps
     assert "3 items left out: a broken image" in gaps
-    assert "Latency: not measured" in text
+    assert "Not measured: `uwm-deploy bench" in text
     assert "not run: no folder birds" in text[text.index('id="zero-shot"') :]
 
 
@@ -498,6 +502,38 @@ def test_sweep_is_drawn_and_must_be_of_the_same_model(made: Made, run_folder: Pa
     file.write_text(json_from_record(other), encoding="utf-8")
     with pytest.raises(InputError, match="other weights"):
         dossier_of(run_folder, file)
+
+
+def test_latencies_are_drawn_and_must_be_of_the_same_edit(made: Made, run_folder: Path, tmp_path: Path) -> None:
+    """Every call and its cold start are on the page, with what was not run; a bench of other weights is refused."""
+    names = ("torch", "onnxruntime-fp32")
+    report = BenchReport(
+        bundle="tiny", edited_weights_digest=made.verify.edited_weights_digest, verdict=Result.PASS, created="today",
+        machine={"processor": "two cores"}, clocks_before={}, clocks_after={}, against="torch", seconds=1.0,
+        subjects=tuple(
+            BenchSubject(name=n, precision=Precision.FP32, state=s, digests={})
+            for n, s in zip(names, ("reference", "proven"), strict=True)
+        ),
+        cold=(ColdStart(subject=names[1], tower=TowerName.IMAGE, batch=1, open_ms=3.0, first_call_ms=1.5, rounds=3),),
+        warm=tuple(
+            Latency(
+                subject=n, tower=TowerName.IMAGE, batch=8, calls=30, latency_ms_p50=12.5 - i, latency_ms_p95=20.0,
+                latency_ms_p99=None, throughput_per_s=640.0, ratio=1.0 - i / 4, ratio_low=0.7, ratio_high=1.0,
+            )
+            for i, n in enumerate(names)
+        ),
+        not_run={"tensorrt-fp16": "no driver"},
+    )  # fmt: skip
+    file = tmp_path / "bench.json"
+    file.write_text(json_from_record(report), encoding="utf-8")
+    text = page(dossier_of(run_folder, bench=file))
+    section = text[text.index('id="latency"') :]
+    for shown in ("two cores", "12.50", "11.50", "4.50", "0.75 (0.70 to 1.00)", "tensorrt-fp16: no driver"):
+        assert shown in section, shown
+    other = dataclasses.replace(report, edited_weights_digest=digest("other"))
+    file.write_text(json_from_record(other), encoding="utf-8")
+    with pytest.raises(InputError, match="other weights"):
+        dossier_of(run_folder, bench=file)
 
 
 def test_counts_of_a_histogram_are_complete() -> None:

@@ -172,7 +172,7 @@ def compiled(dossier: Dossier) -> Html:
     largest = max(e.seconds for e in engines)
     about = "Wall time of each build, seconds."
     picture = charts.bars("Compile time", about, groups, largest)
-    lead = "Wall time of each build. Latency: not measured in these reports."
+    lead = "Wall time of each build."
     parts = [figure("Compile time, seconds", picture, (), rows)]
     if lowered := _lowered(dossier):
         parts.append(folded("Graphs in lower precision", table(lowered)))

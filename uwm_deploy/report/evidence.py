@@ -14,6 +14,7 @@ from safetensors.numpy import load
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records import (
+    BenchReport,
     BundleFile,
     EditRecord,
     EngineArtifact,
@@ -57,6 +58,7 @@ class Dossier:
         margins: None when the reference embeddings are not there.
         files: The evidence, with digests.
         sweep: When one was given.
+        bench: When one was given.
     """
 
     name: str
@@ -73,26 +75,33 @@ class Dossier:
     files: tuple[BundleFile, ...]
     margins: Margins | None
     sweep: SweepReport | None = None
+    bench: BenchReport | None = None
 
 
-def dossier_of(path: Path, sweep: Path | None = None) -> Dossier:
+def dossier_of(path: Path, sweep: Path | None = None, bench: Path | None = None) -> Dossier:
     """What a bundle or a run folder says.
 
     Args:
         path: Folder of either kind.
         sweep: A `sweep.json` of the same model.
+        bench: What `bench --json` said of the same edit.
 
     Raises:
-        InputError: If the folder is neither, or was not verified yet, or the sweep is of another model.
+        InputError: If the folder is neither, or was not verified yet, or sweep or bench are of other weights.
         IntegrityError: If a digest or a record is not what it should be.
     """
     dossier = _of_bundle(path) if (path / MANIFEST).is_file() else _of_run(path)
-    if sweep is None:
-        return dossier
-    report = _read(SweepReport, sweep)
-    if report.model.weights_digest != dossier.verify.model.weights_digest:
-        raise InputError(f"{sweep} is a sweep of other weights", fix="sweep the model of this report")
-    return dataclasses.replace(dossier, sweep=report)
+    if sweep is not None:
+        swept = _read(SweepReport, sweep)
+        if swept.model.weights_digest != dossier.verify.model.weights_digest:
+            raise InputError(f"{sweep} is a sweep of other weights", fix="sweep the model of this report")
+        dossier = dataclasses.replace(dossier, sweep=swept)
+    if bench is not None:
+        measured = _read(BenchReport, bench)
+        if measured.edited_weights_digest != dossier.verify.edited_weights_digest:
+            raise InputError(f"{bench} is about other weights", fix="measure the bundle of this report")
+        dossier = dataclasses.replace(dossier, bench=measured)
+    return dossier
 
 
 def _of_bundle(path: Path) -> Dossier:

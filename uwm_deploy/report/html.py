@@ -17,6 +17,7 @@ from uwm_deploy.report import artifacts, blocks, charts, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line
+from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
@@ -85,6 +86,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         artifacts.parity(dossier),
         artifacts.canaries(dossier),
         artifacts.compiled(dossier),
+        latency(dossier.bench),
         artifacts.plan(dossier.plan),
     )
     return [
