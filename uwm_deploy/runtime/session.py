@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -28,10 +30,12 @@ class Session(Protocol):
     Attributes:
         where: Provider, device and versions it really runs on.
         max_batch: Largest batch of one call; more rows are split.
+        concurrency: Calls that it gains from having under way at once; any thread may call at any time.
     """
 
     where: Mapping[str, str]
     max_batch: int
+    concurrency: int
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
@@ -126,6 +130,7 @@ class OnnxRuntimeSession:
     """An ONNX graph in ONNX Runtime, with the provider asserted."""
 
     where: Mapping[str, str]
+    concurrency = 1
 
     def __init__(
         self,
@@ -166,6 +171,10 @@ class OnnxRuntimeSession:
             "cuda": ["CUDAExecutionProvider"],
             "auto": ["CPUExecutionProvider"] if _no_cuda(ort) else ["CUDAExecutionProvider", "CPUExecutionProvider"],
         }[device]
+        if wanted[0] == "CUDAExecutionProvider" and hasattr(ort, "preload_dlls"):
+            # CUDA's libraries may be packages beside this one, where the loader does not look by itself.
+            with contextlib.redirect_stdout(sys.stderr):
+                ort.preload_dlls()
         try:
             session = ort.InferenceSession(model, options, providers=wanted)
         except Exception as error:  # its errors share no base class
@@ -174,8 +183,8 @@ class OnnxRuntimeSession:
                 f"ONNX Runtime cannot open the graph: {line}", fix="see `uwm-deploy doctor`"
             ) from error
         # It falls back to the CPU with a log line only.
-        if device == "cuda" and session.get_providers()[0] != wanted[0]:
-            raise PrerequisiteError("ONNX Runtime has no working CUDA provider", fix="see `uwm-deploy doctor`")
+        if device != "auto" and session.get_providers()[0] != wanted[0]:
+            raise PrerequisiteError(f"ONNX Runtime has no working {wanted[0]}", fix="see `uwm-deploy doctor`")
         return session
 
     def run(self, batch: np.ndarray) -> np.ndarray:
