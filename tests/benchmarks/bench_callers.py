@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_callers.py dist/demo --seconds 60
 
-First, asyncio callers and threads in this process. Then the same callers against a process of their own behind a socket, that
-is killed with SIGKILL under load and started again: what was in flight is asked again, nothing else is lost or wrong.
+First, asyncio callers and threads in this process. Then the same callers against a process of their own behind a socket,
+that is killed with SIGKILL under load and started again: what was in flight is asked again, nothing else is lost or wrong.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Every side gets the same encoded photographs and the same weights, decodes and preprocesses as its documentation says, and
 has all cores. They take turns; a time is the median over the rounds, a ratio the median of the ratios within a round. Random
-weights pass no gate, so the bundle is opened unsafe; its variants are those that a build makes. Preprocessing is measured alone
-as well: from bytes and from decoded images, one batch, with the difference of the pixels in grey levels.
+weights pass no gate, so the bundle is opened unsafe; its variants are those that a build makes. Preprocessing is measured
+alone as well: from bytes and from decoded images, one batch, with the difference of the pixels in grey levels.
 """
 
 from __future__ import annotations
