@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from uwm_deploy.errors import IntegrityError
@@ -99,7 +100,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 def _decode_record(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, kind.__name__, value)
-    hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(value) - set(fields))
     required = {
         name
@@ -110,6 +111,12 @@ def _decode_record(kind: type, value: Any, where: str) -> Any:
     if unknown or missing:
         raise IntegrityError(f"{where}: unknown fields {unknown}, missing fields {missing}", fix="build again")
     return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields; finding them out again for each record would take most of the time of opening a bundle."""
+    return get_type_hints(kind)
 
 
 def _decode_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

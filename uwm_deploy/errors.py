@@ -71,3 +71,7 @@ class PrerequisiteError(UwmError):
     """This machine lacks something: a GPU, a provider, a package, disk space."""
 
     exit_code = ExitCode.ENVIRONMENT
+
+
+class BusyError(PrerequisiteError):
+    """More work is on its way than may be, and none of it was done in time."""

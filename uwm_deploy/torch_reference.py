@@ -26,6 +26,7 @@ class TorchSession:
     """One tower in eager mode, on the GPU where there is one; see `runtime.session.Session`."""
 
     where: Mapping[str, str]
+    concurrency = 1
 
     def __init__(self, tower: Tower) -> None:
         import torch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ MAX_BYTES = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow registers many more decoders, some of which start other programs."""
 
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -43,10 +45,11 @@ def image_from(source: ImageLike) -> Image.Image:
                 f"array image has shape {source.shape} and type {source.dtype}", fix="pass (H, W, 3) or (H, W) uint8"
             )
         return Image.fromarray(source)
-    name = "image bytes" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        raise DataError(f"image is a {type(source).__name__}", fix="pass a path, bytes, a Pillow image or an array")
+    name = str(source) if isinstance(source, (str, os.PathLike)) else "image bytes"
     try:
-        data = source if isinstance(source, bytes) else _read(Path(source))
-        return _decode(data)
+        return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source))
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist", fix="check the path") from error
     except UnidentifiedImageError as error:  # its own text has an address in it, and would be another in every run
@@ -92,18 +95,32 @@ def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """The first half of `pixels_from_image`, a quarter of its size: resized and cropped, (crop, crop, 3) uint8."""
     # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
     whole = _over_white(image) if spec.alpha == "white" else image
-    cropped = _centre_crop(whole.resize(_resized(whole.size, spec), _FILTERS[spec.resample]), spec)
-    return np.asarray(cropped.convert("RGB"))
+    cropped = _resized_crop(whole, spec)
+    return np.asarray(cropped if cropped.mode == "RGB" else cropped.convert("RGB"))
 
 
 def pixels_from_crops(crops: np.ndarray, spec: ImageSpec) -> np.ndarray:
     """The second half: crops (..., crop, crop, 3) uint8, scaled and normalised, to (..., 3, crop, crop) float32."""
-    mean, std = (np.asarray(v, dtype=np.float32) for v in (spec.mean, spec.std))
-    scaled = (crops.astype(np.float32) * np.float32(spec.rescale) - mean) / std
-    return np.ascontiguousarray(np.moveaxis(scaled, -1, -3), dtype=np.float32)
+    pixels = np.empty((*crops.shape[:-3], 3, *crops.shape[-3:-1]), dtype=np.float32)
+    # There are 256 grey levels: looking up is the same arithmetic, done once, and five times as fast.
+    for channel, levels in enumerate(_normalised_levels(spec.rescale, spec.mean, spec.std)):
+        np.take(levels, crops[..., channel], out=pixels[..., channel, :, :], mode="clip")
+    return pixels
+
+
+@cache
+def _normalised_levels(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """(3, 256) float32: what each grey level of each channel becomes."""
+    grey = np.arange(256, dtype=np.float32) * np.float32(rescale)
+    rows = [(grey - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+    levels: np.ndarray = np.stack(rows)
+    levels.flags.writeable = False
+    return levels
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
@@ -120,10 +137,35 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     return (spec.resize, long) if width <= height else (long, spec.resize)
 
 
-def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Crops; an image smaller than the crop is padded with black."""
-    left, top = (_offset(length, spec) for length in image.size)
-    return image.crop((left, top, left + spec.crop, top + spec.crop))
+def _resized_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Resizes and crops; an image smaller than the crop is padded with black."""
+    size = _resized(image.size, spec)
+    offsets = [_offset(length, spec) for length in size]
+    shown = [(max(0, offset), min(length, offset + spec.crop)) for offset, length in zip(offsets, size, strict=True)]
+    (left, right), (top, bottom) = shown
+    if _whole_is_wasted(image, size, (right - left) * (bottom - top)):
+        across, down = (old / new for old, new in zip(image.size, size, strict=True))
+        box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+        part, x, y = image.resize((right - left, bottom - top), _FILTERS[spec.resample], box=box), left, top
+    else:
+        part, x, y = image.resize(size, _FILTERS[spec.resample]), 0, 0
+    if part.size == (spec.crop, spec.crop):
+        return part
+    left, top = offsets[0] - x, offsets[1] - y
+    return part.crop((left, top, left + spec.crop, top + spec.crop))
+
+
+def _whole_is_wasted(image: Image.Image, size: tuple[int, int], shown: int) -> bool:
+    """Whether only what the crop shows is computed: of a photograph a third is outside it.
+
+    Equal but for one grey level in one of a thousand values, if it shrinks and is cropped at its sides: elsewhere Pillow 13
+    resizes height and width in an order that depends on the part, and a palette's nearest neighbours or colours without
+    opacity jump. A strip of one pixel by a million would fill any memory, and is never resized as a whole.
+    """
+    if size[0] * size[1] > MAX_PIXELS:
+        return True
+    shrinks = image.width >= size[0] > size[1] and image.height >= size[1]
+    return shrinks and image.mode in ("RGB", "L", "CMYK") and shown < size[0] * size[1]
 
 
 def _offset(length: int, spec: ImageSpec) -> int:

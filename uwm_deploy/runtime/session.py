@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -30,10 +31,12 @@ class Session(Protocol):
     Attributes:
         where: Provider, device and versions it really runs on.
         max_batch: Largest batch of one call; more rows are split.
+        concurrency: Calls that it gains from having under way at once; any thread may call at any time.
     """
 
     where: Mapping[str, str]
     max_batch: int
+    concurrency: int
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
@@ -148,6 +151,7 @@ class OnnxRuntimeSession:
     """An ONNX graph in ONNX Runtime, with the provider asserted."""
 
     where: Mapping[str, str]
+    concurrency = 1
 
     def __init__(
         self,
@@ -183,6 +187,8 @@ class OnnxRuntimeSession:
 
     @staticmethod
     def _open(ort: Any, model: bytes, options: Any, device: Device) -> Any:
+        if device not in ("cpu", "auto") or not _no_cuda(ort):
+            _preload(ort)
         provider = _add_best(ort, options) if device == "auto" else device
         if device != "auto":
             add_provider(ort, options, device, FLOAT32 if device == "cuda" else {})
@@ -218,6 +224,13 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """See `Session.close`."""
         del self._session
+
+
+def _preload(ort: Any) -> None:
+    """CUDA's libraries may be packages beside this one, where the loader does not look by itself."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
 
 
 def _add_best(ort: Any, options: Any) -> Provider:

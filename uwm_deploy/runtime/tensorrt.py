@@ -7,13 +7,15 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records import Profile, Target, TensorSpec
+from uwm_deploy.runtime.lane import Cuda, Lane
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
@@ -43,6 +45,19 @@ def device_name() -> str:
     driver, name = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(100)
     driver.cuDeviceGetName(name, len(name), 0)
     return name.value.decode(errors="replace")
+
+
+@cache
+def compute_capability() -> str:
+    """Of the first GPU, e.g. ``"9.0"``; empty where there is none."""
+    if gpu_reason():
+        return ""
+    driver, parts = ctypes.CDLL("libcuda.so.1"), []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        value = ctypes.c_int(0)
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+        parts.append(str(value.value))
+    return ".".join(parts)
 
 
 def reason_not_usable(target: Target) -> str:
@@ -76,16 +91,26 @@ def profile_for(rows: int, profiles: Sequence[Profile]) -> int:
     return min(fitting, key=lambda index: abs(profiles[index].opt - rows))
 
 
+def buckets_of(profiles: Sequence[Profile]) -> tuple[int, ...]:
+    """Batches that graphs are captured for: powers of two and the profiles' own three; others are filled up to the next."""
+    low, high = min(part.min for part in profiles), max(part.max for part in profiles)
+    own = {size for part in profiles for size in (part.min, part.opt, part.max)}
+    powers = {1 << power for power in range(high.bit_length())}
+    return tuple(sorted(n for n in powers | own if low <= n <= high))
+
+
 class TensorRTSession:
     """A serialized engine, deserialized from verified bytes.
 
-    Host code inside engines stays forbidden, and no plugin library is ever loaded.
+    Host code inside engines stays forbidden, and no plugin library is ever loaded. Two lanes, each a stream with its own
+    pinned and device buffers, let one call copy while another computes; any thread may call.
 
     Raises:
         PrerequisiteError: If this machine cannot execute the engine.
     """
 
     where: Mapping[str, str]
+    concurrency = 2
 
     def __init__(
         self,
@@ -98,9 +123,8 @@ class TensorRTSession:
         if reason := reason_not_usable(target):
             raise PrerequisiteError(f"a {target.value} engine cannot run here: {reason}", fix="see `uwm-deploy doctor`")
         self._trt = importlib.import_module(MODULES[target])
-        self._cuda = importlib.import_module("cuda.bindings.runtime")
-        self.max_batch = profile.max
-        self._input, self._outputs = inputs[0], outputs
+        self._cuda = Cuda(importlib.import_module("cuda.bindings.runtime"))
+        self.max_batch, self._outputs = profile.max, outputs
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._open_runtime(self._trt.Runtime(self._logger))
         self._runtime.engine_host_code_allowed = False
@@ -110,12 +134,23 @@ class TensorRTSession:
                 f"{target.value} {self._trt.__version__} does not take this engine on this GPU",
                 fix="build it with this version and for this GPU",
             )
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise PrerequisiteError("no memory for an execution context", fix="free GPU memory")
-        self._profiles, self._profile = profiles_of(self._engine, self._input.name), 0
-        self._stream = self._call(self._cuda.cudaStreamCreate())
-        self._buffers = self._allocate()
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        profiles = profiles_of(self._engine, inputs[0].name)
+        self._lanes = [
+            Lane(
+                self._cuda,
+                self._engine,
+                strategy,
+                inputs[0],
+                outputs,
+                buckets_of(profiles),
+                partial(profile_for, profiles=profiles),
+            )
+            for _ in range(self.concurrency)
+        ]
+        self._free: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self._lanes:
+            self._free.put(lane)
         self.where = self._describe(target)
 
     @staticmethod
@@ -129,23 +164,8 @@ class TensorRTSession:
             raise PrerequisiteError(f"${LEAN_RUNTIME} is {path}, which is no lean runtime", fix="unset it, or mend it")
         return other
 
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        """Value of a CUDA runtime call, whose first item is its status."""
-        status, *values = result
-        if int(status) != 0:
-            raise PrerequisiteError(f"CUDA call failed with {status}", fix="check the GPU with `uwm-deploy doctor`")
-        return values[0] if values else None
-
-    def _allocate(self) -> dict[str, int]:
-        """Device memory for the largest batch of the profile."""
-        sizes = {}
-        for spec in (self._input, *self._outputs):
-            items = int(np.prod([d for d in spec.shape[1:] if isinstance(d, int)], dtype=np.int64)) * self.max_batch
-            sizes[spec.name] = items * np.dtype(spec.dtype).itemsize
-        return {name: int(self._call(self._cuda.cudaMalloc(size))) for name, size in sizes.items()}
-
     def _describe(self, target: Target) -> dict[str, str]:
-        properties = self._call(self._cuda.cudaGetDeviceProperties(0))
+        properties = self._cuda(self._cuda.api.cudaGetDeviceProperties(0))
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         return {
             "provider": target.value,
@@ -163,48 +183,19 @@ class TensorRTSession:
         return self._run(batch, self._outputs)
 
     def _run(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
-        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
-        parts = [self._run_once(data[i : i + self.max_batch], wanted) for i in range(0, len(data), self.max_batch)]
+        parts = [self._run_once(batch[i : i + self.max_batch], wanted) for i in range(0, len(batch), self.max_batch)]
         columns = zip(wanted, zip(*parts, strict=True), strict=True)
         return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
 
-    def _run_once(self, data: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
-        """One call; only what is wanted is copied back."""
-        kinds = self._cuda.cudaMemcpyKind
-        self._choose_profile(len(data))
-        if not self._context.set_input_shape(self._input.name, data.shape):
-            raise PrerequisiteError(f"the engine refuses the shape {data.shape}", fix="stay within its profile")
-        for name, address in self._buffers.items():
-            if not self._context.set_tensor_address(name, address):
-                raise PrerequisiteError(f"the engine has no tensor {name}", fix="build it again")
-        copy = self._cuda.cudaMemcpyAsync
-        source = self._buffers[self._input.name]
-        self._call(copy(source, data.ctypes.data, data.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise PrerequisiteError("the engine did not run", fix="see the log of TensorRT")
-        results = []
-        for spec in wanted:
-            width = [d for d in spec.shape[1:] if isinstance(d, int)]
-            result = np.empty((len(data), *width), dtype=spec.dtype)
-            drain = self._buffers[spec.name]
-            self._call(copy(result.ctypes.data, drain, result.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
-            results.append(result)
-        self._call(self._cuda.cudaStreamSynchronize(self._stream))
-        return results
-
-    def _choose_profile(self, rows: int) -> None:
-        """The engine's kernels for a batch; switching costs time, so only when another profile is nearer."""
-        wanted = profile_for(rows, self._profiles)
-        if wanted == self._profile:
-            return
-        if not self._context.set_optimization_profile_async(wanted, int(self._stream)):
-            raise PrerequisiteError(f"the engine does not switch to profile {wanted}", fix="build it again")
-        self._call(self._cuda.cudaStreamSynchronize(self._stream))
-        self._profile = wanted
+    def _run_once(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        lane = self._free.get()
+        try:
+            return lane.run(batch, wanted)
+        finally:
+            self._free.put(lane)
 
     def close(self) -> None:
         """See `Session.close`."""
-        for address in self._buffers.values():
-            self._call(self._cuda.cudaFree(address))
-        self._buffers = {}
-        self._call(self._cuda.cudaStreamDestroy(self._stream))
+        for lane in self._lanes:
+            lane.close()
+        self._lanes = []

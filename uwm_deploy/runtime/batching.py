@@ -1,0 +1,257 @@
+"""Rows of many callers in one call of the engine: bounded, in order of arrival, none later than its deadline."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+
+from uwm_deploy.errors import BusyError, ContractError, InputError
+
+_LOG = logging.getLogger("uwm_deploy.runtime")
+
+HOLD = float("inf")
+"""Deadline of a row that waits until its batch is full or `Batcher.flush` is called."""
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Observer(Protocol):
+    """What is told about each batch."""
+
+    def batch(self, found: np.ndarray | None, waited_s: Sequence[float], seconds: float) -> None:
+        """One call of the engine.
+
+        Args:
+            found: Its embeddings; None if it failed.
+            waited_s: Per row, from arrival to the call.
+            seconds: The call itself.
+        """
+
+
+@dataclass(slots=True)
+class Places:
+    """A bounded number of items that are on their way; who comes when it is full waits in line, first come first served.
+
+    Attributes:
+        capacity: Items that may be on their way.
+    """
+
+    capacity: int
+    _taken: int = 0
+    _line: deque[tuple[int, Future[None]]] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def taken(self) -> int:
+        """Items on their way."""
+        return self._taken
+
+    @property
+    def waiting(self) -> int:
+        """Items in line."""
+        return sum(count for count, ticket in tuple(self._line) if not ticket.cancelled())
+
+    def ask(self, count: int) -> Future[None]:
+        """A future that is done when so many places are this caller's; who no longer wants it calls `leave`.
+
+        They come all at once: callers with half of theirs would block each other.
+        """
+        ticket: Future[None] = Future()
+        with self._lock:
+            self._line.append((count, ticket))
+        self._serve()
+        return ticket
+
+    def take(self, count: int, timeout_s: float | None) -> None:
+        """Waits for places.
+
+        Raises:
+            BusyError: If there are none in time.
+        """
+        ticket = self.ask(count)
+        try:
+            ticket.result(timeout_s)
+        except TimeoutError:
+            self.leave(count, ticket)
+            raise self.busy(timeout_s) from None
+
+    def leave(self, count: int, ticket: Future[None]) -> None:
+        """Gives up a ticket, and its places if it had come to them meanwhile."""
+        if ticket.cancel():
+            self._serve()  # those behind it may fit where it did not
+        else:
+            self.give_back(count)
+
+    def give_back(self, count: int) -> None:
+        """Places are free again; the first in line gets them."""
+        with self._lock:
+            self._taken -= count
+        self._serve()
+
+    def busy(self, timeout_s: float | None) -> BusyError:
+        """The error of a caller who waited too long."""
+        return BusyError(
+            f"{self.capacity} items are on their way, and there was no place for more within {timeout_s} s",
+            fix="send less at once, or raise queue_items or queue_timeout_s",
+        )
+
+    def _serve(self) -> None:
+        """Lets in whoever is first in line and fits."""
+        while (ticket := self._next_in_line()) is not None:
+            ticket.set_result(None)  # not under the lock: it calls what waits for it
+
+    def _next_in_line(self) -> Future[None] | None:
+        with self._lock:
+            while self._line:
+                count, ticket = self._line[0]
+                if not ticket.cancelled() and self._taken + count > self.capacity:
+                    return None
+                self._line.popleft()
+                if ticket.set_running_or_notify_cancel():
+                    self._taken += count
+                    return ticket
+            return None
+
+
+@dataclass(slots=True)
+class _Waiting:
+    row: np.ndarray
+    deadline: float
+    arrived: float
+    future: Future[np.ndarray]
+
+
+class Batcher:
+    """Gathers rows and calls the engine from threads of its own.
+
+    Args:
+        run: The engine: (n, ...) to (n, d).
+        max_batch: Largest n.
+        threads: Calls that may be under way at once.
+        observer: Told about every call.
+        name: Of its threads.
+    """
+
+    def __init__(self, run: Run, *, max_batch: int, threads: int, observer: Observer, name: str) -> None:
+        self._run, self._max_batch, self._observer = run, max_batch, observer
+        self._rows: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        # Daemons: a process that forgets to close must still be able to end.
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"uwm-{name}-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are in no call yet."""
+        return len(self._rows)
+
+    def submit(self, row: np.ndarray, future: Future[np.ndarray], deadline: float) -> None:
+        """Puts a row in line.
+
+        Args:
+            row: (...) input.
+            future: Receives the embedding (d,), or the error; it must be running already.
+            deadline: `time.monotonic` by which its call starts at the latest, or `HOLD`.
+        """
+        with self._changed:
+            if not self._closing:
+                self._rows.append(_Waiting(row, deadline, time.monotonic(), future))
+                self._changed.notify()
+                return
+        future.set_exception(closed())
+
+    def flush(self) -> None:
+        """Rows that are here now wait for no more."""
+        with self._changed:
+            for waiting in self._rows:
+                waiting.deadline = 0.0
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Lets the threads end when they have finished what is in line; does not wait for them."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finishes what is in line and ends the threads."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while batch := self._next():
+            self._call(batch)
+            # Or this thread would keep the last answers, and their inputs, until the next ones come.
+            del batch
+
+    def _next(self) -> list[_Waiting]:
+        """The rows of the next call; none when there will be no more."""
+        with self._changed:
+            while True:
+                if len(self._rows) >= self._max_batch or (self._rows and self._closing):
+                    break
+                if self._rows:
+                    left = min(w.deadline for w in islice(self._rows, self._max_batch)) - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(None if left == HOLD else left)
+                elif self._closing:
+                    return []
+                else:
+                    self._changed.wait()
+            return [self._rows.popleft() for _ in range(min(self._max_batch, len(self._rows)))]
+
+    def _call(self, batch: list[_Waiting]) -> None:
+        started = time.monotonic()
+        rows, found = np.stack([waiting.row for waiting in batch]), None
+        try:
+            found = self._run(rows)
+            answers = _checked(found, len(batch))
+        except BaseException as error:  # whatever it is, callers wait for an answer and this thread must live
+            answers = [_as_exception(error)] * len(batch)
+        # First what is counted, then the answers: who has an answer finds it counted.
+        try:
+            self._observer.batch(found, [started - w.arrived for w in batch], time.monotonic() - started)
+        except Exception:  # counting must never cost an answer
+            _LOG.exception("a batch could not be counted")
+        for waiting, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, Exception):
+                waiting.future.set_exception(answer)
+            else:
+                waiting.future.set_result(answer)
+
+
+def _checked(found: np.ndarray, rows: int) -> list[np.ndarray | Exception]:
+    """Each row at length 1, or that it is no embedding."""
+    if len(found) != rows:
+        raise ContractError(f"the engine gave {len(found)} rows for {rows}", fix="build the bundle again")
+    lengths = np.linalg.norm(found, axis=1)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    unit = found / np.where(usable, lengths, 1)[:, None]
+    broken = ContractError("the engine's embedding is not finite, or zero", fix="see `uwm-deploy diagnose`")
+    return [row if good else broken for row, good in zip(unit, usable, strict=True)]
+
+
+def _as_exception(error: BaseException) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    return ContractError(f"the engine's thread was interrupted: {error!r}")
+
+
+def closed() -> InputError:
+    """The error of who comes too late."""
+    return InputError("the encoder is closed", fix="open the bundle again")

@@ -1,0 +1,106 @@
+"""What encoding gives back: an array of embeddings that says which of its rows could not be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["float32", "float16"]
+"""Element type of what is given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemError:
+    """One item that has no embedding.
+
+    Attributes:
+        position: Of the item among those of the call.
+        error: What is wrong with it, as it would have been raised for this item alone.
+    """
+
+    position: int
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{self.position}: {self.error}"
+
+
+class Embeddings(np.ndarray[Any, np.dtype[Any]]):
+    """(n, d) embeddings of length 1, an ordinary numpy array but for two attributes.
+
+    A row that could not be made is NaN, never zeros and never left out: positions stay those of the items, NaN reaches no
+    threshold, and an index that is given it complains.
+
+    Attributes:
+        errors: One for each such row, in order; empty in slices and copies.
+    """
+
+    errors: tuple[ItemError, ...]
+
+    def __new__(cls, rows: np.ndarray, errors: Iterable[ItemError] = ()) -> Embeddings:
+        """Takes over the rows; see the class."""
+        made = np.asarray(rows).view(cls)
+        made.errors = tuple(errors)
+        return made
+
+    def __array_finalize__(self, parent: object) -> None:
+        # Positions of a part are others than those of the whole.
+        self.errors = ()
+
+    def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
+        """Results of arithmetic are plain arrays: cosines are no embeddings."""
+        return array[()] if return_scalar else np.asarray(array)
+
+    @property
+    def ok(self) -> np.ndarray:
+        """(n,) bool: rows that are embeddings."""
+        found: np.ndarray = np.isfinite(np.asarray(self)).all(axis=-1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Zero-shot classification of some images.
+
+    Attributes:
+        labels: The classes.
+        scores: (n, classes) cosines; NaN for an image that could not be encoded.
+        errors: Such images.
+    """
+
+    labels: tuple[str, ...]
+    scores: np.ndarray
+    errors: tuple[ItemError, ...] = ()
+
+    @property
+    def top(self) -> list[str | None]:
+        """The best label of each image; None where there is no embedding."""
+        return [None if np.isnan(row).any() else self.labels[int(row.argmax())] for row in self.scores]
+
+    def probabilities(self, scale: float = 100.0) -> np.ndarray:
+        """(n, classes) softmax of the scores times a scale; 100 is where CLIP's training clips it."""
+        logits = self.scores * scale
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+        return shares
+
+
+def joined(rows: Sequence[np.ndarray | Exception], width: int, dtype: Kind) -> Embeddings:
+    """Rows and failures in order, as one array.
+
+    Args:
+        rows: Per item an embedding (d,), or why there is none.
+        width: d, for when no item succeeded.
+        dtype: Element type of the result.
+    """
+    found = np.full((len(rows), width), np.nan, dtype=dtype)
+    errors = []
+    for position, row in enumerate(rows):
+        if isinstance(row, Exception):
+            errors.append(ItemError(position, row))
+        else:
+            found[position] = row
+    return Embeddings(found, errors)

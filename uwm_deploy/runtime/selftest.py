@@ -1,0 +1,81 @@
+"""Whether what runs is the edited model: the canaries of the bundle, on the served path, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from uwm_deploy.errors import IntegrityError
+from uwm_deploy.records import TowerName
+from uwm_deploy.runtime.bundle import Bundle
+from uwm_deploy.runtime.drift import unit_mean
+from uwm_deploy.safeground.canaries import Canaries
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Outcome of one self-test.
+
+    Attributes:
+        ratios: Per edited tower, the worst canary's distance to the edited model over that to the original one.
+        limit: Largest ratio that is fine.
+        error: Why it could not be carried out; empty if it was.
+        seconds: How long it took.
+    """
+
+    ratios: Mapping[str, float]
+    limit: float
+    error: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tower that is edited answers like the edited model."""
+        return not self.error and bool(self.ratios) and all(ratio <= self.limit for ratio in self.ratios.values())
+
+
+def canaries_of(bundle: Bundle) -> dict[TowerName, Canaries]:
+    """Canaries of each edited tower.
+
+    Raises:
+        IntegrityError: If there are none, or they cannot be read.
+    """
+    listed = {file.path for file in bundle.manifest.files}
+    found = {}
+    for tower in TowerName:
+        name = f"evidence/canaries-{tower.value}.safetensors"
+        if name in listed:
+            found[tower] = _canaries(bundle.read(name), name)
+    edited = {layer.tower for layer in bundle.manifest.edit.layers if layer.selected}
+    if missing := sorted(edited - set(found)):
+        raise IntegrityError(f"the bundle has no canaries of its {missing[0].value} tower", fix="build it again")
+    return found
+
+
+def reference_mean(bundle: Bundle, tower: TowerName) -> np.ndarray | None:
+    """Mean (d,) of the edited model's embeddings of the evaluation set; None where the bundle has none."""
+    name = "evidence/reference.safetensors"
+    if name not in {file.path for file in bundle.manifest.files}:
+        return None
+    tensors = _tensors(bundle.read(name), name)
+    rows = [tensors[key] for key in (f"edited.safe_{tower.value}", f"edited.unsafe_{tower.value}") if key in tensors]
+    return unit_mean(np.concatenate(rows)) if rows else None
+
+
+def _canaries(data: bytes, name: str) -> Canaries:
+    try:
+        return Canaries(**_tensors(data, name))
+    except TypeError as error:
+        raise IntegrityError(f"{name} holds other tensors: {error}", fix="build again") from error
+
+
+def _tensors(data: bytes, name: str) -> dict[str, np.ndarray]:
+    try:
+        tensors: dict[str, np.ndarray] = load(data)
+    except SafetensorError as error:
+        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
+    return tensors

@@ -1,0 +1,251 @@
+"""One tower at work: callers' items are let in, prepared in worker threads, gathered into batches, answered in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uwm_deploy.errors import BusyError, InputError
+from uwm_deploy.records import TowerName
+from uwm_deploy.runtime.batching import HOLD, Batcher, Places, closed
+from uwm_deploy.runtime.session import Session
+from uwm_deploy.runtime.watch import TowerWatch
+
+if TYPE_CHECKING:
+    import asyncio
+
+Answer = np.ndarray | Exception
+"""Of one item: its embedding (d,), or why it has none."""
+
+Prepare = Callable[[Sequence[Any]], Sequence[Answer]]
+"""Some items to the engine's input rows, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How a bundle is served.
+
+    Attributes:
+        max_batch: Most rows per call of the engine; 0 takes the largest that its profile allows.
+        max_delay_ms: How long a row of an asyncio caller may wait for rows of others while the engine is idle.
+        queue_items: Items per tower that may be on their way, which bounds memory; more wait in line. 0 is four batches.
+        queue_timeout_s: How long a caller may wait in line; None is for ever.
+        workers: Threads that decode and preprocess; 0 is one per core.
+        threads: Threads of ONNX Runtime on a CPU; 0 is one per core.
+        selftest_rows: Canaries per tower at load; 0 leaves the self-test out, where the evidence is from the same device.
+    """
+
+    max_batch: int = 0
+    max_delay_ms: float = 2.0
+    queue_items: int = 0
+    queue_timeout_s: float | None = None
+    workers: int = 0
+    threads: int = 0
+    selftest_rows: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_delay_ms", "queue_items", "workers", "threads", "selftest_rows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}", fix="pass 0 or more")
+
+
+class TowerService:
+    """Serves one tower to any number of threads and event loops.
+
+    Args:
+        tower: Which one.
+        session: Runs it.
+        pool: Threads that prepare; shared with the other tower.
+        together: Items that are prepared in one go.
+        serving: Limits.
+        watch: Counts.
+    """
+
+    def __init__(
+        self,
+        tower: TowerName,
+        session: Session,
+        pool: ThreadPoolExecutor,
+        *,
+        together: int,
+        serving: Serving,
+        watch: TowerWatch,
+    ) -> None:
+        batch = min(serving.max_batch or session.max_batch, session.max_batch)
+        self.session, self._pool, self._watch, self._serving = session, pool, watch, serving
+        self._together = min(together, batch)
+        # Rows that wait for a full batch hold places: with fewer than two batches of them nobody might ever fill it.
+        self._places = Places(max(serving.queue_items or 4 * batch, 2 * batch))
+        self._batcher = Batcher(
+            session.run, max_batch=batch, threads=session.concurrency, observer=watch, name=tower.value
+        )
+        self._open = True
+
+    def encode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
+        """Answers every item, in order; called from any thread.
+
+        Rows wait for full batches until the last one of this call is prepared.
+
+        Raises:
+            BusyError: If there is no place in time.
+            InputError: If it is closed.
+        """
+        started = time.monotonic()
+        answers: list[Future[np.ndarray]] = []
+        preparing: list[Future[None]] = []
+        try:
+            for some in _parts(items, self._together):
+                self._check_open()
+                self._places.take(len(some), self._serving.queue_timeout_s)
+                futures: list[Future[np.ndarray]] = [Future() for _ in some]
+                preparing = [one for one in preparing if not one.done()]
+                preparing.append(self._submit(some, prepare, futures, HOLD))
+                answers += futures
+        except BusyError:
+            self._watch.refused()
+            raise
+        finally:
+            wait(preparing)
+            self._batcher.flush()
+        found = [_answer(future) for future in answers]
+        self._watch.answered(found, time.monotonic() - started)
+        return found
+
+    async def aencode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
+        """The same from an event loop, which it never blocks; rows of different callers share batches.
+
+        Raises:
+            BusyError: If there is no place in time.
+            InputError: If it is closed.
+        """
+        import asyncio  # here, because it takes longer to import than a small model to open
+
+        started = time.monotonic()
+        answers: list[asyncio.Future[np.ndarray]] = []
+        try:
+            for some in _parts(items, self._together):
+                self._check_open()
+                await self._atake(len(some))
+                futures: list[Future[np.ndarray]] = [Future() for _ in some]
+                self._submit(some, prepare, futures, self._serving.max_delay_ms / 1000)
+                answers += [asyncio.wrap_future(future) for future in futures]
+        except BaseException:  # nobody waits for what was let in before
+            for answer in answers:
+                answer.cancel()
+            raise
+        found = [_as_answer(one) for one in await asyncio.gather(*answers, return_exceptions=True)]
+        self._watch.answered(found, time.monotonic() - started)
+        return found
+
+    def run_rows(self, rows: np.ndarray, timeout_s: float) -> np.ndarray:
+        """Embeds (n, ...) prepared rows on the served path, ahead of no one, without waiting in line.
+
+        Raises:
+            TimeoutError: If there is no answer in time.
+            Exception: What the engine raised.
+        """
+        futures: list[Future[np.ndarray]] = [Future() for _ in rows]
+        for row, future in zip(rows, futures, strict=True):
+            future.set_running_or_notify_cancel()
+            self._batcher.submit(row, future, HOLD)
+        self._batcher.flush()
+        until = time.monotonic() + timeout_s
+        return np.stack([future.result(max(0.0, until - time.monotonic())) for future in futures])
+
+    def told(self) -> None:
+        """Tells the watch how full it is."""
+        self._watch.queue(self._places.taken, self._places.waiting)
+
+    def close(self) -> None:
+        """Answers what was let in and releases the engine; call it once, after `refuse` and after the pool has ended."""
+        self._batcher.close()
+        self.session.close()
+
+    def abandon(self) -> None:
+        """For an encoder that nobody closed: its threads end by themselves."""
+        self._open = False
+        self._batcher.stop()
+
+    def refuse(self) -> None:
+        """From now on nobody is let in."""
+        self._open = False
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise closed()
+
+    async def _atake(self, count: int) -> None:
+        import asyncio
+
+        ticket = self._places.ask(count)
+        if ticket.done():
+            return
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(ticket), self._serving.queue_timeout_s)
+        except TimeoutError:
+            self._places.leave(count, ticket)
+            self._watch.refused()
+            raise self._places.busy(self._serving.queue_timeout_s) from None
+        except BaseException:  # cancelled: whoever is next must not wait for this caller
+            self._places.leave(count, ticket)
+            raise
+
+    def _submit(
+        self, items: Sequence[Any], prepare: Prepare, futures: list[Future[np.ndarray]], delay_s: float
+    ) -> Future[None]:
+        try:
+            return self._pool.submit(self._prepare, items, prepare, futures, delay_s)
+        except RuntimeError:  # the pool has ended meanwhile
+            self._places.give_back(len(items))
+            raise closed() from None
+
+    def _prepare(
+        self, items: Sequence[Any], prepare: Prepare, futures: list[Future[np.ndarray]], delay_s: float
+    ) -> None:
+        """In a worker thread: prepares, and hands over to the batcher."""
+        wanted = [future.set_running_or_notify_cancel() for future in futures]
+        started = time.monotonic()
+        rows = self._rows(items, prepare) if any(wanted) else [CancelledError()] * len(items)
+        now = time.monotonic()
+        self._watch.prepared(now - started, len(items))
+        for row, future, still in zip(rows, futures, wanted, strict=True):
+            if not still:
+                self._places.give_back(1)
+                continue
+            future.add_done_callback(lambda _: self._places.give_back(1))
+            if isinstance(row, Exception):
+                future.set_exception(row)
+            else:
+                self._batcher.submit(row, future, now + delay_s)
+
+    @staticmethod
+    def _rows(items: Sequence[Any], prepare: Prepare) -> Sequence[Answer]:
+        try:
+            return prepare(items)
+        except Exception as error:  # callers wait for an answer, whatever happened
+            return [error] * len(items)
+
+
+def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+def _answer(future: Future[np.ndarray]) -> Answer:
+    try:
+        return future.result()
+    except Exception as error:
+        return error
+
+
+def _as_answer(found: np.ndarray | BaseException) -> Answer:
+    if isinstance(found, BaseException) and not isinstance(found, Exception):
+        raise found
+    return found
