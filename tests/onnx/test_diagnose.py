@@ -358,13 +358,15 @@ def bundle_of(path: Path, out: Path) -> Path:
     model = dataclasses.replace(
         edit.model, text=dataclasses.replace(edit.model.text, tokenizer_digest=digest_of_bytes(b"{}"))
     )
+    edit = dataclasses.replace(edit, model=model)
     verdict = Verdict(
         result=Result.FAIL, checks=(), proven=(), unproven=(), failed=("onnxruntime-fp32",), policy="p",
         policy_digest="", report_digest=digest_of_bytes(b"{}"), edited_weights_digest=WEIGHTS_DIGEST,
+        judged={"onnxruntime-fp32": {engine.tower.value: engine.digest for engine in engines}},
     )  # fmt: skip
     data = CalibrationRecord(name="c", split="", n=1, ids_digest="", content_digest="", concepts={})
     manifest = Manifest(
-        name="tiny", tool_version="0", created="", model=model, edit=dataclasses.replace(edit, model=model),
+        name="tiny", tool_version="0", created="", model=model, edit=edit,
         calibration=data, recipe="", recipe_digest=digest_of_bytes(b""), onnx=onnx_records, engines=engines,
         verdict=verdict, versions={}, files=(),
     )  # fmt: skip
@@ -373,6 +375,7 @@ def bundle_of(path: Path, out: Path) -> Path:
         "recipe.toml": b"",
         "evaluation.toml": b'format = 1\nname = "few"\nsource = "demo"\nsplit = "test"\nlimit = 9\n',
         "reports/verify.json": b"{}",
+        "reports/edit.json": json_from_record(edit).encode(),
         "reports/verdict.json": json_from_record(verdict).encode(),
         "evidence/canaries-text.safetensors": path / "canaries" / "text.safetensors",
     }

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from tests.families import FAMILIES, NAMES, model_of, reduced
+from tests.families import FAMILIES, model_of, reduced
 from tests.oracles import uwm_oracle
 from uwm_deploy.datasets.demo import DemoSource
 from uwm_deploy.pipeline import calibration_set_of
@@ -51,7 +51,7 @@ def pairs_of(model: LoadedModel, name: TowerName) -> PairStream:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", dict.fromkeys((*LOWERED, *FAMILIES)))
 def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
     """Scores, edits, saves, loads, exports with its fingerprint; ONNX Runtime embeds as PyTorch does."""
     recipe = reduced(name)
