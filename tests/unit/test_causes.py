@@ -1,0 +1,178 @@
+"""Which fault the gate names, and what no policy can switch off; docs/faults.md has the real faults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.reports import digest, embedded, report
+from uwm_deploy.pipeline import policy_of
+from uwm_deploy.records import (
+    BatchCheck,
+    Cause,
+    EditProof,
+    Goldens,
+    GraphAudit,
+    Result,
+    TowerName,
+    Verdict,
+    VerifyReport,
+)
+from uwm_deploy.safeground.health import anisotropy, data_health
+from uwm_deploy.stages.executed import check_batches
+from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.soundness import absent_concepts
+
+GOLDENS = Goldens(images=5, captions=8, grey_levels=1.0, ids_differ=0, cosine_min={"image": 1.0, "text": 1.0})
+
+
+def judged(made: VerifyReport, **further: object) -> Verdict:
+    policy, policy_digest = policy_of("demo")
+    return gate(made, policy, policy_digest=policy_digest, report_digest=digest("r"), **further)  # type: ignore[arg-type]
+
+
+def named(made: VerifyReport) -> list[tuple[Cause, str]]:
+    return [(blame.cause, blame.stage) for blame in judged(made).causes]
+
+
+def with_artifacts(made: VerifyReport, *changes: dict[str, object]) -> VerifyReport:
+    parts = [dataclasses.replace(a, **c) for a, c in zip(made.artifacts, changes, strict=True)]  # type: ignore[arg-type]
+    return dataclasses.replace(made, artifacts=tuple(parts))
+
+
+def test_a_good_report_has_no_cause_and_pins_what_it_judged() -> None:
+    """Nothing is named, and the digests of every artifact stand in the verdict."""
+    made = report()
+    verdict = judged(made)
+    assert verdict.result is Result.PASS
+    assert verdict.causes == ()
+    assert verdict.judged == {a.variant: dict(a.artifact_digests) for a in made.artifacts}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "cause", "stage"),
+    [
+        ("edit_proof", EditProof(layers=2, weights=40, problems=("fc.bias: is not",)), Cause.EDIT, "edit"),
+        ("goldens", dataclasses.replace(GOLDENS, grey_levels=2.0), Cause.PREPROCESSING, "load"),
+        ("goldens", dataclasses.replace(GOLDENS, ids_differ=1), Cause.TOKENISATION, "load"),
+        ("goldens", dataclasses.replace(GOLDENS, cosine_min={"image": 1.0, "text": 0.99}), Cause.GRAPH, "load"),
+        ("calibration_overlap", 1, Cause.DATA, "calibrate"),
+    ],
+)
+def test_one_fault_one_cause(part: str, value: object, cause: Cause, stage: str) -> None:
+    """A single part that is wrong is named, and nothing else."""
+    assert named(dataclasses.replace(report(), **{part: value})) == [(cause, stage)]
+
+
+@pytest.mark.parametrize("part", ["edit_proof", "goldens", "data"])
+def test_a_report_without_a_part_does_not_pass(part: str) -> None:
+    """What was not measured is not run, which never passes."""
+    verdict = judged(dataclasses.replace(report(), **{part: None}))
+    assert verdict.result is Result.FAIL
+    assert any(check.result is Result.NOT_RUN for check in verdict.checks)
+
+
+def test_the_fault_of_a_graph_is_not_named_again_for_its_engine() -> None:
+    """An engine compiled from a wrong graph has the graph's fault; one that is wrong itself has its own."""
+    audit = {"text": GraphAudit(layers=0, weights=3, edit=("fc: holds the unedited weight",))}
+    both = with_artifacts(report(), {"audit": audit}, {"audit": audit})
+    assert named(both) == [(Cause.EDIT, "export")]
+    assert named(with_artifacts(report(), {}, {"audit": audit})) == [(Cause.EDIT, "compile")]
+
+
+def test_weights_come_before_what_they_do() -> None:
+    """A graph with other weights also has other numbers in batches; the weights are the cause."""
+    audit = {"image": GraphAudit(layers=1, weights=3, differ=("conv: 3% of its entries",))}
+    mixing = (BatchCheck(tower=TowerName.IMAGE, batch=8, n=8, cosine_min=0.5),)
+    assert named(with_artifacts(report(), {"audit": audit, "batches": mixing}, {})) == [(Cause.WEIGHTS, "export")]
+    assert named(with_artifacts(report(), {"batches": mixing}, {})) == [(Cause.BATCHING, "export")]
+
+
+def test_a_batch_that_is_refused_says_so() -> None:
+    """The words of the runtime are in the check."""
+    refused = (BatchCheck(tower=TowerName.TEXT, batch=32, n=0, cosine_min=-1.0, error="Expected: 1"),)
+    made = with_artifacts(report(), {}, {"batches": refused, "parity": (), "safety": None, "flips": {}})
+    verdict = judged(made)
+    assert [(b.cause, b.stage) for b in verdict.causes] == [(Cause.BATCHING, "compile")]
+    assert "does not take 32 rows: Expected: 1" in verdict.causes[0].detail
+    assert verdict.failed == ("onnxruntime-fp32",)
+
+
+def test_a_verdict_by_a_looser_policy_of_the_same_name_comes_first() -> None:
+    """Whatever else fails was known when the bundle was let pass."""
+    made = dataclasses.replace(report(), calibration_overlap=1)
+    earlier = dataclasses.replace(judged(report()), policy_digest=digest("9"))
+    first = judged(made, earlier=earlier).causes[0]
+    assert (first.cause, first.stage) == (Cause.EVIDENCE, "gate")
+    assert judged(report(), earlier=earlier).result is Result.PASS  # another policy that agrees is no fault
+
+
+def test_a_concept_that_chance_left_out_is_a_note() -> None:
+    """A small sample may miss a rare concept; a large one that misses a common concept was filtered."""
+    made = report()
+    assert made.data is not None
+    few = dataclasses.replace(made.data, calibrated_concepts={"fire": 50, "blade": 50, "rare": 1})
+    many = dataclasses.replace(made.data, calibrated_concepts={"fire": 50, "blade": 50, "lost": 50})
+    other = dataclasses.replace(made.data, calibrated_concepts={"a": 1, "b": 1})
+    noted = judged(dataclasses.replace(made, data=few))
+    assert noted.result is Result.PASS
+    assert any("rare" in note for note in noted.notes)
+    assert named(dataclasses.replace(made, data=many)) == [(Cause.DATA, "verify")]
+    assert absent_concepts(other, made) == {}
+
+
+def test_shuffled_partners_are_at_chance() -> None:
+    """Of random embeddings neither member is nearer to its own; of good ones nearly every one is."""
+    rng = np.random.default_rng(0)
+    good = embedded(400, 0.0)
+    order = rng.permutation(400)
+    shuffled = dataclasses.replace(good, safe_image=good.safe_image[order], unsafe_image=good.unsafe_image[order])
+    for part in data_health(good, {}).paired.values():
+        assert part.value > 90
+    for part in data_health(shuffled, {}).paired.values():
+        assert part.low < 50 < part.high
+
+
+def test_anisotropy_is_the_mean_cosine_of_two_rows() -> None:
+    """Against the sum over all pairs."""
+    rows = np.random.default_rng(0).normal(size=(20, 6))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = rows @ rows.T
+    assert anisotropy(rows) == pytest.approx(cosines[~np.eye(20, dtype=bool)].mean())
+    assert anisotropy(np.ones((5, 4)) / 2) == pytest.approx(1.0)
+
+
+class Rows:
+    """A session whose embedding of a row may depend on where it lies."""
+
+    def __init__(self, mix: float = 0.0, largest: int = 100) -> None:
+        self.mix, self.largest, self.sizes = mix, largest, []
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        if len(batch) > self.largest:
+            raise RuntimeError("too many\nrows")
+        self.sizes.append(len(batch))
+        return batch + self.mix * batch.mean(axis=0)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(40, (8, 16)), (5, (3, 32)), (1, (1, 4))])
+def test_rows_are_found_again_in_every_batch(n: int, sizes: tuple[int, int]) -> None:
+    """Each wanted row is compared with itself, whatever the number of rows and the size of the batch."""
+    inputs = np.random.default_rng(0).normal(size=(n, 6)).astype(np.float32)
+    session = Rows()
+    found = check_batches(TowerName.IMAGE, session, inputs, sizes)  # type: ignore[arg-type]
+    assert [part.cosine_min for part in found] == pytest.approx([1.0] * len(found))
+    assert {part.batch for part in found} == {1, *sizes}
+    assert {1, *sizes} <= set(session.sizes)
+
+
+def test_rows_that_mix_and_batches_that_are_refused_are_seen() -> None:
+    """A mean over the batch shows above one row; a refused size is an error of that size alone."""
+    inputs = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    mixed = check_batches(TowerName.TEXT, Rows(mix=0.5), inputs, (8,))  # type: ignore[arg-type]
+    assert mixed[0].cosine_min == pytest.approx(1.0)
+    assert mixed[1].cosine_min < 0.999
+    refused = check_batches(TowerName.TEXT, Rows(largest=8), inputs, (8, 16))  # type: ignore[arg-type]
+    assert [part.error for part in refused] == ["", "", "too many"]
