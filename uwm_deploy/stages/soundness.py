@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from uwm_deploy.policy import Limit
@@ -19,7 +20,7 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
-from uwm_deploy.stages.evidence import statement
+from uwm_deploy.stages.evidence import not_run, statement
 from uwm_deploy.stages.limits import check_value
 from uwm_deploy.stages.measured import Measured
 
@@ -202,15 +203,7 @@ def _healthy(name: str, part: Proportion) -> Check:
 
 
 def _not_run(name: str, subject: str) -> Check:
-    return Check(
-        name=name,
-        subject=subject,
-        result=Result.NOT_RUN,
-        measured=None,
-        limit=None,
-        direction="equals",
-        detail="the report does not have it; verify again",
-    )
+    return dataclasses.replace(not_run(subject, "the report does not have it; verify again", ""), name=name)
 
 
 def _some(problems: Sequence[str]) -> str:
