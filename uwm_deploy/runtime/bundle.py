@@ -88,7 +88,9 @@ def open_bundle(path: str | Path, *, allow_failed: bool = False) -> Bundle:
         raise InputError(f"{path}/{MANIFEST} cannot be read: {error.strerror}", fix="check its permissions") from error
     manifest = record_from_json(Manifest, text, where=MANIFEST)
     if json_from_record(manifest).encode() != text:
-        raise IntegrityError(f"{MANIFEST} is not as it was written", fix=_RESTORE)
+        raise IntegrityError(
+            f"{MANIFEST} is not as this release writes it: it was changed, or another release wrote it", fix=_RESTORE
+        )
     _check_files(folder, manifest)
     _check_chain(manifest)
     _check_reports(folder, manifest)
