@@ -175,7 +175,7 @@ class _Judge:
         safety, name = artifact.safety, artifact.variant
         if artifact.evidence is not Evidence.EXECUTED:
             return []
-        sound = sound_artifact(artifact)
+        sound = sound_artifact(artifact, self.report.edited)
         if safety is None:
             whole = statement("the evaluation set was embedded", name, False, artifact.broken or "see the other checks")
             return [*sound, whole]

@@ -17,6 +17,7 @@ from uwm_deploy.records import (
     Precision,
     Proportion,
     Result,
+    SafetyReport,
     VerifyReport,
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
@@ -46,7 +47,7 @@ BY_CHANCE = 1e-3
 """Chance below which a concept is not missing from a sample by accident."""
 
 TIES = 1.0
-"""Percent of decisions that may become exact ties."""
+"""Percent of decisions that may become exact ties where the edited model has none."""
 
 
 def sound_report(report: VerifyReport) -> list[Check]:
@@ -70,8 +71,13 @@ def sound_report(report: VerifyReport) -> list[Check]:
     ]
 
 
-def sound_artifact(artifact: ArtifactEvidence) -> list[Check]:
-    """Of an executed artifact."""
+def sound_artifact(artifact: ArtifactEvidence, edited: SafetyReport) -> list[Check]:
+    """Of an executed artifact.
+
+    Args:
+        artifact: What was measured.
+        edited: The edited model on the same items, with the ties that the set itself has.
+    """
     name, fp32 = artifact.variant, artifact.precision is Precision.FP32
     checks = [_audit(name, tower, audit) for tower, audit in artifact.audit.items()]
     checks += [_batches(name, artifact.batches, fp32)] if artifact.batches else []
@@ -91,9 +97,12 @@ def sound_artifact(artifact: ArtifactEvidence) -> list[Check]:
     n = 2 * max(p.n for p in artifact.safety.preference.values())
     found = [abs(change) for change in artifact.anisotropy.values()]
     checks += [check_value("change of anisotropy", name, Measured(max(found), n), alike)] if found else []
-    ties = max(100 * p.ties / p.n for p in artifact.safety.preference.values())
-    limit_ties = Limit(metric="", at_most=TIES, reason="an exact tie is no decision")
-    return [*checks, check_value("ties", name, Measured(ties, n // 2), limit_ties)]
+    there = artifact.safety.preference
+    ties = max(100 * (p.ties - edited.preference[metric].ties) / p.n for metric, p in there.items())
+    limit_ties = Limit(
+        metric="", at_most=TIES, reason="an exact tie is no decision, and the edited model has none there"
+    )
+    return [*checks, check_value("further ties", name, Measured(ties, n // 2), limit_ties)]
 
 
 def _audit(variant: str, tower: str, audit: GraphAudit) -> Check:
