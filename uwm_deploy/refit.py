@@ -390,9 +390,13 @@ class _Refit:
         judge: Judge,
     ) -> Bundle:
         """The new bundle as it is before anything of it was executed, opened with all checks."""
-        edit = swap.new
+        edit, proof = swap.new, self.report.edit_proof
+        if proof is not None:
+            # The weights that were put in have the digests that the patch promises; every other one is as it was proven.
+            proof = dataclasses.replace(proof, layers=len(edit.layers))
         report = dataclasses.replace(
             self.report,
+            edit_proof=proof,
             edited_weights_digest=edit.edited_weights_digest,
             edited=safety_report("edited", reference),
             edit_effect=flips_between(original, reference),
