@@ -108,7 +108,14 @@ def ground_of(
     spec, base = _evaluation_of(default) if evaluation is None else calibration_set_of(evaluation)[::2]
     names = spec.zero_shot if zero_shot is None else zero_shot
     demo_split = spec.split if spec.source == "demo" and zero_shot is None else "test"
-    suite = open_suite(names, data=data, base=base if zero_shot is None else None, demo_split=demo_split)
+    own = zero_shot is None
+    suite = open_suite(
+        names,
+        data=data,
+        base=base if own else None,
+        demo_split=demo_split,
+        limit=spec.zero_shot_limit if own else 0,
+    )
     source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
     return Ground(name=spec.name, source=source, suite=suite)
 

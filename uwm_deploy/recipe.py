@@ -300,6 +300,7 @@ class CalibrationSet:
         seed: Seed of the sample.
         max_broken_share: Share of items that may be unreadable before it is an error.
         zero_shot: Zero-shot sets of the source measured along with it.
+        zero_shot_limit: Largest number of items of each of them, evenly spaced; 0 takes all.
     """
 
     format: int
@@ -319,6 +320,7 @@ class CalibrationSet:
     seed: int = 0
     max_broken_share: float = 0.01
     zero_shot: tuple[str, ...] = ()
+    zero_shot_limit: int = 0
 
 
 def recipe_from_toml(text: str, *, where: str) -> Recipe:
@@ -438,8 +440,8 @@ def _check_columns(spec: CalibrationSet, where: str) -> None:
 
 
 def _check_sampling(spec: CalibrationSet, where: str) -> None:
-    if spec.limit < 0 or spec.per_concept < 0 or spec.seed < 0:
-        raise RecipeError(f"{where}: limit, per_concept and seed are not negative", fix="use 0 for no limit")
+    if min(spec.limit, spec.per_concept, spec.seed, spec.zero_shot_limit) < 0:
+        raise RecipeError(f"{where}: limits, per_concept and seed are not negative", fix="use 0 for no limit")
     if not 0.0 <= spec.max_broken_share <= 1.0:
         raise RecipeError(f"{where}: max_broken_share is {spec.max_broken_share}", fix="use a share between 0 and 1")
     if (spec.sampling == "per-concept") != bool(spec.per_concept):

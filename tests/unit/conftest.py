@@ -17,7 +17,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
     """One small build; tests look at what it left."""
     folder = tmp_path_factory.mktemp("build")
     for name, split, limit in (("cal", "calibration", 96), ("eval", "test", 240)):
-        zero_shot = 'zero_shot = ["colour"]\n' if name == "eval" else ""
+        zero_shot = 'zero_shot = ["colour"]\nzero_shot_limit = 210\n' if name == "eval" else ""
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n{zero_shot}'
         (folder / f"{name}.toml").write_text(text)
     request = Request(

@@ -57,7 +57,7 @@ main(sys.argv[1:])
 
 def sets_in(folder: Path) -> list[str]:
     for name, split, limit in (("cal", "calibration", PAIRS), ("eval", "test", 45)):
-        zero_shot = 'zero_shot = ["colour"]\n' if name == "eval" else ""
+        zero_shot = 'zero_shot = ["colour"]\nzero_shot_limit = 60\n' if name == "eval" else ""
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n{zero_shot}'
         (folder / f"{name}.toml").write_text(text)
     (folder / "child.py").write_text(CHILD)

@@ -26,6 +26,7 @@ source = "demo"
 split = "{split}"
 limit = 24
 zero_shot = ["colour"]
+zero_shot_limit = 120
 """
 
 

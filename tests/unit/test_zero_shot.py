@@ -14,7 +14,7 @@ from tests.zero_shot_folders import MAKERS, WORDNET, caltech101, food101, imagen
 from uwm_deploy.cli import cli
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import ROOT_VARIABLE
-from uwm_deploy.datasets.zero_shot import names_from, open_suite, recognise
+from uwm_deploy.datasets.zero_shot import fingerprint_of, names_from, open_suite, recognise
 from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
 from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED, PublishedSet
 from uwm_deploy.errors import DataError, InputError
@@ -289,6 +289,16 @@ def test_top1_equals_the_plain_argmax() -> None:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     assert found.value == pytest.approx(100 * share)
     assert (found.low, found.high) == pytest.approx((100 * (centre - half), 100 * (centre + half)))
+
+
+def test_a_limit_takes_evenly_spaced_items() -> None:
+    """Fewer items of the same set, each the whole set's own, and another digest; a limit beyond its size changes nothing."""
+    whole, some, all_of_it = (open_suite(["colour"], limit=n).sets["colour"] for n in (0, 7, 10_000))
+    assert (len(whole), len(some), len(all_of_it)) == (600, 7, 600)
+    places = [i * 600 // 7 for i in range(7)]
+    assert [some.read(i).label for i in range(7)] == [whole.read(i).label for i in places]
+    assert (some.name, some.labels, some.template) == (whole.name, whole.labels, whole.template)
+    assert fingerprint_of(some) != fingerprint_of(whole) == fingerprint_of(all_of_it)
 
 
 @pytest.mark.parametrize("where", ["images", "classes"])

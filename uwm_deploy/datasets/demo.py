@@ -47,7 +47,7 @@ class DemoSource:
         self.indices = sample_of(world.SIZES[self.split], spec, world.concept_of)
         self.ids = [f"{self.split}-{index:06d}" for index in self.indices]
         self.concepts = [world.concept_of(index) for index in self.indices]
-        suite = open_suite(spec.zero_shot, demo_split=self.split)
+        suite = open_suite(spec.zero_shot, demo_split=self.split, limit=spec.zero_shot_limit)
         self.zero_shot_names, self.zero_shot_missing = tuple(suite.sets), suite.missing
         self._zero_shot = suite.sets
         content = digest_of_plain({"world": world.WORLD_VERSION, "split": self.split})

@@ -178,7 +178,7 @@ class FileSource:
     def __init__(self, spec: CalibrationSet, index: Index, members: Members, base: Path | None) -> None:
         self.ids, self.concepts = index.ids, index.concepts
         self.has_images, self.has_texts = index.has_images, index.has_texts
-        suite = open_suite(spec.zero_shot, base=base)
+        suite = open_suite(spec.zero_shot, base=base, limit=spec.zero_shot_limit)
         self.zero_shot_names, self.zero_shot_missing = tuple(suite.sets), suite.missing
         self._zero_shot = suite.sets
         self._spec, self._index, self._members = spec, index, members

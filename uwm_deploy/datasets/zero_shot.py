@@ -15,7 +15,7 @@ import numpy as np
 
 from uwm_deploy.datasets.embedding import Encode, unit_rows
 from uwm_deploy.datasets.reading import Progress, read_all
-from uwm_deploy.datasets.source import ROOT_VARIABLE, ZeroShotSet
+from uwm_deploy.datasets.source import ROOT_VARIABLE, LabelledImage, ZeroShotSet
 from uwm_deploy.datasets.zero_shot_readers import folder_set, published_set
 from uwm_deploy.datasets.zero_shot_table import NAMES, PHOTO, PUBLISHED
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
@@ -68,8 +68,49 @@ def names_from(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+@dataclass(frozen=True, slots=True)
+class SomeItems:
+    """Evenly spaced items of a set, every class in its share where the set is sorted by class.
+
+    Attributes:
+        whole: The set.
+        count: How many items; fewer than it has.
+    """
+
+    whole: ZeroShotSet
+    count: int
+
+    @property
+    def name(self) -> str:
+        """See `ZeroShotSet.name`."""
+        return self.whole.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """See `ZeroShotSet.labels`."""
+        return self.whole.labels
+
+    @property
+    def template(self) -> str:
+        """See `ZeroShotSet.template`."""
+        return self.whole.template
+
+    def __len__(self) -> int:
+        """See `ZeroShotSet.__len__`."""
+        return self.count
+
+    def read(self, index: int) -> LabelledImage:
+        """See `ZeroShotSet.read`."""
+        return self.whole.read(index * len(self.whole) // self.count)
+
+
 def open_suite(
-    names: Sequence[str], *, data: Path | None = None, base: Path | None = None, demo_split: str = "test"
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    demo_split: str = "test",
+    limit: int = 0,
 ) -> Suite:
     """Opens every set that is here, and says why the others are not.
 
@@ -78,6 +119,7 @@ def open_suite(
         data: Folder of the sets; None takes `$UWM_DEPLOY_DATA/zero-shot`.
         base: Folder that relative image folders start from.
         demo_split: Which images of the drawn world.
+        limit: Largest number of items of each set; 0 takes all.
 
     Raises:
         InputError: For an unknown name, or two image folders of one name.
@@ -91,7 +133,8 @@ def open_suite(
         if name in sets or name in missing:
             raise InputError(f"two zero-shot sets are called {name}", fix="rename one of the folders")
         try:
-            sets[name] = _open(text, zero_shot_root(data), base or Path(), demo_split)
+            whole = _open(text, zero_shot_root(data), base or Path(), demo_split)
+            sets[name] = SomeItems(whole, limit) if 0 < limit < len(whole) else whole
         except UwmError as error:
             if text.startswith(FOLDER_PREFIX):
                 raise
