@@ -173,7 +173,11 @@ class CompileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One file of `export/`: everything about a build that varies with the model."""
+    """One file of `export/`: everything about a build that varies with the model.
+
+    Attributes:
+        bundle_version: Counts releases, so that an older bundle can be refused; 0 for none.
+    """
 
     format: int
     name: str
@@ -182,6 +186,7 @@ class Recipe:
     data: DataSpec
     export: ExportSpec
     compile: CompileSpec
+    bundle_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +285,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
     if recipe.export.attention == "fused" and recipe.export.opset < 23:
         raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
+    if recipe.bundle_version < 0:
+        raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     batch = recipe.compile.batch
     if not 1 <= batch.min <= batch.opt <= batch.max:
         raise RecipeError(f"{where}: compile.batch is {batch}", fix="use 1 <= min <= opt <= max")
