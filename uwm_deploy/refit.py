@@ -163,10 +163,10 @@ class _Refit:
     def __init__(self, request: RefitRequest, reporter: Reporter, bundle: Bundle, out: Path, folder: Path) -> None:
         self.request, self.reporter, self.bundle, self.out, self.folder = request, reporter, bundle, out, folder
         self.manifest, self.edit = bundle.manifest, bundle.manifest.edit
-        self.patch = Patch.from_file(bundle.path / PATCH)
-        self.report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
         if digest_of_file(bundle.path / PATCH) != self.edit.patch_digest:
             raise IntegrityError("patch.safetensors is not the bundle's edit", fix="restore the bundle")
+        self.patch = Patch.from_file(bundle.path / PATCH)
+        self.report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
 
     def run(self) -> Refitted:
         """Edits, refits, measures, judges, writes."""
