@@ -288,7 +288,7 @@ def write_bundle(made: Made, folder: Path, *, verdict: Verdict | None = None, bu
     }
     parts |= {f"engines/{e.variant}/{e.file}": f"{e.variant} {e.tower.value}".encode() for e in engines}
     manifest = Manifest(
-        name="tiny", tool_version="0", created="today", model=made.model, edit=made.edit,
+        name="tiny", tool_version="0", created="2026-01-02T03:04:05+00:00", model=made.model, edit=made.edit,
         calibration=made.score.calibration, recipe=recipe, recipe_digest=digest(recipe), onnx=made.onnx, engines=engines,
         verdict=verdict, versions={"numpy": "2"}, files=(), bundle_version=bundle_version,
     )  # fmt: skip
