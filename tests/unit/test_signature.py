@@ -26,8 +26,11 @@ from cryptography.hazmat.primitives.serialization import (
 from tests.unit.test_report import make, write_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError
+from uwm_deploy.pipeline import Outcome, Request, run
 from uwm_deploy.records import Manifest, Result
+from uwm_deploy.resources import read_toml
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.signature import SIGNATURE, signed_digests
 from uwm_deploy.signing import sign_bundle
@@ -152,7 +155,7 @@ def test_every_mutation_is_refused_before_anything_is_deserialised(place: Place,
         "loaded = sorted({m.split('.')[0] for m in sys.modules})\n"
         "print(json.dumps([done, loaded]))\n"
     )
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script, str(place.public)],
         input="\n".join(str(out) for *_, out in cases),
         capture_output=True,
@@ -160,7 +163,7 @@ def test_every_mutation_is_refused_before_anything_is_deserialised(place: Place,
         check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    results, loaded = json.loads(run.stdout)
+    results, loaded = json.loads(done.stdout)
     assert not set(loaded) & set(DESERIALISERS)
     for (what, names, _), (code, output) in zip(cases, results, strict=True):
         assert code == 5, (what, names, output)
@@ -207,6 +210,29 @@ def test_an_older_version_is_refused(place: Place) -> None:
     assert CliRunner().invoke(cli, ["gate", str(place.bundle), *options, "2"]).exit_code == 3  # its numbers do not pass
     with pytest.raises(IntegrityError, match="at least 3"):
         open_bundle(place.bundle, min_bundle_version=3)
+
+
+def test_a_build_takes_its_version_from_the_option_or_the_recipe(
+    built: tuple[Request, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same build under another version is another bundle: it is written anew, says so, and has to be signed again."""
+    request, first = built
+    assert first.manifest is not None
+    assert first.manifest.bundle_version == 0
+    key, public = write_keys(tmp_path, "key")
+    text, _ = read_toml("export", "demo")
+    (tmp_path / "demo.toml").write_text(text.replace('name = "demo"\n', 'name = "demo"\nbundle_version = 4\n', 1))
+    by_recipe = dataclasses.replace(request, out=tmp_path / "demo", model=str(tmp_path / "demo.toml"))
+    for asked, version in ((by_recipe, 4), (dataclasses.replace(by_recipe, bundle_version=5), 5)):
+        made = run(asked, until="package", reporter=Reporter())
+        assert {"score", "edit", "export", "verify", "gate"} <= set(made.reused)
+        assert "package" not in made.reused
+        assert open_bundle(tmp_path / "demo").manifest.bundle_version == version
+        assert not (tmp_path / "demo" / SIGNATURE).exists()
+        assert ("is signed" in capsys.readouterr().err) is (version == 5)
+        sign_bundle(tmp_path / "demo", key)
+    assert run(asked, until="package", reporter=Reporter(quiet=True)).reused[-1] == "package"
+    assert open_bundle(tmp_path / "demo", public_key=public, min_bundle_version=5)
 
 
 def test_an_unsigned_bundle_is_refused_only_with_a_key(place: Place, tmp_path: Path) -> None:
@@ -350,6 +376,6 @@ def test_without_cryptography_the_runtime_works_and_says_when_it_is_needed(place
         "    found = CliRunner().invoke(cli, words); print(found.exit_code, found.output)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert run.stdout.startswith("opened")
-    assert run.stdout.count("6 error: signatures need the package cryptography") == 2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith("opened")
+    assert done.stdout.count("6 error: signatures need the package cryptography") == 2
