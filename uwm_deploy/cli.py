@@ -164,6 +164,12 @@ def pipeline_options(command: F) -> F:
             "--out", default=None, type=click.Path(path_type=Path), help="Bundle folder. [default: dist/MODEL]"
         ),
         click.option(
+            "--bundle-version",
+            default=None,
+            type=click.IntRange(min=0),
+            help="Release counter, so that older bundles can be refused. [default: the recipe's, 0]",
+        ),
+        click.option(
             "--work",
             default=None,
             type=click.Path(path_type=Path),
@@ -192,6 +198,16 @@ def pipeline_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return common_options(command)
+
+
+def min_version_option(command: F) -> F:
+    """Anti-rollback."""
+    return click.option(
+        "--min-bundle-version",
+        default=0,
+        type=click.IntRange(min=0),
+        help="Refuse a bundle of an older version (docs/bundle.md).",
+    )(command)
 
 
 def output_options(command: F) -> F:
@@ -401,20 +417,33 @@ def package(as_json: bool, **options: Any) -> int:
     type=click.Path(path_type=Path),
     help="Accepted report to compare with: folder, bundle or file. [default: the bundle's own]",
 )
+@click.option(
+    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
+)
+@min_version_option
 @common_options
 @output_options
-def gate(report: Path, policy: str, baseline: Path | None, as_json: bool, outputs: dict[str, Any]) -> int:
+def gate(
+    report: Path,
+    policy: str,
+    baseline: Path | None,
+    public_key: Path | None,
+    min_bundle_version: int,
+    as_json: bool,
+    outputs: dict[str, Any],
+) -> int:
     """Judges REPORT (a verify.json or a bundle) by a policy. Needs the base install only.
 
     \b
     Example:
       uwm-deploy gate dist/demo --policy ci/policy.toml
       uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
+      uwm-deploy gate dist/demo --public-key key.pub --min-bundle-version 3
     """
     from uwm_deploy.pipeline import judge_file
     from uwm_deploy.summary import print_verdict
 
-    verdict = judge_file(report, policy, baseline)
+    verdict = judge_file(report, policy, baseline, public_key=public_key, min_bundle_version=min_bundle_version)
     if as_json:
         from uwm_deploy.codec import json_from_record
 
@@ -577,6 +606,12 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with the source weights. [default: the recipe's]",
 )
+@click.option(
+    "--bundle-version",
+    default=None,
+    type=click.IntRange(min=0),
+    help="Release counter of the new bundle. [default: BUNDLE's]",
+)
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
@@ -603,6 +638,58 @@ def refit(as_json: bool, **options: Any) -> int:
     else:
         print_refitted(made)
     return exit_code_of(made.verdict.result)
+
+
+def _print_record(record: Any, as_json: bool) -> int:
+    """A small record as it is."""
+    from uwm_deploy.codec import plain_from_record
+
+    body = plain_from_record(record)
+    if as_json:
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+    else:
+        _print_plain(body)
+    return 0
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private key in PEM, on a NIST curve.")
+@click.option(
+    "--password-file", "password", default=None, type=click.Path(path_type=Path), help="File with the key's password."
+)
+@common_options
+def sign(bundle: Path, key: Path, password: Path | None, as_json: bool) -> int:
+    """Signs BUNDLE, if it is whole and passes: writes model.sig into it, in the OpenSSF model-signing format.
+
+    \b
+    Example:
+      openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem
+      openssl pkey -in key.pem -pubout -out key.pub
+      uwm-deploy sign dist/demo --key key.pem
+    """
+    from uwm_deploy.signing import sign_bundle
+
+    return _print_record(sign_bundle(bundle, key, password=password), as_json)
+
+
+@cli.command("verify-signature")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--public-key", required=True, type=click.Path(path_type=Path), help="Key in PEM that must have signed it."
+)
+@min_version_option
+@common_options
+def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as_json: bool) -> int:
+    """Checks signature, every digest, version and verdict of BUNDLE, as the runtime does; exit code 5 if one is wrong.
+
+    \b
+    Example:
+      uwm-deploy verify-signature dist/demo --public-key key.pub --min-bundle-version 3
+    """
+    from uwm_deploy.signing import verify_bundle
+
+    return _print_record(verify_bundle(bundle, public_key, min_bundle_version=min_bundle_version), as_json)
 
 
 @cli.command()

@@ -55,6 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
     from uwm_deploy.runtime.bundle import open_bundle
+    from uwm_deploy.runtime.signature import SIGNATURE
 
     manifest = open_bundle(path, allow_failed=True).manifest
     verdict = manifest.verdict
@@ -62,6 +63,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     return {
         "bundle": manifest.name,
+        "bundle version": manifest.bundle_version,
+        "signature": "there, not verified" if (path / SIGNATURE).exists() else "none",
         "verdict": verdict.result.value,
         "proven": ", ".join(verdict.proven) or "none",
         "unproven": ", ".join(verdict.unproven) or "none",

@@ -72,6 +72,7 @@ from uwm_deploy.runtime.session import (
     reason_not_executable,
     usable,
 )
+from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
@@ -157,6 +158,7 @@ class Request:
     workers: int = 2
     batch_pairs: int | None = None
     score_dtype: str = "fp32"
+    bundle_version: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -970,6 +972,7 @@ class _Build:
             verdict=outcome.verdict,
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
+            bundle_version=self.recipe.bundle_version,
         )
         assert outcome.report is not None
         self._write_card(manifest, outcome.report)
@@ -978,6 +981,7 @@ class _Build:
             self.reporter.line("package    unchanged, reused")
             return
         refuse_foreign_folder(self.out)
+        note_lost_signature(self.out, self.reporter)
         with self.reporter.stage("package", str(self.out)):
             parts = self._parts() | {CARD: _card(manifest, outcome.report, bundle=True).encode()}
             outcome.manifest = bundle_from_parts(self.out, manifest, parts)
@@ -1075,7 +1079,8 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         if Precision.AUTO not in spec.precisions:
             raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
         spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
-    return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec)
+    version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
+    return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
 
 
 def _flips_of(text: str) -> float:
@@ -1123,29 +1128,47 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
         IntegrityError: If the bundle or the report was changed.
     """
     if path.is_dir():
-        content = open_bundle(path, allow_failed=True).read("reports/verify.json")
-    else:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json"
-            ) from error
+        return _report_of(open_bundle(path, allow_failed=True))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json") from error
     return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
 
 
-def judge_file(path: Path, policy_name: str, baseline: Path | None = None) -> Verdict:
+def _report_of(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+    content = bundle.read("reports/verify.json")
+    return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
+
+
+def judge_file(
+    path: Path,
+    policy_name: str,
+    baseline: Path | None = None,
+    *,
+    public_key: Path | None = None,
+    min_bundle_version: int = 0,
+) -> Verdict:
     """Judges the report of a bundle or a `verify.json`; nothing is written.
+
+    Args:
+        path: Bundle or file.
+        policy_name: Name or file.
+        baseline: Accepted report to compare with.
+        public_key: Whose signature the bundle must have.
+        min_bundle_version: Oldest version the bundle may have.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
-        IntegrityError: If the bundle, the report or the baseline was changed.
+        IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
     """
-    report, digest = report_at(path)
     judge = _judge(*policy_of(policy_name), _baseline_for(path, baseline))
     if path.is_dir():
-        judge = partial(judge, earlier=open_bundle(path, allow_failed=True).manifest.verdict)
-    return judge(report, digest)
+        bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
+        return judge(*_report_of(bundle), earlier=bundle.manifest.verdict)
+    if public_key is not None or min_bundle_version:
+        raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
+    return judge(*report_at(path))
 
 
 def accept_baseline(path: Path, policy_name: str, at: Path, *, by: str, reason: str) -> tuple[Verdict, Digest | None]:
@@ -1170,6 +1193,7 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
     judge = judge_of_bundle(path, policy_name)
     with locked(lock_of_bundle(path)):
         bundle = open_bundle(path, allow_failed=True)
+        note_lost_signature(path, reporter)
         with reporter.stage("attest", str(path)):
             return attest(
                 bundle,
@@ -1184,6 +1208,12 @@ def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers:
 def judge_of_bundle(path: Path, policy_name: str) -> Judge:
     """The gate with a policy and the bundle's own baseline, if it has one."""
     return _judge(*policy_of(policy_name), _baseline_for(path, None))
+
+
+def note_lost_signature(path: Path, reporter: Reporter) -> None:
+    """Says that a bundle which is about to be rewritten has to be signed again."""
+    if (path / SIGNATURE).exists():
+        reporter.line(f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again")
 
 
 def lock_of_bundle(path: Path) -> Path:

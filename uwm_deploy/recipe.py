@@ -243,7 +243,11 @@ class CompileSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One file of `export/`: everything about a build that varies with the model."""
+    """One file of `export/`: everything about a build that varies with the model.
+
+    Attributes:
+        bundle_version: Counts releases, so that an older bundle can be refused; 0 for none.
+    """
 
     format: int
     name: str
@@ -252,6 +256,7 @@ class Recipe:
     data: DataSpec
     export: ExportSpec
     compile: CompileSpec
+    bundle_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,6 +363,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: compile.onnxruntime.providers is {list(providers)}", fix="name each once")
     _check_builder(recipe.compile.tensorrt, "tensorrt", where)
     _check_builder(recipe.compile.tensorrt_rtx, "tensorrt_rtx", where)
+    if recipe.bundle_version < 0:
+        raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     return recipe
 
 

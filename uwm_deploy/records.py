@@ -1192,6 +1192,7 @@ class Manifest:
         engines: Every compiled engine; `unproven` variants are refused by the runtime.
         verdict: Also in `reports/verdict.json`.
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
+        bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
     """
 
     name: str
@@ -1209,6 +1210,7 @@ class Manifest:
     files: tuple[BundleFile, ...]
     converted: tuple[OnnxArtifact, ...] = ()
     refitted_from: Digest = ""
+    bundle_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

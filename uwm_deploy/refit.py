@@ -28,6 +28,7 @@ from uwm_deploy.pipeline import (
     evaluation_source_of,
     judge_of_bundle,
     lock_of_bundle,
+    note_lost_signature,
     refuse_foreign_folder,
 )
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
@@ -85,6 +86,7 @@ class RefitRequest:
         work: Run folder with the scores; ``.uwm/NAME`` without it.
         checkpoint: Source weights; those of the bundle's recipe without it.
         variants: Those to refit; all that can be refitted here when it is empty.
+        bundle_version: Of the new bundle; the old one's without it.
     """
 
     bundle: Path
@@ -99,6 +101,7 @@ class RefitRequest:
     evaluation: str | None = None
     device: str = "auto"
     workers: int = 2
+    bundle_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,7 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
     out = request.out or request.bundle
     bundle = open_bundle(request.bundle, allow_failed=True)
     refuse_foreign_folder(out)
+    note_lost_signature(out, reporter)
     lock = lock_of_bundle(out)
     with locked(lock), tempfile.TemporaryDirectory(dir=lock, prefix=".tmp-refit-") as temporary:
         return _Refit(request, reporter, bundle, out, Path(temporary)).run()
@@ -159,10 +163,10 @@ class _Refit:
     def __init__(self, request: RefitRequest, reporter: Reporter, bundle: Bundle, out: Path, folder: Path) -> None:
         self.request, self.reporter, self.bundle, self.out, self.folder = request, reporter, bundle, out, folder
         self.manifest, self.edit = bundle.manifest, bundle.manifest.edit
-        self.patch = Patch.from_file(bundle.path / PATCH)
-        self.report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
         if digest_of_file(bundle.path / PATCH) != self.edit.patch_digest:
             raise IntegrityError("patch.safetensors is not the bundle's edit", fix="restore the bundle")
+        self.patch = Patch.from_file(bundle.path / PATCH)
+        self.report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
 
     def run(self) -> Refitted:
         """Edits, refits, measures, judges, writes."""
@@ -429,6 +433,9 @@ class _Refit:
             converted=made.converted,
             verdict=verdict,
             refitted_from=digest_of_file(self.bundle.path / MANIFEST),
+            bundle_version=self.manifest.bundle_version
+            if self.request.bundle_version is None
+            else self.request.bundle_version,
         )
         bundle_from_parts(self.folder / "bundle", manifest, parts)
         return open_bundle(self.folder / "bundle", allow_failed=True)

@@ -24,7 +24,7 @@ from uwm_deploy.evaluation import evaluate, subject_from
 from uwm_deploy.pipeline import Request, attest_bundle, judge_file, recipe_of, run
 from uwm_deploy.records import Evidence, Result, ScoreRecord, VerifyReport
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.uwm.patch import Patch
@@ -239,8 +239,7 @@ def test_a_changed_bundle_is_refused(built, tmp_path: Path, damage: str) -> None
             file.write_bytes((bundle / names[(names.index(name) + 1) % len(names)]).read_bytes())
         with pytest.raises(UwmError) as caught:
             open_bundle(bundle, allow_failed=True)
-        missing_manifest = name.name == MANIFEST and damage == "remove"
-        assert int(caught.value.exit_code) == (2 if missing_manifest else 5), (name, damage, str(caught.value))
+        assert int(caught.value.exit_code) == 5, (name, damage, str(caught.value))
 
 
 def test_an_engine_of_another_bundle_is_refused(built, tmp_path: Path) -> None:

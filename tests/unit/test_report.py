@@ -58,6 +58,7 @@ from uwm_deploy.report.charts import Bar, Group, Point
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page, place_of
 from uwm_deploy.report.markup import Html, tag, visible
+from uwm_deploy.resources import read_toml
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings, flips_between, parity, safety_report
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
@@ -274,24 +275,26 @@ def write_run(made: Made, folder: Path, *, judged: bool = True) -> Path:
     return folder
 
 
-def write_bundle(made: Made, folder: Path) -> Path:
+def write_bundle(made: Made, folder: Path, *, verdict: Verdict | None = None, bundle_version: int = 0) -> Path:
     """A bundle with these records; its graphs and engines are bytes of the right digest."""
+    verdict = verdict or made.verdict()
+    recipe, _ = read_toml("export", "demo")
     engines = tuple(e for e in made.engines if e.target is Target.ONNXRUNTIME)
     parts: dict[str, Path | bytes] = {
-        "recipe.toml": b"x",
+        "recipe.toml": recipe.encode(),
         "tokenizer.json": b"{}",
         "reports/score.json": json_from_record(made.score).encode(),
         "reports/edit.json": json_from_record(made.edit).encode(),
         "reports/verify.json": json_from_record(made.verify).encode(),
-        "reports/verdict.json": json_from_record(made.verdict()).encode(),
+        "reports/verdict.json": json_from_record(verdict).encode(),
         "reports/plan.json": json_from_record(made.plan).encode(),
         "evidence/reference.safetensors": made.reference,
     }
     parts |= {f"engines/{e.variant}/{e.file}": f"{e.variant} {e.tower.value}".encode() for e in engines}
     manifest = Manifest(
-        name="tiny", tool_version="0", created="today", model=made.model, edit=made.edit,
-        calibration=made.score.calibration, recipe="x", recipe_digest=digest("x"), onnx=made.onnx, engines=engines,
-        verdict=made.verdict(), versions={}, files=(),
+        name="tiny", tool_version="0", created="2026-01-02T03:04:05+00:00", model=made.model, edit=made.edit,
+        calibration=made.score.calibration, recipe=recipe, recipe_digest=digest(recipe), onnx=made.onnx, engines=engines,
+        verdict=verdict, versions={"numpy": "2"}, files=(), bundle_version=bundle_version,
     )  # fmt: skip
     bundle_from_parts(folder, manifest, parts)
     return folder

@@ -16,12 +16,10 @@ from google.protobuf.message import DecodeError
 
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
 from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
+from uwm_deploy.protobuf import fields
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
-
-_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
-"""Wire types of protobuf."""
 
 _HALF = {
     int(onnx.TensorProto.FLOAT16): np.dtype(np.float16),
@@ -201,9 +199,9 @@ def _scale(weight: np.ndarray, kind: int) -> np.ndarray:
 
 
 def _tensors(data: mmap.mmap, path: Path, external: str) -> Iterator[StoredTensor]:
-    for field, start, end in _fields(data, 0, len(data)):
+    for field, start, end in fields(data, 0, len(data)):
         if field == _GRAPH:
-            for inner, first, last in _fields(data, start, end):
+            for inner, first, last in fields(data, start, end):
                 if inner == _INITIALIZER and (tensor := _tensor(data, first, last, path, external)):
                     yield tensor
 
@@ -211,7 +209,7 @@ def _tensors(data: mmap.mmap, path: Path, external: str) -> Iterator[StoredTenso
 def _tensor(data: mmap.mmap, start: int, end: int, path: Path, external: str) -> StoredTensor | None:
     """An initialiser; None when its values are not stored as bytes."""
     raw, head, begin = None, b"", start
-    for field, first, last in _fields(data, start, end):
+    for field, first, last in fields(data, start, end):
         if field == _RAW_DATA:
             raw = (first, last)
         else:
@@ -228,35 +226,3 @@ def _tensor(data: mmap.mmap, start: int, end: int, path: Path, external: str) ->
     if raw is None:
         return None
     return StoredTensor(proto.name, proto.data_type, shape, path.name, raw[0], raw[1] - raw[0])
-
-
-def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number of each field of a message, and where its content begins and ends."""
-    while position < end:
-        key, position = _varint(data, position)
-        kind = key & 7
-        if kind == _VARINT:
-            _, last = _varint(data, position)
-        elif kind == _SIZED:
-            size, position = _varint(data, position)
-            last = position + size
-        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-            last = position + (8 if kind == _EIGHT_BYTES else 4)
-        else:
-            raise ValueError(f"wire type {kind}")
-        if last > end:
-            raise ValueError("it ends too early")
-        yield key >> 3, position, last
-        position = last
-
-
-def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
-        if shift > 63:
-            raise ValueError("a number has too many bytes")

@@ -1,15 +1,19 @@
-"""Opens a bundle: every digest is checked before anything is loaded, and what is loaded are the checked bytes."""
+"""Opens a bundle: signature and digests are checked before anything is loaded, and what is loaded are the checked bytes."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
-from uwm_deploy.records import EngineArtifact, Manifest, Result, TowerName, Verdict
+from uwm_deploy.records import Digest, EngineArtifact, Manifest, Result, Target, TowerName, Verdict
+from uwm_deploy.runtime.external_data import check_external_data
+from uwm_deploy.runtime.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 MANIFEST = "manifest.json"
@@ -30,23 +34,27 @@ class Bundle:
     manifest: Manifest
 
     def read(self, name: str) -> bytes:
-        """Bytes of a listed file, checked again as they are read.
+        """Bytes of a listed file, checked again as they are read; a graph's external data must be beside it.
 
         Raises:
-            IntegrityError: If the file is not listed, or not what is listed.
+            IntegrityError: If the file is not listed, not what is listed, or points outside its folder.
         """
         listed = {file.path: file for file in self.manifest.files}
         if name not in listed:
             raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
-        try:
-            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(descriptor, "rb") as stream:
-                data = stream.read()
-        except OSError as error:
-            raise IntegrityError(f"{name} cannot be read: {error.strerror}", fix=_RESTORE) from error
+        data = _read_plain(self.path, name)
         if digest_of_bytes(data) != listed[name].digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+        if name in self._graphs():
+            folder = Path(name).parent
+            beside = {Path(p).name: f.size_bytes for p, f in listed.items() if Path(p).parent == folder and p != name}
+            check_external_data(data, beside, where=name)
         return data
+
+    def _graphs(self) -> set[str]:
+        """Files that ONNX Runtime is given."""
+        engines = {engine_path(e) for e in self.manifest.engines if e.target is Target.ONNXRUNTIME}
+        return engines | {f"onnx/{graph.file}" for graph in self.manifest.onnx}
 
     def external_data(self, engine: EngineArtifact) -> dict[str, bytes]:
         """Content of an engine's further file by its name in the graph, checked as it is read."""
@@ -65,60 +73,121 @@ class Bundle:
         return found
 
 
-def open_bundle(path: str | Path, *, allow_failed: bool = False) -> Bundle:
+def open_bundle(
+    path: str | Path,
+    *,
+    allow_failed: bool = False,
+    public_key: PublicKey | None = None,
+    min_bundle_version: int = 0,
+) -> Bundle:
     """Checks a bundle as a whole.
 
     Args:
         path: Bundle folder.
         allow_failed: Open it even without a passing verdict (to look at it, never to serve).
+        public_key: Whose signature it must have, checked before anything else is read: PEM, or a file with it. Without
+            one a signature is not looked at.
+        min_bundle_version: Refuse an older one; means something only together with `public_key`.
 
     Raises:
-        InputError: If there is no bundle.
-        IntegrityError: If any file is missing, added, changed or not a plain file; if the parts do not belong together;
-            or if the verdict is not a pass.
+        InputError: If there is no bundle, or no key.
+        IntegrityError: If any file is missing, added, changed or not a plain file; if the signature is missing, or not by
+            that key; if the parts do not belong together; if it is too old; or if the verdict is not a pass.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).is_file():
+    if not os.path.lexists(folder / MANIFEST):
+        if any(os.path.lexists(folder / name) for name in (SIGNATURE, *_REPORTS)):
+            raise IntegrityError(f"{MANIFEST} is missing", fix=_RESTORE)
         raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
-    if (folder / MANIFEST).is_symlink():
-        raise IntegrityError(f"{MANIFEST} is a symbolic link", fix=_RESTORE)
-    try:
-        text = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}/{MANIFEST} cannot be read: {error.strerror}", fix="check its permissions") from error
+    text = _read_plain(folder, MANIFEST)
+    signed = _signed(folder, text, public_key) if public_key is not None else None
     manifest = record_from_json(Manifest, text, where=MANIFEST)
     if json_from_record(manifest).encode() != text:
         raise IntegrityError(
             f"{MANIFEST} is not as this release writes it: it was changed, or another release wrote it", fix=_RESTORE
         )
+    if signed is not None:
+        _check_signed(signed, {file.path: file.digest for file in manifest.files} | {MANIFEST: digest_of_bytes(text)})
+    if manifest.bundle_version < min_bundle_version:
+        raise IntegrityError(
+            f"{MANIFEST} has bundle version {manifest.bundle_version}, at least {min_bundle_version} is required",
+            fix="deploy the current release",
+        )
+    bundle = Bundle(folder, manifest)
     _check_files(folder, manifest)
     _check_chain(manifest)
-    _check_reports(folder, manifest)
+    _check_reports(bundle)
     if manifest.verdict.result is not Result.PASS and not allow_failed:
         raise IntegrityError(
             f"{folder.name} has no passing verdict: {manifest.verdict.result.value}",
             fix="see reports/verdict.json; build again",
         )
-    return Bundle(folder, manifest)
+    return bundle
+
+
+def _read_plain(folder: Path, name: str) -> bytes:
+    """Content of a file that is neither a link nor one of several names of the same file."""
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            _check_plain(name, os.fstat(descriptor))
+            return stream.read()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IntegrityError(f"{name} is a symbolic link", fix=_RESTORE) from error
+        raise IntegrityError(f"{name} cannot be read: {error.strerror}", fix=_RESTORE) from error
+
+
+def _check_plain(name: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise IntegrityError(f"{name} is not a plain file", fix=_RESTORE)
+    if status.st_nlink != 1:
+        # Whoever holds the other name can change the file after it was checked.
+        raise IntegrityError(f"{name} is a hard link: the file has another name too", fix="copy the bundle")
+
+
+def _signed(folder: Path, manifest: bytes, public_key: PublicKey) -> dict[str, Digest]:
+    """What the signature vouches for; the manifest, which everything else follows from, is as it was signed."""
+    if not os.path.lexists(folder / SIGNATURE):
+        raise IntegrityError(f"{SIGNATURE} is missing: the bundle is not signed", fix="sign it with `uwm-deploy sign`")
+    signed = signed_digests(_read_plain(folder, SIGNATURE), public_key)
+    if signed.get(MANIFEST) != digest_of_bytes(manifest):
+        raise IntegrityError(f"{MANIFEST} is not the one that was signed", fix=_RESTORE)
+    return signed
+
+
+def _check_signed(signed: Mapping[str, Digest], listed: Mapping[str, Digest]) -> None:
+    """The signature and the manifest speak of the same files."""
+    for name in sorted(signed.keys() | listed.keys()):
+        if name not in listed:
+            raise IntegrityError(f"{name} is signed and not in the manifest", fix=_RESTORE)
+        if signed.get(name) != listed[name]:
+            raise IntegrityError(f"{name} is not the one that was signed", fix=_RESTORE)
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """The folder holds exactly the listed files, as plain files with the listed size and digest."""
+    """The folder holds exactly the listed files and maybe a signature, as plain files with the listed size and digest."""
     listed = {file.path: file for file in manifest.files}
-    present = set()
+    if len(listed) != len(manifest.files) or {MANIFEST, SIGNATURE} & set(listed):
+        raise IntegrityError(f"{MANIFEST} lists a file twice, itself or the signature", fix=_RESTORE)
+    parents = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    present: set[str] = set()
+    foreign: set[str] = set()
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             full = Path(root) / name
             status = full.lstat()
             relative = full.relative_to(folder).as_posix()
             if stat.S_ISDIR(status.st_mode):
+                foreign |= {relative} - parents
                 continue
-            if not stat.S_ISREG(status.st_mode):
-                raise IntegrityError(f"{relative} is not a plain file", fix=_RESTORE)
+            _check_plain(relative, status)
             present.add(relative)
-    present.discard(MANIFEST)
+    present -= {MANIFEST, SIGNATURE}
     if extra := sorted(present - set(listed)):
         raise IntegrityError(f"{extra[0]} is in the bundle but not in its manifest", fix=_RESTORE)
+    if foreign:
+        raise IntegrityError(f"folder {min(foreign)} is in the bundle but not in its manifest", fix=_RESTORE)
     if missing := sorted(set(listed) - present):
         raise IntegrityError(f"{missing[0]} is missing", fix=_RESTORE)
     for name, file in listed.items():
@@ -160,18 +229,18 @@ def _check_chain(manifest: Manifest) -> None:
         raise IntegrityError("recipe.toml is not the recipe of this bundle", fix=_RESTORE)
 
 
-def _check_reports(folder: Path, manifest: Manifest) -> None:
+def _check_reports(bundle: Bundle) -> None:
     """The verdict in the manifest is the one in the reports, and judges the report that is there."""
-    listed = {file.path for file in manifest.files}
+    manifest = bundle.manifest
+    listed = {file.path: file.digest for file in manifest.files}
     if lost := [name for name in _REPORTS if name not in listed]:
         raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
-    text = (folder / "reports" / "verdict.json").read_bytes()
-    verdict = record_from_json(Verdict, text, where="reports/verdict.json")
+    verdict = record_from_json(Verdict, bundle.read("reports/verdict.json"), where="reports/verdict.json")
     if json_from_record(verdict) != json_from_record(manifest.verdict):
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
-    if digest_of_file(folder / "reports" / "verify.json") != verdict.report_digest:
+    if listed["reports/verify.json"] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
-    if json_from_record(manifest.edit).encode() != (folder / "reports" / "edit.json").read_bytes():
+    if json_from_record(manifest.edit).encode() != bundle.read("reports/edit.json"):
         raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
 
 

@@ -1,4 +1,4 @@
-"""Writes a bundle: every file listed with its digest, the whole folder at once."""
+"""Writes a bundle: every file listed with its digest, with statement and parts list, the whole folder at once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from uwm_deploy.codec import json_from_record
+from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import ContractError
-from uwm_deploy.records import BundleFile, Manifest
+from uwm_deploy.mlbom import BOM, bom_of
+from uwm_deploy.records import BundleFile, Manifest, VerifyReport
 from uwm_deploy.runtime.bundle import MANIFEST
+from uwm_deploy.statement import STATEMENT, statement_of
 from uwm_deploy.workspace import digest_of_file, whole_folder
+
+_REPORT = "reports/verify.json"
+
+
+DERIVED = (STATEMENT, BOM)
+"""Files that are made here from all others; what is handed in under these names is of an earlier bundle."""
 
 
 def bundle_from_parts(out: Path, manifest: Manifest, files: Mapping[str, Path | bytes]) -> Manifest:
-    """Copies the parts and writes the manifest that lists them.
+    """Copies the parts, adds what is derived from them and writes the manifest that lists everything.
 
     Args:
-        out: Bundle folder; replaced as a whole.
+        out: Bundle folder; replaced as a whole, so a signature in it is gone.
         manifest: Everything but `files`, which is filled in here.
         files: Path inside the bundle to a source file or to content.
 
@@ -30,18 +38,27 @@ def bundle_from_parts(out: Path, manifest: Manifest, files: Mapping[str, Path | 
     """
     with whole_folder(out) as folder:
         for name, part in sorted(files.items()):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(part, bytes):
-                target.write_bytes(part)
-            elif part.is_file():
-                shutil.copyfile(part, target)
-            else:
-                raise ContractError(f"part {name} of the bundle was not made", fix="run the stages before it")
-        listed = tuple(
-            BundleFile(path=name, size_bytes=(folder / name).stat().st_size, digest=digest_of_file(folder / name))
-            for name in sorted(files)
-        )
-        complete = dataclasses.replace(manifest, files=listed)
+            if name not in DERIVED:
+                _put(folder / name, part, name)
+        listed = [_listed(folder, name) for name in sorted(files) if name not in DERIVED]
+        report = record_from_json(VerifyReport, (folder / _REPORT).read_bytes(), where=_REPORT)
+        for name, derive in ((STATEMENT, statement_of), (BOM, bom_of)):
+            _put(folder / name, derive(manifest, report, listed).encode(), name)
+            listed.append(_listed(folder, name))
+        complete = dataclasses.replace(manifest, files=tuple(sorted(listed, key=lambda file: file.path)))
         (folder / MANIFEST).write_text(json_from_record(complete), encoding="utf-8")
     return complete
+
+
+def _put(target: Path, part: Path | bytes, name: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(part, bytes):
+        target.write_bytes(part)
+    elif part.is_file():
+        shutil.copyfile(part, target)
+    else:
+        raise ContractError(f"part {name} of the bundle was not made", fix="run the stages before it")
+
+
+def _listed(folder: Path, name: str) -> BundleFile:
+    return BundleFile(path=name, size_bytes=(folder / name).stat().st_size, digest=digest_of_file(folder / name))
