@@ -27,6 +27,7 @@ from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.inspection import method_line
+from uwm_deploy.memory import without_collection
 from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
@@ -347,9 +348,10 @@ class _Build:
         return self._load(self.work / "edit" / "model")
 
     def _load(self, folder: Path | None) -> LoadedModel:
-        import torch
+        with without_collection():
+            import torch
 
-        from uwm_deploy.stages.load import load_model
+            from uwm_deploy.stages.load import load_model
 
         weights: Literal["checkpoint", "random"] = "random" if self.request.weights == "random" else "checkpoint"
         with self.reporter.stage("load", f"{self.recipe.name}{' (edited)' if folder else ''}"):

@@ -49,11 +49,13 @@ OURS = """
 import json, sys
 from pathlib import Path
 from uwm_deploy.codec import json_from_record, record_from_plain
-from uwm_deploy.pipeline import recipe_of
+from uwm_deploy.memory import without_collection
 from uwm_deploy.records import LayerEdit, TowerName
-from uwm_deploy.stages.export import onnx_from_tower, sample_of
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.uwm.patch import Patch
+with without_collection():  # as the command line does
+    from uwm_deploy.pipeline import recipe_of
+    from uwm_deploy.stages.export import onnx_from_tower, sample_of
+    from uwm_deploy.stages.load import load_model
+    from uwm_deploy.uwm.patch import Patch
 recipe, _ = recipe_of(sys.argv[1])
 name, folder, out = TowerName(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 edits = [record_from_plain(LayerEdit, e, where="edits") for e in json.loads((folder / "edits.txt").read_text())]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
+from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipe import ExportSpec
 from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
@@ -71,16 +71,21 @@ def onnx_from_tower(
     sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
     _check_pooling(tower, sample)
     with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
-        model = _exported(_Graph(tower.graph_module(), spec).eval(), sample, tower, spec)
+        model = graph_from_module(
+            _Graph(tower.graph_module(), spec).eval(), sample,
+            opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
+        )  # fmt: skip
     _restore_names(model)
     simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
     external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""
-    write_graph(model, folder / name, external)
     proto = weightless(model)
     _check_graph(name, proto, set(arrays), tower, spec)
-    fingerprint = fingerprint_of_graph(arrays, edits, patch.layers)
+    with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
+        found = pool.submit(fingerprint_of_graph, arrays, edits, patch.layers)
+        write_graph(model, folder / name, external)
+        fingerprint = found.result()
     if fingerprint.mismatches:
         raise ContractError(
             f"the edit is not in {name}: {'; '.join(fingerprint.mismatches[:3])}", fix="export the edited model"
@@ -98,25 +103,6 @@ def onnx_from_tower(
         versions={package: metadata.version(package) for package in _EXPORTERS},
         fingerprint=fingerprint,
     )
-
-
-@torch.no_grad()
-def _exported(module: nn.Module, sample: Tensor, tower: Tower, spec: ExportSpec) -> ir.Model:
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module, (sample,), dynamo=True, optimize=False, verbose=False, opset_version=spec.opset,
-                input_names=[tower.input_name], output_names=list(tower.output_names), dynamic_shapes=({0: "batch"},),
-            )  # fmt: skip
-    finally:
-        log.setLevel(level)
-    assert program is not None
-    model: ir.Model = program.model
-    return model
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.memory import without_collection
 from uwm_deploy.recipe import Architecture, Family, Recipe
 from uwm_deploy.records import ModelRef
 from uwm_deploy.towers.protocol import LoadedModel, LoadedParts
@@ -51,7 +52,8 @@ def load_model(
         PrerequisiteError: If the device is not there.
     """
     resolve_device(device)  # before anything is read
-    adapter = cast(Adapter, importlib.import_module(f"uwm_deploy.towers.{_ADAPTERS[recipe.model.family]}"))
+    with without_collection():
+        adapter = cast(Adapter, importlib.import_module(f"uwm_deploy.towers.{_ADAPTERS[recipe.model.family]}"))
     if folder is not None:
         further = {"companion": companion} if companion else {}
         parts = adapter.from_folder(folder, random=weights == "random", **further)
