@@ -17,6 +17,8 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 from tests.onnx.conftest import WEIGHTS_DIGEST, make_case, make_edited
+from tests.reports import report
+from uwm_deploy import resources
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.datasets.source import PairBatch
@@ -359,22 +361,24 @@ def bundle_of(path: Path, out: Path) -> Path:
         edit.model, text=dataclasses.replace(edit.model.text, tokenizer_digest=digest_of_bytes(b"{}"))
     )
     edit = dataclasses.replace(edit, model=model)
+    recipe, _ = resources.read_toml("export", "demo")
+    measured = json_from_record(report()).encode()
     verdict = Verdict(
         result=Result.FAIL, checks=(), proven=(), unproven=(), failed=("onnxruntime-fp32",), policy="p",
-        policy_digest="", report_digest=digest_of_bytes(b"{}"), edited_weights_digest=WEIGHTS_DIGEST,
+        policy_digest="", report_digest=digest_of_bytes(measured), edited_weights_digest=WEIGHTS_DIGEST,
         judged={"onnxruntime-fp32": {engine.tower.value: engine.digest for engine in engines}},
     )  # fmt: skip
     data = CalibrationRecord(name="c", split="", n=1, ids_digest="", content_digest="", concepts={})
     manifest = Manifest(
         name="tiny", tool_version="0", created="", model=model, edit=edit,
-        calibration=data, recipe="", recipe_digest=digest_of_bytes(b""), onnx=onnx_records, engines=engines,
+        calibration=data, recipe=recipe, recipe_digest=digest_of_bytes(recipe.encode()), onnx=onnx_records, engines=engines,
         verdict=verdict, versions={}, files=(),
     )  # fmt: skip
     parts: dict[str, Path | bytes] = {
         "tokenizer.json": b"{}",
-        "recipe.toml": b"",
+        "recipe.toml": recipe.encode(),
         "evaluation.toml": b'format = 1\nname = "few"\nsource = "demo"\nsplit = "test"\nlimit = 9\n',
-        "reports/verify.json": b"{}",
+        "reports/verify.json": measured,
         "reports/edit.json": json_from_record(edit).encode(),
         "reports/verdict.json": json_from_record(verdict).encode(),
         "evidence/canaries-text.safetensors": path / "canaries" / "text.safetensors",

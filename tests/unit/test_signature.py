@@ -379,3 +379,13 @@ def test_without_cryptography_the_runtime_works_and_says_when_it_is_needed(place
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.startswith("opened")
     assert done.stdout.count("6 error: signatures need the package cryptography") == 2
+
+
+def test_the_encoder_refuses_another_key_and_an_older_bundle(place: Place) -> None:
+    """What serves asks for the signature and the version before it reads anything else."""
+    from uwm_deploy.runtime import SafeEncoder
+
+    with pytest.raises(IntegrityError, match="sign"):
+        SafeEncoder.open(place.bundle, public_key=place.other_public)
+    with pytest.raises(IntegrityError, match="at least 3 is required"):
+        SafeEncoder.open(place.bundle, public_key=place.public, min_bundle_version=3)

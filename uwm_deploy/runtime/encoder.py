@@ -29,6 +29,7 @@ from uwm_deploy.runtime.selection import Candidate, Selection, candidates, take
 from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import Answer, Prepare, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
+from uwm_deploy.runtime.signature import PublicKey
 from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
 from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
@@ -91,6 +92,8 @@ class SafeEncoder:
         device: Device = "auto",
         allow_unsafe: bool = False,
         serving: Serving | None = None,
+        public_key: PublicKey | None = None,
+        min_bundle_version: int = 0,
     ) -> SafeEncoder:
         """Opens a bundle after checking every digest, and picks the best proven variant for this machine.
 
@@ -102,14 +105,18 @@ class SafeEncoder:
             device: Where it must run: "cuda" is an error where there is no GPU, never the CPU instead.
             allow_unsafe: Serve a bundle or a variant without proof. It warns, each time.
             serving: Limits and sizes.
+            public_key: Whose signature the bundle must have: PEM, or a file with it.
+            min_bundle_version: Refuse an older bundle.
 
         Raises:
-            IntegrityError: If the bundle was changed, has no passing verdict, the variant is unproven, or what runs does
-                not answer like the edited model.
+            IntegrityError: If the bundle was changed, is not signed by that key, is too old, has no passing verdict, the
+                variant is unproven, or what runs does not answer like the edited model.
             PrerequisiteError: If no proven variant runs here.
         """
         started, limits = time.monotonic(), serving or Serving()
-        bundle = open_bundle(path, allow_failed=allow_unsafe)
+        bundle = open_bundle(
+            path, allow_failed=allow_unsafe, public_key=public_key, min_bundle_version=min_bundle_version
+        )
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
 
         def attempt(candidate: Candidate) -> dict[TowerName, Session]:
