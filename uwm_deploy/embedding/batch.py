@@ -86,8 +86,9 @@ class EmbedBatch:
         keys = [str(key) for key in self._column(batch, self.key)]
         errors = [str(error or "") for error in batch["error"]] if "error" in batch else [""] * len(keys)
         encoder = self.encoder()
-        good = [n for n, error in enumerate(errors) if not error]
         values = self._column(batch, self.column)
+        errors = [e or self._missing(value) for e, value in zip(errors, values, strict=True)]
+        good = [n for n, error in enumerate(errors) if not error]
         found = self._encoded(encoder, [values[n] for n in good])
         rows = np.full((len(keys), encoder.manifest.model.embed_dim), np.nan, dtype=self.dtype)
         rows[good] = found
@@ -133,6 +134,10 @@ class EmbedBatch:
         if strange and len(found.errors) == len(values):  # no row at all: that is the engine, not the items
             raise strange[0]
         return found
+
+    def _missing(self, value: Any) -> str:
+        """The error of an empty place; Ray and pandas make it NaN."""
+        return f"it has no {self.kind.removesuffix('s')}" if value is None or isinstance(value, float) else ""
 
     def _column(self, batch: Columns, name: str) -> list[Any]:
         if name not in batch:
