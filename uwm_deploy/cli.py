@@ -1130,6 +1130,44 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of Parquet parts.")
+@click.option("--kind", default="images", show_default=True, type=click.Choice(["images", "texts"]), help="Of SOURCE.")
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16"]))
+@click.option("--key", default="key", show_default=True, help="Column of a table with the items' keys.")
+@click.option("--column", default="", help="Column of a table with images or texts. [default: image or text]")
+@click.option("--batch", default=256, show_default=True, type=click.IntRange(1, 65536), help="Items at a time.")
+@click.option(
+    "--part-rows",
+    default=8192,
+    show_default=True,
+    type=click.IntRange(1, 1 << 20),
+    help="Rows per part; a killed run loses at most these.",
+)
+@click.option("--variant", default=None, help="A certain variant. [default: the best one for this machine]")
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where it must run."
+)
+@common_options
+def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
+    """Embeds SOURCE with a BUNDLE into Parquet parts; the same command goes on after it was stopped.
+
+    SOURCE is a folder, WebDataset shards (a .tar, wildcards or a brace range), or a .parquet or .jsonl table. Broken items
+    are rows with an error. Exit code 2 when a whole shard or table is broken: the others are embedded all the same.
+
+    \b
+    Example:
+      uwm-deploy embed dist/demo pictures --out embeddings
+      uwm-deploy embed dist/demo 'shards/{00000..00099}.tar' --out embeddings --dtype float16
+      uwm-deploy embed dist/demo captions.parquet --kind texts --key id --column caption --out captions
+    """
+    from uwm_deploy.embedding.command import run_embed
+
+    return run_embed(bundle, source, as_json=as_json, **options)
+
+
+@cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="HTML file. [default: PATH-report.html]")
 @click.option(

@@ -47,13 +47,13 @@ class Reporter:
         self.line(f"{name:<10} {text}  {time.perf_counter() - started:.1f} s")
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """One step inside a stage; safe to call often."""
+        """One step inside a stage; safe to call often. A total of 0 is not known."""
         if self._bar is not None:
             if label not in self._tasks:
-                self._tasks[label] = self._bar.add_task(label, total=total)
-            self._bar.update(self._tasks[label], completed=done, total=total)
+                self._tasks[label] = self._bar.add_task(label, total=total or None)
+            self._bar.update(self._tasks[label], completed=done, total=total or None)
             return
         now = time.perf_counter()
         if now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
-            self.line(f"           {label}: {done}/{total}")
+            self.line(f"           {label}: {done}/{total}" if total else f"           {label}: {done}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 import tarfile
 import weakref
 from array import array
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uwm_deploy.datasets.archive import expanded, key_and_ending, members
 from uwm_deploy.datasets.files import SIDES, Entry, FileSource, Images, Texts, index_of
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
@@ -26,11 +26,7 @@ _ROLES |= {"safe.txt": 2, "unsafe.txt": 3, "json": 4}
 _JSON = 4
 _PLACES = 5
 _LARGEST_TEXT = 1 << 20
-_MOST_SHARDS = 100_000
 _MOST_OPEN = 32
-_BLOCK = 512
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 def open_shards(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSource:
@@ -61,29 +57,6 @@ def _paths(name: str, folder: Path, where: str) -> list[Path]:
             raise DataError(f"data set {where}: no shard matches {folder / text}", fix="check `shards` and `folder`")
         paths += found
     return paths
-
-
-def expanded(name: str) -> list[str]:
-    """Every name that brace ranges (``{000..009}``) and choices (``{a,b}``) stand for.
-
-    Raises:
-        DataError: If they stand for too many.
-    """
-    found = _RANGE.search(name) or _CHOICE.search(name)
-    if found is None:
-        return [name]
-    if found.re is _RANGE:
-        first, last = int(found[1]), int(found[2])
-        if not 0 <= last - first < _MOST_SHARDS:
-            raise DataError(f"shards {name!r} is a range of {last - first + 1} names", fix="write it as {first..last}")
-        width = len(found[1])
-        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    else:
-        values = found[1].split(",")
-    names = [rest for value in values for rest in expanded(name[: found.start()] + value + name[found.end() :])]
-    if len(names) > _MOST_SHARDS:
-        raise DataError(f"shards {name!r} stands for {len(names)} names", fix=f"name at most {_MOST_SHARDS}")
-    return names
 
 
 class _Shards:
@@ -204,37 +177,11 @@ def _close(descriptors: dict[int, int]) -> None:
 
 def _members(path: Path) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
     """Key, role and header of every member that belongs to a quadruple; of the rest nothing is read."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
-                key, role = _key_and_role(member.name)
-                if role is None or member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DataError(f"shard {path}: {member.name!r} is no plain file", fix="store plain files")
-                yield key, role, member
-            end = archive.offset
-        with path.open("rb") as stream:
-            stream.seek(end)
-            if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a broken header for the end
-                raise DataError(f"shard {path} is broken or cut off at byte {end}", fix="write it again")
-            while rest := stream.read(1 << 20):  # a second archive behind the first would be passed over in silence
-                if rest.count(0) != len(rest):
-                    raise DataError(
-                        f"shard {path} goes on after its end at byte {end}",
-                        fix="keep joined shards as files of their own",
-                    )
-    except FileNotFoundError as error:
-        raise DataError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"shard {path} is no whole tar file: {error}", fix="write it again, without compression"
-        ) from error
-
-
-def _key_and_role(name: str) -> tuple[str, int | None]:
-    """A key is a path up to the first dot of its last part."""
-    folder, _, last = name.removeprefix("./").rpartition("/")
-    key, _, ending = last.partition(".")
-    return (f"{folder}/{key}" if folder else key), _ROLES.get(ending.lower()) if key else None
+    for member in members(path):
+        key, ending = key_and_ending(member.name)
+        role = _ROLES.get(ending) if key else None
+        if role is None:
+            continue
+        if not member.isreg() or member.issparse():
+            raise DataError(f"shard {path}: {member.name!r} is no plain file", fix="store plain files")
+        yield key, role, member

@@ -1,0 +1,393 @@
+"""Embedding many items: the callable, the parts, resuming after a kill, what is refused, and a cluster's result."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from pyarrow import parquet
+
+from tests.data_sets import put, write_shard
+from uwm_deploy.cli import cli
+from uwm_deploy.embedding import EmbedBatch, PartWriter, finished_keys
+from uwm_deploy.embedding.job import _batches
+from uwm_deploy.embedding.sources import Item
+from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.records import TowerName
+from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.workspace import digest_of_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(built) -> Path:
+    request, _ = built
+    return request.out
+
+
+def _jpeg(seed: int) -> bytes:
+    colours = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(colours).resize((40, 40), Image.Resampling.BICUBIC).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def _embed(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["embed", *map(str, arguments)])
+
+
+def _rows(folder: Path) -> dict[str, tuple[np.ndarray, str]]:
+    """All rows of a folder by key; no key may be there twice."""
+    found: dict[str, tuple[np.ndarray, str]] = {}
+    for path in sorted(folder.glob("part-*.parquet")):
+        table = parquet.read_table(path)
+        rows = np.asarray(table["embedding"].combine_chunks().flatten()).reshape(len(table), -1)
+        for key, row, error in zip(table["key"].to_pylist(), rows, table["error"].to_pylist(), strict=True):
+            assert key not in found
+            found[key] = row, error
+    return found
+
+
+def _assert_same(left: dict[str, tuple[np.ndarray, str]], right: dict[str, tuple[np.ndarray, str]]) -> None:
+    assert left.keys() == right.keys()
+    for key, (row, error) in left.items():
+        assert right[key][1] == error
+        np.testing.assert_allclose(row, right[key][0], atol=1e-5)
+
+
+def test_the_callable_is_columns_in_and_columns_out(bundle: Path) -> None:
+    """Rows equal the encoder's, in order; broken items and items with an error already cost their row only."""
+    images = [_jpeg(0), b"no image", _jpeg(1), None, float("nan")]
+    errors = ["", "", "", "never read", ""]
+    found = EmbedBatch(bundle)({"key": ["a", 2, "c", "d", "e"], "image": images, "error": errors})
+    assert list(found) == ["key", "embedding", "error", "bundle", "variant"]
+    assert found["key"].tolist() == ["a", "2", "c", "d", "e"]
+    assert found["error"][[0, 2]].tolist() == ["", ""]
+    assert "not a whole image" in found["error"][1]
+    assert found["error"][3:].tolist() == ["never read", "it has no image"]
+    assert np.isnan(found["embedding"][[1, 3, 4]]).all()
+    assert set(found["bundle"]) == {digest_of_file(bundle / "manifest.json")}
+    with SafeEncoder.open(bundle) as encoder:
+        np.testing.assert_allclose(found["embedding"][[0, 2]], encoder.encode_image([images[0], images[2]]), atol=1e-5)
+        texts = EmbedBatch(bundle, kind="texts", key="id", column="caption", dtype="float16")
+        rows = texts({"id": np.array([1, 2]), "caption": np.array(["a red circle", "a star"]), "more": [0, 0]})
+        assert rows["embedding"].dtype == np.float16
+        np.testing.assert_allclose(
+            rows["embedding"].astype(np.float32), encoder.encode_text(["a red circle", "a star"]), atol=1e-3
+        )
+    assert EmbedBatch(bundle)({"key": [], "image": []})["embedding"].shape == (0, 64)
+    with pytest.raises(InputError, match="no column 'image'; it has key"):
+        EmbedBatch(bundle)({"key": []})
+
+
+def test_the_callable_is_small_until_it_works_and_opens_the_bundle_once(bundle: Path) -> None:
+    """Pickled before and after its first batch; a copy in the same process shares the opened bundle."""
+    run = EmbedBatch(bundle)
+    before = pickle.dumps(run)
+    run({"key": ["a"], "image": [_jpeg(0)]})
+    copy = pickle.loads(pickle.dumps(run))
+    assert len(before) < 1000
+    assert copy.encoder() is run.encoder()
+
+
+def test_a_failure_that_is_not_the_items_stops(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that fails must not become a million rows with an error; broken items alone are no such failure."""
+    run = EmbedBatch(bundle)
+    session = run.encoder().session(TowerName.IMAGE)
+
+    def lost(rows: np.ndarray) -> np.ndarray:
+        raise RuntimeError("the device was lost")
+
+    def zeros(rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), 64), dtype=np.float32)
+
+    batcher = run.encoder()._services[TowerName.IMAGE]._batcher
+    for broken, error in ((lost, RuntimeError), (zeros, ContractError)):
+        monkeypatch.setattr(batcher, "_run", broken)
+        with pytest.raises(error):
+            run({"key": ["a", "b"], "image": [_jpeg(0), _jpeg(1)]})
+    monkeypatch.setattr(batcher, "_run", session.run)
+    assert all(run({"key": ["a"], "image": [b""]})["error"])
+
+
+def test_another_bundle_at_the_same_path_is_refused(bundle: Path, tmp_path: Path) -> None:
+    """What a job was started with is what every process must find, even if the other is a good one."""
+    run = EmbedBatch(bundle, digest="sha256:" + 64 * "0")
+    with pytest.raises(IntegrityError, match="another bundle"):
+        run({"key": ["a"], "image": [_jpeg(0)]})
+    with pytest.raises(InputError, match="is not a bundle"):
+        EmbedBatch(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 20 items, one of them broken, one without an image."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        members: dict[str, bytes | str] = {}
+        for number in range(20 * shard, 20 * shard + 20):
+            members[f"k{number:03d}.jpg"] = b"broken" if number == 7 else _jpeg(number)
+            members[f"k{number:03d}.txt"] = f"a circle number {number}"
+        if shard == 1:
+            del members["k025.jpg"]
+        write_shard(folder / f"{shard:02d}.tar", members)
+    return folder
+
+
+def test_shards_folder_and_tables_give_the_same_rows(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """One set of items as shards, files, Parquet and JSON Lines; broken ones are rows with an error everywhere."""
+    done = _embed(bundle, shards / "{00..02}.tar", "--out", tmp_path / "tar", "--part-rows", 20, "--batch", 8, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["rows"], report["errors"], report["parts"]) == (60, 2, 3)
+    wanted = _rows(tmp_path / "tar")
+    assert {key for key, (_, error) in wanted.items() if error} == {"k007", "k025"}
+    assert "they are .txt" in wanted["k025"][1]
+    images = {f"k{n:03d}": b"broken" if n == 7 else _jpeg(n) for n in range(60) if n != 25}
+    for key, data in images.items():
+        put(tmp_path / "files" / key[:3] / f"{key}.jpg", data)
+    columns = {"id": list(images), "picture": list(images.values())}
+    parquet.write_table(pa.table(columns), tmp_path / "items.parquet", row_group_size=7)
+    lines = [json.dumps({"id": key, "picture": f"files/{key[:3]}/{key}.jpg"}) for key in images]
+    put(tmp_path / "items.jsonl", "\n".join([*lines, json.dumps({"id": "out", "picture": "../secret.jpg"})]))
+    naming = ("--key", "id", "--column", "picture")
+    for source, more in (("files", ()), ("items.parquet", naming), ("items.jsonl", naming)):
+        out = tmp_path / f"{source}-out"
+        done = _embed(bundle, tmp_path / source, "--out", out, *more)
+        assert done.exit_code == 0, done.output
+        found = {Path(key).stem: row for key, row in _rows(out).items()}
+        if source == "items.jsonl":
+            assert "leaves the set's folder" in found.pop("out")[1]
+        assert found.keys() == wanted.keys() - {"k025"}
+        for key, (row, error) in found.items():
+            assert bool(error) == (key == "k007")
+            np.testing.assert_allclose(row, wanted[key][0], atol=1e-5)
+
+
+def test_parts_say_what_they_are(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """Fixed-size lists of float16, the digest in a column and in the metadata, and texts by the text tower."""
+    done = _embed(bundle, shards / "*.tar", "--out", tmp_path, "--kind", "texts", "--dtype", "float16")
+    assert done.exit_code == 0, done.output
+    (part,) = tmp_path.glob("*.parquet")
+    table = parquet.read_table(part)
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 64)
+    digest = digest_of_file(bundle / "manifest.json")
+    body = json.loads(table.schema.metadata[b"uwm-deploy"])
+    assert (body["bundle"], body["kind"], body["dtype"]) == (digest, "texts", "float16")
+    assert set(table["bundle"].to_pylist()) == {digest}
+    with SafeEncoder.open(bundle) as encoder:
+        row = encoder.encode_text("a circle number 33")[0]
+    np.testing.assert_allclose(_rows(tmp_path)["k033"][0].astype(np.float32), row, atol=1e-3)
+
+
+def test_a_killed_run_goes_on_with_no_row_lost_or_twice(bundle: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first part, then the same command: the rows of an undisturbed run, finished ones untouched."""
+    for number in range(200):
+        put(tmp_path / "files" / f"{number:03d}.jpg", b"" if number == 150 else _jpeg(number))
+    common = ["embed", str(bundle), str(tmp_path / "files"), "--batch", "2", "--part-rows", "4", "--json", "--out"]
+    command = [sys.executable, "-m", "uwm_deploy.cli", *common, str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and len(list(tmp_path.glob("out/part-*.parquet"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL  # else it was over before, and nothing was tried
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/part-*.parquet")}
+    assert 12 <= len(_rows(tmp_path / "out")) < 200
+    # What a run leaves that was killed while it wrote; whoever reads the folder meanwhile must not take it for a part.
+    put(tmp_path / "out" / ".tmp-1-part-1.parquet", b"half")
+    run = EmbedBatch(bundle)
+    assert set(finished_keys(tmp_path / "out", run.identity())) == _rows(tmp_path / "out").keys()
+    again = CliRunner().invoke(cli, [*common, str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    report = json.loads(again.stdout)
+    assert report["finished_before"] == 4 * len(before)
+    assert report["rows"] + report["finished_before"] == 200
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert not list(tmp_path.glob("out/.tmp-*"))
+    assert CliRunner().invoke(cli, [*common, str(tmp_path / "whole")]).exit_code == 0
+    _assert_same(_rows(tmp_path / "out"), _rows(tmp_path / "whole"))
+    third = CliRunner().invoke(cli, [*common, str(tmp_path / "out")])
+    assert json.loads(third.stdout)["rows"] == 0
+
+
+def test_what_waited_is_written_when_a_run_fails(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """Two items with one key end the run with their name; the rows before them are kept, and it ends so again."""
+    shutil.copy(shards / "00.tar", tmp_path / "a.tar")
+    shutil.copy(shards / "00.tar", tmp_path / "b.tar")
+    for _ in range(2):
+        done = _embed(bundle, tmp_path / "*.tar", "--out", tmp_path / "out", "--batch", 7)
+        assert done.exit_code == 2
+        assert "two items have the key 'k000'" in done.output
+    assert len(_rows(tmp_path / "out")) == 14
+
+
+def test_a_broken_shard_costs_what_cannot_be_read(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """The others are embedded, its last whole item is not trusted, and the exit code says so; mended, the rest follows."""
+    whole = (shards / "00.tar").read_bytes()
+    put(tmp_path / "00.tar", whole[: len(whole) // 2])
+    shutil.copy(shards / "01.tar", tmp_path)
+    done = _embed(bundle, tmp_path / "*.tar", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "broken: shard" in done.output
+    found = _rows(tmp_path / "out")
+    assert 20 < len(found) < 40
+    put(tmp_path / "00.tar", whole)
+    assert _embed(bundle, tmp_path / "*.tar", "--out", tmp_path / "out").exit_code == 0
+    assert len(_rows(tmp_path / "out")) == 40
+
+
+def test_parts_of_anything_else_are_refused(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """Another bundle's, another kind's or dtype's, a foreign or a cut file; nothing is written beside them."""
+    arguments = (bundle, shards / "00.tar", "--out", tmp_path / "out")
+    assert _embed(*arguments).exit_code == 0
+    for more, message in ((("--kind", "texts"), "has kind images"), (("--dtype", "float16"), "has dtype float32")):
+        done = _embed(*arguments, *more)
+        assert done.exit_code == 2
+        assert message in done.output
+    (part,) = (tmp_path / "out").glob("*.parquet")
+    rows = EmbedBatch(bundle)({"key": ["x"], "image": [_jpeg(0)]})
+    other = rows | {"bundle": np.array(["sha256:other"], dtype=object)}
+    PartWriter(tmp_path / "out")(other)
+    done = _embed(*arguments)
+    assert done.exit_code == 5
+    assert "has bundle sha256:other" in done.output
+    with pytest.raises(EvidenceError):
+        list(finished_keys(tmp_path / "out", EmbedBatch(bundle).identity()))
+    for data, message in ((part.read_bytes()[:-9], "no whole Parquet file"), (None, "not written by this command")):
+        shutil.rmtree(tmp_path / "out")
+        if data is None:
+            (tmp_path / "out").mkdir()
+            parquet.write_table(pa.table({"key": ["a"]}), tmp_path / "out" / "mine.parquet")
+        else:
+            put(tmp_path / "out" / "part-0.parquet", data)
+        done = _embed(*arguments)
+        assert done.exit_code == 2
+        assert message in done.output
+        assert len(list((tmp_path / "out").iterdir())) == 2  # it, and the lock
+
+
+def test_a_part_is_of_one_bundle_and_named_by_its_keys(bundle: Path, tmp_path: Path) -> None:
+    """The same rows again replace their part; rows of two bundles, or a key twice, are no part."""
+    rows = EmbedBatch(bundle)({"key": ["a", "b"], "image": [_jpeg(0), _jpeg(1)]})
+    writer = pickle.loads(pickle.dumps(PartWriter(tmp_path)))
+    first = writer(rows)
+    assert first["rows"].tolist() == [2]
+    assert writer(rows)["part"].tolist() == first["part"].tolist()
+    assert [path.name for path in tmp_path.glob("*.parquet")] == first["part"].tolist()
+    with pytest.raises(InputError, match="several bundles"):
+        writer(rows | {"bundle": np.array(["one", "two"], dtype=object)})
+    with pytest.raises(InputError, match="twice"):
+        writer(rows | {"key": np.array(["a", "a"], dtype=object)})
+    parquet.write_table(parquet.read_table(tmp_path / first["part"][0]), tmp_path / "copy.parquet")
+    put(tmp_path / "files" / "a.jpg", _jpeg(0))
+    done = _embed(bundle, tmp_path / "files", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "has already" in done.output
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.tar", "does not exist"),
+        ("*.tar", "does not exist"),
+        ("a.zip", "no known kind"),
+        ("empty", "has no images"),
+        ("table.parquet", "no column 'key'; it has id"),
+    ],
+)
+def test_sources_that_are_none(bundle: Path, tmp_path: Path, source: str, message: str) -> None:
+    """One line, exit code 2, no part."""
+    (tmp_path / "empty").mkdir()
+    put(tmp_path / "a.zip", b"")
+    parquet.write_table(pa.table({"id": [1]}), tmp_path / "table.parquet")
+    done = _embed(bundle, tmp_path / source, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_rows_without_a_key_end_their_table(bundle: Path, tmp_path: Path) -> None:
+    """What cannot be found again is not embedded; the line is named."""
+    put(tmp_path / "t.jsonl", '{"key": 5, "text": "a star"}\n{"key": "b"}\n{"text": "a circle"}\n')
+    done = _embed(bundle, tmp_path / "t.jsonl", "--kind", "texts", "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "t.jsonl line 3: key 'key' is 'None'" in done.output
+    found = _rows(tmp_path / "out")
+    assert found.keys() == {"5", "b"}
+    assert "it has no 'text'" in found["b"][1]
+
+
+def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large images are, few of their bytes are in memory at a time; none is read before its turn."""
+    read: list[int] = []
+
+    def load(number: int) -> bytes:
+        read.append(number)
+        return bytes(100)
+
+    monkeypatch.setattr("uwm_deploy.embedding.job.MOST_BYTES", 250)
+    found = _batches((Item(str(n), lambda n=n: load(n)) for n in range(7)), 5)  # type: ignore[misc]
+    assert len(next(found)) == 3
+    assert read == [0, 1, 2]
+    assert [len(some) for some in found] == [3, 1]
+
+
+def test_without_pyarrow_the_extra_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is opened or written."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = _embed(bundle, tmp_path, "--out", tmp_path / "out")
+    assert done.exit_code == PrerequisiteError.exit_code
+    assert "uwm-deploy[build]" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_gives_the_rows_of_one_process(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """The driver of docs/embedding.md, run as it stands: it goes on after itself, and `embed` after it."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'uwm-deploy[ray]'")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), re.DOTALL)
+    script = put(tmp_path / "driver.py", code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}
+
+    def driven(source: Path) -> str:
+        command = [sys.executable, str(script), str(bundle), str(source), str(tmp_path / "ray")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()[-1]
+
+    assert driven(shards / "00.tar") == "20 rows"
+    assert driven(shards) == "40 rows"
+    assert _embed(bundle, shards / "*.tar", "--out", tmp_path / "one").exit_code == 0
+    again = _embed(bundle, shards / "*.tar", "--out", tmp_path / "ray", "--json")
+    assert (json.loads(again.stdout)["rows"], json.loads(again.stdout)["finished_before"]) == (0, 60)
+    ray, one = _rows(tmp_path / "ray"), _rows(tmp_path / "one")
+    # The shard's reader knows more about what is not there than a column does.
+    assert (ray.pop("k025")[1], one.pop("k025")[1][:20]) == ("it has no image", "0 members are images")
+    _assert_same(ray, one)
+
+
+def test_a_source_with_a_broken_item_says_so() -> None:
+    """A DataError of loading is the item's error, and its neighbours are loaded."""
+
+    def broken() -> bytes:
+        raise DataError("gone")
+
+    (some,) = _batches(iter([Item("a", broken), Item("b", lambda: b"x")]), 9)
+    assert some == [("a", None, "gone"), ("b", b"x", "")]

@@ -1,0 +1,78 @@
+"""WebDataset shards as files: which ones a name stands for, and what they hold, checked to their last byte."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from uwm_deploy.errors import DataError
+
+_MOST_SHARDS = 100_000
+_BLOCK = 512
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+
+
+def expanded(name: str) -> list[str]:
+    """Every name that brace ranges (``{000..009}``) and choices (``{a,b}``) stand for.
+
+    Raises:
+        DataError: If they stand for too many.
+    """
+    found = _RANGE.search(name) or _CHOICE.search(name)
+    if found is None:
+        return [name]
+    if found.re is _RANGE:
+        first, last = int(found[1]), int(found[2])
+        if not 0 <= last - first < _MOST_SHARDS:
+            raise DataError(f"shards {name!r} is a range of {last - first + 1} names", fix="write it as {first..last}")
+        width = len(found[1])
+        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        values = found[1].split(",")
+    names = [rest for value in values for rest in expanded(name[: found.start()] + value + name[found.end() :])]
+    if len(names) > _MOST_SHARDS:
+        raise DataError(f"shards {name!r} stands for {len(names)} names", fix=f"name at most {_MOST_SHARDS}")
+    return names
+
+
+def members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Headers of all members but folders, in order; contents are not read.
+
+    Raises:
+        DataError: If the shard is missing, broken, cut off or compressed; perhaps after some members.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if not member.isdir():
+                    yield member
+            end = archive.offset
+        with path.open("rb") as stream:
+            stream.seek(end)
+            if stream.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a broken header for the end
+                raise DataError(f"shard {path} is broken or cut off at byte {end}", fix="write it again")
+            while rest := stream.read(1 << 20):  # a second archive behind the first would be passed over in silence
+                if rest.count(0) != len(rest):
+                    raise DataError(
+                        f"shard {path} goes on after its end at byte {end}",
+                        fix="keep joined shards as files of their own",
+                    )
+    except FileNotFoundError as error:
+        raise DataError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"shard {path} is no whole tar file: {error}", fix="write it again, without compression"
+        ) from error
+
+
+def key_and_ending(name: str) -> tuple[str, str]:
+    """Of a member; a key is a path up to the first dot of its last part, and empty where a member has none."""
+    folder, _, last = name.removeprefix("./").rpartition("/")
+    key, _, ending = last.partition(".")
+    if not key:
+        return "", ending.lower()
+    return (f"{folder}/{key}" if folder else key), ending.lower()
