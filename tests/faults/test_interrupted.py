@@ -27,12 +27,18 @@ def _command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "uwm_deploy.cli", "build", "--json", "--target", "onnxruntime", *sets, *where]
 
 
+def _interruptible() -> None:
+    """A shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _killed_at(command: list[str], stage: str, with_signal: signal.Signals) -> None:
     """Starts a build and sends it a signal as soon as a stage begins."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
-    )
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
+        preexec_fn=_interruptible,
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(stage) and line.rstrip().endswith("..."):
@@ -102,7 +108,9 @@ def _killed_when_totals_change(command: list[str], totals: Path, with_signal: si
     """Starts a run and sends it a signal as soon as a shard has been added to the totals."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     before = totals.stat().st_ino if totals.exists() else 0
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, preexec_fn=_interruptible
+    )  # fmt: skip
     while process.poll() is None and (not totals.exists() or totals.stat().st_ino == before):
         time.sleep(0.001)
     process.send_signal(with_signal)
