@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -532,8 +531,6 @@ class _Build:
                 folder=folder,
             )
             (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
-            del model, tower
-            gc.collect()  # both are in cycles, and their memory is needed for the next one
 
     def _canaries(self) -> Path:
         """Folder with the inputs where edited and original differ most; made of the calibration set."""
