@@ -644,7 +644,11 @@ def _print_record(record: Any, as_json: bool) -> int:
     """A small record as it is."""
     from uwm_deploy.codec import plain_from_record
 
-    body = plain_from_record(record)
+    return _print_body(plain_from_record(record), as_json)
+
+
+def _print_body(body: Any, as_json: bool) -> int:
+    """Plain data, for people or as JSON."""
     if as_json:
         click.echo(json.dumps(body, indent=1, sort_keys=True))
     else:
@@ -1283,12 +1287,7 @@ def inspect(path: Path, as_json: bool) -> int:
     """
     from uwm_deploy.inspection import describe
 
-    body = describe(path)
-    if as_json:
-        click.echo(json.dumps(body, indent=1, sort_keys=True))
-    else:
-        _print_plain(body)
-    return 0
+    return _print_body(describe(path), as_json)
 
 
 @cli.command()

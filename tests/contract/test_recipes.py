@@ -51,9 +51,10 @@ def test_every_data_set_loads_and_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", resources.names("ci"))
 def test_every_policy_loads(name: str) -> None:
-    """Each file of ci/ parses as a policy."""
+    """Each file of ci/ parses as a policy that limits artifacts, and the page names it."""
     text, where = resources.read_toml("ci", name)
-    policy_from_toml(text, where=where)
+    assert policy_from_toml(text, where=where).artifact
+    assert f"`{name}`" in (ROOT / "docs" / "policy.md").read_text()
 
 
 @pytest.mark.parametrize(

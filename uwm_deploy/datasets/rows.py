@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import bisect
 import csv
 import io
@@ -36,7 +37,7 @@ class Rows(Protocol):
         """Number of rows."""
 
 
-class TextRows:
+class TextRows(abc.ABC):
     """Rows of a text file as byte ranges; safe to read in forked processes.
 
     Args:
@@ -77,12 +78,13 @@ class TextRows:
         except (OSError, ValueError, csv.Error, StopIteration, DataError) as error:
             raise DataError(f"table {self.path} was changed while it was read: {error}", fix="start again") from error
 
+    @abc.abstractmethod
     def _rows(self) -> Iterator[tuple[int, int, str, Row]]:
         """First byte, length, name and content of every row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _row(self, text: str) -> Row:
-        raise NotImplementedError
+        """Content of one row."""
 
 
 class JsonLines(TextRows):
