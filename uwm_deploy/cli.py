@@ -81,6 +81,13 @@ def pipeline_options(command: F) -> F:
             help="Folder with the recipe's weights, instead of the hub.",
         ),
         click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
+        click.option(
+            "--original",
+            default=None,
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="For the method trained: folder with the weights that the model was trained from. [default: what its "
+            "training record or recipe names]",
+        ),
         click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
         click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
         click.option(

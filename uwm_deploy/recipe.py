@@ -44,6 +44,9 @@ class ModelSource:
         architecture: What `--weights random` builds when the checkpoint is not at hand.
         companion: For a vision tower alone: CLIP checkpoint whose text tower it is measured with, like `repo`.
         companion_revision: Hub commit of the companion.
+        base: For weights that were trained for safety: the checkpoint they were trained from, like `repo`; what the method
+            `trained` compares them with.
+        base_revision: Hub commit of the base.
     """
 
     family: Family
@@ -54,6 +57,8 @@ class ModelSource:
     architecture: Architecture | None = None
     companion: str = ""
     companion_revision: str = ""
+    base: str = ""
+    base_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +342,10 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     recipe = record_from_toml(Recipe, text, where)
     if recipe.edit.method is Method.NONE:
         raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
+    if recipe.edit.method is Method.TRAINED:
+        raise RecipeError(
+            f"{where}: edit.method is trained, which has no settings", fix="leave it out; use --method trained"
+        )
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
         if not 0.0 < edit.keep_mass < 1.0:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
