@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -247,6 +248,25 @@ class CompileSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """Settings of training that this model asks for; 0 takes the method's published number (docs/training.md).
+
+    Attributes:
+        rank: Of the adapters.
+        alpha: Adapters count ``alpha / rank``.
+        rate: Learning rate of Adam.
+        epochs: At most so many.
+        batch: Quadruples per step.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    rate: float = 0.0
+    epochs: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One file of `export/`: everything about a build that varies with the model.
 
@@ -261,6 +281,7 @@ class Recipe:
     data: DataSpec
     export: ExportSpec
     compile: CompileSpec
+    train: TrainSpec = TrainSpec()
     bundle_version: int = 0
 
 
@@ -372,6 +393,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: compile.onnxruntime.providers is {list(providers)}", fix="name each once")
     _check_builder(recipe.compile.tensorrt, "tensorrt", where)
     _check_builder(recipe.compile.tensorrt_rtx, "tensorrt_rtx", where)
+    if min(dataclasses.astuple(recipe.train)) < 0:
+        raise RecipeError(f"{where}: train holds a negative number", fix="use 0 for the published one")
     if recipe.bundle_version < 0:
         raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     return recipe
