@@ -17,7 +17,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.inspection import describe
 from uwm_deploy.pipeline import Outcome, Request, run
-from uwm_deploy.records import Evidence, Manifest, Method, Result, Trainer, TrainingRecord
+from uwm_deploy.records import Evidence, Method, Result, Trainer, TrainingRecord
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.uwm.patch import Patch
@@ -60,14 +60,11 @@ def _request(model: Path, folder: Path, calibration: str, measured_on: tuple[str
 def bundled(
     trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Request, Outcome]]:
-    """A bundle of each method, and one with UWM on top."""
+    """A bundle of each method."""
     found = {}
     for method, (model, _) in trained.items():
         request = _request(model, tmp_path_factory.mktemp("bundle"), small_set, measured_on)
         found[method.value] = request, run(request, until="package", reporter=QUIET)
-    model = trained[Trainer.SAFE_CLIP][0]
-    request = _request(model, tmp_path_factory.mktemp("bundle"), small_set, measured_on, method="uwm")
-    found["uwm"] = request, run(request, until="package", reporter=QUIET)
     return found
 
 
@@ -115,20 +112,18 @@ def test_a_bundle_says_how_it_was_trained(bundled: dict[str, tuple[Request, Outc
     assert "reports/training.json" in page(dossier_of(out))
 
 
-def test_an_edit_goes_on_top_of_trained_weights(bundled: dict[str, tuple[Request, Outcome]], trained: Models) -> None:
-    """The original is then the trained model, and its training record travels along."""
-    request, outcome = bundled["uwm"]
-    record = trained[Trainer.SAFE_CLIP][1]
+def test_an_edit_goes_on_top_of_trained_weights(
+    trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path: Path
+) -> None:
+    """The original is then the trained model; its training record is not about the edited weights, so not beside them."""
+    model, record = trained[Trainer.SAFE_CLIP]
+    request = _request(model, tmp_path, small_set, measured_on, method="uwm")
+    outcome = run(request, until="edit", reporter=QUIET)
     assert outcome.edit is not None
     assert outcome.edit.method is Method.UWM
     assert outcome.edit.model.weights_digest == record.trained_weights_digest
-    assert outcome.verdict is not None
-    assert outcome.verdict.result is Result.PASS
-    assert request.out is not None
-    manifest = record_from_json(Manifest, (request.out / "manifest.json").read_bytes(), where="manifest.json")
-    assert "reports/training.json" in {file.path for file in manifest.files}
-    assert request.work is not None
-    assert not (request.work / "edit" / "model" / "training.json").exists()  # it is not about the edited weights
+    assert sum(layer.selected for layer in outcome.edit.layers) > 0
+    assert not (tmp_path / "work" / "edit" / "model" / "training.json").exists()
 
 
 def test_the_patch_of_trained_weights_can_not_be_applied(bundled: dict[str, tuple[Request, Outcome]]) -> None:
