@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_graph
+from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
@@ -84,7 +84,7 @@ def onnx_from_tower(
     _check_graph(name, proto, set(arrays), tower, spec)
     with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
         found = pool.submit(fingerprint_of_graph, arrays, edits, patch.layers)
-        write_graph(model, folder / name, external)
+        digest = write_graph(model, folder / name, external)
         fingerprint = found.result()
     if fingerprint.mismatches:
         raise ContractError(
@@ -94,7 +94,7 @@ def onnx_from_tower(
         tower=tower.name,
         file=name,
         external_data=external,
-        digest=digest_of_onnx(folder / name, external),
+        digest=digest,
         weights_digest=weights_digest,
         opset=spec.opset,
         inputs=(_spec_of(proto.graph.input[0]),),
