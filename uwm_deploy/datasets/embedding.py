@@ -8,8 +8,10 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from uwm_deploy.datasets.crops import CropStore, PixelRows
+from uwm_deploy.datasets.encoded import EncodedRows, objects
 from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
@@ -23,8 +25,8 @@ from uwm_deploy.workspace import digest_of_bytes
 T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
-Inputs = np.ndarray | PixelRows
-"""Rows of one input; pixels are normalised as slices of them are taken."""
+Inputs = np.ndarray | PixelRows | EncodedRows
+"""Rows of one input; pixels are normalised, and bytes encoded, as slices of them are taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,33 @@ def prepare(
         safe_ids=_spread(tokenizer.encode([pair[0] for pair in texts]), mine, len(source)),
         unsafe_ids=_spread(tokenizer.encode([pair[1] for pair in texts]), mine, len(source)),
         zero_shot=zero_shot,
+        zero_shot_missing=source.zero_shot_missing,
+    )
+
+
+def encoded(source: QuadrupleSource) -> PreparedSet:
+    """A set as users send it to a server: encoded images (n,) and texts in UTF-8 (n,), both objects.
+
+    Args:
+        source: The set; every image is read again when it is sent.
+
+    Raises:
+        DataError: If an item has no image or no text, or cannot be read.
+    """
+    if not (source.has_images and source.has_texts):
+        raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
+    texts = [source.read_texts(index) for index in range(len(source))]
+    if missing := [name for name, pair in zip(source.ids, texts, strict=True) if pair is None]:
+        raise DataError(f"item {missing[0]} is not a whole quadruple", fix="evaluate on whole quadruples")
+    pairs = [pair for pair in texts if pair is not None]
+    return PreparedSet(
+        ids=tuple(source.ids),
+        concepts=tuple(source.concepts),
+        safe_pixels=EncodedRows(len(source), lambda index: _image(source.read(index), "safe_image")),
+        unsafe_pixels=EncodedRows(len(source), lambda index: _image(source.read(index), "unsafe_image")),
+        safe_ids=objects([pair[0].encode() for pair in pairs]),
+        unsafe_ids=objects([pair[1].encode() for pair in pairs]),
+        zero_shot={name: _encoded_zero_shot(source.zero_shot(name)) for name in source.zero_shot_names},
         zero_shot_missing=source.zero_shot_missing,
     )
 
@@ -197,6 +226,21 @@ def _quadruple(source: QuadrupleSource, safe: PixelRows, unsafe: PixelRows, inde
     safe.crops[index] = crop_from_image(item.safe_image, safe.spec)
     unsafe.crops[index] = crop_from_image(item.unsafe_image, unsafe.spec)
     return item.safe_text, item.unsafe_text
+
+
+def _image(item: Quadruple, name: str) -> Image.Image:
+    found: Image.Image | None = getattr(item, name)
+    if found is None:
+        raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
+    return found
+
+
+def _encoded_zero_shot(part: ZeroShotSet) -> PreparedZeroShot:
+    labels = np.array([part.read(index).label for index in range(len(part))], dtype=np.int64)
+    prompts = objects([part.template.format(label).encode() for label in part.labels])
+    return PreparedZeroShot(
+        pixels=EncodedRows(len(part), lambda index: part.read(index).image), labels=labels, prompts=prompts
+    )
 
 
 def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:
