@@ -1268,6 +1268,7 @@ def triton_backends(folder: Path, as_json: bool) -> int:
 @click.option(
     "--timeout", "timeout_s", default=60.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Of a call, in s."
 )
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @common_options
 def triton_check(url: str, as_json: bool, **options: Any) -> int:
     """Reads back what the server at URL serves, puts canaries and SafeGround through it, and judges it by the policy.

@@ -52,6 +52,7 @@ class Request:
         evaluation: Another set than the bundle's own; of the same items.
         public_key: Whose signature the bundle must have.
         timeout_s: For each call.
+        workers: Processes that read the evaluation set.
     """
 
     url: str
@@ -62,6 +63,7 @@ class Request:
     public_key: Path | None = None
     min_bundle_version: int = 0
     timeout_s: float = 60.0
+    workers: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,9 @@ def _measured(
             f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
             fix="pass the same evaluation set",
         )
-    evidence = _evidence(bundle, towers, identity, encoded(source), reporter)
+    evidence = _evidence(
+        bundle, towers, identity, encoded(source, workers=request.workers, progress=reporter.progress), reporter
+    )
     kept = tuple(evidence if a.variant == identity.variant else a for a in report.artifacts)
     updated = dataclasses.replace(report, artifacts=kept)
     verdict = judge(updated, digest_of_bytes(json_from_record(updated).encode()))

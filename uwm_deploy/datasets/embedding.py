@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from uwm_deploy.datasets.crops import CropStore, PixelRows
-from uwm_deploy.datasets.encoded import EncodedRows, objects
+from uwm_deploy.datasets.encoded import ByteStore, EncodedRows, bytes_of, objects
 from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
@@ -106,29 +106,36 @@ def prepare(
     )
 
 
-def encoded(source: QuadrupleSource) -> PreparedSet:
+def encoded(source: QuadrupleSource, *, workers: int, progress: Progress) -> PreparedSet:
     """A set as users send it to a server: encoded images (n,) and texts in UTF-8 (n,), both objects.
 
     Args:
-        source: The set; every image is read again when it is sent.
+        source: The set.
+        workers: Processes that read it.
+        progress: Called as it goes on.
 
     Raises:
         DataError: If an item has no image or no text, or cannot be read.
     """
     if not (source.has_images and source.has_texts):
         raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
-    texts = [source.read_texts(index) for index in range(len(source))]
-    if missing := [name for name, pair in zip(source.ids, texts, strict=True) if pair is None]:
-        raise DataError(f"item {missing[0]} is not a whole quadruple", fix="evaluate on whole quadruples")
-    pairs = [pair for pair in texts if pair is not None]
+    store = ByteStore()
+    safe, unsafe, texts = EncodedRows(store), EncodedRows(store), []
+    for images, pair in read_all(partial(_encoded, source), len(source), workers, "evaluation images", progress):
+        safe.append(images[0])
+        unsafe.append(images[1])
+        texts.append(pair)
     return PreparedSet(
         ids=tuple(source.ids),
         concepts=tuple(source.concepts),
-        safe_pixels=EncodedRows(len(source), lambda index: _image(source.read(index), "safe_image")),
-        unsafe_pixels=EncodedRows(len(source), lambda index: _image(source.read(index), "unsafe_image")),
-        safe_ids=objects([pair[0].encode() for pair in pairs]),
-        unsafe_ids=objects([pair[1].encode() for pair in pairs]),
-        zero_shot={name: _encoded_zero_shot(source.zero_shot(name)) for name in source.zero_shot_names},
+        safe_pixels=safe,
+        unsafe_pixels=unsafe,
+        safe_ids=objects([pair[0].encode() for pair in texts]),
+        unsafe_ids=objects([pair[1].encode() for pair in texts]),
+        zero_shot={
+            name: _encoded_zero_shot(source.zero_shot(name), store, workers, progress)
+            for name in source.zero_shot_names
+        },
         zero_shot_missing=source.zero_shot_missing,
     )
 
@@ -220,27 +227,37 @@ def _content(source: QuadrupleSource, index: int) -> Digest:
 
 def _quadruple(source: QuadrupleSource, safe: PixelRows, unsafe: PixelRows, index: int) -> tuple[str, str]:
     """Puts the images where they belong, and returns the texts."""
-    item = source.read(index)
+    safe_image, unsafe_image, texts = _whole(source.read(index))
+    safe.crops[index] = crop_from_image(safe_image, safe.spec)
+    unsafe.crops[index] = crop_from_image(unsafe_image, unsafe.spec)
+    return texts
+
+
+def _whole(item: Quadruple) -> tuple[Image.Image, Image.Image, tuple[str, str]]:
     if item.safe_image is None or item.unsafe_image is None or item.safe_text is None or item.unsafe_text is None:
         raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
-    safe.crops[index] = crop_from_image(item.safe_image, safe.spec)
-    unsafe.crops[index] = crop_from_image(item.unsafe_image, unsafe.spec)
-    return item.safe_text, item.unsafe_text
+    return item.safe_image, item.unsafe_image, (item.safe_text, item.unsafe_text)
 
 
-def _image(item: Quadruple, name: str) -> Image.Image:
-    found: Image.Image | None = getattr(item, name)
-    if found is None:
-        raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
-    return found
+def _encoded(source: QuadrupleSource, index: int) -> tuple[tuple[bytes, bytes], tuple[str, str]]:
+    safe, unsafe, texts = _whole(source.read(index))
+    return (bytes_of(safe), bytes_of(unsafe)), texts
 
 
-def _encoded_zero_shot(part: ZeroShotSet) -> PreparedZeroShot:
-    labels = np.array([part.read(index).label for index in range(len(part))], dtype=np.int64)
+def _encoded_labelled(part: ZeroShotSet, index: int) -> tuple[bytes, int]:
+    item = part.read(index)
+    return bytes_of(item.image), item.label
+
+
+def _encoded_zero_shot(part: ZeroShotSet, store: ByteStore, workers: int, progress: Progress) -> PreparedZeroShot:
+    rows, labels = EncodedRows(store), []
+    for data, label in read_all(
+        partial(_encoded_labelled, part), len(part), workers, f"zero-shot {part.name}", progress
+    ):
+        rows.append(data)
+        labels.append(label)
     prompts = objects([part.template.format(label).encode() for label in part.labels])
-    return PreparedZeroShot(
-        pixels=EncodedRows(len(part), lambda index: part.read(index).image), labels=labels, prompts=prompts
-    )
+    return PreparedZeroShot(pixels=rows, labels=np.array(labels, dtype=np.int64), prompts=prompts)
 
 
 def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:

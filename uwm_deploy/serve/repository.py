@@ -25,6 +25,9 @@ __all__ = ["TritonPythonModel"]
 '''
 _CLASSES = {PREPARES[TowerName.IMAGE]: "Preprocess", PREPARES[TowerName.TEXT]: "Tokenise", ZERO_SHOT: "ZeroShot"}
 
+_PREPARED_BY: Mapping[TowerName, Sequence[str]] = {TowerName.IMAGE: (), TowerName.TEXT: ("tokenizer.json",)}
+"""Files of the bundle that preparing needs, beside the manifest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
@@ -92,9 +95,9 @@ def write_repository(
             # An object store knows no empty folder, and without one the ensemble has no version.
             (folder / ENSEMBLES[tower] / str(version) / "ensemble").write_text("of the models beside it\n")
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
-            for model in (ENCODERS[tower], PREPARES[tower]):
-                _write_evidence(folder / model, bundle, tower, sources)
-        _write_evidence(folder / ZERO_SHOT, bundle, None, {})
+            _write_evidence(folder / ENCODERS[tower], [canary_file(tower)], bundle, sources)
+            _write_evidence(folder / PREPARES[tower], [canary_file(tower), *_PREPARED_BY[tower]], bundle, sources)
+        _write_evidence(folder / ZERO_SHOT, [], bundle, sources)
     return Written(
         repository=str(path),
         bundle=digest,
@@ -199,12 +202,11 @@ def _write_engine(folder: Path, bundle: Bundle, engine: EngineArtifact, sources:
             (folder / name).write_bytes(data)
 
 
-def _write_evidence(folder: Path, bundle: Bundle, tower: TowerName | None, sources: Mapping[str, Bundle]) -> None:
+def _write_evidence(folder: Path, names: Sequence[str], bundle: Bundle, sources: Mapping[str, Bundle]) -> None:
+    """What a model checks itself against, of every bundle that is served; a tower that is not edited has no canaries."""
     kept = {EVIDENCE: bundle} | {f"{EVIDENCE}-{capability}": source for capability, source in sources.items()}
     for place, source in kept.items():
         listed = {file.path for file in source.manifest.files}
-        names = [canary_file(tower)] if tower else []
-        names += ["tokenizer.json"] if tower is TowerName.TEXT else []
         parts = {name: source.read(name) for name in names if name in listed}
         parts[MANIFEST] = read_plain(source.path, MANIFEST)
         if (source.path / SIGNATURE).exists():
