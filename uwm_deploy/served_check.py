@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from uwm_deploy.serve.served import (
     counts_of,
     identity_of,
 )
-from uwm_deploy.stages.attest import reference_of, stored_parity
+from uwm_deploy.stages.attest import Judge, reference_of, stored_parity
 from uwm_deploy.stages.executed import executed
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file
 
@@ -108,74 +109,89 @@ def check_served(request: Request, reporter: Reporter) -> Served:
     Raises:
         InputError: If the address, the policy or the evaluation set is none that will do.
         IntegrityError: If the bundle itself was changed.
+        AnswerError: If the server answers with an error while it is measured.
         PrerequisiteError: If the server cannot be reached.
     """
     bundle = open_bundle(request.bundle, public_key=request.public_key, min_bundle_version=request.min_bundle_version)
+    judge = judge_of_bundle(bundle.path, request.policy)
+    with reporter.stage("check", request.url):
+        found, identity = _identified(bundle, request)
+        if _blocked(found.checks):
+            return found
+        # No connection is open while the set is read: its processes are forked, and gRPC has threads.
+        prepared = _prepared(bundle, request, reporter)
+        return _measured(found, identity, bundle, prepared, judge, request, reporter)
+
+
+@contextlib.contextmanager
+def _connected(request: Request) -> Iterator[Client]:
     client = open_client(request.url, request.protocol, timeout_s=request.timeout_s)
     try:
-        with reporter.stage("check", request.url):
-            return _check(client, bundle, request, reporter)
+        yield client
     finally:
         client.close()
 
 
-def _check(client: Client, bundle: Bundle, request: Request, reporter: Reporter) -> Served:
+def _identified(bundle: Bundle, request: Request) -> tuple[Served, Identity]:
+    """What the server says of itself, and whether its encoders are the edited model."""
     digest = digest_of_file(bundle.path / MANIFEST)
-    identity = identity_of(client, bundle, digest)
-    found = Served(
-        url=client.url,
-        protocol=client.protocol,
-        server=identity.server,
-        bundle=digest,
-        variant=identity.variant,
-        checks=identity.checks,
-    )
-    if _blocked(found.checks):
-        return found
-    before = counts_of(client)
-    towers = {tower: ServedTower(client, bundle, tower, identity) for tower in TowerName}
-    found = dataclasses.replace(found, checks=(*found.checks, *canary_checks(towers, bundle)))
-    if _blocked(found.checks):
-        return dataclasses.replace(found, counts=counts_of(client))
-    return _measured(found, bundle, towers, identity, request, reporter, client, before)
+    with _connected(request) as client:
+        identity = identity_of(client, bundle, digest)
+        checks = list(identity.checks)
+        if not _blocked(checks):
+            checks += canary_checks(_towers(client, bundle, identity), bundle)
+        found = Served(
+            url=client.url,
+            protocol=client.protocol,
+            server=identity.server,
+            bundle=digest,
+            variant=identity.variant,
+            checks=tuple(checks),
+        )
+    return found, identity
+
+
+def _prepared(bundle: Bundle, request: Request, reporter: Reporter) -> PreparedSet:
+    source, measured_on = evaluation_source_of(bundle, request.evaluation), report_of_bundle(bundle)[0].evaluation
+    if source.record.ids_digest != measured_on.ids_digest:
+        raise InputError(
+            f"data set {source.record.name} is not the one the bundle was measured on ({measured_on.name})",
+            fix="pass the same evaluation set",
+        )
+    return encoded(source, workers=request.workers, progress=reporter.progress)
 
 
 def _measured(
     found: Served,
-    bundle: Bundle,
-    towers: Mapping[TowerName, ServedTower],
     identity: Identity,
+    bundle: Bundle,
+    prepared: PreparedSet,
+    judge: Judge,
     request: Request,
     reporter: Reporter,
-    client: Client,
-    before: Mapping[str, Counts],
 ) -> Served:
     """SafeGround on the served path, judged in place of what the build measured."""
-    judge = judge_of_bundle(bundle.path, request.policy)
     report, _ = report_of_bundle(bundle)
-    source = evaluation_source_of(bundle, request.evaluation)
-    if source.record.ids_digest != report.evaluation.ids_digest:
-        raise InputError(
-            f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
-            fix="pass the same evaluation set",
-        )
-    evidence = _evidence(
-        bundle, towers, identity, encoded(source, workers=request.workers, progress=reporter.progress), reporter
-    )
+    with _connected(request) as client:
+        before, towers = counts_of(client), _towers(client, bundle, identity)
+        evidence = _evidence(bundle, towers, identity, prepared, reporter)
+        after = counts_of(client)
     kept = tuple(evidence if a.variant == identity.variant else a for a in report.artifacts)
     updated = dataclasses.replace(report, artifacts=kept)
-    verdict = judge(updated, digest_of_bytes(json_from_record(updated).encode()))
-    after = counts_of(client)
     sent = {model: rows for part in towers.values() for model, rows in part.expected().items()}
     own = next(a for a in report.artifacts if a.variant == identity.variant)
     return dataclasses.replace(
         found,
         checks=(*found.checks, *count_checks(before, after, sent)),
-        verdict=verdict,
+        verdict=judge(updated, digest_of_bytes(json_from_record(updated).encode())),
         evidence=evidence,
         differ=_differ(own, evidence),
         counts=after,
     )
+
+
+def _towers(client: Client, bundle: Bundle, identity: Identity) -> dict[TowerName, ServedTower]:
+    return {tower: ServedTower(client, bundle, tower, identity) for tower in TowerName}
 
 
 def _blocked(checks: Iterable[Check]) -> bool:

@@ -28,7 +28,8 @@ from uwm_deploy.serve.served import MODELS
 ROOT = Path(__file__).parents[2]
 WHEEL = "nvidia-pytriton==0.7.0"
 # numpy 2 and this server's Python backend make empty answers; onnxruntime for CPUs is a tenth of the one for GPUs.
-PACKAGES = ["numpy<2", "onnxruntime>=1.23", "pillow>=11", "tokenizers>=0.21", "safetensors>=0.5", "ftfy>=6.1", "cryptography>=43"]  # fmt: skip
+PACKAGES = ["numpy<2", "onnxruntime>=1.23", "pillow>=11", "tokenizers>=0.21", "safetensors>=0.5"]
+PACKAGES += ["ftfy>=6.1", "cryptography>=43"]
 SECONDS_TO_START = 60
 
 
@@ -113,7 +114,9 @@ class Server:
 
 
 @contextmanager
-def started(folder: Path, repository: Path, *, backends: Path | None = None, settings: dict[str, str] | None = None) -> Iterator[Server]:  # fmt: skip
+def started(
+    folder: Path, repository: Path, *, backends: Path | None = None, settings: dict[str, str] | None = None
+) -> Iterator[Server]:
     """Starts a server and stops it; it may end by itself.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -25,8 +25,8 @@ from uwm_deploy.workspace import digest_of_bytes
 T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
-Inputs = np.ndarray | PixelRows | EncodedRows
-"""Rows of one input; pixels are normalised, and bytes encoded, as slices of them are taken."""
+Inputs = np.ndarray | PixelRows
+"""Rows of one input; pixels are normalised as slices of them are taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +128,8 @@ def encoded(source: QuadrupleSource, *, workers: int, progress: Progress) -> Pre
     return PreparedSet(
         ids=tuple(source.ids),
         concepts=tuple(source.concepts),
-        safe_pixels=safe,
-        unsafe_pixels=unsafe,
+        safe_pixels=_as_array(safe),
+        unsafe_pixels=_as_array(unsafe),
         safe_ids=objects([pair[0].encode() for pair in texts]),
         unsafe_ids=objects([pair[1].encode() for pair in texts]),
         zero_shot={
@@ -257,7 +257,12 @@ def _encoded_zero_shot(part: ZeroShotSet, store: ByteStore, workers: int, progre
         rows.append(data)
         labels.append(label)
     prompts = objects([part.template.format(label).encode() for label in part.labels])
-    return PreparedZeroShot(pixels=rows, labels=np.array(labels, dtype=np.int64), prompts=prompts)
+    return PreparedZeroShot(pixels=_as_array(rows), labels=np.array(labels, dtype=np.int64), prompts=prompts)
+
+
+def _as_array(rows: EncodedRows) -> np.ndarray:
+    """The same; whoever embeds a set takes slices of its rows and nothing else."""
+    return cast(np.ndarray, rows)
 
 
 def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:
