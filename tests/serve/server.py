@@ -115,15 +115,20 @@ class Server:
 
 @contextmanager
 def started(
-    folder: Path, repository: Path, *, backends: Path | None = None, settings: dict[str, str] | None = None
+    folder: Path,
+    *repositories: Path,
+    backends: Path | None = None,
+    settings: dict[str, str] | None = None,
+    control: str = "none",
 ) -> Iterator[Server]:
     """Starts a server and stops it; it may end by itself.
 
     Args:
         folder: For its log and its backends.
-        repository: Models.
+        repositories: Models.
         backends: Folder with other backends than ours.
         settings: Further environment variables.
+        control: Whether models are loaded again when their files change ("poll").
     """
     venv = environment()
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +138,11 @@ def started(
     if not (backends / "python").exists():
         (backends / "python").symlink_to(_home(venv) / "backends" / "python")
     http, grpc = _free_port(), _free_port()
-    command = [str(_home(venv) / "bin" / "tritonserver"), f"--model-repository={repository}"]
+    command = [str(_home(venv) / "bin" / "tritonserver")]
+    command += [f"--model-repository={repository}" for repository in repositories]
     command += [f"--backend-directory={backends}", "--exit-on-error=true", "--disable-auto-complete-config"]
-    command += ["--strict-readiness=true", "--model-control-mode=none", "--allow-metrics=false"]
+    command += ["--strict-readiness=true", f"--model-control-mode={control}", "--allow-metrics=false"]
+    command += ["--repository-poll-secs=1"] if control == "poll" else []
     command += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", f"--http-port={http}", f"--grpc-port={grpc}"]
     libraries = [str(_packages(venv) / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     variables = {

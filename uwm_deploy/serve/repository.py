@@ -80,6 +80,8 @@ def write_repository(
             f"variant {chosen} is {reason}", fix="run `uwm-deploy attest` on a machine that can execute it"
         )
     engines = bundle.engines(chosen)
+    if further and not _is_plan(engines):
+        raise InputError(f"{chosen} is not for TensorRT, so no further bundle belongs to it", fix="leave --further out")
     sources = _by_capability(bundle, further, chosen) if _is_plan(engines) else {}
     plans = {tower: [_plan(source, cc, chosen, tower) for cc, source in sources.items()] for tower in engines}
     digest = _digest(bundle)
