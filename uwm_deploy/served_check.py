@@ -35,6 +35,7 @@ from uwm_deploy.serve.served import (
     count_checks,
     counts_of,
     identity_of,
+    settled_counts,
 )
 from uwm_deploy.stages.attest import Judge, reference_of, stored_parity
 from uwm_deploy.stages.executed import executed
@@ -175,10 +176,10 @@ def _measured(
     with _connected(request) as client:
         before, towers = counts_of(client), _towers(client, bundle, identity)
         evidence = _evidence(bundle, towers, identity, prepared, reporter)
-        after = counts_of(client)
+        sent = {model: rows for part in towers.values() for model, rows in part.expected().items()}
+        after = settled_counts(client, before, sent)
     kept = tuple(evidence if a.variant == identity.variant else a for a in report.artifacts)
     updated = dataclasses.replace(report, artifacts=kept)
-    sent = {model: rows for part in towers.values() for model, rows in part.expected().items()}
     own = next(a for a in report.artifacts if a.variant == identity.variant)
     return dataclasses.replace(
         found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from uwm_deploy.serve.names import (
 
 MODELS = (*ENSEMBLES.values(), *PREPARES.values(), *ENCODERS.values(), ZERO_SHOT)
 """Every model of a repository, what users call first."""
+
+COUNTING_SECONDS = 5.0
+"""How long a server may take to count what it has answered."""
 
 _COMPARED = ("max_batch_size", "input", "output", "version_policy", "ensemble_scheduling")
 """Fields of a configuration that the owner of a server has no choice of, and the server fills nothing into."""
@@ -178,6 +182,16 @@ def counts_of(client: Client, models: Sequence[str] = MODELS) -> dict[str, Count
     """What a server has counted of each model; empty where it counts nothing."""
     found = {model: client.counts(model) for model in models}
     return {model: counts for model, counts in found.items() if counts is not None}
+
+
+def settled_counts(client: Client, before: Mapping[str, Counts], sent: Mapping[str, int]) -> dict[str, Counts]:
+    """What a server has counted once it has counted what was sent: it answers first and counts a moment later."""
+    until = time.monotonic() + COUNTING_SECONDS
+    while True:
+        found = counts_of(client)
+        if time.monotonic() > until or not any(check.blocks for check in count_checks(before, found, sent)):
+            return found
+        time.sleep(0.05)
 
 
 def statement(name: str, subject: str, true: bool, otherwise: str) -> Check:
