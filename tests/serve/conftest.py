@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
-
 from tests.serve.server import Server, started, wait
 from tests.small_build import build_small
 from uwm_deploy.codec import json_from_record

@@ -31,6 +31,7 @@ WHEEL = "nvidia-pytriton==0.7.0"
 PACKAGES = ["numpy<2", "onnxruntime>=1.23", "pillow>=11", "tokenizers>=0.21", "safetensors>=0.5"]
 PACKAGES += ["ftfy>=6.1", "cryptography>=43"]
 SECONDS_TO_START = 60
+RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
 def environment() -> Path:
@@ -62,8 +63,8 @@ def _make(folder: Path) -> None:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            pytest.skip(f"no environment for tritonserver: {' '.join(command[1:5])} ...: {' '.join(reason)}")
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line or not line.startswith("WARNING")]
+            pytest.skip(f"no environment for tritonserver: {' '.join(command[1:5])} ...: {' '.join(lines[-1:])}")
     home = _home(folder)
     stub = home / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}" / "triton_python_backend_stub"
     if not stub.exists():
@@ -142,6 +143,7 @@ def started(
     command += [f"--model-repository={repository}" for repository in repositories]
     command += [f"--backend-directory={backends}", "--exit-on-error=true", "--disable-auto-complete-config"]
     command += ["--strict-readiness=true", f"--model-control-mode={control}", "--allow-metrics=false"]
+    command += [f"--http-restricted-api={RESTRICTED}:admin=x", f"--grpc-restricted-protocol={RESTRICTED}:admin=x"]
     command += ["--repository-poll-secs=1"] if control == "poll" else []
     command += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", f"--http-port={http}", f"--grpc-port={grpc}"]
     libraries = [str(_packages(venv) / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from PIL import Image
 
 from tests.serve.conftest import VARIANT, repacked
-from tests.serve.server import Server, started, wait
+from tests.serve.server import ROOT, Server, started, wait
 from uwm_deploy.cli import cli
 from uwm_deploy.datasets.encoded import objects
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
@@ -49,6 +50,8 @@ from uwm_deploy.serve.names import (  # fmt: skip
 )
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.serve.served import count_checks, counts_of, settled_counts
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
 
 TEXTS = ["a red circle", "a blue square and two stars", "", "ein grüner Kreis", "a <|endoftext|> b"]
 
@@ -408,6 +411,15 @@ def test_a_broken_image_does_not_fail_others_in_its_batch(server: Server, bundle
     client.close()
 
 
+def test_the_launch_command_keeps_models_and_shared_memory_from_users(server: Server) -> None:
+    """What docs/triton.md starts the server with: no list of models, no shared memory, without the key."""
+    for path in ("/v2/repository/index", "/v2/systemsharedmemory/region/x/register"):
+        connection = http.client.HTTPConnection(server.http, timeout=10)
+        connection.request("POST", path, b"{}")
+        assert connection.getresponse().status == 403
+        connection.close()
+
+
 # --- the check of the served path -------------------------------------------------------------------------------
 
 
@@ -552,3 +564,19 @@ def test_an_address_is_for_one_protocol() -> None:
     for url in ("http://localhost:8000", "localhost", "localhost:x", "localhost:1/v2"):
         with pytest.raises(UwmError):
             open_client(url, "grpc", timeout_s=1)
+
+
+def test_the_documents_compose_file_and_service_are_whole() -> None:
+    """docs/triton.md: YAML that can be read, hardened, and with the flags that the tests start the server with."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "docs" / "triton.md").read_text()
+    compose, service = (yaml.safe_load(part.split("```")[0]) for part in text.split("```yaml\n")[1:])
+    container = compose["services"]["clip"]
+    assert container["read_only"] is True
+    assert container["cap_drop"] == ["ALL"]
+    assert all(volume.endswith(":ro") for volume in container["volumes"])
+    model = service["spec"]["predictor"]["model"]
+    for flag in ("--exit-on-error=true", "--disable-auto-complete-config", "--model-control-mode=none"):
+        assert flag in container["command"].split()
+        assert flag in model["args"]
+    assert model["protocolVersion"] == "v2"
