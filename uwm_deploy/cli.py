@@ -1180,7 +1180,7 @@ class DefaultGroup(PipelineGroup):
         return super().resolve_command(ctx, args if known else [next(iter(self.commands)), *args])
 
 
-@cli.group(cls=DefaultGroup)
+@cli.group(cls=DefaultGroup, context_settings={"ignore_unknown_options": True})
 def triton() -> None:
     """Writes a BUNDLE as a model repository for Triton, or checks a running server against it (docs/triton.md).
 

@@ -138,7 +138,7 @@ def started(
         write_backends(backends)
     if not (backends / "python").exists():
         (backends / "python").symlink_to(_home(venv) / "backends" / "python")
-    http, grpc = _free_port(), _free_port()
+    http, grpc = free_port(), free_port()
     command = [str(_home(venv) / "bin" / "tritonserver")]
     command += [f"--model-repository={repository}" for repository in repositories]
     command += [f"--backend-directory={backends}", "--exit-on-error=true", "--disable-auto-complete-config"]
@@ -185,7 +185,7 @@ def wait(server: Server) -> Server:
             return server
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

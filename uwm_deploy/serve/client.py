@@ -67,6 +67,9 @@ class Client(Protocol):
             AnswerError: If there is no such model; so do the other calls.
         """
 
+    def parameters(self, model: str) -> dict[str, str]:
+        """What a model's metadata says beside its inputs and outputs; nothing where the protocol has no place for it."""
+
     def config(self, model: str) -> Message | None:
         """Configuration as the server uses it; None where a server has no such thing."""
 
@@ -80,14 +83,13 @@ class Client(Protocol):
         """Closes connections."""
 
 
-def open_client(url: str, protocol: str, *, timeout_s: float, binary: bool = True) -> Client:
+def open_client(url: str, protocol: str, *, timeout_s: float) -> Client:
     """A client for a server; nothing is sent yet.
 
     Args:
         url: ``host:port``, with ``http://`` or ``grpc://`` before it or not.
         protocol: ``"grpc"`` or ``"http"``.
         timeout_s: For each call.
-        binary: Over HTTP, send tensors as bytes after the JSON, which not every server of the protocol reads.
 
     Raises:
         InputError: If the URL is none.
@@ -104,7 +106,7 @@ def open_client(url: str, protocol: str, *, timeout_s: float, binary: bool = Tru
         raise InputError(f"{url} is not for {protocol}", fix=f"pass --protocol {parts.scheme}")
     if protocol == "grpc":
         return GrpcClient(f"{host}:{port}", timeout_s)
-    return HttpClient(host, port, timeout_s, binary)
+    return HttpClient(host, port, timeout_s)
 
 
 class GrpcClient:
@@ -129,6 +131,10 @@ class GrpcClient:
         """See `Client.versions`."""
         with self._errors():
             return list(self._client.get_model_metadata(model, client_timeout=self._timeout).versions)
+
+    def parameters(self, model: str) -> dict[str, str]:  # noqa: ARG002  these messages have no place for any
+        """See `Client.parameters`."""
+        return {}
 
     def config(self, model: str) -> Message | None:
         """See `Client.config`."""
@@ -185,13 +191,17 @@ class GrpcClient:
 
 
 class HttpClient:
-    """See `Client`; one connection per thread."""
+    """See `Client`; one connection per thread.
+
+    Tensors are bytes after the JSON where a server says that it reads that, else numbers and base64 in it.
+    """
 
     protocol = "http"
 
-    def __init__(self, host: str, port: int, timeout_s: float, binary: bool) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float) -> None:
         self.url = f"{host}:{port}"
-        self._host, self._port, self._timeout, self._binary = host, port, timeout_s, binary
+        self._host, self._port, self._timeout = host, port, timeout_s
+        self._extensions: frozenset[str] | None = None
         self._local = threading.local()
         self._open: list[http.client.HTTPConnection] = []
 
@@ -202,7 +212,15 @@ class HttpClient:
 
     def versions(self, model: str) -> list[str]:
         """See `Client.versions`."""
-        return [str(one) for one in self._json("GET", f"/v2/models/{model}").get("versions") or ()]
+        found = self._json("GET", f"/v2/models/{model}").get("versions") or ()
+        return [str(one) for one in found] if isinstance(found, list) else []
+
+    def parameters(self, model: str) -> dict[str, str]:
+        """See `Client.parameters`."""
+        found = self._json("GET", f"/v2/models/{model}").get("parameters")
+        if not isinstance(found, dict):
+            return {}
+        return {str(key): str(value) for key, value in found.items() if isinstance(value, (str, int, float))}
 
     def config(self, model: str) -> Message | None:
         """See `Client.config`."""
@@ -211,20 +229,24 @@ class HttpClient:
         from google.protobuf import json_format
 
         found = self._json("GET", f"/v2/models/{model}/config")
-        return json_format.ParseDict(found, protobuf().ModelConfig(), ignore_unknown_fields=True)
+        with self._wellformed(model):
+            return json_format.ParseDict(found, protobuf().ModelConfig(), ignore_unknown_fields=True)
 
     def counts(self, model: str) -> Counts | None:
         """See `Client.counts`."""
         if not self._extension("statistics"):
             return None
-        return _counts(self._json("GET", f"/v2/models/{model}/stats"))
+        found = self._json("GET", f"/v2/models/{model}/stats")
+        with self._wellformed(model):
+            return _counts(found)
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         """See `Client.infer`."""
+        binary = self._extension("binary_tensor_data")
         described, tail = [], b""
         for name, rows in inputs.items():
             part: dict[str, Any] = {"name": name, "shape": list(rows.shape), "datatype": _type_of(rows)}
-            if self._binary:
+            if binary:
                 raw = _raw(rows)
                 part["parameters"] = {"binary_data_size": len(raw)}
                 tail += raw
@@ -235,23 +257,37 @@ class HttpClient:
                 part["data"] = rows.reshape(-1).tolist()
             described.append(part)
         wanted: dict[str, Any] = {"name": output}
-        if self._binary:
+        if binary:
             wanted["parameters"] = {"binary_data": True}
         body = json.dumps({"id": uuid.uuid4().hex, "inputs": described, "outputs": [wanted]}).encode()
         headers = {"Content-Type": "application/json"}
-        if self._binary:
+        if binary:
             headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
         answer, length = self._request("POST", f"/v2/models/{model}/infer", body + tail, headers)
-        head = json.loads(answer[:length] if length is not None else answer)
-        return _there(_output(head, answer[length:] if length is not None else b"", output), model, output)
+        with self._wellformed(model):
+            head = json.loads(answer[:length])
+            found = _output(head, answer[length:] if length is not None else b"", output)
+        return _there(found, model, output)
 
     def close(self) -> None:
         """See `Client.close`."""
         for connection in self._open:
             connection.close()
 
+    @contextlib.contextmanager
+    def _wellformed(self, model: str) -> Iterator[None]:
+        """Whatever a server answers, what is wrong with it is the server's."""
+        from google.protobuf.json_format import ParseError
+
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError, struct.error, ParseError) as error:
+            raise AnswerError(f"{self.url}: the answer of {model} is not as the protocol has it: {error!r}") from error
+
     def _extension(self, name: str) -> bool:
-        return name in (self._json("GET", "/v2").get("extensions") or ())
+        if self._extensions is None:
+            self._extensions = frozenset(map(str, self._json("GET", "/v2").get("extensions") or ()))
+        return name in self._extensions
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
         answer, _ = self._request(method, path, None, {})
@@ -282,7 +318,9 @@ class HttpClient:
         if response.status != 200:
             raise AnswerError(f"{self.url}{path}: {response.status} {_error_text(answer)}")
         length = response.getheader("Inference-Header-Content-Length")
-        return answer, int(length) if length else None
+        if length is not None and not length.isdecimal():
+            raise AnswerError(f"{self.url}{path}: the length of its JSON is {length[:20]!r}")
+        return answer, int(length) if length is not None else None
 
     def _connection(self) -> http.client.HTTPConnection:
         if not hasattr(self._local, "connection"):

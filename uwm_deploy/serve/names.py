@@ -31,6 +31,7 @@ BUNDLE = "uwm_bundle_sha256"
 
 VARIANT, ENGINE, WEIGHTS = "uwm_variant", "uwm_engine_sha256", "uwm_edited_weights"
 BUNDLE_VERSION, TOOL_VERSION = "uwm_bundle_version", "uwm_tool_version"
+DEVICE, PROVIDER = "uwm_device", "uwm_provider"
 
 EVIDENCE = "bundle"
 """Folder beside the version folder with the files of the bundle that a model checks itself against."""

@@ -19,11 +19,13 @@ from uwm_deploy.serve.client import AnswerError, Client, Counts
 from uwm_deploy.serve.config import Layout, Message, configs, version_of
 from uwm_deploy.serve.names import (
     BUNDLE,
+    DEVICE,
     EMBEDDING,
     ENCODERS,
     ENGINE,
     ENSEMBLES,
     PREPARES,
+    PROVIDER,
     RAW,
     VARIANT,
     WEIGHTS,
@@ -38,6 +40,9 @@ COUNTING_SECONDS = 5.0
 
 _COMPARED = ("max_batch_size", "input", "output", "version_policy", "ensemble_scheduling")
 """Fields of a configuration that the owner of a server has no choice of, and the server fills nothing into."""
+
+
+_TOLD = {"device": DEVICE, "provider": PROVIDER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,8 @@ def identity_of(client: Client, bundle: Bundle, digest: Digest) -> Identity:
         PrerequisiteError: If the server cannot be reached.
     """
     name, version = client.server()
+    if client.protocol == "http" and not _configures(client):
+        return _told(client, bundle, digest, f"{name} {version}")
     found: dict[str, Message] = {}
     checks = []
     for model in MODELS:
@@ -136,6 +143,40 @@ def identity_of(client: Client, bundle: Bundle, digest: Digest) -> Identity:
         checks += [_as_written(model, config, wanted[model], digest) for model, config in found.items()]
         checks += [_engine(found, bundle, tower, variant) for tower in TowerName if ENCODERS[tower] in found]
     return Identity(f"{name} {version}", variant, tuple(checks), _where(f"{name} {version}", found))
+
+
+def _configures(client: Client) -> bool:
+    """Whether the server tells configurations, of whatever models it has."""
+    try:
+        return client.config(ENSEMBLES[TowerName.IMAGE]) is not None
+    except AnswerError:
+        return True
+
+
+def _told(client: Client, bundle: Bundle, digest: Digest, server: str) -> Identity:
+    """Of a server without configurations: what the metadata of its models says."""
+    found: dict[str, dict[str, str]] = {}
+    checks = []
+    for model in (*ENSEMBLES.values(), *ENCODERS.values()):
+        try:
+            found[model] = client.parameters(model)
+        except AnswerError as error:
+            checks.append(statement("served as written", model, False, str(error)))
+    variants = {parameters.get(VARIANT, "") for parameters in found.values()}
+    variant = variants.pop() if len(variants) == 1 else ""
+    reason = _reason_no_variant(bundle, variant)
+    checks.append(statement("served variant", "server", not reason, reason))
+    for model, parameters in found.items() if not reason else ():
+        tower = next(t for t in TowerName if model in (ENSEMBLES[t], ENCODERS[t]))
+        wanted = {BUNDLE: digest, WEIGHTS: bundle.manifest.edit.edited_weights_digest}
+        wanted[ENGINE] = bundle.engines(variant)[tower].digest
+        wrong = [
+            f"{key} is {parameters.get(key, 'missing')}" for key, one in wanted.items() if parameters.get(key) != one
+        ]
+        checks.append(statement("served as written", model, not wrong, "; ".join(wrong)))
+    devices = {key: {one.get(name, "unknown") for one in found.values()} for key, name in _TOLD.items()}
+    where = {"server": server} | {key: values.pop() for key, values in devices.items() if len(values) == 1}
+    return Identity(server, variant, tuple(checks), where)
 
 
 def canary_checks(towers: Mapping[TowerName, ServedTower], bundle: Bundle) -> list[Check]:
@@ -180,6 +221,8 @@ def count_checks(before: Mapping[str, Counts], after: Mapping[str, Counts], sent
 
 def counts_of(client: Client, models: Sequence[str] = MODELS) -> dict[str, Counts]:
     """What a server has counted of each model; empty where it counts nothing."""
+    if client.counts(models[0]) is None:
+        return {}
     found = {model: client.counts(model) for model in models}
     return {model: counts for model, counts in found.items() if counts is not None}
 
