@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,30 +31,42 @@ WHEEL = "nvidia-pytriton==0.7.0"
 # numpy 2 and this server's Python backend make empty answers; onnxruntime for CPUs is a tenth of the one for GPUs.
 PACKAGES = ["numpy<2", "onnxruntime>=1.23", "pillow>=11", "tokenizers>=0.21", "safetensors>=0.5"]
 PACKAGES += ["ftfy>=6.1", "cryptography>=43"]
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 SECONDS_TO_START = 60
+SECONDS_TO_INSTALL = 120
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
 def environment() -> Path:
-    """The server's virtual environment; skips the test where there can be none."""
+    """The server's virtual environment; skips the test where there can be none, and says why."""
+    found = _environment()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@cache  # a machine without the packages is asked once, not by every test
+def _environment() -> Path | str:
+    """The environment, or why there is none."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        pytest.skip("the wheel of nvidia-pytriton is for Linux on x86_64")
+        return "the wheel of nvidia-pytriton is for Linux on x86_64"
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
-        pytest.skip(f"nvidia-pytriton needs glibc 2.35, this is {name} {version}")
+        return f"nvidia-pytriton needs glibc 2.35, this is {name} {version}"
     given = os.environ.get("UWM_DEPLOY_TRITON_VENV")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    tag = f"{WHEEL.replace('==', '-')}-py{sys.version_info[0]}.{sys.version_info[1]}"
-    folder = Path(given) if given else cache / "uwm-deploy" / tag
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uwm-deploy"
+    folder = Path(given) if given else parent / f"{WHEEL.replace('==', '-')}-py{PYTHON}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "ready").exists():
-            _make(folder)
-    return folder
+        reason = "" if (folder / "ready").exists() else _make(folder)
+    return f"no environment for tritonserver: {reason}" if reason else folder
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path) -> str:
+    """Makes it; empty, or why it cannot be made."""
+    if folder.exists() and not (folder / "pyvenv.cfg").exists() and any(folder.iterdir()):
+        return f"{folder} is something else"
     shutil.rmtree(folder, ignore_errors=True)
     python = str(folder / "bin" / "python")
     for command in (
@@ -61,18 +74,22 @@ def _make(folder: Path) -> None:
         [python, "-m", "pip", "install", "-q", *PACKAGES],
         [python, "-m", "pip", "install", "-q", "--no-deps", WHEEL],  # its own client and web server are not needed
     ):
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_INSTALL)
+        except subprocess.TimeoutExpired:
+            return f"{' '.join(command[1:])} took longer than {SECONDS_TO_INSTALL} s"
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line or not line.startswith("WARNING")]
-            pytest.skip(f"no environment for tritonserver: {' '.join(command[1:5])} ...: {' '.join(lines[-1:])}")
+            lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+            return f"{' '.join(command[1:])}: {' '.join(lines[-1:])}"
     home = _home(folder)
-    stub = home / "python_backend_stubs" / f"{sys.version_info[0]}.{sys.version_info[1]}" / "triton_python_backend_stub"
+    stub = home / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     if not stub.exists():
-        pytest.skip(f"nvidia-pytriton has no stub for Python {sys.version_info[0]}.{sys.version_info[1]}")
+        return f"nvidia-pytriton has no stub for Python {PYTHON}"
     placed = Path(shutil.copy(stub, home / "backends" / "python"))
     for program in (placed, home / "bin" / "tritonserver"):
         program.chmod(0o755)
     (folder / "ready").touch()
+    return ""
 
 
 def _home(folder: Path) -> Path:
@@ -88,8 +105,7 @@ def _with_this_package(folder: Path, venv: Path) -> Path:
 
     The embedded interpreter ignores PYTHONPATH: it takes the environment whose python comes first in PATH.
     """
-    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    packages = folder / "lib" / version / "site-packages"
+    packages = folder / "lib" / f"python{PYTHON}" / "site-packages"
     packages.mkdir(parents=True)
     (folder / "bin").mkdir()
     (folder / "bin" / "python3").symlink_to((venv / "bin" / "python").resolve())
