@@ -1171,6 +1171,121 @@ def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     return run_embed(bundle, source, as_json=as_json, **options)
 
 
+class DefaultGroup(PipelineGroup):
+    """A group whose first command need not be named: `triton BUNDLE REPO` is `triton write BUNDLE REPO`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Puts the first command before what names none."""
+        known = args and (args[0] in self.commands)
+        return super().resolve_command(ctx, args if known else [next(iter(self.commands)), *args])
+
+
+@cli.group(cls=DefaultGroup, context_settings={"ignore_unknown_options": True})
+def triton() -> None:
+    """Writes a BUNDLE as a model repository for Triton, or checks a running server against it (docs/triton.md).
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+    """
+
+
+@triton.command("write")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="A certain variant. [default: the first proven one that Triton serves]")
+@click.option(
+    "--place",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    help="Of the encoders; auto leaves it to the server, gpu makes it refuse to start without one.",
+)
+@click.option(
+    "--instances", default=1, show_default=True, type=click.IntRange(1, 64), help="Of each encoder, per device."
+)
+@click.option(
+    "--preparing", default=2, show_default=True, type=click.IntRange(1, 256), help="Processes that decode images."
+)
+@click.option(
+    "--max-delay-ms",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, 1000),
+    help="Longest wait of a row for others to fill a batch with.",
+)
+@click.option(
+    "--further",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Bundle of the same edited model, with TensorRT plans for another compute capability; repeatable.",
+)
+@click.option(
+    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
+)
+@min_version_option
+@click.option("--force", is_flag=True, help="Replace a repository that is there.")
+@common_options
+def triton_write(bundle: Path, repository: Path, as_json: bool, **options: Any) -> int:
+    """Writes the model repository REPOSITORY of a BUNDLE that passes; `write` need not be said.
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton write dist/demo models --variant onnxruntime-fp32 --place cpu --force
+    """
+    from uwm_deploy.triton_command import run_write
+
+    return run_write(bundle, repository, as_json=as_json, **options)
+
+
+@triton.command("backends")
+@click.argument("folder", type=click.Path(path_type=Path))
+@common_options
+def triton_backends(folder: Path, as_json: bool) -> int:
+    """Writes Python-based backends for a server without its own for ONNX Runtime or TensorRT, into FOLDER.
+
+    \b
+    Example:
+      uwm-deploy triton backends tritonserver/backends
+    """
+    from uwm_deploy.triton_command import run_backends
+
+    return run_backends(folder, as_json=as_json)
+
+
+@triton.command("check")
+@click.argument("url")
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="What it should serve.")
+@click.option("--protocol", default="grpc", show_default=True, type=click.Choice(["grpc", "http"]))
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
+@click.option(
+    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
+)
+@min_version_option
+@click.option(
+    "--timeout", "timeout_s", default=60.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Of a call, in s."
+)
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def triton_check(url: str, as_json: bool, **options: Any) -> int:
+    """Reads back what the server at URL serves, puts canaries and SafeGround through it, and judges it by the policy.
+
+    Exit codes: 0 it serves the bundle, and as safely as was proven; 3 or 4 the gate's; 5 it serves something else; 6 it
+    cannot be reached.
+
+    \b
+    Example:
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+      uwm-deploy triton check localhost:8000 --protocol http --bundle dist/demo --json
+    """
+    from uwm_deploy.triton_command import run_check
+
+    return run_check(url, as_json=as_json, **options)
+
+
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="HTML file. [default: PATH-report.html]")

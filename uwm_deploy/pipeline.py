@@ -1130,7 +1130,7 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
         IntegrityError: If the bundle or the report was changed.
     """
     if path.is_dir():
-        return _report_of(open_bundle(path, allow_failed=True))
+        return report_of_bundle(open_bundle(path, allow_failed=True))
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -1138,7 +1138,8 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
     return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
 
 
-def _report_of(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+    """What was measured of a bundle, and the digest of that file."""
     content = bundle.read("reports/verify.json")
     return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
 
@@ -1167,7 +1168,7 @@ def judge_file(
     judge = _judge(*policy_of(policy_name), _baseline_for(path, baseline))
     if path.is_dir():
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return judge(*_report_of(bundle), earlier=bundle.manifest.verdict)
+        return judge(*report_of_bundle(bundle), earlier=bundle.manifest.verdict)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     return judge(*report_at(path))

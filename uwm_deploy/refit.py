@@ -402,7 +402,7 @@ class _Refit:
             self.report,
             edit_proof=proof,
             edited_weights_digest=edit.edited_weights_digest,
-            edited=safety_report("edited", reference),
+            edited=safety_report("edited", reference, with_items=True),
             edit_effect=flips_between(original, reference),
             artifacts=tuple(_not_run(made.onnx, made.engines)),
         )

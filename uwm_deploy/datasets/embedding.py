@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
+from PIL import Image
 
 from uwm_deploy.datasets.crops import CropStore, PixelRows
+from uwm_deploy.datasets.encoded import ByteStore, EncodedRows, bytes_of, objects
 from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
@@ -104,6 +106,40 @@ def prepare(
     )
 
 
+def encoded(source: QuadrupleSource, *, workers: int, progress: Progress) -> PreparedSet:
+    """A set as users send it to a server: encoded images (n,) and texts in UTF-8 (n,), both objects.
+
+    Args:
+        source: The set.
+        workers: Processes that read it.
+        progress: Called as it goes on.
+
+    Raises:
+        DataError: If an item has no image or no text, or cannot be read.
+    """
+    if not (source.has_images and source.has_texts):
+        raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
+    store = ByteStore()
+    safe, unsafe, texts = EncodedRows(store), EncodedRows(store), []
+    for images, pair in read_all(partial(_encoded, source), len(source), workers, "evaluation images", progress):
+        safe.append(images[0])
+        unsafe.append(images[1])
+        texts.append(pair)
+    return PreparedSet(
+        ids=tuple(source.ids),
+        concepts=tuple(source.concepts),
+        safe_pixels=_as_array(safe),
+        unsafe_pixels=_as_array(unsafe),
+        safe_ids=objects([pair[0].encode() for pair in texts]),
+        unsafe_ids=objects([pair[1].encode() for pair in texts]),
+        zero_shot={
+            name: _encoded_zero_shot(source.zero_shot(name), store, workers, progress)
+            for name in source.zero_shot_names
+        },
+        zero_shot_missing=source.zero_shot_missing,
+    )
+
+
 def embed(
     prepared: PreparedSet,
     encode_image: Encode,
@@ -191,12 +227,42 @@ def _content(source: QuadrupleSource, index: int) -> Digest:
 
 def _quadruple(source: QuadrupleSource, safe: PixelRows, unsafe: PixelRows, index: int) -> tuple[str, str]:
     """Puts the images where they belong, and returns the texts."""
-    item = source.read(index)
+    safe_image, unsafe_image, texts = _whole(source.read(index))
+    safe.crops[index] = crop_from_image(safe_image, safe.spec)
+    unsafe.crops[index] = crop_from_image(unsafe_image, unsafe.spec)
+    return texts
+
+
+def _whole(item: Quadruple) -> tuple[Image.Image, Image.Image, tuple[str, str]]:
     if item.safe_image is None or item.unsafe_image is None or item.safe_text is None or item.unsafe_text is None:
         raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
-    safe.crops[index] = crop_from_image(item.safe_image, safe.spec)
-    unsafe.crops[index] = crop_from_image(item.unsafe_image, unsafe.spec)
-    return item.safe_text, item.unsafe_text
+    return item.safe_image, item.unsafe_image, (item.safe_text, item.unsafe_text)
+
+
+def _encoded(source: QuadrupleSource, index: int) -> tuple[tuple[bytes, bytes], tuple[str, str]]:
+    safe, unsafe, texts = _whole(source.read(index))
+    return (bytes_of(safe), bytes_of(unsafe)), texts
+
+
+def _encoded_labelled(part: ZeroShotSet, index: int) -> tuple[bytes, int]:
+    item = part.read(index)
+    return bytes_of(item.image), item.label
+
+
+def _encoded_zero_shot(part: ZeroShotSet, store: ByteStore, workers: int, progress: Progress) -> PreparedZeroShot:
+    rows, labels = EncodedRows(store), []
+    for data, label in read_all(
+        partial(_encoded_labelled, part), len(part), workers, f"zero-shot {part.name}", progress
+    ):
+        rows.append(data)
+        labels.append(label)
+    prompts = objects([part.template.format(label).encode() for label in part.labels])
+    return PreparedZeroShot(pixels=_as_array(rows), labels=np.array(labels, dtype=np.int64), prompts=prompts)
+
+
+def _as_array(rows: EncodedRows) -> np.ndarray:
+    """The same; whoever embeds a set takes slices of its rows and nothing else."""
+    return cast(np.ndarray, rows)
 
 
 def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:

@@ -42,7 +42,7 @@ class Bundle:
         listed = {file.path: file for file in self.manifest.files}
         if name not in listed:
             raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
-        data = _read_plain(self.path, name)
+        data = read_plain(self.path, name)
         if digest_of_bytes(data) != listed[name].digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
         if name in self._graphs():
@@ -99,7 +99,7 @@ def open_bundle(
         if any(os.path.lexists(folder / name) for name in (SIGNATURE, *_REPORTS)):
             raise IntegrityError(f"{MANIFEST} is missing", fix=_RESTORE)
         raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
-    text = _read_plain(folder, MANIFEST)
+    text = read_plain(folder, MANIFEST)
     signed = _signed(folder, text, public_key) if public_key is not None else None
     manifest = record_from_json(Manifest, text, where=MANIFEST)
     if json_from_record(manifest).encode() != text:
@@ -125,8 +125,12 @@ def open_bundle(
     return bundle
 
 
-def _read_plain(folder: Path, name: str) -> bytes:
-    """Content of a file that is neither a link nor one of several names of the same file."""
+def read_plain(folder: Path, name: str) -> bytes:
+    """Content of a file that is neither a link nor one of several names of the same file.
+
+    Raises:
+        IntegrityError: If it is, or cannot be read.
+    """
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
@@ -150,7 +154,7 @@ def _signed(folder: Path, manifest: bytes, public_key: PublicKey) -> dict[str, D
     """What the signature vouches for; the manifest, which everything else follows from, is as it was signed."""
     if not os.path.lexists(folder / SIGNATURE):
         raise IntegrityError(f"{SIGNATURE} is missing: the bundle is not signed", fix="sign it with `uwm-deploy sign`")
-    signed = signed_digests(_read_plain(folder, SIGNATURE), public_key)
+    signed = signed_digests(read_plain(folder, SIGNATURE), public_key)
     if signed.get(MANIFEST) != digest_of_bytes(manifest):
         raise IntegrityError(f"{MANIFEST} is not the one that was signed", fix=_RESTORE)
     return signed

@@ -16,9 +16,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import DataError, IntegrityError, UwmError
-from uwm_deploy.records import TowerName
-from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, open_bundle
+from uwm_deploy.records import Digest, TowerName
+from uwm_deploy.runtime.bundle import Bundle, engine_path, open_bundle
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
@@ -34,7 +35,7 @@ from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
 from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT, Canaries
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.workspace import digest_of_bytes
 
 OnError = Literal["keep", "raise"]
 """A broken item among several: its row says so (`Embeddings.errors`), or the call fails and names it."""
@@ -136,6 +137,11 @@ class SafeEncoder:
     def why(self) -> str:
         """Why this variant runs, and why each other one does not."""
         return str(self.selection)
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the manifest, which names the bundle: everything else follows from it."""
+        return digest_of_bytes(json_from_record(self.manifest).encode())
 
     def encode_image(
         self, images: ImageLike | Iterable[ImageLike], *, dtype: Kind = "float32", on_error: OnError = "keep"
@@ -308,7 +314,7 @@ class SafeEncoder:
         where = self._services[TowerName.IMAGE].session.where
         return {
             "bundle": self.manifest.name,
-            "manifest": digest_of_file(self._bundle.path / MANIFEST),
+            "manifest": self.digest,
             "edited_weights": self.manifest.edit.edited_weights_digest,
             "variant": taken.variant,
             "device": where.get("device", taken.device),

@@ -151,7 +151,7 @@ def _evidence(
 
     def measured() -> list[OutputParity]:
         found = [
-            _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
+            stored_parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
             for tower in TowerName
             for batch in sorted({1, largest})
         ]
@@ -211,7 +211,7 @@ def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
     )
 
 
-def _parity(
+def stored_parity(
     tower: TowerName, output: str, session: Session, inputs: Inputs, wanted: np.ndarray, batch: int
 ) -> OutputParity:
     """Embeddings of length 1 against the stored reference."""
