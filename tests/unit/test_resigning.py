@@ -267,7 +267,7 @@ def test_every_command_refuses_a_changed_bundle_first(
             assert name in found[0][1], (title, name, found)
             assert not seen, (title, name, seen)
         (bundle / name).write_bytes(whole)
-    assert not (folder / "rows").exists()
+    assert not list((folder / "rows").glob("*.parquet"))
     assert not (folder / "report.html").exists()
     assert not (folder / "base").exists()
 
