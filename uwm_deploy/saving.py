@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,12 @@ from uwm_deploy.stages.edit import MODEL, RECORD
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
 from uwm_deploy.workspace import whole_folder
+
+_LIBRARY: dict[Layout, str] = {
+    "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
+    "diffusers-text-encoder": "diffusers",
+}  # fmt: skip
+"""Name by which the hub knows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +62,9 @@ def save_as(path: Path, layout: Layout, out: Path) -> Saved:
     with whole_folder(out) as place:
         write_layout(model, folder, layout, place)
         if (folder / CARD).is_file():
-            shutil.copyfile(folder / CARD, place / CARD)  # the model card, for every layout
+            card = (folder / CARD).read_text(encoding="utf-8")
+            named = re.sub(r"(?m)^library_name: .*$", f"library_name: {_LIBRARY[layout]}", card, count=1)
+            (place / CARD).write_text(named, encoding="utf-8")
     return Saved(out=str(out), layout=layout, weights=record.edited_weights_digest)
 
 

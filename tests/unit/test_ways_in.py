@@ -100,6 +100,19 @@ def saved(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {layout: root / layout for layout in LAYOUTS}
 
 
+def test_every_layout_has_the_card_under_its_own_library(saved: dict[str, Path]) -> None:
+    """The hub shows how a folder is loaded by the card's library."""
+    from huggingface_hub import ModelCard
+
+    names = {
+        layout: ModelCard((folder / "README.md").read_text()).data.library_name for layout, folder in saved.items()
+    }
+    assert names == {
+        "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
+        "diffusers-text-encoder": "diffusers",
+    }  # fmt: skip
+
+
 def test_the_command_offers_every_layout() -> None:
     """The list on the command line, which must not import torch, is the one that there is."""
     option = next(parameter for parameter in save.params if parameter.name == "layout")

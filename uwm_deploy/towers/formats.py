@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.recipe import Family
 from uwm_deploy.records import ImageSpec, TextSpec
 from uwm_deploy.towers import open_clip
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
@@ -24,7 +23,7 @@ from uwm_deploy.towers.protocol import LoadedModel
 Layout = Literal["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-_OWN: dict[Family, Layout] = {
+_OWN: dict[str, Layout] = {
     "hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open-clip",
 }  # fmt: skip
 """Layout of the folder that stage `edit` saves."""
