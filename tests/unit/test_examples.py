@@ -237,7 +237,7 @@ def test_cpp_program_refuses(program: Path, bundle: Path, tmp_path: Path) -> Non
         (copy / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         refused(f"{name} has changed")
         (copy / name).unlink()
-        refused(f"{name} has changed")
+        refused(f"{name} cannot be read")
         (copy / name).write_bytes(whole)
     canaries = load_file(bundle / "evidence/canaries-text.safetensors")
     swapped = save(canaries | {"original": canaries["edited"], "edited": canaries["original"]})

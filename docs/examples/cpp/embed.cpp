@@ -94,6 +94,14 @@ void check(OrtStatus* status) {
   throw std::runtime_error("ONNX Runtime: " + message);
 }
 
+void to_length_one(std::vector<float>& rows, int64_t width) {
+  for (size_t row = 0; row < rows.size(); row += width) {
+    double length = 0;
+    for (int64_t i = 0; i < width; ++i) length += double{rows[row + i]} * rows[row + i];
+    for (int64_t i = 0; i < width; ++i) rows[row + i] = static_cast<float>(rows[row + i] / std::sqrt(length));
+  }
+}
+
 template <typename T>
 using Owned = std::unique_ptr<T, void (*)(T*)>;
 
@@ -167,11 +175,7 @@ class Engine {
     void* values = nullptr;
     check(api().GetTensorMutableData(output.get(), &values));
     std::vector<float> rows(static_cast<float*>(values), static_cast<float*>(values) + count);
-    for (size_t row = 0; row < rows.size(); row += width_) {
-      double length = 0;
-      for (int64_t i = 0; i < width_; ++i) length += double{rows[row + i]} * rows[row + i];
-      for (int64_t i = 0; i < width_; ++i) rows[row + i] = static_cast<float>(rows[row + i] / std::sqrt(length));
-    }
+    to_length_one(rows, width_);
     return rows;
   }
 
@@ -206,6 +210,7 @@ double canary_ratio(const Bundle& bundle, const Engine& engine, const std::strin
     if (bytes.size() != found.size() * sizeof(float)) throw Integrity("the canaries have another shape");
     std::vector<float> wanted(found.size());
     std::memcpy(wanted.data(), bytes.data(), bytes.size());
+    to_length_one(wanted, engine.width());
     std::vector<double> rows(found.size() / engine.width());
     for (size_t i = 0; i < found.size(); ++i) rows[i / engine.width()] += std::pow(double{found[i]} - wanted[i], 2);
     return rows;
