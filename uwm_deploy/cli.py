@@ -20,6 +20,8 @@ from uwm_deploy.records import Method, Precision, Selection, TowerName
 
 if TYPE_CHECKING:
     from uwm_deploy.records import Verdict
+    from uwm_deploy.signing import Resigning
+    from uwm_deploy.towers.formats import Layout
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -208,6 +210,44 @@ def min_version_option(command: F) -> F:
         type=click.IntRange(min=0),
         help="Refuse a bundle of an older version (docs/bundle.md).",
     )(command)
+
+
+def trust_options(command: F) -> F:
+    """Whose signature a bundle must have, and how old it may be."""
+    key = click.option(
+        "--public-key",
+        default=None,
+        type=click.Path(path_type=Path),
+        help="Key in PEM that must have signed the bundle.",
+    )
+    return key(min_version_option(command))
+
+
+def signing_options(command: F) -> F:
+    """What becomes of the signature of a bundle that is written anew."""
+    file = click.Path(path_type=Path)
+    options = [
+        click.option("--key", default=None, type=file, help="Private key in PEM: sign what is written, if it passes."),
+        click.option("--password-file", "password", default=None, type=file, help="File with the key's password."),
+        click.option(
+            "--public-key",
+            default=None,
+            type=file,
+            help="Key in PEM that must have signed the bundle before. [default: that of --key, if it is signed]",
+        ),
+        click.option("--unsigned", is_flag=True, help="A signed bundle may become an unsigned one."),
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from uwm_deploy.signing import Resigning
+
+        names = ("key", "password", "public_key", "unsigned")
+        return command(*args, signing=Resigning(**{name: kwargs.pop(name) for name in names}), **kwargs)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
 
 
 def output_options(command: F) -> F:
@@ -417,10 +457,7 @@ def package(as_json: bool, **options: Any) -> int:
     type=click.Path(path_type=Path),
     help="Accepted report to compare with: folder, bundle or file. [default: the bundle's own]",
 )
-@click.option(
-    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
-)
-@min_version_option
+@trust_options
 @common_options
 @output_options
 def gate(
@@ -459,22 +496,32 @@ def gate(
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@signing_options
 @common_options
 @output_options
 def attest(
-    bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool, outputs: dict[str, Any]
+    bundle: Path,
+    policy: str,
+    evaluation: str | None,
+    workers: int,
+    signing: Resigning,
+    as_json: bool,
+    outputs: dict[str, Any],
 ) -> int:
     """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
+
+    A signed bundle is signed again with --key; without it nothing is changed, unless --unsigned is given.
 
     \b
     Example (on the machine with the GPU):
       uwm-deploy attest dist/demo
+      uwm-deploy attest dist/demo --key key.pem
     """
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import attest_bundle
     from uwm_deploy.summary import print_verdict
 
-    verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter())
+    verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter(), signing)
     if as_json:
         from uwm_deploy.codec import json_from_record
 
@@ -504,18 +551,22 @@ def baseline() -> None:
 @click.option("--by", required=True, help="Who accepts it.")
 @click.option("--reason", required=True, help="Why.")
 @click.option("--policy", default="policy", show_default=True, help="Policy that the report must pass.")
+@signing_options
 @common_options
-def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, as_json: bool) -> int:
+def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, signing: Resigning, as_json: bool) -> int:
     """Stores REPORT (a verify.json or a bundle) as the baseline, if it passes the policy.
+
+    The keys are for a bundle as the place: a signed one is signed again with --key.
 
     \b
     Example:
       uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
     """
+    from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import accept_baseline
     from uwm_deploy.summary import print_verdict
 
-    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason)
+    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
     if digest is None:
         print_verdict(verdict)
         click.echo("error: nothing was stored: the report does not pass", err=True)
@@ -616,13 +667,16 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@signing_options
 @common_options
 def refit(as_json: bool, **options: Any) -> int:
     """Replaces the edit of BUNDLE in its graphs and engines instead of building again; measures and judges them anew.
 
+    A signed bundle is replaced only with --key, which signs the new one, or with --unsigned.
+
     \b
     Example:
-      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95
+      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95 --key key.pem
       uwm-deploy refit dist/demo-95 --patch dist/demo
       uwm-deploy refit dist/demo --revert --out dist/demo-original
     """
@@ -724,6 +778,7 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
 )
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
+@trust_options
 @common_options
 def evaluate(
     model: str | None,
@@ -734,6 +789,8 @@ def evaluate(
     data: Path | None,
     workers: int,
     markdown: bool,
+    public_key: Path | None,
+    min_bundle_version: int,
     as_json: bool,
 ) -> int:
     """Measures SafeGround, retrieval and zero-shot of models and bundles on an evaluation set.
@@ -749,7 +806,7 @@ def evaluate(
     from uwm_deploy.console import Reporter
     from uwm_deploy.datasets.zero_shot import names_from
     from uwm_deploy.errors import InputError
-    from uwm_deploy.evaluation import Subject, subject_from
+    from uwm_deploy.evaluation import Subject, subject_from, trusted
     from uwm_deploy.evaluation import evaluate as measure
     from uwm_deploy.pipeline import Request
     from uwm_deploy.summary import print_measured, print_rows
@@ -761,6 +818,7 @@ def evaluate(
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]
+    subjects = trusted(subjects, public_key, min_bundle_version)
     reports = measure(
         subjects,
         evaluation=evaluation,
@@ -884,6 +942,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 )
 @click.option("--csv", "table", default=None, type=click.Path(path_type=Path), help="Write the numbers here as CSV.")
 @click.option("--picture", default=None, type=click.Path(path_type=Path), help="Write a picture here (PNG).")
+@trust_options
 @common_options
 def bench(
     bundle: Path,
@@ -894,6 +953,8 @@ def bench(
     threads: int,
     table: Path | None,
     picture: Path | None,
+    public_key: Path | None,
+    min_bundle_version: int,
     as_json: bool,
 ) -> int:
     """Latency and throughput of every variant of BUNDLE that this machine can execute, cold and warm, in turns.
@@ -912,7 +973,7 @@ def bench(
     from uwm_deploy.summary import print_rows
     from uwm_deploy.workspace import write_atomic
 
-    opened = open_bundle(bundle, allow_failed=True)
+    opened = open_bundle(bundle, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
     contenders, not_run = engine_bench.contenders_of(opened, variants, threads)
     if reference != "none":
         from uwm_deploy.torch_reference import NAME, torch_contender
@@ -938,6 +999,29 @@ def bench(
         print_rows(engine_bench.rows_of(report))
         click.echo("\n".join(engine_bench.lines_of(report)))
     return 0
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "layout",
+    required=True,
+    type=click.Choice(["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]),
+    help="Library that is to load it.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder.")
+@common_options
+def save(run: Path, layout: Layout, out: Path, as_json: bool) -> int:
+    """Writes the edited model of a RUN folder for another library, after checking that its weights are the edited ones.
+
+    \b
+    Example:
+      uwm-deploy save .uwm/demo --as open-clip --out demo-open-clip
+    """
+    from uwm_deploy.saving import save_as
+
+    return _print_record(save_as(run, layout, out), as_json)
 
 
 @cli.command()
@@ -1153,6 +1237,7 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where it must run."
 )
+@trust_options
 @common_options
 def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     """Embeds SOURCE with a BUNDLE into Parquet parts; the same command goes on after it was stopped.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uwm_deploy import __version__, resources
-from uwm_deploy.baseline import BASELINE, accepted, has_baseline, read_baseline, write_baseline
+from uwm_deploy.baseline import BASELINE, accepted, has_baseline, is_bundle, read_baseline, write_baseline
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
@@ -73,13 +73,13 @@ from uwm_deploy.runtime.session import (
     reason_not_executable,
     usable,
 )
-from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
 from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.stages.package import Sign, bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, with_method
 from uwm_deploy.workspace import (
     STAMP,
@@ -1165,47 +1165,98 @@ def judge_file(
         InputError: If there is no report, or the baseline was measured on something else.
         IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
     """
-    judge = _judge(*policy_of(policy_name), _baseline_for(path, baseline))
-    if path.is_dir():
+    policy = policy_of(policy_name)
+    if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return judge(*report_of_bundle(bundle), earlier=bundle.manifest.verdict)
+        return _judge(*policy, _baseline_for(path, baseline))(
+            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
+        )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
-    return judge(*report_at(path))
+    return _judge(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 
-def accept_baseline(path: Path, policy_name: str, at: Path, *, by: str, reason: str) -> tuple[Verdict, Digest | None]:
+def accept_baseline(
+    path: Path,
+    policy_name: str,
+    at: Path,
+    *,
+    by: str,
+    reason: str,
+    reporter: Reporter,
+    signing: Resigning | None = None,
+) -> tuple[Verdict, Digest | None]:
     """Stores a report as the baseline, if it passes the policy, limits since the baseline apart.
+
+    Args:
+        path: Bundle or `verify.json`.
+        policy_name: Name or file.
+        at: Folder or bundle that the baseline is stored in.
+        by: Who accepts it.
+        reason: Why.
+        reporter: Progress.
+        signing: What is to become of the signature of the bundle `at`.
 
     Returns:
         The verdict, and the digest of the baseline's file; None when the report does not pass and nothing was stored.
+
+    Raises:
+        InputError: If there is no report; if `at` is signed and would lose that unasked, or is no bundle and has a key.
+        IntegrityError: If the bundle or the report was changed, or is not signed by the right key.
     """
+    seal = seal_for(signing or Resigning(), at)
+    if not is_bundle(at) and (seal.sign or seal.public_key):
+        raise InputError(f"{at} is no bundle, so it has no signature", fix="leave the keys out")
     policy, policy_digest = policy_of(policy_name)
     report, digest = report_at(path)
     verdict = _judge(dataclasses.replace(policy, baseline=()), policy_digest, None)(report, digest)
     if verdict.result is not Result.PASS:
         return verdict, None
     baseline = accepted(report, verdict, by=by, reason=reason)
-    return verdict, write_baseline(at, baseline, bundle_from_parts)
+    digest = write_baseline(at, baseline, partial(bundle_from_parts, sign=seal.sign), public_key=seal.public_key)
+    note_signature(at, seal, reporter)
+    return verdict, digest
 
 
-def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers: int, reporter: Reporter) -> Verdict:
-    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence."""
+def attest_bundle(
+    path: Path,
+    policy_name: str,
+    evaluation: str | None,
+    workers: int,
+    reporter: Reporter,
+    signing: Resigning | None = None,
+) -> Verdict:
+    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence.
+
+    Args:
+        path: Bundle.
+        policy_name: Name or file.
+        evaluation: Set; the one the bundle was measured on without it.
+        workers: Decoding processes.
+        reporter: Progress.
+        signing: What is to become of the bundle's signature.
+
+    Raises:
+        InputError: If the bundle is signed and would lose that unasked; see `attest` for others.
+        IntegrityError: If the bundle was changed, or is not signed by the right key.
+    """
     from uwm_deploy.stages.attest import attest
 
-    judge = judge_of_bundle(path, policy_name)
+    seal = seal_for(signing or Resigning(), path)
     with locked(lock_of_bundle(path)):
-        bundle = open_bundle(path, allow_failed=True)
-        note_lost_signature(path, reporter)
+        bundle = open_bundle(path, allow_failed=True, public_key=seal.public_key)
+        judge = judge_of_bundle(path, policy_name)
         with reporter.stage("attest", str(path)):
-            return attest(
+            verdict = attest(
                 bundle,
                 evaluation_source_of(bundle, evaluation),
                 judge,
-                bundle_with_card,
+                partial(bundle_with_card, sign=seal.sign),
                 workers=workers,
                 progress=reporter.progress,
             )
+        note_signature(path, seal, reporter)
+    return verdict
 
 
 def judge_of_bundle(path: Path, policy_name: str) -> Judge:
@@ -1213,9 +1264,15 @@ def judge_of_bundle(path: Path, policy_name: str) -> Judge:
     return _judge(*policy_of(policy_name), _baseline_for(path, None))
 
 
+def note_signature(out: Path, seal: Seal, reporter: Reporter) -> None:
+    """Says what became of the signature of a bundle that was written anew."""
+    if told := seal.told(out):
+        reporter.line(told)
+
+
 def note_lost_signature(path: Path, reporter: Reporter) -> None:
-    """Says that a bundle which is about to be rewritten has to be signed again."""
-    if (path / SIGNATURE).exists():
+    """Says that the bundle a build replaces was signed."""
+    if is_signed(path):
         reporter.line(f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again")
 
 
@@ -1224,12 +1281,15 @@ def lock_of_bundle(path: Path) -> Path:
     return path.resolve().parent / f".{path.resolve().name}.attest"
 
 
-def bundle_with_card(out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes]) -> object:
-    """Writes a bundle whose report is new, with the card that belongs to it."""
+def bundle_with_card(
+    out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], *, sign: Sign | None = None
+) -> object:
+    """Writes a bundle whose report is new, with the card that belongs to it; see `bundle_from_parts`."""
     content = parts["reports/verify.json"]
     assert isinstance(content, bytes)
     report = record_from_json(VerifyReport, content, where="reports/verify.json")
-    return bundle_from_parts(out, manifest, {**parts, CARD: _card(manifest, report, bundle=True).encode()})
+    card = _card(manifest, report, bundle=True).encode()
+    return bundle_from_parts(out, manifest, {**parts, CARD: card}, sign=sign)
 
 
 def _card(manifest: Manifest, report: VerifyReport, *, bundle: bool) -> str:
