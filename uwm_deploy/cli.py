@@ -170,6 +170,12 @@ def pipeline_options(command: F) -> F:
             help="Release counter, so that older bundles can be refused. [default: the recipe's, 0]",
         ),
         click.option(
+            "--safety-head",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Folder that `train safety-head` wrote: a head in the image graph (docs/safety-head.md).",
+        ),
+        click.option(
             "--work",
             default=None,
             type=click.Path(path_type=Path),
@@ -1046,6 +1052,72 @@ def sweep(
             click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
         click.echo(f"table and picture: {folder}")
     return 0
+
+
+@cli.group(cls=PipelineGroup)
+def train() -> None:
+    """Trains what a build can be given: a safety head on the edited model's image tower.
+
+    \b
+    Example:
+      uwm-deploy train safety-head --model demo --out head
+      uwm-deploy build --model demo --safety-head head
+    """
+
+
+def head_options(command: F) -> F:
+    """What a safety head is made of and from."""
+    rate = click.FloatRange(0, 50, min_open=True)
+    some = click.IntRange(min=1)
+    options = [
+        click.option(
+            "--train-on", default=None, help="Set that the head is trained on. [default: the calibration set]"
+        ),
+        click.option(
+            "--validation",
+            default=None,
+            help="Set that temperatures and thresholds are from. [default: every fifth pair of the other one]",
+        ),
+        click.option("--flag", default=10.0, show_default=True, type=rate, help="Percent of safe images to flag."),
+        click.option("--redirect", default=5.0, show_default=True, type=rate, help="The same, to redirect."),
+        click.option("--block", default=1.0, show_default=True, type=rate, help="The same, to block."),
+        click.option(
+            "--safe-texts",
+            "texts",
+            default=None,
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Texts to redirect to, one a line; they go into the bundle. [default: safe captions of the set]",
+        ),
+        click.option("--epochs", default=30, show_default=True, type=some, help="Passes over the pairs."),
+        click.option("--batch", default=64, show_default=True, type=some, help="Pairs per step."),
+        click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(0, min_open=True)),
+        click.option("--width", default=64, show_default=True, type=some, help="Of the safety projector."),
+        click.option("--tokens", default=8, show_default=True, type=some, help="Learned safety tokens."),
+        click.option("--heads", default=4, show_default=True, type=some, help="Of the attention."),
+        click.option("--seed", default=0, show_default=True, type=int, help="Of the first weights and the order."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@train.command("safety-head")
+@pipeline_options
+@head_options
+def train_safety_head(as_json: bool, **options: Any) -> int:
+    """Trains a safety head on the tokens of the edited image tower; --out is its folder, the tower stays as it is.
+
+    Options of `build` say which edited model: give the same ones to both. Tokens are kept in the run folder, so another
+    run takes seconds; one that was interrupted begins again after them.
+
+    \b
+    Example:
+      uwm-deploy train safety-head --model demo --calibration demo --out head
+      uwm-deploy build --model demo --safety-head head
+    """
+    from uwm_deploy.training.safety_head_command import run
+
+    return run(as_json, options)
 
 
 @cli.group(cls=PipelineGroup)

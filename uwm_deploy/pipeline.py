@@ -63,6 +63,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, HeadFiles, read_head
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import (
     Session,
@@ -78,6 +79,7 @@ from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, with_method
@@ -160,6 +162,7 @@ class Request:
     batch_pairs: int | None = None
     score_dtype: str = "fp32"
     bundle_version: int | None = None
+    safety_head: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -217,6 +220,16 @@ def resolved_recipe(request: Request) -> Recipe:
 def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     """The unedited model that a request names."""
     return _Build(request, reporter).original
+
+
+def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
+    """The edited model that a request makes, with what was not made before made first.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    run(request, until="edit", reporter=reporter)
+    return _Build(request, reporter).edited
 
 
 def recipe_of(model: str) -> tuple[Recipe, str]:
@@ -338,6 +351,16 @@ class _Build:
         return open_source(self.evaluation, base=self.evaluation_base)
 
     @cached_property
+    def head(self) -> HeadFiles | None:
+        """The safety head that goes into the image graph."""
+        return read_head(self.request.safety_head) if self.request.safety_head else None
+
+    @property
+    def head_digest(self) -> Digest:
+        """Empty without a head."""
+        return self.head.digest if self.head else ""
+
+    @cached_property
     def original(self) -> LoadedModel:
         """Stage `load`: the source model."""
         return self._load(None)
@@ -372,7 +395,19 @@ class _Build:
             raise IntegrityError(
                 "the saved edited model is not the one its record describes", fix="remove the run folder"
             )
+        if folder and self.head is not None:
+            self._add_head(model, self.head)
         return model
+
+    def _add_head(self, model: LoadedModel, head: HeadFiles) -> None:
+        from uwm_deploy.towers.safety_head import head_from_bytes, with_head
+
+        if head.record.edited_weights_digest != model.ref.weights_digest:
+            raise IntegrityError(
+                f"the safety head in {self.request.safety_head} was trained on other weights than this edit makes",
+                fix="run `uwm-deploy train safety-head` with the options of this build",
+            )
+        model.image = with_head(model.image, head_from_bytes(head.weights, head.record.shape))
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self.original.tokenizer_json, self.original.ref.text)
@@ -502,6 +537,7 @@ class _Build:
         inputs = {
             "edit": digest_of_file(self.work / "edit" / STAMP),
             "export": digest_of_plain(plain_from_record(self.recipe.export)),
+            "head": self.head_digest,
         }
         folder = self._stage("export", f"ONNX, opset {self.recipe.export.opset}", inputs, self._export)
         self.outcome.onnx = tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
@@ -529,6 +565,7 @@ class _Build:
                 edits=[layer for layer in edit.layers if layer.tower is name],
                 patch=patch,
                 folder=folder,
+                head_digest=self.head_digest if name is TowerName.IMAGE else "",
             )
             (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
@@ -634,7 +671,9 @@ class _Build:
                 ranges = ranges_of(export / graph.file, rows, folder)
                 if spec.quantiser != "built-in":
                     every = [*rows["safe"], *rows["unsafe"]]
-                    quantised[graph.tower] = self._by_modelopt(export / graph.file, EIGHT_BITS[lowered], every, folder)
+                    quantised[graph.tower] = self._by_modelopt(
+                        export / graph.file, EIGHT_BITS[lowered], self._float32(graph), every, folder
+                    )
             sources[graph.tower] = Source(graph, export / graph.file, ranges)
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
@@ -644,7 +683,7 @@ class _Build:
                 folder,
                 precision=precision,
                 lowered=lowered,
-                patterns=spec.float32,
+                patterns=self._float32(graph),
                 layers=plan.kept[graph.tower.value] if plan else (),
                 ranges=sources[graph.tower].ranges,
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
@@ -654,14 +693,22 @@ class _Build:
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
-    def _by_modelopt(self, source: Path, kind: Kind, rows: Sequence[np.ndarray], folder: Path) -> tuple[ir.Model, str]:
+    def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of what stays in float32 in a graph."""
+        from uwm_deploy.towers.safety_head import FLOAT32
+
+        return (*self.recipe.compile.float32, *((FLOAT32,) if graph.head_digest else ()))
+
+    def _by_modelopt(
+        self, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], folder: Path
+    ) -> tuple[ir.Model, str]:
         """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
         from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 
         spec = self.recipe.compile
         method: Literal["entropy", "max"] = "max" if spec.quantiser == "modelopt-max" else "entropy"
         self.reporter.progress(f"modelopt, {source.stem} tower", 0, 1)
-        model, version = quantised_by_modelopt(source, kind, method, spec.float32, rows, folder)
+        model, version = quantised_by_modelopt(source, kind, method, patterns, rows, folder)
         return model, f"nvidia-modelopt {version}, {method}"
 
     def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
@@ -751,8 +798,9 @@ class _Build:
         from safetensors.numpy import save_file
 
         from uwm_deploy.stages.canaries import read_canaries
+        from uwm_deploy.stages.executed import RiskReference
         from uwm_deploy.stages.proof import proof_of
-        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
+        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of, risks_of_model
 
         progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
         ref = self.original.ref
@@ -773,9 +821,13 @@ class _Build:
             return
         found = {name: read_canaries(self.work / "canaries", name) for name in TowerName}
         canaries = {name: part for name, part in found.items() if part is not None}
+        risk = None
+        if self.head is not None:
+            risk = RiskReference(self.head.record, risks_of_model(self.edited, prepared, progress))
+            save_file(risk.found.to_tensors(), folder / "risks.safetensors")
         evidence = []
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -793,6 +845,8 @@ class _Build:
             data=data_health(original, self.calibration_source.record.concepts),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
+            head_digest=self.head_digest,
+            risk=risk_report(risk.head, risk.found) if risk else None,
         )
         (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
@@ -975,6 +1029,7 @@ class _Build:
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
             bundle_version=self.recipe.bundle_version,
+            head=self.head.record if self.head else None,
         )
         assert outcome.report is not None
         self._write_card(manifest, outcome.report)
@@ -1022,6 +1077,9 @@ class _Build:
             parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
         if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
             parts["reports/plan.json"] = plan
+        if self.head is not None:
+            parts |= {f"{PLACE}/{WEIGHTS}": self.head.weights, f"{PLACE}/{TEXTS}": self.head.texts}
+            parts["evidence/risks.safetensors"] = self.work / "verify" / "risks.safetensors"
         if self.baseline is not None:
             parts[BASELINE] = json_from_record(self.baseline[0]).encode()
         for tower in TowerName:

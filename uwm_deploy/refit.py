@@ -131,7 +131,8 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
         reporter: Progress.
 
     Raises:
-        InputError: If the request is contradictory, the edit is there already, or it moves the scales of an 8-bit weight.
+        InputError: If the request is contradictory, the edit is there already, the bundle has a safety head, or the edit
+            moves the scales of an 8-bit weight.
         IntegrityError: If the patch, the scores, the source weights or the set are not those the bundle was made from.
         PrerequisiteError: If nothing, or not what was asked for, can be refitted here.
         ContractError: If the new edit is not in what comes out, or the old one still is.
@@ -140,6 +141,11 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
         raise InputError("nothing or several things are asked for", fix="give one of --patch, --revert and --keep-mass")
     out = request.out or request.bundle
     bundle = open_bundle(request.bundle, allow_failed=True)
+    if bundle.manifest.head is not None:
+        raise InputError(
+            f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
+            fix="train a head on the new edit and build again",
+        )
     refuse_foreign_folder(out)
     note_lost_signature(out, reporter)
     lock = lock_of_bundle(out)
