@@ -1088,7 +1088,7 @@ def head_options(command: F) -> F:
             type=click.Path(path_type=Path, dir_okay=False),
             help="Texts to redirect to, one a line; they go into the bundle. [default: safe captions of the set]",
         ),
-        click.option("--epochs", default=30, show_default=True, type=some, help="Passes over the pairs."),
+        click.option("--epochs", default=20, show_default=True, type=some, help="Passes over the pairs."),
         click.option("--batch", default=64, show_default=True, type=some, help="Pairs per step."),
         click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(0, min_open=True)),
         click.option("--width", default=64, show_default=True, type=some, help="Of the safety projector."),

@@ -46,7 +46,7 @@ class Settings:
     width: int = 64
     tokens: int = 8
     heads: int = 4
-    epochs: int = 30
+    epochs: int = 20
     batch: int = 64
     learning_rate: float = 2e-3
     seed: int = 0
@@ -191,7 +191,8 @@ def _parts(tokens: np.ndarray, batch: int) -> Iterator[np.ndarray]:
 def calibrate(trained: Trained, validation: Features) -> dict[str, HeadCalibration]:
     """Finds the temperatures of both outputs and puts them into the head's weights.
 
-    The errors before and after are measured on every other pair, with temperatures from the rest; what is used is from all.
+    The errors before and after are measured on every other pair of each concept, with temperatures from the rest; what is
+    used is from all.
 
     Args:
         trained: Its module is changed.
@@ -202,8 +203,9 @@ def calibrate(trained: Trained, validation: Features) -> dict[str, HeadCalibrati
     """
     if unknown := sorted(set(validation.concepts) - set(trained.categories)):
         raise DataError(f"no training pair is of the validation's concept {unknown[0]}", fix="train on all concepts")
-    if len(validation) < 2:
-        raise DataError(f"{len(validation)} validation pairs cannot calibrate a head", fix="use more")
+    fitted = np.tile(~held_out(validation.concepts, 2), 2)
+    if not fitted.any() or fitted.all():
+        raise DataError(f"{len(validation)} validation pairs cannot calibrate a head", fix="use more of each concept")
     truth = np.array([trained.categories.index(concept) for concept in validation.concepts])
     (safe_logits, safe_level), (unsafe_logits, unsafe_level) = (
         raw_outputs(trained.module, part) for part in (validation.safe, validation.unsafe)
@@ -211,7 +213,6 @@ def calibrate(trained: Trained, validation: Features) -> dict[str, HeadCalibrati
     logits = np.concatenate([safe_logits, unsafe_logits])
     level = np.concatenate([safe_level, unsafe_level])
     labels = np.concatenate([np.zeros_like(truth), truth])
-    fitted = np.tile(np.arange(len(truth)) % 2 == 0, 2)
     half = int((~fitted).sum()) // 2
     trial = temperature_for(logits[fitted], labels[fitted]), temperature_for(level[fitted], labels[fitted] > 0)
     final = temperature_for(logits, labels), temperature_for(level, labels > 0)
