@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,24 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
+from uwm_deploy.command_line import PipelineGroup, common_options
 from uwm_deploy.errors import ExitCode, UwmError
-from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
+from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import Method, Precision, Selection, TowerName
+from uwm_deploy.training.cli import train
 
 if TYPE_CHECKING:
     from uwm_deploy.records import Verdict
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-INTERRUPTED = 130
-
-
-class PipelineGroup(click.Group):
-    """Lists commands in the order they were written, which is the order of the pipeline."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in pipeline order."""
-        return list(self.commands)
 
 
 @click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -251,39 +242,6 @@ def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bo
             click.echo(line, err=as_json)  # the runner reads both; the result alone may be on standard output
 
 
-def common_options(command: F) -> F:
-    """`--json` and `--debug`, and errors as one line with the exit code of their kind."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
-        try:
-            code = command(*args, **kwargs)
-        except UwmError as error:
-            if debug:
-                raise
-            if speaks() or not isinstance(error, StoppedError):
-                click.echo(f"error: {error}", err=True)
-            _leave_group(in_order=isinstance(error, StoppedError))
-            sys.exit(int(error.exit_code))
-        except KeyboardInterrupt:
-            click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
-            sys.exit(INTERRUPTED)
-        except Exception as error:
-            if debug:
-                raise
-            line = " ".join(str(error).split())[:300]
-            click.echo(
-                f"internal error: {type(error).__name__}: {line}; run again with --debug and report it", err=True
-            )
-            sys.exit(int(ExitCode.INTERNAL))
-        _leave_group(in_order=True)
-        sys.exit(int(code or 0))
-
-    return wrapped  # type: ignore[return-value]
-
-
 def _join_group(device: str) -> Ranks:
     """The processes that torchrun started; torch is imported only if it did."""
     if "WORLD_SIZE" not in os.environ:
@@ -291,13 +249,6 @@ def _join_group(device: str) -> Ranks:
     from uwm_deploy.torchrun import join
 
     return join(device)
-
-
-def _leave_group(*, in_order: bool) -> None:
-    """Ends the group, if this process joined one."""
-    if group := sys.modules.get("uwm_deploy.torchrun"):
-        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
-        group.leave(in_order=in_order)
 
 
 def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
@@ -1052,6 +1003,9 @@ def sweep(
             click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
         click.echo(f"table and picture: {folder}")
     return 0
+
+
+cli.add_command(train)
 
 
 @cli.group(cls=PipelineGroup)

@@ -57,6 +57,7 @@ from uwm_deploy.records import (
     Selection,
     Target,
     TowerName,
+    TrainingRecord,
     Verdict,
     VerifyReport,
     variant_name,
@@ -268,6 +269,20 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
     text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
     return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+
+
+TRAINING = "training.json"
+"""Record beside the weights of a model that `train` made."""
+
+
+def read_training(folder: Path) -> TrainingRecord | None:
+    """Record of a trained model; None when the folder holds none.
+
+    Raises:
+        IntegrityError: If the record is damaged.
+    """
+    file = folder / TRAINING
+    return _read(TrainingRecord, file) if file.is_file() else None
 
 
 def policy_of(name: str) -> tuple[Policy, Digest]:
