@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
-from uwm_deploy.command_line import PipelineGroup, common_options
+from uwm_deploy.command_line import PipelineGroup, common_options, edit_options, method_options
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import ALONE, Ranks
-from uwm_deploy.records import Method, Precision, Selection, TowerName
+from uwm_deploy.records import Precision
 from uwm_deploy.training.cli import train
 
 if TYPE_CHECKING:
@@ -41,31 +41,6 @@ def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | Non
     if not value.isdecimal() or int(value) < 1:
         raise click.BadParameter(f"{value!r} is neither auto nor a number of pairs")
     return int(value)
-
-
-def method_options(command: F) -> F:
-    """Options that say how entries are found."""
-    options = [
-        click.option(
-            "--method",
-            default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
-            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
-        ),
-        click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def pipeline_options(command: F) -> F:
@@ -115,28 +90,7 @@ def pipeline_options(command: F) -> F:
             is_flag=True,
             help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
         ),
-        method_options,
-        click.option(
-            "--tower",
-            "towers",
-            multiple=True,
-            type=click.Choice([tower.value for tower in TowerName]),
-            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
-            "[default: the recipe's]",
-        ),
-        click.option(
-            "--keep-mass",
-            default=None,
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
-            "[default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--factor",
-            default=None,
-            type=float,
-            help="Multiplier of selected entries. [default: the recipe's or the method's]",
-        ),
+        edit_options,
         click.option(
             "--weights",
             default="checkpoint",
@@ -1006,72 +960,6 @@ def sweep(
 
 
 cli.add_command(train)
-
-
-@cli.group(cls=PipelineGroup)
-def train() -> None:
-    """Trains what a build can be given: a safety head on the edited model's image tower.
-
-    \b
-    Example:
-      uwm-deploy train safety-head --model demo --out head
-      uwm-deploy build --model demo --safety-head head
-    """
-
-
-def head_options(command: F) -> F:
-    """What a safety head is made of and from."""
-    rate = click.FloatRange(0, 50, min_open=True)
-    some = click.IntRange(min=1)
-    options = [
-        click.option(
-            "--train-on", default=None, help="Set that the head is trained on. [default: the calibration set]"
-        ),
-        click.option(
-            "--validation",
-            default=None,
-            help="Set that temperatures and thresholds are from. [default: every fifth pair of the other one]",
-        ),
-        click.option("--flag", default=10.0, show_default=True, type=rate, help="Percent of safe images to flag."),
-        click.option("--redirect", default=5.0, show_default=True, type=rate, help="The same, to redirect."),
-        click.option("--block", default=1.0, show_default=True, type=rate, help="The same, to block."),
-        click.option(
-            "--safe-texts",
-            "texts",
-            default=None,
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Texts to redirect to, one a line; they go into the bundle. [default: safe captions of the set]",
-        ),
-        click.option("--epochs", default=20, show_default=True, type=some, help="Passes over the pairs."),
-        click.option("--batch", default=64, show_default=True, type=some, help="Pairs per step."),
-        click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(0, min_open=True)),
-        click.option("--width", default=64, show_default=True, type=some, help="Of the safety projector."),
-        click.option("--tokens", default=8, show_default=True, type=some, help="Learned safety tokens."),
-        click.option("--heads", default=4, show_default=True, type=some, help="Of the attention."),
-        click.option("--seed", default=0, show_default=True, type=int, help="Of the first weights and the order."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@train.command("safety-head")
-@pipeline_options
-@head_options
-def train_safety_head(as_json: bool, **options: Any) -> int:
-    """Trains a safety head on the tokens of the edited image tower; --out is its folder, the tower stays as it is.
-
-    Options of `build` say which edited model: give the same ones to both. Tokens are kept in the run folder, so another
-    run takes seconds; one that was interrupted begins again after them.
-
-    \b
-    Example:
-      uwm-deploy train safety-head --model demo --calibration demo --out head
-      uwm-deploy build --model demo --safety-head head
-    """
-    from uwm_deploy.training.safety_head_command import run
-
-    return run(as_json, options)
 
 
 @cli.group(cls=PipelineGroup)

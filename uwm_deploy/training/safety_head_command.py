@@ -272,12 +272,7 @@ def run(as_json: bool, options: dict[str, Any]) -> int:
     settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
     rates = rates_of(*(options.pop(step.value) / 100 for step in STEPS))
     own = {name: options.pop(name) for name in ("train_on", "validation", "texts")}
-    options["targets"] = tuple(options["targets"])
     out, build = options.pop("out"), Request(**options)
-    if out is None:
-        raise InputError("there is no folder for the head", fix="pass --out")
-    if build.safety_head is not None:
-        raise InputError("--safety-head is for build: a head is trained without one", fix="leave it out")
     request = HeadRequest(build=build, out=out, settings=settings, rates=rates, **own)
     result = train_safety_head(request, Reporter())
     if as_json:
