@@ -41,6 +41,11 @@ def advice_for(check: Check, model: str) -> str:
 
 
 def _of_metric(check: Check, model: str) -> str:
+    if check.subject == "edited" and check.name.startswith("risk."):
+        return (
+            "another head: `uwm-deploy train safety-head` with more pairs (--train-on), another --validation set, or other "
+            "rates (--flag, --redirect, --block)"
+        )
     if check.name.startswith("canaries"):
         return "the artifact may be of the unedited model: remove the run folder and build again"
     if check.subject == "edited":
