@@ -28,7 +28,7 @@ def safety_head(dossier: Dossier) -> Html | None:
     lead = (
         f"A head on the image tower's tokens tells unsafe images from safe ones with an AUROC of {risk.auroc.value:.1f} "
         f"({risk.auroc.low:.1f} to {risk.auroc.high:.1f}). It stops {stops.value:.1f}% of unsafe images, and "
-        f"{costs.value:.1f}% of safe ones. A level is {risk.ece:.1f} points away from the share of unsafe images, on average."
+        f"{costs.value:.1f}% of safe ones. On average a level is {risk.ece:.1f} points from the share of unsafe images."
     )
     parts = [_actions(dossier), _categories(dossier, risk), _table(dossier)]
     return section("safety-head", "Safety head", lead, *parts, _made(dossier.head) if dossier.head else None)
