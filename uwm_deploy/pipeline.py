@@ -22,7 +22,7 @@ from uwm_deploy import __version__, resources
 from uwm_deploy.baseline import BASELINE, accepted, has_baseline, read_baseline, write_baseline
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
+from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
@@ -64,7 +64,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
-from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, HeadFiles, read_head
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, HeadFiles, digest_of_pair, read_head
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import (
     Session,
@@ -862,6 +862,7 @@ class _Build:
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             head_digest=self.head_digest,
             risk=risk_report(risk.head, risk.found) if risk else None,
+            head_overlap=self._head_overlap(prepared),
         )
         (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
@@ -889,6 +890,14 @@ class _Build:
         model = self.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         return goldens_of(model, library)
+
+    def _head_overlap(self, prepared: PreparedSet) -> int:
+        """Evaluation items whose images the safety head was trained or calibrated on."""
+        if self.head is None:
+            return 0
+        rows = range(len(prepared.ids))
+        pairs = ((prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in rows)
+        return sum(digest_of_pair(*pair) in self.head.items for pair in pairs)
 
     def _overlap(self) -> int:
         """Evaluation items whose content is also in the calibration set."""

@@ -669,6 +669,7 @@ class SafetyHead:
         edited_weights_digest: The edited model whose tokens it was trained on; on any other it means nothing.
         weights_digest: Of the file with its weights.
         texts_digest: Of the file with the safe texts that a redirect chooses from.
+        items_digest: Of the file that tells the images it was trained and calibrated on from those of an evaluation set.
         thresholds: Action to the risk level from which on it, or a stricter one, is taken.
         false_positive_rates: Action to the share of safe images, in percent, that its threshold was chosen for.
         calibration: Output to its calibration.
@@ -679,6 +680,7 @@ class SafetyHead:
     edited_weights_digest: Digest
     weights_digest: Digest
     texts_digest: Digest
+    items_digest: Digest
     thresholds: Mapping[str, float]
     false_positive_rates: Mapping[str, float]
     calibration: Mapping[str, HeadCalibration]
@@ -1241,6 +1243,7 @@ class VerifyReport:
         zero_shot_digests: Set to the digest of its prompts and labels.
         head_digest: Of the safety head; empty without one.
         risk: What that head makes of the evaluation set on the edited model in PyTorch.
+        head_overlap: Evaluation items whose images the head was trained or calibrated on.
     """
 
     model: ModelRef
@@ -1259,6 +1262,7 @@ class VerifyReport:
     data: DataHealth | None = None
     head_digest: Digest = ""
     risk: RiskReport | None = None
+    head_overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

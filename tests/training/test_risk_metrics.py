@@ -40,7 +40,7 @@ def head_of(thresholds: dict[str, float] = LIMITS, categories: tuple[str, ...] =
     )  # fmt: skip
     return SafetyHead(
         shape=HeadShape(features=4, width=4, tokens=1, heads=1, categories=len(categories)), categories=categories,
-        edited_weights_digest=DIGEST, weights_digest=DIGEST, texts_digest=DIGEST, thresholds=thresholds,
+        edited_weights_digest=DIGEST, weights_digest=DIGEST, texts_digest=DIGEST, items_digest=DIGEST, thresholds=thresholds,
         false_positive_rates={}, calibration={}, training=training,
     )  # fmt: skip
 

@@ -25,12 +25,22 @@ from uwm_deploy.datasets.embedding import prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
-from uwm_deploy.pipeline import Outcome, Request, calibration_set_of, load_edited, policy_of, run
+from uwm_deploy.pipeline import (
+    Outcome,
+    Request,
+    attest_bundle,
+    calibration_set_of,
+    load_edited,
+    policy_of,
+    run,
+)
 from uwm_deploy.records import (
     RISK_LEVEL,
     RISK_LOGITS,
     Action,
+    ArtifactEvidence,
     EngineArtifact,
+    Evidence,
     HeadShape,
     Manifest,
     OnnxArtifact,
@@ -43,13 +53,14 @@ from uwm_deploy.records import (
 from uwm_deploy.refit import RefitRequest, refit
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.head import read_head
+from uwm_deploy.runtime.head import digest_of_pair, read_head
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
 from uwm_deploy.selftest.surgery import changed_graph, weights_where
 from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.towers.safety_head import SafetyHeadModule, head_from_bytes, tokens_of, with_head
 from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
 from uwm_deploy.training.safety_head_command import HeadRequest, HeadResult, train_safety_head
@@ -154,7 +165,9 @@ def _features(n: int, seed: int) -> Features:
     for row, concept in enumerate(concepts):
         unsafe[row, rng.integers(6), "abc".index(concept)] += 7
     ids = tuple(f"{seed}-{i}" for i in range(n))
-    return Features(ids=ids, concepts=concepts, safe=safe.astype(np.float16), unsafe=unsafe.astype(np.float16))
+    return Features(
+        ids=ids, concepts=concepts, safe=safe.astype(np.float16), unsafe=unsafe.astype(np.float16), pairs=ids
+    )
 
 
 def test_training_learns_and_repeats() -> None:
@@ -474,7 +487,10 @@ def test_reports_without_risks_of_their_head_fail(made: Made) -> None:
     assert found["onnxruntime-fp32: the safety head was measured"] is Result.FAIL
     without = judged(dataclasses.replace(unmeasured, head_digest=""))
     assert not any("risk" in name or "head" in name for name in without)
+    seen = judged(dataclasses.replace(report, head_overlap=1))
+    assert seen["data: items of the safety head in the evaluation set"] is Result.FAIL
     whole = judged(report)
+    assert whole["data: items of the safety head in the evaluation set"] is Result.PASS
     assert {"edited: risk.recall", "edited: risk.benign_stopped", "edited: risk.category.recallfire"} <= set(whole)
 
 
@@ -500,6 +516,57 @@ def test_second_training_takes_the_kept_tokens_and_gives_the_same_head(
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="not a safety head"):
         train_safety_head(dataclasses.replace(request, out=tmp_path / "mine"), Reporter(quiet=True))
+    # The same pairs under another name, as another set would have them.
     shared = dataclasses.replace(request, validation=made.request.calibration)
     with pytest.raises(DataError, match="validation items are trained on"):
         train_safety_head(shared, Reporter(quiet=True))
+
+
+def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path) -> None:
+    """By their pixels, whatever the sets are called; another head saw none of them."""
+    request = dataclasses.replace(made.request, safety_head=None, work=made.folder / "work")
+    asked = HeadRequest(
+        build=request, out=tmp_path / "head", settings=Settings(epochs=1, batch=32, width=8, tokens=2),
+        rates=rates_of(0.2, 0.1, 0.05), train_on=made.request.evaluation,
+    )  # fmt: skip
+    train_safety_head(asked, Reporter(quiet=True))
+    items = read_head(tmp_path / "head").items
+    model = load_edited(request, Reporter(quiet=True))
+    prepared = prepare(
+        made.source(),
+        model.ref.image,
+        Tokenizer(model.tokenizer_json, model.ref.text),
+        workers=0,
+        progress=lambda *_: None,
+    )
+    pairs = [
+        digest_of_pair(prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in range(104)
+    ]
+    assert set(pairs) == items
+    assert not set(pairs) & read_head(made.head).items
+
+
+def test_attest_measures_the_head_without_torch(made: Made, tmp_path: Path) -> None:
+    """A variant without evidence gets that of its head too, from the risks that the bundle holds."""
+    manifest, report = open_bundle(made.bundle).manifest, made.outcome.report
+    artifacts = tuple(
+        a if a.variant == "onnx" else ArtifactEvidence(
+            variant=a.variant, precision=a.precision, evidence=Evidence.NOT_RUN, reason="no driver", where={},
+            artifact_digests=a.artifact_digests,
+        )
+        for a in report.artifacts
+    )  # fmt: skip
+    content = json_from_record(dataclasses.replace(report, artifacts=artifacts)).encode()
+    policy, digest = policy_of("demo")
+    waiting = dataclasses.replace(report, artifacts=artifacts)
+    verdict = gate(waiting, policy, policy_digest=digest, report_digest=digest_of_bytes(content))
+    assert verdict.proven == ()
+    parts: dict[str, Path | bytes] = {file.path: made.bundle / file.path for file in manifest.files}
+    parts |= {"reports/verify.json": content, "reports/verdict.json": json_from_record(verdict).encode()}
+    bundle_from_parts(tmp_path / "bundle", dataclasses.replace(manifest, verdict=verdict), parts)
+    assert attest_bundle(tmp_path / "bundle", "demo", None, 0, Reporter(quiet=True)).proven == ("onnxruntime-fp32",)
+    text = (tmp_path / "bundle" / "reports" / "verify.json").read_text()
+    again = record_from_json(VerifyReport, text, where="verify.json").artifacts[-1]
+    before = report.artifacts[-1]
+    assert (again.risk, again.risk_flips) == (before.risk, before.risk_flips)
+    assert {part.output for part in again.risk_parity} == {RISK_LOGITS, RISK_LEVEL}

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -404,6 +405,8 @@ class SafeEncoder:
             beside = joined([row if isinstance(row, Exception) else row[width:] for row in answers], count, "float32")
             rows = np.asarray(beside)
             found.risk = risks_from(self._head, rows[:, :-1], rows[:, -1])
+            for decision, number in Counter(found.risk.decisions).items():
+                self._metrics.add("uwm_risk_decisions_total", number, decision=decision.value)
         if on_error == "raise" and found.errors:
             first = found.errors[0]
             if not isinstance(first.error, UwmError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from uwm_deploy.codec import plain_from_record, record_from_json
 from uwm_deploy.errors import InputError, IntegrityError
@@ -12,7 +15,7 @@ from uwm_deploy.records import Digest, SafetyHead
 from uwm_deploy.safeground.risk import SAFE, STEPS
 from uwm_deploy.workspace import digest_of_bytes, digest_of_plain
 
-RECORD, WEIGHTS, TEXTS = "head.json", "head.safetensors", "texts.json"
+RECORD, WEIGHTS, TEXTS, ITEMS = "head.json", "head.safetensors", "texts.json", "items.json"
 """Files of the folder that `train safety-head` writes."""
 
 PLACE = "safety-head"
@@ -29,12 +32,14 @@ class HeadFiles:
         digest: Of the record, and through it of weights, thresholds and texts.
         weights: A safetensors file.
         texts: Content of the file with the safe texts.
+        items: `digest_of_pair` of every pair that it was trained or calibrated on.
     """
 
     record: SafetyHead
     digest: Digest
     weights: bytes
     texts: bytes
+    items: frozenset[str]
 
 
 def read_head(folder: Path) -> HeadFiles:
@@ -47,18 +52,30 @@ def read_head(folder: Path) -> HeadFiles:
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} holds no safety head: it has no {RECORD}", fix="run `uwm-deploy train safety-head`")
     parts = {}
-    for name in (RECORD, WEIGHTS, TEXTS):
+    for name in (RECORD, WEIGHTS, TEXTS, ITEMS):
         try:
             parts[name] = (folder / name).read_bytes()
         except OSError as error:
             raise IntegrityError(f"{folder / name} cannot be read: {error.strerror}", fix=_AGAIN) from error
     record = record_from_json(SafetyHead, parts[RECORD], where=RECORD)
     check_head(record)
-    for name, digest in ((WEIGHTS, record.weights_digest), (TEXTS, record.texts_digest)):
+    known = ((WEIGHTS, record.weights_digest), (TEXTS, record.texts_digest), (ITEMS, record.items_digest))
+    for name, digest in known:
         if digest_of_bytes(parts[name]) != digest:
             raise IntegrityError(f"{name} is not the one that {RECORD} describes", fix=_AGAIN)
     texts_from(parts[TEXTS])
-    return HeadFiles(record=record, digest=digest_of_head(record), weights=parts[WEIGHTS], texts=parts[TEXTS])
+    return HeadFiles(
+        record=record,
+        digest=digest_of_head(record),
+        weights=parts[WEIGHTS],
+        texts=parts[TEXTS],
+        items=frozenset(_texts_of(ITEMS, parts[ITEMS])),
+    )
+
+
+def digest_of_pair(safe: np.ndarray, unsafe: np.ndarray) -> str:
+    """What a pair of images is known by: 64 bits over their preprocessed pixels (3, H, W) float32."""
+    return hashlib.sha256(np.ascontiguousarray(np.stack([safe, unsafe])).tobytes()).hexdigest()[:16]
 
 
 def check_head(record: SafetyHead) -> None:
@@ -90,10 +107,14 @@ def texts_from(content: bytes) -> tuple[str, ...]:
     Raises:
         IntegrityError: If it is no list of texts.
     """
+    return _texts_of(TEXTS, content)
+
+
+def _texts_of(name: str, content: bytes) -> tuple[str, ...]:
     try:
         found = json.loads(content)
     except ValueError as error:
-        raise IntegrityError(f"{TEXTS} is not JSON: {error}", fix=_AGAIN) from error
+        raise IntegrityError(f"{name} is not JSON: {error}", fix=_AGAIN) from error
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
-        raise IntegrityError(f"{TEXTS} is not a list of texts", fix=_AGAIN)
+        raise IntegrityError(f"{name} is not a list of texts", fix=_AGAIN)
     return tuple(found)

@@ -7,6 +7,7 @@ from uwm_deploy.records import Check, Result
 _EXACT = {
     "calibration items in the evaluation set": "take the shared items out of one set; "
     "`uwm-deploy data check CALIBRATION --against EVALUATION` names them",
+    "items of the safety head in the evaluation set": "train the head on another set, or measure on another one",
     "weights come from a checkpoint": "build without --weights random",
     "the edit changes the weights": "use another --factor than 1, a smaller --keep-mass, and a method other than none",
     "outputs are finite": "keep the layers that overflow in float32: --keep-float32 PATTERN, or use --precision bf16",

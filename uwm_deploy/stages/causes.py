@@ -38,6 +38,7 @@ _OWN = {
     "ids as in the source library": (Cause.TOKENISATION, "load"),
     "towers as in the source library": (Cause.GRAPH, "load"),
     "calibration items in the evaluation set": (Cause.DATA, "calibrate"),
+    "items of the safety head in the evaluation set": (Cause.DATA, "train"),
     "every calibrated concept is measured": (Cause.DATA, "verify"),
     "verdict of the bundle": (Cause.EVIDENCE, "gate"),
     "required evidence": (Cause.EVIDENCE, "verify"),

@@ -61,12 +61,14 @@ class Features:
         concepts: n concepts.
         safe: (n, T, width) float16.
         unsafe: (n, T, width) float16.
+        pairs: `runtime.head.digest_of_pair` of each.
     """
 
     ids: tuple[str, ...]
     concepts: tuple[str, ...]
     safe: np.ndarray
     unsafe: np.ndarray
+    pairs: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -79,6 +81,7 @@ class Features:
             concepts=tuple(self.concepts[i] for i in rows),
             safe=self.safe[rows],
             unsafe=self.unsafe[rows],
+            pairs=tuple(self.pairs[i] for i in rows),
         )
 
 

@@ -24,7 +24,7 @@ from uwm_deploy.errors import ContractError, DataError, InputError
 from uwm_deploy.pipeline import Request, calibration_set_of, load_edited, resolved_recipe
 from uwm_deploy.recipe import CalibrationSet
 from uwm_deploy.records import HeadTraining, RiskReport, SafetyHead, TowerName
-from uwm_deploy.runtime.head import RECORD, TEXTS, WEIGHTS
+from uwm_deploy.runtime.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import STEPS, RiskSet, rates_of, risk_report, thresholds_for
 from uwm_deploy.stages.calibrate import PairStream
@@ -116,6 +116,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     safe, unsafe = (rows_of(trained.module, part) for part in (validation.safe, validation.unsafe))
     thresholds = thresholds_for(safe.level, request.rates)
     weights, listed = trained.module.to_bytes(), json.dumps(texts, indent=0, ensure_ascii=False).encode()
+    items = json.dumps(sorted({*training.pairs, *validation.pairs}), indent=0).encode()
     settings = request.settings
     head = SafetyHead(
         shape=trained.module.shape,
@@ -123,6 +124,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         edited_weights_digest=model.ref.weights_digest,
         weights_digest=digest_of_bytes(weights),
         texts_digest=digest_of_bytes(listed),
+        items_digest=digest_of_bytes(items),
         thresholds=thresholds,
         false_positive_rates={action: 100 * rate for action, rate in request.rates.items()},
         calibration=calibration,
@@ -143,6 +145,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     with whole_folder(request.out) as folder:
         (folder / WEIGHTS).write_bytes(weights)
         (folder / TEXTS).write_bytes(listed)
+        (folder / ITEMS).write_bytes(items)
         (folder / RECORD).write_text(json_from_record(head), encoding="utf-8")
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
     return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
@@ -165,7 +168,8 @@ def _set(name: str) -> tuple[QuadrupleSource, CalibrationSet]:
 
 
 def _refuse_shared(training: Features, validation: Features) -> None:
-    shared = sorted(set(training.ids) & set(validation.ids))
+    seen = set(training.pairs)
+    shared = [item for item, pair in zip(validation.ids, validation.pairs, strict=True) if pair in seen]
     if shared:
         raise DataError(
             f"{len(shared)} validation items are trained on, first {shared[0]}", fix="use sets that share nothing"
@@ -217,7 +221,7 @@ def _features(
         return _read(folder / _FILE)
     with reporter.stage("features", f"{source.record.name}, {len(source)} pairs"), whole_folder(folder) as temporary:
         found = _computed(model, source, spec, build, reporter)
-        names = np.frombuffer(json.dumps([found.ids, found.concepts]).encode(), dtype=np.uint8)
+        names = np.frombuffer(json.dumps([found.ids, found.concepts, found.pairs]).encode(), dtype=np.uint8)
         save_file({"names": names, "safe": found.safe, "unsafe": found.unsafe}, temporary / _FILE)
         stamp(temporary, inputs)
     return found
@@ -228,8 +232,8 @@ def _read(path: Path) -> Features:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ContractError(f"{path} cannot be read: {error}", fix="remove its folder") from error
-    ids, concepts = json.loads(tensors["names"].tobytes())
-    return Features(ids=tuple(ids), concepts=tuple(concepts), safe=tensors["safe"], unsafe=tensors["unsafe"])
+    ids, concepts, pairs = map(tuple, json.loads(tensors["names"].tobytes()))
+    return Features(ids=ids, concepts=concepts, safe=tensors["safe"], unsafe=tensors["unsafe"], pairs=pairs)
 
 
 def _computed(
@@ -249,8 +253,10 @@ def _computed(
     ids: list[str] = []
     safe: list[np.ndarray] = []
     unsafe: list[np.ndarray] = []
+    digests: list[str] = []
     for pairs in stream:
         ids += pairs.ids
+        digests += map(digest_of_pair, pairs.safe, pairs.unsafe)
         for rows, parts in ((pairs.safe, safe), (pairs.unsafe, unsafe)):
             part = tokens_of(model.image, rows).to("cpu").numpy().astype(np.float16)
             if not np.isfinite(part).all():
@@ -261,6 +267,7 @@ def _computed(
         concepts=tuple(concept_of[item] for item in ids),
         safe=np.concatenate(safe),
         unsafe=np.concatenate(unsafe),
+        pairs=tuple(digests),
     )
 
 
