@@ -56,6 +56,13 @@ def pipeline_options(command: F) -> F:
             help="Folder with the recipe's weights, instead of the hub.",
         ),
         click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
+        click.option(
+            "--original",
+            default=None,
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="For the method trained: folder with the weights that the model was trained from. [default: what its "
+            "training record or recipe names]",
+        ),
         click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
         click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
         click.option(
@@ -760,6 +767,58 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
         print_rows(rows, group="model" if "metric" in rows[0] else "", styles=STYLES)
     click.echo("\n".join(lines_of(result)))
     return int(result.exit_code)
+
+
+@cli.command()
+@click.option(
+    "--methods",
+    default="none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+safe-clip",
+    show_default=True,
+    help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
+    "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",
+)
+@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
+@click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder with the recipe's weights, instead of the hub.",
+)
+@click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
+@click.option("--calibration", default=None, help="Set that all are made on: name or TOML. [default: the recipe's]")
+@click.option("--evaluation", default=None, help="Set that all are measured on. [default: the recipe's]")
+@click.option("--zero-shot", multiple=True, help="Zero-shot sets, as in evaluate. [default: the evaluation set's]")
+@click.option(
+    "--data",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
+)
+@click.option(
+    "--train-option",
+    "train_options",
+    multiple=True,
+    metavar="--NAME=VALUE",
+    help="Passed on to every train command, such as --epochs=3; repeatable.",
+)
+@click.option("--work", default=None, type=click.Path(path_type=Path), help="Models. [default: .uwm/MODEL/compare]")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Tables, picture. [default: WORK/report]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def compare(**options: Any) -> int:
+    """Every safety method on one model: made, measured on the same items, with intervals and cost (docs/compare-methods.md).
+
+    What was made is reused by the next run. Exit code 6 when a row could not run.
+
+    \b
+    Example:
+      uwm-deploy compare --model demo
+      uwm-deploy compare --methods none,uwm,published=safe-clip-vit-l14 --model clip-vit-l14
+    """
+    from uwm_deploy.method_comparison import run_compare
+
+    return run_compare(**options)
 
 
 @cli.command()

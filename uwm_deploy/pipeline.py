@@ -32,6 +32,7 @@ from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
+    ModelSource,
     Recipe,
     calibration_set_from_toml,
     recipe_from_toml,
@@ -83,7 +84,7 @@ from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.uwm.methods import needs_gradients, with_method
+from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
 from uwm_deploy.workspace import (
     STAMP,
     digest_of_bytes,
@@ -140,6 +141,7 @@ class Request:
     model: str = "demo"
     checkpoint: Path | None = None
     revision: str | None = None
+    original: Path | None = None
     calibration: str | None = None
     evaluation: str | None = None
     targets: tuple[str, ...] = ()
@@ -236,7 +238,8 @@ def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
 def recipe_of(model: str) -> tuple[Recipe, str]:
     """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
     if Path(model).is_dir():
-        return _recipe_of_folder(Path(model))
+        training = read_training(Path(model))
+        return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
     text, where = resources.read_toml("export", model)
     return recipe_from_toml(text, where=where), text
 
@@ -269,6 +272,23 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
     text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
     return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+
+
+def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
+    """A model that `train` made: the recipe of its base, which is what it is compared with."""
+    name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
+    known = training.base.repo != "local"  # a folder's path is in no record
+    source = dataclasses.replace(
+        base.model,
+        repo=str(folder),
+        revision="",
+        architecture=None,
+        base=base.model.repo if known else "",
+        base_revision=training.base.revision if known else "",
+    )
+    data = dataclasses.replace(base.data, calibration=training.calibration.name)
+    text = f"# {name}: weights trained by {training.settings.method.value} from what follows\n{training.recipe}"
+    return dataclasses.replace(base, name=name, model=source, data=data), text
 
 
 TRAINING = "training.json"
@@ -318,6 +338,10 @@ class _Build:
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
+        self.trained: ModelSource | None = None
+        if self.recipe.edit.method is Method.TRAINED:
+            self.trained, self.recipe = self.recipe.model, _recipe_of_base(self.recipe, request)
+        self.training = _training_at((self.trained or self.recipe.model).repo)
         self.policy, self.policy_digest = policy_of(request.policy)
         self.baseline = read_baseline(request.baseline) if request.baseline else None
         self.work = request.work or Path(".uwm") / self.recipe.name
@@ -351,6 +375,7 @@ class _Build:
             "checkpoint": digest_of_folder(self.checkpoint) if self.checkpoint else digest_of_plain(self.recipe_text),
             "companion": digest_of_folder(self.companion) if self.companion else "",
             "weights": self.request.weights,
+            "trained": digest_of_folder(self._trained_folder()) if self.trained else "",
             "code": digest_of_plain(sources),
             "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
         }
@@ -384,6 +409,19 @@ class _Build:
     def edited(self) -> LoadedModel:
         """The edited model, read back from the saved folder, so that what was saved is what is exported."""
         return self._load(self.work / "edit" / "model")
+
+    def _trained_folder(self) -> Path:
+        assert self.trained is not None
+        return resources.checkpoint_folder(self.trained.repo, self.trained.revision)
+
+    def _load_trained(self) -> LoadedModel:
+        """The trained weights, of the method `trained`."""
+        from uwm_deploy.stages.load import load_model
+
+        assert self.trained is not None
+        recipe = dataclasses.replace(self.recipe, model=self.trained)
+        with self.reporter.stage("load", f"{self.recipe.name} (trained)"):
+            return load_model(recipe, folder=self._trained_folder(), device=self.request.device)
 
     def _load(self, folder: Path | None) -> LoadedModel:
         with without_collection():
@@ -489,7 +527,7 @@ class _Build:
                 sort_by_length=not (edits.per_concept or needs_gradients(edits.method)),
             )
 
-        if edits.method is not Method.NONE:
+        if selects(edits.method):
             for tower in edits.towers:
                 pairs(tower)  # a set without pairs for one of them is refused before anything is scored
         concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
@@ -524,7 +562,7 @@ class _Build:
             "edits": digest_of_plain(plain_from_record(edits)),
         }
         nothing = edits.method is Method.NONE
-        text = self._named_method("save" if nothing else "select, multiply, save")
+        text = self._named_method("select, multiply, save" if selects(edits.method) else "save")
         folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
         if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
@@ -544,6 +582,11 @@ class _Build:
 
         score = _read(ScoreRecord, self.work / "score" / "score.json")
         model = self.original
+        if self.trained:
+            from uwm_deploy.stages.trained import trained_to_folder
+
+            trained_to_folder(model, self._load_trained(), score, self.recipe.edit, self.training, folder)
+            return
         edit_to_folder(model, score, self.work / "score" / "scores.safetensors", self.recipe.edit, folder)
         del self.original  # it was edited in place; whoever needs the original loads it again
 
@@ -868,7 +911,7 @@ class _Build:
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
 
     def _expected(self) -> Expected:
-        """What the edited model must be, made again from source weights and scores."""
+        """What the edited model must be, made again from source weights and scores, or as it was trained."""
         from uwm_deploy.stages.edit import selected_entries
         from uwm_deploy.stages.proof import expected_weights
 
@@ -880,6 +923,10 @@ class _Build:
             return selected_entries(score, scores, layer, edits.of(layer.tower))
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        if self.trained:
+            from uwm_deploy.stages.trained import expected_trained
+
+            return expected_trained(self.original.source, self._load_trained().source, edit, self.training)
         return expected_weights(self.original.source, score, edit, self._patch(), edits, select)
 
     def _goldens(self) -> Goldens:
@@ -1104,6 +1151,8 @@ class _Build:
         if self.head is not None:
             parts |= {f"{PLACE}/{WEIGHTS}": self.head.weights, f"{PLACE}/{TEXTS}": self.head.texts}
             parts["evidence/risks.safetensors"] = self.work / "verify" / "risks.safetensors"
+        if self.training is not None:
+            parts["reports/training.json"] = json_from_record(self.training).encode()
         if self.baseline is not None:
             parts[BASELINE] = json_from_record(self.baseline[0]).encode()
         for tower in TowerName:
@@ -1134,7 +1183,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         source = dataclasses.replace(source, revision=request.revision)
     edit = with_method(
         recipe.edit,
-        method=Method(request.method) if request.method else None,
+        method=_method_of(request),
         selection=Selection(request.selection) if request.selection else None,
         keep_mass=request.keep_mass,
         factor=request.factor,
@@ -1165,6 +1214,36 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
     version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
     return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+
+
+def _method_of(request: Request) -> Method | None:
+    """What the user asked for; a model that `train` made goes through as it is unless an edit on top is asked for."""
+    if request.method:
+        return Method(request.method)
+    return Method.TRAINED if read_training(Path(request.model)) else None
+
+
+def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
+    """The recipe with the base as its source model.
+
+    Raises:
+        InputError: If nobody says what that is.
+    """
+    source = recipe.model
+    if request.weights == "random":
+        raise InputError("method trained needs weights that were trained", fix="leave --weights random out")
+    if not (request.original or source.base):
+        raise InputError(
+            f"method trained compares {recipe.name} with the model it was trained from, which its recipe does not name",
+            fix="pass --original FOLDER with that model's weights, or put an edit on top with --method uwm",
+        )
+    base = str(request.original.resolve()) if request.original else source.base
+    revision = "" if request.original else source.base_revision
+    return dataclasses.replace(recipe, model=dataclasses.replace(source, repo=base, revision=revision))
+
+
+def _training_at(repo: str) -> TrainingRecord | None:
+    return read_training(Path(repo)) if Path(repo).is_dir() else None
 
 
 def _flips_of(text: str) -> float:

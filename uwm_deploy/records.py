@@ -1026,6 +1026,70 @@ class SweepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MethodCost:
+    """What it took to make a model by a method: the whole command, in a process of its own.
+
+    Attributes:
+        seconds: Wall time.
+        cpu_seconds: Time on processors, decoding processes included.
+        peak_rss_bytes: Most memory of the process.
+        gpu_seconds: Wall time of training on a GPU; 0 without one.
+        peak_gpu_bytes: Most GPU memory that was in use while training; 0 without one.
+        trainable_parameters: 0 for a method that trains nothing.
+        data_seen: Quadruples that went through, repetitions counted.
+        includes: The method whose cost is part of this one's, for an edit on top of trained weights.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    gpu_seconds: float
+    peak_gpu_bytes: int
+    trainable_parameters: int
+    data_seen: int
+    includes: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedMethod:
+    """One row of a comparison; without `safety` it was not run.
+
+    Attributes:
+        weights_digest: Of the model that was measured.
+        change: Against the first row on the same items, per SafeGround metric and zero-shot set; empty in that row.
+        cost: None for a model that was not made here.
+        reason: Why it was not run.
+    """
+
+    label: str
+    weights_digest: Digest
+    safety: SafetyReport | None
+    change: Mapping[str, Flips]
+    cost: MethodCost | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodComparison:
+    """Methods side by side on one set.
+
+    Attributes:
+        model: The model that all are made from.
+        calibration: Name of the set that all are made on.
+        measured_on: Name of the set that all are measured on, with its number of quadruples in `n`.
+        machine: Where the cost was measured.
+    """
+
+    model: ModelRef
+    calibration: str
+    measured_on: str
+    n: int
+    rows: tuple[ComparedMethod, ...]
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputParity:
     """How far one output of an artifact is from the edited model in PyTorch float32.
 

@@ -290,6 +290,10 @@ class _Refit:
         else:
             assert model is not None
             record, patch, content = _edit_at(self._selected(model))
+        if Method.TRAINED in (record.method, self.edit.method):
+            raise InputError(
+                "the weights were trained, so no patch makes them or takes them back", fix="build the other model"
+            )
         if record.model.weights_digest != self.manifest.model.weights_digest:
             raise IntegrityError("the patch is of another model", fix="pass a patch of the bundle's source model")
         if record.edited_weights_digest == self.edit.edited_weights_digest:

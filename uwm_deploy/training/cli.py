@@ -62,18 +62,32 @@ def settings_options(command: F) -> F:
     """What a user may change of the published settings."""
     above_0 = click.FloatRange(0, min_open=True)
     options = [
-        click.option("--epochs", default=None, type=click.IntRange(1), help="At most so many. [default: published]"),
-        click.option("--batch", default=None, type=click.IntRange(2), help="Quadruples per step. [default: published]"),
-        click.option("--rate", default=None, type=above_0, help="Learning rate of Adam. [default: published]"),
-        click.option("--rank", default=None, type=click.IntRange(1), help="Of the adapters. [default: published, 16]"),
         click.option(
-            "--alpha", default=None, type=above_0, help="Adapters count alpha / rank. [default: published, 1]"
+            "--epochs",
+            default=None,
+            type=click.IntRange(1),
+            help="At most so many. [default: the recipe's or published]",
+        ),
+        click.option(
+            "--batch",
+            default=None,
+            type=click.IntRange(2),
+            help="Quadruples per step. [default: the recipe's or published]",
+        ),
+        click.option(
+            "--rate", default=None, type=above_0, help="Learning rate of Adam. [default: the recipe's or published]"
+        ),
+        click.option(
+            "--rank", default=None, type=click.IntRange(1), help="Of the adapters. [default: the recipe's or 16]"
+        ),
+        click.option(
+            "--alpha", default=None, type=above_0, help="Adapters count alpha / rank. [default: the recipe's or 1]"
         ),
         click.option(
             "--patience",
             default=None,
             type=click.IntRange(1),
-            help="Epochs without a better loss or recall before it ends. [default: published, 5]",
+            help="Epochs without a better loss or recall before it ends. [default: 5]",
         ),
         click.option(
             "--validation-share",
@@ -107,12 +121,11 @@ def _train(method: Trainer, as_json: bool, options: dict[str, Any]) -> int:
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
     from uwm_deploy.ranks import speaks
-    from uwm_deploy.training.settings import settings_of
     from uwm_deploy.training.trainer import TrainRequest, summary_of
     from uwm_deploy.training.trainer import train as run
 
-    settings = settings_of(method, **{name: options.pop(name) for name in _SETTINGS})
-    record = run(TrainRequest(settings=settings, **options), Reporter(quiet=not speaks()))
+    changed = {name: options.pop(name) for name in _SETTINGS}
+    record = run(TrainRequest(method=method, changed=changed, **options), Reporter(quiet=not speaks()))
     if not speaks():
         return 0
     if as_json:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from uwm_deploy.pipeline import (
     resolved_recipe,
     versions,
 )
-from uwm_deploy.recipe import Recipe
-from uwm_deploy.records import Digest, EpochResult, TrainingRecord, TrainingSettings
+from uwm_deploy.recipe import Recipe, TrainSpec
+from uwm_deploy.records import Digest, EpochResult, Trainer, TrainingRecord, TrainingSettings
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import recalls
 from uwm_deploy.stages.load import load_model, resolve_device
@@ -39,6 +39,7 @@ from uwm_deploy.training.adapters import Adapters, Student
 from uwm_deploy.training.checkpoints import CHECKPOINT, State, moments_of, put_moments, read_state, write_state
 from uwm_deploy.training.data import TrainingData, total, training_data
 from uwm_deploy.training.losses import Members
+from uwm_deploy.training.settings import settings_of
 from uwm_deploy.uwm.digests import digest_of_weights
 from uwm_deploy.workspace import digest_of_plain, locked, whole_folder
 
@@ -50,12 +51,14 @@ class TrainRequest:
     """What the user asked for; None takes the recipe's value.
 
     Attributes:
+        changed: Settings other than those of the recipe and, where that names none, the published ones.
         out: Folder for the trained model.
         work: Run folder, where a run that was stopped goes on from.
     """
 
-    settings: TrainingSettings
+    method: Trainer
     out: Path
+    changed: Mapping[str, Any] = field(default_factory=dict)
     model: str = "demo"
     checkpoint: Path | None = None
     revision: str | None = None
@@ -100,7 +103,7 @@ class _Run:
     def __init__(self, request: TrainRequest, reporter: Reporter) -> None:
         from accelerate import Accelerator
 
-        self.request, self.settings, self.reporter = request, request.settings, reporter
+        self.request, self.reporter = request, reporter
         if read_training(Path(request.model)) is not None:
             raise InputError(f"{request.model} was trained already", fix="train from the model it was made from")
         asked = Request(
@@ -110,6 +113,7 @@ class _Run:
             calibration=request.calibration,
         )
         self.recipe: Recipe = resolved_recipe(asked)
+        self.settings = settings_for(self.recipe.train, request)
         self.recipe_text = recipe_of(request.model)[1]
         self.spec, _, base = calibration_set_of(self.recipe.data.calibration)
         self.source: QuadrupleSource = open_source(dataclasses.replace(self.spec, zero_shot=()), base=base)
@@ -191,6 +195,7 @@ class _Run:
                 (folder / TRAINING).write_text(json_from_record(record), encoding="utf-8")
             (self.work / CHECKPOINT).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return record
 
     def _data(self) -> TrainingData:
@@ -289,6 +294,13 @@ class _Run:
             loss += float(total(data.terms(parts[-1], some, self.settings.method), self.settings)) * len(some)
         members = [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
         return loss / len(rows), recall_sum(*members)
+
+
+def settings_for(spec: TrainSpec, request: TrainRequest) -> TrainingSettings:
+    """The published settings, with what the recipe and then the user changed."""
+    of_recipe = {name: value for name, value in dataclasses.asdict(spec).items() if value}
+    of_user = {name: value for name, value in request.changed.items() if value is not None}
+    return settings_of(request.method, **(of_recipe | of_user))
 
 
 def recall_sum(
