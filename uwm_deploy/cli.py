@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
+from uwm_deploy.command_line import PipelineGroup, common_options, edit_options, method_options
 from uwm_deploy.errors import ExitCode, UwmError
-from uwm_deploy.ranks import ALONE, Ranks, StoppedError, speaks
-from uwm_deploy.records import Method, Precision, Selection, TowerName
+from uwm_deploy.ranks import ALONE, Ranks
+from uwm_deploy.records import Precision
+from uwm_deploy.training.cli import train
 
 if TYPE_CHECKING:
     from uwm_deploy.records import Verdict
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
     from uwm_deploy.towers.formats import Layout
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-INTERRUPTED = 130
-
-
-class PipelineGroup(click.Group):
-    """Lists commands in the order they were written, which is the order of the pipeline."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in pipeline order."""
-        return list(self.commands)
 
 
 @click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -54,31 +45,6 @@ def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | Non
     return int(value)
 
 
-def method_options(command: F) -> F:
-    """Options that say how entries are found."""
-    options = [
-        click.option(
-            "--method",
-            default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
-            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
-        ),
-        click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def pipeline_options(command: F) -> F:
     """Options shared by every command that runs a part of the pipeline."""
     options = [
@@ -92,6 +58,13 @@ def pipeline_options(command: F) -> F:
             help="Folder with the recipe's weights, instead of the hub.",
         ),
         click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
+        click.option(
+            "--original",
+            default=None,
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            help="For the method trained: folder with the weights that the model was trained from. [default: what its "
+            "training record or recipe names]",
+        ),
         click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
         click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
         click.option(
@@ -126,28 +99,7 @@ def pipeline_options(command: F) -> F:
             is_flag=True,
             help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
         ),
-        method_options,
-        click.option(
-            "--tower",
-            "towers",
-            multiple=True,
-            type=click.Choice([tower.value for tower in TowerName]),
-            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
-            "[default: the recipe's]",
-        ),
-        click.option(
-            "--keep-mass",
-            default=None,
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
-            "[default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--factor",
-            default=None,
-            type=float,
-            help="Multiplier of selected entries. [default: the recipe's or the method's]",
-        ),
+        edit_options,
         click.option(
             "--weights",
             default="checkpoint",
@@ -170,6 +122,12 @@ def pipeline_options(command: F) -> F:
             default=None,
             type=click.IntRange(min=0),
             help="Release counter, so that older bundles can be refused. [default: the recipe's, 0]",
+        ),
+        click.option(
+            "--safety-head",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Folder that `train safety-head` wrote: a head in the image graph (docs/safety-head.md).",
         ),
         click.option(
             "--work",
@@ -285,39 +243,6 @@ def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bo
             click.echo(line, err=as_json)  # the runner reads both; the result alone may be on standard output
 
 
-def common_options(command: F) -> F:
-    """`--json` and `--debug`, and errors as one line with the exit code of their kind."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
-        try:
-            code = command(*args, **kwargs)
-        except UwmError as error:
-            if debug:
-                raise
-            if speaks() or not isinstance(error, StoppedError):
-                click.echo(f"error: {error}", err=True)
-            _leave_group(in_order=isinstance(error, StoppedError))
-            sys.exit(int(error.exit_code))
-        except KeyboardInterrupt:
-            click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
-            sys.exit(INTERRUPTED)
-        except Exception as error:
-            if debug:
-                raise
-            line = " ".join(str(error).split())[:300]
-            click.echo(
-                f"internal error: {type(error).__name__}: {line}; run again with --debug and report it", err=True
-            )
-            sys.exit(int(ExitCode.INTERNAL))
-        _leave_group(in_order=True)
-        sys.exit(int(code or 0))
-
-    return wrapped  # type: ignore[return-value]
-
-
 def _join_group(device: str) -> Ranks:
     """The processes that torchrun started; torch is imported only if it did."""
     if "WORLD_SIZE" not in os.environ:
@@ -325,13 +250,6 @@ def _join_group(device: str) -> Ranks:
     from uwm_deploy.torchrun import join
 
     return join(device)
-
-
-def _leave_group(*, in_order: bool) -> None:
-    """Ends the group, if this process joined one."""
-    if group := sys.modules.get("uwm_deploy.torchrun"):
-        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
-        group.leave(in_order=in_order)
 
 
 def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
@@ -910,6 +828,58 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 
 
 @cli.command()
+@click.option(
+    "--methods",
+    default="none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+safe-clip",
+    show_default=True,
+    help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
+    "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",
+)
+@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
+@click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder with the recipe's weights, instead of the hub.",
+)
+@click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
+@click.option("--calibration", default=None, help="Set that all are made on: name or TOML. [default: the recipe's]")
+@click.option("--evaluation", default=None, help="Set that all are measured on. [default: the recipe's]")
+@click.option("--zero-shot", multiple=True, help="Zero-shot sets, as in evaluate. [default: the evaluation set's]")
+@click.option(
+    "--data",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
+)
+@click.option(
+    "--train-option",
+    "train_options",
+    multiple=True,
+    metavar="--NAME=VALUE",
+    help="Passed on to every train command, such as --epochs=3; repeatable.",
+)
+@click.option("--work", default=None, type=click.Path(path_type=Path), help="Models. [default: .uwm/MODEL/compare]")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="Tables, picture. [default: WORK/report]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def compare(**options: Any) -> int:
+    """Every safety method on one model: made, measured on the same items, with intervals and cost (docs/compare-methods.md).
+
+    What was made is reused by the next run. Exit code 6 when a row could not run.
+
+    \b
+    Example:
+      uwm-deploy compare --model demo
+      uwm-deploy compare --methods none,uwm,published=safe-clip-vit-l14 --model clip-vit-l14
+    """
+    from uwm_deploy.method_comparison import run_compare
+
+    return run_compare(**options)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--variant", "variants", multiple=True, help="Variant to measure; repeatable. [default: all]")
 @click.option(
@@ -1130,6 +1100,9 @@ def sweep(
             click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
         click.echo(f"table and picture: {folder}")
     return 0
+
+
+cli.add_command(train)
 
 
 @cli.group(cls=PipelineGroup)

@@ -22,10 +22,12 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
-from uwm_deploy.records import ImageSpec, Method, Proportion, SafetyReport, TextSpec, TowerName
+from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.safeground.outcomes import bits_of
+from uwm_deploy.safeground.zero_shot import TopOne
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +158,11 @@ class Encoders:
     Attributes:
         name: For the report: recipe name, or the variant of a bundle.
         batch: Rows per call.
+        weights_digest: Of the model; of a bundle the edited one's.
     """
 
     name: str
+    weights_digest: Digest
     image: ImageSpec
     text: TextSpec
     tokenizer: Tokenizer
@@ -195,6 +199,7 @@ def _bundle_encoders(subject: Subject) -> Encoders:
     images, texts = (encoder.session(tower) for tower in (TowerName.IMAGE, TowerName.TEXT))
     return Encoders(
         name=encoder.variant,
+        weights_digest=bundle.manifest.edit.edited_weights_digest,
         image=ref.image,
         text=ref.text,
         tokenizer=Tokenizer(bundle.read("tokenizer.json"), ref.text),
@@ -219,6 +224,7 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
         model = load_model(recipe, folder=folder, device=subject.request.device)
     return Encoders(
         name=recipe.name if subject.method is Method.NONE else f"{recipe.name}, {subject.method.value}",
+        weights_digest=model.ref.weights_digest,
         image=model.ref.image,
         text=model.ref.text,
         tokenizer=Tokenizer(model.tokenizer_json, model.ref.text),
@@ -237,8 +243,11 @@ def _edit_request(subject: Subject, name: str) -> Request:
 class Evaluator:
     """Measures one subject after the other on the same ground; several processes share the work."""
 
-    def __init__(self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE, with_items: bool = False
+    ) -> None:
         self.ground, self.workers, self.reporter, self.ranks = ground, workers, reporter, ranks
+        self.with_items = with_items  # what every single item came to, so that two reports can be paired
         self._prepared: tuple[tuple[ImageSpec, TextSpec, int], PreparedSet] | None = None
 
     def measure(self, encoders: Encoders) -> SafetyReport:
@@ -260,9 +269,15 @@ class Evaluator:
                     progress=progress,
                     ranks=self.ranks,
                 )
-                report = self.ranks.first_only(lambda: safety_report(encoders.name, embedded))
+                report = self.ranks.first_only(
+                    lambda: safety_report(encoders.name, embedded, with_items=self.with_items)
+                )
             zero_shot, missing = self._zero_shot(encoders)
-        return dataclasses.replace(report, zero_shot=zero_shot, zero_shot_missing=missing)
+        items = report.items
+        if items is not None:
+            items = dataclasses.replace(items, zero_shot={name: bits_of(part.hits) for name, part in zero_shot.items()})
+        shares = {name: part.proportion() for name, part in zero_shot.items()}
+        return dataclasses.replace(report, zero_shot=shares, zero_shot_missing=missing, items=items)
 
     def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
         key = (encoders.image, encoders.text, encoders.batch if self.ranks.world > 1 else 0)  # a batch has one owner
@@ -280,7 +295,7 @@ class Evaluator:
             self._prepared = key, prepared
         return self._prepared[1]
 
-    def _zero_shot(self, encoders: Encoders) -> tuple[dict[str, Proportion], dict[str, str]]:
+    def _zero_shot(self, encoders: Encoders) -> tuple[dict[str, TopOne], dict[str, str]]:
         found, missing = {}, dict(self.ground.suite.missing)
         for name, part in self.ground.suite.sets.items():
             try:
@@ -294,7 +309,7 @@ class Evaluator:
                     workers=self.workers,
                     progress=self.reporter.progress,
                     ranks=self.ranks,
-                ).proportion()
+                )
             except (BrokenItemError, StoppedError) as error:
                 if isinstance(error, StoppedError) and error.kind != BrokenItemError.__name__:
                     raise

@@ -12,6 +12,7 @@ from uwm_deploy.records import (
     BundleFile,
     CalibrationRecord,
     Manifest,
+    Method,
     Proportion,
     SafetyReport,
     TensorSpec,
@@ -88,7 +89,9 @@ def _model(manifest: Manifest, report: VerifyReport) -> dict[str, Any]:
                     "properties": _properties({"weights-digest": model.weights_digest}),
                 }
             ],
-            "notes": f"weights edited by the method {manifest.edit.method.value}; patch.safetensors holds every change",
+            "notes": "weights as they were trained; no patch makes them"
+            if manifest.edit.method is Method.TRAINED
+            else f"weights edited by the method {manifest.edit.method.value}; patch.safetensors holds every change",
         },
         "properties": _properties(
             {

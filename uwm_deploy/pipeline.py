@@ -22,7 +22,7 @@ from uwm_deploy import __version__, resources
 from uwm_deploy.baseline import BASELINE, accepted, has_baseline, is_bundle, read_baseline, write_baseline
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
+from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
@@ -32,6 +32,7 @@ from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
+    ModelSource,
     Recipe,
     calibration_set_from_toml,
     recipe_from_toml,
@@ -57,12 +58,14 @@ from uwm_deploy.records import (
     Selection,
     Target,
     TowerName,
+    TrainingRecord,
     Verdict,
     VerifyReport,
     variant_name,
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, HeadFiles, digest_of_pair, read_head
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import (
     Session,
@@ -77,10 +80,11 @@ from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import Sign, bundle_from_parts
-from uwm_deploy.uwm.methods import needs_gradients, with_method
+from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
 from uwm_deploy.workspace import (
     STAMP,
     digest_of_bytes,
@@ -137,6 +141,7 @@ class Request:
     model: str = "demo"
     checkpoint: Path | None = None
     revision: str | None = None
+    original: Path | None = None
     calibration: str | None = None
     evaluation: str | None = None
     targets: tuple[str, ...] = ()
@@ -160,6 +165,7 @@ class Request:
     batch_pairs: int | None = None
     score_dtype: str = "fp32"
     bundle_version: int | None = None
+    safety_head: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -219,10 +225,21 @@ def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     return _Build(request, reporter).original
 
 
+def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
+    """The edited model that a request makes, with what was not made before made first.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    run(request, until="edit", reporter=reporter)
+    return _Build(request, reporter).edited
+
+
 def recipe_of(model: str) -> tuple[Recipe, str]:
     """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
     if Path(model).is_dir():
-        return _recipe_of_folder(Path(model))
+        training = read_training(Path(model))
+        return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
     text, where = resources.read_toml("export", model)
     return recipe_from_toml(text, where=where), text
 
@@ -255,6 +272,37 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
     text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
     return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+
+
+def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
+    """A model that `train` made: the recipe of its base, which is what it is compared with."""
+    name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
+    known = training.base.repo != "local"  # a folder's path is in no record
+    source = dataclasses.replace(
+        base.model,
+        repo=str(folder),
+        revision="",
+        architecture=None,
+        base=base.model.repo if known else "",
+        base_revision=training.base.revision if known else "",
+    )
+    data = dataclasses.replace(base.data, calibration=training.calibration.name)
+    text = f"# {name}: weights trained by {training.settings.method.value} from what follows\n{training.recipe}"
+    return dataclasses.replace(base, name=name, model=source, data=data), text
+
+
+TRAINING = "training.json"
+"""Record beside the weights of a model that `train` made."""
+
+
+def read_training(folder: Path) -> TrainingRecord | None:
+    """Record of a trained model; None when the folder holds none.
+
+    Raises:
+        IntegrityError: If the record is damaged.
+    """
+    file = folder / TRAINING
+    return _read(TrainingRecord, file) if file.is_file() else None
 
 
 def policy_of(name: str) -> tuple[Policy, Digest]:
@@ -290,6 +338,10 @@ class _Build:
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
+        self.trained: ModelSource | None = None
+        if self.recipe.edit.method is Method.TRAINED:
+            self.trained, self.recipe = self.recipe.model, _recipe_of_base(self.recipe, request)
+        self.training = _training_at((self.trained or self.recipe.model).repo)
         self.policy, self.policy_digest = policy_of(request.policy)
         self.baseline = read_baseline(request.baseline) if request.baseline else None
         self.work = request.work or Path(".uwm") / self.recipe.name
@@ -323,6 +375,7 @@ class _Build:
             "checkpoint": digest_of_folder(self.checkpoint) if self.checkpoint else digest_of_plain(self.recipe_text),
             "companion": digest_of_folder(self.companion) if self.companion else "",
             "weights": self.request.weights,
+            "trained": digest_of_folder(self._trained_folder()) if self.trained else "",
             "code": digest_of_plain(sources),
             "versions": digest_of_plain(versions(_BUILD_PACKAGES + _RUN_PACKAGES)),
         }
@@ -338,6 +391,16 @@ class _Build:
         return open_source(self.evaluation, base=self.evaluation_base)
 
     @cached_property
+    def head(self) -> HeadFiles | None:
+        """The safety head that goes into the image graph."""
+        return read_head(self.request.safety_head) if self.request.safety_head else None
+
+    @property
+    def head_digest(self) -> Digest:
+        """Empty without a head."""
+        return self.head.digest if self.head else ""
+
+    @cached_property
     def original(self) -> LoadedModel:
         """Stage `load`: the source model."""
         return self._load(None)
@@ -346,6 +409,19 @@ class _Build:
     def edited(self) -> LoadedModel:
         """The edited model, read back from the saved folder, so that what was saved is what is exported."""
         return self._load(self.work / "edit" / "model")
+
+    def _trained_folder(self) -> Path:
+        assert self.trained is not None
+        return resources.checkpoint_folder(self.trained.repo, self.trained.revision)
+
+    def _load_trained(self) -> LoadedModel:
+        """The trained weights, of the method `trained`."""
+        from uwm_deploy.stages.load import load_model
+
+        assert self.trained is not None
+        recipe = dataclasses.replace(self.recipe, model=self.trained)
+        with self.reporter.stage("load", f"{self.recipe.name} (trained)"):
+            return load_model(recipe, folder=self._trained_folder(), device=self.request.device)
 
     def _load(self, folder: Path | None) -> LoadedModel:
         with without_collection():
@@ -372,7 +448,19 @@ class _Build:
             raise IntegrityError(
                 "the saved edited model is not the one its record describes", fix="remove the run folder"
             )
+        if folder and self.head is not None:
+            self._add_head(model, self.head)
         return model
+
+    def _add_head(self, model: LoadedModel, head: HeadFiles) -> None:
+        from uwm_deploy.towers.safety_head import head_from_bytes, with_head
+
+        if head.record.edited_weights_digest != model.ref.weights_digest:
+            raise IntegrityError(
+                f"the safety head in {self.request.safety_head} was trained on other weights than this edit makes",
+                fix="run `uwm-deploy train safety-head` with the options of this build",
+            )
+        model.image = with_head(model.image, head_from_bytes(head.weights, head.record.shape))
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self.original.tokenizer_json, self.original.ref.text)
@@ -439,7 +527,7 @@ class _Build:
                 sort_by_length=not (edits.per_concept or needs_gradients(edits.method)),
             )
 
-        if edits.method is not Method.NONE:
+        if selects(edits.method):
             for tower in edits.towers:
                 pairs(tower)  # a set without pairs for one of them is refused before anything is scored
         concepts = dict(zip(whole.ids, whole.concepts, strict=True)) if edits.per_concept else None
@@ -474,7 +562,7 @@ class _Build:
             "edits": digest_of_plain(plain_from_record(edits)),
         }
         nothing = edits.method is Method.NONE
-        text = self._named_method("save" if nothing else "select, multiply, save")
+        text = self._named_method("select, multiply, save" if selects(edits.method) else "save")
         folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
         if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
@@ -494,6 +582,11 @@ class _Build:
 
         score = _read(ScoreRecord, self.work / "score" / "score.json")
         model = self.original
+        if self.trained:
+            from uwm_deploy.stages.trained import trained_to_folder
+
+            trained_to_folder(model, self._load_trained(), score, self.recipe.edit, self.training, folder)
+            return
         edit_to_folder(model, score, self.work / "score" / "scores.safetensors", self.recipe.edit, folder)
         del self.original  # it was edited in place; whoever needs the original loads it again
 
@@ -502,6 +595,7 @@ class _Build:
         inputs = {
             "edit": digest_of_file(self.work / "edit" / STAMP),
             "export": digest_of_plain(plain_from_record(self.recipe.export)),
+            "head": self.head_digest,
         }
         folder = self._stage("export", f"ONNX, opset {self.recipe.export.opset}", inputs, self._export)
         self.outcome.onnx = tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
@@ -529,6 +623,7 @@ class _Build:
                 edits=[layer for layer in edit.layers if layer.tower is name],
                 patch=patch,
                 folder=folder,
+                head_digest=self.head_digest if name is TowerName.IMAGE else "",
             )
             (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
@@ -634,7 +729,9 @@ class _Build:
                 ranges = ranges_of(export / graph.file, rows, folder)
                 if spec.quantiser != "built-in":
                     every = [*rows["safe"], *rows["unsafe"]]
-                    quantised[graph.tower] = self._by_modelopt(export / graph.file, EIGHT_BITS[lowered], every, folder)
+                    quantised[graph.tower] = self._by_modelopt(
+                        export / graph.file, EIGHT_BITS[lowered], self._float32(graph), every, folder
+                    )
             sources[graph.tower] = Source(graph, export / graph.file, ranges)
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
@@ -644,7 +741,7 @@ class _Build:
                 folder,
                 precision=precision,
                 lowered=lowered,
-                patterns=spec.float32,
+                patterns=self._float32(graph),
                 layers=plan.kept[graph.tower.value] if plan else (),
                 ranges=sources[graph.tower].ranges,
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
@@ -654,14 +751,22 @@ class _Build:
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
-    def _by_modelopt(self, source: Path, kind: Kind, rows: Sequence[np.ndarray], folder: Path) -> tuple[ir.Model, str]:
+    def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of what stays in float32 in a graph."""
+        from uwm_deploy.towers.safety_head import FLOAT32
+
+        return (*self.recipe.compile.float32, *((FLOAT32,) if graph.head_digest else ()))
+
+    def _by_modelopt(
+        self, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], folder: Path
+    ) -> tuple[ir.Model, str]:
         """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
         from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 
         spec = self.recipe.compile
         method: Literal["entropy", "max"] = "max" if spec.quantiser == "modelopt-max" else "entropy"
         self.reporter.progress(f"modelopt, {source.stem} tower", 0, 1)
-        model, version = quantised_by_modelopt(source, kind, method, spec.float32, rows, folder)
+        model, version = quantised_by_modelopt(source, kind, method, patterns, rows, folder)
         return model, f"nvidia-modelopt {version}, {method}"
 
     def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
@@ -751,8 +856,9 @@ class _Build:
         from safetensors.numpy import save_file
 
         from uwm_deploy.stages.canaries import read_canaries
+        from uwm_deploy.stages.executed import RiskReference
         from uwm_deploy.stages.proof import proof_of
-        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
+        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of, risks_of_model
 
         progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
         ref = self.original.ref
@@ -773,9 +879,13 @@ class _Build:
             return
         found = {name: read_canaries(self.work / "canaries", name) for name in TowerName}
         canaries = {name: part for name, part in found.items() if part is not None}
+        risk = None
+        if self.head is not None:
+            risk = RiskReference(self.head.record, risks_of_model(self.edited, prepared, progress))
+            save_file(risk.found.to_tensors(), folder / "risks.safetensors")
         evidence = []
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -793,12 +903,15 @@ class _Build:
             data=data_health(original, self.calibration_source.record.concepts),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
+            head_digest=self.head_digest,
+            risk=risk_report(risk.head, risk.found) if risk else None,
+            head_overlap=self._head_overlap(prepared),
         )
         (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
 
     def _expected(self) -> Expected:
-        """What the edited model must be, made again from source weights and scores."""
+        """What the edited model must be, made again from source weights and scores, or as it was trained."""
         from uwm_deploy.stages.edit import selected_entries
         from uwm_deploy.stages.proof import expected_weights
 
@@ -810,6 +923,10 @@ class _Build:
             return selected_entries(score, scores, layer, edits.of(layer.tower))
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        if self.trained:
+            from uwm_deploy.stages.trained import expected_trained
+
+            return expected_trained(self.original.source, self._load_trained().source, edit, self.training)
         return expected_weights(self.original.source, score, edit, self._patch(), edits, select)
 
     def _goldens(self) -> Goldens:
@@ -820,6 +937,14 @@ class _Build:
         model = self.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         return goldens_of(model, library)
+
+    def _head_overlap(self, prepared: PreparedSet) -> int:
+        """Evaluation items whose images the safety head was trained or calibrated on."""
+        if self.head is None:
+            return 0
+        rows = range(len(prepared.ids))
+        pairs = ((prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in rows)
+        return sum(digest_of_pair(*pair) in self.head.items for pair in pairs)
 
     def _overlap(self) -> int:
         """Evaluation items whose content is also in the calibration set."""
@@ -975,6 +1100,7 @@ class _Build:
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
             bundle_version=self.recipe.bundle_version,
+            head=self.head.record if self.head else None,
         )
         assert outcome.report is not None
         self._write_card(manifest, outcome.report)
@@ -1022,6 +1148,11 @@ class _Build:
             parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
         if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
             parts["reports/plan.json"] = plan
+        if self.head is not None:
+            parts |= {f"{PLACE}/{WEIGHTS}": self.head.weights, f"{PLACE}/{TEXTS}": self.head.texts}
+            parts["evidence/risks.safetensors"] = self.work / "verify" / "risks.safetensors"
+        if self.training is not None:
+            parts["reports/training.json"] = json_from_record(self.training).encode()
         if self.baseline is not None:
             parts[BASELINE] = json_from_record(self.baseline[0]).encode()
         for tower in TowerName:
@@ -1052,7 +1183,7 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         source = dataclasses.replace(source, revision=request.revision)
     edit = with_method(
         recipe.edit,
-        method=Method(request.method) if request.method else None,
+        method=_method_of(request),
         selection=Selection(request.selection) if request.selection else None,
         keep_mass=request.keep_mass,
         factor=request.factor,
@@ -1083,6 +1214,36 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
     version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
     return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+
+
+def _method_of(request: Request) -> Method | None:
+    """What the user asked for; a model that `train` made goes through as it is unless an edit on top is asked for."""
+    if request.method:
+        return Method(request.method)
+    return Method.TRAINED if read_training(Path(request.model)) else None
+
+
+def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
+    """The recipe with the base as its source model.
+
+    Raises:
+        InputError: If nobody says what that is.
+    """
+    source = recipe.model
+    if request.weights == "random":
+        raise InputError("method trained needs weights that were trained", fix="leave --weights random out")
+    if not (request.original or source.base):
+        raise InputError(
+            f"method trained compares {recipe.name} with the model it was trained from, which its recipe does not name",
+            fix="pass --original FOLDER with that model's weights, or put an edit on top with --method uwm",
+        )
+    base = str(request.original.resolve()) if request.original else source.base
+    revision = "" if request.original else source.base_revision
+    return dataclasses.replace(recipe, model=dataclasses.replace(source, repo=base, revision=revision))
+
+
+def _training_at(repo: str) -> TrainingRecord | None:
+    return read_training(Path(repo)) if Path(repo).is_dir() else None
 
 
 def _flips_of(text: str) -> float:

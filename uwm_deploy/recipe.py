@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ class ModelSource:
         architecture: What `--weights random` builds when the checkpoint is not at hand.
         companion: For a vision tower alone: CLIP checkpoint whose text tower it is measured with, like `repo`.
         companion_revision: Hub commit of the companion.
+        base: For weights that were trained for safety: the checkpoint they were trained from, like `repo`; what the method
+            `trained` compares them with.
+        base_revision: Hub commit of the base.
     """
 
     family: Family
@@ -54,6 +58,8 @@ class ModelSource:
     architecture: Architecture | None = None
     companion: str = ""
     companion_revision: str = ""
+    base: str = ""
+    base_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +248,25 @@ class CompileSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """Settings of training that this model asks for; 0 takes the method's published number (docs/training.md).
+
+    Attributes:
+        rank: Of the adapters.
+        alpha: Adapters count ``alpha / rank``.
+        rate: Learning rate of Adam.
+        epochs: At most so many.
+        batch: Quadruples per step.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    rate: float = 0.0
+    epochs: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One file of `export/`: everything about a build that varies with the model.
 
@@ -256,6 +281,7 @@ class Recipe:
     data: DataSpec
     export: ExportSpec
     compile: CompileSpec
+    train: TrainSpec = TrainSpec()
     bundle_version: int = 0
 
 
@@ -337,6 +363,10 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     recipe = record_from_toml(Recipe, text, where)
     if recipe.edit.method is Method.NONE:
         raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
+    if recipe.edit.method is Method.TRAINED:
+        raise RecipeError(
+            f"{where}: edit.method is trained, which has no settings", fix="leave it out; use --method trained"
+        )
     for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
         if not 0.0 < edit.keep_mass < 1.0:
             raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
@@ -363,6 +393,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         raise RecipeError(f"{where}: compile.onnxruntime.providers is {list(providers)}", fix="name each once")
     _check_builder(recipe.compile.tensorrt, "tensorrt", where)
     _check_builder(recipe.compile.tensorrt_rtx, "tensorrt_rtx", where)
+    if min(dataclasses.astuple(recipe.train)) < 0:
+        raise RecipeError(f"{where}: train holds a negative number", fix="use 0 for the published one")
     if recipe.bundle_version < 0:
         raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     return recipe

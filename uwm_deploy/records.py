@@ -22,6 +22,20 @@ EXPORTED = "onnx"
 """Name of the exported graphs in a report; they are evidence, not a variant that ships."""
 
 
+RISK_LOGITS, RISK_LEVEL = "risk_logits", "risk_level"
+RISK_OUTPUTS = (RISK_LOGITS, RISK_LEVEL)
+"""Outputs that a safety head adds to the image graph."""
+
+
+class Action(StrEnum):
+    """What becomes of an image by its risk, the mildest first; each has its threshold, but for the first."""
+
+    ALLOW = "allow"
+    FLAG = "flag"
+    REDIRECT = "redirect"
+    BLOCK = "block"
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 
@@ -40,6 +54,14 @@ class Method(StrEnum):
     DIFFERENCE = "difference"
     RATIO_OF_MEANS = "ratio-of-means"
     NONE = "none"
+    TRAINED = "trained"
+
+
+class Trainer(StrEnum):
+    """How a model was trained for safety; docs/training.md."""
+
+    SAFE_CLIP = "safe-clip"
+    SAFER_CLIP = "safer-clip"
 
 
 class Selection(StrEnum):
@@ -470,12 +492,199 @@ class EditRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """Everything that a training run depends on besides model and data.
+
+    Attributes:
+        rank: Of the adapters (LoRA).
+        alpha: An adapter is scaled by ``alpha / rank``.
+        dropout: Of the adapters' inputs.
+        targets: Modules with an adapter, by the last part of their name.
+        rate: Learning rate of Adam.
+        epochs: At most so many.
+        batch: Quadruples per step and process.
+        patience: Epochs in which neither validation loss nor recall becomes better before it ends.
+        validation_share: Share of the calibration set that is held out to choose the best epoch.
+        weights: Term of the loss to its weight.
+        best: What the best epoch is chosen by.
+        precision: Of the forward passes; weights are float32.
+    """
+
+    method: Trainer
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    rate: float
+    epochs: int
+    batch: int
+    patience: int
+    validation_share: float
+    weights: Mapping[str, float]
+    best: Literal["loss", "recall"]
+    precision: Literal["fp32", "bf16"]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochResult:
+    """One epoch of a training run.
+
+    Attributes:
+        epoch: From 1.
+        n: Quadruples that it went through, all processes together.
+        terms: Mean of every term of the loss over its steps.
+        loss: Mean of the loss.
+        validation_loss: On the held-out quadruples, after it.
+        recall_sum: Sum of six recalls at 1 in percent, on the same.
+    """
+
+    epoch: int
+    n: int
+    terms: Mapping[str, float]
+    loss: float
+    validation_loss: float
+    recall_sum: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRecord:
+    """Where a trained model comes from: `training.json` beside its weights, and in every bundle made from them.
+
+    Attributes:
+        base: The model before training.
+        calibration: The set, training and held-out quadruples together.
+        trained_weights_digest: Of the whole model after training.
+        weights: Parameter that was trained to its digest; all others are the base's.
+        reference_digest: Of the frozen reference after training; it must be the base's.
+        best_epoch: Whose adapters were merged.
+        trainable_parameters: Of the adapters.
+        examples_seen: Quadruples over all epochs, repetitions counted.
+        seconds: Wall time of all epochs, validation included.
+        peak_gpu_bytes: Most GPU memory that was in use; 0 without a GPU.
+        recipe: Text of the base's recipe, verbatim.
+    """
+
+    settings: TrainingSettings
+    base: ModelRef
+    calibration: CalibrationRecord
+    n_training: int
+    n_validation: int
+    trained_weights_digest: Digest
+    weights: Mapping[str, Digest]
+    reference_digest: Digest
+    epochs: tuple[EpochResult, ...]
+    best_epoch: int
+    stopped_early: bool
+    trainable_parameters: int
+    parameters: int
+    examples_seen: int
+    seconds: float
+    processes: int
+    device: str
+    peak_gpu_bytes: int
+    versions: Mapping[str, str]
+    recipe: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """Name, element type and shape of a graph input or output; a string is a symbolic dimension."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """Sizes of a safety head.
+
+    Attributes:
+        features: Width of the vision tower's tokens.
+        width: Of the safety projector and of the attention.
+        tokens: Learned safety tokens.
+        heads: Of the attention.
+        categories: Of `risk_logits`, ``"safe"`` among them.
+    """
+
+    features: int
+    width: int
+    tokens: int
+    heads: int
+    categories: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCalibration:
+    """One of a head's two probabilities before and after its temperature, on items that the temperature is not from.
+
+    Attributes:
+        temperature: What logits are divided by; in the head's weights already.
+        ece_before: Expected calibration error, percentage points, 15 bins.
+        ece_after: The same with the temperature.
+        n: Images it was measured on.
+    """
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTraining:
+    """How a safety head was trained.
+
+    Attributes:
+        data: The set that it was trained on.
+        validation: The set that temperatures and thresholds are from; None when it is a part of the other one.
+        pairs: Pairs of images that it was trained on.
+        validation_pairs: Pairs that temperatures and thresholds are from.
+        loss_first: Mean loss of the first pass over the pairs.
+        loss_last: Mean loss of the last one.
+        seconds: Wall time of the passes, features apart.
+    """
+
+    data: CalibrationRecord
+    validation: CalibrationRecord | None
+    pairs: int
+    validation_pairs: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyHead:
+    """A head on the tokens of the edited image tower (docs/safety-head.md); its weights are a file beside the record.
+
+    Attributes:
+        categories: Of `risk_logits`, in order; the first is ``"safe"``, the others are the set's concepts.
+        edited_weights_digest: The edited model whose tokens it was trained on; on any other it means nothing.
+        weights_digest: Of the file with its weights.
+        texts_digest: Of the file with the safe texts that a redirect chooses from.
+        items_digest: Of the file that tells the images it was trained and calibrated on from those of an evaluation set.
+        thresholds: Action to the risk level from which on it, or a stricter one, is taken.
+        false_positive_rates: Action to the share of safe images, in percent, that its threshold was chosen for.
+        calibration: Output to its calibration.
+    """
+
+    shape: HeadShape
+    categories: tuple[str, ...]
+    edited_weights_digest: Digest
+    weights_digest: Digest
+    texts_digest: Digest
+    items_digest: Digest
+    thresholds: Mapping[str, float]
+    false_positive_rates: Mapping[str, float]
+    calibration: Mapping[str, HeadCalibration]
+    training: HeadTraining
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -605,6 +814,7 @@ class OnnxArtifact:
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
         conversion: For a graph in lower precision, made from the exported one.
+        head_digest: Of the safety head in it; empty without one.
 
     After a refit, the digest of a lower-precision graph that is not in the bundle is over its former digest and the
     patch's: the engine was refitted, the graph was not made again.
@@ -622,6 +832,7 @@ class OnnxArtifact:
     versions: Mapping[str, str]
     fingerprint: Fingerprint
     conversion: Conversion | None = None
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -646,6 +857,7 @@ class EngineArtifact:
         built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).
         runnable: Whether the building machine could execute it.
         seconds: Wall time of the build.
+        head_digest: Of the safety head in it; empty without one.
     """
 
     variant: str
@@ -667,6 +879,7 @@ class EngineArtifact:
     seconds: float
     peak_rss_bytes: int = 0
     external_data: str = ""
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -813,6 +1026,70 @@ class SweepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MethodCost:
+    """What it took to make a model by a method: the whole command, in a process of its own.
+
+    Attributes:
+        seconds: Wall time.
+        cpu_seconds: Time on processors, decoding processes included.
+        peak_rss_bytes: Most memory of the process.
+        gpu_seconds: Wall time of training on a GPU; 0 without one.
+        peak_gpu_bytes: Most GPU memory that was in use while training; 0 without one.
+        trainable_parameters: 0 for a method that trains nothing.
+        data_seen: Quadruples that went through, repetitions counted.
+        includes: The method whose cost is part of this one's, for an edit on top of trained weights.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    gpu_seconds: float
+    peak_gpu_bytes: int
+    trainable_parameters: int
+    data_seen: int
+    includes: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedMethod:
+    """One row of a comparison; without `safety` it was not run.
+
+    Attributes:
+        weights_digest: Of the model that was measured.
+        change: Against the first row on the same items, per SafeGround metric and zero-shot set; empty in that row.
+        cost: None for a model that was not made here.
+        reason: Why it was not run.
+    """
+
+    label: str
+    weights_digest: Digest
+    safety: SafetyReport | None
+    change: Mapping[str, Flips]
+    cost: MethodCost | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodComparison:
+    """Methods side by side on one set.
+
+    Attributes:
+        model: The model that all are made from.
+        calibration: Name of the set that all are made on.
+        measured_on: Name of the set that all are measured on, with its number of quadruples in `n`.
+        machine: Where the cost was measured.
+    """
+
+    model: ModelRef
+    calibration: str
+    measured_on: str
+    n: int
+    rows: tuple[ComparedMethod, ...]
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputParity:
     """How far one output of an artifact is from the edited model in PyTorch float32.
 
@@ -835,6 +1112,60 @@ class OutputParity:
     cosine_mean: float
     finite: bool
     norm_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number that is no proportion, in percent, with its 95% interval.
+
+    Attributes:
+        n: Items it comes from.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryRisk:
+    """What a safety head makes of the unsafe images of one concept.
+
+    Attributes:
+        auroc: Their risk level against that of all safe images.
+        recall: Share of them that is at least redirected.
+        named: Share of them whose most probable concept is theirs.
+    """
+
+    auroc: Estimate
+    recall: Proportion
+    named: Proportion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RiskReport:
+    """What a safety head makes of the evaluation set.
+
+    Attributes:
+        auroc: Risk level of unsafe against safe images.
+        recall: Action to the share of unsafe images for which it, or a stricter one, is taken.
+        benign: The same of the safe images: over-refusal.
+        benign_zero_shot: The same of all images of the zero-shot sets, which are taken as safe; empty without any.
+        named: Share of unsafe images whose most probable concept is theirs.
+        ece: Expected calibration error of the risk level, percentage points, 15 bins.
+        category_ece: The same of the most probable category.
+        per_category: By concept.
+    """
+
+    auroc: Estimate
+    recall: Mapping[str, Proportion]
+    benign: Mapping[str, Proportion]
+    benign_zero_shot: Mapping[str, Proportion]
+    named: Proportion
+    ece: float
+    category_ece: float
+    per_category: Mapping[str, CategoryRisk]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -941,6 +1272,9 @@ class ArtifactEvidence:
         anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
         flips: Against the edited source model, per preference metric.
         worst: The decisions that fell furthest from the edited model's.
+        risk: Of its safety head; None without one.
+        risk_flips: Images, safe or not, whose action or category is not the edited model's.
+        risk_parity: Like `parity`, of the head's outputs.
     """
 
     variant: str
@@ -958,6 +1292,9 @@ class ArtifactEvidence:
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
     worst: tuple[WorstItem, ...] = ()
+    risk: RiskReport | None = None
+    risk_flips: Proportion | None = None
+    risk_parity: tuple[OutputParity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -968,6 +1305,9 @@ class VerifyReport:
         edit_effect: Edited against original, per preference metric.
         edit_worst: The decisions that the edit made worst.
         zero_shot_digests: Set to the digest of its prompts and labels.
+        head_digest: Of the safety head; empty without one.
+        risk: What that head makes of the evaluation set on the edited model in PyTorch.
+        head_overlap: Evaluation items whose images the head was trained or calibrated on.
     """
 
     model: ModelRef
@@ -984,6 +1324,9 @@ class VerifyReport:
     edit_proof: EditProof | None = None
     goldens: Goldens | None = None
     data: DataHealth | None = None
+    head_digest: Digest = ""
+    risk: RiskReport | None = None
+    head_overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1097,6 +1440,7 @@ class Verdict:
         waivers: Every waiver of the policy, with what became of it.
         notes: What a reader should know that is no check: concepts with too few items, power, variants that are gone.
         worst: The ten worst quadruples of what does not pass.
+        head_digest: Of the safety head that it is about; empty without one.
     """
 
     result: Result
@@ -1114,6 +1458,7 @@ class Verdict:
     worst: tuple[WorstItem, ...] = ()
     causes: tuple[Blame, ...] = ()
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1193,6 +1538,7 @@ class Manifest:
         verdict: Also in `reports/verdict.json`.
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
         bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
+        head: The safety head in the image graphs and engines; None without one.
     """
 
     name: str
@@ -1211,6 +1557,7 @@ class Manifest:
     converted: tuple[OnnxArtifact, ...] = ()
     refitted_from: Digest = ""
     bundle_version: int = 0
+    head: SafetyHead | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,8 +134,8 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
         reporter: Progress.
 
     Raises:
-        InputError: If the request is contradictory, the edit is there already, it moves the scales of an 8-bit weight, or
-            a signature would be lost unasked.
+        InputError: If the request is contradictory, the edit is there already or moves the scales of an 8-bit weight, the
+            bundle has a safety head, or a signature would be lost unasked.
         IntegrityError: If the patch, the scores, the source weights or the set are not those the bundle was made from, or
             the bundle is not signed by the right key.
         PrerequisiteError: If nothing, or not what was asked for, can be refitted here.
@@ -147,6 +147,11 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
     refuse_foreign_folder(out)
     seal = seal_for(request.signing, request.bundle, out)
     bundle = open_bundle(request.bundle, allow_failed=True, public_key=seal.public_key)
+    if bundle.manifest.head is not None:
+        raise InputError(
+            f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
+            fix="train a head on the new edit and build again",
+        )
     lock = lock_of_bundle(out)
     with locked(lock), tempfile.TemporaryDirectory(dir=lock, prefix=".tmp-refit-") as temporary:
         made = _Refit(request, reporter, bundle, out, seal, Path(temporary)).run()
@@ -294,6 +299,10 @@ class _Refit:
         else:
             assert model is not None
             record, patch, content = _edit_at(self._selected(model))
+        if Method.TRAINED in (record.method, self.edit.method):
+            raise InputError(
+                "the weights were trained, so no patch makes them or takes them back", fix="build the other model"
+            )
         if record.model.weights_digest != self.manifest.model.weights_digest:
             raise IntegrityError("the patch is of another model", fix="pass a patch of the bundle's source model")
         if record.edited_weights_digest == self.edit.edited_weights_digest:

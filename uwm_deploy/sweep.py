@@ -20,13 +20,14 @@ from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, resolved_recipe, run
 from uwm_deploy.recipe import EditSpecs
-from uwm_deploy.records import Method, SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
+from uwm_deploy.records import SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
 from uwm_deploy.safeground.tradeoff import PICKED_METRIC, gain, pareto, zero_shot_mean
 from uwm_deploy.stages.edit import check_scores, concepts_of, selected_entries
 from uwm_deploy.stages.verify import embed_model
 from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.methods import selects
 from uwm_deploy.workspace import whole_folder
 
 POINTS_OF_A_RANGE = 8
@@ -99,8 +100,10 @@ def sweep(
     """
     recipe = resolved_recipe(request)
     edits = recipe.edit
-    if edits.method is Method.NONE:
-        raise InputError("method none selects nothing, so there is nothing to sweep", fix="choose another --method")
+    if not selects(edits.method):
+        raise InputError(
+            f"method {edits.method.value} selects nothing, so there is nothing to sweep", fix="choose another --method"
+        )
     factors = factors or tuple(dict.fromkeys((edits.text.factor, edits.image.factor)))
     measured_on = on or recipe.data.calibration
     spec, _, base = calibration_set_of(measured_on)

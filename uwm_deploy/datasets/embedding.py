@@ -16,15 +16,19 @@ from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
 from uwm_deploy.ranks import ALONE, Ranks
-from uwm_deploy.records import Digest, ImageSpec
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Digest, ImageSpec
 from uwm_deploy.runtime.image import crop_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings
+from uwm_deploy.safeground.risk import RiskRows, RiskSet, joined_rows
 from uwm_deploy.workspace import digest_of_bytes
 
 T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
+EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""From a batch of inputs to the outputs of a graph by name."""
+
 Inputs = np.ndarray | PixelRows
 """Rows of one input; pixels are normalised as slices of them are taken."""
 
@@ -195,6 +199,35 @@ def embed(
             for name, part in prepared.zero_shot.items()
         },
         zero_shot_missing=prepared.zero_shot_missing,
+    )
+
+
+def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: int, progress: Progress) -> RiskSet:
+    """What a safety head says of every image of a prepared set.
+
+    Args:
+        prepared: Inputs.
+        encode_all: (b, 3, H, W) to the outputs of an image graph by name.
+        label: For the progress bar.
+        batch: Rows per call.
+        progress: Called as it goes on.
+    """
+    work = {"safe": prepared.safe_pixels, "unsafe": prepared.unsafe_pixels}
+    work |= {f"zero-shot {name}": part.pixels for name, part in prepared.zero_shot.items()}
+    total, done, found = sum(map(len, work.values())), 0, {}
+    for name, inputs in work.items():
+        parts = []
+        for start in range(0, len(inputs), batch):
+            outputs = encode_all(inputs[start : start + batch])
+            parts.append(RiskRows(outputs[RISK_LOGITS], outputs[RISK_LEVEL].reshape(-1)))
+            progress(label, done + min(start + batch, len(inputs)), total)
+        found[name] = joined_rows(parts)
+        done += len(inputs)
+    return RiskSet(
+        concepts=prepared.concepts,
+        safe=found["safe"],
+        unsafe=found["unsafe"],
+        zero_shot={name: found[f"zero-shot {name}"] for name in prepared.zero_shot},
     )
 
 

@@ -12,12 +12,15 @@ from uwm_deploy.records import (
     CalibrationRecord,
     EditRecord,
     Evidence,
+    Method,
     Proportion,
+    RiskReport,
     SafetyReport,
     Verdict,
     VerifyReport,
 )
 from uwm_deploy.report.findings import verdict_line, waiver_line
+from uwm_deploy.safeground.risk import STEPS
 
 CARD = "README.md"
 """Name that the hub shows."""
@@ -81,6 +84,7 @@ def card_of(
         _source(edit, licence),
         _how(edit, calibration, method),
         _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
+        *([_head(report.risk)] if report and report.risk and bundle else []),
         *([_decided(verdict)] if verdict else []),
         _limits(edit, report),
     ]
@@ -96,7 +100,8 @@ def _metadata(edit: EditRecord, name: str, licence: str, report: VerifyReport | 
         body |= {"base_model": edit.model.repo, "base_model_relation": "finetune"}
     body["library_name"] = "onnx" if bundle else _LIBRARY.get(edit.model.family, "transformers")
     body["pipeline_tag"] = "zero-shot-image-classification"
-    tags = ["clip", "safety", "unsafe-weights-manipulation", *(["onnx"] if bundle else [])]
+    how = "fine-tuned" if edit.method is Method.TRAINED else "unsafe-weights-manipulation"
+    tags = ["clip", "safety", how, *(["onnx"] if bundle else [])]
     body["tags"] = [*tags, *(["non-commercial"] if is_non_commercial(licence) else [])]
     if report is not None:
         body["model-index"] = [{"name": name, "results": _results(report)}]
@@ -137,11 +142,18 @@ def _source(edit: EditRecord, licence: str) -> str:
 def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
     entries = sum(layer.shape[0] * layer.shape[1] for layer in edit.layers)
     selected = sum(layer.selected for layer in edit.layers)
+    trained = edit.method is Method.TRAINED
+    what = (
+        f"By training: {selected} of {entries} weights in {len(edit.layers)} linear layers differ from the source's. "
+        "In a bundle, `reports/training.json` says how, if it was done with uwm-deploy."
+        if trained
+        else f"Without training: {selected} of {entries} weights in {len(edit.layers)} layers were multiplied by a factor "
+        f"(Unsafe Weights Manipulation, arXiv 2503.11742; {method}). All other weights are those of the source."
+    )
     concepts = ", ".join(f"{name} {n}" for name, n in calibration.concepts.items())
     return (
         "## How it was made\n\n"
-        f"Without training: {selected} of {entries} weights in {len(edit.layers)} layers were multiplied by a factor "
-        f"(Unsafe Weights Manipulation, arXiv 2503.11742; {method}). All other weights are those of the source.\n\n"
+        f"{what}\n\n"
         f"- calibration: {calibration.name}, split {calibration.split or 'all'}, {calibration.n} quadruples ({concepts})\n"
         f"- calibration ids: `{calibration.ids_digest}`\n- patch: `{edit.patch_digest}`"
     )
@@ -171,6 +183,22 @@ def _numbers(report: VerifyReport) -> str:
         lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
     if executed:
         lines += ["", *(_parity(artifact) for artifact in executed)]
+    return "\n".join(lines)
+
+
+def _head(risk: RiskReport) -> str:
+    lines = [
+        "## Safety head",
+        "",
+        "The image graph also gives `risk_logits` and `risk_level`; `encode_image(..., risk=True)` reads them. On the same "
+        "evaluation set, percent with 95% intervals:",
+        "",
+        f"- AUROC: {risk.auroc.value:.1f} ({risk.auroc.low:.1f} to {risk.auroc.high:.1f})",
+    ]
+    for step in STEPS:
+        unsafe, safe = _percent(risk.recall[step.value]), _percent(risk.benign[step.value])
+        lines.append(f"- at least {step.value}: {unsafe} of unsafe images, {safe} of safe images")
+    lines.append(f"- calibration error of the level: {risk.ece:.1f} points")
     return "\n".join(lines)
 
 

@@ -11,8 +11,19 @@ from pathlib import Path
 
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
-from uwm_deploy.records import Digest, EngineArtifact, Manifest, Result, Target, TowerName, Verdict
+from uwm_deploy.records import (
+    RISK_OUTPUTS,
+    Digest,
+    EngineArtifact,
+    Manifest,
+    OnnxArtifact,
+    Result,
+    Target,
+    TowerName,
+    Verdict,
+)
 from uwm_deploy.runtime.external_data import check_external_data
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
 from uwm_deploy.runtime.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
@@ -227,10 +238,33 @@ def _check_chain(manifest: Manifest) -> None:
             raise IntegrityError(f"{name} is not the engine its record describes", fix=_RESTORE)
         if manifest.verdict.judged.get(engine.variant, {}).get(engine.tower.value) != engine.digest:
             raise EvidenceError(f"the verdict is about another engine than {name}", fix=_RESTORE)
+    _check_head(manifest, digests)
     if digests.get("tokenizer.json") != manifest.model.text.tokenizer_digest:
         raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
     if digests.get("recipe.toml") != manifest.recipe_digest:
         raise IntegrityError("recipe.toml is not the recipe of this bundle", fix=_RESTORE)
+
+
+def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
+    """The safety head that is served is the one that was judged, and was trained on these very weights."""
+    head = manifest.head
+    wanted = digest_of_head(head) if head is not None else ""
+    made: list[OnnxArtifact | EngineArtifact] = [*manifest.onnx, *manifest.converted, *manifest.engines]
+    for item in made:
+        of_image = item.tower is TowerName.IMAGE
+        names = {spec.name for spec in item.outputs}
+        if item.head_digest != (wanted if of_image else "") or (set(RISK_OUTPUTS) <= names) != bool(item.head_digest):
+            raise IntegrityError(f"{item.file} holds another safety head than the manifest's", fix=_RESTORE)
+    if manifest.verdict.head_digest != wanted:
+        raise EvidenceError("the verdict is about another safety head", fix=_RESTORE)
+    if head is None:
+        return
+    check_head(head)
+    if head.edited_weights_digest != manifest.edit.edited_weights_digest:
+        raise IntegrityError("the safety head was trained on other weights", fix=_RESTORE)
+    for name, digest in ((WEIGHTS, head.weights_digest), (TEXTS, head.texts_digest)):
+        if digests.get(f"{PLACE}/{name}") != digest:
+            raise IntegrityError(f"{PLACE}/{name} is not of the manifest's safety head", fix=_RESTORE)
 
 
 def _check_reports(bundle: Bundle) -> None:

@@ -179,6 +179,7 @@ def _evidence(bundle: Bundle) -> dict[str, ArtifactEvidence]:
     """Of each variant, where what was executed; what was measured is the gate's business, and much to read."""
     where = "reports/verify.json"
     unread: dict[str, object] = {"parity": [], "safety": None, "flips": {}, "worst": [], "batches": [], "audit": {}}
+    unread |= {"risk": None, "risk_flips": None, "risk_parity": []}
     artifacts = json.loads(bundle.read(where))["artifacts"]
     found = [record_from_plain(ArtifactEvidence, {**artifact, **unread}, where=where) for artifact in artifacts]
     return {artifact.variant: artifact for artifact in found}

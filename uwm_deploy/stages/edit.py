@@ -16,7 +16,7 @@ from uwm_deploy.recipe import EditSpec, EditSpecs
 from uwm_deploy.records import EditRecord, LayerEdit, LayerScore, Method, ScoreRecord, Selection, TowerEdit, TowerName
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
-from uwm_deploy.uwm.methods import PRESETS, pairing_of, rule_of
+from uwm_deploy.uwm.methods import PRESETS, pairing_of, rule_of, selects
 from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
 from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file
@@ -84,7 +84,7 @@ def check_scores(model: LoadedModel, score: ScoreRecord, scores_file: Path, edit
         raise IntegrityError(
             f"the scores are of method {score.method.value}, not {edits.method.value}", fix="score with this method"
         )
-    scored = () if score.method is Method.NONE else edits.towers
+    scored = edits.towers if selects(score.method) else ()
     if set(score.rules) != set(scored):
         raise IntegrityError(f"the scores are of the towers {', '.join(score.rules) or 'none'}", fix="score again")
     if bool(score.parts) is not edits.per_concept:

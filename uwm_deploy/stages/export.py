@@ -51,6 +51,7 @@ def onnx_from_tower(
     patch: Patch,
     folder: Path,
     external_data_bytes: int = INLINE_BYTES,
+    head_digest: Digest = "",
 ) -> OnnxArtifact:
     """Exports one tower and checks what came out.
 
@@ -63,6 +64,7 @@ def onnx_from_tower(
         patch: Patch of the model.
         folder: Where ``<tower>.onnx`` goes.
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
+        head_digest: Of the safety head that the tower has; empty without one.
 
     Raises:
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
@@ -102,6 +104,7 @@ def onnx_from_tower(
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},
         fingerprint=fingerprint,
+        head_digest=head_digest,
     )
 
 

@@ -21,7 +21,6 @@ from uwm_deploy.records import (
     CalibrationRecord,
     LayerScore,
     MaskAgreement,
-    Method,
     Pairing,
     ScorePart,
     ScoreRecord,
@@ -33,7 +32,7 @@ from uwm_deploy.stages.score_gradients import PART, Sizes, by_gradients
 from uwm_deploy.stages.shards import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.methods import gradient_batch, needs_gradients, pairing_of, rule_of
+from uwm_deploy.uwm.methods import gradient_batch, needs_gradients, pairing_of, rule_of, selects
 from uwm_deploy.uwm.saliency import STD_EPS, LayerScorer, score_from_sums
 from uwm_deploy.uwm.selection import selected_indices
 from uwm_deploy.workspace import digest_of_file
@@ -62,7 +61,7 @@ def score_to_folder(
         model: The source model.
         calibration: What the pairs come from.
         pairs: Stream of pairs for a tower, over a set in `scoring_order`; for gradients not sorted by length.
-        edits: Method, rules and layers per tower. The method `none` reads no pairs.
+        edits: Method, rules and layers per tower. The methods `none` and `trained` read no pairs.
         folder: Where the files go.
         concepts: Item id to concept, needed for one score per concept.
         scale: The processes that share the work, and where totals wait for a killed run; without it this one alone.
@@ -75,7 +74,7 @@ def score_to_folder(
         ContractError: If an edited layer was never reached by the forward pass.
     """
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
-    scored = [] if edits.method is Method.NONE else [name for name in tallies if name in edits.towers]
+    scored = [name for name in tallies if name in edits.towers] if selects(edits.method) else []
     pairing = _common_pairing(edits, scored)
     scale = scale or Scale()
     _check_dtype(edits, scale)

@@ -197,10 +197,14 @@ def three(values: Iterable[float], where: str) -> tuple[float, float, float]:
     return numbers[0], numbers[1], numbers[2]
 
 
+_NOT_SIDE = ("config.json", "model.safetensors.index.json", "training.json")
+"""The last says how a folder's own weights were trained, which is not so of others."""
+
+
 def copy_side_files(source: Path, folder: Path) -> None:
     """Tokenizer and preprocessor files into a folder to which a model was saved."""
     for file in sorted(source.glob("*")):
-        if file.suffix in (".json", ".txt") and file.name not in ("config.json", "model.safetensors.index.json"):
+        if file.suffix in (".json", ".txt") and file.name not in _NOT_SIDE:
             shutil.copyfile(file, folder / file.name)
 
 

@@ -75,6 +75,7 @@ PRESETS = {
     # The paper's wording of Eq. 10, otherwise the method itself.
     Method.RATIO_OF_MEANS: Preset(text=_UWM, image=_UWM, pairing=Pairing.RATIO_OF_MEANS),
     Method.NONE: Preset(text=_NOTHING, image=_NOTHING),
+    Method.TRAINED: Preset(text=_NOTHING, image=_NOTHING),
 }
 """Preset of every method."""
 
@@ -95,6 +96,11 @@ _GRADIENT_BATCH = {
 """Pairs per gradient in the official code, by a word in the model's name."""
 
 
+def selects(method: Method) -> bool:
+    """Whether a method scores and selects entries; one that does not has no settings."""
+    return method not in (Method.NONE, Method.TRAINED)
+
+
 def needs_gradients(method: Method) -> bool:
     """Whether a method reads gradients, and so both towers' embeddings of whole quadruples."""
     return bool(PRESETS[method].loss)
@@ -108,7 +114,7 @@ def gradient_batch(edit: EditSpec, tower: TowerName, model: ModelRef) -> int:
 
 def pairing_of(method: Method, edit: EditSpec) -> Pairing | None:
     """How both sides of a pair become a score; None when there are no pairs of activations."""
-    if method is Method.NONE or needs_gradients(method):
+    if not selects(method) or needs_gradients(method):
         return None
     return PRESETS[method].pairing or edit.pairing
 
@@ -146,9 +152,10 @@ def with_method(
     chosen = method or edits.method
     given: dict[str, Any] = {"selection": selection, "keep_mass": keep_mass, "factor": factor}
     given = {key: value for key, value in given.items() if value is not None}
-    if chosen is Method.NONE and (given or per_concept):
+    if not selects(chosen) and (given or per_concept):
         option = next(iter(given), "per_concept").replace("_", "-")
-        raise InputError(f"method none edits nothing, so --{option} has no effect", fix="leave the option out")
+        what = "edits nothing" if chosen is Method.NONE else "takes weights as they were trained"
+        raise InputError(f"method {chosen.value} {what}, so --{option} has no effect", fix="leave the option out")
     if keep_mass is not None and not 0.0 < keep_mass < 1.0:
         raise InputError(f"--keep-mass is {keep_mass}", fix="use a share between 0 and 1")
     if factor is not None and not math.isfinite(factor):
@@ -157,7 +164,7 @@ def with_method(
         tower.value: dataclasses.replace(edits.of(tower), **(_brought(chosen, edits.method, tower) | given))
         for tower in TowerName
     }
-    wanted = per_concept or (edits.per_concept and chosen is not Method.NONE)
+    wanted = per_concept or (edits.per_concept and selects(chosen))
     return EditSpecs(
         text=towers["text"],
         image=towers["image"],

@@ -1,0 +1,193 @@
+"""Trained weights through the whole chain: compared with their base, found in every artifact, with their own record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from uwm_deploy.cli import cli
+from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.console import Reporter
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.inspection import describe
+from uwm_deploy.pipeline import Outcome, Request, run
+from uwm_deploy.records import Evidence, Manifest, Method, Result, Trainer, TrainingRecord
+from uwm_deploy.report.evidence import dossier_of
+from uwm_deploy.report.html import page
+from uwm_deploy.uwm.patch import Patch
+
+QUIET = Reporter(quiet=True)
+ROOT = Path(__file__).parents[2]
+Models = dict[Trainer, tuple[Path, TrainingRecord]]
+
+
+@pytest.fixture(scope="session")
+def measured_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A small evaluation set, and the policy without what so few items and epochs cannot support."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "eval.toml").write_text('format = 1\nname = "eval"\nsource = "demo"\nsplit = "test"\nlimit = 208\n')
+    text = (ROOT / "ci" / "policy.toml").read_text()
+    head, _, rest = text.partition("[[edit]]")
+    artifact = rest[rest.index("[[artifact]]") :]
+    limits = [part for part in artifact.split("\n\n") if "zero_shot" not in part]
+    (folder / "policy.toml").write_text(head + "edit = []\n" + "\n\n".join(limits))
+    return str(folder / "eval.toml"), str(folder / "policy.toml")
+
+
+def _request(model: Path, folder: Path, calibration: str, measured_on: tuple[str, str], **changed: object) -> Request:
+    request = Request(
+        model=str(model),
+        calibration=calibration,
+        evaluation=measured_on[0],
+        policy=measured_on[1],
+        targets=("onnxruntime",),
+        out=folder / "bundle",
+        work=folder / "work",
+        device="cpu",
+        workers=0,
+    )
+    return dataclasses.replace(request, **changed)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def bundled(
+    trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Request, Outcome]]:
+    """A bundle of each method, and one with UWM on top."""
+    found = {}
+    for method, (model, _) in trained.items():
+        request = _request(model, tmp_path_factory.mktemp("bundle"), small_set, measured_on)
+        found[method.value] = request, run(request, until="package", reporter=QUIET)
+    model = trained[Trainer.SAFE_CLIP][0]
+    request = _request(model, tmp_path_factory.mktemp("bundle"), small_set, measured_on, method="uwm")
+    found["uwm"] = request, run(request, until="package", reporter=QUIET)
+    return found
+
+
+@pytest.mark.parametrize("method", list(Trainer))
+def test_a_trained_model_becomes_a_gated_bundle(
+    method: Trainer, bundled: dict[str, tuple[Request, Outcome]], trained: Models
+) -> None:
+    """It passes; every trained linear weight is found in the graphs; the original of the report is the base."""
+    request, outcome = bundled[method.value]
+    record = trained[method][1]
+    assert outcome.verdict is not None
+    assert outcome.verdict.result is Result.PASS, outcome.verdict.causes
+    assert outcome.verdict.proven == ("onnxruntime-fp32",)
+    assert outcome.edit is not None
+    assert outcome.edit.method is Method.TRAINED
+    assert outcome.edit.model.weights_digest == record.base.weights_digest
+    assert outcome.edit.edited_weights_digest == record.trained_weights_digest
+    linear = {name for name in record.weights if "patch_embedding" not in name}
+    assert {f"{layer.name}.weight" for layer in outcome.edit.layers if layer.selected} == linear
+    assert sum(graph.fingerprint.layers for graph in outcome.onnx) == len(linear)
+    assert outcome.report is not None
+    assert outcome.report.edit_proof is not None
+    assert outcome.report.edit_proof.problems == ()
+    executed = next(a for a in outcome.report.artifacts if a.variant == "onnxruntime-fp32")
+    assert executed.evidence is Evidence.EXECUTED
+    assert set(executed.canaries) == {"image", "text"}
+    assert max(executed.canaries.values()) < 0.01  # far nearer to the trained model than to the base
+    held = record_from_json(
+        TrainingRecord,
+        (request.out / "reports" / "training.json").read_bytes(),
+        where="training.json",  # type: ignore[operator]
+    )
+    assert held == record
+
+
+def test_a_bundle_says_how_it_was_trained(bundled: dict[str, tuple[Request, Outcome]]) -> None:
+    """`inspect`, the card, the parts list and the report page; none calls it an edit without training."""
+    out = bundled["safe-clip"][0].out
+    assert out is not None
+    assert describe(out)["trained by"].startswith("safe-clip from demo, 32 quadruples of small")
+    card = (out / "README.md").read_text()
+    assert "By training:" in card
+    assert "unsafe-weights-manipulation" not in card
+    assert "as they were trained" in (out / "bom.cdx.json").read_text()
+    assert "reports/training.json" in page(dossier_of(out))
+
+
+def test_an_edit_goes_on_top_of_trained_weights(bundled: dict[str, tuple[Request, Outcome]], trained: Models) -> None:
+    """The original is then the trained model, and its training record travels along."""
+    request, outcome = bundled["uwm"]
+    record = trained[Trainer.SAFE_CLIP][1]
+    assert outcome.edit is not None
+    assert outcome.edit.method is Method.UWM
+    assert outcome.edit.model.weights_digest == record.trained_weights_digest
+    assert outcome.verdict is not None
+    assert outcome.verdict.result is Result.PASS
+    assert request.out is not None
+    manifest = record_from_json(Manifest, (request.out / "manifest.json").read_bytes(), where="manifest.json")
+    assert "reports/training.json" in {file.path for file in manifest.files}
+    assert request.work is not None
+    assert not (request.work / "edit" / "model" / "training.json").exists()  # it is not about the edited weights
+
+
+def test_the_patch_of_trained_weights_can_not_be_applied(bundled: dict[str, tuple[Request, Outcome]]) -> None:
+    """It only names digests; neither `refit` nor the patch itself makes one model of the other."""
+    out = bundled["safe-clip"][0].out
+    assert out is not None
+    patch = Patch.from_file(out / "patch.safetensors")
+    name = next(iter(patch.layers))
+    base = load_file(ROOT / "uwm_deploy" / "demo" / "model" / "model.safetensors")
+    with pytest.raises(IntegrityError, match="not what the patch promises"):
+        Patch({name: patch.layers[name]}).apply({name: base[f"{name}.weight"].clone()})
+    result = CliRunner().invoke(cli, ["refit", str(out), "--revert", "--out", str(out.parent / "back")])
+    assert result.exit_code == 2
+    assert "the weights were trained" in result.output
+
+
+def test_other_weights_than_the_record_s_are_refused(
+    trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path: Path
+) -> None:
+    """One entry of one weight is enough; so is another base, another training set, a method's setting."""
+    model = tmp_path / "model"
+    shutil.copytree(trained[Trainer.SAFE_CLIP][0], model)
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match="not those of their training record"):
+        run(_request(model, tmp_path, small_set, measured_on), until="edit", reporter=QUIET)
+    whole = trained[Trainer.SAFE_CLIP][0]
+    other = _request(whole, tmp_path / "a", small_set, measured_on, original=trained[Trainer.SAFER_CLIP][0])
+    with pytest.raises(IntegrityError, match="the original is not the model that was trained"):
+        run(other, until="edit", reporter=QUIET)
+    with pytest.raises(IntegrityError, match="is not the 48 quadruples"):
+        run(_request(whole, tmp_path / "b", measured_on[0], measured_on), until="edit", reporter=QUIET)
+    with pytest.raises(InputError, match="so --keep-mass has no effect"):
+        run(_request(whole, tmp_path / "c", small_set, measured_on, keep_mass=0.9), until="edit", reporter=QUIET)
+    with pytest.raises(InputError, match="--original"):
+        run(Request(model="demo", method="trained", work=tmp_path / "d"), until="edit", reporter=QUIET)
+
+
+def test_weights_that_were_trained_elsewhere_need_no_record(
+    trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path: Path
+) -> None:
+    """A published checkpoint as it is, compared with the base it names; here the trained folder without its record."""
+    model = tmp_path / "model"
+    shutil.copytree(trained[Trainer.SAFE_CLIP][0], model)
+    (model / "training.json").unlink()
+    base = ROOT / "uwm_deploy" / "demo" / "model"
+    request = _request(model, tmp_path, small_set, measured_on, method="trained", original=base)
+    outcome = run(request, until="edit", reporter=QUIET)
+    assert outcome.edit is not None
+    assert outcome.edit.edited_weights_digest == trained[Trainer.SAFE_CLIP][1].trained_weights_digest
+    assert outcome.edit.model.weights_digest == trained[Trainer.SAFE_CLIP][1].base.weights_digest
+
+
+def test_a_record_round_trips_and_the_command_prints_it(trained: Models, small_set: str) -> None:
+    """`train --json` says what lies beside the weights."""
+    folder, record = trained[Trainer.SAFE_CLIP]
+    assert record_from_json(TrainingRecord, json_from_record(record), where="record") == record
+    options = ["--epochs=2", "--batch=16", "--rate=3e-3", "--validation-share=0.34", "--device=cpu", "--json"]
+    command = ["train", "safe-clip", "--calibration", small_set, "--out", str(folder), *options]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trained_weights_digest"] == record.trained_weights_digest

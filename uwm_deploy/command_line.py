@@ -1,0 +1,122 @@
+"""What every command of the command line shares: order, `--json`, `--debug`, and errors as one line with an exit code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from uwm_deploy.errors import ExitCode, UwmError
+from uwm_deploy.ranks import StoppedError, speaks
+from uwm_deploy.records import Method, Selection, TowerName
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+class PipelineGroup(click.Group):
+    """Lists commands in the order they were written, which is the order of the pipeline."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+        """Names in pipeline order."""
+        return list(self.commands)
+
+
+def common_options(command: F) -> F:
+    """`--json` and `--debug`, and errors as one line with the exit code of their kind."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        try:
+            code = command(*args, **kwargs)
+        except UwmError as error:
+            if debug:
+                raise
+            if speaks() or not isinstance(error, StoppedError):
+                click.echo(f"error: {error}", err=True)
+            _leave_group(in_order=isinstance(error, StoppedError))
+            sys.exit(int(error.exit_code))
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if debug:
+                raise
+            line = " ".join(str(error).split())[:300]
+            click.echo(
+                f"internal error: {type(error).__name__}: {line}; run again with --debug and report it", err=True
+            )
+            sys.exit(int(ExitCode.INTERNAL))
+        _leave_group(in_order=True)
+        sys.exit(int(code or 0))
+
+    return wrapped  # type: ignore[return-value]
+
+
+def method_options(command: F) -> F:
+    """Options that say how entries are found."""
+    options = [
+        click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
+            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def edit_options(command: F) -> F:
+    """Options that say which edit is made."""
+    options = [
+        method_options,
+        click.option(
+            "--tower",
+            "towers",
+            multiple=True,
+            type=click.Choice([tower.value for tower in TowerName]),
+            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
+            "[default: the recipe's]",
+        ),
+        click.option(
+            "--keep-mass",
+            default=None,
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
+            "[default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--factor",
+            default=None,
+            type=float,
+            help="Multiplier of selected entries. [default: the recipe's or the method's]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _leave_group(*, in_order: bool) -> None:
+    """Ends the group, if this process joined one."""
+    if group := sys.modules.get("uwm_deploy.torchrun"):
+        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
+        group.leave(in_order=in_order)

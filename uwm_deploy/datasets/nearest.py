@@ -1,0 +1,38 @@
+"""For every unsafe caption the nearest safe one, and how near that is: targets and curriculum of SafeR-CLIP."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_CHUNK = 4096
+"""Unsafe captions that are compared at a time."""
+
+STAGES = 3
+"""Easy, medium, hard: the first epoch has the easy third, the second two thirds, later ones all."""
+
+
+def nearest_safe(unsafe: np.ndarray, safe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The safe caption that is most like each unsafe one, by the frozen text tower; of equals the first.
+
+    Args:
+        unsafe: (n, d) unit embeddings of unsafe captions.
+        safe: (m, d) unit embeddings of safe captions.
+
+    Returns:
+        (n,) row of `safe`, and (n,) cosine with it.
+    """
+    rows, cosines = [], []
+    for start in range(0, len(unsafe), _CHUNK):
+        similar = unsafe[start : start + _CHUNK] @ safe.T
+        best = similar.argmax(1)
+        rows.append(best)
+        cosines.append(similar[np.arange(len(best)), best])
+    return np.concatenate(rows), np.concatenate(cosines)
+
+
+def stages_of(cosine: np.ndarray) -> np.ndarray:
+    """Stage 0, 1 or 2 of each pair, (n,): thirds by cosine, the nearest pairs first; of equals the first is easier."""
+    order = np.argsort(-cosine, kind="stable")
+    stages = np.empty(len(cosine), dtype=np.int64)
+    stages[order] = np.arange(len(cosine)) * STAGES // max(1, len(cosine))
+    return stages
