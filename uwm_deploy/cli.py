@@ -1361,9 +1361,23 @@ def triton_check(url: str, as_json: bool, **options: Any) -> int:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="What `bench --json` said of the same bundle, for the latencies.",
 )
+@click.option(
+    "--compared",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A compare.json of the same model, for the methods side by side.",
+)
 @click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
 @common_options
-def report(path: Path, out: Path | None, swept: Path | None, benched: Path | None, opened: bool, as_json: bool) -> int:
+def report(
+    path: Path,
+    out: Path | None,
+    swept: Path | None,
+    benched: Path | None,
+    compared: Path | None,
+    opened: bool,
+    as_json: bool,
+) -> int:
     """Writes one self-contained HTML page about a bundle or a run folder PATH; needs the base install only.
 
     \b
@@ -1376,7 +1390,7 @@ def report(path: Path, out: Path | None, swept: Path | None, benched: Path | Non
     from uwm_deploy.workspace import write_atomic
 
     target = place_of(path, out)
-    dossier = dossier_of(path, swept, benched)
+    dossier = dossier_of(path, swept, benched, compared)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
     click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")

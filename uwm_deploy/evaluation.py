@@ -15,7 +15,7 @@ from pathlib import Path
 from uwm_deploy import resources
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import Encode, PreparedSet, embed, prepare
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.datasets.zero_shot import Suite, open_suite, recognise
 from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
 from uwm_deploy.errors import InputError
@@ -126,6 +126,7 @@ def ground_of(
         DataError: If it is empty or malformed.
     """
     spec, base = _evaluation_of(default) if evaluation is None else calibration_set_of(evaluation)[::2]
+    check_own_pairs(spec)
     names = spec.zero_shot if zero_shot is None else zero_shot
     demo_split = spec.split if spec.source == "demo" and zero_shot is None else "test"
     own = zero_shot is None

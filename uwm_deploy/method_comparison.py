@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
-from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
 from uwm_deploy.comparison import COLUMNS, cell, markdown_table, notes
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import open_source
@@ -317,8 +317,8 @@ def _kept(path: Path, cost: MethodCost, weights: str) -> MethodCost:
     if path.is_file():
         body = json.loads(path.read_text(encoding="utf-8"))
         if body["weights"] == weights:
-            return record_from_json(MethodCost, body["cost"], where=path.name)
-    write_atomic(path, json.dumps({"weights": weights, "cost": json_from_record(cost)}))
+            return record_from_plain(MethodCost, body["cost"], where=path.name)
+    write_atomic(path, json.dumps({"weights": weights, "cost": plain_from_record(cost)}))
     return cost
 
 

@@ -23,7 +23,7 @@ from uwm_deploy.baseline import BASELINE, accepted, has_baseline, is_bundle, rea
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.inspection import method_line
@@ -124,6 +124,9 @@ STAGES = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "
 
 SHARED_STAGES = ("score", "verify")
 """Stages that several processes work on; the others are the first one's."""
+
+_NEAREST_PAIRS = 64
+"""Caption pairs per forward pass while nearest safe captions are looked for."""
 
 _DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -338,6 +341,7 @@ class _Build:
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
+        check_own_pairs(self.evaluation)
         self.trained: ModelSource | None = None
         if self.recipe.edit.method is Method.TRAINED:
             self.trained, self.recipe = self.recipe.model, _recipe_of_base(self.recipe, request)
@@ -509,7 +513,7 @@ class _Build:
         from uwm_deploy.stages.score import score_to_folder
         from uwm_deploy.stages.shards import Scale
 
-        edits, whole = self.recipe.edit, self.calibration_source
+        edits, whole = self.recipe.edit, self._paired()
         source = scoring_order(whole, edits, self.calibration.seed)
         fits = self.ranks.gathered(self.ranks.together(self._batch_pairs))
         batch_pairs = {tower: min(part[tower] for part in fits) for tower in TowerName}  # equal, so that sums are
@@ -540,6 +544,27 @@ class _Build:
             notice=self.reporter.line,
         )
         score_to_folder(self.original, whole.record, pairs, edits, folder, concepts, scale)
+
+    def _paired(self) -> QuadrupleSource:
+        """The calibration set with the pairs that its definition asks for."""
+        source = self.calibration_source
+        if self.calibration.pairing == "own" or not selects(self.recipe.edit.method):
+            return source
+        from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.nearest import nearest_partners
+        from uwm_deploy.stages.pairs import repaired
+
+        pairs = PairStream(
+            source,
+            TowerName.TEXT,
+            self.original.ref.image,
+            self._tokenizer(),
+            batch_pairs=_NEAREST_PAIRS,
+            workers=0,
+            max_broken_share=self.calibration.max_broken_share,
+            progress=self.reporter.progress,
+        )
+        return repaired(source, nearest_partners(self.original.text, pairs))
 
     def _batch_pairs(self) -> dict[TowerName, int]:
         """Pairs per forward pass while scoring: what was asked for, else what memory holds."""

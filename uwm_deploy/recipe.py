@@ -329,6 +329,8 @@ class CalibrationSet:
         limit: Largest number of quadruples; 0 takes all.
         per_concept: Largest number of quadruples per concept, for that sampling.
         seed: Seed of the sample.
+        pairing: Which safe members an item's unsafe ones are scored against: its own, or those of the item with the nearest
+            safe caption by the model's text tower (SafeR-CLIP). Not for evaluation.
         max_broken_share: Share of items that may be unreadable before it is an error.
         zero_shot: Zero-shot sets of the source measured along with it.
         zero_shot_limit: Largest number of items of each of them, evenly spaced; 0 takes all.
@@ -349,6 +351,7 @@ class CalibrationSet:
     limit: int = 0
     per_concept: int = 0
     seed: int = 0
+    pairing: Literal["own", "nearest-safe"] = "own"
     max_broken_share: float = 0.01
     zero_shot: tuple[str, ...] = ()
     zero_shot_limit: int = 0

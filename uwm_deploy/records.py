@@ -252,6 +252,7 @@ class CalibrationRecord:
         concepts: Items per concept.
         left_out: Items that are not in the set, the first hundred of them by name.
         left_out_counts: All of them, by reason.
+        pairing: Which safe member each unsafe one goes with.
     """
 
     name: str
@@ -262,6 +263,7 @@ class CalibrationRecord:
     concepts: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
     left_out_counts: Mapping[str, int] = field(default_factory=dict)
+    pairing: Literal["own", "nearest-safe"] = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

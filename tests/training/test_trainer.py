@@ -94,7 +94,9 @@ def test_a_merge_is_the_weight_plus_the_scaled_product(model: LoadedModel) -> No
     """``W + alpha / rank * B A`` for every target, computed in numpy; all else is bit-equal; outputs are the adapters'."""
     before = {name: p.detach().clone().numpy() for name, p in model.source.named_parameters()}
     adapters = Adapters(model, settings_of(Trainer.SAFE_CLIP, alpha=3.0, rank=2))
-    after = _step(model, adapters, Student(model).eval()(*_inputs(model)).unit())
+    with torch.no_grad():
+        reference = Student(model).eval()(*_inputs(model))
+    after = _step(model, adapters, reference)
     state = {name: part.numpy() for name, part in adapters.state().items()}
     changed = adapters.merge()
     merged = {name: p.detach().numpy() for name, p in model.source.named_parameters()}
@@ -214,7 +216,9 @@ def test_the_best_epoch_and_the_end_follow_the_published_rule(model: LoadedModel
 
 def test_half_precision_trains_and_keeps_the_weights_in_float32(small_set: str, tmp_path: Path) -> None:
     """The forward passes alone are in bfloat16."""
-    record = train(request_for(Trainer.SAFE_CLIP, tmp_path, small_set, 1, precision="bf16"), QUIET)
+    (tmp_path / "less.toml").write_text(Path(small_set).read_text().replace("48", "32"))
+    changed = {"precision": "bf16", "validation_share": 0.5}  # few quadruples: processors without bfloat16 are slow
+    record = train(request_for(Trainer.SAFE_CLIP, tmp_path, str(tmp_path / "less.toml"), 1, **changed), QUIET)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert {str(part.dtype) for part in tensors.values()} == {"float32"}
     assert record.settings.precision == "bf16"

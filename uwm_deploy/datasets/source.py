@@ -147,6 +147,18 @@ def _opened(spec: CalibrationSet, base: Path | None) -> QuadrupleSource:
     return open_table(spec, folder, base)
 
 
+def check_own_pairs(spec: CalibrationSet) -> None:
+    """Checks that a set is paired as it was made: SafeGround is defined on counterparts.
+
+    Raises:
+        DataError: If it is not.
+    """
+    if spec.pairing != "own":
+        raise DataError(
+            f"data set {spec.name} has pairing = {spec.pairing!r}, which is for scoring", fix="use a set of own pairs"
+        )
+
+
 def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
     """Folder that a set's files are in.
 
@@ -199,4 +211,5 @@ def record_of(
         concepts=dict(sorted(Counter(concepts).items())),
         left_out=tuple(left_out),
         left_out_counts=dict(left_out_counts or {}),
+        pairing=spec.pairing,
     )

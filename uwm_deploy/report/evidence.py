@@ -18,6 +18,7 @@ from uwm_deploy.records import (
     BundleFile,
     EditRecord,
     EngineArtifact,
+    MethodComparison,
     OnnxArtifact,
     PrecisionPlan,
     SafetyHead,
@@ -61,6 +62,7 @@ class Dossier:
         head: The safety head; None without one, and of a run folder, which does not hold it.
         sweep: When one was given.
         bench: When one was given.
+        compared: When a comparison of methods was given.
     """
 
     name: str
@@ -79,18 +81,22 @@ class Dossier:
     head: SafetyHead | None = None
     sweep: SweepReport | None = None
     bench: BenchReport | None = None
+    compared: MethodComparison | None = None
 
 
-def dossier_of(path: Path, sweep: Path | None = None, bench: Path | None = None) -> Dossier:
+def dossier_of(
+    path: Path, sweep: Path | None = None, bench: Path | None = None, compared: Path | None = None
+) -> Dossier:
     """What a bundle or a run folder says.
 
     Args:
         path: Folder of either kind.
         sweep: A `sweep.json` of the same model.
         bench: What `bench --json` said of the same edit.
+        compared: A `compare.json` of the same model.
 
     Raises:
-        InputError: If the folder is neither, or was not verified yet, or sweep or bench are of other weights.
+        InputError: If the folder is neither, or was not verified yet, or one of the others is of other weights.
         IntegrityError: If a digest or a record is not what it should be.
     """
     dossier = _of_bundle(path) if (path / MANIFEST).is_file() else _of_run(path)
@@ -104,6 +110,11 @@ def dossier_of(path: Path, sweep: Path | None = None, bench: Path | None = None)
         if measured.edited_weights_digest != dossier.verify.edited_weights_digest:
             raise InputError(f"{bench} is about other weights", fix="measure the bundle of this report")
         dossier = dataclasses.replace(dossier, bench=measured)
+    if compared is not None:
+        methods = _read(MethodComparison, compared)
+        if methods.model.weights_digest != dossier.verify.model.weights_digest:
+            raise InputError(f"{compared} compares methods on other weights", fix="compare on the model of this report")
+        dossier = dataclasses.replace(dossier, compared=methods)
     return dossier
 
 

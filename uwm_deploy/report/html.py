@@ -19,6 +19,7 @@ from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line
 from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.report.methods import compared
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
 
@@ -83,6 +84,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         heads.safety_head(dossier),
         sections.zero_shot(dossier),
         sections.sweep(dossier.sweep),
+        compared(dossier.compared),
         artifacts.edit(dossier, method_line(dossier.edit)),
         artifacts.parity(dossier),
         artifacts.canaries(dossier),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -144,12 +145,43 @@ def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
     return cast(QuadrupleSource, _InOrder(source, order))
 
 
+def repaired(source: QuadrupleSource, partners: Sequence[int]) -> QuadrupleSource:
+    """A set in which each item's safe members are another item's; everything else stays the item's own.
+
+    Args:
+        source: The set.
+        partners: (n,) place of the item whose safe members each item gets.
+    """
+    return cast(QuadrupleSource, _Repaired(source, partners))
+
+
 def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
     """At most `count` items of a set, evenly spaced, without its zero-shot sets."""
     order = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
     part = _InOrder(source, order.tolist())
     part.zero_shot_names = ()
     return cast(QuadrupleSource, part)
+
+
+class _Repaired:
+    """A set with safe members from other items."""
+
+    def __init__(self, source: QuadrupleSource, partners: Sequence[int]) -> None:
+        self._source, self._partners = source, partners
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, index: int) -> Quadruple:
+        safe = self._source.read(self._partners[index])
+        return dataclasses.replace(self._source.read(index), safe_image=safe.safe_image, safe_text=safe.safe_text)
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        safe, own = self._source.read_texts(self._partners[index]), self._source.read_texts(index)
+        return (safe[0], own[1]) if safe and own else None
 
 
 class _InOrder:

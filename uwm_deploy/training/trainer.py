@@ -17,7 +17,7 @@ from uwm_deploy import resources
 from uwm_deploy.codec import json_from_record, plain_from_record
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.embedding import prepare
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
 from uwm_deploy.pipeline import (
     TRAINING,
@@ -116,6 +116,7 @@ class _Run:
         self.settings = settings_for(self.recipe.train, request)
         self.recipe_text = recipe_of(request.model)[1]
         self.spec, _, base = calibration_set_of(self.recipe.data.calibration)
+        check_own_pairs(self.spec)  # `safer-clip` looks for the nearest itself
         self.source: QuadrupleSource = open_source(dataclasses.replace(self.spec, zero_shot=()), base=base)
         self.accelerator: Any = Accelerator(cpu=resolve_device(request.device) == "cpu", mixed_precision="no")
         self.device = torch.device(self.accelerator.device)
