@@ -11,16 +11,17 @@ import pytest
 
 from tests.serve.server import Server, started, wait
 from tests.small_build import build_small
-from uwm_deploy.codec import json_from_record
+from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.graphs.stored import Replacement
 from uwm_deploy.pipeline import Request
-from uwm_deploy.records import Result, TowerName, Verdict
+from uwm_deploy.records import Result, Target, TowerName, Verdict, VerifyReport
 from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.serve.config import Layout
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, reverted, without_edit
 from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.workspace import digest_of_bytes
 
 VARIANT = "onnxruntime-fp32"
 
@@ -85,3 +86,31 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server that serves it."""
     with started(tmp_path_factory.mktemp("server"), repository) as found:
         yield wait(found)
+
+
+def as_plans(bundle: Path, out: Path, capability: str, bundle_version: int = 0) -> Path:
+    """The bundle as a machine with a GPU would have written it; what its plans hold does not matter here."""
+    manifest, variant = open_bundle(bundle).manifest, "tensorrt-fp32"
+    report = record_from_json(VerifyReport, (bundle / "reports" / "verify.json").read_bytes(), where="verify.json")
+    where = {"compute_capability": capability, "device": "a GPU"}
+    artifacts = tuple(
+        dataclasses.replace(a, variant=variant, where=where) if a.variant == VARIANT else a for a in report.artifacts
+    )
+    content = json_from_record(dataclasses.replace(report, artifacts=artifacts)).encode()
+    judged = {variant if name == VARIANT else name: part for name, part in manifest.verdict.judged.items()}
+    verdict = dataclasses.replace(
+        manifest.verdict, proven=(variant,), judged=judged, report_digest=digest_of_bytes(content), unproven=()
+    )
+    engines = tuple(
+        dataclasses.replace(e, variant=variant, target=Target.TENSORRT, file=f"{e.tower.value}.plan")
+        for e in manifest.engines
+        if e.variant == VARIANT
+    )
+    parts: dict[str, Path | bytes] = {
+        file.path: bundle / file.path for file in manifest.files if not file.path.startswith("engines/")
+    }
+    parts |= {f"engines/{variant}/{e.file}": bundle / "engines" / VARIANT / f"{e.tower.value}.onnx" for e in engines}
+    parts |= {"reports/verify.json": content, "reports/verdict.json": json_from_record(verdict).encode()}
+    changed = dataclasses.replace(manifest, engines=engines, verdict=verdict, bundle_version=bundle_version)
+    bundle_from_parts(out, changed, parts)
+    return out

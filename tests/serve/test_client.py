@@ -13,8 +13,6 @@ import pytest
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.serve.client import AnswerError, Client, open_client
 
-pytest.importorskip("google.protobuf")
-
 
 class _Handler(BaseHTTPRequestHandler):
     body = b""
@@ -106,6 +104,7 @@ def test_nonsense_is_the_servers_error(client: Client, body: bytes, header: str 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"max_batch_size": "x"}', b'{"input": 3}'])
 def test_a_nonsensical_configuration_is_the_servers_error(client: Client, body: bytes) -> None:
     """It is not believed either."""
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
     _Handler.extensions, _Handler.body = ("model_configuration",), body
     with pytest.raises(AnswerError):
         client.config("m")

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from PIL import Image
 
-from tests.serve.conftest import VARIANT, repacked
+from tests.serve.conftest import VARIANT, as_plans, repacked
 from tests.serve.server import ROOT, Server, started, wait
 from uwm_deploy.cli import cli
 from uwm_deploy.datasets.encoded import objects
@@ -33,8 +33,9 @@ from uwm_deploy.records import EngineArtifact, Target, TowerName
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.session import open_engine
+from uwm_deploy.serve import guard
 from uwm_deploy.serve.client import AnswerError, open_client
-from uwm_deploy.serve.config import Layout, Plan, configs, text_of
+from uwm_deploy.serve.config import Layout, configs
 from uwm_deploy.serve.guard import Part, check_canaries, check_numpy, open_part
 from uwm_deploy.serve.names import (  # fmt: skip
     EMBEDDING,
@@ -90,25 +91,40 @@ def test_encoders_have_a_warm_up_per_profile_batch_and_the_engines_shapes(bundle
         assert config.platform == "onnxruntime_onnx"
 
 
-def _tensorrt(bundle: Path) -> Any:
-    """A manifest whose engines are for TensorRT, as far as a configuration can tell."""
-    manifest = open_bundle(bundle).manifest
-    engines = [dataclasses.replace(e, target=Target.TENSORRT, variant="tensorrt-fp16") for e in manifest.engines]
-    return dataclasses.replace(manifest, engines=tuple(e for e in engines if e.settings))
-
-
-def test_plans_are_one_per_compute_capability_and_need_a_gpu(bundle: Path) -> None:
-    """`tensorrt_plan` with `cc_model_filenames`, a profile, and KIND_GPU, which a server without GPU refuses."""
-    plans = [Plan(compute_capability=cc, file=f"{cc}.plan", bundle=f"b{cc}", digest=f"e{cc}") for cc in ("8.9", "9.0")]
-    made = configs(_tensorrt(bundle), "d", "tensorrt-fp16", Layout(), dict.fromkeys(TowerName, plans))
-    config = made[ENCODERS[TowerName.IMAGE]]
+def test_plans_are_one_per_compute_capability_and_need_a_gpu(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles of two GPUs in one repository; each machine takes its own plan and checks it against that plan's bundle."""
+    first = as_plans(bundle, tmp_path / "first", "8.9")
+    second = as_plans(bundle, tmp_path / "second", "9.0", bundle_version=2)
+    arguments = ["triton", str(first), str(tmp_path / "models"), "--further", str(second), "--json"]
+    made = json.loads(CliRunner().invoke(cli, arguments).stdout)
+    assert made["compute_capabilities"] == ["8.9", "9.0"]
+    config = _parsed(tmp_path / "models" / ENCODERS[TowerName.IMAGE])
     assert config.platform == "tensorrt_plan"
     assert dict(config.cc_model_filenames) == {"8.9": "8.9.plan", "9.0": "9.0.plan"}
-    assert config.parameters["uwm_bundle_sha256_9.0"].string_value == "b9.0"
     assert list(config.instance_group[0].profile) == ["0"]
-    assert "KIND_GPU" in text_of(config)
-    with pytest.raises(InputError, match="cannot run on the CPU"):
-        configs(_tensorrt(bundle), "d", "tensorrt-fp16", Layout(place="cpu"))
+    assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+    for capability, version in (("", 0), ("8.9", 0), ("9.0", 2)):
+        monkeypatch.setattr(guard, "compute_capability", lambda capability=capability: capability)
+        for tower in TowerName:
+            part = open_part(_args(tmp_path / "models", ENCODERS[tower]))
+            assert part.bundle.manifest.bundle_version == version
+            assert part.engine_bytes(tower, f"{capability or '8.9'}.plan")
+            open_part(_args(tmp_path / "models", PREPARES[tower])).check_engine_beside(tower)
+    _flip(tmp_path / "models" / ENCODERS[TowerName.TEXT] / "1" / "9.0.plan")
+    with pytest.raises(IntegrityError):
+        open_part(_args(tmp_path / "models", PREPARES[TowerName.TEXT])).check_engine_beside(TowerName.TEXT)
+
+
+def test_plans_that_do_not_belong_together_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """Two for the same GPU, other weights, and a place where plans cannot run: bad input, and nothing is written."""
+    first = as_plans(bundle, tmp_path / "first", "8.9")
+    same = as_plans(bundle, tmp_path / "same", "8.9", bundle_version=1)
+    for options in (["--further", str(same)], ["--further", str(bundle)], ["--place", "cpu"]):
+        done = CliRunner().invoke(cli, ["triton", str(first), str(tmp_path / "models"), *options])
+        assert done.exit_code in (2, 5), done.output
+        assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +219,7 @@ def _changes() -> dict[str, Callable[[Path], object]]:
         for name in files  # type: ignore[misc]
     }
     changes |= {f"removed {name}": lambda repo, name=name: (repo / name).unlink() for name in files}  # type: ignore[misc]
+    changes["a second file"] = lambda repo: (repo / f"{ENCODERS[TowerName.TEXT]}/1/other.onnx").write_bytes(b"x")
     changes["linked engine"] = lambda repo: os.link(repo / files[0], repo.parent / "other name")
     changes["engines swapped"] = lambda repo: shutil.copy(repo / files[0], repo / files[1])
     return changes
@@ -343,6 +360,23 @@ def test_zero_shot_answers_like_the_runtime(server: Server, bundle: Path, protoc
             np.testing.assert_allclose(client.infer(ZERO_SHOT, inputs | further, SCORES), wanted.scores, atol=1e-6)
             found = client.infer(ZERO_SHOT, inputs | further, TOP)
             assert [one.decode() if isinstance(one, bytes) else one for one in found] == wanted.top
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "message"),
+    [
+        ([b"circle", b"circle"], b"a {}", "occurs twice"),
+        ([b"circle"], b"no place", "has no {}"),
+        ([b"\xff"], b"a {}", "LABELS is not UTF-8"),
+    ],
+)
+def test_bad_classes_are_the_callers_error(server: Server, labels: list[bytes], template: bytes, message: str) -> None:
+    """As in the runtime, in the runtime's words."""
+    client = server.client("grpc")
+    inputs = {RAW[TowerName.IMAGE]: objects([_image(1)]), LABELS: objects(labels), TEMPLATE: objects([template])}
+    with pytest.raises(AnswerError, match=message):
+        client.infer(ZERO_SHOT, inputs, SCORES)
     client.close()
 
 

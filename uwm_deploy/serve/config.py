@@ -27,6 +27,7 @@ from uwm_deploy.serve.names import (
     VARIANT,
     WEIGHTS,
     ZERO_SHOT,
+    plan_file,
 )
 
 Place = Literal["auto", "cpu", "gpu"]
@@ -69,15 +70,18 @@ class Plan:
 
     Attributes:
         compute_capability: E.g. ``"9.0"``.
-        file: Its name in the version folder.
         bundle: Digest of the manifest of the bundle it is from.
         digest: Of the engine.
     """
 
     compute_capability: str
-    file: str
     bundle: Digest
     digest: Digest
+
+    @property
+    def file(self) -> str:
+        """Its name in the version folder."""
+        return plan_file(self.compute_capability)
 
 
 def backend_of(engine: EngineArtifact) -> str:
@@ -137,6 +141,7 @@ def configs(
         prepare = _python(PREPARES[tower], layout, engine.profile.max)
         _tensor(prepare.input, RAW[tower], "TYPE_STRING", [1])
         _spec(prepare.output, engine.inputs[0])
+        _name_plans(prepare, (plans or {}).get(tower, ()))
         found |= {one.name: one for one in (encoder, prepare, _ensemble(engine))}
     found[ZERO_SHOT] = _zero_shot(layout)
     for config in found.values():
@@ -159,8 +164,7 @@ def _encoder(engine: EngineArtifact, layout: Layout, plans: Sequence[Plan]) -> M
     config.parameters[ENGINE].string_value = engine.digest
     for plan in plans:
         config.cc_model_filenames[plan.compute_capability] = plan.file
-        config.parameters[f"{BUNDLE}_{plan.compute_capability}"].string_value = plan.bundle
-        config.parameters[f"{ENGINE}_{plan.compute_capability}"].string_value = plan.digest
+    _name_plans(config, plans)
     _spec(config.input, engine.inputs[0])
     for spec in engine.outputs:
         _spec(config.output, spec)
@@ -172,6 +176,13 @@ def _encoder(engine: EngineArtifact, layout: Layout, plans: Sequence[Plan]) -> M
     else:
         config.optimization.graph.level = int(_GRAPH_LEVEL[optimisation_of(engine)])
     return config
+
+
+def _name_plans(config: Message, plans: Sequence[Plan]) -> None:
+    """What each plan is and whose, for what checks it before it is loaded."""
+    for plan in plans:
+        config.parameters[f"{BUNDLE}_{plan.compute_capability}"].string_value = plan.bundle
+        config.parameters[f"{ENGINE}_{plan.compute_capability}"].string_value = plan.digest
 
 
 def _batching(config: Message, layout: Layout, profile: Profile) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from uwm_deploy.runtime.external_data import check_external_data
 from uwm_deploy.runtime.signature import SIGNATURE, signed_digests
 from uwm_deploy.runtime.tensorrt import compute_capability
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
-from uwm_deploy.serve.names import BUNDLE, ENCODERS, EVIDENCE, VARIANT
+from uwm_deploy.serve.names import BUNDLE, ENCODERS, ENGINE, EVIDENCE, FILES, VARIANT, plan_file
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 PUBLIC_KEY = "UWM_DEPLOY_PUBLIC_KEY"
@@ -48,7 +49,7 @@ class Part:
     variant: str
     folder: Path
     version: str
-    config: Mapping[str, object]
+    config: Mapping[str, Any]
 
     def engine(self, tower: TowerName) -> EngineArtifact:
         """The engine that is served."""
@@ -103,10 +104,23 @@ class Part:
         folder = self.folder.parent / ENCODERS[tower] / self.version
         if not folder.is_dir():
             return
+        wanted = self._engine_files(tower)
+        # Whatever else lies there could be what is loaded, if the configuration is changed as well.
+        if {path.name for path in folder.iterdir()} != set(wanted) or any(
+            digest_of_file(folder / name) != digest for name, digest in wanted.items()
+        ):
+            raise IntegrityError(f"{ENCODERS[tower]} has not the engine of the bundle, or more than it", fix=_AGAIN)
+
+    def _engine_files(self, tower: TowerName) -> dict[str, Digest]:
+        """Files of the encoder's version folder."""
+        start, engine = f"{ENGINE}_", self.engine(tower)
+        parameters = _parameters(self.config)
+        if plans := {key.removeprefix(start): one for key, one in parameters.items() if key.startswith(start)}:
+            return {plan_file(capability): digest for capability, digest in plans.items()}
         listed = {file.path: file.digest for file in self.bundle.manifest.files}
-        wanted = {listed[name] for name in engine_paths(self.engine(tower))}
-        if not wanted <= {digest_of_file(path) for path in folder.iterdir() if path.is_file()}:
-            raise IntegrityError(f"{ENCODERS[tower]} has not the engine of the bundle", fix=_AGAIN)
+        digests = [listed[name] for name in engine_paths(engine)]
+        names = [FILES["onnxruntime"], *([engine.external_data] if engine.external_data else [])]
+        return dict(zip(names, digests, strict=True))
 
 
 def open_part(args: Mapping[str, str]) -> Part:
@@ -120,7 +134,7 @@ def open_part(args: Mapping[str, str]) -> Part:
             environment, has no passing verdict, or does not prove the variant.
     """
     config = json.loads(args["model_config"])
-    parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+    parameters = _parameters(config)
     folder, variant = Path(args["model_repository"]), parameters[VARIANT]
     here = compute_capability()
     own = here and f"{BUNDLE}_{here}" in parameters and (folder / f"{EVIDENCE}-{here}").is_dir()
@@ -136,6 +150,10 @@ def open_part(args: Mapping[str, str]) -> Part:
     if manifest.verdict.result is not Result.PASS or variant not in manifest.verdict.proven:
         raise IntegrityError(f"{folder.name}: {variant} has no passing verdict", fix="build again")
     return Part(Bundle(kept, manifest), variant, folder, args["model_version"], config)
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value["string_value"] for key, value in config["parameters"].items()}
 
 
 def _check_signed(folder: Path, digest: Digest, key: Path) -> None:

@@ -38,3 +38,8 @@ EVIDENCE = "bundle"
 
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 """Name of an engine's file per backend of Triton."""
+
+
+def plan_file(compute_capability: str) -> str:
+    """Name of a plan in the version folder."""
+    return f"{compute_capability}.plan"

@@ -14,7 +14,7 @@ from uwm_deploy.runtime.selection import measured_where, proven_variants, reason
 from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
-from uwm_deploy.serve.names import ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, ZERO_SHOT
+from uwm_deploy.serve.names import ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, ZERO_SHOT, plan_file
 from uwm_deploy.workspace import digest_of_bytes, whole_folder
 
 _MODEL = '''"""Made by `uwm-deploy triton`; the code is the installed package's."""
@@ -99,7 +99,7 @@ def write_repository(
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
             _write_evidence(folder / ENCODERS[tower], [canary_file(tower)], bundle, sources)
             _write_evidence(folder / PREPARES[tower], [canary_file(tower), *_PREPARED_BY[tower]], bundle, sources)
-        _write_evidence(folder / ZERO_SHOT, [], bundle, sources)
+        _write_evidence(folder / ZERO_SHOT, [], bundle, {})
     return Written(
         repository=str(path),
         bundle=digest,
@@ -190,14 +190,14 @@ def _reason_apart(bundle: Bundle, other: Bundle, variant: str) -> str:
 
 def _plan(bundle: Bundle, capability: str, variant: str, tower: TowerName) -> Plan:
     engine = bundle.engines(variant)[tower]
-    return Plan(compute_capability=capability, file=f"{capability}.plan", bundle=_digest(bundle), digest=engine.digest)
+    return Plan(compute_capability=capability, bundle=_digest(bundle), digest=engine.digest)
 
 
 def _write_engine(folder: Path, bundle: Bundle, engine: EngineArtifact, sources: Mapping[str, Bundle]) -> None:
     """The bytes that were checked as they were read."""
     for capability, source in sources.items():
         theirs = source.engines(engine.variant)[engine.tower]
-        (folder / f"{capability}.plan").write_bytes(source.read(engine_path(theirs)))
+        (folder / plan_file(capability)).write_bytes(source.read(engine_path(theirs)))
     if not sources:
         (folder / FILES["onnxruntime"]).write_bytes(bundle.read(engine_path(engine)))
         for name, data in bundle.external_data(engine).items():
