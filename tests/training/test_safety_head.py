@@ -26,6 +26,7 @@ from uwm_deploy.datasets.embedding import prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
+from uwm_deploy.inspection import describe
 from uwm_deploy.pipeline import (
     Outcome,
     Request,
@@ -54,6 +55,8 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.refit import RefitRequest, refit
+from uwm_deploy.report.evidence import dossier_of
+from uwm_deploy.report.html import page
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.head import digest_of_pair, read_head
@@ -260,6 +263,10 @@ def test_build_carries_the_head_through(made: Made) -> None:
     assert ("onnxruntime-fp32", "risk.parity.max_abs") in names
     assert any("of unsafe images and" in note and "of safe ones" in note for note in outcome.verdict.notes)
     assert "## Safety head" in (made.bundle / "README.md").read_text()
+    drawn = page(dossier_of(made.bundle))
+    for words in ('id="safety-head"', "safe images, at least redirect", "over-refusal", "Thresholds of the level"):
+        assert words in drawn
+    assert "trained on" in describe(made.bundle)["safety head"]
 
 
 def test_short_training_already_tells_images_apart(made: Made) -> None:
