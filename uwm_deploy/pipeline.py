@@ -757,7 +757,7 @@ class _Build:
                     quantised[graph.tower] = self._by_modelopt(
                         export / graph.file, EIGHT_BITS[lowered], self._float32(graph), every, folder
                     )
-            sources[graph.tower] = Source(graph, export / graph.file, ranges)
+            sources[graph.tower] = Source(graph, export / graph.file, ranges, float32=self._head_patterns(graph))
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
             artifact = converted(
@@ -778,9 +778,13 @@ class _Build:
 
     def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
         """Patterns of what stays in float32 in a graph."""
+        return (*self.recipe.compile.float32, *self._head_patterns(graph))
+
+    def _head_patterns(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of its safety head, where it has one."""
         from uwm_deploy.towers.safety_head import FLOAT32
 
-        return (*self.recipe.compile.float32, *((FLOAT32,) if graph.head_digest else ()))
+        return (FLOAT32,) if graph.head_digest else ()
 
     def _by_modelopt(
         self, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], folder: Path

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx import numpy_helper
 
 from tests.families import FAMILIES, model_of
 from uwm_deploy.cli import cli
@@ -25,6 +26,7 @@ from uwm_deploy.datasets.embedding import prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
+from uwm_deploy.inspection import describe
 from uwm_deploy.pipeline import (
     Outcome,
     Request,
@@ -34,6 +36,7 @@ from uwm_deploy.pipeline import (
     policy_of,
     run,
 )
+from uwm_deploy.recipe import AutoSpec
 from uwm_deploy.records import (
     RISK_LEVEL,
     RISK_LOGITS,
@@ -44,6 +47,7 @@ from uwm_deploy.records import (
     HeadShape,
     Manifest,
     OnnxArtifact,
+    Precision,
     Profile,
     Result,
     Target,
@@ -51,6 +55,8 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.refit import RefitRequest, refit
+from uwm_deploy.report.evidence import dossier_of
+from uwm_deploy.report.html import page
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.head import digest_of_pair, read_head
@@ -59,9 +65,11 @@ from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
 from uwm_deploy.selftest.surgery import changed_graph, weights_where
+from uwm_deploy.stages.convert import layer_names, lower, ranges_of
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.towers.safety_head import SafetyHeadModule, head_from_bytes, tokens_of, with_head
+from uwm_deploy.stages.search import Search, Source
+from uwm_deploy.towers.safety_head import FLOAT32, SafetyHeadModule, head_from_bytes, tokens_of, with_head
 from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
 from uwm_deploy.training.safety_head_command import HeadRequest, HeadResult, train_safety_head
 from uwm_deploy.workspace import STAMP, digest_of_bytes, digest_of_file, stamp
@@ -255,6 +263,10 @@ def test_build_carries_the_head_through(made: Made) -> None:
     assert ("onnxruntime-fp32", "risk.parity.max_abs") in names
     assert any("of unsafe images and" in note and "of safe ones" in note for note in outcome.verdict.notes)
     assert "## Safety head" in (made.bundle / "README.md").read_text()
+    drawn = page(dossier_of(made.bundle))
+    for words in ('id="safety-head"', "safe images, at least redirect", "over-refusal", "Thresholds of the level"):
+        assert words in drawn
+    assert "trained on" in describe(made.bundle)["safety head"]
 
 
 def test_short_training_already_tells_images_apart(made: Made) -> None:
@@ -570,3 +582,41 @@ def test_attest_measures_the_head_without_torch(made: Made, tmp_path: Path) -> N
     before = report.artifacts[-1]
     assert (again.risk, again.risk_flips) == (before.risk, before.risk_flips)
     assert {part.output for part in again.risk_parity} == {RISK_LOGITS, RISK_LEVEL}
+
+
+def test_lower_precision_leaves_the_head_in_float32(made: Made, tmp_path: Path) -> None:
+    """In 8 bits its weights are what they were and all others are 8 bits; the search of `auto` has no layer of it."""
+    folder = made.folder / "work" / "export"
+    graphs = {
+        tower: record_from_json(OnnxArtifact, (folder / f"{tower.value}.json").read_bytes(), where="json")
+        for tower in TowerName
+    }
+    model = load_edited(dataclasses.replace(made.request, safety_head=None), Reporter(quiet=True))
+    prepared = prepare(
+        made.source(),
+        model.ref.image,
+        Tokenizer(model.tokenizer_json, model.ref.text),
+        workers=0,
+        progress=lambda *_: None,
+    )
+    pixels, ids = prepared.unsafe_pixels[0:8], prepared.unsafe_ids[:8]
+    sources = {
+        tower: Source(
+            graphs[tower], folder / f"{tower.value}.onnx",
+            ranges_of(folder / f"{tower.value}.onnx", {"safe": [rows], "unsafe": [rows]}, tmp_path),
+            float32=(FLOAT32,) if tower is TowerName.IMAGE else (),
+        )
+        for tower, rows in ((TowerName.IMAGE, pixels), (TowerName.TEXT, ids))
+    }  # fmt: skip
+    image = sources[TowerName.IMAGE]
+    lowered, _ = lower(image.path, Precision.INT8, (FLOAT32,), (), image.ranges)
+    arrays = {name: value.const_value.numpy() for name, value in lowered.graph.initializers.items()}
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(image.path).graph.initializer}
+    layers = {f"{name}.weight" for name in layer_names(image.path)}
+    head = {name for name in layers if name.startswith("safety_head.")}
+    assert len(head) == 6
+    assert all(np.array_equal(arrays[name], before[name]) for name in head)
+    assert {str(arrays[name].dtype) for name in layers - head} == {"int8"}
+    search = Search(sources, prepared, AutoSpec(), (), tmp_path, lambda *_: None)
+    searched = {f"{name}.weight" for tower, name in search.work if tower is TowerName.IMAGE}
+    assert searched == layers - head
