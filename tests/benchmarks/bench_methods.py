@@ -30,9 +30,9 @@ from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.pairs import scoring_order
 from uwm_deploy.stages.score import score_to_folder
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.methods import needs_gradients, with_method
+from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
 
-METHODS = [*(m for m in Method if m is not Method.NONE)]
+METHODS = [*(m for m in Method if selects(m))]
 BATCH = {TowerName.IMAGE: 16, TowerName.TEXT: 64}
 
 

@@ -115,7 +115,16 @@ def test_a_second_run_makes_nothing_and_keeps_the_cost(made: tuple[Path, list[st
     folder, command, _ = made
     before = json.loads((folder / "work/uwm/cost.json").read_text())
     again = CliRunner().invoke(
-        cli, [*command, "--methods", "none,uwm,safe-clip", "--train-option=--epochs=no", "--json"]
+        cli,
+        [
+            *command,
+            "--methods",
+            "none,uwm,safe-clip",
+            "--train-option=--epochs=no",
+            "--out",
+            str(folder / "again"),
+            "--json",
+        ],
     )
     assert again.exit_code == 6
     assert json.loads((folder / "work/uwm/cost.json").read_text()) == before

@@ -250,3 +250,14 @@ def test_two_processes_train_one_model(small_set: str, tmp_path: Path) -> None:
     assert body["processes"] == 2
     assert body["examples_seen"] == 32
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_bfloat16(small_set: str, tmp_path: Path) -> None:
+    """The same command on a GPU; its memory stands in the record."""
+    request = request_for(Trainer.SAFE_CLIP, tmp_path, small_set, 2, precision="bf16")
+    record = train(dataclasses.replace(request, device="cuda"), QUIET)
+    assert record.device == "cuda"
+    assert record.peak_gpu_bytes > 0
+    assert record.reference_digest == record.base.weights_digest
+    assert record.epochs[-1].loss < record.epochs[0].loss
