@@ -14,6 +14,8 @@ from uwm_deploy.datasets.embedding import Inputs, PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
 from uwm_deploy.pipeline import evaluation_source_of, judge_of_bundle, report_of_bundle
 from uwm_deploy.records import (
+    RISK_LEVEL,
+    RISK_LOGITS,
     ArtifactEvidence,
     Check,
     Digest,
@@ -26,6 +28,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.selftest import canaries_of
+from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.serve.client import Client, Counts, open_client
 from uwm_deploy.serve.names import EMBEDDING
 from uwm_deploy.serve.served import (
@@ -35,10 +38,11 @@ from uwm_deploy.serve.served import (
     count_checks,
     counts_of,
     identity_of,
+    models_of,
     settled_counts,
 )
-from uwm_deploy.stages.attest import Judge, reference_of, stored_parity
-from uwm_deploy.stages.executed import executed
+from uwm_deploy.stages.attest import Judge, reference_of, risk_reference_of, stored_parity
+from uwm_deploy.stages.executed import RiskReference, executed
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file
 
 
@@ -174,7 +178,7 @@ def _measured(
     """SafeGround on the served path, judged in place of what the build measured."""
     report, _ = report_of_bundle(bundle)
     with _connected(request) as client:
-        before, towers = counts_of(client), _towers(client, bundle, identity)
+        before, towers = counts_of(client, models_of(bundle.manifest)), _towers(client, bundle, identity)
         evidence = _evidence(bundle, towers, identity, prepared, reporter)
         sent = {model: rows for part in towers.values() for model, rows in part.expected().items()}
         after = settled_counts(client, before, sent)
@@ -212,12 +216,15 @@ def _evidence(
     inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
     wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
 
+    risk = risk_reference_of(bundle)
+
     def measured() -> list[OutputParity]:
-        return [
+        found = [
             stored_parity(tower, EMBEDDING, towers[tower], inputs[tower], wanted[tower], batch)
             for tower in TowerName
             for batch in sorted({1, built.profile.max})
         ]
+        return found + (_risk_parity(risk, towers[TowerName.IMAGE], prepared) if risk else [])
 
     evidence = ArtifactEvidence(
         variant=identity.variant,
@@ -236,7 +243,16 @@ def _evidence(
         measured,
         sizes=(built.profile.opt, built.profile.max),
         progress=reporter.progress,
+        risk=risk,
     )
+
+
+def _risk_parity(risk: RiskReference, served: ServedTower, prepared: PreparedSet) -> list[OutputParity]:
+    """The head's outputs against the stored ones of the edited model."""
+    n = min(served.max_batch, len(prepared.safe_pixels))
+    found, wanted = served.run_all(prepared.safe_pixels[:n]), risk.found.safe
+    pairs = {RISK_LOGITS: wanted.logits[:n], RISK_LEVEL: wanted.level[:n, None]}
+    return [parity(TowerName.IMAGE, name, n, rows, found[name].reshape(n, -1)) for name, rows in pairs.items()]
 
 
 def _differ(own: ArtifactEvidence, served: ArtifactEvidence) -> dict[str, int]:

@@ -620,3 +620,51 @@ def test_lower_precision_leaves_the_head_in_float32(made: Made, tmp_path: Path) 
     search = Search(sources, prepared, AutoSpec(), (), tmp_path, lambda *_: None)
     searched = {f"{name}.weight" for tower, name in search.work if tower is TowerName.IMAGE}
     assert searched == layers - head
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_triton_decides_as_the_runtime(made: Made, served: Server, protocol: str) -> None:
+    """The same category, probability, level and decision of every image, and the same embeddings."""
+    source = open_source(calibration_set_of(str(made.folder / "eval.toml"))[0])
+    images = [side for i in range(8) for side in _encoded_images(source, i)]
+    with SafeEncoder.open(made.bundle) as encoder:
+        wanted = encoder.encode_image(images, risk=True)
+    assert wanted.risk is not None
+    client = served.client(protocol)
+    outputs = (EMBEDDING, RISK_LEVEL, CATEGORY, PROBABILITY, DECISION)
+    found = client.infer_all(RISK, {RAW[TowerName.IMAGE]: objects(images)[:, None]}, outputs)
+    client.close()
+    np.testing.assert_allclose(found[EMBEDDING], wanted, atol=1e-6)
+    np.testing.assert_allclose(found[RISK_LEVEL].reshape(-1), wanted.risk.levels, atol=1e-6)
+    named = [wanted.risk[row] for row in range(len(images))]
+    assert [_text(one) for one in found[DECISION]] == [risk.decision.value for risk in named]
+    assert [_text(one) for one in found[CATEGORY]] == [risk.category for risk in named]
+    np.testing.assert_allclose(found[PROBABILITY].reshape(-1), [risk.probability for risk in named], atol=1e-6)
+    assert len({risk.decision for risk in named}) > 1
+
+
+def test_triton_check_measures_the_served_head(made: Made, served: Server) -> None:
+    """Risks on the served path are compared with the edited model's, image by image, and judged by the same policy."""
+    command = ["triton", "check", served.grpc, "--bundle", str(made.bundle), "--policy", "demo", "--workers", "0", "--json"]
+    done = CliRunner().invoke(cli, command)
+    found = json.loads(done.stdout)
+    own = open_bundle(made.bundle).manifest.verdict.result
+    assert (found["verdict"]["result"], done.exit_code) == (own, 0 if own == "pass" else 4), done.output
+    assert not [check for check in found["checks"] if check["result"] != "pass"]
+    assert found["evidence"]["risk_flips"]["k"] == 0
+    assert found["counts"][RISK]["inferences"] >= 208
+    assert {part["output"] for part in found["evidence"]["risk_parity"]} == {RISK_LOGITS, RISK_LEVEL}
+
+
+@pytest.fixture(scope="module")
+def served(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Triton that serves the bundle with its head."""
+    folder = tmp_path_factory.mktemp("served")
+    write_repository(open_bundle(made.bundle), folder / "models", layout=Layout(place="cpu"))
+    with started(folder / "server", folder / "models") as server:
+        yield wait(server)
+
+
+def _text(rows: np.ndarray) -> str:
+    (one,) = rows
+    return one.decode() if isinstance(one, bytes) else str(one)

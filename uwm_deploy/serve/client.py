@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -78,6 +78,9 @@ class Client(Protocol):
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         """One output of a model; bytes are arrays of objects."""
+
+    def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Several outputs of one call."""
 
     def close(self) -> None:
         """Closes connections."""
@@ -161,6 +164,10 @@ class GrpcClient:
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         """See `Client.infer`."""
+        return self.infer_all(model, inputs, [output])[output]
+
+    def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """See `Client.infer_all`."""
         sent = []
         for name, rows in inputs.items():
             sent.append(self._module.InferInput(name, list(rows.shape), _type_of(rows)))
@@ -169,11 +176,11 @@ class GrpcClient:
             answer = self._client.infer(
                 model,
                 sent,
-                outputs=[self._module.InferRequestedOutput(output)],
+                outputs=[self._module.InferRequestedOutput(output) for output in outputs],
                 request_id=uuid.uuid4().hex,
                 client_timeout=self._timeout,
             )
-        return _there(answer.as_numpy(output), model, output)
+        return {output: _there(answer.as_numpy(output), model, output) for output in outputs}
 
     def close(self) -> None:
         """See `Client.close`."""
@@ -242,6 +249,10 @@ class HttpClient:
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
         """See `Client.infer`."""
+        return self.infer_all(model, inputs, [output])[output]
+
+    def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """See `Client.infer_all`."""
         binary = self._extension("binary_tensor_data")
         described, tail = [], b""
         for name, rows in inputs.items():
@@ -256,18 +267,18 @@ class HttpClient:
             else:
                 part["data"] = rows.reshape(-1).tolist()
             described.append(part)
-        wanted: dict[str, Any] = {"name": output}
-        if binary:
-            wanted["parameters"] = {"binary_data": True}
-        body = json.dumps({"id": uuid.uuid4().hex, "inputs": described, "outputs": [wanted]}).encode()
+        asked = {"parameters": {"binary_data": True}} if binary else {}
+        wanted = [{"name": output} | asked for output in outputs]
+        body = json.dumps({"id": uuid.uuid4().hex, "inputs": described, "outputs": wanted}).encode()
         headers = {"Content-Type": "application/json"}
         if binary:
             headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
         answer, length = self._request("POST", f"/v2/models/{model}/infer", body + tail, headers)
         with self._wellformed(model):
             head = json.loads(answer[:length])
-            found = _output(head, answer[length:] if length is not None else b"", output)
-        return _there(found, model, output)
+            tail = answer[length:] if length is not None else b""
+            found = {output: _output(head, tail, output) for output in outputs}
+        return {output: _there(rows, model, output) for output, rows in found.items()}
 
     def close(self) -> None:
         """See `Client.close`."""

@@ -7,11 +7,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.records import Digest, EngineArtifact, Manifest, Profile, Target, TensorSpec, TowerName
+from uwm_deploy.records import (
+    RISK_LEVEL,
+    RISK_LOGITS,
+    Digest,
+    EngineArtifact,
+    Manifest,
+    Profile,
+    Target,
+    TensorSpec,
+    TowerName,
+)
 from uwm_deploy.runtime.session import optimisation_of, provider_of
 from uwm_deploy.serve.names import (
     BUNDLE,
     BUNDLE_VERSION,
+    CATEGORY,
+    DECIDE,
+    DECISION,
     EMBEDDING,
     ENCODERS,
     ENGINE,
@@ -19,7 +32,9 @@ from uwm_deploy.serve.names import (
     FILES,
     LABELS,
     PREPARES,
+    PROBABILITY,
     RAW,
+    RISK,
     SCORES,
     TEMPLATE,
     TOOL_VERSION,
@@ -43,6 +58,7 @@ _TYPES = {
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
 }
+_RISKS = {CATEGORY: "TYPE_STRING", PROBABILITY: "TYPE_FP32", DECISION: "TYPE_STRING"}
 _GRAPH_LEVEL = {"done": "2", "basic": "-1", "extended": "1"}
 """Of Triton's ONNX Runtime backend: 2 optimises nothing, -1 is basic, 1 is extended."""
 
@@ -144,6 +160,9 @@ def configs(
         _name_plans(prepare, (plans or {}).get(tower, ()))
         found |= {one.name: one for one in (encoder, prepare, _ensemble(engine))}
     found[ZERO_SHOT] = _zero_shot(layout)
+    if manifest.head is not None:
+        decide = _decide(engines[TowerName.IMAGE], layout)
+        found |= {DECIDE: decide, RISK: _ensemble(engines[TowerName.IMAGE], decide)}
     for config in found.values():
         config.version_policy.specific.versions.append(version_of(manifest))
         for key, value in shared.items():
@@ -224,10 +243,22 @@ def _python(name: str, layout: Layout, max_batch: int) -> Message:
     return config
 
 
-def _ensemble(engine: EngineArtifact) -> Message:
+def _decide(engine: EngineArtifact, layout: Layout) -> Message:
+    """What the head gives, and what its thresholds make of it."""
+    config = _python(DECIDE, layout, engine.profile.max)
+    for spec in _risk_specs(engine):
+        _spec(config.input, spec)
+    for name, kind in _RISKS.items():
+        _tensor(config.output, name, kind, [1])
+    return config
+
+
+def _ensemble(engine: EngineArtifact, decide: Message | None = None) -> Message:
+    """Raw inputs to embeddings; with the risks of images too."""
     pb = protobuf()
     tower = engine.tower
-    config = pb.ModelConfig(name=ENSEMBLES[tower], platform="ensemble", max_batch_size=engine.profile.max)
+    name = RISK if decide else ENSEMBLES[tower]
+    config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=engine.profile.max)
     _tensor(config.input, RAW[tower], "TYPE_STRING", [1])
     output = engine.outputs[0]
     _tensor(config.output, EMBEDDING, _type_name(output), _dims(output))
@@ -238,7 +269,20 @@ def _ensemble(engine: EngineArtifact) -> Message:
     second = config.ensemble_scheduling.step.add(model_name=ENCODERS[tower], model_version=-1)
     second.input_map[rows] = "prepared"
     second.output_map[output.name] = EMBEDDING
+    if decide:
+        third = config.ensemble_scheduling.step.add(model_name=DECIDE, model_version=-1)
+        for spec in _risk_specs(engine):
+            second.output_map[spec.name] = spec.name
+            third.input_map[spec.name] = spec.name
+            _spec(config.output, spec)
+        for made in decide.output:
+            third.output_map[made.name] = made.name
+            config.output.add().CopyFrom(made)
     return config
+
+
+def _risk_specs(engine: EngineArtifact) -> list[TensorSpec]:
+    return [spec for spec in engine.outputs if spec.name in (RISK_LOGITS, RISK_LEVEL)]
 
 
 def _zero_shot(layout: Layout) -> Message:

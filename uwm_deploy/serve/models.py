@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from uwm_deploy.errors import DataError, InputError, UwmError
-from uwm_deploy.records import TowerName
+from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, TowerName
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.results import Embeddings
+from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.tensorrt import compute_capability
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -22,7 +23,19 @@ from uwm_deploy.runtime.zero_shot import TEMPLATE as DEFAULT_TEMPLATE
 from uwm_deploy.runtime.zero_shot import prompts_of, weights_from
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.serve.guard import Part, check_canaries, check_numpy, open_part
-from uwm_deploy.serve.names import EMBEDDING, ENCODERS, ENSEMBLES, LABELS, RAW, SCORES, TEMPLATE, TOP
+from uwm_deploy.serve.names import (
+    CATEGORY,
+    DECISION,
+    EMBEDDING,
+    ENCODERS,
+    ENSEMBLES,
+    LABELS,
+    PROBABILITY,
+    RAW,
+    SCORES,
+    TEMPLATE,
+    TOP,
+)
 
 Args = dict[str, str]
 Requests = Sequence[Any]
@@ -170,6 +183,34 @@ class Encoder:
     def finalize(self) -> None:
         """Releases the engine."""
         self._session.close()
+
+
+class Decide:
+    """What a safety head gives to what its thresholds make of it, as the runtime does."""
+
+    def initialize(self, args: Args) -> None:
+        """Refuses to be loaded beside another bundle."""
+        head = _opened(args).bundle.manifest.head
+        if head is None:
+            raise IntegrityError("the bundle has no safety head", fix="write the repository again")
+        self._head = head
+
+    def execute(self, requests: Requests) -> Responses:
+        """Decides on the images of each request."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        logits, level = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in (RISK_LOGITS, RISK_LEVEL)
+        )
+        found = risks_from(self._head, logits, level)
+        parts = [found[row] for row in range(len(found))]
+        columns = {
+            CATEGORY: np.array([part.category.encode() for part in parts], dtype=object),
+            PROBABILITY: np.array([part.probability for part in parts], dtype=np.float32),
+            DECISION: np.array([part.decision.value.encode() for part in parts], dtype=object),
+        }
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, rows[:, None]) for name, rows in columns.items()])
 
 
 class ZeroShot:

@@ -17,11 +17,17 @@ ENSEMBLES: Mapping[TowerName, str] = {TowerName.IMAGE: "clip_image", TowerName.T
 
 ZERO_SHOT = "clip_zeroshot"
 
+RISK, DECIDE = "clip_image_risk", "clip_image_decide"
+"""Of a bundle with a safety head: what users call instead of `clip_image`, and its last step."""
+
 RAW: Mapping[TowerName, str] = {TowerName.IMAGE: "IMAGE", TowerName.TEXT: "TEXT"}
 """Input of an ensemble: bytes of one encoded image, or of one text in UTF-8, per row."""
 
 EMBEDDING = "EMBEDDING"
 """Output of an ensemble, (d,) per row."""
+
+CATEGORY, PROBABILITY, DECISION = "RISK_CATEGORY", "RISK_PROBABILITY", "RISK_DECISION"
+"""Outputs of `RISK` beside the embedding and the head's own, one per row; see `runtime.risk.Risk`."""
 
 LABELS, TEMPLATE, SCORES, TOP = "LABELS", "TEMPLATE", "SCORES", "TOP"
 """Of the zero-shot model."""

@@ -14,7 +14,7 @@ from uwm_deploy.runtime.selection import measured_where, proven_variants, reason
 from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
-from uwm_deploy.serve.names import ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, ZERO_SHOT, plan_file
+from uwm_deploy.serve.names import DECIDE, ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, RISK, ZERO_SHOT, plan_file
 from uwm_deploy.workspace import digest_of_bytes, whole_folder
 
 _MODEL = '''"""Made by `uwm-deploy triton`; the code is the installed package's."""
@@ -23,7 +23,12 @@ from uwm_deploy.serve.models import {name} as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_CLASSES = {PREPARES[TowerName.IMAGE]: "Preprocess", PREPARES[TowerName.TEXT]: "Tokenise", ZERO_SHOT: "ZeroShot"}
+_CLASSES = {
+    PREPARES[TowerName.IMAGE]: "Preprocess",
+    PREPARES[TowerName.TEXT]: "Tokenise",
+    ZERO_SHOT: "ZeroShot",
+    DECIDE: "Decide",
+}
 
 _PREPARED_BY: Mapping[TowerName, Sequence[str]] = {TowerName.IMAGE: (), TowerName.TEXT: ("tokenizer.json",)}
 """Files of the bundle that preparing needs, beside the manifest."""
@@ -94,12 +99,14 @@ def write_repository(
             if name in _CLASSES:
                 (folder / name / str(version) / "model.py").write_text(_MODEL.format(name=_CLASSES[name]))
         for tower, engine in engines.items():
-            # An object store knows no empty folder, and without one the ensemble has no version.
-            (folder / ENSEMBLES[tower] / str(version) / "ensemble").write_text("of the models beside it\n")
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
             _write_evidence(folder / ENCODERS[tower], [canary_file(tower)], bundle, sources)
             _write_evidence(folder / PREPARES[tower], [canary_file(tower), *_PREPARED_BY[tower]], bundle, sources)
-        _write_evidence(folder / ZERO_SHOT, [], bundle, {})
+        for name in {ZERO_SHOT, DECIDE} & set(made):
+            _write_evidence(folder / name, [], bundle, {})
+        for name in {*ENSEMBLES.values(), RISK} & set(made):
+            # An object store knows no empty folder, and without one the ensemble has no version.
+            (folder / name / str(version) / "ensemble").write_text("of the models beside it\n")
     return Written(
         repository=str(path),
         bundle=digest,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.errors import ContractError, UwmError
-from uwm_deploy.records import Check, Digest, Result, TowerName
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Check, Digest, Manifest, Result, SafetyHead, TowerName
 from uwm_deploy.runtime.bundle import Bundle
+from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.selection import reason_unproven
 from uwm_deploy.runtime.selftest import canaries_of
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
@@ -19,6 +20,9 @@ from uwm_deploy.serve.client import AnswerError, Client, Counts
 from uwm_deploy.serve.config import Layout, Message, configs, version_of
 from uwm_deploy.serve.names import (
     BUNDLE,
+    CATEGORY,
+    DECIDE,
+    DECISION,
     DEVICE,
     EMBEDDING,
     ENCODERS,
@@ -27,13 +31,20 @@ from uwm_deploy.serve.names import (
     PREPARES,
     PROVIDER,
     RAW,
+    RISK,
     VARIANT,
     WEIGHTS,
     ZERO_SHOT,
 )
 
 MODELS = (*ENSEMBLES.values(), *PREPARES.values(), *ENCODERS.values(), ZERO_SHOT)
-"""Every model of a repository, what users call first."""
+"""Every model of a repository, what users call first; a safety head adds two, see `models_of`."""
+
+
+def models_of(manifest: Manifest) -> tuple[str, ...]:
+    """Every model of the repository of a bundle."""
+    return MODELS if manifest.head is None else (*MODELS, RISK, DECIDE)
+
 
 COUNTING_SECONDS = 5.0
 """How long a server may take to count what it has answered."""
@@ -72,7 +83,7 @@ class ServedTower:
 
     def __init__(self, client: Client, bundle: Bundle, tower: TowerName, identity: Identity) -> None:
         self._client, self._tower = client, tower
-        self._engine = bundle.engines(identity.variant)[tower]
+        self._engine, self._head = bundle.engines(identity.variant)[tower], bundle.manifest.head
         self.where, self.max_batch = identity.where, self._engine.profile.max
         self.sent: Counter[str] = Counter()
 
@@ -88,16 +99,43 @@ class ServedTower:
         return np.concatenate(found).astype(np.float32, copy=False)
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Session.run_all`; a server is asked for embeddings only."""
-        return {self._engine.outputs[0].name: self.run(batch)}
+        """See `Session.run_all`; what a safety head gives comes with it, of images in bytes.
+
+        Raises:
+            ContractError: Also if the server decides otherwise than the head's thresholds do.
+        """
+        if self._head is None or self._tower is not TowerName.IMAGE or batch.dtype != object:
+            return {self._engine.outputs[0].name: self.run(batch)}
+        parts = [self._risks(self._head, batch[i : i + self.max_batch]) for i in range(0, len(batch), self.max_batch)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def expected(self) -> dict[str, int]:
-        """Rows that each model must have counted by now; those of the ensemble go on to the encoder."""
-        whole = self.sent[ENSEMBLES[self._tower]]
-        return {ENSEMBLES[self._tower]: whole, ENCODERS[self._tower]: whole + self.sent[ENCODERS[self._tower]]}
+        """Rows that each model must have counted by now; those of an ensemble go on to the encoder."""
+        whole, encoder = ENSEMBLES[self._tower], ENCODERS[self._tower]
+        found = {whole: self.sent[whole], encoder: self.sent[whole] + self.sent[encoder]}
+        if self.sent[RISK]:
+            found[encoder] += self.sent[RISK]
+            found |= {RISK: self.sent[RISK], DECIDE: self.sent[RISK]}
+        return found
 
     def close(self) -> None:
         """See `Session.close`; the connection is the caller's."""
+
+    def _risks(self, head: SafetyHead, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The decisions by the way users get them, and the encoder's outputs that they should follow from."""
+        outputs = (EMBEDDING, RISK_LOGITS, RISK_LEVEL, CATEGORY, DECISION)
+        served = self._client.infer_all(RISK, {RAW[self._tower]: rows.reshape(-1, 1)}, outputs)
+        self.sent.update({RISK: len(rows)})
+        if any(len(part) != len(rows) for part in served.values()):
+            raise ContractError(f"{RISK} did not answer every row", fix="write the repository again")
+        meant = risks_from(head, served[RISK_LOGITS], served[RISK_LEVEL])
+        named = [meant[row] for row in range(len(meant))]
+        for output, wanted in ((DECISION, [r.decision.value for r in named]), (CATEGORY, [r.category for r in named])):
+            if _texts(served[output]) != wanted:
+                raise ContractError(f"{RISK} decides otherwise than the head does", fix="write the repository again")
+        return {self._engine.outputs[0].name: served[EMBEDDING]} | {
+            name: served[name].astype(np.float32, copy=False) for name in (RISK_LOGITS, RISK_LEVEL)
+        }
 
     def _call(self, rows: np.ndarray) -> np.ndarray:
         if rows.dtype == object:
@@ -111,6 +149,10 @@ class ServedTower:
             raise ContractError(f"{model} gave {found.shape} for {len(rows)} rows", fix="write the repository again")
         self.sent.update({model: len(rows)})
         return found
+
+
+def _texts(rows: np.ndarray) -> list[str]:
+    return [one.decode() if isinstance(one, bytes) else str(one) for one in rows.reshape(-1)]
 
 
 def identity_of(client: Client, bundle: Bundle, digest: Digest) -> Identity:
@@ -129,7 +171,7 @@ def identity_of(client: Client, bundle: Bundle, digest: Digest) -> Identity:
         return _told(client, bundle, digest, f"{name} {version}")
     found: dict[str, Message] = {}
     checks = []
-    for model in MODELS:
+    for model in models_of(bundle.manifest):
         config, problem = _config(client, model, str(version_of(bundle.manifest)))
         checks.append(statement("served version", model, not problem, problem))
         if config is not None:
@@ -174,6 +216,9 @@ def _told(client: Client, bundle: Bundle, digest: Digest, server: str) -> Identi
             f"{key} is {parameters.get(key, 'missing')}" for key, one in wanted.items() if parameters.get(key) != one
         ]
         checks.append(statement("served as written", model, not wrong, "; ".join(wrong)))
+    if bundle.manifest.head is not None:
+        why = "risks of a safety head are served by Triton only"
+        checks.append(statement("served risks", "server", False, why))
     devices = {key: {one.get(name, "unknown") for one in found.values()} for key, name in _TOLD.items()}
     where = {"server": server} | {key: values.pop() for key, values in devices.items() if len(values) == 1}
     return Identity(server, variant, tuple(checks), where)
@@ -231,7 +276,7 @@ def settled_counts(client: Client, before: Mapping[str, Counts], sent: Mapping[s
     """What a server has counted once it has counted what was sent: it answers first and counts a moment later."""
     until = time.monotonic() + COUNTING_SECONDS
     while True:
-        found = counts_of(client)
+        found = counts_of(client, tuple(before) or MODELS)
         if time.monotonic() > until or not any(check.blocks for check in count_checks(before, found, sent)):
             return found
         time.sleep(0.05)
