@@ -59,7 +59,7 @@ from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.head import digest_of_pair, read_head
+from uwm_deploy.runtime.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -532,6 +532,27 @@ def test_second_training_takes_the_kept_tokens_and_gives_the_same_head(
     shared = dataclasses.replace(request, validation=made.request.calibration)
     with pytest.raises(DataError, match="validation items are trained on"):
         train_safety_head(shared, Reporter(quiet=True))
+
+
+def test_command_says_what_it_made(made: Made, tmp_path: Path) -> None:
+    """A table for people, a record for machines; recall never without its price."""
+    arguments = [
+        "train", "safety-head", "--model", "demo", "--calibration", made.request.calibration, "--epochs", "1",
+        "--width", "8", "--work", str(made.folder / "work"), "--flag", "20", "--redirect", "10", "--block", "5", "--workers", "0",
+    ]  # fmt: skip
+    shown = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "a")])
+    assert shown.exit_code == 0, shown.output
+    for words in ("unsafe, at least redirect", "safe, at least redirect", "redirect: from level", "calibration error"):
+        assert words in shown.output
+    (tmp_path / "texts.txt").write_text("a red circle\n\na blue star\na red circle\n")
+    own = ["--out", str(tmp_path / "b"), "--safe-texts", str(tmp_path / "texts.txt"), "--json"]
+    body = json.loads(CliRunner().invoke(cli, [*arguments, *own]).stdout)
+    assert body["head"]["false_positive_rates"] == {"flag": 20, "redirect": 10, "block": 5}
+    assert set(body["validation"]["benign"]) == {"flag", "redirect", "block"}
+    assert texts_from((tmp_path / "b" / "texts.json").read_bytes()) == ("a red circle", "a blue star")
+    few = CliRunner().invoke(cli, [*arguments[:-6], "--block", "1", "--out", str(tmp_path / "c")])
+    assert few.exit_code == 2
+    assert "at least 99" in few.output
 
 
 def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path) -> None:
