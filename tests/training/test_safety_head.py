@@ -59,12 +59,13 @@ from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.head import digest_of_pair, read_head
+from uwm_deploy.runtime.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
 from uwm_deploy.selftest.surgery import changed_graph, weights_where
+from uwm_deploy.stages.audit import audit_of_graph
 from uwm_deploy.stages.convert import layer_names, lower, ranges_of
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
@@ -72,6 +73,7 @@ from uwm_deploy.stages.search import Search, Source
 from uwm_deploy.towers.safety_head import FLOAT32, SafetyHeadModule, head_from_bytes, tokens_of, with_head
 from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
 from uwm_deploy.training.safety_head_command import HeadRequest, HeadResult, train_safety_head
+from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import STAMP, digest_of_bytes, digest_of_file, stamp
 
 ROOT = Path(__file__).parents[2]
@@ -478,6 +480,22 @@ def test_head_weights_changed_in_an_engine_fail_the_gate(made: Made, tmp_path: P
     assert max(p.max_abs for a in outcome.report.artifacts for p in a.parity) < 1e-5
 
 
+def test_head_weights_changed_in_the_exported_graph_are_found(made: Made, tmp_path: Path) -> None:
+    """By the audit, in any weight of the head; the graph as it was exported holds them all."""
+    files = read_head(made.head)
+    model = load_edited(dataclasses.replace(made.request, safety_head=None), Reporter(quiet=True))
+    tower = with_head(model.image, head_from_bytes(files.weights, files.record.shape)).graph_module()
+    edits = [layer for layer in made.outcome.edit.layers if layer.tower is TowerName.IMAGE]
+    patch = Patch.from_file(made.folder / "work" / "edit" / "patch.safetensors")
+    source = made.folder / "work" / "export" / "image.onnx"
+    whole = audit_of_graph(source, tower, edits, patch)
+    assert (whole.edit, whole.differ, whole.structure) == ((), (), ())
+    for name in ("tokens", "norm.bias", "projector.0.weight", "category.bias"):
+        change = weights_where(lambda found, name=name: found == f"safety_head.{name}", lambda array: array + 1e-3)
+        path = changed_graph(source, tmp_path / name, change)
+        assert audit_of_graph(path, tower, edits, patch).differ[0].startswith(f"safety_head.{name}: ")
+
+
 def _names(path: Path) -> list[str]:
     return [tensor.name for tensor in onnx.load(path).graph.initializer]
 
@@ -532,6 +550,28 @@ def test_second_training_takes_the_kept_tokens_and_gives_the_same_head(
     shared = dataclasses.replace(request, validation=made.request.calibration)
     with pytest.raises(DataError, match="validation items are trained on"):
         train_safety_head(shared, Reporter(quiet=True))
+
+
+def test_command_says_what_it_made(made: Made, tmp_path: Path) -> None:
+    """A table for people, a record for machines; recall never without its price."""
+    arguments = [
+        "train", "safety-head", "--model", "demo", "--calibration", made.request.calibration, "--epochs", "1",
+        "--width", "8", "--work", str(made.folder / "work"),
+        "--flag", "20", "--redirect", "10", "--block", "5", "--workers", "0",
+    ]  # fmt: skip
+    shown = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "a")])
+    assert shown.exit_code == 0, shown.output
+    for words in ("unsafe, at least redirect", "safe, at least redirect", "redirect: from level", "calibration error"):
+        assert words in shown.output
+    (tmp_path / "texts.txt").write_text("a red circle\n\na blue star\na red circle\n")
+    own = ["--out", str(tmp_path / "b"), "--safe-texts", str(tmp_path / "texts.txt"), "--json"]
+    body = json.loads(CliRunner().invoke(cli, [*arguments, *own]).stdout)
+    assert body["head"]["false_positive_rates"] == {"flag": 20, "redirect": 10, "block": 5}
+    assert set(body["validation"]["benign"]) == {"flag", "redirect", "block"}
+    assert texts_from((tmp_path / "b" / "texts.json").read_bytes()) == ("a red circle", "a blue star")
+    few = CliRunner().invoke(cli, [*arguments[:-6], "--block", "1", "--out", str(tmp_path / "c")])
+    assert few.exit_code == 2
+    assert "at least 99" in few.output
 
 
 def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path) -> None:

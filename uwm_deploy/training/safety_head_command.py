@@ -108,7 +108,10 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     else:
         other = None
         apart = held_out(everything.concepts)
-        training, validation = (everything.rows(np.flatnonzero(part)) for part in (~apart, apart))
+        trained_on = {pair for pair, out in zip(everything.pairs, apart, strict=True) if not out}
+        # A pair that is in the set twice would be validated on what was learned by heart; it only trains.
+        twice = np.array([pair in trained_on for pair in everything.pairs])
+        training, validation = (everything.rows(np.flatnonzero(part)) for part in (~apart, apart & ~twice))
     device = resolve_device(request.build.device)
     with reporter.stage("train", f"safety head, {len(training)} pairs, {request.settings.epochs} passes"):
         trained = trained_head(training, request.settings, reporter.progress, device)
