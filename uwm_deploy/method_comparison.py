@@ -49,6 +49,9 @@ DEFAULT = "none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+
 SHOWN = ("PS", "PU", "GS", "P_ts", "P_tu", "P_vs", "P_vu")
 """Metrics whose change is said with its interval."""
 
+_MARKS = "os^Dv*Pp"
+"""Shapes in the picture: nothing is told by colour alone."""
+
 _COST = "cost.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")
 
@@ -518,18 +521,18 @@ def draw(result: MethodComparison, path: Path) -> None:
         xs = kept if known else [0.0] * len(rows)
         axes.axhline(0, color="0.8", linewidth=1, zorder=0)
         axes.axvline(0, color="0.8", linewidth=1, zorder=0)
-        for x, y, row in zip(xs, gained, rows, strict=True):
+        for i, (x, y, row) in enumerate(zip(xs, gained, rows, strict=True)):
             if row.change:
                 low, high = row.change[metric].delta_low, row.change[metric].delta_high
                 axes.plot([x, x], [low, high], color="0.7", linewidth=1, zorder=1)
-            axes.scatter([x], [y], s=30, zorder=2)
-            axes.annotate(row.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.scatter([x], [y], s=36, marker=_MARKS[i % len(_MARKS)], label=row.label, zorder=2)
         front = pareto(list(zip(xs, gained, strict=True)))
         axes.scatter(
             [xs[i] for i in front], [gained[i] for i in front], s=110, facecolors="none", edgecolors="0.4", zorder=3
         )
         axes.set_xlabel("zero-shot mean, change in points" if known else "no zero-shot set")
         axes.set_ylabel(f"{metric}, change in points, 95% interval")
+    figure.axes[0].legend(fontsize=8, loc="best")
     figure.suptitle(f"{result.model.name} on {result.measured_on} (n = {result.n}); ringed: not beaten in both")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
