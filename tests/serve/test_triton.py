@@ -491,6 +491,15 @@ def test_another_bundle_than_the_one_that_is_served_fails(
     assert json.loads(done.stdout)["verdict"] is None
 
 
+def test_the_wrong_protocol_is_exit_code_6(server: Server, bundle: Path) -> None:
+    """HTTP sent to the port of gRPC and the other way round: one readable line."""
+    for address, protocol in ((server.grpc, "http"), (server.http, "grpc")):
+        done = CliRunner().invoke(cli, ["triton", "check", address, "--protocol", protocol, "--bundle", str(bundle)])
+        assert done.exit_code == 6, done.output
+        assert "gives no answer" in done.stderr
+        assert done.stderr.replace("\n", "").isprintable()
+
+
 def test_no_server_is_exit_code_6(bundle: Path) -> None:
     """Nothing listens there; over both protocols, and an address that is none is bad input."""
     for protocol in ("grpc", "http"):
