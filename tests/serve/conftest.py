@@ -16,7 +16,6 @@ from uwm_deploy.graphs.stored import Replacement
 from uwm_deploy.pipeline import Request
 from uwm_deploy.records import Result, Target, TowerName, Verdict, VerifyReport
 from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.serve.config import Layout
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, reverted, without_edit
@@ -77,7 +76,7 @@ def repacked(bundle: Path, out: Path, *, verdict: Verdict | None = None, bundle_
 def repository(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle as a repository."""
     path = tmp_path_factory.mktemp("repository") / "models"
-    write_repository(open_bundle(bundle), path, layout=Layout(place="cpu"))
+    write_repository(open_bundle(bundle), path)
     return path
 
 

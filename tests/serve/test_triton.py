@@ -68,7 +68,7 @@ def _parsed(path: Path) -> Any:
 
 def test_every_model_is_written_with_its_version_and_the_digest(bundle: Path, repository: Path) -> None:
     """Seven models, each with version policy `specific`, the bundle's digest, and a folder of that version."""
-    arguments = ["triton", str(bundle), str(repository), "--force", "--place", "cpu", "--json"]
+    arguments = ["triton", str(bundle), str(repository), "--force", "--json"]
     digest = json.loads(CliRunner().invoke(cli, arguments).stdout)["bundle"]
     found = {path.name: _parsed(path) for path in repository.iterdir()}
     assert set(found) == {*ENCODERS.values(), *PREPARES.values(), *ENSEMBLES.values(), ZERO_SHOT}
@@ -476,7 +476,7 @@ def test_what_serves_the_bundle_passes(server: Server, bundle: Path, request_of_
     assert found["server"] == "triton 2.51.0"
     assert found["verdict"]["proven"] == [VARIANT]
     assert set(found["differ"].values()) == {0}
-    assert found["evidence"]["where"]["server"] == "triton 2.51.0"
+    assert found["evidence"]["where"] == {"server": "triton 2.51.0", "device": "cpu", "provider": "unknown, by Triton"}
     assert {"statistics", "canaries", "served as written"} <= {check["name"] for check in found["checks"]}
 
 
@@ -489,6 +489,15 @@ def test_another_bundle_than_the_one_that_is_served_fails(
     assert done.exit_code == 5
     assert {"served version", "served as written"} <= _failing(done)
     assert json.loads(done.stdout)["verdict"] is None
+
+
+def test_the_wrong_protocol_is_exit_code_6(server: Server, bundle: Path) -> None:
+    """HTTP sent to the port of gRPC and the other way round: one readable line."""
+    for address, protocol in ((server.grpc, "http"), (server.http, "grpc")):
+        done = CliRunner().invoke(cli, ["triton", "check", address, "--protocol", protocol, "--bundle", str(bundle)])
+        assert done.exit_code == 6, done.output
+        assert "gives no answer" in done.stderr
+        assert done.stderr.replace("\n", "").isprintable()
 
 
 def test_no_server_is_exit_code_6(bundle: Path) -> None:
@@ -556,6 +565,14 @@ def test_a_server_does_not_start_with_a_swapped_model_file(
     with started(tmp_path / "server", copy, backends=plain) as server:
         assert server.process.wait(60) == 1
         assert "clip_image_encoder has not the engine of the bundle" in server.said()
+
+
+def test_a_server_without_gpu_does_not_start_where_one_is_asked_for(bundle: Path, tmp_path: Path) -> None:
+    """`--place gpu` is never the CPU instead."""
+    write_repository(open_bundle(bundle), tmp_path / "models", layout=Layout(place="gpu"))
+    with started(tmp_path / "server", tmp_path / "models", settings={"CUDA_VISIBLE_DEVICES": ""}) as server:
+        assert server.process.wait(60) == 1
+        assert "KIND_GPU but no GPUs are available" in server.said()
 
 
 def test_nothing_is_answered_while_the_canaries_fail(

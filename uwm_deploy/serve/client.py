@@ -325,7 +325,7 @@ class HttpClient:
                 connection.close()
                 # A server may close a connection that nobody used for a while.
                 if not (again and isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError))):
-                    raise _unreachable(self.url, str(error) or type(error).__name__) from error
+                    raise _unreachable(self.url, _reason(error)) from error
         if response.status != 200:
             raise AnswerError(f"{self.url}{path}: {response.status} {_error_text(answer)}")
         length = response.getheader("Inference-Header-Content-Length")
@@ -365,11 +365,19 @@ def _unreachable(url: str, why: str) -> PrerequisiteError:
     return PrerequisiteError(f"{url} gives no answer: {why}", fix="check that the server runs, and the address")
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong; a server of another protocol is quoted byte by byte, which no terminal should see."""
+    text = str(error)
+    return (
+        text if text and text.isascii() and text.isprintable() else f"{type(error).__name__}, is it another protocol?"
+    )
+
+
 def _error_text(answer: bytes) -> str:
     try:
         return str(json.loads(answer)["error"])
     except (ValueError, KeyError, TypeError):
-        return answer.decode(errors="replace")[:200]
+        return ascii(answer.decode(errors="replace")[:200])
 
 
 def _there(found: np.ndarray | None, model: str, output: str) -> np.ndarray:

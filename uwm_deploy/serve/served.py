@@ -325,13 +325,19 @@ def _as_written(model: str, config: Message, wanted: Message, digest: Digest) ->
     problems = []
     named = {one.string_value for key, one in config.parameters.items() if key.startswith(BUNDLE)}
     if digest not in named:
-        problems.append(f"it is of bundle {', '.join(sorted(named)) or 'unknown'}, not {digest}")
+        names = ", ".join(_short(one) for one in sorted(named)) or "unknown"
+        problems.append(f"it is of bundle {names}, not {_short(digest)}")
     if _parameter(config, WEIGHTS) != _parameter(wanted, WEIGHTS):
         problems.append("it is of other weights")
     if config.backend != wanted.backend and config.platform != wanted.platform:
         problems.append(f"backend {config.backend or config.platform}, not {wanted.backend or wanted.platform}")
     problems += [f"{name} is another" for name in _COMPARED if not _same(config, wanted, name)]
     return statement("served as written", model, not problems, "; ".join(problems))
+
+
+def _short(digest: str) -> str:
+    """Enough of a digest to tell it from others."""
+    return digest[:19]
 
 
 def _same(config: Message, wanted: Message, name: str) -> bool:
