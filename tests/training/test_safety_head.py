@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from tests.families import FAMILIES, model_of
+from tests.serve.server import Server, started, wait
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import prepare
+from uwm_deploy.datasets.embedding import bytes_of, encoded, objects, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
@@ -65,6 +67,9 @@ from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
 from uwm_deploy.selftest.surgery import changed_graph, weights_where
+from uwm_deploy.serve.config import Layout
+from uwm_deploy.serve.names import CATEGORY, DECISION, EMBEDDING, PROBABILITY, RAW, RISK
+from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.audit import audit_of_graph
 from uwm_deploy.stages.convert import layer_names, lower, ranges_of
 from uwm_deploy.stages.gate import gate
@@ -665,8 +670,8 @@ def test_lower_precision_leaves_the_head_in_float32(made: Made, tmp_path: Path) 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_triton_decides_as_the_runtime(made: Made, served: Server, protocol: str) -> None:
     """The same category, probability, level and decision of every image, and the same embeddings."""
-    source = open_source(calibration_set_of(str(made.folder / "eval.toml"))[0])
-    images = [side for i in range(8) for side in _encoded_images(source, i)]
+    images = list(encoded(made.source(), workers=0, progress=lambda *_: None).unsafe_pixels[:16])
+    images += [bytes_of(made.source().read(i).safe_image) for i in range(8)]
     with SafeEncoder.open(made.bundle) as encoder:
         wanted = encoder.encode_image(images, risk=True)
     assert wanted.risk is not None
@@ -685,13 +690,24 @@ def test_triton_decides_as_the_runtime(made: Made, served: Server, protocol: str
 
 def test_triton_check_measures_the_served_head(made: Made, served: Server) -> None:
     """Risks on the served path are compared with the edited model's, image by image, and judged by the same policy."""
-    command = ["triton", "check", served.grpc, "--bundle", str(made.bundle), "--policy", "demo", "--workers", "0", "--json"]
+    command = [
+        "triton",
+        "check",
+        served.grpc,
+        "--bundle",
+        str(made.bundle),
+        "--policy",
+        "demo",
+        "--workers",
+        "0",
+        "--json",
+    ]
     done = CliRunner().invoke(cli, command)
     found = json.loads(done.stdout)
     own = open_bundle(made.bundle).manifest.verdict.result
     assert (found["verdict"]["result"], done.exit_code) == (own, 0 if own == "pass" else 4), done.output
     assert not [check for check in found["checks"] if check["result"] != "pass"]
-    assert found["evidence"]["risk_flips"]["k"] == 0
+    assert found["evidence"]["risk_flips"]["value"] == 0
     assert found["counts"][RISK]["inferences"] >= 208
     assert {part["output"] for part in found["evidence"]["risk_parity"]} == {RISK_LOGITS, RISK_LEVEL}
 
