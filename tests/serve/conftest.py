@@ -28,7 +28,7 @@ VARIANT = "onnxruntime-fp32"
 @pytest.fixture(scope="session")
 def request_of_build(tmp_path_factory: pytest.TempPathFactory) -> Request:
     """A small build, of which the request says where everything is."""
-    return build_small(tmp_path_factory.mktemp("build"))[0]
+    return build_small(tmp_path_factory)[0]
 
 
 @pytest.fixture(scope="session")

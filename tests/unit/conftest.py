@@ -11,4 +11,4 @@ from uwm_deploy.pipeline import Outcome, Request
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
     """One small build; tests look at what it left."""
-    return build_small(tmp_path_factory.mktemp("build"))
+    return build_small(tmp_path_factory)
