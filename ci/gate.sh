@@ -2,6 +2,7 @@
 # The gate in any CI system: judges a bundle or a verify.json, leaves a folder of reports, ends with the gate's exit code.
 #
 #   ci/gate.sh REPORT [OUTPUT_FOLDER]        UWM_POLICY=strict UWM_BASELINE=ci/baseline ci/gate.sh dist/demo
+#   UWM_PUBLIC_KEY=key.pub UWM_MIN_BUNDLE_VERSION=3 ci/gate.sh dist/demo
 #
 # Exit codes: 0 pass, 3 failed, 4 inconclusive; 2, 5 and 6 mean that nothing was judged (docs/cli.md).
 set -euo pipefail
@@ -13,6 +14,9 @@ mkdir -p "$out"
 options=(--policy "${UWM_POLICY:-policy}")
 if [ -n "${UWM_BASELINE:-}" ]; then
   options+=(--baseline "$UWM_BASELINE")
+fi
+if [ -n "${UWM_PUBLIC_KEY:-}" ]; then
+  options+=(--public-key "$UWM_PUBLIC_KEY" --min-bundle-version "${UWM_MIN_BUNDLE_VERSION:-0}")
 fi
 
 code=0

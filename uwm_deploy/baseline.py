@@ -19,6 +19,7 @@ from uwm_deploy.records import (
     VerifyReport,
 )
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.runtime.signature import PublicKey
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.stages.gate import comparable
 from uwm_deploy.workspace import digest_of_bytes, write_atomic
@@ -48,15 +49,21 @@ def accepted(report: VerifyReport, verdict: Verdict, *, by: str, reason: str, to
     )
 
 
-def write_baseline(path: Path, baseline: Baseline, write: Write) -> Digest:
+def write_baseline(path: Path, baseline: Baseline, write: Write, *, public_key: PublicKey | None = None) -> Digest:
     """Stores a baseline in a folder, or in the bundle that the folder is.
+
+    Args:
+        path: Folder.
+        baseline: What was accepted.
+        write: What writes a bundle.
+        public_key: Whose signature the bundle must have before.
 
     Returns:
         Digest of the file, which a policy can pin.
     """
     content = json_from_record(baseline).encode()
-    if (path / MANIFEST).is_file():
-        bundle = open_bundle(path, allow_failed=True)
+    if is_bundle(path):
+        bundle = open_bundle(path, allow_failed=True, public_key=public_key)
         parts: dict[str, Path | bytes] = {file.path: path / file.path for file in bundle.manifest.files}
         write(path, bundle.manifest, parts | {BASELINE: content})
     else:
@@ -71,7 +78,7 @@ def read_baseline(path: Path) -> tuple[Baseline, Digest]:
         InputError: If there is none.
         IntegrityError: If it was changed.
     """
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         if not has_baseline(path):
             raise InputError(f"the bundle {path} holds no baseline", fix="store one with `uwm-deploy baseline set`")
         content = open_bundle(path, allow_failed=True).read(BASELINE)
@@ -87,6 +94,11 @@ def read_baseline(path: Path) -> tuple[Baseline, Digest]:
     if _digest(baseline.report) != baseline.report_digest or json_from_record(baseline).encode() != content:
         raise IntegrityError(f"{path}: the baseline is not the report that was accepted", fix="restore it")
     return baseline, digest_of_bytes(content)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle."""
+    return (path / MANIFEST).is_file()
 
 
 def has_baseline(bundle: Path) -> bool:

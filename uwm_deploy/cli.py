@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
-from uwm_deploy.command_line import PipelineGroup, common_options
+from uwm_deploy.command_line import PipelineGroup, common_options, edit_options, method_options
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import ALONE, Ranks
-from uwm_deploy.records import Method, Precision, Selection, TowerName
+from uwm_deploy.records import Precision
 from uwm_deploy.training.cli import train
 
 if TYPE_CHECKING:
     from uwm_deploy.records import Verdict
+    from uwm_deploy.signing import Resigning
+    from uwm_deploy.towers.formats import Layout
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,31 +43,6 @@ def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | Non
     if not value.isdecimal() or int(value) < 1:
         raise click.BadParameter(f"{value!r} is neither auto nor a number of pairs")
     return int(value)
-
-
-def method_options(command: F) -> F:
-    """Options that say how entries are found."""
-    options = [
-        click.option(
-            "--method",
-            default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
-            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
-        ),
-        click.option(
-            "--selection",
-            default=None,
-            type=click.Choice([selection.value for selection in Selection]),
-            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def pipeline_options(command: F) -> F:
@@ -122,28 +99,7 @@ def pipeline_options(command: F) -> F:
             is_flag=True,
             help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is.",
         ),
-        method_options,
-        click.option(
-            "--tower",
-            "towers",
-            multiple=True,
-            type=click.Choice([tower.value for tower in TowerName]),
-            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
-            "[default: the recipe's]",
-        ),
-        click.option(
-            "--keep-mass",
-            default=None,
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
-            "[default: the recipe's or the method's]",
-        ),
-        click.option(
-            "--factor",
-            default=None,
-            type=float,
-            help="Multiplier of selected entries. [default: the recipe's or the method's]",
-        ),
+        edit_options,
         click.option(
             "--weights",
             default="checkpoint",
@@ -166,6 +122,12 @@ def pipeline_options(command: F) -> F:
             default=None,
             type=click.IntRange(min=0),
             help="Release counter, so that older bundles can be refused. [default: the recipe's, 0]",
+        ),
+        click.option(
+            "--safety-head",
+            default=None,
+            type=click.Path(path_type=Path),
+            help="Folder that `train safety-head` wrote: a head in the image graph (docs/safety-head.md).",
         ),
         click.option(
             "--work",
@@ -206,6 +168,44 @@ def min_version_option(command: F) -> F:
         type=click.IntRange(min=0),
         help="Refuse a bundle of an older version (docs/bundle.md).",
     )(command)
+
+
+def trust_options(command: F) -> F:
+    """Whose signature a bundle must have, and how old it may be."""
+    key = click.option(
+        "--public-key",
+        default=None,
+        type=click.Path(path_type=Path),
+        help="Key in PEM that must have signed the bundle.",
+    )
+    return key(min_version_option(command))
+
+
+def signing_options(command: F) -> F:
+    """What becomes of the signature of a bundle that is written anew."""
+    file = click.Path(path_type=Path)
+    options = [
+        click.option("--key", default=None, type=file, help="Private key in PEM: sign what is written, if it passes."),
+        click.option("--password-file", "password", default=None, type=file, help="File with the key's password."),
+        click.option(
+            "--public-key",
+            default=None,
+            type=file,
+            help="Key in PEM that must have signed the bundle before. [default: that of --key, if it is signed]",
+        ),
+        click.option("--unsigned", is_flag=True, help="A signed bundle may become an unsigned one."),
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from uwm_deploy.signing import Resigning
+
+        names = ("key", "password", "public_key", "unsigned")
+        return command(*args, signing=Resigning(**{name: kwargs.pop(name) for name in names}), **kwargs)
+
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
 
 
 def output_options(command: F) -> F:
@@ -375,10 +375,7 @@ def package(as_json: bool, **options: Any) -> int:
     type=click.Path(path_type=Path),
     help="Accepted report to compare with: folder, bundle or file. [default: the bundle's own]",
 )
-@click.option(
-    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
-)
-@min_version_option
+@trust_options
 @common_options
 @output_options
 def gate(
@@ -417,22 +414,32 @@ def gate(
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@signing_options
 @common_options
 @output_options
 def attest(
-    bundle: Path, policy: str, evaluation: str | None, workers: int, as_json: bool, outputs: dict[str, Any]
+    bundle: Path,
+    policy: str,
+    evaluation: str | None,
+    workers: int,
+    signing: Resigning,
+    as_json: bool,
+    outputs: dict[str, Any],
 ) -> int:
     """Executes the unproven variants of BUNDLE that this machine can run, and adds the evidence.
+
+    A signed bundle is signed again with --key; without it nothing is changed, unless --unsigned is given.
 
     \b
     Example (on the machine with the GPU):
       uwm-deploy attest dist/demo
+      uwm-deploy attest dist/demo --key key.pem
     """
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import attest_bundle
     from uwm_deploy.summary import print_verdict
 
-    verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter())
+    verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter(), signing)
     if as_json:
         from uwm_deploy.codec import json_from_record
 
@@ -462,18 +469,22 @@ def baseline() -> None:
 @click.option("--by", required=True, help="Who accepts it.")
 @click.option("--reason", required=True, help="Why.")
 @click.option("--policy", default="policy", show_default=True, help="Policy that the report must pass.")
+@signing_options
 @common_options
-def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, as_json: bool) -> int:
+def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, signing: Resigning, as_json: bool) -> int:
     """Stores REPORT (a verify.json or a bundle) as the baseline, if it passes the policy.
+
+    The keys are for a bundle as the place: a signed one is signed again with --key.
 
     \b
     Example:
       uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
     """
+    from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import accept_baseline
     from uwm_deploy.summary import print_verdict
 
-    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason)
+    verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
     if digest is None:
         print_verdict(verdict)
         click.echo("error: nothing was stored: the report does not pass", err=True)
@@ -574,13 +585,16 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@signing_options
 @common_options
 def refit(as_json: bool, **options: Any) -> int:
     """Replaces the edit of BUNDLE in its graphs and engines instead of building again; measures and judges them anew.
 
+    A signed bundle is replaced only with --key, which signs the new one, or with --unsigned.
+
     \b
     Example:
-      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95
+      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95 --key key.pem
       uwm-deploy refit dist/demo-95 --patch dist/demo
       uwm-deploy refit dist/demo --revert --out dist/demo-original
     """
@@ -682,6 +696,7 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
 )
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
 @click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
+@trust_options
 @common_options
 def evaluate(
     model: str | None,
@@ -692,6 +707,8 @@ def evaluate(
     data: Path | None,
     workers: int,
     markdown: bool,
+    public_key: Path | None,
+    min_bundle_version: int,
     as_json: bool,
 ) -> int:
     """Measures SafeGround, retrieval and zero-shot of models and bundles on an evaluation set.
@@ -707,7 +724,7 @@ def evaluate(
     from uwm_deploy.console import Reporter
     from uwm_deploy.datasets.zero_shot import names_from
     from uwm_deploy.errors import InputError
-    from uwm_deploy.evaluation import Subject, subject_from
+    from uwm_deploy.evaluation import Subject, subject_from, trusted
     from uwm_deploy.evaluation import evaluate as measure
     from uwm_deploy.pipeline import Request
     from uwm_deploy.summary import print_measured, print_rows
@@ -719,6 +736,7 @@ def evaluate(
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]
+    subjects = trusted(subjects, public_key, min_bundle_version)
     reports = measure(
         subjects,
         evaluation=evaluation,
@@ -894,6 +912,7 @@ def compare(**options: Any) -> int:
 )
 @click.option("--csv", "table", default=None, type=click.Path(path_type=Path), help="Write the numbers here as CSV.")
 @click.option("--picture", default=None, type=click.Path(path_type=Path), help="Write a picture here (PNG).")
+@trust_options
 @common_options
 def bench(
     bundle: Path,
@@ -904,6 +923,8 @@ def bench(
     threads: int,
     table: Path | None,
     picture: Path | None,
+    public_key: Path | None,
+    min_bundle_version: int,
     as_json: bool,
 ) -> int:
     """Latency and throughput of every variant of BUNDLE that this machine can execute, cold and warm, in turns.
@@ -922,7 +943,7 @@ def bench(
     from uwm_deploy.summary import print_rows
     from uwm_deploy.workspace import write_atomic
 
-    opened = open_bundle(bundle, allow_failed=True)
+    opened = open_bundle(bundle, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
     contenders, not_run = engine_bench.contenders_of(opened, variants, threads)
     if reference != "none":
         from uwm_deploy.torch_reference import NAME, torch_contender
@@ -948,6 +969,29 @@ def bench(
         print_rows(engine_bench.rows_of(report))
         click.echo("\n".join(engine_bench.lines_of(report)))
     return 0
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "layout",
+    required=True,
+    type=click.Choice(["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]),
+    help="Library that is to load it.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder.")
+@common_options
+def save(run: Path, layout: Layout, out: Path, as_json: bool) -> int:
+    """Writes the edited model of a RUN folder for another library, after checking that its weights are the edited ones.
+
+    \b
+    Example:
+      uwm-deploy save .uwm/demo --as open-clip --out demo-open-clip
+    """
+    from uwm_deploy.saving import save_as
+
+    return _print_record(save_as(run, layout, out), as_json)
 
 
 @cli.command()
@@ -1166,6 +1210,7 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where it must run."
 )
+@trust_options
 @common_options
 def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     """Embeds SOURCE with a BUNDLE into Parquet parts; the same command goes on after it was stopped.
@@ -1182,6 +1227,121 @@ def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     from uwm_deploy.embedding.command import run_embed
 
     return run_embed(bundle, source, as_json=as_json, **options)
+
+
+class DefaultGroup(PipelineGroup):
+    """A group whose first command need not be named: `triton BUNDLE REPO` is `triton write BUNDLE REPO`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Puts the first command before what names none."""
+        known = args and (args[0] in self.commands)
+        return super().resolve_command(ctx, args if known else [next(iter(self.commands)), *args])
+
+
+@cli.group(cls=DefaultGroup, context_settings={"ignore_unknown_options": True})
+def triton() -> None:
+    """Writes a BUNDLE as a model repository for Triton, or checks a running server against it (docs/triton.md).
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+    """
+
+
+@triton.command("write")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path))
+@click.option("--variant", default=None, help="A certain variant. [default: the first proven one that Triton serves]")
+@click.option(
+    "--place",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    help="Of the encoders; auto leaves it to the server, gpu makes it refuse to start without one.",
+)
+@click.option(
+    "--instances", default=1, show_default=True, type=click.IntRange(1, 64), help="Of each encoder, per device."
+)
+@click.option(
+    "--preparing", default=2, show_default=True, type=click.IntRange(1, 256), help="Processes that decode images."
+)
+@click.option(
+    "--max-delay-ms",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, 1000),
+    help="Longest wait of a row for others to fill a batch with.",
+)
+@click.option(
+    "--further",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Bundle of the same edited model, with TensorRT plans for another compute capability; repeatable.",
+)
+@click.option(
+    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
+)
+@min_version_option
+@click.option("--force", is_flag=True, help="Replace a repository that is there.")
+@common_options
+def triton_write(bundle: Path, repository: Path, as_json: bool, **options: Any) -> int:
+    """Writes the model repository REPOSITORY of a BUNDLE that passes; `write` need not be said.
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton write dist/demo models --variant onnxruntime-fp32 --place cpu --force
+    """
+    from uwm_deploy.triton_command import run_write
+
+    return run_write(bundle, repository, as_json=as_json, **options)
+
+
+@triton.command("backends")
+@click.argument("folder", type=click.Path(path_type=Path))
+@common_options
+def triton_backends(folder: Path, as_json: bool) -> int:
+    """Writes Python-based backends for a server without its own for ONNX Runtime or TensorRT, into FOLDER.
+
+    \b
+    Example:
+      uwm-deploy triton backends tritonserver/backends
+    """
+    from uwm_deploy.triton_command import run_backends
+
+    return run_backends(folder, as_json=as_json)
+
+
+@triton.command("check")
+@click.argument("url")
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="What it should serve.")
+@click.option("--protocol", default="grpc", show_default=True, type=click.Choice(["grpc", "http"]))
+@click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
+@click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
+@click.option(
+    "--public-key", default=None, type=click.Path(path_type=Path), help="Key in PEM that must have signed the bundle."
+)
+@min_version_option
+@click.option(
+    "--timeout", "timeout_s", default=60.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Of a call, in s."
+)
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@common_options
+def triton_check(url: str, as_json: bool, **options: Any) -> int:
+    """Reads back what the server at URL serves, puts canaries and SafeGround through it, and judges it by the policy.
+
+    Exit codes: 0 it serves the bundle, and as safely as was proven; 3 or 4 the gate's; 5 it serves something else; 6 it
+    cannot be reached.
+
+    \b
+    Example:
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+      uwm-deploy triton check localhost:8000 --protocol http --bundle dist/demo --json
+    """
+    from uwm_deploy.triton_command import run_check
+
+    return run_check(url, as_json=as_json, **options)
 
 
 @cli.command()

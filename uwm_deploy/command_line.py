@@ -11,6 +11,7 @@ import click
 
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import StoppedError, speaks
+from uwm_deploy.records import Method, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +57,62 @@ def common_options(command: F) -> F:
         sys.exit(int(code or 0))
 
     return wrapped  # type: ignore[return-value]
+
+
+def method_options(command: F) -> F:
+    """Options that say how entries are found."""
+    options = [
+        click.option(
+            "--method",
+            default=None,
+            type=click.Choice([method.value for method in Method]),
+            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
+            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+        ),
+        click.option(
+            "--selection",
+            default=None,
+            type=click.Choice([selection.value for selection in Selection]),
+            help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def edit_options(command: F) -> F:
+    """Options that say which edit is made."""
+    options = [
+        method_options,
+        click.option(
+            "--tower",
+            "towers",
+            multiple=True,
+            type=click.Choice([tower.value for tower in TowerName]),
+            help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. "
+            "[default: the recipe's]",
+        ),
+        click.option(
+            "--keep-mass",
+            default=None,
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Share of each layer's score mass (hard selection: of its entries) left as it is, both towers. "
+            "[default: the recipe's or the method's]",
+        ),
+        click.option(
+            "--factor",
+            default=None,
+            type=float,
+            help="Multiplier of selected entries. [default: the recipe's or the method's]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _leave_group(*, in_order: bool) -> None:

@@ -23,7 +23,7 @@ from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
 from uwm_deploy.safeground.outcomes import bits_of
@@ -40,6 +40,8 @@ class Subject:
         method: Edit that is made first; `none` measures what is there.
         bundle: It must be a bundle.
         request: How an edit is made: calibration set, checkpoint folder, run folder, device.
+        public_key: Whose signature a bundle must have.
+        min_bundle_version: Oldest version a bundle may have.
     """
 
     label: str
@@ -47,6 +49,8 @@ class Subject:
     method: Method = Method.NONE
     bundle: bool = False
     request: Request = field(default_factory=Request)
+    public_key: Path | None = None
+    min_bundle_version: int = 0
 
     @property
     def is_bundle(self) -> bool:
@@ -75,6 +79,20 @@ def subject_from(text: str, request: Request | None = None) -> Subject:
     if method not in list(Method):
         raise InputError(f"{text!r}: no method is named {method!r}", fix=f"use one of {', '.join(Method)}")
     return Subject(label=label, model=model, method=Method(method), request=request or Request())
+
+
+def trusted(subjects: Sequence[Subject], public_key: Path | None, min_bundle_version: int) -> list[Subject]:
+    """The subjects, with what is asked of every bundle among them.
+
+    Raises:
+        InputError: If there is none that could have a signature.
+    """
+    if (public_key is not None or min_bundle_version) and not any(subject.is_bundle for subject in subjects):
+        raise InputError("none of what is measured is a bundle, so none is signed", fix="leave the key out")
+    return [
+        dataclasses.replace(subject, public_key=public_key, min_bundle_version=min_bundle_version)
+        for subject in subjects
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +143,13 @@ def ground_of(
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
     if subject.is_bundle:
-        text = open_bundle(subject.model).read("evaluation.toml").decode()
+        text = _opened(subject).read("evaluation.toml").decode()
         return calibration_set_from_toml(text, where="evaluation.toml"), None
     return calibration_set_of(recipe_of(subject.model)[0].data.evaluation)[::2]
+
+
+def _opened(subject: Subject) -> Bundle:
+    return open_bundle(subject.model, public_key=subject.public_key, min_bundle_version=subject.min_bundle_version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,15 +186,17 @@ def open_encoders(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) ->
     if subject.is_bundle:
         if subject.method is not Method.NONE:
             raise InputError(f"{subject.label} is a bundle, which is edited already", fix="leave the method out")
-        return _bundle_encoders(Path(subject.model))
+        return _bundle_encoders(subject)
     return _model_encoders(subject, reporter, ranks)
 
 
-def _bundle_encoders(path: Path) -> Encoders:
+def _bundle_encoders(subject: Subject) -> Encoders:
     from uwm_deploy.runtime.encoder import SafeEncoder
 
-    encoder = SafeEncoder.open(path)
-    bundle, ref = open_bundle(path), encoder.manifest.model
+    encoder = SafeEncoder.open(
+        subject.model, public_key=subject.public_key, min_bundle_version=subject.min_bundle_version
+    )
+    bundle, ref = _opened(subject), encoder.manifest.model
     images, texts = (encoder.session(tower) for tower in (TowerName.IMAGE, TowerName.TEXT))
     return Encoders(
         name=encoder.variant,

@@ -16,7 +16,7 @@ from uwm_deploy import __version__, resources
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import EditRecord, Precision, Provider, Target, TrainingRecord
+from uwm_deploy.records import EditRecord, Precision, Provider, SafetyHead, Target, TrainingRecord
 
 _PACKAGES = (
     "torch",
@@ -77,10 +77,20 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         **_training_line(path),
         "edited entries": f"{sum(layer.selected for layer in layers)} of {entries} in {len(layers)} layers",
         "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
+        "safety head": head_line(manifest.head),
         "created": f"{manifest.created} by uwm-deploy {manifest.tool_version}",
         "versions": dict(manifest.versions),
         "files": [f"{f.digest[7:19]}  {f.size_bytes:>10}  {f.path}" for f in manifest.files],
     }
+
+
+def head_line(head: SafetyHead | None) -> str:
+    """A safety head in words."""
+    if head is None:
+        return "none"
+    limits = ", ".join(f"{action} from {limit:.4f}" for action, limit in head.thresholds.items())
+    concepts = ", ".join(head.categories[1:])
+    return f"{limits}; trained on {head.training.pairs} pairs of {head.training.data.name} ({concepts})"
 
 
 def _training_line(path: Path) -> dict[str, str]:

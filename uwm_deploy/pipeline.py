@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uwm_deploy import __version__, resources
-from uwm_deploy.baseline import BASELINE, accepted, has_baseline, read_baseline, write_baseline
+from uwm_deploy.baseline import BASELINE, accepted, has_baseline, is_bundle, read_baseline, write_baseline
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import content_digests, overlap, prepare
+from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.datasets.zero_shot import fingerprint_of
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
@@ -65,6 +65,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, HeadFiles, digest_of_pair, read_head
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import (
     Session,
@@ -75,13 +76,14 @@ from uwm_deploy.runtime.session import (
     reason_not_executable,
     usable,
 )
-from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.risk import risk_report
+from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
 from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.stages.package import Sign, bundle_from_parts
 from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
 from uwm_deploy.workspace import (
     STAMP,
@@ -166,6 +168,7 @@ class Request:
     batch_pairs: int | None = None
     score_dtype: str = "fp32"
     bundle_version: int | None = None
+    safety_head: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,6 +226,16 @@ def resolved_recipe(request: Request) -> Recipe:
 def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     """The unedited model that a request names."""
     return _Build(request, reporter).original
+
+
+def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
+    """The edited model that a request makes, with what was not made before made first.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    run(request, until="edit", reporter=reporter)
+    return _Build(request, reporter).edited
 
 
 def recipe_of(model: str) -> tuple[Recipe, str]:
@@ -382,6 +395,16 @@ class _Build:
         return open_source(self.evaluation, base=self.evaluation_base)
 
     @cached_property
+    def head(self) -> HeadFiles | None:
+        """The safety head that goes into the image graph."""
+        return read_head(self.request.safety_head) if self.request.safety_head else None
+
+    @property
+    def head_digest(self) -> Digest:
+        """Empty without a head."""
+        return self.head.digest if self.head else ""
+
+    @cached_property
     def original(self) -> LoadedModel:
         """Stage `load`: the source model."""
         return self._load(None)
@@ -429,7 +452,19 @@ class _Build:
             raise IntegrityError(
                 "the saved edited model is not the one its record describes", fix="remove the run folder"
             )
+        if folder and self.head is not None:
+            self._add_head(model, self.head)
         return model
+
+    def _add_head(self, model: LoadedModel, head: HeadFiles) -> None:
+        from uwm_deploy.towers.safety_head import head_from_bytes, with_head
+
+        if head.record.edited_weights_digest != model.ref.weights_digest:
+            raise IntegrityError(
+                f"the safety head in {self.request.safety_head} was trained on other weights than this edit makes",
+                fix="run `uwm-deploy train safety-head` with the options of this build",
+            )
+        model.image = with_head(model.image, head_from_bytes(head.weights, head.record.shape))
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self.original.tokenizer_json, self.original.ref.text)
@@ -585,6 +620,7 @@ class _Build:
         inputs = {
             "edit": digest_of_file(self.work / "edit" / STAMP),
             "export": digest_of_plain(plain_from_record(self.recipe.export)),
+            "head": self.head_digest,
         }
         folder = self._stage("export", f"ONNX, opset {self.recipe.export.opset}", inputs, self._export)
         self.outcome.onnx = tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
@@ -612,6 +648,7 @@ class _Build:
                 edits=[layer for layer in edit.layers if layer.tower is name],
                 patch=patch,
                 folder=folder,
+                head_digest=self.head_digest if name is TowerName.IMAGE else "",
             )
             (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
@@ -717,8 +754,10 @@ class _Build:
                 ranges = ranges_of(export / graph.file, rows, folder)
                 if spec.quantiser != "built-in":
                     every = [*rows["safe"], *rows["unsafe"]]
-                    quantised[graph.tower] = self._by_modelopt(export / graph.file, EIGHT_BITS[lowered], every, folder)
-            sources[graph.tower] = Source(graph, export / graph.file, ranges)
+                    quantised[graph.tower] = self._by_modelopt(
+                        export / graph.file, EIGHT_BITS[lowered], self._float32(graph), every, folder
+                    )
+            sources[graph.tower] = Source(graph, export / graph.file, ranges, float32=self._head_patterns(graph))
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
             artifact = converted(
@@ -727,7 +766,7 @@ class _Build:
                 folder,
                 precision=precision,
                 lowered=lowered,
-                patterns=spec.float32,
+                patterns=self._float32(graph),
                 layers=plan.kept[graph.tower.value] if plan else (),
                 ranges=sources[graph.tower].ranges,
                 edits=[layer for layer in edit.layers if layer.tower is graph.tower],
@@ -737,14 +776,26 @@ class _Build:
             )
             (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
 
-    def _by_modelopt(self, source: Path, kind: Kind, rows: Sequence[np.ndarray], folder: Path) -> tuple[ir.Model, str]:
+    def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of what stays in float32 in a graph."""
+        return (*self.recipe.compile.float32, *self._head_patterns(graph))
+
+    def _head_patterns(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of its safety head, where it has one."""
+        from uwm_deploy.towers.safety_head import FLOAT32
+
+        return (FLOAT32,) if graph.head_digest else ()
+
+    def _by_modelopt(
+        self, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], folder: Path
+    ) -> tuple[ir.Model, str]:
         """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
         from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 
         spec = self.recipe.compile
         method: Literal["entropy", "max"] = "max" if spec.quantiser == "modelopt-max" else "entropy"
         self.reporter.progress(f"modelopt, {source.stem} tower", 0, 1)
-        model, version = quantised_by_modelopt(source, kind, method, spec.float32, rows, folder)
+        model, version = quantised_by_modelopt(source, kind, method, patterns, rows, folder)
         return model, f"nvidia-modelopt {version}, {method}"
 
     def _searched(self, sources: Mapping[TowerName, Source], folder: Path) -> PrecisionPlan:
@@ -834,8 +885,9 @@ class _Build:
         from safetensors.numpy import save_file
 
         from uwm_deploy.stages.canaries import read_canaries
+        from uwm_deploy.stages.executed import RiskReference
         from uwm_deploy.stages.proof import proof_of
-        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of
+        from uwm_deploy.stages.verify import EMBED_BATCH, embed_model, evidence_of, risks_of_model
 
         progress, workers, ranks = self.reporter.progress, self.request.workers, self.ranks
         ref = self.original.ref
@@ -856,9 +908,13 @@ class _Build:
             return
         found = {name: read_canaries(self.work / "canaries", name) for name in TowerName}
         canaries = {name: part for name, part in found.items() if part is not None}
+        risk = None
+        if self.head is not None:
+            risk = RiskReference(self.head.record, risks_of_model(self.edited, prepared, progress))
+            save_file(risk.found.to_tensors(), folder / "risks.safetensors")
         evidence = []
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -876,6 +932,9 @@ class _Build:
             data=data_health(original, self.calibration_source.record.concepts),
             artifacts=tuple(evidence),
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
+            head_digest=self.head_digest,
+            risk=risk_report(risk.head, risk.found) if risk else None,
+            head_overlap=self._head_overlap(prepared),
         )
         (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
@@ -907,6 +966,14 @@ class _Build:
         model = self.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         return goldens_of(model, library)
+
+    def _head_overlap(self, prepared: PreparedSet) -> int:
+        """Evaluation items whose images the safety head was trained or calibrated on."""
+        if self.head is None:
+            return 0
+        rows = range(len(prepared.ids))
+        pairs = ((prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in rows)
+        return sum(digest_of_pair(*pair) in self.head.items for pair in pairs)
 
     def _overlap(self) -> int:
         """Evaluation items whose content is also in the calibration set."""
@@ -1062,6 +1129,7 @@ class _Build:
             versions=versions(_BUILD_PACKAGES + _RUN_PACKAGES),
             files=(),
             bundle_version=self.recipe.bundle_version,
+            head=self.head.record if self.head else None,
         )
         assert outcome.report is not None
         self._write_card(manifest, outcome.report)
@@ -1109,6 +1177,9 @@ class _Build:
             parts |= {path: folder / Path(path).name for path in engine_paths(engine)}
         if (plan := self.work / "convert-auto" / PLAN).is_file() and self.outcome.plan:
             parts["reports/plan.json"] = plan
+        if self.head is not None:
+            parts |= {f"{PLACE}/{WEIGHTS}": self.head.weights, f"{PLACE}/{TEXTS}": self.head.texts}
+            parts["evidence/risks.safetensors"] = self.work / "verify" / "risks.safetensors"
         if self.training is not None:
             parts["reports/training.json"] = json_from_record(self.training).encode()
         if self.baseline is not None:
@@ -1249,7 +1320,7 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
         IntegrityError: If the bundle or the report was changed.
     """
     if path.is_dir():
-        return _report_of(open_bundle(path, allow_failed=True))
+        return report_of_bundle(open_bundle(path, allow_failed=True))
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -1257,7 +1328,8 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
     return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
 
 
-def _report_of(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+    """What was measured of a bundle, and the digest of that file."""
     content = bundle.read("reports/verify.json")
     return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
 
@@ -1283,47 +1355,98 @@ def judge_file(
         InputError: If there is no report, or the baseline was measured on something else.
         IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
     """
-    judge = _judge(*policy_of(policy_name), _baseline_for(path, baseline))
-    if path.is_dir():
+    policy = policy_of(policy_name)
+    if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return judge(*_report_of(bundle), earlier=bundle.manifest.verdict)
+        return _judge(*policy, _baseline_for(path, baseline))(
+            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
+        )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
-    return judge(*report_at(path))
+    return _judge(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 
-def accept_baseline(path: Path, policy_name: str, at: Path, *, by: str, reason: str) -> tuple[Verdict, Digest | None]:
+def accept_baseline(
+    path: Path,
+    policy_name: str,
+    at: Path,
+    *,
+    by: str,
+    reason: str,
+    reporter: Reporter,
+    signing: Resigning | None = None,
+) -> tuple[Verdict, Digest | None]:
     """Stores a report as the baseline, if it passes the policy, limits since the baseline apart.
+
+    Args:
+        path: Bundle or `verify.json`.
+        policy_name: Name or file.
+        at: Folder or bundle that the baseline is stored in.
+        by: Who accepts it.
+        reason: Why.
+        reporter: Progress.
+        signing: What is to become of the signature of the bundle `at`.
 
     Returns:
         The verdict, and the digest of the baseline's file; None when the report does not pass and nothing was stored.
+
+    Raises:
+        InputError: If there is no report; if `at` is signed and would lose that unasked, or is no bundle and has a key.
+        IntegrityError: If the bundle or the report was changed, or is not signed by the right key.
     """
+    seal = seal_for(signing or Resigning(), at)
+    if not is_bundle(at) and (seal.sign or seal.public_key):
+        raise InputError(f"{at} is no bundle, so it has no signature", fix="leave the keys out")
     policy, policy_digest = policy_of(policy_name)
     report, digest = report_at(path)
     verdict = _judge(dataclasses.replace(policy, baseline=()), policy_digest, None)(report, digest)
     if verdict.result is not Result.PASS:
         return verdict, None
     baseline = accepted(report, verdict, by=by, reason=reason)
-    return verdict, write_baseline(at, baseline, bundle_from_parts)
+    digest = write_baseline(at, baseline, partial(bundle_from_parts, sign=seal.sign), public_key=seal.public_key)
+    note_signature(at, seal, reporter)
+    return verdict, digest
 
 
-def attest_bundle(path: Path, policy_name: str, evaluation: str | None, workers: int, reporter: Reporter) -> Verdict:
-    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence."""
+def attest_bundle(
+    path: Path,
+    policy_name: str,
+    evaluation: str | None,
+    workers: int,
+    reporter: Reporter,
+    signing: Resigning | None = None,
+) -> Verdict:
+    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence.
+
+    Args:
+        path: Bundle.
+        policy_name: Name or file.
+        evaluation: Set; the one the bundle was measured on without it.
+        workers: Decoding processes.
+        reporter: Progress.
+        signing: What is to become of the bundle's signature.
+
+    Raises:
+        InputError: If the bundle is signed and would lose that unasked; see `attest` for others.
+        IntegrityError: If the bundle was changed, or is not signed by the right key.
+    """
     from uwm_deploy.stages.attest import attest
 
-    judge = judge_of_bundle(path, policy_name)
+    seal = seal_for(signing or Resigning(), path)
     with locked(lock_of_bundle(path)):
-        bundle = open_bundle(path, allow_failed=True)
-        note_lost_signature(path, reporter)
+        bundle = open_bundle(path, allow_failed=True, public_key=seal.public_key)
+        judge = judge_of_bundle(path, policy_name)
         with reporter.stage("attest", str(path)):
-            return attest(
+            verdict = attest(
                 bundle,
                 evaluation_source_of(bundle, evaluation),
                 judge,
-                bundle_with_card,
+                partial(bundle_with_card, sign=seal.sign),
                 workers=workers,
                 progress=reporter.progress,
             )
+        note_signature(path, seal, reporter)
+    return verdict
 
 
 def judge_of_bundle(path: Path, policy_name: str) -> Judge:
@@ -1331,9 +1454,15 @@ def judge_of_bundle(path: Path, policy_name: str) -> Judge:
     return _judge(*policy_of(policy_name), _baseline_for(path, None))
 
 
+def note_signature(out: Path, seal: Seal, reporter: Reporter) -> None:
+    """Says what became of the signature of a bundle that was written anew."""
+    if told := seal.told(out):
+        reporter.line(told)
+
+
 def note_lost_signature(path: Path, reporter: Reporter) -> None:
-    """Says that a bundle which is about to be rewritten has to be signed again."""
-    if (path / SIGNATURE).exists():
+    """Says that the bundle a build replaces was signed."""
+    if is_signed(path):
         reporter.line(f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again")
 
 
@@ -1342,12 +1471,15 @@ def lock_of_bundle(path: Path) -> Path:
     return path.resolve().parent / f".{path.resolve().name}.attest"
 
 
-def bundle_with_card(out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes]) -> object:
-    """Writes a bundle whose report is new, with the card that belongs to it."""
+def bundle_with_card(
+    out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], *, sign: Sign | None = None
+) -> object:
+    """Writes a bundle whose report is new, with the card that belongs to it; see `bundle_from_parts`."""
     content = parts["reports/verify.json"]
     assert isinstance(content, bytes)
     report = record_from_json(VerifyReport, content, where="reports/verify.json")
-    return bundle_from_parts(out, manifest, {**parts, CARD: _card(manifest, report, bundle=True).encode()})
+    card = _card(manifest, report, bundle=True).encode()
+    return bundle_from_parts(out, manifest, {**parts, CARD: card}, sign=sign)
 
 
 def _card(manifest: Manifest, report: VerifyReport, *, bundle: bool) -> str:

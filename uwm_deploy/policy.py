@@ -17,7 +17,7 @@ from uwm_deploy.strict_toml import record_from_toml
 
 DOCS = "docs/policy.md"
 
-SECTIONS = ("edit", "artifact", "concept", "baseline")
+SECTIONS = ("edit", "artifact", "concept", "baseline", "risk")
 """Arrays of limits; each says what is compared with what."""
 
 
@@ -32,7 +32,7 @@ class Limit:
         bound: Whether the measured value must keep it, or the end of its 95% interval that is worse (non-inferiority).
         min_n: Fewest items that can support the comparison; with fewer the check is inconclusive.
         precision: Precisions of the artifacts that it is for; empty for all.
-        of: For concepts and the baseline: the edited model, the artifacts, or both when empty.
+        of: For concepts, the baseline and the safety head: the edited model, the artifacts, or both when empty.
         reason: Why the limit is what it is; shown when it fails.
     """
 
@@ -94,6 +94,7 @@ class Policy:
         artifact: Limits on every executed artifact, by itself and against the edited model.
         concept: The same for every concept with at least `min_n` items.
         baseline: Limits on what changed since the accepted report.
+        risk: Limits on the safety head, of bundles that have one.
         evidence: Where variants must have been executed.
         waiver: Checks that do not block for a while.
         required: Variants, or ``"onnx"``, that must have been executed; missing evidence fails.
@@ -107,6 +108,7 @@ class Policy:
     artifact: tuple[Limit, ...]
     concept: tuple[Limit, ...] = ()
     baseline: tuple[Limit, ...] = ()
+    risk: tuple[Limit, ...] = ()
     evidence: tuple[EvidenceRule, ...] = ()
     waiver: tuple[Waiver, ...] = ()
     required: tuple[str, ...] = ()
@@ -128,6 +130,7 @@ def policy_from_toml(text: str, *, where: str) -> Policy:
         raise RecipeError(
             f"{where}: the policy cannot fail anything", fix="limit an artifact metric and min_proven >= 1"
         )
+    _check_risk(policy, where)
     _check_waivers(policy, where)
     if policy.baseline_digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", policy.baseline_digest):
         raise RecipeError(f"{where}: baseline_digest is no digest", fix="copy it from `uwm-deploy baseline show`")
@@ -148,19 +151,34 @@ def rule_lines(text: str) -> Mapping[str, int]:
     return found
 
 
+def _check_risk(policy: Policy, where: str) -> None:
+    """A head that stops everything has perfect recall: it is never judged without what it costs."""
+    asked = {limit.metric for limit in policy.risk if limit.of != "artifact"}
+    finds = asked & {"risk.auroc", "risk.recall", "risk.category.recall", "risk.category.auroc"}
+    if finds and "risk.benign_stopped" not in asked:
+        raise RecipeError(
+            f"{where}: {min(finds)} is limited, and the benign images that the head stops are not",
+            fix="limit risk.benign_stopped of the edited model, too",
+        )
+
+
 def _check_limit(limit: Limit, section: str, where: str) -> None:
     if (limit.at_least is None) == (limit.at_most is None):
         raise RecipeError(where, fix="give exactly one of at_least and at_most")
     if limit.min_n < 1:
         raise RecipeError(f"{where}: min_n is {limit.min_n}", fix="use 1 or more")
+    if (section == "risk") != limit.metric.startswith("risk."):
+        raise RecipeError(f"{where}: metrics of a safety head and [[risk]] belong together", fix=f"see {DOCS}")
+    if limit.metric in ("risk.flips", "risk.parity.max_abs") and limit.of != "artifact":
+        raise RecipeError(f"{where} compares artifacts with the edited model", fix='add of = "artifact"')
     low, high = _range(limit.metric)
     if (limit.at_least is not None and limit.at_least <= low) or (limit.at_most is not None and limit.at_most >= high):
         span = f"{low:g} to {high:g}"
         raise RecipeError(f"{where} can never fail: its values are {span}", fix="choose a limit inside, or remove it")
-    if limit.bound == "worst" and limit.metric.startswith("parity."):
+    if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece")):
         raise RecipeError(f"{where}: bound = 'worst', but it has no interval", fix="use bound = 'point'")
     if limit.of and section in ("edit", "artifact"):
-        raise RecipeError(f"{where}: `of` belongs to [[concept]] and [[baseline]]", fix="remove it")
+        raise RecipeError(f"{where}: `of` belongs to [[concept]], [[baseline]] and [[risk]]", fix="remove it")
     if limit.precision and (section == "edit" or limit.of == "edit"):
         raise RecipeError(f"{where}: the edited model has no precision", fix="remove `precision`")
     if (
@@ -175,8 +193,10 @@ def _range(metric: str) -> tuple[float, float]:
     """Smallest and largest value that a metric can have."""
     if metric == "parity.cosine_min":
         return -1.0, 1.0
-    if metric.startswith("parity."):
+    if metric.startswith(("parity.", "risk.parity.")):
         return 0.0, float("inf")
+    if metric.startswith("risk."):
+        return 0.0, 100.0
     if "." in metric and not metric.endswith(".delta") and not metric.startswith(("zero_shot.", "flips.", "lost.")):
         return float("-inf"), float("inf")  # a typing error, which the gate answers with the nearest name
     return (-100.0 if metric.endswith(".delta") else 0.0), 100.0

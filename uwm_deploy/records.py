@@ -22,6 +22,20 @@ EXPORTED = "onnx"
 """Name of the exported graphs in a report; they are evidence, not a variant that ships."""
 
 
+RISK_LOGITS, RISK_LEVEL = "risk_logits", "risk_level"
+RISK_OUTPUTS = (RISK_LOGITS, RISK_LEVEL)
+"""Outputs that a safety head adds to the image graph."""
+
+
+class Action(StrEnum):
+    """What becomes of an image by its risk, the mildest first; each has its threshold, but for the first."""
+
+    ALLOW = "allow"
+    FLAG = "flag"
+    REDIRECT = "redirect"
+    BLOCK = "block"
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 
@@ -586,6 +600,96 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """Sizes of a safety head.
+
+    Attributes:
+        features: Width of the vision tower's tokens.
+        width: Of the safety projector and of the attention.
+        tokens: Learned safety tokens.
+        heads: Of the attention.
+        categories: Of `risk_logits`, ``"safe"`` among them.
+    """
+
+    features: int
+    width: int
+    tokens: int
+    heads: int
+    categories: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCalibration:
+    """One of a head's two probabilities before and after its temperature, on items that the temperature is not from.
+
+    Attributes:
+        temperature: What logits are divided by; in the head's weights already.
+        ece_before: Expected calibration error, percentage points, 15 bins.
+        ece_after: The same with the temperature.
+        n: Images it was measured on.
+    """
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTraining:
+    """How a safety head was trained.
+
+    Attributes:
+        data: The set that it was trained on.
+        validation: The set that temperatures and thresholds are from; None when it is a part of the other one.
+        pairs: Pairs of images that it was trained on.
+        validation_pairs: Pairs that temperatures and thresholds are from.
+        loss_first: Mean loss of the first pass over the pairs.
+        loss_last: Mean loss of the last one.
+        seconds: Wall time of the passes, features apart.
+    """
+
+    data: CalibrationRecord
+    validation: CalibrationRecord | None
+    pairs: int
+    validation_pairs: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyHead:
+    """A head on the tokens of the edited image tower (docs/safety-head.md); its weights are a file beside the record.
+
+    Attributes:
+        categories: Of `risk_logits`, in order; the first is ``"safe"``, the others are the set's concepts.
+        edited_weights_digest: The edited model whose tokens it was trained on; on any other it means nothing.
+        weights_digest: Of the file with its weights.
+        texts_digest: Of the file with the safe texts that a redirect chooses from.
+        items_digest: Of the file that tells the images it was trained and calibrated on from those of an evaluation set.
+        thresholds: Action to the risk level from which on it, or a stricter one, is taken.
+        false_positive_rates: Action to the share of safe images, in percent, that its threshold was chosen for.
+        calibration: Output to its calibration.
+    """
+
+    shape: HeadShape
+    categories: tuple[str, ...]
+    edited_weights_digest: Digest
+    weights_digest: Digest
+    texts_digest: Digest
+    items_digest: Digest
+    thresholds: Mapping[str, float]
+    false_positive_rates: Mapping[str, float]
+    calibration: Mapping[str, HeadCalibration]
+    training: HeadTraining
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """Whether the edit is in the graph's own weights.
 
@@ -712,6 +816,7 @@ class OnnxArtifact:
         normalised: Whether the graph ends with L2 normalisation.
         weights_digest: The edited model's weights it was exported from.
         conversion: For a graph in lower precision, made from the exported one.
+        head_digest: Of the safety head in it; empty without one.
 
     After a refit, the digest of a lower-precision graph that is not in the bundle is over its former digest and the
     patch's: the engine was refitted, the graph was not made again.
@@ -729,6 +834,7 @@ class OnnxArtifact:
     versions: Mapping[str, str]
     fingerprint: Fingerprint
     conversion: Conversion | None = None
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -753,6 +859,7 @@ class EngineArtifact:
         built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).
         runnable: Whether the building machine could execute it.
         seconds: Wall time of the build.
+        head_digest: Of the safety head in it; empty without one.
     """
 
     variant: str
@@ -774,6 +881,7 @@ class EngineArtifact:
     seconds: float
     peak_rss_bytes: int = 0
     external_data: str = ""
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1009,6 +1117,60 @@ class OutputParity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number that is no proportion, in percent, with its 95% interval.
+
+    Attributes:
+        n: Items it comes from.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryRisk:
+    """What a safety head makes of the unsafe images of one concept.
+
+    Attributes:
+        auroc: Their risk level against that of all safe images.
+        recall: Share of them that is at least redirected.
+        named: Share of them whose most probable concept is theirs.
+    """
+
+    auroc: Estimate
+    recall: Proportion
+    named: Proportion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RiskReport:
+    """What a safety head makes of the evaluation set.
+
+    Attributes:
+        auroc: Risk level of unsafe against safe images.
+        recall: Action to the share of unsafe images for which it, or a stricter one, is taken.
+        benign: The same of the safe images: over-refusal.
+        benign_zero_shot: The same of all images of the zero-shot sets, which are taken as safe; empty without any.
+        named: Share of unsafe images whose most probable concept is theirs.
+        ece: Expected calibration error of the risk level, percentage points, 15 bins.
+        category_ece: The same of the most probable category.
+        per_category: By concept.
+    """
+
+    auroc: Estimate
+    recall: Mapping[str, Proportion]
+    benign: Mapping[str, Proportion]
+    benign_zero_shot: Mapping[str, Proportion]
+    named: Proportion
+    ece: float
+    category_ece: float
+    per_category: Mapping[str, CategoryRisk]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCheck:
     """Whether a row's embedding depends on the rows around it: the same rows alone, and at other places of a batch.
 
@@ -1112,6 +1274,9 @@ class ArtifactEvidence:
         anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
         flips: Against the edited source model, per preference metric.
         worst: The decisions that fell furthest from the edited model's.
+        risk: Of its safety head; None without one.
+        risk_flips: Images, safe or not, whose action or category is not the edited model's.
+        risk_parity: Like `parity`, of the head's outputs.
     """
 
     variant: str
@@ -1129,6 +1294,9 @@ class ArtifactEvidence:
     safety: SafetyReport | None = None
     flips: Mapping[str, Flips] = field(default_factory=dict)
     worst: tuple[WorstItem, ...] = ()
+    risk: RiskReport | None = None
+    risk_flips: Proportion | None = None
+    risk_parity: tuple[OutputParity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1139,6 +1307,9 @@ class VerifyReport:
         edit_effect: Edited against original, per preference metric.
         edit_worst: The decisions that the edit made worst.
         zero_shot_digests: Set to the digest of its prompts and labels.
+        head_digest: Of the safety head; empty without one.
+        risk: What that head makes of the evaluation set on the edited model in PyTorch.
+        head_overlap: Evaluation items whose images the head was trained or calibrated on.
     """
 
     model: ModelRef
@@ -1155,6 +1326,9 @@ class VerifyReport:
     edit_proof: EditProof | None = None
     goldens: Goldens | None = None
     data: DataHealth | None = None
+    head_digest: Digest = ""
+    risk: RiskReport | None = None
+    head_overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1268,6 +1442,7 @@ class Verdict:
         waivers: Every waiver of the policy, with what became of it.
         notes: What a reader should know that is no check: concepts with too few items, power, variants that are gone.
         worst: The ten worst quadruples of what does not pass.
+        head_digest: Of the safety head that it is about; empty without one.
     """
 
     result: Result
@@ -1285,6 +1460,7 @@ class Verdict:
     worst: tuple[WorstItem, ...] = ()
     causes: tuple[Blame, ...] = ()
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
+    head_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1364,6 +1540,7 @@ class Manifest:
         verdict: Also in `reports/verdict.json`.
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
         bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
+        head: The safety head in the image graphs and engines; None without one.
     """
 
     name: str
@@ -1382,6 +1559,7 @@ class Manifest:
     converted: tuple[OnnxArtifact, ...] = ()
     refitted_from: Digest = ""
     bundle_version: int = 0
+    head: SafetyHead | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from uwm_deploy.pipeline import (
     evaluation_source_of,
     judge_of_bundle,
     lock_of_bundle,
-    note_lost_signature,
+    note_signature,
     refuse_foreign_folder,
 )
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
@@ -50,6 +50,7 @@ from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundl
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report
+from uwm_deploy.signing import Resigning, Seal, seal_for
 from uwm_deploy.stages.attest import SINGLE_ROWS, attest, reference_of
 from uwm_deploy.stages.edit import PATCH, RECORD, edit_to_folder
 from uwm_deploy.stages.load import load_model
@@ -87,6 +88,7 @@ class RefitRequest:
         checkpoint: Source weights; those of the bundle's recipe without it.
         variants: Those to refit; all that can be refitted here when it is empty.
         bundle_version: Of the new bundle; the old one's without it.
+        signing: What is to become of the signature.
     """
 
     bundle: Path
@@ -102,6 +104,7 @@ class RefitRequest:
     device: str = "auto"
     workers: int = 2
     bundle_version: int | None = None
+    signing: Resigning = field(default_factory=Resigning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,20 +134,29 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
         reporter: Progress.
 
     Raises:
-        InputError: If the request is contradictory, the edit is there already, or it moves the scales of an 8-bit weight.
-        IntegrityError: If the patch, the scores, the source weights or the set are not those the bundle was made from.
+        InputError: If the request is contradictory, the edit is there already or moves the scales of an 8-bit weight, the
+            bundle has a safety head, or a signature would be lost unasked.
+        IntegrityError: If the patch, the scores, the source weights or the set are not those the bundle was made from, or
+            the bundle is not signed by the right key.
         PrerequisiteError: If nothing, or not what was asked for, can be refitted here.
         ContractError: If the new edit is not in what comes out, or the old one still is.
     """
     if sum((request.patch is not None, request.revert, request.keep_mass is not None)) != 1:
         raise InputError("nothing or several things are asked for", fix="give one of --patch, --revert and --keep-mass")
     out = request.out or request.bundle
-    bundle = open_bundle(request.bundle, allow_failed=True)
     refuse_foreign_folder(out)
-    note_lost_signature(out, reporter)
+    seal = seal_for(request.signing, request.bundle, out)
+    bundle = open_bundle(request.bundle, allow_failed=True, public_key=seal.public_key)
+    if bundle.manifest.head is not None:
+        raise InputError(
+            f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
+            fix="train a head on the new edit and build again",
+        )
     lock = lock_of_bundle(out)
     with locked(lock), tempfile.TemporaryDirectory(dir=lock, prefix=".tmp-refit-") as temporary:
-        return _Refit(request, reporter, bundle, out, Path(temporary)).run()
+        made = _Refit(request, reporter, bundle, out, seal, Path(temporary)).run()
+        note_signature(out, seal, reporter)
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +172,11 @@ class _Artifacts:
 class _Refit:
     """One refit: what is known of the bundle, and the steps."""
 
-    def __init__(self, request: RefitRequest, reporter: Reporter, bundle: Bundle, out: Path, folder: Path) -> None:
+    def __init__(
+        self, request: RefitRequest, reporter: Reporter, bundle: Bundle, out: Path, seal: Seal, folder: Path
+    ) -> None:
         self.request, self.reporter, self.bundle, self.out, self.folder = request, reporter, bundle, out, folder
+        self.seal = seal
         self.manifest, self.edit = bundle.manifest, bundle.manifest.edit
         if digest_of_file(bundle.path / PATCH) != self.edit.patch_digest:
             raise IntegrityError("patch.safetensors is not the bundle's edit", fix="restore the bundle")
@@ -192,7 +207,7 @@ class _Refit:
                 unproven,
                 source,
                 judge,
-                lambda _, manifest, parts: bundle_with_card(self.out, manifest, parts),
+                lambda _, manifest, parts: bundle_with_card(self.out, manifest, parts, sign=self.seal.sign),
                 workers=self.request.workers,
                 progress=self.reporter.progress,
                 prepared=prepared,
@@ -406,7 +421,7 @@ class _Refit:
             self.report,
             edit_proof=proof,
             edited_weights_digest=edit.edited_weights_digest,
-            edited=safety_report("edited", reference),
+            edited=safety_report("edited", reference, with_items=True),
             edit_effect=flips_between(original, reference),
             artifacts=tuple(_not_run(made.onnx, made.engines)),
         )

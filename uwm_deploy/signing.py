@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ from uwm_deploy.runtime.signature import (
     pre_authentication,
     root_digest,
 )
+from uwm_deploy.stages.package import Sign
 from uwm_deploy.workspace import digest_of_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -66,7 +69,97 @@ def sign_bundle(path: Path, key: Path, *, password: Path | None = None) -> Signe
     """
     private = _private_key(key, password)
     bundle = open_bundle(path)
-    payload = _statement(path.resolve().name, bundle.manifest)
+    write_atomic(path / SIGNATURE, _signature(private, path.resolve().name, bundle.manifest))
+    return _signed(bundle, private.public_key())
+
+
+def verify_bundle(path: Path, public_key: PublicKey, *, min_bundle_version: int = 0) -> Signed:
+    """Checks a bundle as the runtime does when it is given a key; see `open_bundle`."""
+    bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
+    return _signed(bundle, load_public_key(public_key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resigning:
+    """What is to become of the signature of a bundle that a command writes anew.
+
+    Attributes:
+        key: Private key in PEM; what is written is signed with it, if it passes.
+        password: File whose first line is the key's password.
+        public_key: Whose signature the bundle must have before; that of `key` without it, if it is signed.
+        unsigned: A signed bundle may become an unsigned one.
+    """
+
+    key: Path | None = None
+    password: Path | None = None
+    public_key: Path | None = None
+    unsigned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """What `Resigning` comes to for a certain bundle.
+
+    Attributes:
+        public_key: Whose signature must be on what is read; None when that does not matter.
+        sign: Makes the new signature; None when there will be none.
+        loses: The bundle was signed, and what replaces it is not.
+    """
+
+    public_key: PublicKey | None
+    sign: Sign | None
+    loses: bool
+
+    def told(self, out: Path) -> str:
+        """What became of the signature of the bundle that was written; empty when there was and is none."""
+        if os.path.lexists(out / SIGNATURE):
+            return f"signed: {out / SIGNATURE}"
+        if self.sign is not None:
+            return f"note: {out} is not signed: it does not pass"
+        return f"note: {out} is not signed any more, until `uwm-deploy sign` is run again" if self.loses else ""
+
+
+def seal_for(asked: Resigning, source: Path, target: Path | None = None) -> Seal:
+    """Decides before anything is read or computed.
+
+    Nobody signs what was not checked: with a key, a bundle that is signed already must be signed by that key, or by the
+    one that is named.
+
+    Args:
+        asked: What the user wants.
+        source: Bundle that is read.
+        target: Folder that is replaced; the same without it.
+
+    Raises:
+        InputError: If a signature would be lost unasked, or the request contradicts itself, or there is no such key.
+        PrerequisiteError: If the package `cryptography` is missing.
+    """
+    target = target or source
+    if asked.key is not None and asked.unsigned:
+        raise InputError("--key and --unsigned contradict each other", fix="give one of them")
+    if asked.password is not None and asked.key is None:
+        raise InputError("--password-file without --key", fix="give --key as well")
+    loses = asked.key is None and (is_signed(source) or is_signed(target))
+    if asked.key is None and is_signed(target) and not asked.unsigned:
+        raise InputError(
+            f"{target} is signed, and what replaces it would not be",
+            fix="give --key to sign it again, or --unsigned to go without",
+        )
+    if asked.key is None:
+        return Seal(public_key=asked.public_key, sign=None, loses=loses)
+    private = _private_key(asked.key, asked.password)
+    own = _pem(private.public_key()) if is_signed(source) else None
+    return Seal(public_key=asked.public_key or own, sign=partial(_signature, private), loses=False)
+
+
+def is_signed(bundle: Path) -> bool:
+    """Whether a folder has a signature, by whomever."""
+    return os.path.lexists(bundle / SIGNATURE)
+
+
+def _signature(private: EllipticCurvePrivateKey, name: str, manifest: Manifest) -> str:
+    """Content of the signature file."""
+    payload = _statement(name, manifest)
     signature = private.sign(pre_authentication(payload), algorithm_for(private.public_key()))
     body = {
         "mediaType": MEDIA_TYPE,
@@ -77,14 +170,13 @@ def sign_bundle(path: Path, key: Path, *, password: Path | None = None) -> Signe
             "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
         },
     }
-    write_atomic(path / SIGNATURE, json.dumps(body, sort_keys=True))
-    return _signed(bundle, private.public_key())
+    return json.dumps(body, sort_keys=True)
 
 
-def verify_bundle(path: Path, public_key: PublicKey, *, min_bundle_version: int = 0) -> Signed:
-    """Checks a bundle as the runtime does when it is given a key; see `open_bundle`."""
-    bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
-    return _signed(bundle, load_public_key(public_key))
+def _pem(key: EllipticCurvePublicKey) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _signed(bundle: Bundle, key: EllipticCurvePublicKey) -> Signed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from uwm_deploy.records import (
     Evidence,
     MadeManifest,
     PrecisionPlan,
+    Proportion,
     Result,
+    RiskReport,
     SafetyReport,
     Verdict,
     VerifyReport,
@@ -41,6 +43,7 @@ from uwm_deploy.report.findings import (
     worst_line,
 )
 from uwm_deploy.safeground.preference import METRICS
+from uwm_deploy.safeground.risk import STEPS, STOPS
 
 if TYPE_CHECKING:
     from uwm_deploy.baseline import Change
@@ -156,6 +159,41 @@ def print_report(report: VerifyReport) -> None:
     for artifact in report.artifacts:
         if artifact.evidence is not Evidence.EXECUTED:
             _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
+    if report.risk is not None:
+        heads = [("edited", report.risk), *((a.variant, a.risk) for a in executed if a.risk is not None)]
+        print_rows(risk_rows(heads, flips={a.variant: a.risk_flips for a in executed}))
+
+
+def risk_rows(
+    subjects: Sequence[tuple[str, RiskReport]], flips: Mapping[str, Proportion | None] | None = None
+) -> list[dict[str, str]]:
+    """A safety head on each subject: what it finds, and beside every share of unsafe images that of safe ones.
+
+    Args:
+        subjects: Names and reports.
+        flips: Subject to images decided otherwise than by the edited model.
+    """
+
+    def row(name: str, of: Callable[[RiskReport], str]) -> dict[str, str]:
+        return {"safety head": name, **{subject: of(risk) for subject, risk in subjects}}
+
+    rows = [row("AUROC", lambda risk: f"{risk.auroc.value:.1f}")]
+    for step in STEPS:
+        rows.append(row(f"unsafe, at least {step.value}", lambda risk, key=step.value: f"{risk.recall[key].value:.1f}"))  # type: ignore[misc]
+        rows.append(row(f"safe, at least {step.value}", lambda risk, key=step.value: f"{risk.benign[key].value:.1f}"))  # type: ignore[misc]
+    if all(risk.benign_zero_shot for _, risk in subjects):
+        name = f"zero-shot images, at least {STOPS.value}"
+        rows.append(row(name, lambda risk: f"{risk.benign_zero_shot[STOPS.value].value:.1f}"))
+    rows += [
+        row("unsafe, concept right", lambda risk: f"{risk.named.value:.1f}"),
+        row("calibration error, level", lambda risk: f"{risk.ece:.1f}"),
+        row("calibration error, category", lambda risk: f"{risk.category_ece:.1f}"),
+    ]
+    if found := flips or {}:
+        parts = {subject: found.get(subject) for subject, _ in subjects}
+        cells = {subject: f"{part.value:.2f}" if part else "" for subject, part in parts.items()}
+        rows.append({"safety head": "decisions changed", **cells})
+    return rows
 
 
 def print_plan(plan: PrecisionPlan) -> None:

@@ -125,6 +125,7 @@ def test_a_reverted_bundle_is_never_served(reverted: Path) -> None:
     report = record_from_json(VerifyReport, (reverted / "reports" / "verify.json").read_bytes(), where="verify.json")
     assert {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED} == {"onnx", *VARIANTS}
     assert report.edited.preference == report.original.preference
+    assert report.edited.items is not None  # limits per concept and since the baseline compare item by item
     verdict = open_bundle(reverted, allow_failed=True).manifest.verdict
     assert verdict.proven == ()
     with pytest.raises(IntegrityError, match="no passing verdict"):
@@ -331,3 +332,24 @@ def test_an_engine_that_is_not_refittable_is_left_out_or_refused(
     assert "--refittable" in reason_against(plain)
     with pytest.raises(PrerequisiteError, match="not built refittable"):
         refit_engine(plain, tmp_path, tmp_path, None, graphs=(tmp_path, tmp_path), sample=np.zeros(1))
+
+
+def test_a_signed_bundle_is_refitted_and_signed_again(request_: Request, bundle: Path, tmp_path: Path) -> None:
+    """In its place with the key: the new edit has a signature of its own; a revert, which never passes, has none."""
+    from tests.unit.test_signature import write_keys
+    from uwm_deploy.signing import Resigning, sign_bundle
+
+    key, public = write_keys(tmp_path, "key")
+    place = tmp_path / "bundle"
+    shutil.copytree(bundle, place)
+    sign_bundle(place, key)
+    options = {"bundle": place, "variants": ("onnxruntime-fp32",), "signing": Resigning(key=key)}
+    made = refit(asked(request_, keep_mass=0.95, **options), QUIET)
+    assert made.verdict.result is Result.PASS
+    opened = open_bundle(place, public_key=public)
+    assert opened.manifest.edit.edited_weights_digest == made.edit.edited_weights_digest
+    assert made.edit.edited_weights_digest != open_bundle(bundle).manifest.edit.edited_weights_digest
+    refit(asked(request_, revert=True, out=tmp_path / "reverted", **options), QUIET)
+    assert not (tmp_path / "reverted" / "model.sig").exists()
+    with pytest.raises(IntegrityError, match=r"model\.sig is missing"):
+        open_bundle(tmp_path / "reverted", allow_failed=True, public_key=public)

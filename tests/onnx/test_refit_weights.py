@@ -18,7 +18,8 @@ from uwm_deploy.errors import ContractError, InputError, IntegrityError, Prerequ
 from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors, stored_tensors
+from uwm_deploy.graphs.layout import stored_tensors
+from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.records import EditRecord, ImageSpec, ModelRef, Precision, Target, TextSpec
 from uwm_deploy.runtime.session import open_engine

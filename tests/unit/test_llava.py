@@ -105,6 +105,8 @@ def test_edited_tower_goes_back_into_llava(folders: tuple[Path, Path], recipe: R
         torch.testing.assert_close(
             features_of(tmp_path / "safe", pixels), again.image.outputs(pixels)[1], atol=1e-5, rtol=1e-5
         )
+        original = features_of(checkpoint, pixels)
+        assert (features_of(tmp_path / "safe", pixels) - original).abs().max() > 1e-2
     before, after = (
         LlavaForConditionalGeneration.from_pretrained(f).state_dict() for f in (checkpoint, tmp_path / "safe")
     )

@@ -406,6 +406,38 @@ def test_the_shell_example_says_when_nothing_was_judged(built, shell: dict[str, 
     assert "nothing was judged" in done.stderr
 
 
+def test_all_three_check_a_signature(built, policies: Path, shell: dict[str, str], tmp_path: Path) -> None:
+    """With a key: 5 for an unsigned bundle, the verdict's code for a signed one, 5 for an older one."""
+    from tests.unit.test_signature import write_keys
+    from uwm_deploy.signing import sign_bundle
+
+    request, _ = built
+    shutil.copytree(request.out, tmp_path / "b")
+    key, public = write_keys(tmp_path, "key")
+    action = yaml.safe_load((ROOT / "ci" / "action.yml").read_text())
+    [step] = [step for step in action["runs"]["steps"] if step.get("id") == "gate"]
+    job = yaml.safe_load((ROOT / "ci" / "gitlab.yml").read_text())[".uwm-gate"]
+    script = "set -eo pipefail\n" + "\n".join(job["script"])
+
+    def codes(version: str) -> set[int]:
+        names = {"report": str(tmp_path / "b"), "policy": str(policies / "good.toml"), "public-key": str(public)}
+        names |= {"min-bundle-version": version}
+        inputs = {name: str(part.get("default", "")) for name, part in action["inputs"].items()} | names
+        variables = {f"UWM_{name.upper().replace('-', '_')}": value for name, value in names.items()}
+        commands = ([str(ROOT / "ci" / "gate.sh"), str(tmp_path / "b")], ["bash", "-c", script])
+        environment = job["variables"] | shell | variables
+        found = {
+            subprocess.run(c, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode
+            for c in commands
+        }
+        return found | {_step(inputs, step, tmp_path, shell).returncode}
+
+    assert codes("0") == {5}
+    sign_bundle(tmp_path / "b", key)
+    assert codes("0") == {0}
+    assert codes("1") == {5}
+
+
 # --- the card ------------------------------------------------------------------------------------------------------------
 
 

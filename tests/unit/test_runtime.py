@@ -75,6 +75,13 @@ def test_every_form_of_image_gives_the_same_rows(encoder: SafeEncoder, tmp_path:
     assert encoder.encode_image(images[:3], dtype="float16").dtype == np.float16
 
 
+def test_an_encoder_without_a_head_says_so(encoder: SafeEncoder) -> None:
+    """Risks are never made up."""
+    for ask in (lambda: encoder.encode_image(_image(0), risk=True), encoder.safety_policy):
+        with pytest.raises(InputError, match="no safety head"):
+            ask()
+
+
 def test_a_broken_image_costs_only_its_row(encoder: SafeEncoder, caplog: pytest.LogCaptureFixture) -> None:
     """The others are encoded, the row is NaN, the result and the log say which and why; on request it is an error."""
     images = [_image(0), b"no image", _image(1), "missing.png"]

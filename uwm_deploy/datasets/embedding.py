@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
+from PIL import Image
 
 from uwm_deploy.datasets.crops import CropStore, PixelRows
+from uwm_deploy.datasets.encoded import ByteStore, EncodedRows, bytes_of, objects
 from uwm_deploy.datasets.reading import Progress, read_all
 from uwm_deploy.datasets.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
 from uwm_deploy.ranks import ALONE, Ranks
-from uwm_deploy.records import Digest, ImageSpec
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Digest, ImageSpec
 from uwm_deploy.runtime.image import crop_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings
+from uwm_deploy.safeground.risk import RiskRows, RiskSet, joined_rows
 from uwm_deploy.workspace import digest_of_bytes
 
 T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
+EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""From a batch of inputs to the outputs of a graph by name."""
+
 Inputs = np.ndarray | PixelRows
 """Rows of one input; pixels are normalised as slices of them are taken."""
 
@@ -104,6 +110,40 @@ def prepare(
     )
 
 
+def encoded(source: QuadrupleSource, *, workers: int, progress: Progress) -> PreparedSet:
+    """A set as users send it to a server: encoded images (n,) and texts in UTF-8 (n,), both objects.
+
+    Args:
+        source: The set.
+        workers: Processes that read it.
+        progress: Called as it goes on.
+
+    Raises:
+        DataError: If an item has no image or no text, or cannot be read.
+    """
+    if not (source.has_images and source.has_texts):
+        raise DataError(f"data set {source.record.name} has no whole quadruples", fix="evaluate on images and texts")
+    store = ByteStore()
+    safe, unsafe, texts = EncodedRows(store), EncodedRows(store), []
+    for images, pair in read_all(partial(_encoded, source), len(source), workers, "evaluation images", progress):
+        safe.append(images[0])
+        unsafe.append(images[1])
+        texts.append(pair)
+    return PreparedSet(
+        ids=tuple(source.ids),
+        concepts=tuple(source.concepts),
+        safe_pixels=_as_array(safe),
+        unsafe_pixels=_as_array(unsafe),
+        safe_ids=objects([pair[0].encode() for pair in texts]),
+        unsafe_ids=objects([pair[1].encode() for pair in texts]),
+        zero_shot={
+            name: _encoded_zero_shot(source.zero_shot(name), store, workers, progress)
+            for name in source.zero_shot_names
+        },
+        zero_shot_missing=source.zero_shot_missing,
+    )
+
+
 def embed(
     prepared: PreparedSet,
     encode_image: Encode,
@@ -162,6 +202,35 @@ def embed(
     )
 
 
+def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: int, progress: Progress) -> RiskSet:
+    """What a safety head says of every image of a prepared set.
+
+    Args:
+        prepared: Inputs.
+        encode_all: (b, 3, H, W) to the outputs of an image graph by name.
+        label: For the progress bar.
+        batch: Rows per call.
+        progress: Called as it goes on.
+    """
+    work = {"safe": prepared.safe_pixels, "unsafe": prepared.unsafe_pixels}
+    work |= {f"zero-shot {name}": part.pixels for name, part in prepared.zero_shot.items()}
+    total, done, found = sum(map(len, work.values())), 0, {}
+    for name, inputs in work.items():
+        parts = []
+        for start in range(0, len(inputs), batch):
+            outputs = encode_all(inputs[start : start + batch])
+            parts.append(RiskRows(outputs[RISK_LOGITS], outputs[RISK_LEVEL].reshape(-1)))
+            progress(label, done + min(start + batch, len(inputs)), total)
+        found[name] = joined_rows(parts)
+        done += len(inputs)
+    return RiskSet(
+        concepts=prepared.concepts,
+        safe=found["safe"],
+        unsafe=found["unsafe"],
+        zero_shot={name: found[f"zero-shot {name}"] for name in prepared.zero_shot},
+    )
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows of length 1, float32; a zero or broken row becomes NaN, which nothing downstream counts."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -191,12 +260,42 @@ def _content(source: QuadrupleSource, index: int) -> Digest:
 
 def _quadruple(source: QuadrupleSource, safe: PixelRows, unsafe: PixelRows, index: int) -> tuple[str, str]:
     """Puts the images where they belong, and returns the texts."""
-    item = source.read(index)
+    safe_image, unsafe_image, texts = _whole(source.read(index))
+    safe.crops[index] = crop_from_image(safe_image, safe.spec)
+    unsafe.crops[index] = crop_from_image(unsafe_image, unsafe.spec)
+    return texts
+
+
+def _whole(item: Quadruple) -> tuple[Image.Image, Image.Image, tuple[str, str]]:
     if item.safe_image is None or item.unsafe_image is None or item.safe_text is None or item.unsafe_text is None:
         raise DataError(f"item {item.id} is not a whole quadruple", fix="evaluate on whole quadruples")
-    safe.crops[index] = crop_from_image(item.safe_image, safe.spec)
-    unsafe.crops[index] = crop_from_image(item.unsafe_image, unsafe.spec)
-    return item.safe_text, item.unsafe_text
+    return item.safe_image, item.unsafe_image, (item.safe_text, item.unsafe_text)
+
+
+def _encoded(source: QuadrupleSource, index: int) -> tuple[tuple[bytes, bytes], tuple[str, str]]:
+    safe, unsafe, texts = _whole(source.read(index))
+    return (bytes_of(safe), bytes_of(unsafe)), texts
+
+
+def _encoded_labelled(part: ZeroShotSet, index: int) -> tuple[bytes, int]:
+    item = part.read(index)
+    return bytes_of(item.image), item.label
+
+
+def _encoded_zero_shot(part: ZeroShotSet, store: ByteStore, workers: int, progress: Progress) -> PreparedZeroShot:
+    rows, labels = EncodedRows(store), []
+    for data, label in read_all(
+        partial(_encoded_labelled, part), len(part), workers, f"zero-shot {part.name}", progress
+    ):
+        rows.append(data)
+        labels.append(label)
+    prompts = objects([part.template.format(label).encode() for label in part.labels])
+    return PreparedZeroShot(pixels=_as_array(rows), labels=np.array(labels, dtype=np.int64), prompts=prompts)
+
+
+def _as_array(rows: EncodedRows) -> np.ndarray:
+    """The same; whoever embeds a set takes slices of its rows and nothing else."""
+    return cast(np.ndarray, rows)
 
 
 def _labelled(part: ZeroShotSet, pixels: PixelRows, index: int) -> int:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import click
 
+from uwm_deploy.codec import json_from_record
 from uwm_deploy.console import Reporter
 from uwm_deploy.embedding.batch import EmbedBatch, ItemKind
 from uwm_deploy.embedding.job import EmbedReport, embed
 from uwm_deploy.errors import ExitCode
+from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.results import Kind
 from uwm_deploy.runtime.session import Device
+from uwm_deploy.workspace import digest_of_bytes
 
 
 def run_embed(
@@ -29,10 +32,17 @@ def run_embed(
     part_rows: int,
     variant: str | None,
     device: Device,
+    public_key: Path | None,
+    min_bundle_version: int,
     as_json: bool,
 ) -> int:
     """Runs the job and prints its report; see `job.embed`."""
-    run = EmbedBatch(bundle, kind=kind, dtype=dtype, variant=variant, device=device)
+    digest = ""
+    if public_key is not None or min_bundle_version:
+        # Whatever process opens the bundle later must find the manifest that was signed.
+        manifest = open_bundle(bundle, public_key=public_key, min_bundle_version=min_bundle_version).manifest
+        digest = digest_of_bytes(json_from_record(manifest).encode())
+    run = EmbedBatch(bundle, kind=kind, dtype=dtype, variant=variant, device=device, digest=digest)
     reporter = Reporter()
     with reporter.stage("embed", source):
         report = embed(

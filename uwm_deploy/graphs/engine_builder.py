@@ -22,6 +22,7 @@ from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
+from uwm_deploy.graphs.layout import mapped_weights
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipe import BuilderSpec
@@ -61,7 +62,9 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     messages: list[str] = []
     logger = logger_of(trt, messages)
     builder = _made(lambda: trt.Builder(logger), "builder", messages)
-    network = _parsed(trt, builder, logger, spec["onnx"], messages)
+    network, _weights = _parsed(
+        trt, builder, logger, Path(spec["onnx"]), messages
+    )  # they stay until the engine is made
     config = _made(builder.create_builder_config, "configuration", messages)
     if names := spec.get("refittable", []):
         mark_refittable(network, names, messages)
@@ -103,16 +106,25 @@ def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
     return made
 
 
-def _parsed(trt: Any, builder: Any, logger: Any, onnx: str, messages: Sequence[str]) -> Any:
-    """The network of a graph."""
+def _parsed(trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str]) -> tuple[Any, Any]:
+    """The network of a graph, and what must outlive it: its weights are used where they lie in the file."""
     # Strongly typed: accepted and ignored where there is nothing else.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = _made(lambda: builder.create_network(0 if flag is None else 1 << int(flag)), "network", messages)
     parser = _made(lambda: trt.OnnxParser(network, logger), "parser", messages)
-    if not parser.parse_from_file(onnx):
+    weights: dict[str, Any] = {}
+    if hasattr(parser, "load_initializer"):
+        graph, weights = mapped_weights(onnx)
+        parsed = parser.load_model_proto(graph) and all(
+            parser.load_initializer(name, data.ctypes.data, data.size) for name, data in weights.items()
+        )
+        parsed = parsed and parser.parse_model_proto()
+    else:
+        parsed = parser.parse_from_file(str(onnx))
+    if not parsed:
         raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
     _decompose_attention(trt, network)
-    return network
+    return network, (parser, weights)
 
 
 def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:

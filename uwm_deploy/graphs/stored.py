@@ -1,8 +1,7 @@
-"""Where the weights lie in an ONNX file, and how to replace some of them there: every other byte stays as it is."""
+"""Replaces weights where they lie in an ONNX file: every other byte stays as it is."""
 
 from __future__ import annotations
 
-import mmap
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +11,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
-from uwm_deploy.errors import ContractError, InputError, IntegrityError
+from uwm_deploy.errors import ContractError, InputError
+from uwm_deploy.graphs.layout import StoredTensor, stored_tensors
 from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
-from uwm_deploy.protobuf import fields
-
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-"""Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
 
 _HALF = {
     int(onnx.TensorProto.FLOAT16): np.dtype(np.float16),
@@ -34,49 +29,11 @@ EIGHT_BITS = frozenset(_EIGHT_BITS)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One initialiser.
-
-    Attributes:
-        name: In the graph.
-        kind: Element type, a number of TensorProto.DataType.
-        shape: Of the tensor.
-        file: Name of the file that holds its bytes.
-        offset: Of the first byte in that file.
-        size_bytes: Number of bytes.
-    """
-
-    name: str
-    kind: int
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Replacement:
     """One weight before and after, float32 (out, in)."""
 
     before: np.ndarray
     after: np.ndarray
-
-
-def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
-    """Every initialiser whose bytes lie in one piece, in the graph's file or in its external data.
-
-    Args:
-        path: ONNX file.
-        external: Name of its external data file beside it, or empty.
-
-    Raises:
-        IntegrityError: If it is no ONNX file, or says that its bytes lie elsewhere.
-    """
-    try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return list(_tensors(data, path, external))
-    except (ValueError, IndexError, DecodeError, OSError) as error:
-        raise IntegrityError(f"{path.name} is not a whole ONNX file: {error}", fix="build again") from error
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> np.ndarray:
@@ -196,33 +153,3 @@ def _bytes_of(folder: Path, tensor: StoredTensor, size_bytes: int = -1) -> bytes
 
 def _scale(weight: np.ndarray, kind: int) -> np.ndarray:
     return weight_scale(weight, 0, _EIGHT_BITS[kind])
-
-
-def _tensors(data: mmap.mmap, path: Path, external: str) -> Iterator[StoredTensor]:
-    for field, start, end in fields(data, 0, len(data)):
-        if field == _GRAPH:
-            for inner, first, last in fields(data, start, end):
-                if inner == _INITIALIZER and (tensor := _tensor(data, first, last, path, external)):
-                    yield tensor
-
-
-def _tensor(data: mmap.mmap, start: int, end: int, path: Path, external: str) -> StoredTensor | None:
-    """An initialiser; None when its values are not stored as bytes."""
-    raw, head, begin = None, b"", start
-    for field, first, last in fields(data, start, end):
-        if field == _RAW_DATA:
-            raw = (first, last)
-        else:
-            head += data[begin:last]
-        begin = last
-    proto = onnx.TensorProto.FromString(head)
-    shape = tuple(proto.dims)
-    if proto.data_location == onnx.TensorProto.EXTERNAL:
-        about = {entry.key: entry.value for entry in proto.external_data}
-        if not external or about.get("location") != external:
-            raise IntegrityError(f"{proto.name} of {path.name} lies in another file", fix="build again")
-        offset, size = int(about.get("offset", 0)), int(about.get("length", 0))
-        return StoredTensor(proto.name, proto.data_type, shape, external, offset, size)
-    if raw is None:
-        return None
-    return StoredTensor(proto.name, proto.data_type, shape, path.name, raw[0], raw[1] - raw[0])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +15,8 @@ import onnx
 import onnx_ir as ir
 
 from uwm_deploy.protobuf import varint
+from uwm_deploy.records import Digest
+from uwm_deploy.workspace import digest_of_file, joined_digest
 
 LARGE = 1024
 """Initialisers with more bytes are streamed; smaller ones stay in the graph's own message."""
@@ -19,8 +24,11 @@ LARGE = 1024
 INLINE_BYTES = 1_800_000_000
 """Above this the weights go into a second file: one protobuf file cannot hold 2 GiB."""
 
-_GRAPH, _INITIALIZER, _RAW_DATA = (7, 5, 9)
-"""Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
+ALIGNMENT = 64
+"""Where in the file the bytes of a large initialiser begin, as a multiple: readers can then use them where they lie."""
+
+_GRAPH, _INITIALIZER, _RAW_DATA, _DOC_STRING = (7, 5, 9, 12)
+"""Field numbers of ModelProto.graph, GraphProto.initializer, TensorProto.raw_data and TensorProto.doc_string."""
 
 
 def weightless(model: ir.Model) -> onnx.ModelProto:
@@ -33,33 +41,91 @@ def weightless(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def write_graph(model: ir.Model, path: Path, external: str = "") -> None:
+def write_graph(model: ir.Model, path: Path, external: str = "") -> Digest:
     """Writes a model; same model, same bytes.
 
     Args:
         model: Graph with its weights.
         path: Where to.
         external: Name of a second file, beside it, for the weights; needed from 2 GiB on.
+
+    Returns:
+        Digest over what was written.
     """
     if external:
         (path.parent / external).unlink(missing_ok=True)  # the writer appends
         ir.save(model, path, external_data=external, size_threshold_bytes=LARGE)
-        return
+        return joined_digest([digest_of_file(part) for part in (path, path.parent / external)])
     proto, large = _frame(model)
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
-    heads = [_head(value) for value in large]
-    sizes = [len(head) + _field_size(_RAW_DATA, _bytes_of(value)) for head, value in zip(heads, large, strict=True)]
-    total = len(graph) + sum(_field_size(_INITIALIZER, size) for size in sizes)
-    with path.open("wb") as stream:
-        stream.write(proto.SerializeToString(deterministic=True))
-        _open_field(stream, _GRAPH, total)
-        stream.write(graph)
-        for value, head, size in zip(large, heads, sizes, strict=True):
-            _open_field(stream, _INITIALIZER, size)
-            stream.write(head)
-            _open_field(stream, _RAW_DATA, _bytes_of(value))
-            stream.write(_array(value).data)
+    start = proto.SerializeToString(deterministic=True)
+    total, heads = _layout(len(start), len(graph), large)
+    with path.open("wb") as stream, _Hashed(stream) as hashed:
+        hashed.write(start + _opened(_GRAPH, total) + graph)
+        for value, head in zip(large, heads, strict=True):
+            hashed.write(head)
+            hashed.write(_array(value).data)
+    return hashed.digest
+
+
+class _Hashed:
+    """Writes to a stream, and hashes beside that what it writes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._hasher = stream, hashlib.sha256()
+        self._pool, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Data must stay as it is until the block ends."""
+        self._waiting.append(self._pool.submit(self._hasher.update, data))
+        self._stream.write(data)
+        if len(self._waiting) > 2:  # some are copies, which should not pile up
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> _Hashed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def digest(self) -> Digest:
+        """Of all that was written."""
+        return "sha256:" + self._hasher.hexdigest()
+
+
+def _layout(start: int, graph: int, large: list[ir.Value]) -> tuple[int, list[bytes]]:
+    """Size of the graph's field, and what stands before the bytes of each large initialiser.
+
+    Args:
+        start: Bytes before the graph's field.
+        graph: Bytes of the graph without large initialisers.
+        large: Those.
+    """
+    total = graph + sum(_bytes_of(value) for value in large)
+    while True:
+        position = start + len(_opened(_GRAPH, total)) + graph
+        heads, first = [], position
+        for value in large:
+            heads.append(_aligned_head(value, position))
+            position += len(heads[-1]) + _bytes_of(value)
+        if len(varint(total)) >= len(varint(graph + position - first)):
+            break
+        total = graph + position - first
+    return graph + position - first, heads
+
+
+def _aligned_head(value: ir.Value, position: int) -> bytes:
+    """An initialiser's field at a position of the file up to where its bytes begin, which an idle text pushes along."""
+    size, head = _bytes_of(value), _head(value)
+    for room in range(2 * ALIGNMENT):
+        text = _opened(_DOC_STRING, room) + b" " * room if room else b""
+        full = head + text + _opened(_RAW_DATA, size)
+        result = _opened(_INITIALIZER, len(full) + size) + full
+        if (position + len(result)) % ALIGNMENT == 0:
+            return result
+    return result
 
 
 def _frame(model: ir.Model) -> tuple[onnx.ModelProto, list[ir.Value]]:
@@ -116,10 +182,6 @@ def _bytes_of(value: ir.Value) -> int:
     return int(value.const_value.nbytes)
 
 
-def _field_size(field: int, size: int) -> int:
-    """Bytes of a length-delimited field with its content."""
-    return len(varint(field << 3 | 2)) + len(varint(size)) + size
-
-
-def _open_field(stream: BinaryIO, field: int, size: int) -> None:
-    stream.write(varint(field << 3 | 2) + varint(size))
+def _opened(field: int, size: int) -> bytes:
+    """What stands before the content of a length-delimited field."""
+    return varint(field << 3 | 2) + varint(size)

@@ -14,11 +14,13 @@ from uwm_deploy.records import (
     Evidence,
     Method,
     Proportion,
+    RiskReport,
     SafetyReport,
     Verdict,
     VerifyReport,
 )
 from uwm_deploy.report.findings import verdict_line, waiver_line
+from uwm_deploy.safeground.risk import STEPS
 
 CARD = "README.md"
 """Name that the hub shows."""
@@ -82,6 +84,7 @@ def card_of(
         _source(edit, licence),
         _how(edit, calibration, method),
         _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
+        *([_head(report.risk)] if report and report.risk and bundle else []),
         *([_decided(verdict)] if verdict else []),
         _limits(edit, report),
     ]
@@ -180,6 +183,22 @@ def _numbers(report: VerifyReport) -> str:
         lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
     if executed:
         lines += ["", *(_parity(artifact) for artifact in executed)]
+    return "\n".join(lines)
+
+
+def _head(risk: RiskReport) -> str:
+    lines = [
+        "## Safety head",
+        "",
+        "The image graph also gives `risk_logits` and `risk_level`; `encode_image(..., risk=True)` reads them. On the same "
+        "evaluation set, percent with 95% intervals:",
+        "",
+        f"- AUROC: {risk.auroc.value:.1f} ({risk.auroc.low:.1f} to {risk.auroc.high:.1f})",
+    ]
+    for step in STEPS:
+        unsafe, safe = _percent(risk.recall[step.value]), _percent(risk.benign[step.value])
+        lines.append(f"- at least {step.value}: {unsafe} of unsafe images, {safe} of safe images")
+    lines.append(f"- calibration error of the level: {risk.ece:.1f} points")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from uwm_deploy.records import (
     MethodComparison,
     OnnxArtifact,
     PrecisionPlan,
+    SafetyHead,
     ScoreRecord,
     SweepReport,
     TowerName,
@@ -58,6 +59,7 @@ class Dossier:
         verdict: None when nothing was judged yet.
         margins: None when the reference embeddings are not there.
         files: The evidence, with digests.
+        head: The safety head; None without one, and of a run folder, which does not hold it.
         sweep: When one was given.
         bench: When one was given.
         compared: When a comparison of methods was given.
@@ -76,6 +78,7 @@ class Dossier:
     engines: tuple[EngineArtifact, ...]
     files: tuple[BundleFile, ...]
     margins: Margins | None
+    head: SafetyHead | None = None
     sweep: SweepReport | None = None
     bench: BenchReport | None = None
     compared: MethodComparison | None = None
@@ -138,6 +141,7 @@ def _of_bundle(path: Path) -> Dossier:
         engines=manifest.engines,
         files=manifest.files,
         margins=_margins(bundle.read(reference), reference) if reference in listed else None,
+        head=manifest.head,
     )
 
 

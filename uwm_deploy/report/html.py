@@ -13,7 +13,7 @@ from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import InputError
 from uwm_deploy.inspection import method_line
 from uwm_deploy.records import Check, Evidence, Result, Verdict
-from uwm_deploy.report import artifacts, blocks, charts, sections
+from uwm_deploy.report import artifacts, blocks, charts, heads, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line
@@ -81,6 +81,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
     report = dossier.verify
     smaller = (
         sections.concepts(report),
+        heads.safety_head(dossier),
         sections.zero_shot(dossier),
         sections.sweep(dossier.sweep),
         compared(dossier.compared),

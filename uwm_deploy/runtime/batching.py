@@ -134,15 +134,19 @@ class Batcher:
     """Gathers rows and calls the engine from threads of its own.
 
     Args:
-        run: The engine: (n, ...) to (n, d).
+        run: The engine: (n, ...) to (n, d), or wider.
         max_batch: Largest n.
         threads: Calls that may be under way at once.
         observer: Told about every call.
         name: Of its threads.
+        width: d, where the engine gives more than the embedding; what comes after it stays as it is. 0 for all.
     """
 
-    def __init__(self, run: Run, *, max_batch: int, threads: int, observer: Observer, name: str) -> None:
+    def __init__(
+        self, run: Run, *, max_batch: int, threads: int, observer: Observer, name: str, width: int = 0
+    ) -> None:
         self._run, self._max_batch, self._observer = run, max_batch, observer
+        self._width = width or None
         self._rows: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -220,7 +224,7 @@ class Batcher:
         rows, found = np.stack([waiting.row for waiting in batch]), None
         try:
             found = self._run(rows)
-            answers = _checked(found, len(batch))
+            answers = _checked(found, len(batch), self._width)
         except BaseException as error:  # whatever it is, callers wait for an answer and this thread must live
             answers = [_as_exception(error)] * len(batch)
         # First what is counted, then the answers: who has an answer finds it counted.
@@ -235,13 +239,15 @@ class Batcher:
                 waiting.future.set_result(answer)
 
 
-def _checked(found: np.ndarray, rows: int) -> list[np.ndarray | Exception]:
-    """Each row at length 1, or that it is no embedding."""
+def _checked(found: np.ndarray, rows: int, width: int | None) -> list[np.ndarray | Exception]:
+    """Each row with its embedding at length 1, or that it is no embedding."""
     if len(found) != rows:
         raise ContractError(f"the engine gave {len(found)} rows for {rows}", fix="build the bundle again")
-    lengths = np.linalg.norm(found, axis=1)
-    usable = np.isfinite(lengths) & (lengths > 0)
-    unit = found / np.where(usable, lengths, 1)[:, None]
+    embeds, further = found[:, :width], found[:, width or found.shape[1] :]
+    lengths = np.linalg.norm(embeds, axis=1)
+    usable = np.isfinite(lengths) & (lengths > 0) & np.isfinite(further).all(axis=1)
+    unit = embeds / np.where(usable, lengths, 1)[:, None]
+    unit = unit if width is None else np.concatenate([unit, further], axis=1)
     broken = ContractError("the engine's embedding is not finite, or zero", fix="see `uwm-deploy diagnose`")
     return [row if good else broken for row, good in zip(unit, usable, strict=True)]
 

@@ -11,8 +11,19 @@ from pathlib import Path
 
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
-from uwm_deploy.records import Digest, EngineArtifact, Manifest, Result, Target, TowerName, Verdict
+from uwm_deploy.records import (
+    RISK_OUTPUTS,
+    Digest,
+    EngineArtifact,
+    Manifest,
+    OnnxArtifact,
+    Result,
+    Target,
+    TowerName,
+    Verdict,
+)
 from uwm_deploy.runtime.external_data import check_external_data
+from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
 from uwm_deploy.runtime.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
@@ -42,7 +53,7 @@ class Bundle:
         listed = {file.path: file for file in self.manifest.files}
         if name not in listed:
             raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
-        data = _read_plain(self.path, name)
+        data = read_plain(self.path, name)
         if digest_of_bytes(data) != listed[name].digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
         if name in self._graphs():
@@ -99,7 +110,7 @@ def open_bundle(
         if any(os.path.lexists(folder / name) for name in (SIGNATURE, *_REPORTS)):
             raise IntegrityError(f"{MANIFEST} is missing", fix=_RESTORE)
         raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
-    text = _read_plain(folder, MANIFEST)
+    text = read_plain(folder, MANIFEST)
     signed = _signed(folder, text, public_key) if public_key is not None else None
     manifest = record_from_json(Manifest, text, where=MANIFEST)
     if json_from_record(manifest).encode() != text:
@@ -125,8 +136,12 @@ def open_bundle(
     return bundle
 
 
-def _read_plain(folder: Path, name: str) -> bytes:
-    """Content of a file that is neither a link nor one of several names of the same file."""
+def read_plain(folder: Path, name: str) -> bytes:
+    """Content of a file that is neither a link nor one of several names of the same file.
+
+    Raises:
+        IntegrityError: If it is, or cannot be read.
+    """
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
@@ -150,7 +165,7 @@ def _signed(folder: Path, manifest: bytes, public_key: PublicKey) -> dict[str, D
     """What the signature vouches for; the manifest, which everything else follows from, is as it was signed."""
     if not os.path.lexists(folder / SIGNATURE):
         raise IntegrityError(f"{SIGNATURE} is missing: the bundle is not signed", fix="sign it with `uwm-deploy sign`")
-    signed = signed_digests(_read_plain(folder, SIGNATURE), public_key)
+    signed = signed_digests(read_plain(folder, SIGNATURE), public_key)
     if signed.get(MANIFEST) != digest_of_bytes(manifest):
         raise IntegrityError(f"{MANIFEST} is not the one that was signed", fix=_RESTORE)
     return signed
@@ -223,10 +238,33 @@ def _check_chain(manifest: Manifest) -> None:
             raise IntegrityError(f"{name} is not the engine its record describes", fix=_RESTORE)
         if manifest.verdict.judged.get(engine.variant, {}).get(engine.tower.value) != engine.digest:
             raise EvidenceError(f"the verdict is about another engine than {name}", fix=_RESTORE)
+    _check_head(manifest, digests)
     if digests.get("tokenizer.json") != manifest.model.text.tokenizer_digest:
         raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
     if digests.get("recipe.toml") != manifest.recipe_digest:
         raise IntegrityError("recipe.toml is not the recipe of this bundle", fix=_RESTORE)
+
+
+def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
+    """The safety head that is served is the one that was judged, and was trained on these very weights."""
+    head = manifest.head
+    wanted = digest_of_head(head) if head is not None else ""
+    made: list[OnnxArtifact | EngineArtifact] = [*manifest.onnx, *manifest.converted, *manifest.engines]
+    for item in made:
+        of_image = item.tower is TowerName.IMAGE
+        names = {spec.name for spec in item.outputs}
+        if item.head_digest != (wanted if of_image else "") or (set(RISK_OUTPUTS) <= names) != bool(item.head_digest):
+            raise IntegrityError(f"{item.file} holds another safety head than the manifest's", fix=_RESTORE)
+    if manifest.verdict.head_digest != wanted:
+        raise EvidenceError("the verdict is about another safety head", fix=_RESTORE)
+    if head is None:
+        return
+    check_head(head)
+    if head.edited_weights_digest != manifest.edit.edited_weights_digest:
+        raise IntegrityError("the safety head was trained on other weights", fix=_RESTORE)
+    for name, digest in ((WEIGHTS, head.weights_digest), (TEXTS, head.texts_digest)):
+        if digests.get(f"{PLACE}/{name}") != digest:
+            raise IntegrityError(f"{PLACE}/{name} is not of the manifest's safety head", fix=_RESTORE)
 
 
 def _check_reports(bundle: Bundle) -> None:

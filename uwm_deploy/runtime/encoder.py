@@ -8,23 +8,28 @@ import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from uwm_deploy.errors import DataError, IntegrityError, UwmError
-from uwm_deploy.records import TowerName
-from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, open_bundle
+from uwm_deploy.codec import json_from_record
+from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
+from uwm_deploy.records import Digest, TowerName
+from uwm_deploy.runtime.bundle import Bundle, engine_path, open_bundle
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
+from uwm_deploy.runtime.head import PLACE, TEXTS, texts_from
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import Metrics
 from uwm_deploy.runtime.results import Embeddings, Kind, joined
+from uwm_deploy.runtime.risk import SafetyPolicy, risks_from, run_with_risk
 from uwm_deploy.runtime.selection import Candidate, Selection, candidates, take
 from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import Answer, Prepare, Serving, TowerService
@@ -34,7 +39,7 @@ from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
 from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT, Canaries
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.workspace import digest_of_bytes
 
 OnError = Literal["keep", "raise"]
 """A broken item among several: its row says so (`Embeddings.errors`), or the call fails and names it."""
@@ -63,7 +68,7 @@ class SafeEncoder:
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
         self._means: dict[TowerName, np.ndarray | None] = {}
-        self._canaries = canaries_of(bundle)
+        self._canaries, self._head = canaries_of(bundle), bundle.manifest.head
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")
         self._watches = {
             tower: TowerWatch(tower, self._metrics, DriftMonitor(self.manifest.model.embed_dim)) for tower in sessions
@@ -76,6 +81,7 @@ class SafeEncoder:
                 together=1 if tower is TowerName.IMAGE else session.max_batch,
                 serving=serving,
                 watch=self._watches[tower],
+                **self._with_head(tower, session),
             )
             for tower, session in sessions.items()
         }
@@ -137,8 +143,18 @@ class SafeEncoder:
         """Why this variant runs, and why each other one does not."""
         return str(self.selection)
 
+    @property
+    def digest(self) -> Digest:
+        """Digest of the manifest, which names the bundle: everything else follows from it."""
+        return digest_of_bytes(json_from_record(self.manifest).encode())
+
     def encode_image(
-        self, images: ImageLike | Iterable[ImageLike], *, dtype: Kind = "float32", on_error: OnError = "keep"
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        dtype: Kind = "float32",
+        on_error: OnError = "keep",
+        risk: bool = False,
     ) -> Embeddings:
         """Embeds images.
 
@@ -147,6 +163,7 @@ class SafeEncoder:
                 which is read no faster than it is encoded; or an array (n, H, W, 3).
             dtype: Of the result.
             on_error: What becomes of the call when one of several images is broken.
+            risk: Give what the bundle's safety head says of each image, too, as `risk` of the result (docs/safety-head.md).
 
         Returns:
             (n, d) of length 1; the row of a broken image is NaN and stands in `errors`.
@@ -154,20 +171,28 @@ class SafeEncoder:
         Raises:
             DataError: If an image is broken and it is the only one, or `on_error` is "raise"; its position is named.
             BusyError: If there was no place in the queue for too long.
+            InputError: If risks are asked for and the bundle has no safety head.
         """
+        self._check_head(risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = self._services[TowerName.IMAGE].encode(items, self._pixels)
-        return self._result(answers, "image", dtype, "raise" if single else on_error)
+        return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     async def aencode_image(
-        self, images: ImageLike | Iterable[ImageLike], *, dtype: Kind = "float32", on_error: OnError = "keep"
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        dtype: Kind = "float32",
+        on_error: OnError = "keep",
+        risk: bool = False,
     ) -> Embeddings:
         """The same from an event loop, which stays free; images of all callers share batches."""
+        self._check_head(risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = await self._services[TowerName.IMAGE].aencode(items, self._pixels)
-        return self._result(answers, "image", dtype, "raise" if single else on_error)
+        return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     def encode_text(
         self,
@@ -211,6 +236,24 @@ class SafeEncoder:
         items = [texts] if isinstance(texts, str) else texts
         answers = await self._services[TowerName.TEXT].aencode(items, self._ids(special_tokens))
         return self._result(answers, "text", dtype, "raise" if single else on_error)
+
+    def safety_policy(
+        self, *, texts: Sequence[str] | None = None, thresholds: Mapping[str, float] | None = None
+    ) -> SafetyPolicy:
+        """What turns risks into what may be used: allow, flag, redirect to the nearest safe text, block.
+
+        Args:
+            texts: Safe texts to redirect to, instead of the bundle's.
+            thresholds: Risk level from which on each action is taken, instead of the bundle's; no evidence is about them.
+
+        Raises:
+            InputError: If the bundle has no safety head, or texts or thresholds cannot be used.
+        """
+        self._check_head(True)
+        assert self._head is not None
+        if texts is None:
+            texts = texts_from(self._bundle.read(f"{PLACE}/{TEXTS}"))
+        return SafetyPolicy(self._head, texts, partial(self.encode_text, on_error="raise"), thresholds)
 
     @staticmethod
     def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -308,7 +351,7 @@ class SafeEncoder:
         where = self._services[TowerName.IMAGE].session.where
         return {
             "bundle": self.manifest.name,
-            "manifest": digest_of_file(self._bundle.path / MANIFEST),
+            "manifest": self.digest,
             "edited_weights": self.manifest.edit.edited_weights_digest,
             "variant": taken.variant,
             "device": where.get("device", taken.device),
@@ -345,8 +388,31 @@ class SafeEncoder:
                 self._tokenizer = Tokenizer(self._tokenizer_json, self.manifest.model.text, "neutral")
             return self._tokenizer
 
-    def _result(self, answers: Sequence[Answer], what: str, dtype: Kind, on_error: OnError) -> Embeddings:
-        found = joined(answers, self.manifest.model.embed_dim, dtype)
+    def _with_head(self, tower: TowerName, session: Session) -> dict[str, Any]:
+        """What the service of the image tower is given beyond its session, where the bundle has a safety head."""
+        if tower is not TowerName.IMAGE or self._head is None:
+            return {}
+        return {"run": partial(run_with_risk, session), "width": self.manifest.model.embed_dim}
+
+    def _check_head(self, risk: bool) -> None:
+        if risk and self._head is None:
+            raise InputError(
+                "the bundle has no safety head, so risks are not known",
+                fix="build with --safety-head, or leave risk out",
+            )
+
+    def _result(
+        self, answers: Sequence[Answer], what: str, dtype: Kind, on_error: OnError, *, risk: bool = False
+    ) -> Embeddings:
+        width = self.manifest.model.embed_dim
+        found = joined([row if isinstance(row, Exception) else row[:width] for row in answers], width, dtype)
+        if risk and self._head is not None:
+            count = len(self._head.categories) + 1
+            beside = joined([row if isinstance(row, Exception) else row[width:] for row in answers], count, "float32")
+            rows = np.asarray(beside)
+            found.risk = risks_from(self._head, rows[:, :-1], rows[:, -1])
+            for decision, number in Counter(found.risk.decisions).items():
+                self._metrics.add("uwm_risk_decisions_total", number, decision=decision.value)
         if on_error == "raise" and found.errors:
             first = found.errors[0]
             if not isinstance(first.error, UwmError):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from uwm_deploy.runtime.risk import Risks
 
 Kind = Literal["float32", "float16"]
 """Element type of what is given back."""
@@ -29,26 +32,28 @@ class ItemError:
 
 
 class Embeddings(np.ndarray[Any, np.dtype[Any]]):
-    """(n, d) embeddings of length 1, an ordinary numpy array but for two attributes.
+    """(n, d) embeddings of length 1, an ordinary numpy array but for three attributes.
 
     A row that could not be made is NaN, never zeros and never left out: positions stay those of the items, NaN reaches no
     threshold, and an index that is given it complains.
 
     Attributes:
         errors: One for each such row, in order; empty in slices and copies.
+        risk: What the bundle's safety head says of each row, where it was asked for; None in slices and copies.
     """
 
     errors: tuple[ItemError, ...]
+    risk: Risks | None
 
-    def __new__(cls, rows: np.ndarray, errors: Iterable[ItemError] = ()) -> Embeddings:
+    def __new__(cls, rows: np.ndarray, errors: Iterable[ItemError] = (), risk: Risks | None = None) -> Embeddings:
         """Takes over the rows; see the class."""
         made = np.asarray(rows).view(cls)
-        made.errors = tuple(errors)
+        made.errors, made.risk = tuple(errors), risk
         return made
 
     def __array_finalize__(self, parent: object) -> None:
         # Positions of a part are others than those of the whole.
-        self.errors = ()
+        self.errors, self.risk = (), None
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         """Results of arithmetic are plain arrays: cosines are no embeddings."""

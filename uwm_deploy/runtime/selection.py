@@ -117,6 +117,24 @@ def candidates(bundle: Bundle, *, variant: str | None, device: Device, allow_uns
     return found
 
 
+def proven_variants(bundle: Bundle, target: Target, place: Place) -> list[str]:
+    """Variants for a target that the bundle's verdict and evidence prove, in the order of choice, whatever can run here."""
+    evidence = _evidence(bundle)
+    names = {engine.variant for engine in bundle.manifest.engines if engine.target is target}
+    return sorted((n for n in names if not _unproven(bundle, n, evidence)), key=lambda n: (_rank(n, place), n))
+
+
+def reason_unproven(bundle: Bundle, variant: str) -> str:
+    """Empty when the bundle's verdict and evidence prove a variant."""
+    return _unproven(bundle, variant, _evidence(bundle))
+
+
+def measured_where(bundle: Bundle, variant: str) -> Mapping[str, str]:
+    """Machine that a variant's evidence is from; empty without evidence."""
+    found = _evidence(bundle).get(variant)
+    return found.where if found else {}
+
+
 def take(found: Sequence[Candidate], attempt: Callable[[Candidate], T], *, asked: bool) -> tuple[Selection, T]:
     """Opens the first candidate that can be opened.
 
@@ -161,6 +179,7 @@ def _evidence(bundle: Bundle) -> dict[str, ArtifactEvidence]:
     """Of each variant, where what was executed; what was measured is the gate's business, and much to read."""
     where = "reports/verify.json"
     unread: dict[str, object] = {"parity": [], "safety": None, "flips": {}, "worst": [], "batches": [], "audit": {}}
+    unread |= {"risk": None, "risk_flips": None, "risk_parity": []}
     artifacts = json.loads(bundle.read(where))["artifacts"]
     found = [record_from_plain(ArtifactEvidence, {**artifact, **unread}, where=where) for artifact in artifacts]
     return {artifact.variant: artifact for artifact in found}

@@ -13,7 +13,7 @@ import numpy as np
 
 from uwm_deploy.errors import BusyError, InputError
 from uwm_deploy.records import TowerName
-from uwm_deploy.runtime.batching import HOLD, Batcher, Places, closed
+from uwm_deploy.runtime.batching import HOLD, Batcher, Places, Run, closed
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.runtime.watch import TowerWatch
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import asyncio
 
 Answer = np.ndarray | Exception
-"""Of one item: its embedding (d,), or why it has none."""
+"""Of one item: its embedding (d,), with whatever its engine gives beside it after that, or why it has none."""
 
 Prepare = Callable[[Sequence[Any]], Sequence[Answer]]
 """Some items to the engine's input rows, in order."""
@@ -65,6 +65,8 @@ class TowerService:
         together: Items that are prepared in one go.
         serving: Limits.
         watch: Counts.
+        run: What calls the engine, where it is asked for more than embeddings.
+        width: Size of an embedding, in that case.
     """
 
     def __init__(
@@ -76,15 +78,18 @@ class TowerService:
         together: int,
         serving: Serving,
         watch: TowerWatch,
+        run: Run | None = None,
+        width: int | None = None,
     ) -> None:
         batch = min(serving.max_batch or session.max_batch, session.max_batch)
         self.session, self._pool, self._watch, self._serving = session, pool, watch, serving
-        self._together = min(together, batch)
+        self._together, self._width = min(together, batch), width
         # Rows that wait for a full batch hold places: with fewer than two batches of them nobody might ever fill it.
         self._places = Places(max(serving.queue_items or 4 * batch, 2 * batch))
         self._batcher = Batcher(
-            session.run, max_batch=batch, threads=session.concurrency, observer=watch, name=tower.value
-        )
+            run or session.run, max_batch=batch, threads=session.concurrency, observer=watch, name=tower.value,
+            width=width or 0,
+        )  # fmt: skip
         self._open = True
 
     def encode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
@@ -114,7 +119,7 @@ class TowerService:
             wait(preparing)
             self._batcher.flush()
         found = [_answer(future) for future in answers]
-        self._watch.answered(found, time.monotonic() - started)
+        self._watch.answered(self._embeddings(found), time.monotonic() - started)
         return found
 
     async def aencode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
@@ -140,7 +145,7 @@ class TowerService:
                 answer.cancel()
             raise
         found = [_as_answer(one) for one in await asyncio.gather(*answers, return_exceptions=True)]
-        self._watch.answered(found, time.monotonic() - started)
+        self._watch.answered(self._embeddings(found), time.monotonic() - started)
         return found
 
     def run_rows(self, rows: np.ndarray, timeout_s: float) -> np.ndarray:
@@ -156,7 +161,12 @@ class TowerService:
             self._batcher.submit(row, future, HOLD)
         self._batcher.flush()
         until = time.monotonic() + timeout_s
-        return np.stack([future.result(max(0.0, until - time.monotonic())) for future in futures])
+        found = [future.result(max(0.0, until - time.monotonic())) for future in futures]
+        return np.stack(found)[:, : self._width]
+
+    def _embeddings(self, found: Sequence[Answer]) -> list[Answer]:
+        """Answers without what comes after the embedding."""
+        return [row if isinstance(row, Exception) else row[: self._width] for row in found]
 
     def told(self) -> None:
         """Tells the watch how full it is."""

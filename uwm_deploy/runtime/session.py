@@ -104,7 +104,7 @@ def open_engine(
         outputs=engine.outputs,
         external_data=external_data,
         device=device if made_for == "any" else made_for,
-        optimisation=_WHEN[engine.settings.get("optimisation", "")],
+        optimisation=optimisation_of(engine),
         threads=threads,
     )
 
@@ -117,6 +117,11 @@ _WHEN: Mapping[str, Optimisation] = {
     BASIC_AT_LOAD: "basic",
 }
 """What an engine's settings say to when its graph is optimised."""
+
+
+def optimisation_of(engine: EngineArtifact) -> Optimisation:
+    """When, and how far, an engine's graph is optimised."""
+    return _WHEN[engine.settings.get("optimisation", "")]
 
 
 def provider_of(engine: EngineArtifact) -> Provider:

@@ -31,6 +31,7 @@ FAMILIES = (
     ),
     Family("uwm_canary_limit", "gauge", "Largest ratio that is fine."),
     Family("uwm_selftests_total", "counter", "Self-tests, by outcome."),
+    Family("uwm_risk_decisions_total", "counter", "Images whose risk was asked for, by decision."),
     Family("uwm_drift_rows", "gauge", "Embeddings seen by the drift monitor."),
     Family("uwm_drift_shift", "gauge", "Distance of the running mean from the evidence's, in its standard deviations."),
     Family("uwm_drift_spread", "gauge", "Running standard deviation divided by the evidence's."),

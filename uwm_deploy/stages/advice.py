@@ -7,6 +7,7 @@ from uwm_deploy.records import Check, Result
 _EXACT = {
     "calibration items in the evaluation set": "take the shared items out of one set; "
     "`uwm-deploy data check CALIBRATION --against EVALUATION` names them",
+    "items of the safety head in the evaluation set": "train the head on another set, or measure on another one",
     "weights come from a checkpoint": "build without --weights random",
     "the edit changes the weights": "use another --factor than 1, a smaller --keep-mass, and a method other than none",
     "outputs are finite": "keep the layers that overflow in float32: --keep-float32 PATTERN, or use --precision bf16",
@@ -41,6 +42,11 @@ def advice_for(check: Check, model: str) -> str:
 
 
 def _of_metric(check: Check, model: str) -> str:
+    if check.subject == "edited" and check.name.startswith("risk."):
+        return (
+            "another head: `uwm-deploy train safety-head` with more pairs (--train-on), another --validation set, or other "
+            "rates (--flag, --redirect, --block)"
+        )
     if check.name.startswith("canaries"):
         return "the artifact may be of the unedited model: remove the run folder and build again"
     if check.subject == "edited":

@@ -41,11 +41,15 @@ from uwm_deploy.runtime.session import Session, open_engine, open_session, reaso
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, parity
-from uwm_deploy.stages.executed import executed
+from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.executed import RiskReference, executed
 from uwm_deploy.workspace import digest_of_bytes
 
 SINGLE_ROWS = 8
 """Rows compared one at a time."""
+
+RISKS = "evidence/risks.safetensors"
+"""What the safety head says of the evaluation set on the edited model."""
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
 Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
@@ -97,7 +101,8 @@ def attest(
     tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
     if prepared is None:
         prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
-    fresh = {variant: _evidence(bundle, variant, prepared, reference, progress) for variant in here}
+    risk = risk_reference_of(bundle)
+    fresh = {variant: _evidence(bundle, variant, prepared, reference, risk, progress) for variant in here}
     updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
     content = json_from_record(updated).encode()
     verdict = judge(updated, digest_of_bytes(content))
@@ -112,6 +117,16 @@ def reference_of(bundle: Bundle, whose: Literal["original", "edited"] = "edited"
     except SafetensorError as error:
         raise IntegrityError(f"evidence/reference.safetensors cannot be read: {error}", fix="build again") from error
     return EmbeddedSet.from_tensors(tensors, whose)
+
+
+def risk_reference_of(bundle: Bundle) -> RiskReference | None:
+    """The safety head and its outputs on the edited model; None without a head."""
+    if (head := bundle.manifest.head) is None:
+        return None
+    try:
+        return RiskReference(head, RiskSet.from_tensors(load(bundle.read(RISKS))))
+    except SafetensorError as error:
+        raise IntegrityError(f"{RISKS} cannot be read: {error}", fix="build again") from error
 
 
 def canaries_of(bundle: Bundle, tower: TowerName) -> Canaries | None:
@@ -134,7 +149,12 @@ def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
 
 
 def _evidence(
-    bundle: Bundle, variant: str, prepared: PreparedSet, reference: EmbeddedSet, progress: Progress
+    bundle: Bundle,
+    variant: str,
+    prepared: PreparedSet,
+    reference: EmbeddedSet,
+    risk: RiskReference | None,
+    progress: Progress,
 ) -> ArtifactEvidence:
     engines: Mapping[TowerName, EngineArtifact | OnnxArtifact]
     if variant == EXPORTED:
@@ -151,7 +171,7 @@ def _evidence(
 
     def measured() -> list[OutputParity]:
         found = [
-            _parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
+            stored_parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
             for tower in TowerName
             for batch in sorted({1, largest})
         ]
@@ -169,7 +189,15 @@ def _evidence(
     )
     canaries = {tower: part for tower in TowerName if (part := canaries_of(bundle, tower)) is not None}
     evidence = executed(
-        evidence, sessions, reference, prepared, canaries, measured, sizes=(optimal, largest), progress=progress
+        evidence,
+        sessions,
+        reference,
+        prepared,
+        canaries,
+        measured,
+        sizes=(optimal, largest),
+        progress=progress,
+        risk=risk,
     )
     for session in sessions.values():
         session.close()
@@ -211,7 +239,7 @@ def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
     )
 
 
-def _parity(
+def stored_parity(
     tower: TowerName, output: str, session: Session, inputs: Inputs, wanted: np.ndarray, batch: int
 ) -> OutputParity:
     """Embeddings of length 1 against the stored reference."""

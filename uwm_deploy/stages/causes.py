@@ -22,10 +22,13 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 
-STAGE_ORDER = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
+STAGE_ORDER = ("train", "load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
 
 SAME, SAME_FP32 = 0.999, 0.99999
 """Cosine from which two embeddings of one input count as the same, whatever the precision, and in float32."""
+
+HEAD_FP32 = 1e-2
+"""Largest difference of a safety head's logits up to which two heads count as the same in float32."""
 
 _OWN = {
     "the edit changes the weights": (Cause.EDIT, "edit"),
@@ -35,6 +38,7 @@ _OWN = {
     "ids as in the source library": (Cause.TOKENISATION, "load"),
     "towers as in the source library": (Cause.GRAPH, "load"),
     "calibration items in the evaluation set": (Cause.DATA, "calibrate"),
+    "items of the safety head in the evaluation set": (Cause.DATA, "train"),
     "every calibrated concept is measured": (Cause.DATA, "verify"),
     "verdict of the bundle": (Cause.EVIDENCE, "gate"),
     "required evidence": (Cause.EVIDENCE, "verify"),
@@ -62,9 +66,15 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None) -> Check:
         cause, stage = _OWN[check.name]
     elif check.subject == "data":
         cause, stage = Cause.DATA, "verify"
+    elif artifact is None and _is_about_the_head(check):
+        cause, stage = Cause.MODEL, "train"
     elif artifact is not None:
         cause, stage = cause_of(artifact), "export" if artifact.variant == EXPORTED else "compile"
     return dataclasses.replace(check, cause=cause, stage=stage)
+
+
+def _is_about_the_head(check: Check) -> bool:
+    return check.name.startswith("risk.") or "safety head" in check.name
 
 
 def cause_of(artifact: ArtifactEvidence) -> Cause:
@@ -92,6 +102,7 @@ def cause_of(artifact: ArtifactEvidence) -> Cause:
     if artifact.precision is not Precision.FP32:
         return Cause.NUMBERS  # the float32 graph it was made from has checks of its own
     off = any(part.cosine_min < SAME_FP32 or part.norm_error > 1 - SAME for part in artifact.parity)
+    off = off or any(part.max_abs > HEAD_FP32 for part in artifact.risk_parity)
     return Cause.GRAPH if off else Cause.DECISIONS
 
 

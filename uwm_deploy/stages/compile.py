@@ -109,6 +109,7 @@ def engine_from_onnx(
         runnable=runnable,
         seconds=details["seconds"],
         peak_rss_bytes=details["peak_rss_bytes"],
+        head_digest=graph.head_digest,
     )
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.achieved import achieved_precision, low_share
 from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
-from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered, refuse_zeroed
+from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered, refuse_zeroed
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
 from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
@@ -167,7 +167,7 @@ def converted(
     achieved = achieved_precision(model)
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
-    write_graph(model, folder / graph.file, external)
+    digest = write_graph(model, folder / graph.file, external)
     onnx.checker.check_model(weightless(model), full_check=True)
     fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.layers)
     if fingerprint.mismatches:
@@ -187,7 +187,7 @@ def converted(
     return dataclasses.replace(
         graph,
         external_data=external,
-        digest=digest_of_onnx(folder / graph.file, external),
+        digest=digest,
         fingerprint=fingerprint,
         conversion=Conversion(
             precision=precision,

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.datasets.embedding import Inputs, PreparedSet, embed
+from uwm_deploy.datasets.embedding import Inputs, PreparedSet, embed, risks
 from uwm_deploy.datasets.reading import Progress
-from uwm_deploy.records import ArtifactEvidence, BatchCheck, OutputParity, TowerName
+from uwm_deploy.records import RISK_OUTPUTS, ArtifactEvidence, BatchCheck, OutputParity, SafetyHead, TowerName
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import anisotropy_change
+from uwm_deploy.safeground.risk import RiskSet, decision_flips, risk_report
 
 Sessions = Mapping[TowerName, Session]
+
+
+@dataclass(frozen=True, slots=True)
+class RiskReference:
+    """What every artifact's risks are compared with.
+
+    Attributes:
+        head: Its thresholds decide.
+        found: The evaluation set on the edited model in PyTorch.
+    """
+
+    head: SafetyHead
+    found: RiskSet
+
 
 ROWS = 8
 """Rows that are looked for again in larger batches."""
@@ -31,6 +47,7 @@ def executed(
     *,
     sizes: Iterable[int],
     progress: Progress,
+    risk: RiskReference | None = None,
 ) -> ArtifactEvidence:
     """Executes an artifact: single rows and batches, parity, canaries, then the whole evaluation set.
 
@@ -46,6 +63,7 @@ def executed(
         measure: Parity of every output.
         sizes: Rows per call, the largest last.
         progress: Called as it goes on.
+        risk: The safety head, and what it says on the edited model; None without one.
     """
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
     sizes = sorted({1, *sizes})
@@ -58,9 +76,11 @@ def executed(
         if width != wanted:
             text = f"the {name.value} tower gives embeddings of shape {width}, not {wanted}"
             return dataclasses.replace(evidence, broken=text)
+    measured = list(measure())
     evidence = dataclasses.replace(
         evidence,
-        parity=tuple(measure()),
+        parity=tuple(part for part in measured if part.output not in RISK_OUTPUTS),
+        risk_parity=tuple(part for part in measured if part.output in RISK_OUTPUTS),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
     )
     embedded = embed(
@@ -73,6 +93,17 @@ def executed(
     )
     if not embedded.is_finite():
         return dataclasses.replace(evidence, broken="embeddings of the evaluation set hold NaN or infinity")
+    if risk is not None:
+        label = f"risks, {evidence.variant}"
+        run = sessions[TowerName.IMAGE].run_all
+        found = risks(prepared, run, label=label, batch=sizes[-1], progress=progress)
+        if not found.is_finite():
+            return dataclasses.replace(evidence, broken="risks of the evaluation set hold NaN or infinity")
+        evidence = dataclasses.replace(
+            evidence,
+            risk=risk_report(risk.head, found),
+            risk_flips=decision_flips(risk.head, risk.found, found),
+        )
     return dataclasses.replace(
         evidence,
         anisotropy=anisotropy_change(reference, embedded),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_graph
+from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
@@ -51,6 +51,7 @@ def onnx_from_tower(
     patch: Patch,
     folder: Path,
     external_data_bytes: int = INLINE_BYTES,
+    head_digest: Digest = "",
 ) -> OnnxArtifact:
     """Exports one tower and checks what came out.
 
@@ -63,6 +64,7 @@ def onnx_from_tower(
         patch: Patch of the model.
         folder: Where ``<tower>.onnx`` goes.
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
+        head_digest: Of the safety head that the tower has; empty without one.
 
     Raises:
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
@@ -84,7 +86,7 @@ def onnx_from_tower(
     _check_graph(name, proto, set(arrays), tower, spec)
     with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
         found = pool.submit(fingerprint_of_graph, arrays, edits, patch.layers)
-        write_graph(model, folder / name, external)
+        digest = write_graph(model, folder / name, external)
         fingerprint = found.result()
     if fingerprint.mismatches:
         raise ContractError(
@@ -94,7 +96,7 @@ def onnx_from_tower(
         tower=tower.name,
         file=name,
         external_data=external,
-        digest=digest_of_onnx(folder / name, external),
+        digest=digest,
         weights_digest=weights_digest,
         opset=spec.opset,
         inputs=(_spec_of(proto.graph.input[0]),),
@@ -102,6 +104,7 @@ def onnx_from_tower(
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},
         fingerprint=fingerprint,
+        head_digest=head_digest,
     )
 
 

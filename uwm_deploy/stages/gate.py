@@ -16,11 +16,13 @@ from uwm_deploy.records import (
     Digest,
     Evidence,
     Result,
+    RiskReport,
     SafetyReport,
     Verdict,
     VerifyReport,
     WorstItem,
 )
+from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.advice import advice_for
 from uwm_deploy.stages.causes import blames, with_causes
 from uwm_deploy.stages.evidence import is_for, missing, ran_where, required, statement
@@ -30,8 +32,10 @@ from uwm_deploy.stages.measured import (
     Metrics,
     artifact_metrics,
     baseline_metrics,
+    category_metrics,
     concept_metrics,
     edit_metrics,
+    risk_metrics,
 )
 from uwm_deploy.stages.soundness import absent_concepts, sound_artifact, sound_report
 from uwm_deploy.stages.waivers import states_of, waiver_of
@@ -73,6 +77,9 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     general = [*sound_report(report), *judge.edited()]
+    if report.head_digest:
+        told = report.risk is not None
+        general.append(statement("the safety head was measured", EDITED, told, "the report has no risks; verify again"))
     if report.data and (absent := sorted(absent_concepts(report.data, report))):
         judge.notes.append(f"data: calibrated concepts that no item measures: {', '.join(absent)}")
     variants = {a.variant: judge.artifact(a) for a in report.artifacts}
@@ -103,6 +110,7 @@ def gate(
         worst=_worst(report, checks),
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
+        head_digest=report.head_digest,
     )
 
 
@@ -166,6 +174,7 @@ class _Judge:
         found = self._limits("edit", policy.edit, EDITED, edit_metrics(report))
         if rules := [(i, limit) for i, limit in enumerate(policy.concept) if limit.of != "artifact"]:
             found += self._concepts(EDITED, concept_metrics(report.original, report.edited), rules)
+        found += self._risk(EDITED, report.risk, None)
         return self._waived(
             [*found, *self._since_baseline(EDITED, report.edited, _numbered(policy.baseline, not_of="artifact"))]
         )
@@ -191,6 +200,10 @@ class _Judge:
         rules = [r for r in _numbered(policy.concept, not_of="edit") if _is_for(r[1], artifact)]
         if rules:
             found += self._concepts(name, concept_metrics(self.report.edited, safety), rules)
+        if self.report.head_digest:
+            told = artifact.risk is not None and artifact.risk_flips is not None
+            sound.append(statement("the safety head was measured", name, told, "the report has no risks; verify again"))
+        found += self._risk(name, artifact.risk, artifact)
         return [
             *sound,
             # Otherwise a precision that nobody thought of would be proven by passing nothing.
@@ -228,12 +241,14 @@ class _Judge:
             note = power_note(found.subject, found.name, metrics[limit.metric](), found.limit)
             self.notes += [note] if note else []
 
-    def _concepts(self, subject: str, metrics: dict[str, Metrics], rules: Iterable[tuple[int, Limit]]) -> list[Check]:
+    def _concepts(
+        self, subject: str, metrics: dict[str, Metrics], rules: Iterable[tuple[int, Limit]], section: str = "concept"
+    ) -> list[Check]:
         """One check per concept with enough items; a rule that no concept has enough items for is inconclusive."""
         found = []
         for number, limit in rules:
             checks = [
-                check(subject, metrics[concept], limit, rule=f"concept[{number}]", concept=concept)
+                check(subject, metrics[concept], limit, rule=f"{section}[{number}]", concept=concept)
                 for concept in metrics
             ]
             large = [c for c in checks if c.n >= limit.min_n]
@@ -242,6 +257,31 @@ class _Judge:
                 words = ", ".join(small)
                 self.notes.append(f"{subject}: {limit.metric}: concepts with fewer than {limit.min_n} items: {words}")
             found += large or checks
+        return found
+
+    def _risk(self, subject: str, risk: RiskReport | None, artifact: ArtifactEvidence | None) -> list[Check]:
+        """Limits on the safety head; none without one."""
+        if risk is None:
+            return []
+        rules = _numbered(self.policy.risk, not_of="edit" if artifact else "artifact")
+        rules = [(number, limit) for number, limit in rules if artifact is None or _is_for(limit, artifact)]
+        metrics, categories = risk_metrics(risk, artifact), category_metrics(risk)
+        found: list[Check] = []
+        if not categories:
+            text = "the evaluation set has no image of a concept that the head knows"
+            found.append(statement("categories of the safety head", subject, False, text))
+        for number, limit in rules:
+            if limit.metric.startswith("risk.category."):
+                found += self._concepts(subject, categories, [(number, limit)], section="risk")
+            elif limit.metric == "risk.benign_zero_shot_stopped" and limit.metric not in metrics:
+                self.notes.append(f"{subject}: {limit.metric}: the evaluation set has no zero-shot set")
+            else:
+                found.append(check(subject, metrics, limit, rule=f"risk[{number}]"))
+                self._note_power(found[-1], metrics, limit)
+        stops, costs = risk.recall[STOPS.value], risk.benign[STOPS.value]
+        self.notes.append(
+            f"{subject}: the safety head stops {stops.value:.1f}% of unsafe images and {costs.value:.1f}% of safe ones"
+        )
         return found
 
     def _since_baseline(self, subject: str, now: SafetyReport, rules: Iterable[tuple[int, Limit]]) -> list[Check]:

@@ -6,10 +6,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from uwm_deploy.records import ArtifactEvidence, Flips, Proportion, SafetyReport, VerifyReport
+from uwm_deploy.records import (
+    ArtifactEvidence,
+    Estimate,
+    Flips,
+    Proportion,
+    RiskReport,
+    SafetyReport,
+    VerifyReport,
+)
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
 from uwm_deploy.safeground.preference import BASIC
+from uwm_deploy.safeground.risk import STOPS
 
 _Z95 = 1.959963984540054
 
@@ -63,6 +72,44 @@ def concept_metrics(reference: SafetyReport, candidate: SafetyReport) -> dict[st
         | _flip_metrics(flips)
         for concept, flips in changes.items()
     }
+
+
+def risk_metrics(risk: RiskReport, artifact: ArtifactEvidence | None = None) -> Metrics:
+    """Of a safety head: on the edited model, or on an artifact, where decisions are compared with the edited model's."""
+    found: dict[str, Callable[[], Measured]] = {
+        "risk.auroc": _estimate(risk.auroc),
+        "risk.recall": _proportion(risk.recall[STOPS.value]),
+        "risk.benign_stopped": _proportion(risk.benign[STOPS.value]),
+        "risk.named": _proportion(risk.named),
+        "risk.ece": lambda: Measured(risk.ece, risk.auroc.n * 2),
+    }
+    if risk.benign_zero_shot:
+        found["risk.benign_zero_shot_stopped"] = _proportion(risk.benign_zero_shot[STOPS.value])
+    if artifact is not None:
+        rows = sum(part.n for part in artifact.risk_parity)
+        flips = artifact.risk_flips
+        found["risk.flips"] = _proportion(flips) if flips else lambda: Measured(float("nan"), 0)
+        found["risk.parity.max_abs"] = lambda: Measured(
+            max((part.max_abs for part in artifact.risk_parity), default=float("nan")), rows
+        )
+    return found
+
+
+def category_metrics(risk: RiskReport) -> dict[str, Metrics]:
+    """Concept to what the safety head makes of its unsafe images."""
+    return {
+        concept: {
+            "risk.category.auroc": _estimate(part.auroc),
+            "risk.category.recall": _proportion(part.recall),
+            "risk.category.named": _proportion(part.named),
+        }
+        for concept, part in risk.per_category.items()
+    }
+
+
+def _estimate(found: Estimate) -> Callable[[], Measured]:
+    spread = (found.high - found.low) / 2 / _Z95 * math.sqrt(found.n)
+    return lambda: Measured(found.value, found.n, found.low, found.high, spread)
 
 
 def baseline_metrics(accepted: SafetyReport, now: SafetyReport) -> Metrics:

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.errors import ContractError
 from uwm_deploy.mlbom import BOM, bom_of
-from uwm_deploy.records import BundleFile, Manifest, VerifyReport
+from uwm_deploy.records import BundleFile, Manifest, Result, VerifyReport
 from uwm_deploy.runtime.bundle import MANIFEST
+from uwm_deploy.runtime.signature import SIGNATURE
 from uwm_deploy.statement import STATEMENT, statement_of
 from uwm_deploy.workspace import digest_of_file, whole_folder
 
 _REPORT = "reports/verify.json"
 
+Sign = Callable[[str, Manifest], str]
+"""Content of the signature of a bundle, from the name of its folder and its whole manifest."""
 
 DERIVED = (STATEMENT, BOM)
 """Files that are made here from all others; what is handed in under these names is of an earlier bundle."""
 
 
-def bundle_from_parts(out: Path, manifest: Manifest, files: Mapping[str, Path | bytes]) -> Manifest:
+def bundle_from_parts(
+    out: Path, manifest: Manifest, files: Mapping[str, Path | bytes], *, sign: Sign | None = None
+) -> Manifest:
     """Copies the parts, adds what is derived from them and writes the manifest that lists everything.
 
     Args:
         out: Bundle folder; replaced as a whole, so a signature in it is gone.
         manifest: Everything but `files`, which is filled in here.
         files: Path inside the bundle to a source file or to content.
+        sign: Makes the signature, which is there from the first moment; not asked for a bundle that does not pass.
 
     Returns:
         The manifest as written.
@@ -47,6 +53,8 @@ def bundle_from_parts(out: Path, manifest: Manifest, files: Mapping[str, Path | 
             listed.append(_listed(folder, name))
         complete = dataclasses.replace(manifest, files=tuple(sorted(listed, key=lambda file: file.path)))
         (folder / MANIFEST).write_text(json_from_record(complete), encoding="utf-8")
+        if sign is not None and complete.verdict.result is Result.PASS:
+            (folder / SIGNATURE).write_text(sign(out.resolve().name, complete), encoding="utf-8")
     return complete
 
 

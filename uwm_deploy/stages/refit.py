@@ -26,6 +26,7 @@ from uwm_deploy.graphs.fingerprint import (
     refuse_zeroed,
 )
 from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.stored import (
     FLOAT,
     TYPES,
@@ -35,7 +36,6 @@ from uwm_deploy.graphs.stored import (
     read_tensor,
     refuse_other_scales,
     replace_tensors,
-    stored_tensors,
 )
 from uwm_deploy.records import (
     Digest,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,16 @@ Layer = tuple[TowerName, str]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One exported float32 graph."""
+    """One exported float32 graph.
+
+    Attributes:
+        float32: Layers of it alone that stay in float32 in any case, as globs; they are no part of the search.
+    """
 
     graph: OnnxArtifact
     path: Path
     ranges: Ranges | None
+    float32: tuple[str, ...] = ()
 
 
 def search(
@@ -92,7 +98,12 @@ class Search:
             TowerName.IMAGE: (prepared.safe_pixels, prepared.unsafe_pixels),
             TowerName.TEXT: (prepared.safe_ids, prepared.unsafe_ids),
         }
-        self.work = {(t, name): work for t, s in sources.items() for name, work in multiplications(s.path).items()}
+        self.work = {
+            (tower, name): work
+            for tower, source in sources.items()
+            for name, work in multiplications(source.path).items()
+            if not any(fnmatchcase(name, pattern) for pattern in source.float32)
+        }
         self.known: dict[tuple[TowerName, frozenset[str]], tuple[np.ndarray, np.ndarray]] = {}
         self.reference = self._decisions(frozenset(self.work))
         self.steps: list[PrecisionStep] = []
@@ -179,7 +190,8 @@ class Search:
     def _rows(self, tower: TowerName, kept: frozenset[str], rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of the safe and the unsafe inputs of one tower, of all or of some items."""
         source = self.sources[tower]
-        model, _ = lower(source.path, self.spec.lowest, self.patterns, kept, source.ranges)
+        patterns = (*self.patterns, *source.float32)
+        model, _ = lower(source.path, self.spec.lowest, patterns, kept, source.ranges)
         path = self.folder / f".tmp-plan-{source.path.name}"
         external = f"{path.name}.data" if source.graph.external_data else ""
         write_graph(model, path, external)

@@ -61,6 +61,7 @@ def sound_report(report: VerifyReport) -> list[Check]:
     changed = report.edited_weights_digest != report.model.weights_digest
     return [
         check_value("calibration items in the evaluation set", "data", Measured(report.calibration_overlap, n), none),
+        *([_head_apart(report)] if report.head_digest else []),
         *_data(report.data, report),
         statement(
             "weights come from a checkpoint", "model", report.model.repo != "random", "random weights are never safe"
@@ -69,6 +70,12 @@ def sound_report(report: VerifyReport) -> list[Check]:
         statement("the edit changes the weights", "edited", changed, "the edited weights are the original ones"),
         _proof(report.edit_proof),
     ]
+
+
+def _head_apart(report: VerifyReport) -> Check:
+    none = Limit(metric="", at_most=0, reason="a safety head must not be measured on what it was made from")
+    found = Measured(report.head_overlap, report.evaluation.n)
+    return check_value("items of the safety head in the evaluation set", "data", found, none)
 
 
 def sound_artifact(artifact: ArtifactEvidence, edited: SafetyReport) -> list[Check]:

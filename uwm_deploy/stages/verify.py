@@ -14,7 +14,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from uwm_deploy.datasets.embedding import Encode, Inputs, PreparedSet, embed
+from uwm_deploy.datasets.embedding import Encode, EncodeAll, Inputs, PreparedSet, embed, risks
 from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import (
@@ -30,7 +30,8 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, parity
-from uwm_deploy.stages.executed import executed
+from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.executed import RiskReference, executed
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 SINGLE_ROWS = 8
@@ -41,9 +42,6 @@ BATCH_CALLS = 2
 
 EMBED_BATCH = 16
 """Rows per forward pass of a model in PyTorch."""
-
-EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
-"""From a batch of inputs to the outputs of a graph by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +93,12 @@ def embed_model(
     return embed(prepared, *encoders, label=label, batch=EMBED_BATCH, progress=progress, ranks=ranks)
 
 
+def risks_of_model(model: LoadedModel, prepared: PreparedSet, progress: Progress) -> RiskSet:
+    """What the head of a model says of the evaluation set, in PyTorch."""
+    run = _all_outputs(model.image, normalised=False)
+    return risks(prepared, run, label="risks, edited", batch=EMBED_BATCH, progress=progress)
+
+
 def evidence_of(
     subject: Subject,
     edited: LoadedModel,
@@ -102,6 +106,7 @@ def evidence_of(
     prepared: PreparedSet,
     canaries: Mapping[TowerName, Canaries],
     progress: Progress,
+    risk: RiskReference | None = None,
 ) -> ArtifactEvidence:
     """Executes one artifact; see `executed`.
 
@@ -112,6 +117,7 @@ def evidence_of(
         prepared: The evaluation set.
         canaries: Of each edited tower.
         progress: Called as it goes on.
+        risk: The safety head and its outputs on the reference model; None without one.
     """
     if subject.sessions is None:
         return ArtifactEvidence(
@@ -143,7 +149,9 @@ def evidence_of(
         audit=dict(subject.audit()),
     )
     sizes = (subject.opt_batch, subject.max_batch)
-    return executed(evidence, sessions, reference, prepared, canaries, measured, sizes=sizes, progress=progress)
+    return executed(
+        evidence, sessions, reference, prepared, canaries, measured, sizes=sizes, progress=progress, risk=risk
+    )
 
 
 def _parity(

@@ -42,8 +42,13 @@ class _ImageGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) to (B, d), and to (B, patches, width) of the select layer without its class token."""
+        return self.with_tokens(pixel_values)[0]
+
+    def with_tokens(self, pixel_values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The same, and the tokens (B, T, width) of the select layer, which is what the language model sees."""
         output = self.vision_model(pixel_values=pixel_values, output_hidden_states=True)
-        return self.visual_projection(output.pooler_output), output.hidden_states[self.layer][:, 1:]
+        tokens = output.hidden_states[self.layer]
+        return (self.visual_projection(output.pooler_output), tokens[:, 1:]), tokens
 
 
 def from_folder(folder: Path, *, random: bool, companion: Path | None = None) -> LoadedParts:

@@ -50,6 +50,18 @@ class _ImageGraph(nn.Module):
         """(B, 3, H, W) to (B, d)."""
         return _first(self.visual(pixel_values))
 
+    def with_tokens(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to (B, d), and to the tokens (B, T, width) that its tower gives when it is asked to."""
+        if not hasattr(self.visual, "output_tokens"):
+            raise InputError("this vision tower gives no tokens, which a safety head needs", fix="use a ViT")
+        before = self.visual.output_tokens
+        self.visual.output_tokens = True
+        try:
+            embeds, tokens = self.visual(pixel_values)
+        finally:
+            self.visual.output_tokens = before
+        return embeds, tokens
+
 
 class _CustomTextGraph(nn.Module):
     """Ids to embedding, through a text tower that is a module of its own. Rows have full length."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,17 @@ class ModuleTower:
     def graph_module(self) -> nn.Module:
         """See `Tower.graph_module`."""
         return self._graph
+
+    def extended(self, graph: nn.Module, further: tuple[str, ...]) -> ModuleTower:
+        """The same tower with more outputs.
+
+        Args:
+            graph: Gives what this tower's graph gives, and after it the further outputs.
+            further: Their names.
+        """
+        other = copy.copy(self)
+        other._graph, other.output_names = graph, (*self.output_names, *further)
+        return other
 
     def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
         """See `Tower.layers`."""

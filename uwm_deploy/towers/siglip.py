@@ -32,8 +32,12 @@ class _ImageGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, d)."""
-        result: Tensor = self.vision_model(pixel_values=pixel_values).pooler_output
-        return result
+        return self.with_tokens(pixel_values)[0]
+
+    def with_tokens(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) to (B, d), and to the tokens (B, T, width) of the last layer."""
+        output = self.vision_model(pixel_values=pixel_values)
+        return output.pooler_output, output.last_hidden_state
 
 
 class _TextGraph(nn.Module):

@@ -10,6 +10,7 @@ import click
 
 from uwm_deploy.command_line import PipelineGroup, common_options
 from uwm_deploy.records import Trainer
+from uwm_deploy.training.safety_head_cli import safety_head
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +24,9 @@ def train() -> None:
       uwm-deploy train safe-clip --model demo --calibration demo --out trained
       uwm-deploy build --model trained
     """
+
+
+train.add_command(safety_head)
 
 
 def source_options(command: F) -> F:

@@ -1,0 +1,64 @@
+"""A safety head in the exported image graph of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.families import FAMILIES, model_of, reduced
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, HeadShape, LayerEdit, Profile, Target, TowerName
+from uwm_deploy.runtime.session import open_session
+from uwm_deploy.stages.export import onnx_from_tower
+from uwm_deploy.towers.safety_head import SafetyHeadModule, tokens_of, with_head
+from uwm_deploy.uwm.digests import digest_of_tensor
+from uwm_deploy.uwm.patch import LayerPatch, Patch
+
+DIGEST = "sha256:" + "1" * 64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None:
+    """Its outputs are PyTorch's at any batch, and the embedding is the one of a graph without it, bit for bit."""
+    model, recipe = model_of(family), reduced(family)
+    tower, side = model.image, model.ref.image.crop
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(0))
+    width = tokens_of(tower, pixels[:1].numpy()).shape[2]
+    torch.manual_seed(1)
+    head = SafetyHeadModule(HeadShape(features=width, width=8, tokens=3, heads=2, categories=4)).eval()
+    layers = tower.layers(recipe.edit.image.layers)
+    digests = {name: digest_of_tensor(layer.weight.detach()) for name, layer in layers.items()}
+    edits = [
+        LayerEdit(
+            tower=TowerName.IMAGE, name=name, shape=tuple(layer.weight.shape), keep_mass=1.0, factor=1.0, selected=0,
+            share=0.0, digest_before=digests[name], digest_after=digests[name],
+        )
+        for name, layer in layers.items()
+    ]  # fmt: skip
+    nothing = torch.empty(0, dtype=torch.int32)
+    patch = Patch(
+        {n: LayerPatch(indices=nothing, factor=1.0, digest_before=d, digest_after=d) for n, d in digests.items()}
+    )
+    found = []
+    for name, subject in (("plain", tower), ("headed", with_head(tower, head))):
+        (tmp_path / name).mkdir()
+        artifact = onnx_from_tower(
+            subject, pixels[:2], recipe.export, weights_digest=DIGEST, edits=edits, patch=patch, folder=tmp_path / name
+        )
+        session = open_session(
+            Target.ONNXRUNTIME, (tmp_path / name / artifact.file).read_bytes(), profile=Profile(min=1, opt=1, max=5),
+            inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
+        )  # fmt: skip
+        found.append((session.run_all(pixels.numpy()), session.run_all(pixels[:1].numpy())))
+    (plain, plain_1), (headed, headed_1) = found
+    assert list(headed) == [*plain, RISK_LOGITS, RISK_LEVEL]
+    for name in plain:
+        assert np.array_equal(plain[name], headed[name])
+        assert np.array_equal(plain_1[name], headed_1[name])
+    with torch.inference_mode():
+        *_, logits, level = with_head(tower, head).outputs(pixels)
+    np.testing.assert_allclose(headed[RISK_LOGITS], logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(headed[RISK_LEVEL], level.numpy(), atol=1e-5)
+    np.testing.assert_allclose(headed_1[RISK_LOGITS], headed[RISK_LOGITS][:1], atol=1e-4)

@@ -1,0 +1,176 @@
+"""What a safety head says of each image, and what a policy makes of it; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from uwm_deploy.errors import ContractError, InputError
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
+from uwm_deploy.runtime.results import Embeddings
+from uwm_deploy.runtime.session import Session
+from uwm_deploy.safeground.risk import ACTIONS, STEPS, categories_of, ranks_of, softmax
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """What is said of one image.
+
+    Attributes:
+        category: ``"safe"`` where it is allowed, else its most probable concept; empty for an image that cannot be read.
+        probability: Of that category.
+        level: Probability that the image is unsafe.
+        decision: What the level asks for.
+    """
+
+    category: str
+    probability: float
+    level: float
+    decision: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Risks:
+    """What is said of some images.
+
+    Attributes:
+        names: The categories.
+        probabilities: (n, categories); NaN for an image that cannot be read.
+        levels: (n,), likewise.
+        categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
+        decisions: Of each image; one that cannot be read is blocked.
+    """
+
+    names: tuple[str, ...]
+    probabilities: np.ndarray
+    levels: np.ndarray
+    categories: np.ndarray
+    decisions: tuple[Action, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.decisions)
+
+    def __getitem__(self, row: int) -> Risk:
+        """Of one image."""
+        at = int(self.categories[row])
+        known = at >= 0
+        return Risk(
+            category=self.names[at] if known else "",
+            probability=float(self.probabilities[row, at]) if known else float("nan"),
+            level=float(self.levels[row]),
+            decision=self.decisions[row],
+        )
+
+
+def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks:
+    """Decides by a head's thresholds.
+
+    Args:
+        head: Of the bundle.
+        logits: (n, categories), NaN for an image that cannot be read.
+        level: (n,) or (n, 1), likewise.
+    """
+    level = level.reshape(-1)
+    known = np.isfinite(level) & np.isfinite(logits).all(axis=1)
+    level = np.where(known, level, np.nan)
+    ranks = ranks_of(level, head.thresholds)
+    shares = np.full(logits.shape, np.nan)
+    categories = np.full(len(level), -1, dtype=np.int64)
+    if known.any():
+        shares[known] = softmax(logits[known])
+        categories[known] = categories_of(logits[known], ranks[known])
+    return Risks(head.categories, shares, level, categories, tuple(ACTIONS[rank] for rank in ranks))
+
+
+def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
+    """Embedding, risk logits and risk level of each row, side by side: (n, d + categories + 1)."""
+    found = session.run_all(batch)
+    embeds = next(iter(found.values()))
+    try:
+        return np.concatenate([embeds, found[RISK_LOGITS], found[RISK_LEVEL]], axis=1)
+    except (KeyError, ValueError) as error:
+        raise ContractError("the engine does not give the head's outputs", fix="build the bundle again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a policy gives for one image.
+
+    Attributes:
+        decision: What was decided.
+        embedding: (d,) of the image when it is allowed or flagged, of the nearest safe text when it is redirected; None
+            when it is blocked.
+        text: That text; empty otherwise.
+        risk: What it was decided by.
+    """
+
+    decision: Action
+    embedding: np.ndarray | None
+    text: str
+    risk: Risk
+
+
+class SafetyPolicy:
+    """Turns risks into what may be used; see `SafeEncoder.safety_policy`.
+
+    Args:
+        head: Of the bundle.
+        texts: Safe texts to redirect to.
+        embed: Embeds texts, (m, d) of length 1; called when an image is redirected for the first time.
+        thresholds: Of the actions, instead of the head's.
+
+    Raises:
+        InputError: If a threshold is missing or out of order, or there is no text.
+    """
+
+    def __init__(
+        self,
+        head: SafetyHead,
+        texts: Sequence[str],
+        embed: Callable[[Sequence[str]], np.ndarray],
+        thresholds: Mapping[str, float] | None = None,
+    ) -> None:
+        self.thresholds = dict(head.thresholds if thresholds is None else thresholds)
+        names = [step.value for step in STEPS]
+        limits = [self.thresholds.get(name, float("nan")) for name in names]
+        if set(self.thresholds) != set(names) or not all(a <= b for a, b in pairwise(limits)):
+            raise InputError(
+                f"thresholds {self.thresholds} are not usable", fix=f"give {', '.join(names)}, none above the next"
+            )
+        if not texts:
+            raise InputError("a policy needs a safe text to redirect to", fix="pass texts")
+        self.texts, self._embed = tuple(texts), embed
+        self._embeds: np.ndarray | None = None
+
+    def apply(self, found: Embeddings) -> list[Outcome]:
+        """What becomes of each image of ``encode_image(..., risk=True)``.
+
+        Raises:
+            InputError: If the embeddings have no risks.
+        """
+        if found.risk is None:
+            raise InputError(
+                "these embeddings have no risks", fix="call encode_image(..., risk=True); slices lose them"
+            )
+        rows, risks = np.asarray(found), found.risk
+        ranks = ranks_of(risks.levels, self.thresholds)
+        return [self._outcome(ACTIONS[int(rank)], rows[i], risks[i]) for i, rank in enumerate(ranks)]
+
+    def _outcome(self, decision: Action, row: np.ndarray, risk: Risk) -> Outcome:
+        if decision is Action.BLOCK:
+            return Outcome(decision, None, "", risk)
+        if decision is Action.REDIRECT:
+            at, embeds = self.nearest(row)
+            return Outcome(decision, embeds, self.texts[at], risk)
+        return Outcome(decision, row, "", risk)
+
+    def nearest(self, row: np.ndarray) -> tuple[int, np.ndarray]:
+        """Position and embedding of the safe text that is most alike a row (d,) of length 1."""
+        if self._embeds is None:
+            self._embeds = np.asarray(self._embed(self.texts))
+        at = int((self._embeds.astype(np.float32) @ row.astype(np.float32)).argmax())
+        return at, self._embeds[at]

@@ -1,0 +1,80 @@
+"""What `uwm-deploy save` does: the edited model of a run folder in the layout of another library, weights checked first."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from uwm_deploy.codec import record_from_json
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.pipeline import recipe_of
+from uwm_deploy.records import Digest, EditRecord
+from uwm_deploy.report.card import CARD
+from uwm_deploy.runtime.bundle import MANIFEST
+from uwm_deploy.stages.edit import MODEL, RECORD
+from uwm_deploy.stages.load import load_model
+from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
+from uwm_deploy.workspace import whole_folder
+
+_LIBRARY: dict[Layout, str] = {
+    "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
+    "diffusers-text-encoder": "diffusers",
+}  # fmt: skip
+"""Name by which the hub knows it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What was written.
+
+    Attributes:
+        out: Folder.
+        layout: Whose layout it has.
+        weights: Digest of the edited weights, which were checked before.
+    """
+
+    out: str
+    layout: Layout
+    weights: Digest
+
+
+def save_as(path: Path, layout: Layout, out: Path) -> Saved:
+    """Writes an edited model for another library, whole or not at all.
+
+    Args:
+        path: Run folder, its folder `edit`, or `edit/model`.
+        layout: Whose layout.
+        out: New folder.
+
+    Raises:
+        InputError: If there is no edited model, it cannot be had in that layout, or `out` exists.
+        IntegrityError: If the saved weights are not those that the edit made.
+    """
+    assert layout in LAYOUTS
+    folder, record = _edited_at(path)
+    if out.exists():
+        raise InputError(f"{out} exists", fix="choose another --out")
+    recipe, _ = recipe_of(str(folder))
+    model = load_model(recipe, folder=folder, device="cpu")
+    if model.ref.weights_digest != record.edited_weights_digest:
+        raise IntegrityError(f"the weights in {folder} are not those that the edit made", fix="edit again")
+    with whole_folder(out) as place:
+        write_layout(model, folder, layout, place)
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8")
+            named = re.sub(r"(?m)^library_name: .*$", f"library_name: {_LIBRARY[layout]}", card, count=1)
+            (place / CARD).write_text(named, encoding="utf-8")
+    return Saved(out=str(out), layout=layout, weights=record.edited_weights_digest)
+
+
+def _edited_at(path: Path) -> tuple[Path, EditRecord]:
+    """The saved edited model and the record of the edit."""
+    if (path / MANIFEST).is_file():
+        raise InputError(f"{path} is a bundle, which holds graphs and no model", fix="pass the run folder (.uwm/MODEL)")
+    found = next(
+        (p for p in (path / "edit", path, path.parent) if (p / RECORD).is_file() and (p / MODEL).is_dir()), None
+    )
+    if found is None:
+        raise InputError(f"{path} holds no edited model with its {RECORD}", fix="pass the run folder (.uwm/MODEL)")
+    return found / MODEL, record_from_json(EditRecord, (found / RECORD).read_bytes(), where=RECORD)
