@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import click
 from uwm_deploy import __version__
 from uwm_deploy.command_line import PipelineGroup, common_options, edit_options, method_options
 from uwm_deploy.errors import ExitCode, UwmError
+from uwm_deploy.memory import leave_at_once
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.records import Precision
 from uwm_deploy.training.cli import train
@@ -1531,8 +1533,13 @@ def _print_plain(body: Any, indent: str = "") -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script."""
-    cli.main(args=list(arguments) if arguments is not None else None, prog_name="uwm-deploy")
+    """Entry point of the console script; the process ends here."""
+    try:
+        cli.main(args=list(arguments) if arguments is not None else None, prog_name="uwm-deploy")
+    except SystemExit as ended:
+        if sys.modules.get("torch") and isinstance(ended.code, int):
+            leave_at_once(ended.code)
+        raise
 
 
 if __name__ == "__main__":

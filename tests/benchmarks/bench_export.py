@@ -49,7 +49,7 @@ OURS = """
 import json, sys
 from pathlib import Path
 from uwm_deploy.codec import json_from_record, record_from_plain
-from uwm_deploy.memory import without_collection
+from uwm_deploy.memory import leave_at_once, without_collection
 from uwm_deploy.records import LayerEdit, TowerName
 with without_collection():  # as the command line does
     from uwm_deploy.pipeline import recipe_of
@@ -67,6 +67,7 @@ patch, ours = Patch.from_file(folder / "patch.bin"), [e for e in edits if e.towe
 artifact = onnx_from_tower(tower, sample_of(tower, shape, ref.text.eos_id), recipe.export,
                            weights_digest=ref.weights_digest, edits=ours, patch=patch, folder=out)
 (out / f"{name.value}.json").write_text(json_from_record(artifact))
+leave_at_once(0)  # as the command line does
 """
 PLAIN = """
 import sys

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -145,11 +146,17 @@ def test_unknown_input_is_an_error(exported, tmp_path):
 
 @needs_rtx
 def test_graph_that_cannot_be_parsed_is_an_error(tmp_path):
-    """A broken graph fails with the parser's message."""
-    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    """An unknown operator fails with the parser's message; what is no graph at all does not reach the parser."""
+    node = onnx.helper.make_node("NoSuchOperator", ["x"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "broken", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "broken.onnx")
     spec = {"module": "tensorrt_rtx", "onnx": str(tmp_path / "broken.onnx"), "engine": str(tmp_path / "x.engine")}
     spec |= {"input": "x", "shape": [3], "profiles": [[1, 2, 4]]}
-    with pytest.raises(engine_builder.BuildFailed, match=r"\w"):
+    with pytest.raises(engine_builder.BuildFailed, match="NoSuchOperator"):
+        engine_builder.build(spec)
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(IntegrityError, match=r"broken\.onnx is not a whole ONNX file"):
         engine_builder.build(spec)
 
 

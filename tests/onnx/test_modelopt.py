@@ -147,7 +147,8 @@ def test_folding_keeps_the_values_and_the_name() -> None:
 def test_auto_is_refused(tmp_path: Path) -> None:
     """The search of auto quantises by itself, so the recipe contradicts itself; said before anything is loaded."""
     text, _ = read_toml("export", "demo")
-    (tmp_path / "own.toml").write_text(text + 'quantiser = "modelopt-max"\n', encoding="utf-8")
+    text = text.replace("[compile]\n", '[compile]\nquantiser = "modelopt-max"\n')
+    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
     asked = Request(model=str(tmp_path / "own.toml"), precisions=("int8",))
     assert resolved_recipe(asked).compile.quantiser == "modelopt-max"
     with pytest.raises(RecipeError, match="modelopt-max with precision auto"):

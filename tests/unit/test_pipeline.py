@@ -123,9 +123,13 @@ def test_scores_do_not_depend_on_workers_or_batches(built, tmp_path: Path) -> No
 def test_random_weights_never_pass(built, tmp_path: Path) -> None:
     """A dry run with random weights ends with a failing verdict, and its bundle is refused."""
     request, _ = built
+    for name, split in (("cal", "calibration"), ("eval", "test")):
+        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = 24\n'
+        (tmp_path / f"{name}.toml").write_text(text)
     dry = dataclasses.replace(
-        request, weights="random", targets=("onnxruntime",), out=tmp_path / "out", work=tmp_path / "work"
-    )
+        request, weights="random", targets=("onnxruntime",), out=tmp_path / "out", work=tmp_path / "work", workers=0,
+        calibration=str(tmp_path / "cal.toml"), evaluation=str(tmp_path / "eval.toml"),
+    )  # fmt: skip
     outcome = run(dry, until="package", reporter=Reporter(quiet=True))
     assert outcome.verdict.result is Result.FAIL
     assert outcome.verdict.proven == ()

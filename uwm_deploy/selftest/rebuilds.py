@@ -116,5 +116,5 @@ def _recipe(folder: Path, max_batch: int) -> str:
     text, _ = resources.read_toml("export", "demo")
     batch = f"batch = {{ min = 1, opt = {min(8, max_batch)}, max = {max_batch} }}"
     path = folder / "recipe.toml"
-    path.write_text(re.sub(r"(?m)^batch = .*$", batch, text), encoding="utf-8")
+    path.write_text(re.sub(r"(?m)^batch = \{.*$", batch, text), encoding="utf-8")
     return str(path)
