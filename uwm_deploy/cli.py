@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
-from uwm_deploy.command_line import PipelineGroup, common_options, edit_options, method_options
+from uwm_deploy.command_line import (
+    CALIBRATION,
+    CHECKPOINT,
+    DEVICE,
+    MODEL,
+    REVISION,
+    WORKERS,
+    ZERO_SHOT_DATA,
+    PipelineGroup,
+    common_options,
+    edit_options,
+    method_options,
+    with_options,
+)
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.memory import leave_at_once
 from uwm_deploy.ranks import ALONE, Ranks
@@ -50,16 +63,9 @@ def _batch_pairs(_: click.Context, __: click.Parameter, value: str) -> int | Non
 def pipeline_options(command: F) -> F:
     """Options shared by every command that runs a part of the pipeline."""
     options = [
-        click.option(
-            "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
-        ),
-        click.option(
-            "--checkpoint",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="Folder with the recipe's weights, instead of the hub.",
-        ),
-        click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
+        MODEL,
+        CHECKPOINT,
+        REVISION,
         click.option(
             "--original",
             default=None,
@@ -67,7 +73,7 @@ def pipeline_options(command: F) -> F:
             help="For the method trained: folder with the weights that the model was trained from. [default: what its "
             "training record or recipe names]",
         ),
-        click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
+        CALIBRATION,
         click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the recipe's]"),
         click.option(
             "--target",
@@ -140,7 +146,7 @@ def pipeline_options(command: F) -> F:
         click.option(
             "--device", default="auto", show_default=True, help="Where scoring and editing run: auto, cpu, cuda."
         ),
-        click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."),
+        WORKERS,
         click.option(
             "--batch-pairs",
             default="auto",
@@ -157,9 +163,7 @@ def pipeline_options(command: F) -> F:
             help="Of the forward passes while scoring; with bf16 masks may differ, by how much is printed.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return common_options(command)
+    return common_options(with_options(command, options))
 
 
 def min_version_option(command: F) -> F:
@@ -205,9 +209,7 @@ def signing_options(command: F) -> F:
         names = ("key", "password", "public_key", "unsigned")
         return command(*args, signing=Resigning(**{name: kwargs.pop(name) for name in names}), **kwargs)
 
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+    return with_options(wrapped, options)  # type: ignore[return-value]
 
 
 def output_options(command: F) -> F:
@@ -231,9 +233,7 @@ def output_options(command: F) -> F:
         names = ("junit", "markdown", "sarif", "gitlab", "github")
         return command(*args, outputs={name: kwargs.pop(name) for name in names}, **kwargs)
 
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped  # type: ignore[return-value]
+    return with_options(wrapped, options)  # type: ignore[return-value]
 
 
 def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bool) -> None:
@@ -415,7 +415,7 @@ def gate(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@WORKERS
 @signing_options
 @common_options
 @output_options
@@ -586,7 +586,7 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
 @click.option("--policy", default="policy", show_default=True, help="Policy: name or TOML file.")
 @click.option("--evaluation", default=None, help="Evaluation set: name or TOML file. [default: the bundle's]")
 @click.option("--device", default="auto", show_default=True, help="Of the reference: auto, cpu or cuda.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@WORKERS
 @signing_options
 @common_options
 def refit(as_json: bool, **options: Any) -> int:
@@ -690,13 +690,8 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
     help="Zero-shot sets: all, none, names apart by commas, or imagefolder:PATH::TEMPLATE; repeatable. "
     "[default: the evaluation set's]",
 )
-@click.option(
-    "--data",
-    default=None,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
-)
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@ZERO_SHOT_DATA
+@WORKERS
 @click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
 @trust_options
 @common_options
@@ -772,12 +767,7 @@ def evaluate(
 @click.option("--demo", is_flag=True, help="The same code on the demo model and its sets; nothing is published for it.")
 @click.option("--calibration", default=None, help="Set that edits are made from. [default: the table's]")
 @click.option("--evaluation", default=None, help="Set of quadruples. [default: the table's]")
-@click.option(
-    "--data",
-    default=None,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
-)
+@ZERO_SHOT_DATA
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -792,8 +782,8 @@ def evaluate(
     type=click.Path(path_type=Path),
     help="Folder for the run folders of edits. [default: .uwm/methods]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@DEVICE
+@WORKERS
 @click.option("--markdown", is_flag=True, help="The table in Markdown.")
 @common_options
 def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json: bool, **options: Any) -> int:
@@ -837,23 +827,13 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
     "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",
 )
-@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
-@click.option(
-    "--checkpoint",
-    default=None,
-    type=click.Path(path_type=Path),
-    help="Folder with the recipe's weights, instead of the hub.",
-)
-@click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
+@MODEL
+@CHECKPOINT
+@REVISION
 @click.option("--calibration", default=None, help="Set that all are made on: name or TOML. [default: the recipe's]")
 @click.option("--evaluation", default=None, help="Set that all are measured on. [default: the recipe's]")
 @click.option("--zero-shot", multiple=True, help="Zero-shot sets, as in evaluate. [default: the evaluation set's]")
-@click.option(
-    "--data",
-    default=None,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
-)
+@ZERO_SHOT_DATA
 @click.option(
     "--train-option",
     "train_options",
@@ -863,8 +843,8 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 )
 @click.option("--work", default=None, type=click.Path(path_type=Path), help="Models. [default: .uwm/MODEL/compare]")
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Tables, picture. [default: WORK/report]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@DEVICE
+@WORKERS
 @common_options
 def compare(**options: Any) -> int:
     """Every safety method on one model: made, measured on the same items, with intervals and cost (docs/compare-methods.md).
@@ -1022,15 +1002,10 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 
 
 @cli.command()
-@click.option("--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder.")
-@click.option(
-    "--checkpoint",
-    default=None,
-    type=click.Path(path_type=Path),
-    help="Folder with the recipe's weights, instead of the hub.",
-)
-@click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]")
-@click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]")
+@MODEL
+@CHECKPOINT
+@REVISION
+@CALIBRATION
 @method_options
 @click.option("--on", default=None, help="Set that every point is measured on. [default: the calibration set]")
 @click.option(
@@ -1055,8 +1030,8 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 )
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Folder. [default: .uwm/MODEL/sweep]")
 @click.option("--work", default=None, type=click.Path(path_type=Path), help="Run folder. [default: .uwm/MODEL]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@DEVICE
+@WORKERS
 @common_options
 def sweep(
     keep_masses: str,
@@ -1121,7 +1096,7 @@ def data() -> None:
 @data.command("check")
 @click.argument("name")
 @click.option("--against", multiple=True, help="Set that must share no item with it; repeatable.")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@WORKERS
 @common_options
 def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool) -> int:
     """Reads every item of the set NAME: a shipped set, a TOML file, or a manifest (.jsonl, .parquet).
@@ -1328,7 +1303,7 @@ def triton_backends(folder: Path, as_json: bool) -> int:
 @click.option(
     "--timeout", "timeout_s", default=60.0, show_default=True, type=click.FloatRange(0.1, 3600), help="Of a call, in s."
 )
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes.")
+@WORKERS
 @common_options
 def triton_check(url: str, as_json: bool, **options: Any) -> int:
     """Reads back what the server at URL serves, puts canaries and SafeGround through it, and judges it by the policy.

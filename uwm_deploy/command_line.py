@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -59,6 +60,40 @@ def common_options(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+MODEL = click.option(
+    "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
+)
+CHECKPOINT = click.option(
+    "--checkpoint",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Folder with the recipe's weights, instead of the hub.",
+)
+REVISION = click.option(
+    "--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"
+)
+CALIBRATION = click.option(
+    "--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"
+)
+ZERO_SHOT_DATA = click.option(
+    "--data",
+    default=None,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the zero-shot sets. [default: $UWM_DEPLOY_DATA/zero-shot]",
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+WORKERS = click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."
+)
+
+
+def with_options(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """A command with options, in the order in which its help lists them."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def method_options(command: F) -> F:
     """Options that say how entries are found."""
     options = [
@@ -79,9 +114,7 @@ def method_options(command: F) -> F:
             "--per-concept", is_flag=True, help="One score per concept of the calibration set, selections united."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def edit_options(command: F) -> F:
@@ -110,9 +143,7 @@ def edit_options(command: F) -> F:
             help="Multiplier of selected entries. [default: the recipe's or the method's]",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def _leave_group(*, in_order: bool) -> None:

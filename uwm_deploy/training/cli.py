@@ -8,7 +8,17 @@ from typing import Any, TypeVar
 
 import click
 
-from uwm_deploy.command_line import PipelineGroup, common_options
+from uwm_deploy.command_line import (
+    CALIBRATION,
+    CHECKPOINT,
+    DEVICE,
+    MODEL,
+    REVISION,
+    WORKERS,
+    PipelineGroup,
+    common_options,
+    with_options,
+)
 from uwm_deploy.records import Trainer
 from uwm_deploy.training.safety_head_cli import safety_head
 
@@ -32,17 +42,10 @@ train.add_command(safety_head)
 def source_options(command: F) -> F:
     """Which model, which data, where to."""
     options = [
-        click.option(
-            "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
-        ),
-        click.option(
-            "--checkpoint",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="Folder with the recipe's weights, instead of the hub.",
-        ),
-        click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
-        click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
+        MODEL,
+        CHECKPOINT,
+        REVISION,
+        CALIBRATION,
         click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the result."),
         click.option(
             "--work",
@@ -50,12 +53,10 @@ def source_options(command: F) -> F:
             type=click.Path(path_type=Path),
             help="Run folder; a run that was stopped goes on there. [default: .uwm/MODEL/train-METHOD]",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
-        click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."),
+        DEVICE,
+        WORKERS,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def settings_options(command: F) -> F:
@@ -109,9 +110,7 @@ def settings_options(command: F) -> F:
         ),
         click.option("--seed", default=None, type=click.IntRange(0), help="[default: 0]"),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 _SETTINGS = ("epochs", "batch", "rate", "rank", "alpha", "patience", "validation_share", "best", "precision", "seed")

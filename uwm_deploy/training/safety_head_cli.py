@@ -8,7 +8,17 @@ from typing import Any, TypeVar
 
 import click
 
-from uwm_deploy.command_line import common_options, edit_options
+from uwm_deploy.command_line import (
+    CALIBRATION,
+    CHECKPOINT,
+    DEVICE,
+    MODEL,
+    REVISION,
+    WORKERS,
+    common_options,
+    edit_options,
+    with_options,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,17 +26,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def build_options(command: F) -> F:
     """Which edited model the head is for: what `build` takes, too."""
     options = [
-        click.option(
-            "--model", default="demo", show_default=True, help="Recipe name, recipe file or checkpoint folder."
-        ),
-        click.option(
-            "--checkpoint",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="Folder with the recipe's weights, instead of the hub.",
-        ),
-        click.option("--revision", default=None, help="Commit of the recipe's hub repository. [default: the recipe's]"),
-        click.option("--calibration", default=None, help="Calibration set: name or TOML file. [default: the recipe's]"),
+        MODEL,
+        CHECKPOINT,
+        REVISION,
+        CALIBRATION,
         edit_options,
         click.option(
             "--work",
@@ -34,12 +37,10 @@ def build_options(command: F) -> F:
             type=click.Path(path_type=Path),
             help="Run folder, the build's own; it keeps the tokens. [default: .uwm/MODEL]",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
-        click.option("--workers", default=2, show_default=True, type=click.IntRange(0, 64), help="Decoding processes."),
+        DEVICE,
+        WORKERS,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def head_options(command: F) -> F:
@@ -83,9 +84,7 @@ def head_options(command: F) -> F:
             "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of first weights and order."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 @click.command("safety-head")
