@@ -1410,6 +1410,20 @@ class Check:
         return self.result is not Result.PASS and self.waiver is None
 
 
+def statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str = "") -> Check:
+    """A check of something that is true or not."""
+    return Check(
+        name=name,
+        subject=subject,
+        result=Result.PASS if true else Result.FAIL,
+        measured=float(true),
+        limit=1.0,
+        direction="equals",
+        detail="" if true else otherwise,
+        rule=rule,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blame:
     """A fault that failing checks point to.

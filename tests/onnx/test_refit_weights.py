@@ -18,7 +18,7 @@ from uwm_deploy.errors import ContractError, InputError, IntegrityError, Prerequ
 from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.layout import stored_tensors
+from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
 from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.records import EditRecord, ImageSpec, ModelRef, Precision, Target, TextSpec
@@ -143,6 +143,30 @@ def test_a_broken_file_is_refused(exported: Exported, tmp_path: Path, cut: int) 
     (tmp_path / "x.onnx").write_bytes((exported.folder / exported.artifact.file).read_bytes()[:cut])
     with pytest.raises(IntegrityError, match="not a whole ONNX file"):
         stored_tensors(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("written", ["by us", "by onnx", "external"])
+def test_the_parser_is_given_the_weights_of_the_file(exported: Exported, tmp_path: Path, written: str) -> None:
+    """Every large one bit for bit, at an address for its type, and a message that says all the rest."""
+    path = exported.folder / exported.artifact.file
+    whole = onnx.load(path)
+    if written != "by us":
+        path = tmp_path / "graph.onnx"
+        external = {"save_as_external_data": True, "location": "graph.onnx.data"} if written == "external" else {}
+        onnx.save(onnx.load(exported.folder / exported.artifact.file), path, **external)
+    message, weights = mapped_weights(path)
+    assert weights
+    assert not [name for name, data in weights.items() if data.tobytes() in message]
+    said = onnx.load_from_string(message)
+    wanted = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in whole.graph.initializer}
+    for name, data in weights.items():
+        assert data.tobytes() == wanted[name].tobytes(), name
+        assert data.ctypes.data % wanted[name].itemsize == 0, name
+    for tensor in said.graph.initializer:
+        assert tuple(tensor.dims) == wanted[tensor.name].shape
+        assert tensor.name in weights or np.array_equal(onnx.numpy_helper.to_array(tensor), wanted[tensor.name])
+    assert {tensor.name for tensor in said.graph.initializer} == set(wanted)
+    assert [node.output for node in said.graph.node] == [node.output for node in whole.graph.node]
 
 
 def _parsed(trt, path: Path):

@@ -239,6 +239,17 @@ def test_a_changed_repository_is_not_loaded(repository: Path, tmp_path: Path, na
         _load(copy)
 
 
+@pytest.mark.parametrize("tower", TowerName)
+def test_encoder_and_preparation_each_refuse_another_engine(repository: Path, tmp_path: Path, tower: TowerName) -> None:
+    """Neither relies on the other: a server may have a backend of its own, or keep its models apart."""
+    copy = shutil.copytree(repository, tmp_path / "models")
+    _flip(copy / ENCODERS[tower] / "1" / "model.onnx")
+    with pytest.raises(IntegrityError, match="is not the engine of the bundle"):
+        open_part(_args(copy, ENCODERS[tower])).engine_bytes(tower, "model.onnx")
+    with pytest.raises(IntegrityError):
+        open_part(_args(copy, PREPARES[tower])).check_engine_beside(tower)
+
+
 def test_a_repository_of_an_unsigned_bundle_is_not_loaded_where_a_key_is_given(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

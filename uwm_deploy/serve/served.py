@@ -10,7 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.errors import ContractError, UwmError
-from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Check, Digest, Manifest, Result, SafetyHead, TowerName
+from uwm_deploy.records import (
+    RISK_LEVEL,
+    RISK_LOGITS,
+    Check,
+    Digest,
+    Manifest,
+    Result,
+    SafetyHead,
+    TowerName,
+    statement,
+)
 from uwm_deploy.runtime.bundle import Bundle
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.selection import reason_unproven
@@ -280,19 +290,6 @@ def settled_counts(client: Client, before: Mapping[str, Counts], sent: Mapping[s
         if time.monotonic() > until or not any(check.blocks for check in count_checks(before, found, sent)):
             return found
         time.sleep(0.05)
-
-
-def statement(name: str, subject: str, true: bool, otherwise: str) -> Check:
-    """A check of something that is true or not."""
-    return Check(
-        name=name,
-        subject=subject,
-        result=Result.PASS if true else Result.FAIL,
-        measured=float(true),
-        limit=1.0,
-        direction="equals",
-        detail="" if true else otherwise,
-    )
 
 
 def _config(client: Client, model: str, version: str) -> tuple[Message | None, str]:

@@ -1,4 +1,4 @@
-"""Whether what must have been executed was, and where; statements that are true or not."""
+"""Whether what must have been executed was, and where."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from uwm_deploy.policy import EvidenceRule
-from uwm_deploy.records import ArtifactEvidence, Check, Evidence, Result, target_of
+from uwm_deploy.records import ArtifactEvidence, Check, Evidence, Result, statement, target_of
 
 NAME = "required evidence"
 """Name of every check of this kind."""
-
-
-def statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str = "") -> Check:
-    """A check of something that is true or not."""
-    return Check(
-        name=name,
-        subject=subject,
-        result=Result.PASS if true else Result.FAIL,
-        measured=float(true),
-        limit=1.0,
-        direction="equals",
-        detail="" if true else otherwise,
-        rule=rule,
-    )
 
 
 def required(name: str, artifacts: Iterable[ArtifactEvidence]) -> Check:

@@ -21,11 +21,12 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
     WorstItem,
+    statement,
 )
 from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.advice import advice_for
 from uwm_deploy.stages.causes import blames, with_causes
-from uwm_deploy.stages.evidence import is_for, missing, ran_where, required, statement
+from uwm_deploy.stages.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.limits import check, check_value, power_note
 from uwm_deploy.stages.measured import (
     Measured,

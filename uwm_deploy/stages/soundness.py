@@ -19,9 +19,10 @@ from uwm_deploy.records import (
     Result,
     SafetyReport,
     VerifyReport,
+    statement,
 )
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
-from uwm_deploy.stages.evidence import not_run, statement
+from uwm_deploy.stages.evidence import not_run
 from uwm_deploy.stages.limits import check_value
 from uwm_deploy.stages.measured import Measured
 
