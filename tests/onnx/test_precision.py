@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tests.onnx.conftest import Exported
 from uwm_deploy.datasets.embedding import PreparedSet
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
 from uwm_deploy.graphs.achieved import achieved_precision, low_share
-from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered
+from uwm_deploy.graphs.cpu_integers import fit_for_cpu, narrowed
+from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
@@ -247,9 +249,74 @@ def test_onnx_runtime_engine_of_every_precision(exported: Exported, tmp_path: Pa
     found, wanted = session.run(rows(exported, 5)), reference(exported, 5)
     assert (found * wanted).sum(1).min() > 0.98
     if precision is Precision.INT8:
-        kinds = [n.op_type for n in onnx.load(tmp_path / "engine" / engine.file).graph.node]
+        kinds = {n.op_type for n in onnx.load(tmp_path / "engine" / engine.file).graph.node}
         assert "MatMulIntegerToFloat" in kinds
+        assert "DequantizeLinear" not in kinds  # query, key and value share an input, and are multiplied in 8 bits too
+        assert engine.settings["integers"] == "unsigned activations, 7-bit weights"
         assert engine.settings["edited_layers"] == str(len(exported.case.edits))
+
+
+def test_integers_for_the_cpu_are_nearly_the_same_numbers(exported: Exported, tmp_path: Path) -> None:
+    """Zero points of activations move, weights lose a bit and no sign; a second time changes only what cannot be seen."""
+    graph = convert(exported, tmp_path, Precision.INT8)
+    before, after = onnx.load(tmp_path / graph.file), onnx.load(tmp_path / graph.file)
+    fit_for_cpu(after, tmp_path)
+    onnx.checker.check_model(after, full_check=True)
+    old, new = ({t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer} for m in (before, after))
+    zeros = {node.input[2] for node in after.graph.node if node.op_type == "QuantizeLinear"}
+    assert zeros
+    assert all((new[name].dtype, new[name]) == (np.uint8, 128) for name in zeros)
+    weights = {
+        n.input[0]: n.input[1] for n in after.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in new
+    }
+    assert len(weights) >= 12
+    for name, scale in weights.items():
+        assert np.abs(new[name]).max() == 64
+        assert np.array_equal(np.sign(new[name]), np.sign(old[name]))
+        axis = next(a.i for n in after.graph.node if name in n.input[:1] for a in n.attribute if a.name == "axis")
+        steps = [np.expand_dims(values[scale], 1 - axis) for values in (old, new)]
+        apart = np.abs(new[name] * steps[1] - old[name] * steps[0])
+        assert (apart <= 0.501 * steps[1]).all()
+    changed = zeros | set(weights) | set(weights.values())
+    assert all(np.array_equal(old[name], new[name]) for name in old if name not in changed)
+
+
+def test_no_sum_of_two_products_overflows() -> None:
+    """The largest weight there is, twice, with the largest activation; one more would be too much for 16 bits."""
+    largest = int(np.abs(narrowed(np.arange(-127, 128, dtype=np.int8))).max())
+    assert largest * 255 * 2 < 2**15 <= (largest + 1) * 255 * 2
+
+
+def test_eight_bits_give_the_same_numbers_with_and_without_their_own_kernels(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """What ONNX Runtime computes in 8 bits is what the graph says in float32, to rounding, on this processor as on any."""
+    graph = convert(exported, tmp_path, Precision.INT8)
+    model = onnx.load(tmp_path / graph.file)
+    fit_for_cpu(model, tmp_path)
+    found = []
+    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = level
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {model.graph.input[0].name: rows(exported, 64)})[0])
+    plain, kernels = found
+    assert (plain * kernels).sum(1).min() > 0.9999
+
+
+def test_engine_in_8_bits_of_a_graph_with_external_weights(exported: Exported, tmp_path: Path) -> None:
+    """Weights are found beside the graph although it was changed in memory, and beside the engine again."""
+    folder = tmp_path / "graphs"
+    graph = convert(exported, folder, Precision.INT8)
+    inside = onnx.load(folder / graph.file)
+    name = f"{graph.file}.data"
+    onnx.save(inside, folder / graph.file, save_as_external_data=True, location=name)
+    apart = dataclasses.replace(graph, external_data=name, digest=digest_of_onnx(folder / graph.file, name))
+    (tmp_path / "engine").mkdir()
+    engine = engine_from_onnx(apart, folder, Target.ONNXRUNTIME, PROFILE, exported.case.edits, tmp_path / "engine")
+    files = {n: (tmp_path / "engine" / n).read_bytes() for n in (engine.file, engine.external_data)}
+    session = open_engine(engine, files[engine.file], {engine.external_data: files[engine.external_data]}, device="cpu")
+    assert (session.run(rows(exported, 5)) * reference(exported, 5)).sum(1).min() > 0.98
 
 
 def test_onnx_runtime_has_no_bfloat16(exported: Exported, tmp_path: Path) -> None:

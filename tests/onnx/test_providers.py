@@ -111,6 +111,7 @@ def build_spec(exported: Exported, provider: Provider, compiling: bool) -> dict[
         "options": provider_options(provider, "x", [3], [PROFILE], BuilderSpec()),
         "compile": compiling,
         "tf32": False,
+        "fit_for_cpu": False,
     }
 
 

@@ -21,7 +21,10 @@ DIGEST = "sha256:" + "1" * 64
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None:
-    """Its outputs are PyTorch's at any batch, and the embedding is the one of a graph without it, bit for bit."""
+    """Its outputs are PyTorch's at any batch, and the embedding is the one of a graph without it, to rounding.
+
+    Not to the bit: without a head only the pooled token goes through the end of the last block.
+    """
     model, recipe = model_of(family), reduced(family)
     tower, side = model.image, model.ref.image.crop
     pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -55,8 +58,8 @@ def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None
     (plain, plain_1), (headed, headed_1) = found
     assert list(headed) == [*plain, RISK_LOGITS, RISK_LEVEL]
     for name in plain:
-        assert np.array_equal(plain[name], headed[name])
-        assert np.array_equal(plain_1[name], headed_1[name])
+        np.testing.assert_allclose(headed[name], plain[name], atol=1e-6)
+        np.testing.assert_allclose(headed_1[name], plain_1[name], atol=1e-6)
     with torch.inference_mode():
         *_, logits, level = with_head(tower, head).outputs(pixels)
     np.testing.assert_allclose(headed[RISK_LOGITS], logits.numpy(), atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.cpu_integers import stored_forms
 from uwm_deploy.records import Digest, Fingerprint, LayerEdit, Precision
 from uwm_deploy.workspace import digest_of_file, joined_digest
 
@@ -103,10 +104,15 @@ def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit
 def fingerprint_by_source(
     arrays: Iterable[np.ndarray], source: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]
 ) -> Fingerprint:
-    """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it."""
+    """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it.
+
+    One of 8 bits may also be there in 7, which is how the CPU multiplies it.
+    """
     held = {_identity(turned) for array in arrays if array.ndim == 2 for turned in (array, array.T)}
     wanted = list(edits)
-    found = [edit for edit in wanted if _identity(source[f"{edit.name}.weight"]) in held]
+    found = [
+        edit for edit in wanted if not held.isdisjoint(map(_identity, stored_forms(source[f"{edit.name}.weight"])))
+    ]
     mismatches = [] if wanted else [_NOTHING]
     mismatches += [f"{edit.name}: the edited weight is not in the graph" for edit in wanted if edit not in found]
     return Fingerprint(layers=len(found), entries=sum(edit.selected for edit in found), mismatches=tuple(mismatches))

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from uwm_deploy.graphs.builder_log import BuildFailed
+from uwm_deploy.graphs.cpu_integers import fit_for_cpu
 from uwm_deploy.recipe import BuilderSpec
 from uwm_deploy.records import Profile, Provider
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
@@ -23,7 +24,8 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes the graph with the optimisations applied that a provider takes.
 
     Args:
-        spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, and its ``options``.
+        spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, its ``options``, and
+            ``fit_for_cpu``: whether it is an INT8 graph for the CPU.
 
     Raises:
         PrerequisiteError: If the provider does not work here.
@@ -42,15 +44,25 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     provider: Provider = "cpu" if spec["provider"] == "any" else spec["provider"]
     add_provider(ort, options, provider, spec["options"])
     started = time.perf_counter()
+    source: str | bytes = spec["onnx"]
+    if spec["fit_for_cpu"]:
+        folder = Path(spec["onnx"]).parent
+        model = onnx.load(spec["onnx"], load_external_data=False)
+        fit_for_cpu(model, folder)
+        source = model.SerializeToString()
+        del model
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = ort.InferenceSession(spec["onnx"], options)
+        session = ort.InferenceSession(source, options)
     except Exception as error:  # its errors share no base class
         raise BuildFailed(str(error)) from error
     if (taken := session.get_providers()[0]) != NAMES[provider]:
         raise BuildFailed(f"ONNX Runtime took {taken} instead of {NAMES[provider]}")
     return {
         "versions": {"onnxruntime": ort.__version__},
-        "settings": {"optimisation": "extended"} | _recorded(spec),
+        "settings": {"optimisation": "extended"}
+        | ({"integers": "unsigned activations, 7-bit weights"} if spec["fit_for_cpu"] else {})
+        | _recorded(spec),
         "seconds": time.perf_counter() - started,
     }
 

@@ -15,6 +15,8 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewriteRuleSet, rewrite
 from onnxscript.rewriter.rules import common as rules
 
+from uwm_deploy.graphs.pooling import pool_early
+
 _RULES = RewriteRuleSet(
     [
         rules.add_0_rule,
@@ -65,6 +67,7 @@ def simplify(model: ir.Model, weights: Set[str]) -> None:
     )
     for step in steps:
         step(model)
+    pool_early(model)
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
         if name not in weights and not value.uses():

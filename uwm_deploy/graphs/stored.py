@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError, InputError
+from uwm_deploy.graphs.cpu_integers import stored_forms
 from uwm_deploy.graphs.layout import StoredTensor, stored_tensors
 from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
 
@@ -100,10 +101,10 @@ def replace_tensors(
     tensors = stored_tensors(source, external)
     found, data = {}, {}
     for layer, change in changes.items():
-        found[layer], turned = _stored_weight(source.parent, tensors, layer, change.before)
+        found[layer], form, turned = _stored_weight(source.parent, tensors, layer, change.before)
         kind = found[layer].kind
         refuse_other_scales(layer, source.name, change, kind)
-        after = in_type(change.after, kind)
+        after = stored_forms(in_type(change.after, kind))[form]
         data[layer] = np.ascontiguousarray(after.T if turned else after).tobytes()
     if len(set(found.values())) < len(found):
         raise ContractError(f"two layers share one weight in {source.name}", fix="build again")
@@ -118,24 +119,29 @@ def replace_tensors(
 
 def _stored_weight(
     folder: Path, tensors: list[StoredTensor], layer: str, weight: np.ndarray
-) -> tuple[StoredTensor, bool]:
-    """The initialiser that holds a weight, and whether it lies transposed."""
+) -> tuple[StoredTensor, int, bool]:
+    """The initialiser that holds a weight, in which of its forms, and whether it lies transposed."""
     matches = []
-    wanted: dict[int, np.ndarray] = {}
+    wanted: dict[int, tuple[np.ndarray, ...]] = {}
     for tensor in tensors:
         kind = tensor.kind
         if kind not in TYPES or sorted(tensor.shape) != sorted(weight.shape):
             continue
         if kind not in wanted:
-            wanted[kind] = in_type(weight, kind)
-        for part, turned in ((wanted[kind], False), (wanted[kind].T, True)):
+            wanted[kind] = stored_forms(in_type(weight, kind))
+        ways = [(part, form, turned) for form, array in enumerate(wanted[kind]) for part, turned in _turns(array)]
+        for part, form, turned in ways:
             if part.shape == tensor.shape and _holds(folder, tensor, part):
-                matches.append((tensor, turned))
+                matches.append((tensor, form, turned))
                 break
     if len(matches) != 1:
         count = "is not" if not matches else f"is {len(matches)} times"
         raise ContractError(f"the weight of {layer} {count} in the graph", fix="build again")
     return matches[0]
+
+
+def _turns(array: np.ndarray) -> tuple[tuple[np.ndarray, bool], ...]:
+    return (array, False), (array.T, True)
 
 
 def _holds(folder: Path, tensor: StoredTensor, array: np.ndarray) -> bool:

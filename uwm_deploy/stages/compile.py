@@ -185,6 +185,7 @@ def _onnxruntime(
         "provider": provider,
         "options": provider_options(provider, given.name, row, wanted.profiles, builder),
         "compile": closed,
+        "fit_for_cpu": on_cpu and lowered is Precision.INT8,
         "tf32": builder.tf32,
     }
     if closed:

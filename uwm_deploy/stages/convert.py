@@ -228,6 +228,8 @@ def embed_with(
 ) -> np.ndarray:
     """Embeds inputs, (b, ...) each, to (n, d) with an ONNX file in ONNX Runtime on the CPU.
 
+    Numbers in 8 bits are multiplied as float32: kernels for 8 bits overflow on some processors, see `graphs.cpu_integers`.
+
     Args:
         graph: Record with its inputs and outputs.
         path: The file.
@@ -243,7 +245,7 @@ def embed_with(
         outputs=graph.outputs,
         external_data={external: (path.parent / external).read_bytes()} if external else {},
         device="cpu",
-        optimisation="basic" if lowered is Precision.FP8 else "extended",
+        optimisation="basic" if lowered in (Precision.INT8, Precision.FP8) else "extended",
     )
     try:
         return np.concatenate([session.run(rows) for rows in parts])
