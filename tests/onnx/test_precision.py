@@ -15,7 +15,7 @@ from tests.onnx.conftest import Exported
 from uwm_deploy.datasets.embedding import PreparedSet
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
 from uwm_deploy.graphs.achieved import achieved_precision, low_share
-from uwm_deploy.graphs.cpu_integers import fit_for_cpu, narrowed
+from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu, narrowed
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import stored_tensors
@@ -249,8 +249,10 @@ def test_onnx_runtime_engine_of_every_precision(exported: Exported, tmp_path: Pa
     found, wanted = session.run(rows(exported, 5)), reference(exported, 5)
     assert (found * wanted).sum(1).min() > 0.98
     if precision is Precision.INT8:
-        kinds = {n.op_type for n in onnx.load(tmp_path / "engine" / engine.file).graph.node}
-        assert "MatMulIntegerToFloat" in kinds
+        nodes = onnx.load(tmp_path / "engine" / engine.file).graph.node
+        kinds = {n.op_type for n in nodes}
+        inputs = [len(n.input) for n in nodes if n.op_type == "MatMulIntegerToFloat"]
+        assert inputs.count(7) >= len(inputs) - 1 > 0  # the bias among them, but where a normalisation adds it
         assert "DequantizeLinear" not in kinds  # query, key and value share an input, and are multiplied in 8 bits too
         assert engine.settings["integers"] == "unsigned activations, 7-bit weights"
         assert engine.settings["edited_layers"] == str(len(exported.case.edits))
@@ -302,6 +304,35 @@ def test_eight_bits_give_the_same_numbers_with_and_without_their_own_kernels(
         found.append(session.run(None, {model.graph.input[0].name: rows(exported, 64)})[0])
     plain, kernels = found
     assert (plain * kernels).sum(1).min() > 0.9999
+
+
+def test_biases_are_added_where_nothing_else_reads_the_product() -> None:
+    """The same bits; a product that is read twice, or to which no vector is added, stays as it is."""
+    text = """
+        <ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
+        agraph (float[n,4] x) => (float[n,3] alone, float[n,3] twice, float[n,3] first, float[n,3] row)
+        <float s = {0.1}, uint8 z = {128}, int8[4,3] w = {1,-2,3,4,5,-6,7,8,9,-10,11,12}, float[3] ws = {0.5,0.25,0.125},
+         int8[3] wz = {0,0,0}, float[3] b = {1.0,2.0,3.0}, float[1,3] r = {1.0,2.0,3.0}>
+        {
+            q = QuantizeLinear (x, s, z)
+            one = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
+            alone = Add (b, one)
+            two = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
+            twice = Add (two, b)
+            first = Identity (two)
+            three = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
+            row = Add (three, r)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    x = {"x": np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    before = ort.InferenceSession(model.SerializeToString(), options).run(None, x)
+    assert add_biases(model) == 1
+    assert [n.op_type for n in model.graph.node].count("Add") == 2
+    after = ort.InferenceSession(model.SerializeToString(), options).run(None, x)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_engine_in_8_bits_of_a_graph_with_external_weights(exported: Exported, tmp_path: Path) -> None:

@@ -246,6 +246,47 @@ def slow(built, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SafeEncoder, 
         gates["image"].open.set()
 
 
+def test_more_calls_of_the_engine_are_under_way_at_once(built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked for, of 8 rows each, and every row is its image's; by default one call has all rows."""
+    request, _ = built
+    from uwm_deploy.runtime.session import OnnxRuntimeSession
+
+    run, lock, together = OnnxRuntimeSession.run, threading.Lock(), threading.Barrier(3)
+    seen: list[int] = []
+
+    def watched(session: OnnxRuntimeSession, batch: np.ndarray) -> np.ndarray:
+        with lock:
+            seen.append(len(batch))
+        if len(seen) <= 3:
+            together.wait(60)  # a third call that waits for the first two breaks it
+        return run(session, batch)
+
+    images = [_image(seed) for seed in range(24)]
+    with SafeEncoder.open(request.out, serving=Serving(selftest_rows=0)) as encoder:
+        wanted = encoder.encode_image(images)
+    monkeypatch.setattr(OnnxRuntimeSession, "run", watched)
+    with SafeEncoder.open(request.out, serving=Serving(calls=3, selftest_rows=0)) as encoder:
+        np.testing.assert_allclose(encoder.encode_image(images), wanted, atol=1e-5)
+    assert seen == [8, 8, 8]
+    with pytest.raises(InputError, match="calls is 0"):
+        Serving(calls=0)
+
+
+@pytest.mark.parametrize(
+    ("serving", "available", "threads"),
+    [
+        (Serving(), 3, 3),
+        (Serving(threads=2), 3, 2),
+        (Serving(calls=4), 16, 4),
+        (Serving(calls=4, threads=8), 16, 2),
+        (Serving(calls=4), 2, 1),
+    ],
+)
+def test_calls_share_the_threads(serving: Serving, available: int, threads: int) -> None:
+    """Each has its part, and one at least."""
+    assert serving.threads_per_call(available) == threads
+
+
 def test_who_finds_no_place_in_time_is_told(slow) -> None:
     """When the engine stands still, memory stays bounded: callers beyond the places get an error, the others their rows."""
     encoder, gate = slow

@@ -20,6 +20,9 @@ LARGEST = 64
 
 _STEP = 127 / LARGEST
 
+_WITHOUT_BIAS = 6
+"""Inputs of ONNX Runtime's MatMulIntegerToFloat: both factors, their scales and zero points; the bias is the seventh."""
+
 
 def narrowed(weight: np.ndarray) -> np.ndarray:
     """An INT8 weight, -127 to 127, rounded to 7 bits; an entry that is not 0 keeps its sign."""
@@ -41,6 +44,34 @@ def fit_for_cpu(model: onnx.ModelProto, folder: Path) -> None:
     """
     _unsign_activations(model)
     _narrow_weights(model, folder)
+
+
+def add_biases(model: onnx.ModelProto) -> int:
+    """Lets multiplications in 8 bits add their bias themselves, in place: the same numbers in one pass less over them.
+
+    Args:
+        model: As ONNX Runtime optimised it.
+
+    Returns:
+        How many do.
+    """
+    tensors, users = _tensors(model), _users(model)
+    added: list[str] = []
+    for node in model.graph.node:
+        if node.op_type != "MatMulIntegerToFloat" or len(node.input) != _WITHOUT_BIAS:
+            continue
+        readers = users.get(node.output[0], [])
+        if len(readers) != 1 or readers[0].op_type != "Add":
+            continue
+        other = [name for name in readers[0].input if name != node.output[0]]
+        if len(other) == 1 and other[0] in tensors and len(tensors[other[0]].dims) == 1:
+            node.input.append(other[0])
+            added.append(node.output[0])
+            node.output[0] = readers[0].output[0]
+    kept = [node for node in model.graph.node if node.op_type != "Add" or not set(node.input) & set(added)]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return len(added)
 
 
 def _unsign_activations(model: onnx.ModelProto) -> None:
@@ -67,16 +98,12 @@ def _unsign_activations(model: onnx.ModelProto) -> None:
 
 
 def _narrow_weights(model: onnx.ModelProto, folder: Path) -> None:
-    tensors = _tensors(model)
-    readers: dict[str, int] = {}
-    for node in model.graph.node:
-        for name in set(node.input):
-            readers[name] = readers.get(name, 0) + 1
+    tensors, users = _tensors(model), _users(model)
     for node in _from_8_bits(model):
         weight, scale = tensors.get(node.input[0]), tensors.get(node.input[1])
         if weight is None or weight.data_type != TensorProto.INT8:
             continue
-        if scale is None or readers[weight.name] > 1 or readers[scale.name] > 1:
+        if scale is None or len(users[weight.name]) > 1 or len(users[scale.name]) > 1:
             continue  # not one of ours: what else reads it expects what it was
         for tensor in (weight, scale):
             if tensor.data_location == TensorProto.EXTERNAL:
@@ -91,6 +118,14 @@ def _from_8_bits(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def _tensors(model: onnx.ModelProto) -> dict[str, TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _users(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    found: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in set(node.input):
+            found.setdefault(name, []).append(node)
+    return found
 
 
 def _put(tensor: TensorProto, array: np.ndarray) -> None:

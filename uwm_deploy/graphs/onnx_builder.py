@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from uwm_deploy.graphs.builder_log import BuildFailed
-from uwm_deploy.graphs.cpu_integers import fit_for_cpu
+from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.recipe import BuilderSpec
 from uwm_deploy.records import Profile, Provider
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
@@ -58,6 +58,10 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
         raise BuildFailed(str(error)) from error
     if (taken := session.get_providers()[0]) != NAMES[provider]:
         raise BuildFailed(f"ONNX Runtime took {taken} instead of {NAMES[provider]}")
+    if spec["fit_for_cpu"]:
+        model = onnx.load(spec["engine"], load_external_data=False)
+        add_biases(model)
+        Path(spec["engine"]).write_bytes(model.SerializeToString())
     return {
         "versions": {"onnxruntime": ort.__version__},
         "settings": {"optimisation": "extended"}

@@ -436,9 +436,7 @@ def _is_image(images: object) -> bool:
 
 def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[TowerName, Session]:
     """Both sessions, or none: what was opened is closed when the other cannot be."""
-    available = cores()
-    # 0 leaves the number to ONNX Runtime, which counts the cores of the host.
-    threads = serving.threads or (available if available != os.cpu_count() else 0)
+    threads = serving.threads_per_call(cores())
     opened: dict[TowerName, Session] = {}
     try:
         for tower, engine in bundle.engines(candidate.variant).items():

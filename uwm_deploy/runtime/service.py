@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -27,21 +28,29 @@ Prepare = Callable[[Sequence[Any]], Sequence[Answer]]
 """Some items to the engine's input rows, in order."""
 
 
+_SMALL_BATCH = 8
+"""Rows whose values stay in a core's cache while a large model works on them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """How a bundle is served.
 
     Attributes:
-        max_batch: Most rows per call of the engine; 0 takes the largest that its profile allows.
+        max_batch: Most rows per call of the engine; 0 takes the largest that its profile allows, and 8 with more `calls`.
+        calls: Calls of the engine under way at once on a CPU, each on its share of the threads. 1 answers a single call
+            soonest; as many as cores gives most answers per second.
         max_delay_ms: How long a row of an asyncio caller may wait for rows of others while the engine is idle.
-        queue_items: Items per tower that may be on their way, which bounds memory; more wait in line. 0 is four batches.
+        queue_items: Items per tower that may be on their way, which bounds memory; more wait in line. 0 is four batches, and
+            two per call at least.
         queue_timeout_s: How long a caller may wait in line; None is for ever.
         workers: Threads that decode and preprocess; 0 is one per core.
-        threads: Threads of ONNX Runtime on a CPU; 0 is one per core.
+        threads: Threads of ONNX Runtime on a CPU, of all calls together; 0 is one per core.
         selftest_rows: Canaries per tower at load; 0 leaves the self-test out, where the evidence is from the same device.
     """
 
     max_batch: int = 0
+    calls: int = 1
     max_delay_ms: float = 2.0
     queue_items: int = 0
     queue_timeout_s: float | None = None
@@ -53,6 +62,24 @@ class Serving:
         for name in ("max_batch", "max_delay_ms", "queue_items", "workers", "threads", "selftest_rows"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}", fix="pass 0 or more")
+        if self.calls < 1:
+            raise InputError(f"calls is {self.calls}", fix="pass 1 or more")
+
+    def calls_of(self, session: Session) -> int:
+        """Calls under way at once of a session."""
+        return max(session.concurrency, self.calls) if session.where.get("device") == "cpu" else session.concurrency
+
+    def threads_per_call(self, available: int) -> int:
+        """Threads of ONNX Runtime for one call, of the cores there are; 0 leaves the number to it."""
+        if self.threads or self.calls > 1:
+            return max(1, (self.threads or available) // self.calls)
+        # It counts the cores of the host.
+        return available if available != os.cpu_count() else 0
+
+    def batch_of(self, session: Session) -> int:
+        """Most rows per call of a session."""
+        wanted = self.max_batch or (_SMALL_BATCH if self.calls_of(session) > session.concurrency else session.max_batch)
+        return min(wanted, session.max_batch)
 
 
 class TowerService:
@@ -81,13 +108,14 @@ class TowerService:
         run: Run | None = None,
         width: int | None = None,
     ) -> None:
-        batch = min(serving.max_batch or session.max_batch, session.max_batch)
+        batch = serving.batch_of(session)
         self.session, self._pool, self._watch, self._serving = session, pool, watch, serving
         self._together, self._width = min(together, batch), width
         # Rows that wait for a full batch hold places: with fewer than two batches of them nobody might ever fill it.
-        self._places = Places(max(serving.queue_items or 4 * batch, 2 * batch))
+        calls = serving.calls_of(session)
+        self._places = Places(max(serving.queue_items or 4 * batch, 2 * batch * calls))
         self._batcher = Batcher(
-            run or session.run, max_batch=batch, threads=session.concurrency, observer=watch, name=tower.value,
+            run or session.run, max_batch=batch, threads=calls, observer=watch, name=tower.value,
             width=width or 0,
         )  # fmt: skip
         self._open = True
