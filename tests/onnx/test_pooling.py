@@ -16,6 +16,7 @@ from tests.families import FAMILIES, model_of, reduced
 from uwm_deploy.graphs import passes
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.passes import simplify
+from uwm_deploy.graphs.pooling import pool_early
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.records import TowerName
 from uwm_deploy.stages.export import sample_of
@@ -153,6 +154,33 @@ class Normalised(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         found = self.inner(x)
         return tuple(part * 3 for part in (found if isinstance(found, tuple) else (found,)))
+
+
+def test_choices_in_graphs_that_no_exporter_made() -> None:
+    """Two branches of one value with the same index, and a batch that does not vary with a constant of its shape."""
+    text = """
+        <ir_version: 9, opset_import: ["" : 18]>
+        agraph (float[1,3,4] x) => (float[1,4] one, float[1,4] two)
+        <float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, float[4,4] v = {4,3,2,1,8,7,6,5,3,2,1,9,7,6,5,4},
+         float[1,3,4] p = {1,2,3,4,5,6,7,8,9,10,11,12}, int64 i = {2}>
+        {
+            s = Softmax (x)
+            a = MatMul (s, w)
+            first = Gather <axis: int = 1> (a, i)
+            one = Neg (first)
+            b = Add (s, p)
+            c = MatMul (b, v)
+            second = Gather <axis: int = 1> (c, i)
+            two = Neg (second)
+        }
+    """
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    before = answers(model, x)
+    pool_early(model)
+    assert sum(node.op_type == "Gather" for node in model.graph) == 3  # of s for each, and of the constant
+    for wanted, found in zip(before, answers(model, x), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_a_choice_that_is_the_output_stays() -> None:

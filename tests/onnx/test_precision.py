@@ -283,6 +283,29 @@ def test_integers_for_the_cpu_are_nearly_the_same_numbers(exported: Exported, tm
     assert all(np.array_equal(old[name], new[name]) for name in old if name not in changed)
 
 
+def test_a_weight_that_cannot_be_narrowed_is_named(tmp_path: Path) -> None:
+    """One scale for two weights, or a weight that is read twice: what else reads them expects what they were."""
+    text = """
+        <ir_version: 9, opset_import: ["" : 17]>
+        agraph (float[n,2] x) => (float[n,2] y)
+        <int8[2,2] a = {127,-127,1,2}, int8[2,2] b = {127,3,1,2}, int8[2,2] c = {5,-128,1,127}, float[2] s = {0.5,0.25},
+         float[2] own = {0.5,0.25}, int8[2] z = {0,0}>
+        {
+            left = DequantizeLinear <axis: int = 1> (a, s, z)
+            right = DequantizeLinear <axis: int = 1> (b, s, z)
+            third = DequantizeLinear <axis: int = 1> (c, own)
+            u = MatMul (x, left)
+            v = MatMul (u, right)
+            y = MatMul (v, third)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    assert fit_for_cpu(model, tmp_path) == ["a", "b"]
+    kept = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert kept["a"].max() == kept["b"].max() == 127
+    assert (kept["c"].min(), kept["c"].max()) == (-64, 64)
+
+
 def test_no_sum_of_two_products_overflows() -> None:
     """The largest weight there is, twice, with the largest activation; one more would be too much for 16 bits."""
     largest = int(np.abs(narrowed(np.arange(-127, 128, dtype=np.int8))).max())
@@ -307,12 +330,13 @@ def test_eight_bits_give_the_same_numbers_with_and_without_their_own_kernels(
 
 
 def test_biases_are_added_where_nothing_else_reads_the_product() -> None:
-    """The same bits; a product that is read twice, or to which no vector is added, stays as it is."""
+    """The same bits; a product that is read twice or given out, or to which no vector of its width is added, stays."""
     text = """
         <ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
-        agraph (float[n,4] x) => (float[n,3] alone, float[n,3] twice, float[n,3] first, float[n,3] row)
+        agraph (float[n,4] x) => (float[n,3] alone, float[n,3] twice, float[n,3] first, float[n,3] row, float[n,3] product,
+                                 float[n,3] product_and_bias, float[n,3] one_for_all)
         <float s = {0.1}, uint8 z = {128}, int8[4,3] w = {1,-2,3,4,5,-6,7,8,9,-10,11,12}, float[3] ws = {0.5,0.25,0.125},
-         int8[3] wz = {0,0,0}, float[3] b = {1.0,2.0,3.0}, float[1,3] r = {1.0,2.0,3.0}>
+         int8[3] wz = {0,0,0}, float[3] b = {1.0,2.0,3.0}, float[1,3] r = {1.0,2.0,3.0}, float[1] o = {1.0}>
         {
             q = QuantizeLinear (x, s, z)
             one = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
@@ -322,6 +346,10 @@ def test_biases_are_added_where_nothing_else_reads_the_product() -> None:
             first = Identity (two)
             three = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
             row = Add (three, r)
+            product = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
+            product_and_bias = Add (product, b)
+            four = com.microsoft.MatMulIntegerToFloat (q, w, s, ws, z, wz)
+            one_for_all = Add (four, o)
         }
     """
     model = onnx.parser.parse_model(text)
@@ -330,7 +358,7 @@ def test_biases_are_added_where_nothing_else_reads_the_product() -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     before = ort.InferenceSession(model.SerializeToString(), options).run(None, x)
     assert add_biases(model) == 1
-    assert [n.op_type for n in model.graph.node].count("Add") == 2
+    assert [n.op_type for n in model.graph.node].count("Add") == 4
     after = ort.InferenceSession(model.SerializeToString(), options).run(None, x)
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 

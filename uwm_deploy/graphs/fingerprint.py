@@ -106,7 +106,8 @@ def fingerprint_by_source(
 ) -> Fingerprint:
     """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it.
 
-    One of 8 bits may also be there in 7, which is how the CPU multiplies it.
+    One of 8 bits may also be there in 7, which is how the CPU multiplies it. Factors near 1 may be lost in so few bits, and
+    are not seen by this; a negation never is.
     """
     held = {_identity(turned) for array in arrays if array.ndim == 2 for turned in (array, array.T)}
     wanted = list(edits)

@@ -48,7 +48,8 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["fit_for_cpu"]:
         folder = Path(spec["onnx"]).parent
         model = onnx.load(spec["onnx"], load_external_data=False)
-        fit_for_cpu(model, folder)
+        if wide := fit_for_cpu(model, folder):
+            raise BuildFailed(f"sums of {wide[0]} could overflow: it, or its scale, is read more than once")
         source = model.SerializeToString()
         del model
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

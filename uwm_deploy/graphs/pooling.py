@@ -49,7 +49,7 @@ def _chooses_a_token(node: ir.Node) -> bool:
 def _pull(graph: ir.Graph, choice: ir.Node) -> None:
     tokens = choice.inputs[0]
     assert tokens is not None
-    moved, wanted, cuts = {choice}, {tokens}, []
+    moved, wanted, cuts = {choice}, {tokens: None}, []
     for node in reversed(list(graph)):  # whatever reads a value comes before it here
         for value in node.outputs:
             if value not in wanted:
@@ -57,22 +57,21 @@ def _pull(graph: ir.Graph, choice: ir.Node) -> None:
             read = {user for user, _ in value.uses()}
             if read <= moved and not value.is_graph_output() and _works_alone(node, tokens):
                 moved.add(node)
-                wanted.update(v for v in node.inputs if v is not None and _dimensions(v) == _HAS_TOKENS)
+                wanted.update((v, None) for v in node.inputs if v is not None and _dimensions(v) == _HAS_TOKENS)
             else:
                 cuts.append(value)
     if not any(node.op_type == "MatMul" for node in moved):
         return
-    indices = _keeping_a_dimension(graph, choice)
-    for value in cuts + [value for value in graph.inputs if value in wanted]:
+    indices, before = _keeping_a_dimension(graph, choice), choice.outputs[0]
+    for value in cuts + [value for value in wanted if value.producer() is None]:
         early = ir.Node("", choice.op_type, [value, indices], choice.attributes.values())
-        chosen = _inserted(early, choice, f"{value.name}.pooled", _one_token(value))
+        chosen = _inserted(early, choice, f"{before.name}.of.{value.name}", _one_token(value))
         for user, at in list(value.uses()):
             if user in moved and user is not choice:
                 user.replace_input_with(at, chosen)
     for node in moved - {choice}:
         node.outputs[0].shape = _one_token(node.outputs[0])
-    before = choice.outputs[0]
-    result = _inserted(ir.node("Squeeze", [tokens, _axis(graph, 1)]), choice, f"{tokens.name}.only", before.shape)
+    result = _inserted(ir.node("Squeeze", [tokens, _axis(graph, 1)]), choice, f"{before.name}.pooled", before.shape)
     before.replace_all_uses_with(result)
     graph.remove(choice, safe=True)
     graph.sort()
@@ -85,16 +84,27 @@ def _keeping_a_dimension(graph: ir.Graph, choice: ir.Node) -> ir.Value:
     assert indices.shape is not None
     axis = len(indices.shape) - 1 if len(indices.shape) else 0  # (batch, 1, 2) of GatherND, (1,) of Gather
     shape = ir.Shape([*indices.shape[:axis], 1, *indices.shape[axis:]])
-    return _inserted(ir.node("Unsqueeze", [indices, _axis(graph, axis)]), choice, f"{indices.name}.kept", shape)
+    return _inserted(
+        ir.node("Unsqueeze", [indices, _axis(graph, axis)]), choice, f"{choice.outputs[0].name}.index", shape
+    )
 
 
 def _axis(graph: ir.Graph, axis: int) -> ir.Value:
+    """A constant; one that is there already is taken, for tools merge equal ones and then one of the names is gone."""
+    for found in graph.initializers.values():
+        known = found.const_value
+        if (
+            known is not None
+            and known.dtype == ir.DataType.INT64
+            and list(known.shape) == [1]
+            and known.numpy()[0] == axis
+        ):
+            return found
     name = f"pooled_axis_{axis}"
-    if name not in graph.initializers:
-        value = ir.Value(name=name, const_value=ir.tensor([axis], dtype=ir.DataType.INT64, name=name))
-        value.dtype, value.shape = ir.DataType.INT64, ir.Shape([1])
-        graph.initializers[name] = value
-    return graph.initializers[name]
+    value = ir.Value(name=name, const_value=ir.tensor([axis], dtype=ir.DataType.INT64, name=name))
+    value.dtype, value.shape = ir.DataType.INT64, ir.Shape([1])
+    graph.initializers[name] = value
+    return value
 
 
 def _inserted(node: ir.Node, choice: ir.Node, name: str, shape: ir.Shape | None) -> ir.Value:

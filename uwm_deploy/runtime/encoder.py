@@ -436,7 +436,7 @@ def _is_image(images: object) -> bool:
 
 def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[TowerName, Session]:
     """Both sessions, or none: what was opened is closed when the other cannot be."""
-    threads = serving.threads_per_call(cores())
+    threads = serving.session_threads(cores())
     opened: dict[TowerName, Session] = {}
     try:
         for tower, engine in bundle.engines(candidate.variant).items():

@@ -38,11 +38,11 @@ class Serving:
 
     Attributes:
         max_batch: Most rows per call of the engine; 0 takes the largest that its profile allows, and 8 with more `calls`.
-        calls: Calls of the engine under way at once on a CPU, each on its share of the threads. 1 answers a single call
-            soonest; as many as cores gives most answers per second.
+        calls: Calls of the engine under way at once on a CPU, which share its threads. 1 answers a single call soonest; as
+            many as cores gives most answers per second.
         max_delay_ms: How long a row of an asyncio caller may wait for rows of others while the engine is idle.
-        queue_items: Items per tower that may be on their way, which bounds memory; more wait in line. 0 is four batches, and
-            two per call at least.
+        queue_items: Items per tower that may be on their way, which bounds memory; more wait in line. 0 is four batches; two
+            batches per call is the least.
         queue_timeout_s: How long a caller may wait in line; None is for ever.
         workers: Threads that decode and preprocess; 0 is one per core.
         threads: Threads of ONNX Runtime on a CPU, of all calls together; 0 is one per core.
@@ -69,10 +69,13 @@ class Serving:
         """Calls under way at once of a session."""
         return max(session.concurrency, self.calls) if session.where.get("device") == "cpu" else session.concurrency
 
-    def threads_per_call(self, available: int) -> int:
-        """Threads of ONNX Runtime for one call, of the cores there are; 0 leaves the number to it."""
+    def session_threads(self, available: int) -> int:
+        """What ONNX Runtime is told, of the cores there are; 0 leaves the number to it.
+
+        One of its threads is the caller's own, the others are shared by all calls.
+        """
         if self.threads or self.calls > 1:
-            return max(1, (self.threads or available) // self.calls)
+            return max(1, (self.threads or available) - self.calls + 1)
         # It counts the cores of the host.
         return available if available != os.cpu_count() else 0
 
