@@ -288,8 +288,8 @@ def test_short_training_already_tells_images_apart(made: Made) -> None:
         assert all(part.output == f"{part.tower.value}_embeds" for part in artifact.parity)
 
 
-def test_embeddings_are_the_same_bits_without_the_head(made: Made, tmp_path: Path) -> None:
-    """The exported graph and the engine, at two batch sizes."""
+def test_embeddings_are_the_same_to_rounding_without_the_head(made: Made, tmp_path: Path) -> None:
+    """The exported graph and the engine, at two batch sizes; without a head only the pooled token is computed to the end."""
     plain = dataclasses.replace(made.request, safety_head=None, work=tmp_path / "work", out=tmp_path / "bundle")
     (tmp_path / "work").mkdir()
     for stage in ("score", "edit"):
@@ -307,7 +307,8 @@ def test_embeddings_are_the_same_bits_without_the_head(made: Made, tmp_path: Pat
                 optimisation="extended" if stage == "export" else "done",
             )  # fmt: skip
             found.append([session.run(pixels), session.run(pixels[:1])])
-        assert all(np.array_equal(left, right) for left, right in zip(*found, strict=True))
+        for left, right in zip(*found, strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
 
 
 _SERVE = """
