@@ -62,7 +62,7 @@ def _pull(graph: ir.Graph, choice: ir.Node) -> None:
                 cuts.append(value)
     if not any(node.op_type == "MatMul" for node in moved):
         return
-    indices, before = _keeping_a_dimension(graph, choice), choice.outputs[0]
+    indices, before = _keeping_a_dimension(choice), choice.outputs[0]
     for value in cuts + [value for value in wanted if value.producer() is None]:
         early = ir.Node("", choice.op_type, [value, indices], choice.attributes.values())
         chosen = _inserted(early, choice, f"{before.name}.of.{value.name}", _one_token(value))
@@ -71,39 +71,33 @@ def _pull(graph: ir.Graph, choice: ir.Node) -> None:
                 user.replace_input_with(at, chosen)
     for node in moved - {choice}:
         node.outputs[0].shape = _one_token(node.outputs[0])
-    result = _inserted(ir.node("Squeeze", [tokens, _axis(graph, 1)]), choice, f"{before.name}.pooled", before.shape)
+    back = ir.node("Squeeze", [tokens, _axis(1, choice, f"{before.name}.axis")])
+    result = _inserted(back, choice, f"{before.name}.pooled", before.shape)
     before.replace_all_uses_with(result)
     graph.remove(choice, safe=True)
     graph.sort()
 
 
-def _keeping_a_dimension(graph: ir.Graph, choice: ir.Node) -> ir.Value:
+def _keeping_a_dimension(choice: ir.Node) -> ir.Value:
     """Indices with which the choice gives (batch, 1, channels)."""
     indices = choice.inputs[1]
     assert indices is not None
     assert indices.shape is not None
     axis = len(indices.shape) - 1 if len(indices.shape) else 0  # (batch, 1, 2) of GatherND, (1,) of Gather
     shape = ir.Shape([*indices.shape[:axis], 1, *indices.shape[axis:]])
-    return _inserted(
-        ir.node("Unsqueeze", [indices, _axis(graph, axis)]), choice, f"{choice.outputs[0].name}.index", shape
+    name = f"{choice.outputs[0].name}.index"
+    return _inserted(ir.node("Unsqueeze", [indices, _axis(axis, choice, f"{name}.axis")]), choice, name, shape)
+
+
+def _axis(axis: int, choice: ir.Node, name: str) -> ir.Value:
+    """A constant as a node, as the exporter writes its own: tools that fold constants lose the name of an initialiser."""
+    node = ir.node(
+        "Constant", [], {"value": ir.tensor([axis], dtype=ir.DataType.INT64, name=name)}, name=f"node_{name}"
     )
-
-
-def _axis(graph: ir.Graph, axis: int) -> ir.Value:
-    """A constant; one that is there already is taken, for tools merge equal ones and then one of the names is gone."""
-    for found in graph.initializers.values():
-        known = found.const_value
-        if (
-            known is not None
-            and known.dtype == ir.DataType.INT64
-            and list(known.shape) == [1]
-            and known.numpy()[0] == axis
-        ):
-            return found
-    name = f"pooled_axis_{axis}"
-    value = ir.Value(name=name, const_value=ir.tensor([axis], dtype=ir.DataType.INT64, name=name))
-    value.dtype, value.shape = ir.DataType.INT64, ir.Shape([1])
-    graph.initializers[name] = value
+    assert choice.graph is not None
+    choice.graph.insert_before(choice, node)
+    value = node.outputs[0]
+    value.name, value.dtype, value.shape = name, ir.DataType.INT64, ir.Shape([1])
     return value
 
 
