@@ -40,6 +40,18 @@ def ids_of(name: str, captions: list[str]) -> Tensor:
     return torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text).encode(captions))
 
 
+@pytest.mark.parametrize("name", OPEN_CLIP)
+def test_random_weights_are_all_drawn(name: str) -> None:
+    """None is what the memory was: here PyTorch fills that with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = load_model(reduced(name), folder=None, weights="random", device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    unset = [n for n, parameter in model.source.named_parameters() if not torch.isfinite(parameter).all()]
+    assert not unset
+
+
 def library_of(name: str, folder: Path) -> tuple[Any, Any]:
     """The saved model and its tokenizer as the source library loads them."""
     family = recipe_of(name).model.family

@@ -145,6 +145,9 @@ def _model(config: Mapping[str, Any], name: str) -> nn.Module:
     arguments = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "custom_text"}
     torch.manual_seed(0)
     model: nn.Module = kinds[kind](**arguments).float().eval()
+    if isinstance(model, CoCa):  # open_clip leaves this one as the memory was, which may be NaN
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5, generator=torch.Generator().manual_seed(0))
     return model
 
 
