@@ -1,0 +1,92 @@
+"""What the edited model must be: every step made again from what it was made from; the record is checked beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from uwm_deploy.recipe import Recipe
+from uwm_deploy.records import AxisSetting, EditRecord, LayerScore, ScoreRecord, TrainingRecord
+from uwm_deploy.stages.edit import selected_entries
+from uwm_deploy.stages.fit import read_fit
+from uwm_deploy.stages.proof import Expected, expected_weights, with_closed_form
+from uwm_deploy.stages.strength import solved_again
+from uwm_deploy.stages.trained import expected_trained
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.patch import Patch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeFrom:
+    """What an edit was made from.
+
+    Attributes:
+        original: The source model.
+        score: Record of the scores.
+        scores: The scores; those of single concepts lie beside it.
+        fit: Folder of the sums of a closed-form step.
+        before: Gives the model as the step before the closed-form one left it; called only where there is such a step.
+        trained: Gives the trained weights, of the method `trained`; None with another one.
+        training: What is known of the training.
+    """
+
+    original: LoadedModel
+    score: ScoreRecord
+    scores: Path
+    fit: Path
+    before: Callable[[], LoadedModel]
+    trained: Callable[[], LoadedModel] | None = None
+    training: TrainingRecord | None = None
+
+
+def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> Expected:
+    """Makes an edit again.
+
+    Args:
+        recipe: What was asked for.
+        made_from: What the steps were made from.
+        edit: The record to check.
+        patch: The patch to check.
+
+    Raises:
+        IntegrityError: If scores or sums are not those of the record.
+    """
+    original, entries = made_from.original.named_parameters(), recipe.entries
+
+    def select(layer: LayerScore) -> Tensor:
+        return selected_entries(made_from.score, made_from.scores, layer, entries.of(layer.tower))
+
+    if made_from.trained is not None:
+        trained = made_from.trained().named_parameters()
+        expected = expected_trained(original, trained, edit, made_from.training)
+    else:
+        expected = expected_weights(original, made_from.score, edit, patch, entries, select)
+    problems, solved, step = list(_not_asked_for(recipe, edit)), {}, edit.closed_form
+    if step is not None and step.axis is not None:
+        fit = read_fit(made_from.fit)
+        axis = dataclasses.replace(step.axis, placement=fit.placement, fitted_on=fit.fitted_on, n_pairs=fit.n_pairs)
+        if step != dataclasses.replace(step, method=fit.method, axis=axis):
+            problems.append("the edit record tells of another fit than the one it was solved from")
+        solved = dict(solved_again(made_from.before(), step, made_from.fit))
+    expected = dataclasses.replace(expected, problems=(*problems, *expected.problems))
+    return with_closed_form(expected, solved, edit)
+
+
+def _not_asked_for(recipe: Recipe, edit: EditRecord) -> Iterator[str]:
+    """A closed-form step is solved again with the setting of its record: that must be the one that was asked for."""
+    if edit.methods != tuple(step.method for step in recipe.edit):
+        yield f"the edit record has the steps {edit.method}, where {recipe.method} was asked for"
+    spec, step = recipe.closed_form, edit.closed_form
+    wanted = spec.axis.setting if spec else None
+    found = step.axis.setting if step and step.axis else None
+    if wanted is not None and found is not None and wanted != found:
+        yield f"the edit record has another strength than was asked for: {_differences(wanted, found)}"
+
+
+def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
+    left, right = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    return ", ".join(f"{name} {right[name]:g} for {left[name]:g}" for name in left if left[name] != right[name])
