@@ -699,6 +699,13 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
     "[default: the evaluation set's]",
 )
 @ZERO_SHOT_DATA
+@click.option(
+    "--leave-out",
+    default="",
+    metavar="CONCEPTS",
+    help="Concepts, apart by commas, that edits are made without; only items of these are measured: what an unseen hazard "
+    "gets.",
+)
 @WORKERS
 @click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
 @trust_options
@@ -710,6 +717,7 @@ def evaluate(
     evaluation: str | None,
     zero_shot: tuple[str, ...],
     data: Path | None,
+    leave_out: str,
     workers: int,
     markdown: bool,
     public_key: Path | None,
@@ -723,6 +731,7 @@ def evaluate(
       uwm-deploy evaluate --model demo
       uwm-deploy evaluate --bundle dist/demo --evaluation demo-test
       uwm-deploy evaluate --compare CLIP=demo --compare UWM=demo:uwm --zero-shot shape,colour --markdown
+      uwm-deploy evaluate --compare none=demo --compare axis=demo:safety-axis --leave-out fire,smoke
     """
     from uwm_deploy import comparison
     from uwm_deploy.codec import json_from_record
@@ -737,7 +746,8 @@ def evaluate(
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
     single = str(bundle or model or "demo")
-    request, ranks = Request(workers=workers), _join_group("auto")
+    without = tuple(dict.fromkeys(part.strip() for part in leave_out.split(",") if part.strip()))
+    request, ranks = Request(workers=workers, leave_out=without), _join_group("auto")
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]

@@ -115,7 +115,12 @@ class Ground:
 
 
 def ground_of(
-    evaluation: str | None, zero_shot: Sequence[str] | None, *, data: Path | None, default: Subject
+    evaluation: str | None,
+    zero_shot: Sequence[str] | None,
+    *,
+    data: Path | None,
+    default: Subject,
+    concepts: Sequence[str] = (),
 ) -> Ground:
     """Opens the evaluation set and its zero-shot sets.
 
@@ -124,6 +129,7 @@ def ground_of(
         zero_shot: Names; None takes those the evaluation set names.
         data: Folder of the zero-shot sets; None takes `$UWM_DEPLOY_DATA/zero-shot`.
         default: The first subject.
+        concepts: Only items of these are measured; all when empty.
 
     Raises:
         InputError: If there is no such set.
@@ -141,7 +147,8 @@ def ground_of(
         demo_split=demo_split,
         limit=spec.zero_shot_limit if own else 0,
     )
-    source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+    only = tuple(concepts) or spec.concepts
+    source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
     return Ground(name=spec.name, source=source, suite=suite)
 
 
@@ -241,7 +248,8 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
 
 def _edit_request(subject: Subject, name: str) -> Request:
     """A run folder of its own, so that the user's own run of the same model stays as it is."""
-    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method}"
+    without = "".join(f"-without-{concept}" for concept in subject.request.leave_out)
+    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method}{without}"
     return dataclasses.replace(subject.request, model=subject.model, method=subject.method, work=work)
 
 
@@ -354,7 +362,9 @@ def evaluate(
             raise InputError(
                 f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own"
             )
-        ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
+        ground = ground_of(
+            evaluation, zero_shot, data=data, default=subjects[0], concepts=subjects[0].request.leave_out
+        )
         evaluator = Evaluator(ground, workers=workers, reporter=reporter, ranks=ranks)
         return [evaluator.measure(open_encoders(subject, reporter, ranks)) for subject in subjects]
 

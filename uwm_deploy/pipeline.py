@@ -147,7 +147,11 @@ _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory."""
+    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory.
+
+    Attributes:
+        leave_out: Concepts that the calibration set is to be used without.
+    """
 
     model: str = "demo"
     checkpoint: Path | None = None
@@ -155,6 +159,7 @@ class Request:
     original: Path | None = None
     calibration: str | None = None
     evaluation: str | None = None
+    leave_out: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
@@ -352,6 +357,8 @@ class _Build:
         recipe, self.recipe_text = recipe_of(request.model)
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
+        if request.leave_out:
+            self.calibration = dataclasses.replace(self.calibration, leave_out=request.leave_out)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
         check_own_pairs(self.evaluation)
         self.trained: ModelSource | None = None
