@@ -21,6 +21,7 @@ from uwm_deploy.records import (
     DataReport,
     Digest,
     Evidence,
+    Geometry,
     MadeManifest,
     PrecisionPlan,
     Proportion,
@@ -42,7 +43,9 @@ from uwm_deploy.report.findings import (
     waiver_line,
     worst_line,
 )
+from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import METRICS
+from uwm_deploy.safeground.retrieval import HARD, UNIONS
 from uwm_deploy.safeground.risk import STEPS, STOPS
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow
 _WIDTH_WITHOUT_TERMINAL = 120
 _NAMED = 10
 """Items that are named under a count; the JSON names more of them."""
+HARD_SHOWN = tuple(name for name in HARD if name.endswith("@10"))
 _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
 
@@ -239,8 +243,15 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
     table.add_section()
     for name in first.retrieval:
-        if name.endswith("@1"):
+        if name.endswith("@1") and name not in HARD:
             table.add_row(name, *(f"{r.retrieval[name].value:.1f}" for r in reports))
+    for name in (*HARD_SHOWN, *UNIONS):
+        if name in first.retrieval:
+            table.add_row(name, *(f"{r.retrieval[name].value:.1f}" if name in r.retrieval else "" for r in reports))
+    for label, values in geometry_rows(reports):
+        if label.endswith(("image-image", "spread image")):
+            table.add_section()
+        table.add_row(label, *values)
     table.add_section()
     for name in first.zero_shot:
         table.add_row(f"zero-shot {name}", *(f"{r.zero_shot[name].value:.1f}" for r in reports))
@@ -259,12 +270,29 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     _print_missing(first)
 
 
+def geometry_rows(reports: Sequence[SafetyReport]) -> list[tuple[str, list[str]]]:
+    """Neighbours kept, then spread, against the original model; nothing of what no report has."""
+    found = [report.geometry for report in reports]
+    near = [(f"neighbours {name}", [_near(part, name) for part in found]) for name in NEIGHBOURS]
+    spread = [(f"spread {tower}", [_spread(part, tower) for part in found]) for tower in SPREADS]
+    return [(label, values) for label, values in (*near, *spread) if any(values)]
+
+
+def _near(part: Geometry | None, name: str) -> str:
+    return f"{part.neighbours[name].value:.2f}" if part and name in part.neighbours else ""
+
+
+def _spread(part: Geometry | None, tower: str) -> str:
+    return f"{part.spread[tower]:.2f}" if part and tower in part.spread else ""
+
+
 def print_measured(report: SafetyReport) -> None:
     """One subject: every number with its interval, its items and its ties."""
     table = Table(title=report.subject, title_justify="left", header_style="bold")
     for name in ("", "percent", "95% interval", "n", "ties"):
         table.add_column(name, justify="right" if name else "left")
-    recalls = {name: p for name, p in report.retrieval.items() if name.endswith("@1")}
+    shown = (*HARD_SHOWN, *UNIONS)
+    recalls = {n: p for n, p in report.retrieval.items() if (n.endswith("@1") and n not in HARD) or n in shown}
     for values in (report.preference, recalls, {f"zero-shot {k}": p for k, p in report.zero_shot.items()}):
         for name, p in values.items():
             table.add_row(name, f"{p.value:.1f}", f"{p.low:.1f} to {p.high:.1f}", str(p.n), str(p.ties))
