@@ -45,7 +45,7 @@ from uwm_deploy.report.findings import (
 )
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import METRICS
-from uwm_deploy.safeground.retrieval import HARD, UNIONS
+from uwm_deploy.safeground.retrieval import HARD, SAFE, UNIONS
 from uwm_deploy.safeground.risk import STEPS, STOPS
 
 if TYPE_CHECKING:
@@ -57,9 +57,12 @@ _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow
 _WIDTH_WITHOUT_TERMINAL = 120
 _NAMED = 10
 """Items that are named under a count; the JSON names more of them."""
-HARD_SHOWN = tuple(name for name in HARD if name.endswith("@10"))
 _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
+_PRICE = (*(name for name in HARD if name.endswith("@10")), *UNIONS)
+"""Retrieval that an edit is paid with, and what still comes first."""
+_FALLEN = 3
+"""Hard safe items that are named under the table."""
 
 
 def _console() -> Console:
@@ -160,6 +163,12 @@ def print_report(report: VerifyReport) -> None:
     """Original, edited and every artifact side by side."""
     executed = [a for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
     print_safety([report.original, report.edited, *(a.safety for a in executed if a.safety is not None)], executed)
+    if report.hard_safe_worst:
+        fallen = [
+            f"{item.id} ({item.concept}) {item.before} to {item.after}" for item in report.hard_safe_worst[:_FALLEN]
+        ]
+        line = f"safe items that look unsafe and fell furthest: {', '.join(fallen)}"
+        _console().print(line, markup=False, soft_wrap=True)
     for artifact in report.artifacts:
         if artifact.evidence is not Evidence.EXECUTED:
             _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
@@ -242,10 +251,7 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     for name in METRICS:
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
     table.add_section()
-    for name in first.retrieval:
-        if name.endswith("@1") and name not in HARD:
-            table.add_row(name, *(f"{r.retrieval[name].value:.1f}" for r in reports))
-    for name in (*HARD_SHOWN, *UNIONS):
+    for name in (*(f"{name}@1" for name in SAFE), *_PRICE):
         if name in first.retrieval:
             table.add_row(name, *(f"{r.retrieval[name].value:.1f}" if name in r.retrieval else "" for r in reports))
     for label, values in geometry_rows(reports):
@@ -291,8 +297,7 @@ def print_measured(report: SafetyReport) -> None:
     table = Table(title=report.subject, title_justify="left", header_style="bold")
     for name in ("", "percent", "95% interval", "n", "ties"):
         table.add_column(name, justify="right" if name else "left")
-    shown = (*HARD_SHOWN, *UNIONS)
-    recalls = {n: p for n, p in report.retrieval.items() if (n.endswith("@1") and n not in HARD) or n in shown}
+    recalls = {n: p for n, p in report.retrieval.items() if (n.endswith("@1") and n not in HARD) or n in _PRICE}
     for values in (report.preference, recalls, {f"zero-shot {k}": p for k, p in report.zero_shot.items()}):
         for name, p in values.items():
             table.add_row(name, f"{p.value:.1f}", f"{p.low:.1f} to {p.high:.1f}", str(p.n), str(p.ties))
