@@ -93,7 +93,7 @@ def test_what_failed_comes_first_and_worst_first(failing: Verdict) -> None:
         ("onnxruntime-fp32", "GS"),
         ("onnxruntime-fp32", "P_vu"),
         ("tensorrt-fp32", "required evidence"),
-        ("build", "proven variants"),
+        ("build", "faithful variants"),
         ("onnx", "GS"),
     ]
     assert len(failing.worst) == 10

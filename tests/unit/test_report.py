@@ -363,7 +363,7 @@ def test_what_failed_comes_first(run_folder: Path) -> None:
     for check in bad:
         assert check["name"] in head
     assert "missed by" in head
-    assert re.search(r"<title>Fail: tiny</title>", text)
+    assert re.search(r"<title>Fail, not shown safer: tiny</title>", text)
     assert "Do not ship" in text
 
 
@@ -588,7 +588,7 @@ def test_command_writes_beside_the_bundle_and_never_into_it(made: Made, tmp_path
     bundle = write_bundle(made, tmp_path / "tiny")
     done = CliRunner().invoke(cli, ["report", str(bundle), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail"}
+    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail", "safer": False}
     assert (tmp_path / "tiny-report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     refused = CliRunner().invoke(cli, ["report", str(bundle), "--out", str(bundle / "x.html")])
     assert refused.exit_code == 2
