@@ -45,7 +45,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="uwm-deploy")
 def cli() -> None:
-    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is still the safe model.
+    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is the edited model.
+
+    Every verdict says whether the edit is shown to make the model safer.
 
     Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error,
     2 bad input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.

@@ -45,9 +45,9 @@ DEMO = Counts(
 """UWM at keep_mass 0.9 on the demo, as measured, flips included."""
 
 REFIT = dataclasses.replace(
-    DEMO, moves={("G", "P"): 4, ("G", "N"): 1, ("P", "G"): 4, ("N", "G"): 1, ("P", "N"): 79, ("N", "P"): 43}
+    DEMO, moves={("G", "P"): 8, ("G", "N"): 2, ("P", "G"): 8, ("N", "G"): 2, ("P", "N"): 78, ("N", "P"): 42}
 )
-"""GS changes by exactly 0, PS falls by 3.6 points."""
+"""The same refitted at keep_mass 0.95, as measured: GS changes by exactly 0, PS falls by 3.6 points."""
 
 SMALL_RISE = dataclasses.replace(DEMO, moves={("G", "P"): 10, ("P", "G"): 18})
 """GS +0.8 as above, and PS as it was."""
@@ -70,7 +70,7 @@ WAIVED = (
     + '[[waiver]]\ncheck = "GS.delta"\nsubject = "edited"\nowner = "jo"\nreason = "known"\nexpires = 2026-12-31\n'
 )
 
-NO_RISE = "GS.delta +0.0 (95% interval -0.6 to 0.6), must be above 0; PS.delta -3.6 (95% interval -5.8 to -1.4)"
+NO_RISE = "GS.delta +0.0 (95% interval -0.9 to 0.9), must be above 0; PS.delta -3.6 (95% interval -5.8 to -1.4)"
 GS_DEMO = "GS.delta +0.8 (95% interval -0.3 to 1.9), must be above 0"
 PS_DEMO = "PS.delta -3.9 (95% interval -6.4 to -1.4), must be at least -2"
 
