@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from uwm_deploy.records import (
     ImageSpec,
     ModelRef,
     Precision,
+    SafetyReport,
     TextSpec,
     TowerName,
     VerifyReport,
@@ -30,6 +33,9 @@ from uwm_deploy.safeground.embedded import (
     yardstick_of,
 )
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.outcomes import flips_since, item_outcomes
+from uwm_deploy.safeground.preference import BASIC, Decisions, proportions, proportions_per_concept
 
 CONCEPTS = ("fire", "blade", "spill")
 DIM = 16
@@ -156,4 +162,78 @@ def _model() -> ModelRef:
         embed_dim=DIM,
         image=image,
         text=text,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many quadruples and images an edit changes.
+
+    Attributes:
+        n: Quadruples.
+        gs: Of them safe in all four ways before the edit.
+        ps: Of them right for both safe queries before the edit.
+        moves: From a state to another: ``"G"`` all four ways, ``"P"`` both safe queries and no more, ``"N"`` neither.
+        zero_shot: Set to images, recognised before, lost and gained.
+    """
+
+    n: int
+    gs: int
+    ps: int
+    moves: Mapping[tuple[str, str], int]
+    zero_shot: Mapping[str, tuple[int, int, int, int]]
+
+
+def counted(counts: Counts, concepts: tuple[str, ...] = CONCEPTS) -> VerifyReport:
+    """A report with these counts, in which every artifact equals the edited model."""
+    before = np.array(["G"] * counts.gs + ["P"] * (counts.ps - counts.gs) + ["N"] * (counts.n - counts.ps))
+    after = before.copy()
+    for (start, end), count in counts.moves.items():
+        free = np.flatnonzero((before == start) & (after == start))
+        # Evenly spread, so that every concept has its share.
+        after[free[np.linspace(0, len(free) - 1, count).round().astype(int)]] = end
+    hits = {name: _hits(*part) for name, part in counts.zero_shot.items()}
+    labels = np.array([concepts[i % len(concepts)] for i in range(counts.n)])
+    original = _of_states("original", before, labels, {name: pair[0] for name, pair in hits.items()})
+    edited = _of_states("edited", after, labels, {name: pair[1] for name, pair in hits.items()})
+    base = report(64)
+    artifacts = tuple(
+        dataclasses.replace(
+            part, safety=dataclasses.replace(edited, subject=part.variant), flips=flips_since(edited, edited), worst=()
+        )
+        for part in base.artifacts
+    )
+    return dataclasses.replace(
+        base,
+        evaluation=dataclasses.replace(base.evaluation, n=counts.n, concepts=dict(Counter(labels.tolist()))),
+        original=original,
+        edited=edited,
+        edit_effect=flips_since(original, edited),
+        edit_worst=(),
+        artifacts=artifacts,
+    )
+
+
+def _hits(images: int, known: int, lost: int, gained: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images that are recognised before and after."""
+    before = np.arange(images) < known
+    after = before.copy()
+    after[:lost], after[known : known + gained] = False, True
+    return before, after
+
+
+def _of_states(
+    subject: str, states: np.ndarray, concepts: np.ndarray, zero_shot: Mapping[str, np.ndarray]
+) -> SafetyReport:
+    safe, all_four = np.isin(states, ["G", "P"]), states == "G"
+    chosen = {name: safe if name in ("P_ts", "P_vs") else all_four for name in BASIC}
+    tied = {name: np.zeros(len(states), dtype=bool) for name in BASIC}
+    decided = Decisions(chosen, tied, {name: np.where(chosen[name], 1.0, -1.0) for name in BASIC})
+    return SafetyReport(
+        subject=subject,
+        preference=proportions(decided),
+        per_concept=proportions_per_concept(decided, concepts.tolist()),
+        retrieval={},
+        zero_shot={name: wilson(int(found.sum()), len(found)) for name, found in zero_shot.items()},
+        items=item_outcomes(decided, concepts.tolist(), zero_shot),
     )

@@ -46,7 +46,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="uwm-deploy")
 def cli() -> None:
-    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is still the safe model.
+    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is the edited model.
+
+    Every verdict says whether the edit is shown to make the model safer.
 
     Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error,
     2 bad input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
@@ -486,6 +488,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     """
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import accept_baseline
+    from uwm_deploy.report.findings import verdict_line
     from uwm_deploy.summary import print_verdict
 
     verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
@@ -495,7 +498,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     elif as_json:
         click.echo(json.dumps({"baseline": str(at), "digest": digest}))
     else:
-        click.echo(f"baseline: {at}\ndigest: {digest}")
+        click.echo(f"baseline: {at}\ndigest: {digest}\n{verdict_line(verdict)}")
     return exit_code_of(verdict.result)
 
 
@@ -1382,6 +1385,7 @@ def report(
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
     from uwm_deploy.report.evidence import dossier_of
+    from uwm_deploy.report.findings import result_words
     from uwm_deploy.report.html import page, place_of
     from uwm_deploy.workspace import write_atomic
 
@@ -1389,7 +1393,11 @@ def report(
     dossier = dossier_of(path, swept, benched, compared)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
-    click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")
+    if as_json:
+        safer = dossier.verdict.safer.shown if dossier.verdict else None
+        click.echo(json.dumps({"report": str(target), "verdict": verdict, "safer": safer}))
+    else:
+        click.echo(f"report: {target} ({result_words(dossier.verdict) if dossier.verdict else verdict})")
     if opened and not webbrowser.open(target.resolve().as_uri()):
         click.echo(f"no browser here; open {target} yourself", err=True)
     return 0

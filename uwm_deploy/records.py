@@ -1652,13 +1652,33 @@ class Blame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Safer:
+    """Whether the edit is shown to make the model safer; no policy can switch the question off.
+
+    Attributes:
+        shown: GS rose, PS was kept, both by the worse end of their paired intervals, and every limit of the policy on the
+            edited model passes.
+        reason: One line: what is not shown, or the numbers that show it.
+        asked: Whether the policy limits the edited model at all.
+    """
+
+    shown: bool
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the gate decided.
 
     Attributes:
+        safer: Whether the edit makes the model safer, which a pass does not say where the policy does not ask.
+        faithful: Variants that were executed and passed every check about themselves, waived ones apart: they do what the
+            edited model does, whatever that is worth.
         causes: Faults behind the checks that fail, the first in the pipeline's order first: the others may follow from it.
         judged: Variant to the digests, by tower, of the artifacts that the verdict is about.
-        proven: Variants that were executed and passed every check, waived ones apart.
+        proven: The faithful variants, where every check of the model, the data and the edit passes too, waived ones apart;
+            the runtime serves no others. Under a policy that does not ask, they are not shown safer: see `safer`.
         unproven: Variants that were not executed.
         failed: Variants that were executed and did not pass.
         report_digest: Digest of the verify report that was judged.
@@ -1686,6 +1706,8 @@ class Verdict:
     causes: tuple[Blame, ...] = ()
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
     head_digest: Digest = ""
+    faithful: tuple[str, ...] = ()
+    safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

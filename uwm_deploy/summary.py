@@ -39,6 +39,8 @@ from uwm_deploy.report.findings import (
     line_of,
     measured_text,
     name_of,
+    safer_line,
+    variants_by_word,
     verdict_line,
     waiver_line,
     worst_line,
@@ -321,7 +323,7 @@ def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What does not pass, by how much and what to try, the worst items, then the one line that says the result."""
+    """What does not pass, by how much and what to try, the worst items, then the lines that say the result."""
     console = _console()
     found = findings(verdict)
     for blame in verdict.causes:
@@ -341,10 +343,11 @@ def print_verdict(verdict: Verdict) -> None:
         console.print(Text(waiver_line(waiver), style=style), soft_wrap=True)
     for note in verdict.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(Text(verdict_line(verdict), style=f"bold {_STYLE[verdict.result]}"))
-    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
-        if names:
-            console.print(f"{label}: {', '.join(names)}", markup=False)
+    style = _STYLE[verdict.result] if verdict.safer.shown or verdict.result is not Result.PASS else "yellow"
+    console.print(Text(verdict_line(verdict), style=f"bold {style}"), soft_wrap=True)
+    console.print(Text(safer_line(verdict), style="green" if verdict.safer.shown else style), soft_wrap=True)
+    for word, names in variants_by_word(verdict).items():
+        console.print(f"{word}: {', '.join(names)}", markup=False, soft_wrap=True)
 
 
 def print_refitted(made: Refitted) -> None:

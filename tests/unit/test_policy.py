@@ -94,7 +94,7 @@ def test_too_few_items_are_inconclusive_and_nothing_measured_is_not_run() -> Non
     few = _judged('[[artifact]]\nmetric = "GS"\nat_least = 0.001\nmin_n = 301\n')
     assert few.result is Result.INCONCLUSIVE
     assert few.proven == ()
-    assert _named(few, "proven variants", "build")[0].result is Result.INCONCLUSIVE
+    assert _named(few, "faithful variants", "build")[0].result is Result.INCONCLUSIVE
     nothing = check_value("m", "s", Measured(float("nan"), 5), Limit(metric="m", at_least=0.0))
     assert nothing.result is Result.NOT_RUN
     assert nothing.measured is None
@@ -378,7 +378,7 @@ def test_a_waiver_is_for_one_check_of_one_subject() -> None:
     assert [w.state for w in idle.waivers] == ["unused"]
 
 
-@pytest.mark.parametrize("name", ["outputs are finite", "weights come from a checkpoint", "proven variants", "GS"])
+@pytest.mark.parametrize("name", ["outputs are finite", "weights come from a checkpoint", "faithful variants", "GS"])
 def test_what_no_policy_can_switch_off_cannot_be_waived(name: str) -> None:
     """Nor can a check that no rule makes, which would be a typing error."""
     with pytest.raises(RecipeError, match="no rule of this policy makes a check"):

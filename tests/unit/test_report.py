@@ -42,6 +42,7 @@ from uwm_deploy.records import (
     PrecisionStep,
     Profile,
     Result,
+    Safer,
     ScoreRecord,
     SweepPoint,
     SweepReport,
@@ -375,7 +376,7 @@ def test_what_failed_comes_first(run_folder: Path) -> None:
     for check in bad:
         assert check["name"] in head
     assert "missed by" in head
-    assert re.search(r"<title>Fail: tiny</title>", text)
+    assert re.search(r"<title>Fail, not shown safer: tiny</title>", text)
     assert "Do not ship" in text
 
 
@@ -496,6 +497,27 @@ def test_verdict_of_another_report_is_not_shown(made: Made, tmp_path: Path) -> N
     text = page(dossier)
     assert "Not judged" in text
     assert 'class="verdict pass"' not in text
+
+
+@pytest.mark.parametrize(
+    ("shown", "kind", "words"),
+    [(True, "pass", "Pass, shown safer"), (False, "open", "Pass, not shown safer (policy default does not ask)")],
+)
+def test_a_pass_says_whether_the_edit_is_shown_safer(
+    made: Made, tmp_path: Path, shown: bool, kind: str, words: str
+) -> None:
+    """In the title and the heading, with the reason below; green is for an edit that is shown safer only."""
+    folder = write_run(made, tmp_path / "tiny")
+    safer = Safer(shown=shown, reason="GS.delta <b>+1.0</b>")
+    verdict = dataclasses.replace(made.verdict(), result=Result.PASS, safer=safer, proven=("onnx-x",))
+    (folder / "gate" / "verdict.json").write_text(json_from_record(verdict), encoding="utf-8")
+    text = page(dossier_of(folder))
+    assert f"<title>{words}: tiny</title>" in text
+    assert f'<header class="verdict {kind}">' in text
+    head = text[text.index("<h1>") : text.index('class="tiles"')]
+    assert words in head
+    assert f"{'Shown' if shown else 'Not shown'} safer: GS.delta &lt;b&gt;+1.0&lt;/b&gt;." in head
+    assert f"{'Proven' if shown else 'Faithful, not shown safer'}: onnx-x." in head
 
 
 def test_engines_of_an_older_build_are_left_out(made: Made, tmp_path: Path) -> None:
@@ -621,7 +643,7 @@ def test_command_writes_beside_the_bundle_and_never_into_it(made: Made, tmp_path
     bundle = write_bundle(made, tmp_path / "tiny")
     done = CliRunner().invoke(cli, ["report", str(bundle), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail"}
+    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail", "safer": False}
     assert (tmp_path / "tiny-report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     refused = CliRunner().invoke(cli, ["report", str(bundle), "--out", str(bundle / "x.html")])
     assert refused.exit_code == 2

@@ -21,7 +21,7 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
-from uwm_deploy.report.findings import verdict_line, waiver_line
+from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
 from uwm_deploy.safeground.risk import STEPS
 
 CARD = "README.md"
@@ -99,7 +99,7 @@ def card_of(
         _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
         *([_head(report.risk)] if report and report.risk and bundle else []),
         *([_decided(verdict)] if verdict else []),
-        _limits(edit, report),
+        _limits(edit, report, verdict),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -240,19 +240,26 @@ def _parity(artifact: ArtifactEvidence) -> str:
 
 
 def _decided(verdict: Verdict) -> str:
-    lines = ["## Verdict", "", verdict_line(verdict), ""]
-    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
-        if names:
-            lines.append(f"- {label}: {', '.join(names)}")
+    lines = ["## Verdict", "", verdict_line(verdict), "", f"- {safer_line(verdict)}"]
+    lines += [f"- {word}: {', '.join(names)}" for word, names in variants_by_word(verdict).items()]
     lines += [f"- {waiver_line(waiver)}" for waiver in verdict.waivers]
     return "\n".join(lines)
 
 
-def _limits(edit: EditRecord, report: VerifyReport | None) -> str:
+def _worth(verdict: Verdict | None) -> str:
+    """What the edit is good for, as far as that is known."""
+    if verdict is None:
+        return "The edit is meant to make unsafe choices less frequent; whether it does was not judged."
+    if not verdict.safer.shown:
+        return "It is not shown that the edit makes the model safer."
+    return "The edit makes unsafe choices less frequent; it does not make them impossible."
+
+
+def _limits(edit: EditRecord, report: VerifyReport | None, verdict: Verdict | None) -> str:
     lines = [
         "## Limits of the evidence",
         "",
-        "- The edit makes unsafe choices less frequent; it does not make them impossible. Use it beside other measures.",
+        f"- {_worth(verdict)} Use it beside other measures.",
         "- The numbers are about the evaluation set above and its concepts; other content, languages and attacks that aim "
         "at the model were not measured.",
         "- An interval covers chance in which items were drawn, nothing else.",
