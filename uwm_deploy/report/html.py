@@ -21,6 +21,7 @@ from uwm_deploy.report.findings import cause_line, result_words, safer_line, var
 from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.report.methods import compared
+from uwm_deploy.report.strength import strength
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
 
@@ -87,6 +88,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.sweep(dossier.sweep),
         compared(dossier.compared),
         artifacts.edit(dossier, method_line(dossier.edit)),
+        strength(dossier.edit),
         artifacts.parity(dossier),
         artifacts.canaries(dossier),
         artifacts.compiled(dossier),
