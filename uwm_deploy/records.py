@@ -474,6 +474,33 @@ class TowerEdit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSetting:
+    """Strength of the safety axis (docs/safety-axis.md section 3); lengths are in units of the tower's mean embedding.
+
+    Attributes:
+        g: Gain of the safety score on the axis that a tower scores on.
+        o: Offset of the score: a mean safe input lies at ``g * o``, a mean unsafe one at ``g * (o - 1)``.
+        kappa: Constant on the axis that the other tower scores on; with 0 unsafe items are only repelled.
+        a: Share of the spread of safe inputs in the score's covariance; the rest is that of differences of pairs. 0 to 1.
+        tau: How far unsafe images are redirected onto their safe counterparts; at least 0.
+        rho: Ridge of the covariance, relative to its mean eigenvalue; above 0.
+        axes: Repelling axes per tower, k.
+        repel_image: Gain h of the image tower's repelling axes; with 0 it takes none.
+        repel_text: The same for the text tower.
+    """
+
+    g: float
+    o: float
+    kappa: float
+    a: float
+    tau: float
+    rho: float = 1e-2
+    axes: int = 0
+    repel_image: float = 0.0
+    repel_text: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EditRecord:
     """Companion of a patch file and of the saved edited model.
 
