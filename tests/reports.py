@@ -23,9 +23,11 @@ from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
     ZeroShotEmbeddings,
     flips_between,
+    hard_safe_worst,
     parity,
     safety_report,
     worst_items,
+    yardstick_of,
 )
 from uwm_deploy.safeground.health import data_health
 
@@ -64,9 +66,16 @@ def embedded(n: int, safer: float, seed: int = 0, concepts: tuple[str, ...] = CO
 
 
 def artifact(
-    variant: str, precision: Precision, edited: EmbeddedSet, mine: EmbeddedSet, where: dict[str, str] | None = None
+    variant: str,
+    precision: Precision,
+    edited: EmbeddedSet,
+    mine: EmbeddedSet,
+    where: dict[str, str] | None = None,
+    *,
+    seed: int = 0,
 ) -> ArtifactEvidence:
-    """Evidence of a variant with these embeddings."""
+    """Evidence of a variant with these embeddings; the original model is that of the seed."""
+    yardstick = yardstick_of(embedded(len(edited.ids), 0.0, seed))
     return ArtifactEvidence(
         variant=variant,
         precision=precision,
@@ -75,8 +84,8 @@ def artifact(
         where=where or {"provider": "CPUExecutionProvider", "device": "cpu"},
         artifact_digests={"image": digest("1"), "text": digest("2")},
         parity=(parity(TowerName.IMAGE, "image_embeds", 1, edited.safe_image, mine.safe_image),),
-        safety=safety_report(variant, mine, with_items=True),
-        flips=flips_between(edited, mine),
+        safety=safety_report(variant, mine, with_items=True, yardstick=yardstick),
+        flips=flips_between(edited, mine, yardstick),
         worst=worst_items(variant, edited, mine),
     )
 
@@ -86,9 +95,10 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
     original, edited = embedded(n, 0.0, seed), embedded(n, 0.7, seed)
     if artifacts is None:
         artifacts = (
-            artifact("onnx", Precision.FP32, edited, edited),
-            artifact("onnxruntime-fp32", Precision.FP32, edited, edited),
+            artifact("onnx", Precision.FP32, edited, edited, seed=seed),
+            artifact("onnxruntime-fp32", Precision.FP32, edited, edited, seed=seed),
         )
+    yardstick = yardstick_of(original)
     concepts = {concept: edited.concepts.count(concept) for concept in dict.fromkeys(edited.concepts)}
     return VerifyReport(
         model=_model(),
@@ -102,10 +112,12 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
             concepts=concepts,
         ),
         calibration_overlap=0,
-        original=safety_report("original", original, with_items=True),
-        edited=safety_report("edited", edited, with_items=True),
-        edit_effect=flips_between(original, edited),
+        original=safety_report("original", original, with_items=True, yardstick=yardstick),
+        edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
+        edit_effect=flips_between(original, edited, yardstick),
         edit_worst=worst_items("edited", original, edited),
+        hard_safe=yardstick.hard_ids(),
+        hard_safe_worst=hard_safe_worst(yardstick, edited),
         artifacts=artifacts,
         versions={},
         zero_shot_digests={"shape": digest("7")},

@@ -751,7 +751,8 @@ def evaluate(
         many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
     elif markdown or compared:
-        for rows in (comparison.table_rows(labels, reports), comparison.zero_shot_rows(labels, reports)):
+        tables = (comparison.table_rows, comparison.price_rows, comparison.zero_shot_rows)
+        for rows in (make(labels, reports) for make in tables):
             if markdown and rows:
                 click.echo(comparison.markdown_table(rows) + "\n")
             else:

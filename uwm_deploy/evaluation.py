@@ -25,7 +25,7 @@ from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, safety_report, yardstick_of
 from uwm_deploy.safeground.outcomes import bits_of
 from uwm_deploy.safeground.zero_shot import TopOne
 
@@ -242,13 +242,18 @@ def _edit_request(subject: Subject, name: str) -> Request:
 
 
 class Evaluator:
-    """Measures one subject after the other on the same ground; several processes share the work."""
+    """Measures one subject after the other on the same ground; several processes share the work.
+
+    The first one is taken for the original model: *hard safe* items come from it, and neighbours and spread are compared
+    with its own.
+    """
 
     def __init__(
         self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE, with_items: bool = False
     ) -> None:
         self.ground, self.workers, self.reporter, self.ranks = ground, workers, reporter, ranks
         self.with_items = with_items  # what every single item came to, so that two reports can be paired
+        self._yardstick: Yardstick | None = None
         self._prepared: tuple[tuple[ImageSpec, TextSpec, int], PreparedSet] | None = None
 
     def measure(self, encoders: Encoders) -> SafetyReport:
@@ -270,15 +275,18 @@ class Evaluator:
                     progress=progress,
                     ranks=self.ranks,
                 )
-                report = self.ranks.first_only(
-                    lambda: safety_report(encoders.name, embedded, with_items=self.with_items)
-                )
+                report = self.ranks.first_only(lambda: self._report(encoders.name, embedded))
             zero_shot, missing = self._zero_shot(encoders)
         items = report.items
         if items is not None:
             items = dataclasses.replace(items, zero_shot={name: bits_of(part.hits) for name, part in zero_shot.items()})
         shares = {name: part.proportion() for name, part in zero_shot.items()}
         return dataclasses.replace(report, zero_shot=shares, zero_shot_missing=missing, items=items)
+
+    def _report(self, name: str, embedded: EmbeddedSet) -> SafetyReport:
+        if self._yardstick is None:
+            self._yardstick = yardstick_of(embedded)
+        return safety_report(name, embedded, with_items=self.with_items, yardstick=self._yardstick)
 
     def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
         key = (encoders.image, encoders.text, encoders.batch if self.ranks.world > 1 else 0)  # a batch has one owner

@@ -78,7 +78,13 @@ from uwm_deploy.runtime.session import (
 )
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
+from uwm_deploy.safeground.embedded import (
+    flips_between,
+    hard_safe_worst,
+    safety_report,
+    worst_items,
+    yardstick_of,
+)
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
@@ -912,9 +918,9 @@ class _Build:
         if self.head is not None:
             risk = RiskReference(self.head.record, risks_of_model(self.edited, prepared, progress))
             save_file(risk.found.to_tensors(), folder / "risks.safetensors")
-        evidence = []
+        evidence, yardstick = [], yardstick_of(original)
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk, yardstick))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -922,10 +928,12 @@ class _Build:
             edited_weights_digest=self.edited.ref.weights_digest,
             evaluation=self.evaluation_source.record,
             calibration_overlap=self._overlap(),
-            original=safety_report("original", original, with_items=True),
-            edited=safety_report("edited", edited, with_items=True),
-            edit_effect=flips_between(original, edited),
+            original=safety_report("original", original, with_items=True, yardstick=yardstick),
+            edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
+            edit_effect=flips_between(original, edited, yardstick),
             edit_worst=worst_items("edited", original, edited),
+            hard_safe=yardstick.hard_ids(),
+            hard_safe_worst=hard_safe_worst(yardstick, edited),
             zero_shot_digests=self._zero_shot_digests(),
             edit_proof=proof_of(expected, self.edited.source),
             goldens=self._goldens(),

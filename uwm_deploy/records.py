@@ -1042,7 +1042,7 @@ class Proportion:
     Attributes:
         value: Percentage of items that are true.
         n: Items.
-        ties: Items that are false because of an exact tie.
+        ties: Items that are decided by an exact tie, always for the worse: false, or *unsafe first*.
         low: Lower end of the 95% Wilson interval.
         high: Upper end.
     """
@@ -1057,6 +1057,9 @@ class Proportion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flips:
     """Decisions that differ between two models on the same quadruples (method.md section 5).
+
+    For a mean of two directions of retrieval, such as ``safe_retrieval@1``, `lost` and `gained` count items whose mean fell
+    and rose.
 
     Attributes:
         lost: True under the reference, false under the candidate.
@@ -1086,11 +1089,13 @@ class ItemOutcomes:
         preference: Basic SafeGround metric to bits: the safe candidate won.
         concepts: Concept to bits: the item is of it.
         zero_shot: Set to bits: the image was recognised.
+        retrieval: ``safe-text-to-image@1`` and so on to bits: a hit; ``hard-safe`` to bits: the item is one of those.
     """
 
     preference: Mapping[str, str]
     concepts: Mapping[str, str]
     zero_shot: Mapping[str, str]
+    retrieval: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1116,6 +1121,38 @@ class WorstItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankChange:
+    """One safe query of a *hard safe* item whose right answer an edit moved down.
+
+    Attributes:
+        id: Of the quadruple.
+        query: ``safe-text-to-image`` or ``safe-image-to-text``, whichever fell more.
+        before: Place of the right answer under the original model, 1 for the first.
+        after: The same under the edited model.
+    """
+
+    id: str
+    concept: str
+    query: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What became of the neighbourhoods and the spread of safe embeddings, against the original model on the same items.
+
+    Attributes:
+        neighbours: ``image-image``, ``text-text`` and ``text-image`` to the mean overlap (Jaccard) of the ten nearest safe
+            neighbours, 0 to 1; empty with fewer than 11 items.
+        spread: Tower to the total variance of its safe embeddings divided by the original's; 1 is unchanged.
+    """
+
+    neighbours: Mapping[str, Estimate]
+    spread: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyReport:
     """SafeGround, retrieval and zero-shot of one model or artifact.
 
@@ -1123,10 +1160,12 @@ class SafetyReport:
         subject: ``"original"``, ``"edited"`` or a variant name.
         preference: The nine SafeGround metrics by name (P_ts, P_tu, P_vs, P_vu, Txt_s, Img_s, PS, PU, GS).
         per_concept: The same, per concept.
-        retrieval: ``safe-text-to-image@1`` and so on.
+        retrieval: ``safe-text-to-image@1`` and so on; ``hard-safe-...`` among the items that look most unsafe to the
+            original model; ``unsafe-first-text`` and ``unsafe-first-image``, where less is better.
         zero_shot: Top-1 per data set.
         zero_shot_missing: Sets that were asked for and did not run, with the reason; never counted as 0.
         items: Of a verify report; None where nothing is compared item by item.
+        geometry: Against the original model; None for that one itself.
     """
 
     subject: str
@@ -1136,6 +1175,7 @@ class SafetyReport:
     zero_shot: Mapping[str, Proportion]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
     items: ItemOutcomes | None = None
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1209,7 +1249,8 @@ class ComparedMethod:
 
     Attributes:
         weights_digest: Of the model that was measured.
-        change: Against the first row on the same items, per SafeGround metric and zero-shot set; empty in that row.
+        change: Against the first row on the same items, per SafeGround metric, retrieval and zero-shot set; empty in that
+            row.
         cost: None for a model that was not made here.
         reason: Why it was not run.
     """
@@ -1269,7 +1310,7 @@ class OutputParity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number that is no proportion, in percent, with its 95% interval.
+    """A number that is no proportion, in percent unless its field says otherwise, with its 95% interval.
 
     Attributes:
         n: Items it comes from.
@@ -1423,7 +1464,7 @@ class ArtifactEvidence:
         broken: Why nothing was measured on the evaluation set although it was executed; empty when it was.
         audit: Per tower, the weights that lie in it; a tower whose format cannot be read is missing.
         anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
-        flips: Against the edited source model, per preference metric.
+        flips: Against the edited source model, per preference metric, retrieval and zero-shot set.
         worst: The decisions that fell furthest from the edited model's.
         risk: Of its safety head; None without one.
         risk_flips: Images, safe or not, whose action or category is not the edited model's.
@@ -1455,8 +1496,11 @@ class VerifyReport:
     """Numbers only; `gate` is what judges them.
 
     Attributes:
-        edit_effect: Edited against original, per preference metric.
+        edit_effect: Edited against original, per preference metric, retrieval and zero-shot set.
         edit_worst: The decisions that the edit made worst.
+        hard_safe: Ids of the tenth of the items whose safe members look most unsafe to the original model, the most unsafe
+            first; empty where they are too few to tell.
+        hard_safe_worst: Those of them whose right answer fell furthest by the edit.
         zero_shot_digests: Set to the digest of its prompts and labels.
         head_digest: Of the safety head; empty without one.
         risk: What that head makes of the evaluation set on the edited model in PyTorch.
@@ -1473,6 +1517,8 @@ class VerifyReport:
     artifacts: tuple[ArtifactEvidence, ...]
     versions: Mapping[str, str]
     edit_worst: tuple[WorstItem, ...] = ()
+    hard_safe: tuple[str, ...] = ()
+    hard_safe_worst: tuple[RankChange, ...] = ()
     zero_shot_digests: Mapping[str, Digest] = field(default_factory=dict)
     edit_proof: EditProof | None = None
     goldens: Goldens | None = None

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from uwm_deploy.codec import json_from_record
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import PreparedSet, prepare
+from uwm_deploy.datasets.embedding import prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, resolved_recipe, run
 from uwm_deploy.recipe import EditSpecs
 from uwm_deploy.records import SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.safeground.embedded import safety_report, yardstick_of
 from uwm_deploy.safeground.tradeoff import PICKED_METRIC, gain, pareto, zero_shot_mean
 from uwm_deploy.stages.edit import check_scores, concepts_of, selected_entries
 from uwm_deploy.stages.verify import embed_model
@@ -116,12 +116,16 @@ def sweep(
     tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
     with reporter.stage("sweep", f"{len(keep_masses) * len(factors)} points on {measured_on}"):
         prepared = prepare(source, model.ref.image, tokenizer, workers=request.workers, progress=reporter.progress)
-        original = _measured(model, prepared, "original", reporter)
+        unedited = embed_model(model, prepared, "original", reporter.progress)
+        yardstick = yardstick_of(unedited)
+        original = safety_report("original", unedited, yardstick=yardstick)
         points = []
         for keep_mass, factor, shares in edited_points(
             model, score.score, score.work / "score" / "scores.safetensors", edits, keep_masses, factors
         ):
-            report = _measured(model, prepared, f"{keep_mass:g}, {factor:g}", reporter)
+            label = f"{keep_mass:g}, {factor:g}"
+            embedded = embed_model(model, prepared, label, reporter.progress)
+            report = safety_report(label, embedded, yardstick=yardstick)
             points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=report))
         result = SweepReport(
             model=model.ref,
@@ -138,10 +142,6 @@ def sweep(
         with whole_folder(out) as folder:
             write(result, folder)
     return result
-
-
-def _measured(model: LoadedModel, prepared: PreparedSet, label: str, reporter: Reporter) -> SafetyReport:
-    return safety_report(label, embed_model(model, prepared, label, reporter.progress))
 
 
 def _check_may_pick(source: QuadrupleSource, evaluation: str) -> None:

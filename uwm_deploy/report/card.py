@@ -46,6 +46,17 @@ _METRICS = {
 }
 
 
+_RETRIEVAL = {
+    "safe-text-to-image@1": "safe text finds its image first",
+    "safe-image-to-text@1": "safe image finds its text first",
+    "hard-safe-text-to-image@10": "in the first ten, hard safe",
+    "hard-safe-image-to-text@10": "in the first ten, hard safe",
+    "unsafe-first-text": "unsafe text finds an unsafe image first",
+    "unsafe-first-image": "unsafe image finds an unsafe text first",
+}
+_RETRIEVAL_CHANGES = ("safe_retrieval@1", "hard_safe_retrieval@10", "unsafe-first-text", "unsafe-first-image")
+
+
 def is_non_commercial(licence: str) -> bool:
     """Whether a licence forbids commercial use by its name."""
     return re.search(r"\bNC\b|non-?commercial|research[- ]only", licence, re.IGNORECASE) is not None
@@ -166,7 +177,8 @@ def _numbers(report: VerifyReport) -> str:
         "## Numbers",
         "",
         f"On {report.evaluation.name}, split {report.evaluation.split or 'all'}, {report.evaluation.n} quadruples; "
-        "percent with 95% Wilson intervals. Higher is safer, or for zero-shot better.",
+        "percent with 95% Wilson intervals. Higher is safer, or for zero-shot and retrieval better; of unsafe-first less is "
+        "better. Hard safe are the safe items that look most unsafe to the original model.",
         "",
         f"| | {' | '.join(s.subject for s in subjects)} |",
         f"|---|{'---|' * len(subjects)}",
@@ -177,8 +189,14 @@ def _numbers(report: VerifyReport) -> str:
         f"| zero-shot {name} | {' | '.join(_percent(s.zero_shot[name]) for s in subjects)} |"
         for name in report.edited.zero_shot
     ]
+    lines += [
+        f"| {name}: {meaning} | {' | '.join(_percent(s.retrieval[name]) for s in subjects)} |"
+        for name, meaning in _RETRIEVAL.items()
+        if all(name in s.retrieval for s in subjects)
+    ]
     lines += ["", "Edited minus original, on the same items:", ""]
-    for name in ("GS", *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
+    retrieval = [name for name in _RETRIEVAL_CHANGES if name in report.edit_effect]
+    for name in ("GS", *retrieval, *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
         effect = report.edit_effect[name]
         lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
     if executed:

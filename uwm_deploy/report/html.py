@@ -96,7 +96,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.safeground(dossier),
         sections.margins(dossier),
         tag("div", {"class": "pair sections"}, *smaller),
-        sections.retrieval(report),
+        sections.retrieval(dossier),
         artifacts.chain(dossier),
     ]
 
