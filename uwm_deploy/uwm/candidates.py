@@ -66,22 +66,22 @@ def _drawn(random: np.random.Generator) -> AxisSetting:
 
     tau, a and rho come from few values: settings that share one share what costs most, a matrix or a solution.
     """
-    axes = _pick(random, (0, 1, 2, 3, 4, 5, 6))
-    repel = (_pick(random, (0.0, 0.05, 0.1, 0.15)), _pick(random, (0.05, 0.1, 0.15, 0.2))) if axes else (0.0, 0.0)
+    axes = _pick(random, (0, 1, 2, 3, 4, 5))
+    repel = (_pick(random, (0.0, 0.05, 0.075, 0.1)), _pick(random, (0.05, 0.075, 0.1, 0.15))) if axes else (0.0, 0.0)
     return _setting(
         g=_pick(random, (0.3, 0.4, 0.5, 0.6, 0.7)),
-        o=_pick(random, (0.0, 0.5, 1.0, 1.5)),
+        o=_pick(random, (0.0, 0.25, 0.5, 1.0, 1.5)),
         kappa=_kappa(random),
         a=_pick(random, (0.5, 0.7, 0.85, 1.0)),
-        tau=_pick(random, (0.0, 0.3, 0.5, 0.7)),
+        tau=_pick(random, (0.0, 0.3, 0.5)),
         rho=_pick(random, (1e-3, 1e-2, 3e-2)),
         repel=(axes, *repel),
     )
 
 
 def _kappa(random: np.random.Generator) -> float:
-    """Zero one time in ten, else even on a scale of ratios from 0.03 to 0.6, to two digits."""
-    value = math.exp(random.uniform(math.log(0.03), math.log(0.6)))
+    """Zero one time in ten, else even on a scale of ratios from 0.05 to 0.6, to two digits."""
+    value = math.exp(random.uniform(math.log(0.05), math.log(0.6)))
     return 0.0 if random.random() < 0.1 else float(f"{value:.2g}")
 
 

@@ -2,8 +2,8 @@
 
 Every candidate is fitted without some of the items and measured on them: once with folds drawn at random, once with folds
 that leave whole concepts out, which is what an unseen hazard gets. Each item counts once per kind of fold; a retrieval looks
-through all items, so a fold makes it no easier. Chosen is the highest objective among the candidates that keep every limit on
-both kinds of folds.
+through all items, so a fold makes it no easier. Chosen is the highest objective among the candidates that keep every limit
+on both kinds of folds.
 """
 
 from __future__ import annotations
