@@ -27,7 +27,8 @@ def strength(edit: EditRecord) -> Html | None:
         f"{len(choice.candidates)} settings were measured on {choice.n} calibration items, each item by a fit that did not "
         f"see it. {kept} of them lose at most {limits.retrieval_loss:g} points of safe R@1, {limits.hard_safe_loss:g} of "
         f"R@10 among the safe items that look most unsafe, {limits.zero_shot_loss:g} of the zero-shot mean and nothing of "
-        f"PS, with {limits.margin:g} standard errors to spare. Chosen: {axis_words(choice.candidates[choice.chosen].setting)}."
+        f"PS, with {limits.margin:g} standard errors to spare. Chosen: "
+        f"{axis_words(choice.candidates[choice.chosen].setting)}."
     )
     legend = (charts.swatch("ring", "keeps the limits, and no other beats it"),)
     numbers = [_row(kind, choice) for kind in FoldKind if kind.value in choice.original]
