@@ -1044,6 +1044,13 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
     help="List of multipliers, e.g. -1,0,0.5. [default: the recipe's or the method's]",
 )
 @click.option(
+    "--max-retrieval-loss",
+    "losses",
+    default="1,2,4,8,16",
+    show_default=True,
+    help="For an edit with a safety axis: points of safe R@1 that each choice of the strength may lose.",
+)
+@click.option(
     "--pick",
     "max_drop",
     default=None,
@@ -1058,6 +1065,7 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 def sweep(
     keep_masses: str,
     factors: str | None,
+    losses: str,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -1070,14 +1078,15 @@ def sweep(
 
     \b
     Example:
-      uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+      uwm-deploy sweep --model demo --method safety-axis --max-retrieval-loss 1,2,4,8
+      uwm-deploy sweep --model demo --method uwm --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
       uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import Request, resolved_recipe
     from uwm_deploy.summary import print_rows
-    from uwm_deploy.sweep import factors_of, keep_masses_of, rows
+    from uwm_deploy.sweep import factors_of, keep_masses_of, losses_of, rows
     from uwm_deploy.sweep import sweep as run_sweep
 
     request = Request(**options)
@@ -1090,6 +1099,7 @@ def sweep(
         max_drop=max_drop,
         out=folder,
         reporter=Reporter(),
+        losses=losses_of(losses),
     )
     if as_json:
         click.echo(json_from_record(report), nl=False)

@@ -251,6 +251,11 @@ def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     return _Build(request, reporter).original
 
 
+def load_fitted(request: Request, reporter: Reporter) -> LoadedModel:
+    """The model that the closed-form step of a request is fitted on: the source model with the step before."""
+    return _Build(request, reporter)._before_closed_form()[0]
+
+
 def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
     """The edited model that a request makes, with what was not made before made first.
 

@@ -1321,14 +1321,19 @@ class SweepPoint:
     """One edit of a sweep.
 
     Attributes:
+        keep_mass: Of an edit that selects entries; likewise `factor`.
         shares: Edited entries divided by all entries of the edited layers, per tower.
         safety: Measured with this edit.
+        max_retrieval_loss: Points that the choice of a closed-form step's strength was allowed; None for other edits.
+        setting: What was chosen.
     """
 
     keep_mass: float
     factor: float
     shares: Mapping[str, float]
     safety: SafetyReport
+    max_retrieval_loss: float | None = None
+    setting: AxisSetting | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1337,7 +1342,7 @@ class SweepReport:
 
     Attributes:
         measured_on: The set that every point was measured on.
-        method: Of the scores that every point selects from.
+        method: Name of the steps.
         selection: Of every point, per tower.
         concepts: Concepts whose selections were united; empty when all pairs make one score.
         rule: The rule of the pick in words; empty when nothing was to be picked.
@@ -1351,7 +1356,7 @@ class SweepReport:
     points: tuple[SweepPoint, ...]
     rule: str
     picked: int | None
-    method: Method = Method.UWM
+    method: str = "uwm"
     selection: Mapping[str, Selection] = field(default_factory=dict)
     concepts: tuple[str, ...] = ()
 

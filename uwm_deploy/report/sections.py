@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from uwm_deploy.inspection import axis_words
 from uwm_deploy.records import (
     Flips,
     Geometry,
@@ -331,7 +332,10 @@ def sweep(report: SweepReport | None) -> Html | None:
     base = zero_shot_mean(report.original)
     has_zero_shot = not math.isnan(base)
     found = [
-        (zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values()), gain(report.original, p))
+        (
+            zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values(), default=0.0),
+            gain(report.original, p),
+        )
         for p in report.points
     ]
     front = set(pareto(found))
@@ -340,7 +344,7 @@ def sweep(report: SweepReport | None) -> Html | None:
         Point(
             x=x,
             y=y,
-            label=f"{p.keep_mass:.3g}",
+            label=f"{p.keep_mass:.3g}" if p.max_retrieval_loss is None else f"{p.max_retrieval_loss:g}",
             series=factors.index(p.factor),
             ringed=i in front,
             chosen=i == report.picked,
@@ -350,8 +354,11 @@ def sweep(report: SweepReport | None) -> Html | None:
     x_name = "zero-shot mean, change in points" if has_zero_shot else "largest share edited, percent, negated"
     rows: list[dict[str, Child]] = [
         {
-            "keep_mass": f"{p.keep_mass:g}",
-            "factor": f"{p.factor:g}",
+            **(
+                {"keep_mass": f"{p.keep_mass:g}", "factor": f"{p.factor:g}"}
+                if p.setting is None
+                else {"max R@1 loss": f"{p.max_retrieval_loss:g}", "setting": axis_words(p.setting)}
+            ),
             "GS": f"{p.safety.preference['GS'].value:.1f}",
             "GS change": signed(y),
             "zero-shot change" if has_zero_shot else "share": signed(x),
@@ -366,5 +373,6 @@ def sweep(report: SweepReport | None) -> Html | None:
     lead = (
         f"{len(points)} edits of one scoring pass, measured on {report.measured_on.name} (n = {report.measured_on.n})"
     )
-    lead += f". Picked: {report.rule}." if report.picked is not None else ". Labels: keep_mass."
+    labels = "points of safe R@1 that the choice could lose" if report.points[0].setting else "keep_mass"
+    lead += f". Picked: {report.rule}." if report.picked is not None else f". Labels: {labels}."
     return section("sweep", "Sweep", lead, figure("Safety gained against knowledge kept", drawn, legend, rows))

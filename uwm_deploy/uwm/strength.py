@@ -100,20 +100,24 @@ def choose_strengths(
     settings = _fitting(candidates if candidates is not None else candidates_of(seed), kept)
     items, left_out = _items(kept), concept_folds(kept.concepts)
     outcomes = _outcomes(kept, settings, _folds(kept, left_out, seed), progress)
-    tried = tuple(_candidate(setting, i, outcomes, items, limits) for i, setting in enumerate(settings))
     original = _metrics(items.original, items)
-    return StrengthChoice(
-        candidates=tried,
-        chosen=_best(tried),
-        original={kind.value: original for kind in outcomes},
-        limits=limits,
-        n=len(kept.ids),
-        hard_safe=0 if items.hard is None else len(items.hard),
-        zero_shot_sets=tuple(kept.zero_shot),
-        concepts_left_out=tuple(left_out),
-        seed=seed,
-        seconds=time.perf_counter() - began,
-    )
+
+    def chosen(part: StrengthLimits) -> StrengthChoice:
+        tried = tuple(_candidate(setting, i, outcomes, items, part) for i, setting in enumerate(settings))
+        return StrengthChoice(
+            candidates=tried,
+            chosen=_best(tried),
+            original={kind.value: original for kind in outcomes},
+            limits=part,
+            n=len(kept.ids),
+            hard_safe=0 if items.hard is None else len(items.hard),
+            zero_shot_sets=tuple(kept.zero_shot),
+            concepts_left_out=tuple(left_out),
+            seed=seed,
+            seconds=time.perf_counter() - began,
+        )
+
+    return [chosen(part) for part in limits]
 
 
 _OPTIONS = {
