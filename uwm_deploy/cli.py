@@ -844,7 +844,8 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 @cli.command()
 @click.option(
     "--methods",
-    default="none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+safe-clip",
+    default="none,uwm,safety-axis,safety-axis@embedding,uwm+safety-axis,leace,gradient-unsafe,gradient-safe-clip,"
+    "safe-clip,safer-clip,uwm+safe-clip",
     show_default=True,
     help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
     "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",

@@ -258,7 +258,7 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
         if name in first.retrieval:
             table.add_row(name, *(f"{r.retrieval[name].value:.1f}" if name in r.retrieval else "" for r in reports))
     for label, values in geometry_rows(reports):
-        if label.endswith(("image-image", "spread image")):
+        if label.endswith("image-image"):
             table.add_section()
         table.add_row(label, *values)
     table.add_section()

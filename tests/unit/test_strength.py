@@ -198,8 +198,8 @@ def test_a_margin_makes_limits_tighter(kept: KeptFeatures) -> None:
     ("change", "limit", "way_out"),
     [
         ({"retrieval_loss": -200.0}, StrengthLimit.RETRIEVAL, "raise --max-retrieval-loss"),
-        ({"hard_safe_loss": -200.0}, StrengthLimit.HARD_SAFE, "in the recipe"),
-        ({"zero_shot_loss": -200.0}, StrengthLimit.ZERO_SHOT, "in the recipe"),
+        ({"hard_safe_loss": -200.0}, StrengthLimit.HARD_SAFE, r"raise edit\.axis\.\w+ in the recipe"),
+        ({"zero_shot_loss": -200.0}, StrengthLimit.ZERO_SHOT, r"raise edit\.axis\.\w+ in the recipe"),
     ],
 )
 def test_an_impossible_limit_is_named(
