@@ -36,6 +36,7 @@ from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_since, item_outcomes
 from uwm_deploy.safeground.preference import BASIC, Decisions, proportions, proportions_per_concept
+from uwm_deploy.safeground.retrieval import SAFE, UNIONS, Ranked, Retrieved
 
 CONCEPTS = ("fire", "blade", "spill")
 DIM = 16
@@ -175,6 +176,8 @@ class Counts:
         ps: Of them right for both safe queries before the edit.
         moves: From a state to another: ``"G"`` all four ways, ``"P"`` both safe queries and no more, ``"N"`` neither.
         zero_shot: Set to images, recognised before, lost and gained.
+        retrieval: Of both directions, safe items found first before, lost and gained. The same items change in both where
+            they can, which makes the interval of the mean as wide as it can be.
     """
 
     n: int
@@ -182,6 +185,7 @@ class Counts:
     ps: int
     moves: Mapping[tuple[str, str], int]
     zero_shot: Mapping[str, tuple[int, int, int, int]]
+    retrieval: Mapping[str, tuple[int, int, int]]
 
 
 def counted(counts: Counts, concepts: tuple[str, ...] = CONCEPTS) -> VerifyReport:
@@ -194,8 +198,13 @@ def counted(counts: Counts, concepts: tuple[str, ...] = CONCEPTS) -> VerifyRepor
         after[free[np.linspace(0, len(free) - 1, count).round().astype(int)]] = end
     hits = {name: _hits(*part) for name, part in counts.zero_shot.items()}
     labels = np.array([concepts[i % len(concepts)] for i in range(counts.n)])
-    original = _of_states("original", before, labels, {name: pair[0] for name, pair in hits.items()})
-    edited = _of_states("edited", after, labels, {name: pair[1] for name, pair in hits.items()})
+    found = {name: _hits(counts.n, *part) for name, part in counts.retrieval.items()}
+    original, edited = (
+        _of_states(
+            subject, states, labels, *({name: pair[side] for name, pair in part.items()} for part in (hits, found))
+        )
+        for side, (subject, states) in enumerate((("original", before), ("edited", after)))
+    )
     base = report(64)
     artifacts = tuple(
         dataclasses.replace(
@@ -223,17 +232,30 @@ def _hits(images: int, known: int, lost: int, gained: int) -> tuple[np.ndarray, 
 
 
 def _of_states(
-    subject: str, states: np.ndarray, concepts: np.ndarray, zero_shot: Mapping[str, np.ndarray]
+    subject: str,
+    states: np.ndarray,
+    concepts: np.ndarray,
+    zero_shot: Mapping[str, np.ndarray],
+    retrieval: Mapping[str, np.ndarray],
 ) -> SafetyReport:
     safe, all_four = np.isin(states, ["G", "P"]), states == "G"
     chosen = {name: safe if name in ("P_ts", "P_vs") else all_four for name in BASIC}
     tied = {name: np.zeros(len(states), dtype=bool) for name in BASIC}
+    found = _of_hits(retrieval)
     decided = Decisions(chosen, tied, {name: np.where(chosen[name], 1.0, -1.0) for name in BASIC})
     return SafetyReport(
         subject=subject,
         preference=proportions(decided),
         per_concept=proportions_per_concept(decided, concepts.tolist()),
-        retrieval={},
-        zero_shot={name: wilson(int(found.sum()), len(found)) for name, found in zero_shot.items()},
-        items=item_outcomes(decided, concepts.tolist(), zero_shot),
+        retrieval=found.proportions(),
+        zero_shot={name: wilson(int(hits.sum()), len(hits)) for name, hits in zero_shot.items()},
+        items=item_outcomes(decided, concepts.tolist(), zero_shot, found, None),
     )
+
+
+def _of_hits(hits: Mapping[str, np.ndarray]) -> Retrieved:
+    """What is not found first is found second, and no unsafe query finds anything unsafe."""
+    n = len(next(iter(hits.values())))
+    no, second, safe = np.zeros(n, dtype=bool), np.ones(n, dtype=np.int64), np.full(n, -1.0, dtype=np.float32)
+    runs = {name: Ranked(np.where(hits[name], 0, 1), no, np.full(n, np.nan, dtype=np.float32)) for name in SAFE}
+    return Retrieved(runs | {run: Ranked(second, no, safe) for run in UNIONS.values()})

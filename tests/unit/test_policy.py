@@ -80,6 +80,25 @@ def test_a_value_close_to_its_limit_says_how_many_items_tell_them_apart() -> Non
     assert "n = 1000 can detect 3.5 points; the limit is away by 2 (n = 3037): why" in near.detail
     on = check_value("GS.delta", "s", Measured(-10.0, 1000, -12.0, -8.0, 34.0, difference=True), limit)
     assert on.detail.endswith("can detect 3.5 points: why")
+    beyond = check_value("GS.delta", "s", Measured(-10.1, 1000, -12.1, -8.1, 34.0, difference=True), limit)
+    assert beyond.result is Result.INCONCLUSIVE
+    assert beyond.detail.endswith("can detect 3.5 points: why")
+
+
+def test_a_limit_that_must_be_exceeded_asks_for_the_items_that_show_the_value() -> None:
+    """Above 0, no change is no pass, so the distance counts; 0.001 is no margin that billions of items could show."""
+    limit = Limit(metric="GS.delta", at_least=0.001, bound="worst")
+    found = check_value("GS.delta", "s", Measured(0.8, 1000, -0.25, 1.85, 17.0, difference=True), limit)
+    assert found.result is Result.INCONCLUSIVE
+    assert found.detail.endswith("n = 1000 can detect 1.7 points; the limit is away by 0.8 (n = 4757)")
+
+
+def test_a_limit_that_the_interval_keeps_gets_no_note() -> None:
+    """Neither by the worse end nor by the measured value beside it: what the interval shows needs no further items."""
+    for bound in ("point", "worst"):
+        verdict = _judged(PARITY + f'[[artifact]]\nmetric = "GS.delta"\nat_least = -1.0\nbound = "{bound}"\n')
+        assert verdict.result is Result.PASS
+        assert verdict.notes == ()
 
 
 def test_a_point_limit_without_power_is_noted() -> None:

@@ -17,7 +17,7 @@ _EXACT = {
 
 _MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
 
-_SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe_retrieval", "safe-", "unsafe-")
+_SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
 """Starts of the metrics that say whether an edit makes a model safer without harm to safe queries."""
 
 

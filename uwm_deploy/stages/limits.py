@@ -103,8 +103,8 @@ def _power(measured: Measured, found: float, bound: float, least: bool) -> str:
     asked, words = _margin(bound, least), "you asked for"
     if not measured.difference or not 0 < asked < found:
         asked, words = abs(measured.value - bound), "the limit is away by"
-    if asked == 0:
-        return text
+        if asked == 0 or not _keeps(measured.value, bound, least):
+            return text  # no number of items shows that a limit is kept which the value itself does not keep
     return f"{text}; {words} {asked:.2g} (n = {math.ceil((_Z_POWER * measured.spread / asked) ** 2)})"
 
 

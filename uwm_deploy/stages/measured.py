@@ -19,7 +19,7 @@ from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
 from uwm_deploy.safeground.preference import BASIC
-from uwm_deploy.safeground.retrieval import HARD, PAIRED, UNIONS
+from uwm_deploy.safeground.retrieval import HARD, MEANS, PAIRED, UNIONS
 from uwm_deploy.safeground.risk import STOPS
 
 _Z95 = 1.959963984540054
@@ -151,7 +151,7 @@ def _absent(*names: str) -> dict[str, Callable[[], Measured]]:
 
 def _delta_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
     found = _absent(*(f"{name}.delta" for name in PAIRED))
-    found |= {f"{name}.delta": _delta(f) for name, f in effects.items()}
+    found |= {f"{name}.delta": _mean_of_directions(f) if name in MEANS else _delta(f) for name, f in effects.items()}
     found["zero_shot_mean.delta"] = lambda: _mean_delta(effects)
     return found
 
@@ -179,6 +179,12 @@ def _share(f: Flips, count: int) -> Callable[[], Measured]:
 
 def _delta(f: Flips) -> Callable[[], Measured]:
     spread = 100 * math.sqrt((f.lost + f.gained + 1) / (f.n + 2))
+    return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
+
+
+def _mean_of_directions(f: Flips) -> Callable[[], Measured]:
+    """An item counts half where one direction of two changed, so its counts say less of the spread than its interval."""
+    spread = (f.delta_high - f.delta_low) / 2 / _Z95 * math.sqrt(f.n)
     return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
 
 
