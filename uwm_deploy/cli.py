@@ -26,6 +26,7 @@ from uwm_deploy.command_line import (
     common_options,
     edit_options,
     method_options,
+    strength_options,
     with_options,
 )
 from uwm_deploy.errors import ExitCode, UwmError
@@ -289,7 +290,7 @@ def build(as_json: bool, outputs: dict[str, Any], **options: Any) -> int:
     \b
     Example:
       uwm-deploy build --model demo
-      uwm-deploy build --model demo --target onnxruntime --keep-mass 0.97 --out dist/demo-97
+      uwm-deploy build --model demo --target onnxruntime --max-retrieval-loss 2 --out dist/demo-mild
     """
     return _run("package", as_json, options, outputs)
 
@@ -297,25 +298,26 @@ def build(as_json: bool, outputs: dict[str, Any], **options: Any) -> int:
 @cli.command()
 @pipeline_options
 def score(as_json: bool, **options: Any) -> int:
-    """Scores the weights on the calibration set (method: Eq. 8 to 10) and saves the scores.
+    """Scores the weights on the calibration set (method: Eq. 8 to 10), or sums for a closed-form step; saves the result.
 
     \b
     Example:
       uwm-deploy score --model demo
     """
-    return _run("score", as_json, options)
+    return _run("fit", as_json, options)
 
 
 @cli.command()
 @pipeline_options
 def edit(as_json: bool, **options: Any) -> int:
-    """Selects (Eq. 11) and multiplies weights; writes the patch and the edited model as a Hugging Face folder.
+    """Selects (Eq. 11) and multiplies weights, solves a closed-form step; writes the patch and the edited model.
 
-    Scores are reused, so another --keep-mass or --factor needs no second pass over the data.
+    Scores and sums are reused, so another --keep-mass, --factor or --max-retrieval-loss needs no second pass over the data.
 
     \b
     Example:
-      uwm-deploy edit --model demo --keep-mass 0.97
+      uwm-deploy edit --model demo --method uwm --keep-mass 0.97
+      uwm-deploy edit --model demo --method safety-axis --max-retrieval-loss 2
     """
     return _run("edit", as_json, options)
 
@@ -543,6 +545,11 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     return 0
 
 
+def strength(command: Any) -> Any:
+    """Options of another strength."""
+    return with_options(command, strength_options())
+
+
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
@@ -558,6 +565,7 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Another selection from the scores in the run folder, both towers.",
 )
+@strength
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="New bundle. [default: in place of BUNDLE]")
 @click.option(
     "--variant",
@@ -569,7 +577,7 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     "--work",
     default=None,
     type=click.Path(path_type=Path),
-    help="Run folder with the scores, for --keep-mass. [default: .uwm/MODEL]",
+    help="Run folder with scores and sums, for another keep-mass or strength. [default: .uwm/MODEL]",
 )
 @click.option(
     "--checkpoint",
@@ -596,8 +604,8 @@ def refit(as_json: bool, **options: Any) -> int:
 
     \b
     Example:
-      uwm-deploy refit dist/demo --keep-mass 0.95 --out dist/demo-95 --key key.pem
-      uwm-deploy refit dist/demo-95 --patch dist/demo
+      uwm-deploy refit dist/demo --max-retrieval-loss 2 --out dist/demo-mild --key key.pem
+      uwm-deploy refit dist/demo-mild --patch dist/demo
       uwm-deploy refit dist/demo --revert --out dist/demo-original
     """
     from uwm_deploy.codec import plain_from_record

@@ -12,7 +12,7 @@ import click
 
 from uwm_deploy.errors import ExitCode, UwmError
 from uwm_deploy.ranks import StoppedError, speaks
-from uwm_deploy.records import Method, Selection, TowerName
+from uwm_deploy.records import AxisSetting, Method, Selection, TowerName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,9 +100,9 @@ def method_options(command: F) -> F:
         click.option(
             "--method",
             default=None,
-            type=click.Choice([method.value for method in Method]),
-            help="How entries are found (docs/methods.md); another one than the recipe's brings its own selection, and "
-            "unless it is an ablation its own keep-mass and factor. [default: the recipe's]",
+            metavar="METHOD[+METHOD]",
+            help=f"How the model is edited (docs/methods.md): {', '.join(Method)}; or two steps, such as "
+            "uwm+safety-axis. Another method than the recipe's brings its own settings. [default: the recipe's]",
         ),
         click.option(
             "--selection",
@@ -142,8 +142,46 @@ def edit_options(command: F) -> F:
             type=float,
             help="Multiplier of selected entries. [default: the recipe's or the method's]",
         ),
+        click.option(
+            "--placement",
+            default=None,
+            type=click.Choice(["auto", "weights", "embedding"]),
+            help="Where a closed-form step goes: into the last linear maps, or as a map behind the embeddings. "
+            "[default: the recipe's, else weights where the family can]",
+        ),
+        *strength_options(),
     ]
     return with_options(command, options)
+
+
+def strength_options() -> list[Callable[[F], F]]:
+    """Options that say how strong a safety axis is."""
+    return [
+        click.option(
+            "--max-retrieval-loss",
+            default=None,
+            type=click.FloatRange(0, 100),
+            metavar="POINTS",
+            help="Most points of safe retrieval (R@1) that the choice of the strength may lose. [default: the recipe's, "
+            "else 4]",
+        ),
+        click.option(
+            "--axis",
+            default=None,
+            callback=_axis,
+            metavar="SETTING",
+            help="Strength of the safety axis instead of a choice, e.g. g=0.7,o=0.5,kappa=0.4,a=1,tau=0.",
+        ),
+    ]
+
+
+def _axis(_: click.Context, __: click.Parameter, value: str | None) -> AxisSetting | None:
+    from uwm_deploy.uwm.methods import axis_from_text
+
+    try:
+        return axis_from_text(value) if value is not None else None
+    except UwmError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _leave_group(*, in_order: bool) -> None:

@@ -267,12 +267,10 @@ def _unlike_model(place: _Place, tower: TowerName, graph: Graph) -> Iterator[Dif
         for file in sorted(place.model.glob("*.safetensors")):
             yield from _unlike_file(file, graph)
         return
-    for layer in place.edit.layers:
-        name = f"{layer.name}.weight"
-        if layer.tower is not tower or name not in graph.initialisers:
-            continue
-        if digest_of_array(graph.array(name)) != layer.digest_after:
-            yield Difference(layer=layer.name, what=name, detail="is not the edited weight")
+    for tensor in place.edit.of(tower):
+        name = tensor.name
+        if name in graph.initialisers and digest_of_array(graph.array(name)) != tensor.digest_after:
+            yield Difference(layer=name.rpartition(".")[0], what=name, detail="is not the edited weight")
 
 
 def _unlike_file(file: Path, graph: Graph) -> Iterator[Difference]:

@@ -22,12 +22,16 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
-from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName
+from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName, methods_name
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import safety_report
 from uwm_deploy.safeground.outcomes import bits_of
 from uwm_deploy.safeground.zero_shot import TopOne
+from uwm_deploy.uwm.methods import methods_from_name
+
+NOTHING = Method.NONE.value
+"""Name of the method that edits nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,7 @@ class Subject:
 
     label: str
     model: str
-    method: Method = Method.NONE
+    method: str = NOTHING
     bundle: bool = False
     request: Request = field(default_factory=Request)
     public_key: Path | None = None
@@ -71,14 +75,14 @@ def subject_from(text: str, request: Request | None = None) -> Subject:
     label, equals, rest = ("", "", text) if Path(text).exists() else text.partition("=")
     if not equals:
         label, rest = text, text
-    model, method = rest, Method.NONE.value
+    model, method = rest, NOTHING
     if ":" in rest and not Path(rest).exists():
         model, _, method = rest.rpartition(":")
     if not label or not model:
         raise InputError(f"{text!r} names no model", fix="write MODEL, LABEL=MODEL or MODEL:METHOD")
-    if method not in list(Method):
-        raise InputError(f"{text!r}: no method is named {method!r}", fix=f"use one of {', '.join(Method)}")
-    return Subject(label=label, model=model, method=Method(method), request=request or Request())
+    return Subject(
+        label=label, model=model, method=methods_name(methods_from_name(method)), request=request or Request()
+    )
 
 
 def trusted(subjects: Sequence[Subject], public_key: Path | None, min_bundle_version: int) -> list[Subject]:
@@ -184,7 +188,7 @@ def open_encoders(subject: Subject, reporter: Reporter, ranks: Ranks = ALONE) ->
         UwmError: If it cannot be opened, loaded or edited.
     """
     if subject.is_bundle:
-        if subject.method is not Method.NONE:
+        if subject.method != NOTHING:
             raise InputError(f"{subject.label} is a bundle, which is edited already", fix="leave the method out")
         return _bundle_encoders(subject)
     return _model_encoders(subject, reporter, ranks)
@@ -215,7 +219,7 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
     from uwm_deploy.stages.verify import EMBED_BATCH, encode_with
 
     recipe, _ = recipe_of(subject.model)
-    if subject.method is Method.NONE:
+    if subject.method == NOTHING:
         source = recipe.model
         folder = subject.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
     else:
@@ -224,7 +228,7 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
     with reporter.stage("load", subject.label):
         model = load_model(recipe, folder=folder, device=subject.request.device)
     return Encoders(
-        name=recipe.name if subject.method is Method.NONE else f"{recipe.name}, {subject.method.value}",
+        name=recipe.name if subject.method == NOTHING else f"{recipe.name}, {subject.method}",
         weights_digest=model.ref.weights_digest,
         image=model.ref.image,
         text=model.ref.text,
@@ -237,8 +241,8 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
 
 def _edit_request(subject: Subject, name: str) -> Request:
     """A run folder of its own, so that the user's own run of the same model stays as it is."""
-    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method.value}"
-    return dataclasses.replace(subject.request, model=subject.model, method=subject.method.value, work=work)
+    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method}"
+    return dataclasses.replace(subject.request, model=subject.model, method=subject.method, work=work)
 
 
 class Evaluator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,7 +18,16 @@ from uwm_deploy import __version__, resources
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import EditRecord, Precision, Provider, SafetyHead, Target, TrainingRecord
+from uwm_deploy.records import (
+    AxisSetting,
+    EditKind,
+    EditRecord,
+    Precision,
+    Provider,
+    SafetyHead,
+    Target,
+    TrainingRecord,
+)
 
 _PACKAGES = (
     "torch",
@@ -60,8 +71,6 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
     manifest = open_bundle(path, allow_failed=True).manifest
     verdict = manifest.verdict
-    layers = manifest.edit.layers
-    entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     return {
         "bundle": manifest.name,
         "bundle version": manifest.bundle_version,
@@ -75,7 +84,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "edited weights": manifest.edit.edited_weights_digest,
         "method": method_line(manifest.edit),
         **_training_line(path),
-        "edited entries": f"{sum(layer.selected for layer in layers)} of {entries} in {len(layers)} layers",
+        "edited entries": entries_line(manifest.edit),
         "embedding spaces": dict(manifest.spaces),
         "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
         "safety head": head_line(manifest.head),
@@ -106,15 +115,36 @@ def _training_line(path: Path) -> dict[str, str]:
 
 def method_line(edit: EditRecord) -> str:
     """How an edit was made, in words; a setting that differs between the towers is given for each."""
+    step = edit.first
 
     def of(key: str) -> str:
-        values = {tower: str(getattr(setting, key)) for tower, setting in edit.settings.items()}
+        values = {tower: str(getattr(setting, key)) for tower, setting in step.settings.items()}
         if len(set(values.values())) == 1:
             return f"{key} {next(iter(values.values()))}"
         return f"{key} {', '.join(f'{value} ({tower})' for tower, value in values.items())}"
 
-    words = [edit.method.value, *(of(key) for key in ("selection", "keep_mass", "factor") if edit.settings)]
-    return "; ".join([*words, *([f"union of {len(edit.concepts)} concepts"] if edit.concepts else [])])
+    words = [edit.method, *(of(key) for key in ("selection", "keep_mass", "factor") if step.settings)]
+    words += [f"union of {len(step.concepts)} concepts"] if step.concepts else []
+    closed = edit.closed_form
+    if closed is not None and closed.axis is not None:
+        setting = closed.axis.setting
+        words += [f"placement {closed.axis.placement.value}", *([axis_words(setting)] if setting else [])]
+    return "; ".join(words)
+
+
+def axis_words(setting: AxisSetting) -> str:
+    """A strength as it is written on the command line, without what is 0."""
+    values = {key: value for key, value in dataclasses.asdict(setting).items() if value}
+    return "axis " + ",".join(f"{key}={value:g}" for key, value in values.items())
+
+
+def entries_line(edit: EditRecord) -> str:
+    """What an edit changed, in words: multiplied or trained entries, and tensors that were replaced or are new."""
+    touched = [t for t in edit.tensors if t.kind in (EditKind.MULTIPLIED, EditKind.TRAINED)]
+    entries = sum(math.prod(t.shape) for t in touched)
+    whole = [t.name for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
+    words = [f"{sum(t.selected for t in touched)} of {entries} entries in {len(touched)} tensors"] if touched else []
+    return "; ".join([*words, *([f"{', '.join(whole)} solved"] if whole else [])])
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
@@ -143,9 +173,10 @@ def recipe_rows() -> list[dict[str, Any]]:
                 "family": recipe.model.family,
                 "parameters": recipe.model.parameters,
                 "licence": recipe.model.licence,
-                "edited text layers": ", ".join(recipe.edit.text.layers),
-                "edited image layers": ", ".join(recipe.edit.image.layers),
-                "keep_mass": f"{recipe.edit.text.keep_mass} / {recipe.edit.image.keep_mass}",
+                "method": recipe.method,
+                "edited text layers": ", ".join(recipe.entries.text.layers),
+                "edited image layers": ", ".join(recipe.entries.image.layers),
+                "keep_mass": f"{recipe.entries.text.keep_mass} / {recipe.entries.image.keep_mass}",
             }
         )
     return rows

@@ -23,7 +23,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import open_source
 from uwm_deploy.datasets.zero_shot import names_from
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
-from uwm_deploy.evaluation import Evaluator, Subject, ground_of, open_encoders, subject_from
+from uwm_deploy.evaluation import NOTHING, Evaluator, Subject, ground_of, open_encoders, subject_from
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, read_training, resolved_recipe, versions
 from uwm_deploy.records import (
     ComparedMethod,
@@ -32,13 +32,14 @@ from uwm_deploy.records import (
     Method,
     MethodComparison,
     MethodCost,
+    Placement,
     ScoreRecord,
     Trainer,
 )
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean
-from uwm_deploy.uwm.methods import selects
+from uwm_deploy.uwm.methods import methods_from_name
 from uwm_deploy.workspace import locked, whole_folder, write_atomic
 
 R = TypeVar("R")
@@ -63,12 +64,14 @@ class Wanted:
     Attributes:
         trainer: Trained first, or nothing.
         method: Edit that is made on that or on the model itself; `none` makes nothing.
-        subject: A model that is there already, instead of both.
+        placement: Of a closed-form step, where another than the usual one is asked for.
+        subject: A model that is there already, instead of all this.
     """
 
     label: str
     trainer: Trainer | None = None
-    method: Method = Method.NONE
+    method: str = NOTHING
+    placement: str = ""
     subject: Subject | None = None
 
 
@@ -89,16 +92,20 @@ def _wanted(text: str) -> Wanted:
     if "=" in text:
         subject = subject_from(text)
         return Wanted(label=subject.label, subject=subject)
-    method, plus, trainer = text.partition("+")
-    if not plus and text in list(Trainer):
-        return Wanted(label=text, trainer=Trainer(text))
+    placed, _, placement = text.partition("@")
+    parts = placed.split("+")
+    trainers = [Trainer(part) for part in parts if part in list(Trainer)]
+    edits = "+".join(part for part in parts if part not in list(Trainer)) or NOTHING
     known = [m.value for m in Method if m is not Method.TRAINED]
-    if method not in known or (plus and (trainer not in list(Trainer) or not selects(Method(method)))):
+    understood = len(trainers) <= 1 and set(edits.split("+")) <= set(known) and placement in ("", *Placement)
+    if not understood or (trainers and len(parts) > 1 and edits == NOTHING):
         raise InputError(
             f"--methods: {text!r} is not understood",
-            fix=f"use {', '.join([*known, *Trainer])}, an edit on a trained one such as uwm+safe-clip, or LABEL=MODEL",
+            fix=f"use {', '.join([*known, *Trainer])}, steps on each other such as uwm+safety-axis or uwm+safe-clip, "
+            "safety-axis@embedding for the other placement, or LABEL=MODEL",
         )
-    return Wanted(label=text, trainer=Trainer(trainer) if plus else None, method=Method(method))
+    methods_from_name(edits)
+    return Wanted(label=text, trainer=trainers[0] if trainers else None, method=edits, placement=placement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,12 +230,12 @@ class _Maker:
         )
         if row.subject is not None:
             return _Made(row.label, row.subject, None)
-        if row.trainer is None and row.method is Method.NONE:
+        if row.trainer is None and row.method == NOTHING:
             whole = dataclasses.replace(request, workers=self.request.workers)
             return _Made(row.label, Subject(label=row.label, model=self.request.model, request=whole), None)
         try:
             below = self._train(row.trainer) if row.trainer else None
-            if row.method is Method.NONE:
+            if row.method == NOTHING:
                 assert below is not None
                 return dataclasses.replace(below, label=row.label)
             return (
@@ -262,10 +269,12 @@ class _Maker:
     def _edit(self, row: Wanted, below: _Made | None) -> _Made:
         work = self.request.work / row.label
         source = self._source() if below is None else self._source(below)
-        usage = self._run(row.label, ["edit", *source, "--method", row.method.value], work)
+        place = ["--placement", row.placement] if row.placement else []
+        usage = self._run(row.label, ["edit", *source, "--method", row.method, *place], work)
         score = _read(ScoreRecord, work / "score" / "score.json")
         edit = _read(EditRecord, work / "edit" / "edit.json")
-        seen = max(score.n_pairs.values(), default=0)
+        fitted = [s.axis.n_pairs for s in edit.steps if s.axis is not None]
+        seen = sum(max(part.values(), default=0) for part in (score.n_pairs, *fitted))
         cost = MethodCost(**usage, gpu_seconds=0.0, peak_gpu_bytes=0, trainable_parameters=0, data_seen=seen)
         cost = _kept(work / _COST, cost, edit.edited_weights_digest)
         if below is not None and below.cost is not None:

@@ -90,8 +90,8 @@ def _model(manifest: Manifest, report: VerifyReport) -> dict[str, Any]:
                 }
             ],
             "notes": "weights as they were trained; no patch makes them"
-            if manifest.edit.method is Method.TRAINED
-            else f"weights edited by the method {manifest.edit.method.value}; patch.safetensors holds every change",
+            if Method.TRAINED in manifest.edit.methods
+            else f"weights edited by the method {manifest.edit.method}; patch.safetensors holds every change",
         },
         "properties": _properties(
             {

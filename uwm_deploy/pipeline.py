@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from uwm_deploy import __version__, resources
 from uwm_deploy.baseline import BASELINE, accepted, has_baseline, is_bundle, read_baseline, write_baseline
@@ -32,24 +32,29 @@ from uwm_deploy.policy import Policy, policy_from_toml
 from uwm_deploy.ranks import ALONE, Ranks
 from uwm_deploy.recipe import (
     CalibrationSet,
+    ClosedForm,
     ModelSource,
     Recipe,
     calibration_set_from_toml,
     recipe_from_toml,
 )
 from uwm_deploy.records import (
+    CLOSED_FORM,
     EXPORTED,
+    MAP_NAMES,
+    AxisSetting,
     Baseline,
     Digest,
     EditRecord,
     EngineArtifact,
+    FitRecord,
     Goldens,
     GraphAudit,
-    LayerEdit,
     LayerScore,
     Manifest,
     Method,
     OnnxArtifact,
+    Placement,
     Precision,
     PrecisionPlan,
     Provider,
@@ -57,6 +62,7 @@ from uwm_deploy.records import (
     ScoreRecord,
     Selection,
     Target,
+    TensorEdit,
     TowerName,
     TrainingRecord,
     Verdict,
@@ -84,7 +90,7 @@ from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import Sign, bundle_from_parts
-from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
+from uwm_deploy.uwm.methods import EditOptions, methods_from_name, needs_gradients, selects, with_options
 from uwm_deploy.workspace import (
     STAMP,
     digest_of_bytes,
@@ -105,6 +111,7 @@ if TYPE_CHECKING:
 
     from uwm_deploy.graphs.quantise import Kind
     from uwm_deploy.stages.calibrate import PairStream
+    from uwm_deploy.stages.closed_form import Solve
     from uwm_deploy.stages.proof import Expected
     from uwm_deploy.stages.search import Source
     from uwm_deploy.stages.verify import Subject
@@ -119,10 +126,11 @@ PLAN = "plan.json"
 _RANGE_PAIRS = 128
 """Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
 
-STAGES = ("load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
-"""Every stage, in order. `load` and `calibrate` live in memory; the others leave a folder or a file."""
+STAGES = ("load", "calibrate", "score", "fit", "edit", "export", "compile", "verify", "gate", "package")
+"""Every stage, in order. `load` and `calibrate` live in memory; the others leave a folder or a file. `fit` has work only
+where an edit has a closed-form step."""
 
-SHARED_STAGES = ("score", "verify")
+SHARED_STAGES = ("score", "fit", "verify")
 """Stages that several processes work on; the others are the first one's."""
 
 _NEAREST_PAIRS = 64
@@ -130,8 +138,8 @@ _NEAREST_PAIRS = 64
 
 _DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 
-_SCORING = ".scoring"
-"""Folder for totals of a scoring pass that is under way."""
+_SCORING, _FITTING = ".scoring", ".fitting"
+"""Folders for totals of a scoring pass, and of a fit, that is under way."""
 
 _BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "polygraphy", "tensorrt_rtx", "tensorrt")
 _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntime")
@@ -158,6 +166,9 @@ class Request:
     towers: tuple[str, ...] = ()
     keep_mass: float | None = None
     factor: float | None = None
+    placement: str | None = None
+    max_retrieval_loss: float | None = None
+    axis: AxisSetting | None = None
     weights: str = "checkpoint"
     policy: str = "policy"
     baseline: Path | None = None
@@ -186,6 +197,7 @@ class Outcome:
     reused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     score: ScoreRecord | None = None
+    fit: FitRecord | None = None
     edit: EditRecord | None = None
     onnx: tuple[OnnxArtifact, ...] = ()
     engines: tuple[EngineArtifact, ...] = ()
@@ -343,7 +355,7 @@ class _Build:
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
         check_own_pairs(self.evaluation)
         self.trained: ModelSource | None = None
-        if self.recipe.edit.method is Method.TRAINED:
+        if self.recipe.entries.method is Method.TRAINED:
             self.trained, self.recipe = self.recipe.model, _recipe_of_base(self.recipe, request)
         self.training = _training_at((self.trained or self.recipe.model).repo)
         self.policy, self.policy_digest = policy_of(request.policy)
@@ -489,7 +501,7 @@ class _Build:
 
     def score(self) -> None:
         """Scores of every edited layer on the calibration set."""
-        edits = self.recipe.edit
+        edits = self.recipe.entries
         formulas = {
             tower.value: [spec.rule.value, list(spec.layers), spec.pairing.value, spec.gradient_batch]
             for tower in TowerName
@@ -513,7 +525,7 @@ class _Build:
         from uwm_deploy.stages.score import score_to_folder
         from uwm_deploy.stages.shards import Scale
 
-        edits, whole = self.recipe.edit, self._paired()
+        edits, whole = self.recipe.entries, self._paired()
         source = scoring_order(whole, edits, self.calibration.seed)
         fits = self.ranks.gathered(self.ranks.together(self._batch_pairs))
         batch_pairs = {tower: min(part[tower] for part in fits) for tower in TowerName}  # equal, so that sums are
@@ -548,7 +560,7 @@ class _Build:
     def _paired(self) -> QuadrupleSource:
         """The calibration set with the pairs that its definition asks for."""
         source = self.calibration_source
-        if self.calibration.pairing == "own" or not selects(self.recipe.edit.method):
+        if self.calibration.pairing == "own" or not selects(self.recipe.entries.method):
             return source
         from uwm_deploy.stages.calibrate import PairStream
         from uwm_deploy.stages.nearest import nearest_partners
@@ -575,19 +587,102 @@ class _Build:
 
     def _named_method(self, text: str) -> str:
         """A line about a stage; the default method is not worth a word."""
-        edits = self.recipe.edit
-        words = [] if edits.method is Method.UWM else [edits.method.value]
+        edits = self.recipe.entries
+        words = [] if self.recipe.method == Method.UWM else [self.recipe.method]
         return ", ".join([*words, *(["per concept"] if edits.per_concept else []), text])
+
+    def fit(self) -> None:
+        """Sums that the closed-form step is solved from; nothing without one."""
+        spec = self.recipe.closed_form
+        if spec is None:
+            return
+        if self.recipe.model.family == "llava":
+            self._refuse_hidden_states(spec)
+        entries = self.recipe.entries
+        inputs = {
+            "score": digest_of_file(self.work / "score" / STAMP) if self.ranks.first else "",
+            "calibration": digest_of_plain(plain_from_record(self.calibration_source.record)),
+            "zero_shot": digest_of_plain(self._zero_shot_digests(self.calibration_source)),
+            "entries": digest_of_plain(plain_from_record(entries)),
+            "closed_form": digest_of_plain([spec.method.value, spec.axis.placement]),
+        }
+        folder = self._stage("fit", self._named_method(self.calibration.name), inputs, partial(self._fit, spec, inputs))
+        if self.ranks.first:
+            shutil.rmtree(self.work / _FITTING, ignore_errors=True)
+            self.outcome.fit = _read(FitRecord, folder / "fit.json")
+
+    def _refuse_hidden_states(self, spec: ClosedForm) -> None:
+        raise InputError(
+            f"method {spec.method.value} changes embeddings only, and {self.recipe.name} is used by its inner features",
+            fix="use --method uwm, which changes the layers before them",
+        )
+
+    def _before_closed_form(self) -> tuple[LoadedModel, LoadedModel | None]:
+        """The model that the closed-form step is made on, and the source model where another step comes before."""
+        method = self.recipe.entries.method
+        if method in CLOSED_FORM:
+            return self.original, None
+        if self.trained:
+            return self._load_trained(), self.original
+        from uwm_deploy.stages.edit import select_and_apply
+
+        model = self._load(None)
+        score = self.ranks.first_only(lambda: _read(ScoreRecord, self.work / "score" / "score.json"))
+        scores = self.work / "score" / "scores.safetensors"
+        self.ranks.together(lambda: select_and_apply(model, score, scores, self.recipe.entries))
+        return model, self.original
+
+    def _fit(self, spec: ClosedForm, inputs: Mapping[str, str], folder: Path) -> None:
+        from uwm_deploy.datasets.embedding import prepare_zero_shot
+        from uwm_deploy.stages.calibrate import PairStream
+        from uwm_deploy.stages.closed_form import placement_of
+        from uwm_deploy.stages.fit import fit_to_folder
+        from uwm_deploy.stages.shards import Scale
+
+        model, original = self._before_closed_form()
+        placement, why = placement_of(model, spec)
+        if why and self.ranks.first:
+            self.reporter.line(f"fit        {why}")
+        source, ref = self.calibration_source, self.original.ref
+        sizes = self.ranks.gathered(self.ranks.together(self._batch_pairs))
+        batch_pairs = {tower: min(part[tower] for part in sizes) for tower in TowerName}
+
+        def pairs(tower: TowerName) -> PairStream:
+            return PairStream(
+                source,
+                tower,
+                ref.image,
+                self._tokenizer(),
+                batch_pairs=batch_pairs[tower],
+                workers=self.request.workers if tower is TowerName.IMAGE else 0,
+                max_broken_share=self.calibration.max_broken_share,
+                progress=self.reporter.progress,
+            )
+
+        for tower in TowerName:
+            pairs(tower)  # a set without pairs for one of them is refused before anything is summed
+        zero_shot = {}
+        if self.ranks.first:
+            zero_shot = prepare_zero_shot(
+                source, ref.image, self._tokenizer(), workers=self.request.workers, progress=self.reporter.progress
+            )
+        scale = Scale(
+            ranks=self.ranks, kept=self.work / _FITTING, key=digest_of_plain(inputs), notice=self.reporter.line
+        )
+        concepts = dict(zip(source.ids, source.concepts, strict=True))
+        fit_to_folder(model, original, source.record, pairs, concepts, zero_shot, spec.method, placement, folder, scale)
 
     def edit(self) -> None:
         """Patch and edited model."""
-        edits = self.recipe.edit
+        edits, closed = self.recipe.entries, self.recipe.closed_form
         inputs = {
             "score": digest_of_file(self.work / "score" / STAMP),
-            "edits": digest_of_plain(plain_from_record(edits)),
+            "fit": digest_of_file(self.work / "fit" / STAMP) if closed else "",
+            "edits": digest_of_plain(plain_from_record(self.recipe.edit)),
         }
         nothing = edits.method is Method.NONE
-        text = self._named_method("select, multiply, save" if selects(edits.method) else "save")
+        verbs = [*(["select, multiply"] if selects(edits.method) else []), *(["solve"] if closed else []), "save"]
+        text = self._named_method(", ".join(verbs))
         folder = self._stage("edit", text, inputs, self._edit)
         self.outcome.edit = _read(EditRecord, folder / "edit.json")
         if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
@@ -606,14 +701,24 @@ class _Build:
         from uwm_deploy.stages.edit import edit_to_folder
 
         score = _read(ScoreRecord, self.work / "score" / "score.json")
-        model = self.original
+        model, solve = self.original, self._solve()
         if self.trained:
             from uwm_deploy.stages.trained import trained_to_folder
 
-            trained_to_folder(model, self._load_trained(), score, self.recipe.edit, self.training, folder)
+            trained_to_folder(model, self._load_trained(), score, self.recipe.entries, self.training, folder, solve)
             return
-        edit_to_folder(model, score, self.work / "score" / "scores.safetensors", self.recipe.edit, folder)
+        scores = self.work / "score" / "scores.safetensors"
+        edit_to_folder(model, score, scores, self.recipe.entries, folder, solve)
         del self.original  # it was edited in place; whoever needs the original loads it again
+
+    def _solve(self) -> Solve | None:
+        """Solves the closed-form step, if there is one."""
+        if self.recipe.closed_form is None:
+            return None
+        from uwm_deploy.stages.strength import solver
+
+        assert self.outcome.fit is not None
+        return solver(self.recipe.closed_form, self.outcome.fit, self.work / "fit", self.reporter.line)
 
     def export(self) -> None:
         """Both graphs."""
@@ -645,7 +750,7 @@ class _Build:
                 sample_of(tower, shapes[name], ref.text.eos_id),
                 self.recipe.export,
                 weights_digest=edit.edited_weights_digest,
-                edits=[layer for layer in edit.layers if layer.tower is name],
+                edits=edit.of(name),
                 patch=patch,
                 folder=folder,
                 head_digest=self.head_digest if name is TowerName.IMAGE else "",
@@ -663,8 +768,8 @@ class _Build:
     def _choose_canaries(self, folder: Path) -> None:
         from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 
-        edits = self.recipe.edit
-        for name in edits.towers if edits.method is not Method.NONE else ():
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        for name in [tower for tower in TowerName if any(tensor.changed for tensor in edit.of(tower))]:
             pairs = self._pairs(name, PAIRS)
             canaries_to_folder(self.original.tower(name), self.edited.tower(name), pairs, folder)
 
@@ -757,7 +862,7 @@ class _Build:
                     quantised[graph.tower] = self._by_modelopt(
                         export / graph.file, EIGHT_BITS[lowered], self._float32(graph), every, folder
                     )
-            sources[graph.tower] = Source(graph, export / graph.file, ranges, float32=self._head_patterns(graph))
+            sources[graph.tower] = Source(graph, export / graph.file, ranges, float32=self._float32_parts(graph))
         plan = self._searched(sources, folder) if precision is Precision.AUTO else None
         for graph in self.outcome.onnx:
             artifact = converted(
@@ -769,7 +874,7 @@ class _Build:
                 patterns=self._float32(graph),
                 layers=plan.kept[graph.tower.value] if plan else (),
                 ranges=sources[graph.tower].ranges,
-                edits=[layer for layer in edit.layers if layer.tower is graph.tower],
+                edits=edit.of(graph.tower),
                 patch=patch,
                 canaries=read_canaries(self.work / "canaries", graph.tower),
                 quantised=quantised.get(graph.tower),
@@ -778,13 +883,15 @@ class _Build:
 
     def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
         """Patterns of what stays in float32 in a graph."""
-        return (*self.recipe.compile.float32, *self._head_patterns(graph))
+        return (*self.recipe.compile.float32, *self._float32_parts(graph))
 
-    def _head_patterns(self, graph: OnnxArtifact) -> tuple[str, ...]:
-        """Patterns of its safety head, where it has one."""
+    def _float32_parts(self, graph: OnnxArtifact) -> tuple[str, ...]:
+        """Patterns of its safety head and of a map behind its embedding, where it has them."""
         from uwm_deploy.towers.safety_head import FLOAT32
 
-        return (FLOAT32,) if graph.head_digest else ()
+        assert self.outcome.edit is not None
+        has_map = self.outcome.edit.placement is Placement.EMBEDDING
+        return (*((FLOAT32,) if graph.head_digest else ()), *((MAP_NAMES[graph.tower],) if has_map else ()))
 
     def _by_modelopt(
         self, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], folder: Path
@@ -841,7 +948,7 @@ class _Build:
 
         edit = _read(EditRecord, self.work / "edit" / "edit.json")
         for graph in graphs:
-            edits = [layer for layer in edit.layers if layer.tower is graph.tower]
+            edits = edit.of(graph.tower)
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
             spec = self.recipe.compile
             engine = engine_from_onnx(
@@ -874,11 +981,10 @@ class _Build:
         inputs = {name: digest_of_file(self.work / name / STAMP) for name in folders}
         inputs["calibration"] = digest_of_plain(plain_from_record(self.calibration_source.record))
         inputs["evaluation"] = digest_of_plain(plain_from_record(self.evaluation_source.record))
-        inputs["zero_shot"] = digest_of_plain([self._zero_shot_digests(), sorted(source.zero_shot_missing)])
+        inputs["zero_shot"] = digest_of_plain([self._zero_shot_digests(source), sorted(source.zero_shot_missing)])
         return inputs
 
-    def _zero_shot_digests(self) -> dict[str, Digest]:
-        source = self.evaluation_source
+    def _zero_shot_digests(self, source: QuadrupleSource) -> dict[str, Digest]:
         return {name: digest_of_plain(fingerprint_of(source.zero_shot(name))) for name in source.zero_shot_names}
 
     def _verify(self, folder: Path) -> None:
@@ -926,8 +1032,8 @@ class _Build:
             edited=safety_report("edited", edited, with_items=True),
             edit_effect=flips_between(original, edited),
             edit_worst=worst_items("edited", original, edited),
-            zero_shot_digests=self._zero_shot_digests(),
-            edit_proof=proof_of(expected, self.edited.source),
+            zero_shot_digests=self._zero_shot_digests(self.evaluation_source),
+            edit_proof=proof_of(expected, self.edited.named_parameters()),
             goldens=self._goldens(),
             data=data_health(original, self.calibration_source.record.concepts),
             artifacts=tuple(evidence),
@@ -942,21 +1048,35 @@ class _Build:
     def _expected(self) -> Expected:
         """What the edited model must be, made again from source weights and scores, or as it was trained."""
         from uwm_deploy.stages.edit import selected_entries
-        from uwm_deploy.stages.proof import expected_weights
+        from uwm_deploy.stages.proof import expected_weights, with_closed_form
 
-        edits = self.recipe.edit
+        edits = self.recipe.entries
         score = _read(ScoreRecord, self.work / "score" / "score.json")
         scores = self.work / "score" / "scores.safetensors"
 
         def select(layer: LayerScore) -> Tensor:
             return selected_entries(score, scores, layer, edits.of(layer.tower))
 
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit, original = _read(EditRecord, self.work / "edit" / "edit.json"), self.original.named_parameters()
         if self.trained:
             from uwm_deploy.stages.trained import expected_trained
 
-            return expected_trained(self.original.source, self._load_trained().source, edit, self.training)
-        return expected_weights(self.original.source, score, edit, self._patch(), edits, select)
+            trained = self._load_trained().named_parameters()
+            expected = expected_trained(original, trained, edit, self.training)
+        else:
+            expected = expected_weights(original, score, edit, self._patch(), edits, select)
+        solved = self._solved_again(edit)
+        return with_closed_form(expected, solved, edit)
+
+    def _solved_again(self, edit: EditRecord) -> Mapping[str, Tensor]:
+        """Tensors of the closed-form step, from the sums of its fit and the setting that the edit record names."""
+        from uwm_deploy.stages.strength import solved_again
+
+        step = edit.closed_form
+        if step is None:
+            return {}
+        model, _ = self._before_closed_form()
+        return solved_again(model, step, self.work / "fit")
 
     def _goldens(self) -> Goldens:
         """The runtime and the towers against the source library."""
@@ -1073,9 +1193,9 @@ class _Build:
             if engine.target is Target.ONNXRUNTIME and provider_of(engine) not in COMPILING
         }
 
-    def _edits_of(self, tower: TowerName) -> list[LayerEdit]:
+    def _edits_of(self, tower: TowerName) -> list[TensorEdit]:
         assert self.outcome.edit is not None
-        return [layer for layer in self.outcome.edit.layers if layer.tower is tower]
+        return self.outcome.edit.of(tower)
 
     def _patch(self) -> Patch:
         from uwm_deploy.uwm.patch import Patch
@@ -1211,14 +1331,19 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
         source = dataclasses.replace(source, repo=str(request.checkpoint.resolve()), revision="")
     if request.revision is not None:
         source = dataclasses.replace(source, revision=request.revision)
-    edit = with_method(
+    edit = with_options(
         recipe.edit,
-        method=_method_of(request),
-        selection=Selection(request.selection) if request.selection else None,
-        keep_mass=request.keep_mass,
-        factor=request.factor,
-        per_concept=request.per_concept,
-        chosen_towers=[TowerName(tower) for tower in request.towers],
+        EditOptions(
+            methods=_methods_of(request),
+            selection=Selection(request.selection) if request.selection else None,
+            keep_mass=request.keep_mass,
+            factor=request.factor,
+            per_concept=request.per_concept,
+            towers=[TowerName(tower) for tower in request.towers],
+            placement=cast(Any, request.placement),
+            max_retrieval_loss=request.max_retrieval_loss,
+            axis=request.axis,
+        ),
     )
     data = dataclasses.replace(
         recipe.data,
@@ -1246,11 +1371,11 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
     return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
 
 
-def _method_of(request: Request) -> Method | None:
+def _methods_of(request: Request) -> tuple[Method, ...]:
     """What the user asked for; a model that `train` made goes through as it is unless an edit on top is asked for."""
     if request.method:
-        return Method(request.method)
-    return Method.TRAINED if read_training(Path(request.model)) else None
+        return methods_from_name(request.method)
+    return (Method.TRAINED,) if read_training(Path(request.model)) else ()
 
 
 def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:

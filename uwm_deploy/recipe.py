@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from uwm_deploy.errors import RecipeError
-from uwm_deploy.records import Method, Pairing, Precision, Profile, Provider, Rule, Selection, Target, TowerName
+from uwm_deploy.records import (
+    CLOSED_FORM,
+    AxisSetting,
+    Method,
+    Pairing,
+    Precision,
+    Profile,
+    Provider,
+    Rule,
+    Selection,
+    Target,
+    TowerName,
+    methods_name,
+)
 from uwm_deploy.strict_toml import record_from_toml
 
 Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
@@ -86,9 +99,12 @@ class EditSpec:
     gradient_batch: int = 0
 
 
+BOTH_TOWERS = (TowerName.TEXT, TowerName.IMAGE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditSpecs:
-    """One EditSpec per tower.
+    """The step that selects entries, one EditSpec per tower; with the methods that select nothing it is empty-handed.
 
     Attributes:
         method: The method that the values below are for (docs/methods.md).
@@ -100,11 +116,59 @@ class EditSpecs:
     image: EditSpec
     method: Method = Method.UWM
     per_concept: bool = False
-    towers: tuple[TowerName, ...] = (TowerName.TEXT, TowerName.IMAGE)
+    towers: tuple[TowerName, ...] = BOTH_TOWERS
 
     def of(self, tower: TowerName) -> EditSpec:
         """The one of a tower."""
         return self.image if tower is TowerName.IMAGE else self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSpec:
+    """How a closed-form step is placed, and how its strength is chosen (docs/safety-axis.md).
+
+    Attributes:
+        placement: Into the weights, or behind the embedding; `auto` takes the weights where the family can.
+        max_retrieval_loss: Most points of safe retrieval (R@1, mean of both directions) that the choice may lose.
+        max_hard_safe_loss: Most points of retrieval (R@10) among the safe items that look most unsafe.
+        max_zero_shot_loss: Most points of the zero-shot mean.
+        setting: Instead of a choice.
+    """
+
+    placement: Literal["auto", "weights", "embedding"] = "auto"
+    max_retrieval_loss: float = 4.0
+    max_hard_safe_loss: float = 8.0
+    max_zero_shot_loss: float = 1.0
+    setting: AxisSetting | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpec:
+    """One ``[[edit]]`` of a recipe: a step of the edit.
+
+    Attributes:
+        method: What the values below are for (docs/methods.md).
+        per_concept: See `EditSpecs`.
+        towers: See `EditSpecs`.
+        text: Of a method that selects entries.
+        image: Of a method that selects entries.
+        axis: Of a closed-form method.
+    """
+
+    method: Method = Method.UWM
+    per_concept: bool = False
+    towers: tuple[TowerName, ...] = BOTH_TOWERS
+    text: EditSpec | None = None
+    image: EditSpec | None = None
+    axis: AxisSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedForm:
+    """A closed-form step: method and settings."""
+
+    method: Method
+    axis: AxisSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,23 +330,50 @@ class TrainSpec:
     batch: int = 0
 
 
+_NO_ENTRIES = EditSpec(rule=Rule.RATIO, layers=(), keep_mass=1.0, factor=1.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One file of `export/`: everything about a build that varies with the model.
 
     Attributes:
+        edit: Steps, in the order in which they are made: at most one that selects entries, then at most one in closed form.
         bundle_version: Counts releases, so that an older bundle can be refused; 0 for none.
     """
 
     format: int
     name: str
     model: ModelSource
-    edit: EditSpecs
+    edit: tuple[StepSpec, ...]
     data: DataSpec
     export: ExportSpec
     compile: CompileSpec
     train: TrainSpec = TrainSpec()
     bundle_version: int = 0
+
+    @property
+    def entries(self) -> EditSpecs:
+        """The step that selects entries; of an edit without one, a step of its method that has nothing to select from."""
+        step = self.edit[0]
+        return EditSpecs(
+            text=step.text or _NO_ENTRIES,
+            image=step.image or _NO_ENTRIES,
+            method=step.method,
+            per_concept=step.per_concept,
+            towers=step.towers,
+        )
+
+    @property
+    def closed_form(self) -> ClosedForm | None:
+        """The closed-form step, which is the last one."""
+        step = self.edit[-1]
+        return ClosedForm(method=step.method, axis=step.axis or AxisSpec()) if step.method in CLOSED_FORM else None
+
+    @property
+    def method(self) -> str:
+        """Name of the steps."""
+        return methods_name(step.method for step in self.edit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,30 +455,9 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
         RecipeError: With the file, the key and the nearest valid key.
     """
     recipe = record_from_toml(Recipe, text, where)
-    if recipe.edit.method is Method.NONE:
-        raise RecipeError(f"{where}: edit.method is none, which edits nothing", fix="leave it out; use --method none")
-    if recipe.edit.method is Method.TRAINED:
-        raise RecipeError(
-            f"{where}: edit.method is trained, which has no settings", fix="leave it out; use --method trained"
-        )
-    for tower, edit in (("text", recipe.edit.text), ("image", recipe.edit.image)):
-        if not 0.0 < edit.keep_mass < 1.0:
-            raise RecipeError(f"{where}: edit.{tower}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
-        if not edit.layers:
-            raise RecipeError(f"{where}: edit.{tower}.layers is empty", fix="name at least one layer pattern")
-        if edit.rule is Rule.MEAN_ABS_GRADIENT or edit.pairing in (Pairing.UNSAFE_ONLY, Pairing.DIFFERENCE):
-            raise RecipeError(
-                f"{where}: edit.{tower} asks for a formula that belongs to a method of its own",
-                fix="set edit.method; docs/methods.md lists them",
-            )
-        if edit.gradient_batch < 0:
-            raise RecipeError(
-                f"{where}: edit.{tower}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number"
-            )
-    if not recipe.edit.towers or len(set(recipe.edit.towers)) < len(recipe.edit.towers):
-        raise RecipeError(f"{where}: edit.towers is {list(recipe.edit.towers)}", fix="name image, text or both, once")
-    if recipe.edit.text.pairing != recipe.edit.image.pairing:
-        raise RecipeError(f"{where}: edit.text and edit.image have different pairings", fix="use one for both")
+    check_steps([step.method for step in recipe.edit], f"{where}: edit")
+    for number, step in enumerate(recipe.edit):
+        _check_step(step, f"{where}: edit[{number}]")
     if recipe.export.attention == "fused" and recipe.export.opset < 23:
         raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
     _check_profiles(recipe.compile.profiles, where)
@@ -401,6 +471,73 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     if recipe.bundle_version < 0:
         raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     return recipe
+
+
+def check_steps(methods: Sequence[Method], where: str) -> None:
+    """Checks that steps can follow each other.
+
+    Raises:
+        RecipeError: If not.
+    """
+    closed = [method in CLOSED_FORM for method in methods]
+    if not methods or len(methods) - sum(closed) > 1 or sum(closed) > 1 or closed[:-1].count(True):
+        raise RecipeError(
+            f"{where}: the steps {methods_name(methods) or 'are none'}",
+            fix="name at most one method that selects weights, then at most one closed-form method, as in uwm+safety-axis",
+        )
+    if len(methods) > 1 and methods[0] is Method.NONE:
+        raise RecipeError(f"{where}: none is no step of an edit with others", fix="leave it out")
+
+
+def _check_step(step: StepSpec, where: str) -> None:
+    if step.method in (Method.NONE, Method.TRAINED):
+        what = "edits nothing" if step.method is Method.NONE else "has no settings"
+        raise RecipeError(
+            f"{where}.method is {step.method}, which {what}", fix=f"leave it out; use --method {step.method}"
+        )
+    if not step.towers or len(set(step.towers)) < len(step.towers):
+        raise RecipeError(f"{where}.towers is {list(step.towers)}", fix="name image, text or both, once")
+    if step.method in CLOSED_FORM:
+        _check_closed_form(step, where)
+        return
+    if step.axis is not None:
+        raise RecipeError(f"{where}.axis belongs to a closed-form step", fix="give it an [[edit]] of its own")
+    for tower in BOTH_TOWERS:
+        edit = step.image if tower is TowerName.IMAGE else step.text
+        if edit is None:
+            raise RecipeError(f"{where}: missing key {tower.value!r}", fix="see docs/recipes.md")
+        _check_entries(edit, f"{where}.{tower.value}")
+    assert step.text is not None
+    assert step.image is not None
+    if step.text.pairing != step.image.pairing:
+        raise RecipeError(f"{where}: text and image have different pairings", fix="use one for both")
+
+
+def _check_closed_form(step: StepSpec, where: str) -> None:
+    if step.text or step.image or step.per_concept or set(step.towers) != set(BOTH_TOWERS):
+        raise RecipeError(
+            f"{where}: method {step.method} selects no entries, and edits both towers",
+            fix="leave text, image, per_concept and towers out",
+        )
+    axis = step.axis or AxisSpec()
+    if min(axis.max_retrieval_loss, axis.max_hard_safe_loss, axis.max_zero_shot_loss) < 0:
+        raise RecipeError(f"{where}.axis: a limit is negative", fix="use points, such as 4")
+    if axis.setting is not None and step.method is Method.LEACE:
+        raise RecipeError(f"{where}.axis.setting: leace has no strength", fix="leave it out")
+
+
+def _check_entries(edit: EditSpec, where: str) -> None:
+    if not 0.0 < edit.keep_mass < 1.0:
+        raise RecipeError(f"{where}.keep_mass is {edit.keep_mass}", fix="use a share between 0 and 1")
+    if not edit.layers:
+        raise RecipeError(f"{where}.layers is empty", fix="name at least one layer pattern")
+    if edit.rule is Rule.MEAN_ABS_GRADIENT or edit.pairing in (Pairing.UNSAFE_ONLY, Pairing.DIFFERENCE):
+        raise RecipeError(
+            f"{where} asks for a formula that belongs to a method of its own",
+            fix="set edit.method; docs/methods.md lists them",
+        )
+    if edit.gradient_batch < 0:
+        raise RecipeError(f"{where}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number")
 
 
 def _check_profiles(profiles: tuple[Profile, ...], where: str) -> None:

@@ -6,12 +6,12 @@ a model is over its weights, never over a name, a path or a graph: an edited gra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of every JSON file the project writes; readers refuse a newer one."""
 
 Digest = str
@@ -43,6 +43,10 @@ class TowerName(StrEnum):
     TEXT = "text"
 
 
+MAP_NAMES = {TowerName.IMAGE: "image_map", TowerName.TEXT: "text_map"}
+"""Module of the map behind a tower's embedding, with placement `embedding`; in graphs, patches and saved models."""
+
+
 class Method(StrEnum):
     """How entries are found; docs/methods.md. All end in the same kind of patch, verified and gated in the same way."""
 
@@ -53,7 +57,38 @@ class Method(StrEnum):
     RATIO_HARD = "ratio-hard"
     DIFFERENCE = "difference"
     RATIO_OF_MEANS = "ratio-of-means"
+    SAFETY_AXIS = "safety-axis"
+    LEACE = "leace"
     NONE = "none"
+    TRAINED = "trained"
+
+
+CLOSED_FORM = (Method.SAFETY_AXIS, Method.LEACE)
+"""Methods that replace the last linear map of both towers by a formula; docs/safety-axis.md."""
+
+
+def methods_name(methods: Iterable[Method]) -> str:
+    """Name of the steps of an edit, in their order, as it is written on the command line: ``uwm+safety-axis``."""
+    return "+".join(method.value for method in methods)
+
+
+class Placement(StrEnum):
+    """Where a closed-form edit is put: into the last linear map, or as a map of its own behind the embedding."""
+
+    WEIGHTS = "weights"
+    EMBEDDING = "embedding"
+
+
+class EditKind(StrEnum):
+    """What an edit did to a tensor, and so what a patch holds of it.
+
+    Entries were multiplied by a factor (their indices are held); values were replaced (the differing bits are held); the
+    tensor is new (its values are held); or it was trained (nothing is held: the model itself has the values).
+    """
+
+    MULTIPLIED = "multiplied"
+    REPLACED = "replaced"
+    ADDED = "added"
     TRAINED = "trained"
 
 
@@ -432,27 +467,38 @@ class ScoreRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerEdit:
-    """What was changed in one layer.
+class TensorEdit:
+    """What was changed in one tensor.
 
     Attributes:
-        name: Module path in the source model; ``name + ".weight"`` is the parameter.
-        keep_mass: Share that was to be left as it is: of the score mass, or of the entries when `selection` is hard; 1
-            with the method `none`.
-        selected: Number of entries multiplied by the factor.
+        tower: Whose graph holds it; None for a parameter that is in neither, such as a logit scale.
+        name: Of the parameter in the source model; of a map behind the embedding ``image_map.weight`` and so on.
+        selected: Number of entries multiplied by the factor, or that differ.
         share: ``selected`` divided by the number of entries.
+        digest_before: Of the source model's tensor; empty for one that it does not have.
+        digest_after: Of the edited model's.
+        keep_mass: Of multiplied entries, the share that was to be left as it is: of the score mass, or of the entries when
+            `selection` is hard; 1 with the method `none`.
+        factor: Of multiplied entries.
+        selection: Of multiplied entries.
     """
 
-    tower: TowerName
+    tower: TowerName | None
     name: str
-    shape: tuple[int, int]
-    keep_mass: float
-    factor: float
+    shape: tuple[int, ...]
     selected: int
     share: float
     digest_before: Digest
     digest_after: Digest
+    kind: EditKind = EditKind.MULTIPLIED
+    keep_mass: float = 1.0
+    factor: float = 1.0
     selection: Selection = Selection.ADAPTIVE
+
+    @property
+    def changed(self) -> bool:
+        """Whether the edited model has another tensor."""
+        return self.digest_before != self.digest_after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -461,7 +507,7 @@ class TowerEdit:
 
     Attributes:
         pairing: None for methods that form no pairs of activations.
-        keep_mass: See `LayerEdit`.
+        keep_mass: See `TensorEdit`.
         gradient_batch: Pairs per gradient; 0 for methods without gradients.
     """
 
@@ -474,23 +520,142 @@ class TowerEdit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSetting:
+    """Strength of the safety axis (docs/safety-axis.md section 3); lengths are in units of the tower's mean embedding.
+
+    Attributes:
+        g: Gain of the safety score on the axis that a tower scores on.
+        o: Offset of the score: a mean safe input lies at ``g * o``, a mean unsafe one at ``g * (o - 1)``.
+        kappa: Constant on the axis that the other tower scores on; with 0 unsafe items are only repelled.
+        a: Share of the spread of safe inputs in the score's covariance; the rest is that of differences of pairs. 0 to 1.
+        tau: How far unsafe images are redirected onto their safe counterparts; at least 0.
+        rho: Ridge of the covariance, relative to its mean eigenvalue; above 0.
+        axes: Repelling axes per tower, k.
+        repel_image: Gain h of the image tower's repelling axes; with 0 it takes none.
+        repel_text: The same for the text tower.
+    """
+
+    g: float
+    o: float
+    kappa: float
+    a: float
+    tau: float
+    rho: float = 1e-2
+    axes: int = 0
+    repel_image: float = 0.0
+    repel_text: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRecord:
+    """Companion of the sums that a closed-form step is solved from.
+
+    Attributes:
+        model: The source model.
+        fitted_on: Digest of the weights that the features come from: those of the source with the steps before.
+        placement: Whether features are what the last linear map gets, or embeddings of length 1.
+        n_pairs: Pairs in the sums, per tower.
+        left_out: Pairs that are not, with the reason.
+        kept: Quadruples whose features were kept for the choice of the strength.
+        sums_digest: Of ``fit.safetensors``.
+        features_digest: Of ``features.safetensors``.
+        seconds: Wall time of the pass, per tower.
+    """
+
+    model: ModelRef
+    calibration: CalibrationRecord
+    method: Method
+    fitted_on: Digest
+    placement: Placement
+    n_pairs: Mapping[str, int]
+    left_out: Mapping[str, tuple[LeftOut, ...]]
+    kept: int
+    sums_digest: Digest
+    features_digest: Digest
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedFormRecord:
+    """A closed-form step: where it was put, with which setting, and how that was chosen.
+
+    Attributes:
+        fitted_on: See `FitRecord`.
+        n_pairs: Pairs in the sums, per tower.
+        setting: None for a method without one.
+        choice: How the setting was chosen; None when it was given.
+    """
+
+    placement: Placement
+    fitted_on: Digest
+    n_pairs: Mapping[str, int]
+    setting: AxisSetting | None = None
+    choice: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditStep:
+    """One step of an edit.
+
+    Attributes:
+        settings: Per tower, of a method that selects entries.
+        concepts: Concepts whose selections were united; empty when all pairs make one score.
+        scores_digest: Of the file that the step was made from: scores, or the sums of a fit; empty for trained weights.
+        axis: Of a closed-form step.
+    """
+
+    method: Method
+    settings: Mapping[str, TowerEdit] = field(default_factory=dict)
+    concepts: tuple[str, ...] = ()
+    scores_digest: Digest = ""
+    axis: ClosedFormRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EditRecord:
     """Companion of a patch file and of the saved edited model.
 
     Attributes:
-        layers: With the method `none` every layer, with nothing selected.
-        settings: Per tower; empty for the method `none`.
-        concepts: Concepts whose selections were united; empty when all pairs make one score.
+        tensors: Every tensor that changed, and every scored layer; in layers of which nothing was selected both digests are
+            equal.
+        steps: In the order in which they were made; one for the method `none`.
     """
 
     model: ModelRef
     edited_weights_digest: Digest
-    scores_digest: Digest
     patch_digest: Digest
-    layers: tuple[LayerEdit, ...]
-    method: Method = Method.UWM
-    settings: Mapping[str, TowerEdit] = field(default_factory=dict)
-    concepts: tuple[str, ...] = ()
+    tensors: tuple[TensorEdit, ...]
+    steps: tuple[EditStep, ...]
+
+    def of(self, tower: TowerName) -> list[TensorEdit]:
+        """The tensors of a tower."""
+        return [tensor for tensor in self.tensors if tensor.tower is tower]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Of its steps."""
+        return tuple(step.method for step in self.steps)
+
+    @property
+    def method(self) -> str:
+        """Name of its steps, such as ``uwm+safety-axis``."""
+        return methods_name(self.methods)
+
+    @property
+    def first(self) -> EditStep:
+        """Its first step: the one that has scores, if any has."""
+        return self.steps[0]
+
+    @property
+    def closed_form(self) -> EditStep | None:
+        """Its closed-form step, which is the last one."""
+        return self.steps[-1] if self.steps[-1].axis is not None else None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Of its closed-form step; None without one."""
+        step = self.closed_form
+        return step.axis.placement if step and step.axis else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save
 
 from uwm_deploy import __version__, resources
@@ -31,10 +32,12 @@ from uwm_deploy.pipeline import (
     note_signature,
     refuse_foreign_folder,
 )
-from uwm_deploy.recipe import EditSpecs, recipe_from_toml
+from uwm_deploy.recipe import AxisSpec, ClosedForm, EditSpecs, recipe_from_toml
 from uwm_deploy.records import (
     EXPORTED,
     ArtifactEvidence,
+    AxisSetting,
+    EditKind,
     EditRecord,
     EngineArtifact,
     Evidence,
@@ -52,12 +55,14 @@ from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report
 from uwm_deploy.signing import Resigning, Seal, seal_for
 from uwm_deploy.stages.attest import SINGLE_ROWS, attest, reference_of
-from uwm_deploy.stages.edit import PATCH, RECORD, edit_to_folder
+from uwm_deploy.stages.closed_form import last_tensors, put
+from uwm_deploy.stages.edit import PATCH, RECORD, edit_to_folder, saved_edit, tensor_edit
+from uwm_deploy.stages.fit import read_fit
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.stages.refit import (
     Swap,
-    held_weights,
+    held_tensors,
     reason_against,
     refit_converted,
     refit_engine,
@@ -65,13 +70,18 @@ from uwm_deploy.stages.refit import (
     reverted,
     without_edit,
 )
+from uwm_deploy.stages.strength import solver
 from uwm_deploy.stages.verify import EMBED_BATCH, embed_model
+from uwm_deploy.towers.embedding_map import put_maps
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_weights
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.uwm.methods import selects
+from uwm_deploy.uwm.patch import Patch, replaced
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, locked
 
 Parts = dict[str, Path | bytes]
+
+_TRAINED = "the weights were trained, so no patch makes them or takes them back"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +90,11 @@ class RefitRequest:
 
     Attributes:
         bundle: Its folder.
-        patch: Patch file with its record beside it, or a folder that holds both; one of this, `revert` and `keep_mass`.
+        patch: Patch file with its record beside it, or a folder that holds both; one of this and the next four.
         revert: Back to the source model's weights.
         keep_mass: Of a new selection from the run folder's scores.
+        max_retrieval_loss: Of a new choice of the closed-form step's strength from the run folder's fit.
+        axis: Strength of the closed-form step instead of a choice.
         out: Folder of the new bundle; the old one is replaced without it.
         work: Run folder with the scores; ``.uwm/NAME`` without it.
         checkpoint: Source weights; those of the bundle's recipe without it.
@@ -95,6 +107,8 @@ class RefitRequest:
     patch: Path | None = None
     revert: bool = False
     keep_mass: float | None = None
+    max_retrieval_loss: float | None = None
+    axis: AxisSetting | None = None
     out: Path | None = None
     work: Path | None = None
     checkpoint: Path | None = None
@@ -141,8 +155,12 @@ def refit(request: RefitRequest, reporter: Reporter) -> Refitted:
         PrerequisiteError: If nothing, or not what was asked for, can be refitted here.
         ContractError: If the new edit is not in what comes out, or the old one still is.
     """
-    if sum((request.patch is not None, request.revert, request.keep_mass is not None)) != 1:
-        raise InputError("nothing or several things are asked for", fix="give one of --patch, --revert and --keep-mass")
+    asked = (request.patch, request.revert or None, request.keep_mass, request.max_retrieval_loss, request.axis)
+    if sum(part is not None for part in asked) != 1:
+        raise InputError(
+            "nothing or several things are asked for",
+            fix="give one of --patch, --revert, --keep-mass, --max-retrieval-loss and --axis",
+        )
     out = request.out or request.bundle
     refuse_foreign_folder(out)
     seal = seal_for(request.signing, request.bundle, out)
@@ -229,7 +247,13 @@ class _Refit:
     def _what(self) -> str:
         if self.request.revert:
             return "back to the source model"
+        if self._restrengthened:
+            return "another strength of the closed-form step"
         return f"keep_mass {self.request.keep_mass:g}" if self.request.keep_mass is not None else "another patch"
+
+    @property
+    def _restrengthened(self) -> bool:
+        return self.request.max_retrieval_loss is not None or self.request.axis is not None
 
     def _variants(self) -> tuple[list[str], dict[str, str]]:
         """Variants that are refitted, and why others are not."""
@@ -267,8 +291,7 @@ class _Refit:
         Raises:
             IntegrityError: If the weights are another model's.
         """
-        exact = all(layer.factor in (-1.0, 1.0) for layer in self.patch.layers.values())
-        if self.request.revert and exact:
+        if self.request.revert and self.patch.exact:
             return None
         recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
         source = recipe.model
@@ -290,7 +313,8 @@ class _Refit:
 
     def _swap(self, model: LoadedModel | None) -> Swap:
         """Old and new edit; the model is the edited one afterwards."""
-        held = held_weights(self.manifest.onnx, self.bundle.path / "onnx", self.edit)
+        if Method.TRAINED in self.edit.methods:
+            raise InputError(_TRAINED, fix="build the other model")
         if self.request.revert:
             record, patch = reverted(self.edit, self.patch)
             content = patch.to_bytes()
@@ -298,60 +322,112 @@ class _Refit:
             record, patch, content = _edit_at(self.request.patch)
         else:
             assert model is not None
-            record, patch, content = _edit_at(self._selected(model))
-        if Method.TRAINED in (record.method, self.edit.method):
-            raise InputError(
-                "the weights were trained, so no patch makes them or takes them back", fix="build the other model"
-            )
+            record, patch, content = _edit_at(self._solved(model) if self._restrengthened else self._selected(model))
+        self._check_new(record)
+        held = self._held(record)
+        if model is None:
+            after = without_edit(held, self.edit, self.patch)
+        else:
+            if self.request.patch is not None:
+                _apply(patch, record, model)
+            parameters = model.named_parameters()
+            if digest_of_weights(parameters) != record.edited_weights_digest:
+                raise IntegrityError("the patch does not make the weights its record promises", fix="edit again")
+            after = {name: parameters[name].detach().cpu().numpy() for name in held}
+        changes = {name: Replacement(held[name], after[name]) for name in held}
+        return Swap(old=self.edit, old_patch=self.patch, new=record, new_patch=patch, content=content, changes=changes)
+
+    def _check_new(self, record: EditRecord) -> None:
+        if Method.TRAINED in record.methods:
+            raise InputError(_TRAINED, fix="build the other model")
         if record.model.weights_digest != self.manifest.model.weights_digest:
             raise IntegrityError("the patch is of another model", fix="pass a patch of the bundle's source model")
         if record.edited_weights_digest == self.edit.edited_weights_digest:
             raise InputError("the bundle holds this edit already", fix="pass another one")
-        if set(patch.layers) != set(self.patch.layers):
-            raise InputError("the new edit is of other layers than the bundle's", fix="build again")
-        if model is None:
-            after = without_edit(held, self.patch)
-        else:
-            parameters = dict(model.source.named_parameters())
-            if self.request.patch is not None:
-                patch.apply({name: parameters[f"{name}.weight"].detach() for name in patch.layers})
-            if digest_of_weights(parameters) != record.edited_weights_digest:
-                raise IntegrityError("the patch does not make the weights its record promises", fix="edit again")
-            after = {name: parameters[f"{name}.weight"].detach().cpu().numpy() for name in patch.layers}
-        changes = {name: Replacement(held[name], after[name]) for name in held}
-        return Swap(old=self.edit, old_patch=self.patch, new=record, new_patch=patch, content=content, changes=changes)
+        added = [{t.name for t in edit.tensors if t.kind is EditKind.ADDED} for edit in (self.edit, record)]
+        if added[0] != added[1]:
+            raise InputError("one of the two edits has maps behind the embeddings, which are nodes", fix="build again")
+
+    def _held(self, record: EditRecord) -> dict[str, np.ndarray]:
+        """Every tensor that either edit names, as the bundle's graphs hold it."""
+        digests = {t.name: t.digest_before for t in record.tensors} | {
+            t.name: t.digest_after for t in self.edit.tensors
+        }
+        towers = {t.name: t.tower for edit in (self.edit, record) for t in edit.tensors}
+        wanted = {name: digest for name, digest in digests.items() if towers[name] is not None}
+        return held_tensors(self.manifest.onnx, self.bundle.path / "onnx", wanted)
+
+    def _solved(self, model: LoadedModel) -> Path:
+        """Folder with the edit of another strength, from the fit that the bundle's edit was solved from."""
+        step = self.edit.closed_form
+        if step is None or step.axis is None or step.method is not Method.SAFETY_AXIS:
+            raise InputError("the bundle's edit has no safety axis whose strength could change", fix="use --patch")
+        folder = self._work / "fit"
+        fit = read_fit(folder)
+        if fit.sums_digest != step.scores_digest:
+            raise IntegrityError("the run folder's fit is not the bundle's", fix="pass --work with its run folder")
+        recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
+        known = recipe.closed_form.axis if recipe.closed_form else AxisSpec()
+        axis = dataclasses.replace(known, setting=self.request.axis)
+        if self.request.max_retrieval_loss is not None:
+            axis = dataclasses.replace(axis, max_retrieval_loss=self.request.max_retrieval_loss)
+        solve = solver(ClosedForm(method=step.method, axis=axis), fit, folder, self.reporter.line)
+        first = {n: p for n, p in self.patch.tensors.items() if p.kind is EditKind.MULTIPLIED}
+        before = {name: p.detach().clone() for name, p in last_tensors(model).items()}
+        if set(first) & set(before):
+            raise InputError("the step before edits the last map, too", fix="build again")
+        Patch(first).apply({name: model.named_parameters()[name].detach() for name in first})
+        solved = solve(model)
+        put(model, solved)
+        tensors = {t.name: t for t in self.edit.tensors if t.name in first}
+        parts = dict(first)
+        for name, after in solved.tensors.items():
+            parts[name] = replaced(before.get(name), after)
+            tensors[name] = tensor_edit(name, solved.towers[name], before.get(name), after)
+        out = self.folder / "edit"
+        out.mkdir()
+        steps = (*(s for s in self.edit.steps if s.axis is None), solved.step)
+        saved_edit(model, self.edit.model, Patch(parts), tensors.values(), steps, out)
+        return out
+
+    @property
+    def _work(self) -> Path:
+        return self.request.work or Path(".uwm") / self.manifest.name
 
     def _selected(self, model: LoadedModel) -> Path:
         """Folder with the edit of another keep_mass, from the scores that the bundle's edit was selected from."""
-        if self.edit.method is Method.NONE:
+        step = self.edit.first
+        if not selects(step.method):
             raise InputError("the bundle holds no edit whose keep_mass could change", fix="use --patch")
-        keep_mass, work = self.request.keep_mass, self.request.work or Path(".uwm") / self.manifest.name
+        if self.edit.closed_form is not None:
+            raise InputError("the closed-form step was fitted on this keep_mass", fix="build again with the other one")
+        keep_mass = self.request.keep_mass
         assert keep_mass is not None
-        file = work / "score" / "score.json"
+        file = self._work / "score" / "score.json"
         if not file.is_file():
-            raise InputError(f"{work} holds no scores", fix="pass --work with the bundle's run folder")
+            raise InputError(f"{self._work} holds no scores", fix="pass --work with the bundle's run folder")
         score = record_from_json(ScoreRecord, file.read_bytes(), where="score.json")
-        if score.scores_digest != self.edit.scores_digest:
+        if score.scores_digest != step.scores_digest:
             raise IntegrityError("the run folder's scores are not the bundle's", fix="pass --work with its run folder")
-        recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
+        entries = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml").entries
         specs = {
             tower: dataclasses.replace(
-                recipe.edit.of(tower),
+                entries.of(tower),
                 rule=setting.rule,
-                pairing=setting.pairing or recipe.edit.of(tower).pairing,
+                pairing=setting.pairing or entries.of(tower).pairing,
                 selection=setting.selection,
                 keep_mass=keep_mass,
                 factor=setting.factor,
                 gradient_batch=setting.gradient_batch,
             )
             for tower in TowerName
-            if (setting := self.edit.settings.get(tower.value))
+            if (setting := step.settings.get(tower.value))
         }
         edits = EditSpecs(
-            text=specs.get(TowerName.TEXT, recipe.edit.text),
-            image=specs.get(TowerName.IMAGE, recipe.edit.image),
-            method=self.edit.method,
-            per_concept=bool(self.edit.concepts),
+            text=specs.get(TowerName.TEXT, entries.text),
+            image=specs.get(TowerName.IMAGE, entries.image),
+            method=step.method,
+            per_concept=bool(step.concepts),
             towers=tuple(specs),
         )
         folder = self.folder / "edit"
@@ -416,7 +492,7 @@ class _Refit:
         edit, proof = swap.new, self.report.edit_proof
         if proof is not None:
             # The weights that were put in have the digests that the patch promises; every other one is as it was proven.
-            proof = dataclasses.replace(proof, layers=len(edit.layers))
+            proof = dataclasses.replace(proof, layers=len(edit.tensors))
         report = dataclasses.replace(
             self.report,
             edit_proof=proof,
@@ -477,13 +553,22 @@ def _edit_at(path: Path) -> tuple[EditRecord, Patch, bytes]:
     if found is None:
         raise InputError(f"{file.name} has no {RECORD} beside it", fix="pass the folder that `edit` wrote, or a bundle")
     record = record_from_json(EditRecord, found.read_bytes(), where=found.name)
-    promised = {layer.name: (layer.digest_before, layer.digest_after) for layer in record.layers}
-    if promised != {name: (part.digest_before, part.digest_after) for name, part in patch.layers.items()}:
+    promised = {t.name: (t.kind, t.digest_before, t.digest_after) for t in record.tensors}
+    if promised != {name: (part.kind, part.digest_before, part.digest_after) for name, part in patch.tensors.items()}:
         raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
     content = file.read_bytes()
     if digest_of_bytes(content) != record.patch_digest:
         raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
     return record, patch, content
+
+
+def _apply(patch: Patch, record: EditRecord, model: LoadedModel) -> None:
+    """Applies the patch of a record to the source model, maps behind the embeddings included."""
+    new = {t.name: torch.zeros(t.shape) for t in record.tensors if t.kind is EditKind.ADDED}
+    parameters = {name: p.detach() for name, p in model.named_parameters().items()} | new
+    patch.apply({name: parameters[name] for name in patch.tensors})
+    if new:
+        put_maps(model, new)
 
 
 def _not_run(onnx: tuple[OnnxArtifact, ...], engines: tuple[EngineArtifact, ...]) -> list[ArtifactEvidence]:
@@ -514,7 +599,7 @@ def _canaries(edit: EditRecord, original: EmbeddedSet, edited: EmbeddedSet, prep
         TowerName.TEXT: (prepared.safe_ids, prepared.unsafe_ids),
     }
     parts: Parts = {}
-    for tower in {layer.tower for layer in edit.layers if layer.digest_before != layer.digest_after}:
+    for tower in [name for name in TowerName if any(tensor.changed for tensor in edit.of(name))]:
         before, after = (
             np.concatenate([getattr(model, f"{side}_{tower.value}") for side in ("safe", "unsafe")])
             for model in (original, edited)

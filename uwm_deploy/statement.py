@@ -10,11 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uwm_deploy.codec import plain_from_record
 from uwm_deploy.records import (
     ArtifactEvidence,
     BundleFile,
     CalibrationRecord,
     Digest,
+    EditRecord,
     EngineArtifact,
     Manifest,
     VerifyReport,
@@ -81,15 +83,24 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
     edit = manifest.edit
     return {
         "model": {"name": manifest.model.name, "repo": manifest.model.repo, "revision": manifest.model.revision},
-        "method": edit.method.value,
+        "method": edit.method,
         "settings": {
             tower: {"keepMass": setting.keep_mass, "factor": setting.factor, "selection": setting.selection.value}
-            for tower, setting in edit.settings.items()
+            for tower, setting in edit.first.settings.items()
         },
+        **_closed_form(edit),
         "variants": sorted({engine.variant for engine in manifest.engines}),
         "recipe": {"sha256": _hex(manifest.recipe_digest)},
         "bundleVersion": manifest.bundle_version,
     }
+
+
+def _closed_form(edit: EditRecord) -> dict[str, Any]:
+    step = edit.closed_form
+    if step is None or step.axis is None:
+        return {}
+    setting = plain_from_record(step.axis.setting) if step.axis.setting else {}
+    return {"closedForm": {"method": step.method.value, "placement": step.axis.placement.value, "setting": setting}}
 
 
 def _engine(engine: EngineArtifact) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from uwm_deploy.codec import plain_from_record
 from uwm_deploy.comparison import MEAN, cell, is_numeric, mean_of, missing_lines
-from uwm_deploy.inspection import method_line
+from uwm_deploy.inspection import entries_line, method_line
 from uwm_deploy.records import (
     ArtifactEvidence,
     Baseline,
@@ -99,14 +99,15 @@ def _print_stages(outcome: Outcome) -> None:
     if outcome.edit is not None:
         rows = [
             {
-                "tower": e.tower.value,
-                "layer": e.name,
-                "shape": f"{e.shape[0]} x {e.shape[1]}",
+                "tower": e.tower.value if e.tower else "-",
+                "tensor": e.name,
+                "shape": " x ".join(map(str, e.shape)),
+                "change": e.kind.value,
                 "edited": e.selected,
                 "share": f"{100 * e.share:.2f}%",
                 "factor": e.factor,
             }
-            for e in outcome.edit.layers
+            for e in outcome.edit.tensors
         ]
         print_rows(rows)
         _console().print(f"method: {method_line(outcome.edit)}", markup=False)
@@ -316,8 +317,7 @@ def print_verdict(verdict: Verdict) -> None:
 def print_refitted(made: Refitted) -> None:
     """What was replaced, what could not be, and the verdict."""
     console = _console()
-    selected = sum(layer.selected for layer in made.edit.layers)
-    console.print(f"refitted: {made.layers} layers changed, {selected} entries edited", markup=False)
+    console.print(f"refitted: {made.layers} tensors changed; {entries_line(made.edit)}", markup=False)
     console.print(f"method: {method_line(made.edit)}", markup=False)
     for variant, reason in made.left_out.items():
         console.print(Text(f"left out: {variant}: {reason}", style="yellow"))

@@ -99,10 +99,10 @@ def sweep(
             selects nothing.
     """
     recipe = resolved_recipe(request)
-    edits = recipe.edit
+    edits = recipe.entries
     if not selects(edits.method):
         raise InputError(
-            f"method {edits.method.value} selects nothing, so there is nothing to sweep", fix="choose another --method"
+            f"method {recipe.method} selects nothing, so there is nothing to sweep", fix="choose another --method"
         )
     factors = factors or tuple(dict.fromkeys((edits.text.factor, edits.image.factor)))
     measured_on = on or recipe.data.calibration

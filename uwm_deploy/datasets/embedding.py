@@ -110,6 +110,17 @@ def prepare(
     )
 
 
+def prepare_zero_shot(
+    source: QuadrupleSource, image: ImageSpec, tokenizer: Tokenizer, *, workers: int, progress: Progress
+) -> dict[str, PreparedZeroShot]:
+    """Only the zero-shot sets of a set; see `prepare`."""
+    store = CropStore(image)
+    return {
+        name: _zero_shot(source.zero_shot(name), store, tokenizer, workers, progress, partial(ALONE.dealt, size=1))
+        for name in source.zero_shot_names
+    }
+
+
 def encoded(source: QuadrupleSource, *, workers: int, progress: Progress) -> PreparedSet:
     """A set as users send it to a server: encoded images (n,) and texts in UTF-8 (n,), both objects.
 

@@ -116,13 +116,11 @@ def migration_of(bundle: Bundle, tower: TowerName, stored: SpaceId = "", variant
         variant: A certain one. [default: the first proven one, float32 before others]
 
     Raises:
-        InputError: If the edit of the bundle maps no embeddings of the tower.
+        InputError: If the edit of the bundle maps no embeddings, or those of the variant are not of length 1.
         EvidenceError: If they are of another space than before the edit.
         IntegrityError: If the variant is not proven, or the map does not make the bundle's own evidence.
     """
     manifest, maps = bundle.manifest, maps_of_bundle(bundle)
-    if tower not in maps:
-        raise InputError(f"the edit of {manifest.name} leaves {tower.value} embeddings as they are", fix="use them")
     chosen = variant or _best(bundle)
     engines = bundle.engines(chosen)
     if reason := reason_unproven(bundle, chosen):

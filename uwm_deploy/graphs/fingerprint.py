@@ -12,7 +12,7 @@ import numpy as np
 
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.cpu_integers import stored_forms
-from uwm_deploy.records import Digest, Fingerprint, LayerEdit, Precision
+from uwm_deploy.records import Digest, EditKind, Fingerprint, Precision, TensorEdit
 from uwm_deploy.workspace import digest_of_file, joined_digest
 
 ZEROED_LIMIT = 0.5
@@ -47,7 +47,7 @@ def digest_of_onnx(path: Path, external: str) -> Digest:
 
 
 def fingerprint_of_graph(
-    initialisers: Mapping[str, np.ndarray], edits: Iterable[LayerEdit], patches: Mapping[str, EditedEntries]
+    initialisers: Mapping[str, np.ndarray], edits: Iterable[TensorEdit], patches: Mapping[str, EditedEntries]
 ) -> Fingerprint:
     """Compares each edited layer's weight, by name, with what the patch makes and with what it was before.
 
@@ -66,13 +66,13 @@ def fingerprint_of_graph(
     mismatches += [
         f"{name}: is in the patch but not in the edit record"
         for name in sorted(patches)
-        if name not in known and f"{name}.weight" in initialisers
+        if name not in known and name in initialisers
     ]
     digests = _digests(initialisers, wanted)
     held = {digest for found in digests.values() for digest in found}
     layers, entries = 0, 0
     for edit in wanted:
-        name = f"{edit.name}.weight"
+        name = edit.name
         if name not in initialisers:
             mismatches.append(f"{edit.name}: the graph has no weight of this name")
             continue
@@ -85,7 +85,7 @@ def fingerprint_of_graph(
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches))
 
 
-def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit]) -> Fingerprint:
+def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[TensorEdit]) -> Fingerprint:
     """Finds each edited weight among the tensors of a graph whose names were changed, transposed or not."""
     wanted = list(edits)
     digests = _digests({str(number): array for number, array in enumerate(arrays)}, wanted)
@@ -102,18 +102,16 @@ def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[LayerEdit
 
 
 def fingerprint_by_source(
-    arrays: Iterable[np.ndarray], source: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]
+    arrays: Iterable[np.ndarray], source: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]
 ) -> Fingerprint:
     """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it.
 
-    One of 8 bits may also be there in 7, which is how the CPU multiplies it. Factors near 1 may be lost in so few bits, and
-    are not seen by this; a negation never is.
+    One of 8 bits may also be there in 7, which is how the CPU multiplies it. So few bits may hide factors near 1 from this
+    check; a negation is always seen.
     """
-    held = {_identity(turned) for array in arrays if array.ndim == 2 for turned in (array, array.T)}
+    held = {_identity(turned) for array in arrays if array.ndim for turned in (array, array.T)}
     wanted = list(edits)
-    found = [
-        edit for edit in wanted if not held.isdisjoint(map(_identity, stored_forms(source[f"{edit.name}.weight"])))
-    ]
+    found = [edit for edit in wanted if not held.isdisjoint(map(_identity, stored_forms(source[edit.name])))]
     mismatches = [] if wanted else [_NOTHING]
     mismatches += [f"{edit.name}: the edited weight is not in the graph" for edit in wanted if edit not in found]
     return Fingerprint(layers=len(found), entries=sum(edit.selected for edit in found), mismatches=tuple(mismatches))
@@ -123,7 +121,7 @@ def _identity(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
     return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]) -> dict[str, set[Digest]]:
+def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]) -> dict[str, set[Digest]]:
     """Digests of every array that has the shape of an edited layer, in each orientation that does."""
     shapes = {edit.shape for edit in edits}
     turned = [
@@ -140,14 +138,14 @@ def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[LayerEdit]) -> di
     return found
 
 
-def _holds_unedited(edit: LayerEdit, held: set[Digest]) -> bool:
-    """A layer in which nothing was selected is its own unedited weight, rightly."""
-    return edit.digest_before in held and edit.digest_before != edit.digest_after
+def _holds_unedited(edit: TensorEdit, held: set[Digest]) -> bool:
+    """A layer in which nothing was selected is its own unedited weight, rightly. Two vectors may be equal by chance."""
+    return edit.digest_before in held and edit.changed and len(edit.shape) > 1
 
 
-def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, digests: set[Digest], held: set[Digest]) -> str:
+def _problem(edit: TensorEdit, patch: EditedEntries, array: np.ndarray, digests: set[Digest], held: set[Digest]) -> str:
     """What is wrong with one weight, or nothing."""
-    if _holds_unedited(edit, digests):
+    if edit.changed and edit.digest_before in digests:
         return "holds the unedited weight"
     if _holds_unedited(edit, held):
         return "the graph holds the unedited weight as well, under another name"
@@ -155,6 +153,8 @@ def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, digests: 
         return ""
     if tuple(array.shape) != edit.shape:
         return f"has shape {tuple(array.shape)}, not {edit.shape}"
+    if edit.kind is not EditKind.MULTIPLIED:
+        return "is neither the edited nor the unedited tensor"
     zeros = int((array.reshape(-1)[np.asarray(patch.indices)] == 0).sum())
     return f"is neither the edited nor the unedited weight ({zeros} of {edit.selected} edited entries are zero)"
 
@@ -162,7 +162,7 @@ def _problem(edit: LayerEdit, patch: EditedEntries, array: np.ndarray, digests: 
 def fingerprint_of_lowered(
     source: Mapping[str, np.ndarray],
     lowered: Mapping[str, np.ndarray],
-    edits: Iterable[LayerEdit],
+    edits: Iterable[TensorEdit],
     patches: Mapping[str, EditedEntries],
 ) -> tuple[Fingerprint, int]:
     """Compares each edited weight of a graph in lower precision with the float32 graph it was made from.
@@ -183,7 +183,7 @@ def fingerprint_of_lowered(
     mismatches = [] if wanted else [_NOTHING]
     layers = entries = zeroed = 0
     for edit in wanted:
-        name = f"{edit.name}.weight"
+        name = edit.name
         if name not in lowered or name not in source:
             mismatches.append(f"{edit.name}: the graph has no weight of this name")
             continue
@@ -200,7 +200,7 @@ def fingerprint_of_lowered(
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches)), zeroed
 
 
-def refuse_zeroed(zeroed: int, edits: Iterable[LayerEdit], lowered: Precision) -> None:
+def refuse_zeroed(zeroed: int, edits: Iterable[TensorEdit], lowered: Precision) -> None:
     """Checks that enough of the edit is left in lower precision.
 
     Raises:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from uwm_deploy.errors import InputError
+from uwm_deploy.records import MAP_NAMES
 
 LINEAR = ("MatMul", "Gemm")
 
@@ -85,8 +86,9 @@ def _weights(node: ir.Node) -> Iterable[ir.Value]:
 
 
 def after_the_last_layer(model: ir.Model) -> set[ir.Node]:
-    """Nodes between the last linear layer before the embedding and the embedding: its normalisation."""
-    linear = {layer.node for layer in linear_layers(model).values()}
+    """Nodes between the last linear layer before the embedding and the embedding: its normalisation, and a map behind it."""
+    maps = set(MAP_NAMES.values())
+    linear = {layer.node for name, layer in linear_layers(model).items() if name not in maps}
     waiting = [model.graph.outputs[0].producer()]
     found: set[ir.Node] = set()
     while waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,21 +37,23 @@ def shortened(names: Sequence[str]) -> tuple[list[str], str]:
 
 def edit(dossier: Dossier, method: str) -> Html:
     """Share of weights edited per layer."""
-    layers = dossier.edit.layers
+    tensors = dossier.edit.tensors
     groups, rows = [], []
-    for tower in dict.fromkeys(layer.tower for layer in layers):
-        own = [layer for layer in layers if layer.tower is tower]
+    for tower in dict.fromkeys(tensor.tower for tensor in tensors):
+        own = [tensor for tensor in tensors if tensor.tower is tower]
         short, pattern = shortened([layer.name for layer in own])
         drawn = [
             Bar(label=label, value=100 * layer.share, shown=f"{100 * layer.share:.2f}")
             for label, layer in zip(short, own, strict=True)
         ]
-        groups.append(Group(head=f"{tower.value} tower", note=charts.clipped(pattern, 54), bars=drawn))
+        place = f"{tower.value} tower" if tower else "neither tower"
+        groups.append(Group(head=place, note=charts.clipped(pattern, 54), bars=drawn))
         rows += [
             {
-                "layer": layer.name,
-                "tower": tower.value,
-                "shape": f"{layer.shape[0]} {TIMES} {layer.shape[1]}",
+                "tensor": layer.name,
+                "tower": tower.value if tower else "-",
+                "shape": f" {TIMES} ".join(map(str, layer.shape)),
+                "change": layer.kind.value,
                 "edited": str(layer.selected),
                 "percent": f"{100 * layer.share:.3f}",
                 "factor": f"{layer.factor:g}",
@@ -58,14 +61,14 @@ def edit(dossier: Dossier, method: str) -> Html:
             for layer in own
         ]
     largest = max((bar.value or 0.0 for group in groups for bar in group.bars), default=0.0)
-    about = "Percent of the entries of each layer that were multiplied by the factor."
-    drawn_all = charts.bars("Weights edited per layer", about, groups, largest or 1.0)
-    entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    about = "Percent of the entries of each tensor that were multiplied, replaced or trained."
+    drawn_all = charts.bars("Weights edited per tensor", about, groups, largest or 1.0)
+    entries = sum(math.prod(tensor.shape) for tensor in tensors)
     lead = (
-        f"{sum(layer.selected for layer in layers)} of {entries} entries in {len(layers)} layers; {method}. "
+        f"{sum(tensor.selected for tensor in tensors)} of {entries} entries in {len(tensors)} tensors; {method}. "
         f"Calibrated on {dossier.score.calibration.name}, {dossier.score.calibration.n} quadruples."
     )
-    return section("edit", "The edit", lead, figure("Percent of weights edited per layer", drawn_all, (), rows))
+    return section("edit", "The edit", lead, figure("Percent of weights edited per tensor", drawn_all, (), rows))
 
 
 def parity(dossier: Dossier) -> Html:
@@ -217,7 +220,8 @@ def plan(found: PrecisionPlan | None) -> Html | None:
             )
             for label, layer in zip(short, own, strict=True)
         ]
-        groups.append(Group(head=f"{tower.value} tower", note=charts.clipped(pattern, 54), bars=drawn[:_DRAWN]))
+        place = f"{tower.value} tower" if tower else "neither tower"
+        groups.append(Group(head=place, note=charts.clipped(pattern, 54), bars=drawn[:_DRAWN]))
     largest = max((layer.sensitivity for layer in found.layers), default=1.0)
     lowest = min((layer.sensitivity for layer in found.layers if layer.sensitivity > 0), default=largest / 10) / 2
     rows: list[dict[str, Child]] = [
@@ -266,7 +270,7 @@ def chain(dossier: Dossier) -> Html:
         ("original weights", verify.model.weights_digest),
         ("calibration set, ids", dossier.score.calibration.ids_digest),
         ("calibration set, content", dossier.score.calibration.content_digest),
-        ("scores", edited.scores_digest),
+        *((f"scores, {step.method.value}", step.scores_digest) for step in edited.steps if step.scores_digest),
         ("patch", edited.patch_digest),
         ("edited weights", edited.edited_weights_digest),
         *((f"graph, {g.tower.value}", g.digest) for g in dossier.onnx),

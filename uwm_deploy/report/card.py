@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from uwm_deploy.records import (
     ArtifactEvidence,
     CalibrationRecord,
+    EditKind,
     EditRecord,
     Evidence,
     Method,
@@ -140,16 +142,23 @@ def _source(edit: EditRecord, licence: str) -> str:
 
 
 def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
-    entries = sum(layer.shape[0] * layer.shape[1] for layer in edit.layers)
-    selected = sum(layer.selected for layer in edit.layers)
-    trained = edit.method is Method.TRAINED
+    touched = [t for t in edit.tensors if t.kind in (EditKind.MULTIPLIED, EditKind.TRAINED)]
+    entries, selected = sum(math.prod(t.shape) for t in touched), sum(t.selected for t in touched)
     what = (
-        f"By training: {selected} of {entries} weights in {len(edit.layers)} linear layers differ from the source's. "
+        f"By training: {selected} of {entries} weights in {len(touched)} tensors differ from the source's. "
         "In a bundle, `reports/training.json` says how, if it was done with uwm-deploy."
-        if trained
-        else f"Without training: {selected} of {entries} weights in {len(edit.layers)} layers were multiplied by a factor "
-        f"(Unsafe Weights Manipulation, arXiv 2503.11742; {method}). All other weights are those of the source."
+        if Method.TRAINED in edit.methods
+        else f"Without training, by the method {edit.method} ({method})."
     )
+    if touched and Method.TRAINED not in edit.methods:
+        what += (
+            f" {selected} of {entries} weights in {len(touched)} layers were multiplied by a factor "
+            "(Unsafe Weights Manipulation, arXiv 2503.11742)."
+        )
+    if edit.closed_form is not None:
+        solved = [f"`{t.name}`" for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
+        what += f" {', '.join(solved)} come from a formula on the calibration pairs ({edit.closed_form.method.value})."
+    what += " All other weights are those of the source." if Method.TRAINED not in edit.methods else ""
     concepts = ", ".join(f"{name} {n}" for name, n in calibration.concepts.items())
     return (
         "## How it was made\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -224,10 +225,10 @@ def _tiles(dossier: Dossier) -> Html:
         tiles.append(_tile("Decisions changed", str(flips[worst]), f"of {asked}, {where}"))
         cosine, variant = min((p.cosine_min, a.variant) for a, _ in ran for p in a.parity)
         tiles.append(_tile("Smallest cosine", f"{cosine:.5f}", f"{variant}, against the edited model"))
-    layers = dossier.edit.layers
-    entries, selected = sum(e.shape[0] * e.shape[1] for e in layers), sum(e.selected for e in layers)
+    tensors = dossier.edit.tensors
+    entries, selected = sum(math.prod(e.shape) for e in tensors), sum(e.selected for e in tensors)
     share = 100 * selected / entries if entries else 0.0
-    tiles.append(_tile("Weights edited", f"{share:.2f}%", f"{selected} of {entries} in {len(layers)} layers"))
+    tiles.append(_tile("Weights edited", f"{share:.2f}%", f"{selected} of {entries} in {len(tensors)} tensors"))
     return tag("dl", {"class": "tiles"}, *tiles)
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records import TowerName
+from uwm_deploy.errors import ContractError, IntegrityError
+from uwm_deploy.records import MAP_NAMES, TowerName
 from uwm_deploy.runtime.bundle import Bundle
-from uwm_deploy.runtime.space import EMBEDDING, placement_of
+from uwm_deploy.runtime.space import weights_before
 
 LENGTH_TOLERANCE = 1e-3
 """How far from 1 an embedding's length may be; float16 rounds by less than half of this."""
 
 _PATCH = "patch.safetensors"
-_AGAIN = "build with --placement embedding, or embed the items again with `uwm-deploy embed`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class EmbeddingMap:
         bias: c, (d,) float32.
 
     Raises:
-        InputError: If the shapes do not belong together.
+        ContractError: If the shapes do not belong together.
     """
 
     weight: np.ndarray
@@ -37,7 +37,7 @@ class EmbeddingMap:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.weight.shape != (*self.bias.shape, *self.bias.shape):
-            raise InputError(f"a map of shape {self.weight.shape} has a bias of shape {self.bias.shape}")
+            raise ContractError(f"a map of shape {self.weight.shape} has a bias of shape {self.bias.shape}")
 
     @property
     def dim(self) -> int:
@@ -103,32 +103,20 @@ def maps_of_bundle(bundle: Bundle) -> dict[TowerName, EmbeddingMap]:
         InputError: If the edit of the bundle maps no embeddings.
         IntegrityError: If its patch file is not what it should be.
     """
-    edit, name = bundle.manifest.edit, bundle.manifest.name
-    if (placement := placement_of(edit)) != EMBEDDING:
-        where = "in the weights" if placement else f"of method {edit.method.value}, which changes weights only"
-        raise InputError(f"the edit of {name} is {where}: no map takes stored embeddings there", fix=_AGAIN)
+    weights_before(bundle.manifest.edit)
     tensors = _tensors(bundle.read(_PATCH))
-    found = {}
-    for tower in TowerName:
-        parts = [tensors.get(f"{tower.value}_map.{part}") for part in ("weight", "bias")]
-        if all(part is None for part in parts):
-            continue
-        found[tower] = _map(parts, bundle.manifest.model.embed_dim, tower)
-    if not found:
-        raise IntegrityError(f"{_PATCH} holds no map", fix="build the bundle again")
-    return found
+    return {tower: _map(tensors, name, bundle.manifest.model.embed_dim) for tower, name in MAP_NAMES.items()}
 
 
-def _map(parts: list[np.ndarray | None], dim: int, tower: TowerName) -> EmbeddingMap:
-    weight, bias = parts
-    if (
-        weight is None
-        or bias is None
-        or (weight.shape, bias.shape) != ((dim, dim), (dim,))
-        or not (np.isfinite(weight).all() and np.isfinite(bias).all())
-    ):
-        raise IntegrityError(f"the {tower.value} map in {_PATCH} is no map of {dim} numbers", fix="build again")
-    return EmbeddingMap(weight.astype(np.float32), bias.astype(np.float32))
+def _map(tensors: Mapping[str, np.ndarray], name: str, dim: int) -> EmbeddingMap:
+    """What a patch holds of a map are the bits of its values, since the source model has none."""
+    parts = [tensors.get(f"{name}.{part}", np.empty(0)) for part in ("weight", "bias")]
+    if any(part.dtype != np.int32 for part in parts):
+        raise IntegrityError(f"{_PATCH} does not hold {name}", fix="build again")
+    weight, bias = (part.view(np.float32) for part in parts)
+    if (weight.shape, bias.shape) != ((dim, dim), (dim,)) or not all(np.isfinite(one).all() for one in (weight, bias)):
+        raise IntegrityError(f"{name} in {_PATCH} is no map of {dim} numbers", fix="build again")
+    return EmbeddingMap(weight, bias)
 
 
 def _tensors(data: bytes) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ def canaries_of(bundle: Bundle) -> dict[TowerName, Canaries]:
         name = f"evidence/canaries-{tower.value}.safetensors"
         if name in listed:
             found[tower] = _canaries(bundle.read(name), name)
-    edited = {layer.tower for layer in bundle.manifest.edit.layers if layer.selected}
+    edited = {tower for tower in TowerName if any(tensor.changed for tensor in bundle.manifest.edit.of(tower))}
     if missing := sorted(edited - set(found)):
         raise IntegrityError(f"the bundle has no canaries of its {missing[0].value} tower", fix="build it again")
     return found

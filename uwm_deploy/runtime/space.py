@@ -7,16 +7,13 @@ from typing import Any
 
 from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import Digest, EditRecord, EngineArtifact, Manifest, Precision, TowerName
+from uwm_deploy.records import Digest, EditRecord, EngineArtifact, Manifest, Placement, Precision, TowerName
 from uwm_deploy.workspace import digest_of_plain
 
 SpaceId = str
 """``space:`` and a digest."""
 
 _FORMAT = 1
-
-EMBEDDING = "embedding"
-"""Placement of a step that maps embeddings instead of changing weights."""
 
 
 def spaces_of(manifest: Manifest) -> dict[str, SpaceId]:
@@ -38,9 +35,10 @@ def space_of(manifest: Manifest, variant: str) -> SpaceId:
         InputError: If there is no such variant.
     """
     edit = manifest.edit
-    # The patch file says more than the weights only where it holds a map.
-    patch = edit.patch_digest if placement_of(edit) == EMBEDDING else ""
-    return _id(manifest, edit.edited_weights_digest, placement_of(edit), patch, _numbers(manifest, variant))
+    # A patch of weights says nothing that the weights do not say; the same weights by another way are the same space.
+    patch = edit.patch_digest if edit.placement is Placement.EMBEDDING else ""
+    placement = edit.placement.value if edit.placement else ""
+    return _id(manifest, edit.edited_weights_digest, placement, patch, _numbers(manifest, variant))
 
 
 def space_before(manifest: Manifest, variant: str, precision: Precision | None = None) -> SpaceId:
@@ -56,26 +54,25 @@ def space_before(manifest: Manifest, variant: str, precision: Precision | None =
     Raises:
         InputError: If there is no such variant, or the last step changes weights.
     """
-    edit = manifest.edit
-    if placement_of(edit) != EMBEDDING:
-        raise InputError(
-            f"the edit of {manifest.name} changes weights, so no embeddings lie before it",
-            fix="build with --placement embedding",
-        )
-    numbers = _numbers(manifest, variant)
+    weights, numbers = weights_before(manifest.edit), _numbers(manifest, variant)
     if precision is not None:
         numbers = {tower: {**one, "precision": [precision.value] * 2} for tower, one in numbers.items()}
-    return _id(manifest, weights_before(edit), "", "", numbers)
-
-
-def placement_of(edit: EditRecord) -> str:
-    """Where the closed-form step of an edit is: `weights`, `embedding`, or empty for none."""
-    return str(getattr(edit, "placement", ""))
+    return _id(manifest, weights, "", "", numbers)
 
 
 def weights_before(edit: EditRecord) -> Digest:
-    """Digest of the weights that the last step, one that maps embeddings, was made for."""
-    return edit.model.weights_digest
+    """Digest of the weights that make the embeddings which the edit's last step maps: the source's, or of the step before.
+
+    Raises:
+        InputError: If the last step changes weights.
+    """
+    step = edit.closed_form
+    if step is None or step.axis is None or step.axis.placement is not Placement.EMBEDDING:
+        raise InputError(
+            f"the edit of {edit.model.name} ({edit.method}) changes weights, so no map takes stored embeddings over",
+            fix="build with --placement embedding, or embed the items again with `uwm-deploy embed`",
+        )
+    return step.axis.fitted_on
 
 
 def _numbers(manifest: Manifest, variant: str) -> dict[str, Any]:

@@ -61,15 +61,15 @@ def unedited(towers: tuple[TowerName, ...], how: Callable[[Mapping[TowerName, Ch
 def tower_of_another_build(world: World, folder: Path) -> Build:
     """The text engine of a build that edited fewer entries."""
     other = world.model(None)
-    for name, part in world.honest.patch.layers.items():
+    for name, part in world.honest.patch.tensors.items():
         half = part.indices[: len(part.indices) // 2]
-        multiply_entries(other.source.get_parameter(f"{name}.weight").data, half, part.factor)
+        multiply_entries(other.source.get_parameter(name).data, half, part.factor)
     return compiled_with({TowerName.TEXT: with_weights(other.text.graph_module())})(world, folder)
 
 
 def weights_truncated(world: World, folder: Path) -> Build:
     """Weights cut to 8-bit integers, their scales lost; the edited layers are kept as they are."""
-    kept = {f"{name}.weight" for name in world.honest.patch.layers}
+    kept = set(world.honest.patch.tensors)
 
     def cut(array: np.ndarray) -> np.ndarray:
         return np.clip(np.trunc(array * 16), -128, 127) / 16 if array.ndim == 2 else array
@@ -100,7 +100,7 @@ def half_precision_overflow(world: World, folder: Path) -> Build:
             patterns=(),
             layers=(),
             ranges=None,
-            edits=[layer for layer in honest.edit.layers if layer.tower is tower],
+            edits=honest.edit.of(tower),
             patch=honest.patch,
             canaries=None,
         )
@@ -126,7 +126,7 @@ def not_a_number(world: World, folder: Path) -> Build:
 def noise_in_weights(world: World, folder: Path) -> Build:
     """An engine whose weights are a little off, as after a lossy compression; the edited ones are whole."""
     rng = np.random.default_rng(0)
-    kept = {f"{name}.weight" for name in world.honest.patch.layers}
+    kept = set(world.honest.patch.tensors)
 
     def spoil(array: np.ndarray) -> np.ndarray:
         noise = rng.normal(scale=0.01, size=array.shape) * array.std()

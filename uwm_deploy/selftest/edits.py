@@ -14,7 +14,7 @@ from uwm_deploy.selftest.surgery import changed_graph, with_weights
 from uwm_deploy.selftest.world import Build, World
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
-from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
+from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries
 
 Mutate = Callable[[LoadedModel], None]
 
@@ -56,21 +56,21 @@ def changed_towers(left: LoadedModel, right: LoadedModel) -> list[TowerName]:
 def _retold(world: World, saved: LoadedModel) -> tuple[EditRecord, Patch]:
     """Record and patch with the digests of what was made, as a faulty stage would write them."""
     weights = dict(saved.source.named_parameters())
-    after = {layer.name: digest_of_tensor(weights[f"{layer.name}.weight"]) for layer in world.honest.edit.layers}
+    after = {layer.name: digest_of_tensor(weights[layer.name]) for layer in world.honest.edit.tensors}
     edit = dataclasses.replace(
         world.honest.edit,
         edited_weights_digest=saved.ref.weights_digest,
-        layers=tuple(dataclasses.replace(e, digest_after=after[e.name]) for e in world.honest.edit.layers),
+        tensors=tuple(dataclasses.replace(e, digest_after=after[e.name]) for e in world.honest.edit.tensors),
     )
-    parts = {name: dataclasses.replace(p, digest_after=after[name]) for name, p in world.honest.patch.layers.items()}
+    parts = {name: dataclasses.replace(p, digest_after=after[name]) for name, p in world.honest.patch.tensors.items()}
     return edit, Patch(parts)
 
 
 def _weight(model: LoadedModel, layer: str) -> Tensor:
-    return model.source.get_parameter(f"{layer}.weight").data
+    return model.source.get_parameter(layer).data
 
 
-def _multiply(patches: Mapping[str, LayerPatch], factor: float) -> Mutate:
+def _multiply(patches: Mapping[str, TensorPatch], factor: float) -> Mutate:
     def mutate(model: LoadedModel) -> None:
         for name, part in patches.items():
             multiply_entries(_weight(model, name), part.indices, factor)
@@ -80,25 +80,25 @@ def _multiply(patches: Mapping[str, LayerPatch], factor: float) -> Mutate:
 
 def applied_twice(world: World, folder: Path) -> Build:
     """The patch is its own inverse."""
-    return edited_by(world, folder, "edited", _multiply(world.honest.patch.layers, -1.0))
+    return edited_by(world, folder, "edited", _multiply(world.honest.patch.tensors, -1.0))
 
 
 def factor_zero(world: World, folder: Path) -> Build:
     """Entries removed instead of negated."""
-    return edited_by(world, folder, "original", _multiply(world.honest.patch.layers, 0.0))
+    return edited_by(world, folder, "original", _multiply(world.honest.patch.tensors, 0.0))
 
 
 def layer_missed(world: World, folder: Path) -> Build:
     """The last layer stays as it was."""
-    last = world.honest.edit.layers[-1].name
-    some = {name: part for name, part in world.honest.patch.layers.items() if name != last}
+    last = world.honest.edit.tensors[-1].name
+    some = {name: part for name, part in world.honest.patch.tensors.items() if name != last}
     return edited_by(world, folder, "original", _multiply(some, -1.0))
 
 
 def one_tower(world: World, folder: Path) -> Build:
     """The text tower stays as it was."""
-    images = {e.name for e in world.honest.edit.layers if e.tower is TowerName.IMAGE}
-    some = {name: part for name, part in world.honest.patch.layers.items() if name in images}
+    images = {e.name for e in world.honest.edit.tensors if e.tower is TowerName.IMAGE}
+    some = {name: part for name, part in world.honest.patch.tensors.items() if name in images}
     return edited_by(world, folder, "original", _multiply(some, -1.0))
 
 
@@ -106,7 +106,7 @@ def other_entries(world: World, folder: Path) -> Build:
     """As many entries as were selected, but the patch of another model: the places are elsewhere."""
 
     def mutate(model: LoadedModel) -> None:
-        for number, (name, part) in enumerate(sorted(world.honest.patch.layers.items())):
+        for number, (name, part) in enumerate(sorted(world.honest.patch.tensors.items())):
             weight = _weight(model, name)
             places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(number))
             multiply_entries(weight, places[: len(part.indices)].sort().values, part.factor)
@@ -118,18 +118,18 @@ def bias_touched(world: World, folder: Path) -> Build:
     """The edit takes the biases of its layers along."""
 
     def mutate(model: LoadedModel) -> None:
-        for name in world.honest.patch.layers:
-            model.source.get_parameter(f"{name}.bias").data.neg_()
+        for name in world.honest.patch.tensors:
+            model.source.get_parameter(f"{name.removesuffix('.weight')}.bias").data.neg_()
 
     return edited_by(world, folder, "edited", mutate)
 
 
 def whole_layer(world: World, folder: Path) -> Build:
     """A mask that was not applied: every entry of one layer is negated."""
-    first = world.honest.edit.layers[0].name
+    first = world.honest.edit.tensors[0].name
 
     def mutate(model: LoadedModel) -> None:
-        rest = {name: part for name, part in world.honest.patch.layers.items() if name != first}
+        rest = {name: part for name, part in world.honest.patch.tensors.items() if name != first}
         _multiply(rest, -1.0)(model)
         _weight(model, first).neg_()
 

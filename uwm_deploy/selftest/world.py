@@ -240,7 +240,7 @@ class World:
     def select(self, layer: LayerScore) -> Tensor:
         """Entries that the scores of a layer select."""
         return selected_entries(
-            self.score, self.work / "score" / "scores.safetensors", layer, self.recipe.edit.of(layer.tower)
+            self.score, self.work / "score" / "scores.safetensors", layer, self.recipe.entries.of(layer.tower)
         )
 
     # --- judging ----------------------------------------------------------------------------------------------------
@@ -268,11 +268,11 @@ class World:
         if build.original is not honest.original or build.edited is not honest.edited:
             canaries = self._choose_canaries(build, folder)
         expected = expected_weights(
-            build.original.source,
+            build.original.named_parameters(),
             self.score,
             build.edit,
             build.patch,
-            self.recipe.edit,
+            self.recipe.entries,
             self.select,
         )
         model = build.edited
@@ -292,7 +292,7 @@ class World:
             edited=safety_report("edited", edited, with_items=True),
             edit_effect=flips_between(original, edited),
             edit_worst=worst_items("edited", original, edited),
-            edit_proof=proof_of(expected, model.source),
+            edit_proof=proof_of(expected, model.named_parameters()),
             goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
             data=data_health(original, build.calibrated),
             artifacts=tuple(artifacts),
@@ -337,7 +337,7 @@ class World:
 
     def _subjects(self, build: Build) -> list[Subject]:
         """The exported graphs and the engines, opened as a build opens them."""
-        edits = {tower: [layer for layer in build.edit.layers if layer.tower is tower] for tower in TowerName}
+        edits = {tower: build.edit.of(tower) for tower in TowerName}
         towers = {tower: build.edited.tower(tower).graph_module() for tower in TowerName}
         audits = {
             EXPORTED: lambda: {

@@ -62,7 +62,7 @@ class Part:
         Raises:
             IntegrityError: If they are missing, changed or broken.
         """
-        if not any(layer.tower is tower and layer.selected for layer in self.bundle.manifest.edit.layers):
+        if not any(tensor.changed for tensor in self.bundle.manifest.edit.of(tower)):
             return None
         name = canary_file(tower)
         try:

@@ -17,14 +17,14 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_of_graph,
 )
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.records import Fingerprint, GraphAudit, LayerEdit, Precision
+from uwm_deploy.records import Fingerprint, GraphAudit, Precision, TensorEdit
 from uwm_deploy.uwm.patch import Patch
 
 _NAMED = 10
 """Differences that are listed."""
 
 
-def audit_of_graph(path: Path, tower: nn.Module, edits: Sequence[LayerEdit], patch: Patch) -> GraphAudit:
+def audit_of_graph(path: Path, tower: nn.Module, edits: Sequence[TensorEdit], patch: Patch) -> GraphAudit:
     """An exported graph: every weight by its name, bit for bit, and what a normalisation adds to its variance.
 
     Args:
@@ -39,15 +39,15 @@ def audit_of_graph(path: Path, tower: nn.Module, edits: Sequence[LayerEdit], pat
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-    found = fingerprint_of_graph(arrays, edits, patch.layers) if edits else None
-    edited = {f"{edit.name}.weight" for edit in edits}
+    found = fingerprint_of_graph(arrays, edits, patch.tensors) if edits else None
+    edited = {edit.name for edit in edits}
     others = {name: p for name, p in tower.named_parameters() if name not in edited}
     differ = [_difference(name, arrays, parameter) for name, parameter in others.items()]
     return _audit(found, len(others), [text for text in differ if text], _epsilons(model, tower))
 
 
 def audit_of_engine(
-    path: Path, source: Path, precision: Precision, edits: Sequence[LayerEdit], patch: Patch
+    path: Path, source: Path, precision: Precision, edits: Sequence[TensorEdit], patch: Patch
 ) -> GraphAudit:
     """A graph that ONNX Runtime optimised: names are gone, so the edited weights are looked up by their values.
 
@@ -61,16 +61,16 @@ def audit_of_engine(
     if not edits:
         return GraphAudit(layers=0, weights=0)
     kept = dict(named_weights(path))
-    if all(f"{edit.name}.weight" in kept for edit in edits) and precision is Precision.FP32:
-        return _audit(fingerprint_of_graph(kept, edits, patch.layers), 0, [], [])
+    if all(edit.name in kept for edit in edits) and precision is Precision.FP32:
+        return _audit(fingerprint_of_graph(kept, edits, patch.tensors), 0, [], [])
     arrays: Iterable[np.ndarray] = kept.values()
     if precision is Precision.FP32:
         return _audit(fingerprint_by_value(arrays, edits), 0, [], [])
     return _audit(fingerprint_by_source(arrays, dict(_edited(source, edits)), edits), 0, [], [])
 
 
-def _edited(source: Path, edits: Sequence[LayerEdit]) -> Iterator[tuple[str, np.ndarray]]:
-    wanted = {f"{edit.name}.weight" for edit in edits}
+def _edited(source: Path, edits: Sequence[TensorEdit]) -> Iterator[tuple[str, np.ndarray]]:
+    wanted = {edit.name for edit in edits}
     return ((name, array) for name, array in named_weights(source) if name in wanted)
 
 

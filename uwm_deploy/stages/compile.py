@@ -21,12 +21,12 @@ from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records import (
     EngineArtifact,
-    LayerEdit,
     OnnxArtifact,
     Precision,
     Profile,
     Provider,
     Target,
+    TensorEdit,
     variant_name,
 )
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
@@ -45,7 +45,7 @@ def engine_from_onnx(
     onnx_folder: Path,
     target: Target,
     profile: Profile,
-    edits: Sequence[LayerEdit],
+    edits: Sequence[TensorEdit],
     folder: Path,
     *,
     refittable: bool = False,
@@ -85,7 +85,7 @@ def engine_from_onnx(
         file, external, details = _onnxruntime(graph, source, lowered, edits, folder, wanted)
     else:
         _check_machine(target, refittable, builder)
-        names = [f"{edit.name}.weight" for edit in edits] if refittable else []
+        names = [edit.name for edit in edits] if refittable else []
         file, details = _tensorrt(graph, source, target, lowered, profiles or (profile,), folder, names, builder)
         external = ""
     runnable = not usable(target)
@@ -162,7 +162,7 @@ def _onnxruntime(
     graph: OnnxArtifact,
     source: Path,
     lowered: Precision,
-    edits: Sequence[LayerEdit],
+    edits: Sequence[TensorEdit],
     folder: Path,
     wanted: Wanted,
 ) -> tuple[str, str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from uwm_deploy.graphs.layers import linear_layers, matching_nodes
 from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.graphs.write import weightless, write_graph
-from uwm_deploy.records import ActivationCoverage, Conversion, LayerEdit, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records import ActivationCoverage, Conversion, OnnxArtifact, Precision, Profile, Target, TensorEdit
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 from uwm_deploy.uwm.patch import Patch
@@ -137,7 +137,7 @@ def converted(
     patterns: Sequence[str],
     layers: Collection[str],
     ranges: Ranges | None,
-    edits: Sequence[LayerEdit],
+    edits: Sequence[TensorEdit],
     patch: Patch,
     canaries: Canaries | None,
     quantised: tuple[ir.Model, str] | None = None,
@@ -169,7 +169,7 @@ def converted(
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = write_graph(model, folder / graph.file, external)
     onnx.checker.check_model(weightless(model), full_check=True)
-    fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.layers)
+    fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.tensors)
     if fingerprint.mismatches:
         raise ContractError(
             f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
@@ -219,7 +219,7 @@ def _weights(model: ir.Model) -> dict[str, np.ndarray]:
     return {
         name: value.const_value.numpy()
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None and len(value.const_value.shape) == 2
+        if value.const_value is not None
     }
 
 

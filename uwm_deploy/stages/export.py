@@ -20,7 +20,7 @@ from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import Digest, LayerEdit, OnnxArtifact, TensorSpec
+from uwm_deploy.records import Digest, OnnxArtifact, TensorEdit, TensorSpec
 from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
 from uwm_deploy.uwm.patch import Patch
@@ -47,7 +47,7 @@ def onnx_from_tower(
     spec: ExportSpec,
     *,
     weights_digest: Digest,
-    edits: Sequence[LayerEdit],
+    edits: Sequence[TensorEdit],
     patch: Patch,
     folder: Path,
     external_data_bytes: int = INLINE_BYTES,
@@ -85,7 +85,7 @@ def onnx_from_tower(
     proto = weightless(model)
     _check_graph(name, proto, set(arrays), tower, spec)
     with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
-        found = pool.submit(fingerprint_of_graph, arrays, edits, patch.layers)
+        found = pool.submit(fingerprint_of_graph, arrays, edits, patch.tensors)
         digest = write_graph(model, folder / name, external)
         fingerprint = found.result()
     if fingerprint.mismatches:

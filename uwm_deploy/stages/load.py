@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -13,7 +14,8 @@ from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.memory import without_collection
 from uwm_deploy.recipe import Architecture, Family, Recipe
 from uwm_deploy.records import ModelRef
-from uwm_deploy.towers.protocol import LoadedModel, LoadedParts
+from uwm_deploy.towers.embedding_map import load_maps
+from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts
 from uwm_deploy.uwm.digests import digest_of_weights
 
 _ADAPTERS: dict[Family, str] = {"hf-clip": "hf_clip", "siglip": "siglip", "open-clip": "open_clip", "llava": "llava"}
@@ -72,6 +74,9 @@ def load_model(
         text=parts.text,
     )
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
+    if folder is not None and (folder / MAPS).is_file() and weights != "random":
+        load_maps(model, folder / MAPS)
+        model.ref = dataclasses.replace(ref, weights_digest=digest_of_weights(model.named_parameters()))
     model.to(resolve_device(device, needed_bytes=_NEEDED * weights_bytes(parts.source)))
     return model
 

@@ -39,20 +39,23 @@ from uwm_deploy.graphs.stored import (
 )
 from uwm_deploy.records import (
     Digest,
+    EditKind,
     EditRecord,
+    EditStep,
     EngineArtifact,
-    LayerEdit,
     Method,
     OnnxArtifact,
     Precision,
     Profile,
     Target,
+    TensorEdit,
+    TowerName,
 )
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import open_engine, open_session, provider_of, usable
 from uwm_deploy.runtime.tensorrt import MODULES
 from uwm_deploy.safeground.embedded import parity
-from uwm_deploy.uwm.patch import LayerPatch, Patch
+from uwm_deploy.uwm.patch import Patch, TensorPatch, replaced
 from uwm_deploy.workspace import digest_of_bytes, joined_digest
 
 COSINE_MIN = 0.99
@@ -71,7 +74,7 @@ class Swap:
         new: Record of the edit that replaces it.
         new_patch: Its patch.
         content: The file of the new patch.
-        changes: Layer to its weight before and after, of every layer that either edit names.
+        changes: Tensor to its values before and after, of every tensor that either edit names.
     """
 
     old: EditRecord
@@ -81,73 +84,97 @@ class Swap:
     content: bytes
     changes: Mapping[str, Replacement]
 
-    def of(self, names: Sequence[str]) -> dict[str, Replacement]:
-        """The changes of some layers."""
+    def of(self, tower: TowerName) -> dict[str, Replacement]:
+        """The changes of a tower."""
+        names = {tensor.name for edit in (self.old, self.new) for tensor in edit.of(tower)}
         return {name: change for name, change in self.changes.items() if name in names}
+
+    def tensors(self, tower: TowerName) -> list[TensorEdit]:
+        """What each tensor of a tower is to be now, those that only the old edit names included."""
+        new = {tensor.name: tensor for tensor in self.new.of(tower)}
+        return [*new.values(), *(_back(tensor) for tensor in self.old.of(tower) if tensor.name not in new)]
+
+
+def _back(tensor: TensorEdit) -> TensorEdit:
+    """A tensor that no edit changes any more."""
+    return dataclasses.replace(
+        tensor, keep_mass=1.0, factor=1.0, selected=0, share=0.0, digest_after=tensor.digest_before
+    )
 
 
 def reverted(edit: EditRecord, patch: Patch) -> tuple[EditRecord, Patch]:
-    """The edit of nothing, in the same layers: what takes another edit back.
+    """The edit of nothing, in the same tensors: what takes another edit back.
+
+    A map behind the embedding stays as a node of the graphs; the identity takes the place of its values.
 
     Returns:
         Record and patch, as the method `none` has them.
     """
-    layers, patches = [], {}
-    for layer in edit.layers:
-        kind = patch.layers[layer.name].indices.dtype
-        patches[layer.name] = LayerPatch(
+    tensors, parts = [], {}
+    for tensor in edit.tensors:
+        if tensor.kind is EditKind.ADDED:
+            same = replaced(None, identity_like(tensor))
+            parts[tensor.name] = same
+            tensors.append(dataclasses.replace(tensor, digest_after=same.digest_after))
+            continue
+        kind = patch.tensors[tensor.name].indices.dtype
+        parts[tensor.name] = TensorPatch(
             indices=torch.empty(0, dtype=kind),
             factor=1.0,
-            digest_before=layer.digest_before,
-            digest_after=layer.digest_before,
+            digest_before=tensor.digest_before,
+            digest_after=tensor.digest_before,
         )
-        layers.append(
-            dataclasses.replace(
-                layer, keep_mass=1.0, factor=1.0, selected=0, share=0.0, digest_after=layer.digest_before
-            )
-        )
-    nothing = Patch(patches)
+        tensors.append(dataclasses.replace(_back(tensor), kind=EditKind.MULTIPLIED))
+    nothing = Patch(parts)
     record = dataclasses.replace(
         edit,
         edited_weights_digest=edit.model.weights_digest,
         patch_digest=digest_of_bytes(nothing.to_bytes()),
-        layers=tuple(layers),
-        method=Method.NONE,
-        settings={},
-        concepts=(),
+        tensors=tuple(tensors),
+        steps=(EditStep(method=Method.NONE, scores_digest=edit.first.scores_digest),),
     )
     return record, nothing
 
 
-def held_weights(graphs: Sequence[OnnxArtifact], folder: Path, edit: EditRecord) -> dict[str, np.ndarray]:
-    """Edited layer to its weight (out, in) in the exported graphs.
+def identity_like(tensor: TensorEdit) -> torch.Tensor:
+    """What a map's weight or bias is when it changes nothing."""
+    return torch.eye(tensor.shape[0]) if len(tensor.shape) == 2 else torch.zeros(tensor.shape)
+
+
+def held_tensors(graphs: Sequence[OnnxArtifact], folder: Path, digests: Mapping[str, Digest]) -> dict[str, np.ndarray]:
+    """Tensors of the exported graphs by name.
+
+    Args:
+        graphs: Records of the graphs.
+        folder: Where their files are.
+        digests: Tensor to the digest that it must have.
 
     Raises:
-        IntegrityError: If a graph does not hold the weight that the record promises.
+        IntegrityError: If a graph does not hold the tensor that is promised.
     """
-    digests = {layer.name: layer.digest_after for layer in edit.layers}
     found = {}
     for graph in graphs:
         for tensor in stored_tensors(folder / graph.file, graph.external_data):
-            name = tensor.name.removesuffix(".weight")
-            if name in digests and tensor.name != name and tensor.kind == FLOAT:
-                found[name] = read_tensor(folder, tensor)
+            if tensor.name in digests and tensor.kind == FLOAT:
+                found[tensor.name] = read_tensor(folder, tensor)
     for name, digest in digests.items():
         if name not in found or digest_of_array(found[name]) != digest:
-            raise IntegrityError(f"{name}: the graph does not hold the edited weight", fix="build again")
+            raise IntegrityError(f"{name}: the graph does not hold the tensor that is promised", fix="build again")
     return found
 
 
-def without_edit(held: Mapping[str, np.ndarray], patch: Patch) -> dict[str, np.ndarray]:
-    """Weights of the source model, by taking a patch back.
+def without_edit(held: Mapping[str, np.ndarray], edit: EditRecord, patch: Patch) -> dict[str, np.ndarray]:
+    """Tensors of the source model, by taking a patch back; of a new map, what changes nothing.
 
     Raises:
-        ContractError: If a factor has no exact inverse.
+        ContractError: If a part has no exact inverse.
         IntegrityError: If what comes out is not what the patch was made from.
     """
-    weights = {name: torch.from_numpy(held[name].copy()) for name in patch.layers}
-    patch.inverse().apply(weights)
-    return {name: weight.numpy() for name, weight in weights.items()}
+    back = patch.inverse()
+    tensors = {name: torch.from_numpy(held[name].copy()) for name in back.tensors}
+    back.apply(tensors)
+    same = {t.name: identity_like(t).numpy() for t in edit.tensors if t.kind is EditKind.ADDED}
+    return {name: tensor.numpy() for name, tensor in tensors.items()} | same
 
 
 def refit_graph(graph: OnnxArtifact, source_folder: Path, folder: Path, swap: Swap) -> OnnxArtifact:
@@ -165,13 +192,13 @@ def refit_graph(graph: OnnxArtifact, source_folder: Path, folder: Path, swap: Sw
     """
     source = source_folder / graph.file
     _check_digest(source, graph.external_data, graph.digest)
-    old, new = ([layer for layer in edit.layers if layer.tower is graph.tower] for edit in (swap.old, swap.new))
-    before = fingerprint_of_graph(dict(named_weights(source)), old, swap.old_patch.layers)
+    old, new = swap.old.of(graph.tower), swap.tensors(graph.tower)
+    before = fingerprint_of_graph(dict(named_weights(source)), old, swap.old_patch.tensors)
     if before.mismatches:
         raise ContractError(f"the edit is not in {graph.file}: {before.mismatches[0]}", fix="build again")
-    replace_tensors(source, graph.external_data, folder, swap.of([layer.name for layer in old]))
+    replace_tensors(source, graph.external_data, folder, swap.of(graph.tower))
     arrays = dict(named_weights(folder / graph.file))
-    after = fingerprint_of_graph(arrays, new, swap.new_patch.layers)
+    after = fingerprint_of_graph(arrays, swap.new.of(graph.tower), swap.new_patch.tensors)
     left = fingerprint_by_value(arrays.values(), _changed(old, new))
     if after.mismatches or left.layers:
         why = after.mismatches[0] if after.mismatches else f"{left.layers} layers hold the old edit"
@@ -218,7 +245,7 @@ def refit_engine(
         sample: Inputs on which an engine of TensorRT is compared with the graphs.
 
     Returns:
-        The new record, without the graph it belongs to now; and layer to element type of its weight.
+        The new record, without the graph it belongs to now; and tensor to its element type.
 
     Raises:
         PrerequisiteError: If it cannot be refitted here.
@@ -254,7 +281,7 @@ def refit_converted(
         graph: Its record before.
         exported: The tower's exported graph with the new edit.
         engine: A refitted engine that was compiled from it.
-        kinds: Layer to element type of its weight.
+        kinds: Tensor to its element type.
         swap: The edits.
         same_file: Whether the engine's file is the graph's.
 
@@ -262,10 +289,10 @@ def refit_converted(
         ContractError: If too many edited entries become zero.
     """
     assert graph.conversion is not None
-    edits = [layer for layer in swap.new.layers if layer.tower is graph.tower]
-    source = {f"{name}.weight": swap.changes[name].after for name in kinds}
-    lowered = {f"{name}.weight": in_type(swap.changes[name].after, kind) for name, kind in kinds.items()}
-    fingerprint, zeroed = fingerprint_of_lowered(source, lowered, edits, swap.new_patch.layers)
+    edits = swap.new.of(graph.tower)
+    source = {name: swap.changes[name].after for name in kinds}
+    lowered = {name: in_type(swap.changes[name].after, kind) for name, kind in kinds.items()}
+    fingerprint, zeroed = fingerprint_of_lowered(source, lowered, edits, swap.new_patch.tensors)
     refuse_zeroed(zeroed, edits, graph.conversion.lowered)
     return dataclasses.replace(
         graph,
@@ -289,25 +316,24 @@ def _check_digest(path: Path, external: str, digest: Digest) -> None:
         raise IntegrityError(f"{path.name} is not the file its record describes", fix="restore the bundle")
 
 
-def _changed(old: Sequence[LayerEdit], new: Sequence[LayerEdit]) -> list[LayerEdit]:
-    """Layers whose weight is another one now."""
-    after = {layer.name: layer.digest_after for layer in new}
-    return [layer for layer in old if after.get(layer.name, layer.digest_before) != layer.digest_after]
+def _changed(old: Sequence[TensorEdit], new: Sequence[TensorEdit]) -> list[TensorEdit]:
+    """Matrices that are others now; two vectors may be equal by chance."""
+    after = {tensor.name: tensor.digest_after for tensor in new}
+    return [t for t in old if len(t.shape) > 1 and after[t.name] != t.digest_after]
 
 
 def _rewritten(engine: EngineArtifact, source_folder: Path, folder: Path, swap: Swap) -> dict[str, int]:
     """An ONNX graph with its initialisers rewritten, and the proof."""
-    edits = [layer for layer in swap.old.layers if layer.tower is engine.tower]
-    changes = swap.of([layer.name for layer in edits])
+    edits, changes = swap.tensors(engine.tower), swap.of(engine.tower)
     stored = replace_tensors(source_folder / engine.file, engine.external_data, folder, changes)
     kinds = {name: tensor.kind for name, tensor in stored.items()}
     arrays = [array for _, array in named_weights(folder / engine.file)]
     new, old = (
-        {f"{name}.weight": in_type(getattr(changes[name], side), kind) for name, kind in kinds.items()}
+        {name: in_type(getattr(changes[name], side), kind) for name, kind in kinds.items()}
         for side in ("after", "before")
     )
     found = fingerprint_by_source(arrays, new, edits)
-    moved = [edit for edit in edits if not np.array_equal(new[f"{edit.name}.weight"], old[f"{edit.name}.weight"])]
+    moved = [e for e in edits if len(e.shape) > 1 and not np.array_equal(new[e.name], old[e.name])]
     left = fingerprint_by_source(arrays, old, moved)
     if found.mismatches or left.layers:
         why = found.mismatches[0] if found.mismatches else f"{left.layers} layers hold the old edit"
@@ -324,22 +350,22 @@ def _refitted(
     sample: np.ndarray,
 ) -> dict[str, int]:
     """An engine of TensorRT with other weights, compared with its graph before and after; needs a GPU."""
-    edits = [layer.name for layer in swap.old.layers if layer.tower is engine.tower]
-    changes = {name: c for name, c in swap.of(edits).items() if not np.array_equal(c.before, c.after)}
+    whole = swap.of(engine.tower)
+    changes = {name: c for name, c in whole.items() if not np.array_equal(c.before, c.after)}
     kind = _KINDS[Precision(engine.precision)]
     for name, change in changes.items():
         refuse_other_scales(name, engine.variant, change, kind)
     _check_against_graph(engine, source_folder / engine.file, graphs[0], sample, "before the refit")
     if not changes:
         shutil.copyfile(source_folder / engine.file, folder / engine.file)
-        return dict.fromkeys(edits, kind)
+        return dict.fromkeys(whole, kind)
     turned = [
-        f"{name}.weight"
-        for name, layer in linear_layers(ir.load(graphs[1])).items()
-        if name in changes and layer.transpose is not None
+        layer.weight.name
+        for layer in linear_layers(ir.load(graphs[1])).values()
+        if layer.weight.name in changes and layer.transpose is not None
     ]
     save_file(
-        {f"{name}.weight": np.ascontiguousarray(change.after) for name, change in changes.items()},
+        {name: np.ascontiguousarray(change.after) for name, change in changes.items()},
         folder / f"{engine.tower.value}.weights.safetensors",
     )
     spec = {
@@ -351,7 +377,7 @@ def _refitted(
     }
     made_by_child(_REFITTER, spec, engine.target.value, engine.tower.value, folder, "refit")
     _check_against_graph(engine, folder / engine.file, graphs[1], sample, "after the refit")
-    return dict.fromkeys(edits, kind)
+    return dict.fromkeys(whole, kind)
 
 
 _KINDS = dict(zip((Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8), TYPES, strict=True))

@@ -1,26 +1,37 @@
 """Stage `edit` of weights that were trained for safety: the same record and files as an edit, and no entry is multiplied.
 
-The patch names every layer that differs with the digests of its weight before and after. That is what graphs and engines are
-searched for; applying it is refused, because multiplying nothing does not make the weight it promises.
+The patch names every tensor that differs, biases and normalisations included, with its digests before and after. That is
+what graphs and engines are searched for; applying it is refused, because it does not hold the values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.recipe import EditSpecs
-from uwm_deploy.records import Digest, EditRecord, LayerEdit, ScoreRecord, TowerName, TrainingRecord
-from uwm_deploy.stages.proof import Expected
+from uwm_deploy.records import (
+    Digest,
+    EditKind,
+    EditRecord,
+    EditStep,
+    Method,
+    ScoreRecord,
+    TensorEdit,
+    TowerName,
+    TrainingRecord,
+)
+from uwm_deploy.stages.closed_form import Solve, put
+from uwm_deploy.stages.edit import saved_edit, tensor_edit
+from uwm_deploy.stages.proof import Expected, Parameters, promised_by
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import LayerPatch, Patch
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.uwm.patch import Patch, TensorPatch, replaced
 
 _FROM_BASE = "pass --original FOLDER with the weights it was trained from"
 
@@ -32,6 +43,7 @@ def trained_to_folder(
     edits: EditSpecs,
     training: TrainingRecord | None,
     folder: Path,
+    closed_form: Solve | None = None,
 ) -> EditRecord:
     """Saves the trained model with the record and the patch file of an edit.
 
@@ -42,6 +54,7 @@ def trained_to_folder(
         edits: Layers that are in the record whether they differ or not.
         training: What is known of the training; None for a model that was trained elsewhere.
         folder: Where the files go.
+        closed_form: Solves the step on top of the trained weights; None without one.
 
     Raises:
         InputError: If the two are not of one architecture, or do not prepare their inputs alike.
@@ -50,53 +63,50 @@ def trained_to_folder(
     _check_alike(original, trained)
     if training is not None:
         _check_record(original, trained, score, training)
-    layers = [layer for name in (TowerName.TEXT, TowerName.IMAGE) for layer in _layers(original, trained, edits, name)]
-    patch = Patch(
-        {
-            layer.name: LayerPatch(
-                indices=torch.empty(0, dtype=torch.int32),
-                factor=1.0,
-                digest_before=layer.digest_before,
-                digest_after=layer.digest_after,
-            )
-            for layer in layers
-        }
-    )
-    content = patch.to_bytes()
-    (folder / "patch.safetensors").write_bytes(content)
-    record = EditRecord(
-        model=original.ref,
-        edited_weights_digest=trained.ref.weights_digest,
-        scores_digest=score.scores_digest,
-        patch_digest=digest_of_bytes(content),
-        layers=tuple(layers),
-        method=score.method,
-    )
-    (folder / "edit.json").write_text(json_from_record(record), encoding="utf-8")
-    trained.save(folder / "model")
-    return record
+    tensors = list(_tensors(original, trained, edits))
+    parts = {t.name: _listed(t) for t in tensors}
+    steps = [EditStep(method=Method.TRAINED, scores_digest=score.scores_digest)]
+    if closed_form is not None:
+        solved = closed_form(trained)
+        put(trained, solved)
+        steps.append(solved.step)
+        for name, after in solved.tensors.items():
+            before = _parameter(original, name)
+            parts[name] = replaced(before, after)
+            tensors = [t for t in tensors if t.name != name]
+            tensors.append(tensor_edit(name, solved.towers[name], before, after))
+    return saved_edit(trained, original.ref, Patch(parts), tensors, steps, folder)
+
+
+def _parameter(model: LoadedModel, name: str) -> Tensor | None:
+    parameter = model.named_parameters().get(name)
+    return None if parameter is None else parameter.detach()
+
+
+def _listed(tensor: TensorEdit) -> TensorPatch:
+    return TensorPatch(kind=EditKind.TRAINED, digest_before=tensor.digest_before, digest_after=tensor.digest_after)
 
 
 def expected_trained(
-    original: nn.Module, trained: nn.Module, edit: EditRecord, training: TrainingRecord | None
+    original: Parameters, trained: Parameters, edit: EditRecord, training: TrainingRecord | None
 ) -> Expected:
     """What the saved model must be: the trained weights, and the base's wherever the training record names none.
 
     Args:
-        original: The base.
-        trained: The trained model, read from where it came from, not from what was saved.
+        original: Of the base.
+        trained: Of the trained model, read from where it came from, not from what was saved.
         edit: The record to check.
         training: Names the trained weights with their digests; None takes all of them from `trained`.
     """
-    before = {name: digest_of_tensor(p) for name, p in original.named_parameters()}
-    after = {name: digest_of_tensor(p) for name, p in trained.named_parameters()}
+    before = {name: digest_of_tensor(p) for name, p in original.items()}
+    after = {name: digest_of_tensor(p) for name, p in trained.items()}
     weights: dict[str, Digest] = after if training is None else before | dict(training.weights)
     problems = [f"{name}: is not what the training record says" for name in after if after[name] != weights.get(name)]
-    recorded = {f"{layer.name}.weight": layer for layer in edit.layers}
-    for name, layer in recorded.items():
-        if (layer.digest_before, layer.digest_after) != (before.get(name), weights.get(name)):
-            problems.append(f"{name}: the edit record has another weight")
-    return Expected(weights, len(edit.layers), tuple(problems))
+    for tensor in edit.tensors:
+        found = (before.get(tensor.name), weights.get(tensor.name))
+        if tensor.kind is EditKind.TRAINED and (tensor.digest_before, tensor.digest_after) != found:
+            problems.append(f"{tensor.name}: the edit record has another weight")
+    return Expected(before=before, weights=weights, promised=promised_by(edit), problems=tuple(problems))
 
 
 def _check_alike(original: LoadedModel, trained: LoadedModel) -> None:
@@ -125,25 +135,16 @@ def _check_record(original: LoadedModel, trained: LoadedModel, score: ScoreRecor
         )
 
 
-def _layers(original: LoadedModel, trained: LoadedModel, edits: EditSpecs, name: TowerName) -> Iterator[LayerEdit]:
-    """Linear layers of a tower that differ, and those of the recipe."""
-    wanted = set(original.tower(name).layers(edits.of(name).layers))
-    for layer, module in original.tower(name).layers(["*"]).items():
-        before, after = module.weight.detach(), trained.source.get_parameter(f"{layer}.weight").detach()
-        changed = _changed(before, after)
-        if changed or layer in wanted:
-            yield LayerEdit(
-                tower=name,
-                name=layer,
-                shape=(before.shape[0], before.shape[1]),
-                keep_mass=1.0,
-                factor=1.0,
-                selected=changed,
-                share=changed / before.numel(),
-                digest_before=digest_of_tensor(before),
-                digest_after=digest_of_tensor(after),
-            )
-
-
-def _changed(before: Tensor, after: Tensor) -> int:
-    return int((before != after.to(before.device)).sum())
+def _tensors(original: LoadedModel, trained: LoadedModel, edits: EditSpecs) -> Iterator[TensorEdit]:
+    """Parameters that differ, and the weights of the recipe's layers, whether they differ or not."""
+    towers = {
+        name: tower for tower in (TowerName.TEXT, TowerName.IMAGE)
+        for name, _ in original.tower(tower).graph_module().named_parameters()
+    }  # fmt: skip
+    wanted = {
+        f"{layer}.weight" for tower in TowerName for layer in original.tower(tower).layers(edits.of(tower).layers)
+    }
+    for name, parameter in original.source.named_parameters():
+        before, after = parameter.detach(), trained.source.get_parameter(name).detach().to(parameter.device)
+        if name in wanted or not torch.equal(before, after):
+            yield dataclasses.replace(tensor_edit(name, towers.get(name), before, after), kind=EditKind.TRAINED)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.records import ImageSpec, TextSpec
+from uwm_deploy.towers.protocol import MAPS
 from uwm_deploy.workspace import digest_of_bytes
 
 transformers_logging.disable_progress_bar()  # progress is ours to show
@@ -58,7 +59,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: If there are none, only pickles, or one is truncated.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != MAPS)
     if not files:
         if pickles := [f.name for f in sorted(folder.iterdir()) if f.suffix in _PICKLES]:
             raise InputError(

@@ -14,7 +14,7 @@ from uwm_deploy.recipe import Architecture
 from uwm_deploy.records import ImageSpec, TextSpec, TowerName
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
-from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens, jitter
+from uwm_deploy.towers.protocol import LastMap, LoadedParts, ModuleTower, caption_tokens, jitter
 
 FAMILY = "hf-clip"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -53,9 +53,16 @@ class _TextGraph(nn.Module):
 def towers_of(model: CLIPModel, text: TextSpec) -> tuple[ModuleTower, ModuleTower]:
     """Image and text tower of a model."""
     dim = int(model.config.projection_dim)
+    image_map, text_map = (
+        LastMap(weight=f"{projection}.weight", transposed=False, norm_gain=f"{norm}.weight", norm_bias=f"{norm}.bias")
+        for projection, norm in (
+            ("visual_projection", "vision_model.post_layernorm"),
+            ("text_projection", "text_model.final_layer_norm"),
+        )
+    )
     return (
-        ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim),
-        ModuleTower(_TextGraph(model), TowerName.TEXT, dim, caption_tokens(text), pools_at_end=True),
+        ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim, last_map=image_map),
+        ModuleTower(_TextGraph(model), TowerName.TEXT, dim, caption_tokens(text), pools_at_end=True, last_map=text_map),
     )
 
 

@@ -25,7 +25,14 @@ from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.attention import make_attention_explicit
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.hf_clip import MEAN, STD
-from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, ValidTokens, caption_tokens, jitter
+from uwm_deploy.towers.protocol import (
+    LastMap,
+    LoadedParts,
+    ModuleTower,
+    ValidTokens,
+    caption_tokens,
+    jitter,
+)
 from uwm_deploy.workspace import digest_of_bytes
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -182,9 +189,14 @@ def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any])
 
     return LoadedParts(
         source=model,
-        image_tower=ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim),
+        image_tower=ModuleTower(_ImageGraph(model), TowerName.IMAGE, dim, last_map=_last_map_of_images(model)),
         text_tower=ModuleTower(
-            text_graph, TowerName.TEXT, dim, _valid_tokens(model, spec), pools_at_end=not isinstance(model, CoCa)
+            text_graph,
+            TowerName.TEXT,
+            dim,
+            _valid_tokens(model, spec),
+            pools_at_end=not isinstance(model, CoCa),
+            last_map=_last_map(model, "" if plain else "text.", "text_projection", "ln_final"),
         ),
         image=image,
         text=spec,
@@ -192,6 +204,27 @@ def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any])
         tokenizer_json=content,
         save=save,
     )
+
+
+def _last_map_of_images(model: nn.Module) -> LastMap | None:
+    """None where another module than a LayerNorm is right before the projection."""
+    if getattr(model.visual, "attn_pool_contrastive", None) is not None:
+        return None
+    return _last_map(model, "visual.", "proj", "ln_post")
+
+
+def _last_map(model: nn.Module, prefix: str, projection: str, norm: str) -> LastMap | None:
+    """The projection, a matrix that rows are multiplied by or a linear layer, if there is one behind a LayerNorm."""
+    names = {name for name, _ in model.named_parameters()}
+    linear = f"{prefix}{projection}.weight" in names
+    found = LastMap(
+        weight=f"{prefix}{projection}.weight" if linear else f"{prefix}{projection}",
+        transposed=not linear,
+        norm_gain=f"{prefix}{norm}.weight",
+        norm_bias=f"{prefix}{norm}.bias",
+        bias=f"{prefix}{projection}.bias" if f"{prefix}{projection}.bias" in names else "",
+    )
+    return found if {found.weight, found.norm_gain, found.norm_bias} <= names else None
 
 
 def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records import MAP_NAMES, ImageSpec, ModelRef, TextSpec, TowerName
 
 INPUTS = {TowerName.IMAGE: "pixel_values", TowerName.TEXT: "input_ids"}
 OUTPUTS = {TowerName.IMAGE: "image_embeds", TowerName.TEXT: "text_embeds"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastMap:
+    """The linear map that gives an embedding, directly behind a LayerNorm, by the parameters' names in the source model.
+
+    Attributes:
+        weight: (d, m), or (m, d) where it is `transposed`.
+        transposed: Whether rows are multiplied by the weight as it lies.
+        norm_gain: (m,), of the LayerNorm.
+        norm_bias: (m,), of the LayerNorm.
+        bias: (d,), of the map; empty where it has none.
+    """
+
+    weight: str
+    transposed: bool
+    norm_gain: str
+    norm_bias: str
+    bias: str = ""
 
 
 class Tower(Protocol):
@@ -28,6 +47,7 @@ class Tower(Protocol):
         input_name: Name of the graph input, ``pixel_values`` or ``input_ids``.
         output_names: Names of the graph outputs; the first is ``image_embeds`` or ``text_embeds``.
         pools_at_end: Whether a caption's embedding is read at its end token, so that what follows changes nothing.
+        last_map: The linear map that ends it; None where its family ends otherwise.
     """
 
     name: TowerName
@@ -35,6 +55,7 @@ class Tower(Protocol):
     input_name: str
     output_names: tuple[str, ...]
     pools_at_end: bool
+    last_map: LastMap | None
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Embeds (B, 3, H, W) float32 pixels or (B, L) ids into (B, d), projection inside, not normalised."""
@@ -56,6 +77,9 @@ class Tower(Protocol):
         """Module from the one graph input to the outputs; its parameters have their names in the source model."""
 
 
+MAPS = "embedding_maps.safetensors"
+"""Maps behind the embeddings, in the folder of a saved edited model; its own library has no place for them."""
+
 ValidTokens = Callable[[Tensor], Tensor]
 
 
@@ -70,6 +94,7 @@ class ModuleTower:
         pools_at_end: See `Tower`.
         further: Names of the outputs after the embedding.
         reaches: Whether a layer, by name, has a part in what the tower is used for; others cannot be edited.
+        last_map: See `Tower`.
     """
 
     def __init__(
@@ -82,8 +107,9 @@ class ModuleTower:
         pools_at_end: bool = False,
         further: tuple[str, ...] = (),
         reaches: Callable[[str], bool] = lambda _: True,
+        last_map: LastMap | None = None,
     ) -> None:
-        self.name, self.embed_dim, self.pools_at_end = name, embed_dim, pools_at_end
+        self.name, self.embed_dim, self.pools_at_end, self.last_map = name, embed_dim, pools_at_end, last_map
         self.input_name, self.output_names = INPUTS[name], (OUTPUTS[name], *further)
         self._graph, self._valid_tokens, self._reaches = graph, valid_tokens, reaches
 
@@ -100,11 +126,11 @@ class ModuleTower:
         """See `Tower.graph_module`."""
         return self._graph
 
-    def extended(self, graph: nn.Module, further: tuple[str, ...]) -> ModuleTower:
-        """The same tower with more outputs.
+    def extended(self, graph: nn.Module, further: tuple[str, ...] = ()) -> ModuleTower:
+        """The same tower with another graph, which may have more outputs.
 
         Args:
-            graph: Gives what this tower's graph gives, and after it the further outputs.
+            graph: Gives what this tower's graph gives, or embeddings in its place, and after it the further outputs.
             further: Their names.
         """
         other = copy.copy(self)
@@ -176,7 +202,9 @@ class LoadedModel:
         image: Image tower.
         text: Text tower.
         tokenizer_json: Content of the tokenizer file that goes into bundles.
-        save: Writes the model in its current state as a folder that its own library loads.
+        save: Writes the model in its current state as a folder that its own library loads; maps behind the embeddings are
+            no part of it.
+        maps: Maps behind the embeddings, by tower; empty for most models.
     """
 
     ref: ModelRef
@@ -185,6 +213,14 @@ class LoadedModel:
     text: Tower
     tokenizer_json: bytes
     save: Callable[[Path], None]
+    maps: dict[TowerName, nn.Linear] = field(default_factory=dict)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that the model computes with: the source's parameters, and those of maps behind the embeddings."""
+        own = dict(self.source.named_parameters())
+        for tower, linear in self.maps.items():
+            own |= {f"{MAP_NAMES[tower]}.{name}": parameter for name, parameter in linear.named_parameters()}
+        return own
 
     def tower(self, name: TowerName) -> Tower:
         """One tower by name."""
@@ -193,13 +229,13 @@ class LoadedModel:
     def keep_only(self, name: TowerName) -> None:
         """Frees the other tower, which cannot be used afterwards."""
         kept = {id(parameter) for parameter in self.tower(name).graph_module().parameters()}
-        for parameter in self.source.parameters():
+        for parameter in self.named_parameters().values():
             if id(parameter) not in kept:
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def to(self, device: str) -> None:
         """Moves all of it. The towers share the source's parameters, but hold buffers of their own."""
-        for module in (self.source, self.image.graph_module(), self.text.graph_module()):
+        for module in (self.source, self.image.graph_module(), self.text.graph_module(), *self.maps.values()):
             module.to(device)
 
 

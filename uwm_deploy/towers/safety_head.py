@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records import RISK_OUTPUTS, HeadShape
+from uwm_deploy.towers.embedding_map import mapped
 from uwm_deploy.towers.protocol import ModuleTower, Tower
 
 FLOAT32 = "safety_head.*"
@@ -134,6 +135,7 @@ class _HeadedGraph(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) to the graph's own outputs, risk logits (B, categories) and risk level (B, 1)."""
         given, tokens = self._call(pixel_values)
+        given = mapped(self, given)  # the graph's own hook does not see this call
         own = (given,) if isinstance(given, Tensor) else given
         return (*own, *self.safety_head(tokens))
 

@@ -6,14 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import EditSpec, EditSpecs
-from uwm_deploy.records import Method, ModelRef, Pairing, Rule, Selection, TowerName
+from uwm_deploy.recipe import AxisSpec, EditSpec, EditSpecs, StepSpec, check_steps
+from uwm_deploy.records import (
+    CLOSED_FORM,
+    AxisSetting,
+    Method,
+    ModelRef,
+    Pairing,
+    Rule,
+    Selection,
+    TowerName,
+    methods_name,
+)
+from uwm_deploy.uwm.axis import require_valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +86,9 @@ PRESETS = {
     Method.DIFFERENCE: Preset(text=_UWM_HARD, image=_UWM_HARD, pairing=Pairing.DIFFERENCE, signed=True),
     # The paper's wording of Eq. 10, otherwise the method itself.
     Method.RATIO_OF_MEANS: Preset(text=_UWM, image=_UWM, pairing=Pairing.RATIO_OF_MEANS),
+    # Closed form (docs/safety-axis.md): nothing is selected.
+    Method.SAFETY_AXIS: Preset(text=_NOTHING, image=_NOTHING),
+    Method.LEACE: Preset(text=_NOTHING, image=_NOTHING),
     Method.NONE: Preset(text=_NOTHING, image=_NOTHING),
     Method.TRAINED: Preset(text=_NOTHING, image=_NOTHING),
 }
@@ -97,8 +112,29 @@ _GRADIENT_BATCH = {
 
 
 def selects(method: Method) -> bool:
-    """Whether a method scores and selects entries; one that does not has no settings."""
-    return method not in (Method.NONE, Method.TRAINED)
+    """Whether a method scores and selects entries; one that does not has no such settings."""
+    return method not in (Method.NONE, Method.TRAINED, *CLOSED_FORM)
+
+
+def methods_from_name(name: str) -> tuple[Method, ...]:
+    """Steps of a name such as ``uwm+safety-axis``.
+
+    Raises:
+        InputError: If it names no method, or steps that cannot follow each other.
+    """
+    found = []
+    for part in name.split("+"):
+        try:
+            found.append(Method(part.strip()))
+        except ValueError as error:
+            near = difflib.get_close_matches(part.strip(), [*Method], n=1, cutoff=0.3)
+            known = ", ".join(Method)
+            raise InputError(
+                f"there is no method {part.strip()!r}",
+                fix=f"did you mean {near[0]}? Known: {known}" if near else f"known: {known}",
+            ) from error
+    check_steps(found, f"method {name}")
+    return tuple(found)
 
 
 def needs_gradients(method: Method) -> bool:
@@ -122,6 +158,140 @@ def pairing_of(method: Method, edit: EditSpec) -> Pairing | None:
 def rule_of(method: Method, edit: EditSpec) -> Rule:
     """How a layer's final score is formed. The weight prior of a tower is kept in every ablation."""
     return Rule.MEAN_ABS_GRADIENT if needs_gradients(method) else edit.rule
+
+
+def axis_from_text(text: str) -> AxisSetting:
+    """Parses ``g=0.7,o=0.5,kappa=0.4,a=1,tau=0``; what is left out of rho, axes and repel is their default.
+
+    Raises:
+        InputError: If a name or a number is not understood, or one that is needed is missing.
+    """
+    fields = {f.name: f for f in dataclasses.fields(AxisSetting)}
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in fields or name in found:
+            raise InputError(f"{part.strip()!r} is no setting of the axis", fix=f"name each once: {', '.join(fields)}")
+        try:
+            found[name] = int(value) if name == "axes" else float(value)
+        except ValueError as error:
+            raise InputError(f"{part.strip()!r} is no number", fix="write it as g=0.7") from error
+    missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in found]
+    if missing:
+        raise InputError(f"the axis setting lacks {', '.join(missing)}", fix="e.g. g=0.7,o=0.5,kappa=0.4,a=1,tau=0")
+    setting = AxisSetting(**found)
+    require_valid(setting)
+    return setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOptions:
+    """What a user asks for instead of what a recipe says; None and empty values ask for nothing.
+
+    Attributes:
+        methods: Steps.
+        selection: Of the step that selects entries, both towers; likewise `keep_mass`, `factor` and `per_concept`.
+        towers: Towers that are edited.
+        placement: Of the closed-form step; likewise what follows.
+        max_retrieval_loss: See `AxisSpec`.
+        axis: Instead of a choice of the strength.
+    """
+
+    methods: tuple[Method, ...] = ()
+    selection: Selection | None = None
+    keep_mass: float | None = None
+    factor: float | None = None
+    per_concept: bool = False
+    towers: Collection[TowerName] = ()
+    placement: Literal["auto", "weights", "embedding"] | None = None
+    max_retrieval_loss: float | None = None
+    axis: AxisSetting | None = None
+
+
+def with_options(steps: tuple[StepSpec, ...], options: EditOptions) -> tuple[StepSpec, ...]:
+    """Steps of a recipe with what the user asks for in its place.
+
+    Args:
+        steps: The recipe's.
+        options: Another method than the recipe's brings its own settings; between `uwm` and its ablations only the
+            selection changes.
+
+    Raises:
+        InputError: If an option has nothing to act on, or is out of its range.
+    """
+    wanted = options.methods or tuple(step.method for step in steps)
+    closed = wanted[-1] in CLOSED_FORM
+    name = methods_name(wanted)
+    if closed and options.towers:
+        raise InputError(f"method {name} edits both towers, so --tower has no effect", fix="leave the option out")
+    axis_options = {
+        "placement": options.placement,
+        "max-retrieval-loss": options.max_retrieval_loss,
+        "axis": options.axis,
+    }
+    given = [option for option, value in axis_options.items() if value is not None]
+    if given and not closed:
+        raise InputError(
+            f"method {name} has no closed-form step, so --{given[0]} has no effect", fix="use --method safety-axis"
+        )
+    made = [_entries_step(steps, wanted, options)] if wanted[0] not in CLOSED_FORM else _refused_entries(name, options)
+    return (*made, *([_closed_step(steps, wanted[-1], options)] if closed else []))
+
+
+def _refused_entries(name: str, options: EditOptions) -> list[StepSpec]:
+    """A method that selects nothing takes no options for it."""
+    given = _entry_options(options)
+    if given:
+        raise InputError(f"method {name} selects nothing, so --{given[0]} has no effect", fix="leave the option out")
+    return []
+
+
+def _entry_options(options: EditOptions) -> list[str]:
+    values = {"selection": options.selection, "keep-mass": options.keep_mass, "factor": options.factor}
+    return [*(name for name, value in values.items() if value is not None), *(["per-concept"] * options.per_concept)]
+
+
+def _entries_step(steps: tuple[StepSpec, ...], wanted: tuple[Method, ...], options: EditOptions) -> StepSpec:
+    """The step that selects entries, from the recipe's."""
+    base, method = steps[0], wanted[0]
+    if base.text is None or base.image is None:
+        if selects(method):
+            raise InputError(f"the recipe names no layers for method {method.value}", fix="add an [[edit]] with them")
+        return StepSpec(method=method)
+    specs = with_method(
+        EditSpecs(
+            text=base.text, image=base.image, method=base.method, per_concept=base.per_concept, towers=base.towers
+        ),
+        method=method,
+        selection=options.selection,
+        keep_mass=options.keep_mass,
+        factor=options.factor,
+        per_concept=options.per_concept,
+        chosen_towers=options.towers,
+    )
+    return StepSpec(
+        method=method, per_concept=specs.per_concept, towers=specs.towers, text=specs.text, image=specs.image
+    )
+
+
+def _closed_step(steps: tuple[StepSpec, ...], method: Method, options: EditOptions) -> StepSpec:
+    known = steps[-1].axis if steps[-1].method is method else None
+    axis = known or AxisSpec()
+    if options.placement is not None:
+        axis = dataclasses.replace(axis, placement=options.placement)
+    if options.max_retrieval_loss is not None:
+        if not (math.isfinite(options.max_retrieval_loss) and options.max_retrieval_loss >= 0):
+            raise InputError(f"--max-retrieval-loss is {options.max_retrieval_loss}", fix="use points, such as 4")
+        axis = dataclasses.replace(axis, max_retrieval_loss=options.max_retrieval_loss)
+    if options.axis is not None:
+        if options.max_retrieval_loss is not None:
+            raise InputError("--axis and --max-retrieval-loss exclude each other", fix="give one of them")
+        axis = dataclasses.replace(axis, setting=options.axis)
+    if axis.setting is not None:
+        require_valid(axis.setting)
+    if method is Method.LEACE and (axis.setting is not None or options.max_retrieval_loss is not None):
+        raise InputError("method leace has no strength to choose", fix="leave --axis and --max-retrieval-loss out")
+    return StepSpec(method=method, axis=axis)
 
 
 def with_method(

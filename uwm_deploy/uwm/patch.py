@@ -1,4 +1,8 @@
-"""The edit of a whole model as a small file: which entries, which factor, of which weights."""
+"""The edit of a whole model as a small file: every tensor that changed, and what its bits are to be.
+
+Multiplied entries are held by their indices; replaced values by the bits that differ (exclusive or), so that like a negation
+the patch is its own inverse; a new tensor by its values. Of trained weights only the digests are held.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +17,72 @@ from safetensors.torch import save
 from torch import Tensor
 
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
-from uwm_deploy.records import Digest
+from uwm_deploy.records import Digest, EditKind
 from uwm_deploy.uwm.digests import digest_of_tensor
 
-_FORMAT = "uwm-patch-1"
+_FORMAT = "uwm-patch-2"
+_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerPatch:
-    """Edit of one weight.
+class TensorPatch:
+    """Edit of one tensor.
 
     Attributes:
-        indices: Ascending flat indices of the multiplied entries, int32 or int64.
+        kind: What was done to it.
+        digest_before: Of the tensor it belongs to; empty for a new one.
+        digest_after: Of the tensor it makes.
+        indices: Ascending flat indices of multiplied entries, int32 or int64; empty for other kinds.
         factor: Their multiplier.
-        digest_before: Of the weight it belongs to.
-        digest_after: Of the weight it makes.
+        bits: Of a replaced tensor, its float32 bits before and after combined by exclusive or, int32, in its shape; of a new
+            one the bits of its values; empty for other kinds.
     """
 
-    indices: Tensor
-    factor: float
+    kind: EditKind = EditKind.MULTIPLIED
     digest_before: Digest
     digest_after: Digest
+    indices: Tensor = _NOTHING
+    factor: float = 1.0
+    bits: Tensor = _NOTHING
+
+    @property
+    def exact(self) -> bool:
+        """Whether it can be taken back bit for bit, from the edited tensor alone."""
+        return self.kind in (EditKind.REPLACED, EditKind.ADDED) or (
+            self.kind is EditKind.MULTIPLIED and (self.factor in (-1.0, 1.0) or not len(self.indices))
+        )
+
+    def inverse(self) -> TensorPatch:
+        """What takes it back; of a new tensor, what removes it is not a patch, so it is not asked."""
+        return TensorPatch(
+            kind=self.kind,
+            digest_before=self.digest_after,
+            digest_after=self.digest_before,
+            indices=self.indices,
+            factor=self.factor,
+            bits=self.bits,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Edits by layer, keys are module paths in the source model."""
+    """Edits by the tensor's name in the source model."""
 
-    layers: Mapping[str, LayerPatch]
+    tensors: Mapping[str, TensorPatch]
 
     def to_bytes(self) -> bytes:
         """Safetensors content; equal patches give equal bytes."""
         about = {
-            name: {"factor": p.factor, "digest_before": p.digest_before, "digest_after": p.digest_after}
-            for name, p in self.layers.items()
+            name: {
+                "kind": p.kind.value,
+                "factor": p.factor,
+                "digest_before": p.digest_before,
+                "digest_after": p.digest_after,
+            }
+            for name, p in self.tensors.items()
         }
-        metadata = {"format": _FORMAT, "layers": json.dumps(about, sort_keys=True)}
-        return _ordered(bytes(save({name: p.indices.contiguous() for name, p in self.layers.items()}, metadata)))
+        metadata = {"format": _FORMAT, "tensors": json.dumps(about, sort_keys=True)}
+        return _ordered(bytes(save({name: _content(p).contiguous() for name, p in self.tensors.items()}, metadata)))
 
     @classmethod
     def from_file(cls, path: Path) -> Patch:
@@ -62,51 +95,105 @@ class Patch:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise InputError(f"{path.name} is not a patch file", fix="pass patch.safetensors of a bundle")
-                about = json.loads(metadata["layers"])
-                return cls({name: LayerPatch(indices=file.get_tensor(name), **about[name]) for name in sorted(about)})
+                    raise InputError(
+                        f"{path.name} is no patch file of this release ({metadata.get('format', 'no format')})",
+                        fix="pass patch.safetensors of a bundle that this release built",
+                    )
+                about = json.loads(metadata["tensors"])
+                return cls({name: _part(file.get_tensor(name), **about[name]) for name in sorted(about)})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path.name} is not a whole patch file: {error}", fix="restore it") from error
 
+    @property
+    def exact(self) -> bool:
+        """Whether all of it can be taken back bit for bit."""
+        return all(p.exact for p in self.tensors.values())
+
     def inverse(self) -> Patch:
-        """The patch that takes the edit back.
+        """The patch that takes the edit back; new tensors are left out of it.
 
         Raises:
-            ContractError: If a factor has no exact inverse (0 forgets the weight).
+            ContractError: If a part has no exact inverse (a factor of 0 forgets the weight).
         """
-        inverted = {}
-        for name, p in self.layers.items():
-            if p.factor not in (-1.0, 1.0):
-                raise ContractError(f"factor {p.factor} of {name} cannot be taken back exactly", fix="use the original")
-            inverted[name] = LayerPatch(
-                indices=p.indices, factor=p.factor, digest_before=p.digest_after, digest_after=p.digest_before
-            )
-        return Patch(inverted)
+        for name, p in self.tensors.items():
+            if not p.exact:
+                what = "trained weights" if p.kind is EditKind.TRAINED else f"factor {p.factor}"
+                raise ContractError(f"{what} of {name} cannot be taken back exactly", fix="use the original")
+        return Patch({n: p.inverse() for n, p in self.tensors.items() if p.kind is not EditKind.ADDED})
 
     @torch.no_grad()
-    def apply(self, weights: Mapping[str, Tensor]) -> None:
-        """Edits weights in place, all or none.
+    def apply(self, tensors: Mapping[str, Tensor]) -> None:
+        """Edits tensors in place, all or none.
 
         Args:
-            weights: Layer name to weight (out, in).
+            tensors: Name to tensor, of everything the patch names; a new tensor is there with zeros.
 
         Raises:
-            IntegrityError: If a weight is not the one the patch belongs to, or the result is not the promised one.
+            IntegrityError: If a tensor is not the one the patch belongs to, or the result is not the promised one.
         """
-        for name, p in self.layers.items():
-            if name not in weights:
+        for name, p in self.tensors.items():
+            if name not in tensors:
                 raise IntegrityError(
-                    f"the model has no layer {name}", fix="apply the patch to the model it was made from"
+                    f"the model has no tensor {name}", fix="apply the patch to the model it was made from"
                 )
-            if digest_of_tensor(weights[name]) != p.digest_before:
+            if p.digest_before and digest_of_tensor(tensors[name]) != p.digest_before:
                 raise IntegrityError(
                     f"{name} holds other weights than the patch was made from",
                     fix="apply it once, to the model it was made from",
                 )
-        for name, p in self.layers.items():
-            multiply_entries(weights[name], p.indices, p.factor)
-            if digest_of_tensor(weights[name]) != p.digest_after:
+        for name, p in self.tensors.items():
+            if p.kind is EditKind.MULTIPLIED:
+                multiply_entries(tensors[name], p.indices, p.factor)
+            elif p.kind is not EditKind.TRAINED:
+                flip_bits(tensors[name], p.bits)
+            if digest_of_tensor(tensors[name]) != p.digest_after:
                 raise IntegrityError(f"{name} is not what the patch promises", fix="build the patch again")
+
+
+def replaced(before: Tensor | None, after: Tensor) -> TensorPatch:
+    """The patch of a tensor with other values.
+
+    Args:
+        before: Of the source model, float32; None where it has no such tensor.
+        after: Of the edited model, float32, of the same shape.
+    """
+    start = torch.zeros_like(after) if before is None else before
+    return TensorPatch(
+        kind=EditKind.ADDED if before is None else EditKind.REPLACED,
+        digest_before="" if before is None else digest_of_tensor(before),
+        digest_after=digest_of_tensor(after),
+        bits=differing_bits(start, after),
+    )
+
+
+@torch.no_grad()
+def differing_bits(before: Tensor, after: Tensor) -> Tensor:
+    """Float32 bits of two tensors of one shape combined by exclusive or, int32, on the CPU."""
+    left, right = (part.detach().cpu().contiguous().view(torch.int32) for part in (before, after))
+    return left ^ right
+
+
+@torch.no_grad()
+def flip_bits(tensor: Tensor, bits: Tensor) -> None:
+    """Applies `differing_bits` to one of the two tensors, in place, which makes the other."""
+    turned = tensor.detach().cpu().contiguous().view(torch.int32) ^ bits.view(tensor.shape)
+    tensor.copy_(turned.view(torch.float32))
+
+
+def _content(part: TensorPatch) -> Tensor:
+    return part.indices if part.kind is EditKind.MULTIPLIED else part.bits
+
+
+def _part(content: Tensor, *, kind: str, factor: float, digest_before: Digest, digest_after: Digest) -> TensorPatch:
+    multiplied = EditKind(kind) is EditKind.MULTIPLIED
+    return TensorPatch(
+        kind=EditKind(kind),
+        digest_before=digest_before,
+        digest_after=digest_after,
+        indices=content if multiplied else _NOTHING,
+        factor=factor,
+        bits=_NOTHING if multiplied else content,
+    )
 
 
 def _ordered(content: bytes) -> bytes:
