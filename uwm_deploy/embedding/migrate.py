@@ -21,6 +21,7 @@ from uwm_deploy.runtime.space import SpaceId, space_before, space_of, weights_be
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.workspace import digest_of_bytes
 
+_REPORT = "reports/verify.json"
 _REFERENCE = "evidence/reference.safetensors"
 _INDEX_MAGIC = b"I"
 """Every index file of FAISS begins with four letters and digits, an I first."""
@@ -137,8 +138,11 @@ def migration_of(bundle: Bundle, tower: TowerName, stored: SpaceId = "", variant
     )
     if label.migrated_from not in (reference, own):
         raise _other_space(label, own)
-    cosine_min = COSINE_MIN if label.migrated_from == reference else _cosine_min(bundle, tower, chosen)
-    evidence = _evidence(bundle, tower, cosine_min)
+    least = COSINE_MIN
+    if label.migrated_from != reference:
+        report = record_from_json(VerifyReport, bundle.read(_REPORT), where=_REPORT)
+        least = cosine_min(report, tower, chosen)
+    evidence = _evidence(bundle, tower, least)
     evidence.check_map(maps[tower])
     return Migration(map=maps[tower], label=label, evidence=evidence)
 
@@ -186,6 +190,18 @@ def migrate(
     )
 
 
+def cosine_min(report: VerifyReport, tower: TowerName, variant: str) -> float:
+    """How far embeddings in a variant's own precision may be from the evidence: twice as far as the variant was measured.
+
+    Args:
+        report: Of the bundle.
+        tower: Whose embeddings.
+        variant: One of its variants.
+    """
+    parity = [part for a in report.artifacts if a.variant == variant for part in a.parity if part.tower is tower]
+    return min([COSINE_MIN, *(1 - 2 * (1 - part.cosine_min) for part in parity)])
+
+
 def _is_index(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
@@ -204,14 +220,16 @@ def _best(bundle: Bundle) -> str:
 
 def _other_space(label: Label, wanted: SpaceId) -> EvidenceError:
     if label.migrated_from == label.space:
-        return EvidenceError(f"they are of {label.space} already, the bundle's own", fix="use them as they are")
+        return EvidenceError(
+            f"the stored embeddings are of {label.space}, the bundle's own space already", fix="use them as they are"
+        )
     return EvidenceError(
-        f"they are of {label.migrated_from}, and {label.variant} of this bundle takes over {wanted} or its float32",
+        f"the stored embeddings are of {label.migrated_from}; {label.variant} takes over {wanted}, or that in float32",
         fix="pass embeddings of the model before the edit, or embed the items again",
     )
 
 
-def _evidence(bundle: Bundle, tower: TowerName, cosine_min: float) -> Evidence:
+def _evidence(bundle: Bundle, tower: TowerName, least: float) -> Evidence:
     """What is recorded of the evaluation set; the original is the model before all steps, not before the last."""
     try:
         tensors = load(bundle.read(_REFERENCE))
@@ -220,12 +238,4 @@ def _evidence(bundle: Bundle, tower: TowerName, cosine_min: float) -> Evidence:
     edit = bundle.manifest.edit
     alone = weights_before(edit) == edit.model.weights_digest
     original = EmbeddedSet.from_tensors(tensors, "original") if alone else None
-    return evidence_of(EmbeddedSet.from_tensors(tensors, "edited"), original, tower, cosine_min)
-
-
-def _cosine_min(bundle: Bundle, tower: TowerName, variant: str) -> float:
-    """How far embeddings in the variant's own precision may be from the evidence: twice as far as was measured."""
-    name = "reports/verify.json"
-    report = record_from_json(VerifyReport, bundle.read(name), where=name)
-    parity = [p for a in report.artifacts if a.variant == variant for p in a.parity if p.tower is tower]
-    return min([COSINE_MIN, *(1 - 2 * (1 - p.cosine_min) for p in parity)])
+    return evidence_of(EmbeddedSet.from_tensors(tensors, "edited"), original, tower, least)
