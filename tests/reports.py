@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from uwm_deploy.records import (
     ImageSpec,
     ModelRef,
     Precision,
+    SafetyReport,
     TextSpec,
     TowerName,
     VerifyReport,
@@ -23,11 +26,16 @@ from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
     ZeroShotEmbeddings,
     flips_between,
+    hard_safe_worst,
     parity,
     safety_report,
     worst_items,
+    yardstick_of,
 )
 from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.outcomes import flips_since, item_outcomes
+from uwm_deploy.safeground.preference import BASIC, Decisions, proportions, proportions_per_concept
 
 CONCEPTS = ("fire", "blade", "spill")
 DIM = 16
@@ -64,9 +72,16 @@ def embedded(n: int, safer: float, seed: int = 0, concepts: tuple[str, ...] = CO
 
 
 def artifact(
-    variant: str, precision: Precision, edited: EmbeddedSet, mine: EmbeddedSet, where: dict[str, str] | None = None
+    variant: str,
+    precision: Precision,
+    edited: EmbeddedSet,
+    mine: EmbeddedSet,
+    where: dict[str, str] | None = None,
+    *,
+    seed: int = 0,
 ) -> ArtifactEvidence:
-    """Evidence of a variant with these embeddings."""
+    """Evidence of a variant with these embeddings; the original model is that of the seed."""
+    yardstick = yardstick_of(embedded(len(edited.ids), 0.0, seed))
     return ArtifactEvidence(
         variant=variant,
         precision=precision,
@@ -75,8 +90,8 @@ def artifact(
         where=where or {"provider": "CPUExecutionProvider", "device": "cpu"},
         artifact_digests={"image": digest("1"), "text": digest("2")},
         parity=(parity(TowerName.IMAGE, "image_embeds", 1, edited.safe_image, mine.safe_image),),
-        safety=safety_report(variant, mine, with_items=True),
-        flips=flips_between(edited, mine),
+        safety=safety_report(variant, mine, with_items=True, yardstick=yardstick),
+        flips=flips_between(edited, mine, yardstick),
         worst=worst_items(variant, edited, mine),
     )
 
@@ -86,9 +101,10 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
     original, edited = embedded(n, 0.0, seed), embedded(n, 0.7, seed)
     if artifacts is None:
         artifacts = (
-            artifact("onnx", Precision.FP32, edited, edited),
-            artifact("onnxruntime-fp32", Precision.FP32, edited, edited),
+            artifact("onnx", Precision.FP32, edited, edited, seed=seed),
+            artifact("onnxruntime-fp32", Precision.FP32, edited, edited, seed=seed),
         )
+    yardstick = yardstick_of(original)
     concepts = {concept: edited.concepts.count(concept) for concept in dict.fromkeys(edited.concepts)}
     return VerifyReport(
         model=_model(),
@@ -102,10 +118,12 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
             concepts=concepts,
         ),
         calibration_overlap=0,
-        original=safety_report("original", original, with_items=True),
-        edited=safety_report("edited", edited, with_items=True),
-        edit_effect=flips_between(original, edited),
+        original=safety_report("original", original, with_items=True, yardstick=yardstick),
+        edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
+        edit_effect=flips_between(original, edited, yardstick),
         edit_worst=worst_items("edited", original, edited),
+        hard_safe=yardstick.hard_ids(),
+        hard_safe_worst=hard_safe_worst(yardstick, edited),
         artifacts=artifacts,
         versions={},
         zero_shot_digests={"shape": digest("7")},
@@ -144,4 +162,78 @@ def _model() -> ModelRef:
         embed_dim=DIM,
         image=image,
         text=text,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many quadruples and images an edit changes.
+
+    Attributes:
+        n: Quadruples.
+        gs: Of them safe in all four ways before the edit.
+        ps: Of them right for both safe queries before the edit.
+        moves: From a state to another: ``"G"`` all four ways, ``"P"`` both safe queries and no more, ``"N"`` neither.
+        zero_shot: Set to images, recognised before, lost and gained.
+    """
+
+    n: int
+    gs: int
+    ps: int
+    moves: Mapping[tuple[str, str], int]
+    zero_shot: Mapping[str, tuple[int, int, int, int]]
+
+
+def counted(counts: Counts, concepts: tuple[str, ...] = CONCEPTS) -> VerifyReport:
+    """A report with these counts, in which every artifact equals the edited model."""
+    before = np.array(["G"] * counts.gs + ["P"] * (counts.ps - counts.gs) + ["N"] * (counts.n - counts.ps))
+    after = before.copy()
+    for (start, end), count in counts.moves.items():
+        free = np.flatnonzero((before == start) & (after == start))
+        # Evenly spread, so that every concept has its share.
+        after[free[np.linspace(0, len(free) - 1, count).round().astype(int)]] = end
+    hits = {name: _hits(*part) for name, part in counts.zero_shot.items()}
+    labels = np.array([concepts[i % len(concepts)] for i in range(counts.n)])
+    original = _of_states("original", before, labels, {name: pair[0] for name, pair in hits.items()})
+    edited = _of_states("edited", after, labels, {name: pair[1] for name, pair in hits.items()})
+    base = report(64)
+    artifacts = tuple(
+        dataclasses.replace(
+            part, safety=dataclasses.replace(edited, subject=part.variant), flips=flips_since(edited, edited), worst=()
+        )
+        for part in base.artifacts
+    )
+    return dataclasses.replace(
+        base,
+        evaluation=dataclasses.replace(base.evaluation, n=counts.n, concepts=dict(Counter(labels.tolist()))),
+        original=original,
+        edited=edited,
+        edit_effect=flips_since(original, edited),
+        edit_worst=(),
+        artifacts=artifacts,
+    )
+
+
+def _hits(images: int, known: int, lost: int, gained: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images that are recognised before and after."""
+    before = np.arange(images) < known
+    after = before.copy()
+    after[:lost], after[known : known + gained] = False, True
+    return before, after
+
+
+def _of_states(
+    subject: str, states: np.ndarray, concepts: np.ndarray, zero_shot: Mapping[str, np.ndarray]
+) -> SafetyReport:
+    safe, all_four = np.isin(states, ["G", "P"]), states == "G"
+    chosen = {name: safe if name in ("P_ts", "P_vs") else all_four for name in BASIC}
+    tied = {name: np.zeros(len(states), dtype=bool) for name in BASIC}
+    decided = Decisions(chosen, tied, {name: np.where(chosen[name], 1.0, -1.0) for name in BASIC})
+    return SafetyReport(
+        subject=subject,
+        preference=proportions(decided),
+        per_concept=proportions_per_concept(decided, concepts.tolist()),
+        retrieval={},
+        zero_shot={name: wilson(int(found.sum()), len(found)) for name, found in zero_shot.items()},
+        items=item_outcomes(decided, concepts.tolist(), zero_shot),
     )
