@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_migrate.py --work .uwm/bench-migrate
 
-The bundle has random weights and the map of a safety axis that was fitted on a few pictures of the demo world: neither side's
-time depends on the values. Rows are random ones of length 1, written a piece at a time. Each side runs in a process of its
-own, so that its peak memory is its own. Embedding is measured on some hundred JPEGs of 640 x 480 and counted up; migrating is
-measured as a whole, to the last byte on the disk. A copy of the file is what reading and writing it takes at least.
+The bundle has random weights and the map of a safety axis that was fitted on a few pictures of the demo world: the time of
+neither side depends on the values. Rows are random ones of length 1, written a piece at a time. Each side runs in a process
+of its own, so that its peak memory is its own. Embedding is measured on some hundred JPEGs of 640 x 480 and counted up;
+migrating is measured as a whole, to the last byte on the disk. A copy of the file is what reading and writing take at least.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from uwm_deploy.embedding.sources import Item
 from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records import TowerName
 from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.workspace import digest_of_file
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,7 @@ def test_shards_folder_and_tables_give_the_same_rows(bundle: Path, shards: Path,
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert (report["rows"], report["errors"], report["parts"]) == (60, 2, 3)
+    assert report["space"] in open_bundle(bundle).manifest.spaces.values()
     wanted = _rows(tmp_path / "tar")
     assert {key for key, (_, error) in wanted.items() if error} == {"k007", "k025"}
     assert "they are .txt" in wanted["k025"][1]
