@@ -1239,6 +1239,44 @@ def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     return run_embed(bundle, source, as_json=as_json, **options)
 
 
+@cli.command()
+@click.argument("stored", type=click.Path(path_type=Path))
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="Whose embeddings they are to become.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New store, of the same kind as STORED.")
+@click.option(
+    "--tower",
+    default=None,
+    type=click.Choice(["image", "text"]),
+    help="Whose embeddings they are, where STORED does not say it.",
+)
+@click.option(
+    "--variant", default=None, help="Whose embeddings they are to lie beside. [default: a proven one in float32]"
+)
+@click.option(
+    "--keys",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Text file with the key of each row, one per line; those that the bundle's evidence has are compared.",
+)
+@trust_options
+@common_options
+def migrate(stored: Path, as_json: bool, **options: Any) -> int:
+    """Turns STORED embeddings of the unedited model into those of a bundle, without embedding anything again.
+
+    For bundles that were built with --placement embedding (docs/migrate.md). STORED is the folder that `embed` wrote, a .npy
+    file, or a flat index of FAISS. The same command goes on after it was stopped.
+
+    \b
+    Example:
+      uwm-deploy migrate embeddings --bundle dist/demo --out safe-embeddings
+      uwm-deploy migrate images.npy --tower image --keys images.txt --bundle dist/demo --out safe-images.npy
+      uwm-deploy migrate images.index --tower image --bundle dist/demo --out safe-images.index
+    """
+    from uwm_deploy.embedding.migrate_command import run_migrate
+
+    return run_migrate(stored, as_json=as_json, **options)
+
+
 class DefaultGroup(PipelineGroup):
     """A group whose first command need not be named: `triton BUNDLE REPO` is `triton write BUNDLE REPO`."""
 

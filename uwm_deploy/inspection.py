@@ -88,6 +88,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "method": method_line(manifest.edit),
         **_training_line(path),
         "edited entries": entries_line(manifest.edit),
+        "embedding spaces": dict(manifest.spaces),
         "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
         "safety head": head_line(manifest.head),
         "created": f"{manifest.created} by uwm-deploy {manifest.tool_version}",

@@ -1294,7 +1294,8 @@ class _Build:
         except UwmError:
             return False
         self.outcome.manifest = there
-        return dataclasses.replace(there, created="", files=()) == dataclasses.replace(manifest, created="")
+        # What is filled in as it is written follows from the rest.
+        return dataclasses.replace(there, created="", files=(), spaces={}) == dataclasses.replace(manifest, created="")
 
     def _parts(self) -> dict[str, Path | bytes]:
         """Path inside the bundle to its source."""

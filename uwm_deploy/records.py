@@ -1917,6 +1917,8 @@ class Manifest:
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
         bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
         head: The safety head in the image graphs and engines; None without one.
+        spaces: Variant to the id of the space that it embeds into; filled in when it is written, computed again when it is
+            opened.
     """
 
     name: str
@@ -1936,6 +1938,7 @@ class Manifest:
     refitted_from: Digest = ""
     bundle_version: int = 0
     head: SafetyHead | None = None
+    spaces: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
