@@ -10,7 +10,18 @@ import pytest
 from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
-from uwm_deploy.records import Cause, Precision, Result
+from uwm_deploy.records import (
+    AxisSetting,
+    Cause,
+    FoldKind,
+    LimitUse,
+    Precision,
+    Result,
+    StrengthCandidate,
+    StrengthChoice,
+    StrengthLimit,
+    StrengthLimits,
+)
 from uwm_deploy.selftest.artifacts import in_half_precision
 from uwm_deploy.selftest.faults import plant_all
 from uwm_deploy.selftest.peers import Peers
@@ -18,6 +29,7 @@ from uwm_deploy.selftest.rebuilds import PER_EDIT, rebuild_all, variations
 from uwm_deploy.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, Worlds
 from uwm_deploy.selftest.zoo import FAULTS, Fault
 from uwm_deploy.stages.causes import STAGE_ORDER
+from uwm_deploy.stages.expected import expected_edit
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 ONE_OF_EACH = list({(fault.cause, fault.stage, fault.world): fault for fault in reversed(FAULTS)}.values())
@@ -55,6 +67,51 @@ def test_a_closed_form_step_that_is_not_what_was_asked_for(
     first = world.verdict(build, tmp_path).causes[0]
     assert (first.cause, first.stage) == (Cause.EDIT, "edit")
     assert words in first.detail
+
+
+def _choice(limits: StrengthLimits, *settings: AxisSetting) -> StrengthChoice:
+    use = LimitUse(limit=StrengthLimit.RETRIEVAL, folds=FoldKind.RANDOM, loss=0.0, margin=0.0, at_most=4.0)
+    tried = [
+        StrengthCandidate(setting=s, measured={}, objective=1.0, keeps=True, broken=None, tightest=use)
+        for s in settings
+    ]
+    return StrengthChoice(
+        candidates=tuple(tried), chosen=0, original={}, limits=limits, n=96, hard_safe=0, zero_shot_sets=(),
+        concepts_left_out=(), seed=0, seconds=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lost", "chosen", "words"),
+    [
+        (4.0, None, "does not say how its strength was chosen"),
+        (9.0, 0.5, "was chosen under other limits than were asked for"),
+        (4.0, 0.7, "another strength than was chosen: g 0.5 for 0.7"),
+        (4.0, 0.5, ""),
+    ],
+    ids=["not chosen", "other limits", "another one", "honest"],
+)
+def test_a_chosen_strength_is_what_the_record_says(
+    lost: float, chosen: float | None, words: str, worlds: Worlds
+) -> None:
+    """Where no strength was asked for, the record tells how it was chosen, and it is that one."""
+    world = worlds.of(FOLDED)
+    first, last = world.recipe.edit
+    assert last.axis is not None
+    asked = dataclasses.replace(last, axis=dataclasses.replace(last.axis, setting=None))
+    step = world.honest.edit.steps[-1]
+    assert step.axis is not None
+    assert step.axis.setting is not None
+    settings = [dataclasses.replace(step.axis.setting, g=g) for g in (chosen or 0.0, 0.5)]
+    choice = _choice(StrengthLimits(retrieval_loss=lost), *settings) if chosen else None
+    told = dataclasses.replace(step, axis=dataclasses.replace(step.axis, choice=choice))
+    found = expected_edit(
+        dataclasses.replace(world.recipe, edit=(first, asked)),
+        world.made_from(world.original),
+        dataclasses.replace(world.honest.edit, steps=(*world.honest.edit.steps[:-1], told)),
+        world.honest.patch,
+    )
+    assert [words in problem for problem in found.problems] == [True] * bool(words), found.problems
 
 
 @pytest.mark.parametrize(

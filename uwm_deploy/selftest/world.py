@@ -294,6 +294,20 @@ class World:
             select_and_apply(model, self.score, self._scores, self.recipe.entries)
         return model
 
+    def made_from(self, original: LoadedModel) -> MadeFrom:
+        """What the honest edit was made from.
+
+        Args:
+            original: The source model; a fault may have changed how it computes, never its weights.
+        """
+        return MadeFrom(
+            original=original,
+            score=self.score,
+            scores=self._scores,
+            fit=self.work / "fit",
+            before=lambda: self.before,
+        )
+
     @property
     def _scores(self) -> Path:
         return self.work / "score" / "scores.safetensors"
@@ -322,14 +336,7 @@ class World:
         canaries = self._canaries
         if build.original is not honest.original or build.edited is not honest.edited:
             canaries = self._choose_canaries(build, folder)
-        made_from = MadeFrom(
-            original=build.original,
-            score=self.score,
-            scores=self._scores,
-            fit=self.work / "fit",
-            before=lambda: self.before,
-        )
-        expected = expected_edit(self.recipe, made_from, build.edit, build.patch)
+        expected = expected_edit(self.recipe, self.made_from(build.original), build.edit, build.patch)
         model = build.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         artifacts, yardstick = [], yardstick_of(original)

@@ -9,12 +9,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from uwm_deploy.recipe import Recipe
-from uwm_deploy.records import AxisSetting, EditRecord, LayerScore, ScoreRecord, TrainingRecord
+from uwm_deploy.recipe import AxisSpec, Recipe
+from uwm_deploy.records import (
+    AxisSetting,
+    ClosedFormRecord,
+    EditRecord,
+    LayerScore,
+    Method,
+    ScoreRecord,
+    TrainingRecord,
+)
 from uwm_deploy.stages.edit import selected_entries
 from uwm_deploy.stages.fit import read_fit
 from uwm_deploy.stages.proof import Expected, expected_weights, with_closed_form
-from uwm_deploy.stages.strength import solved_again
+from uwm_deploy.stages.strength import limits_of, solved_again
 from uwm_deploy.stages.trained import expected_trained
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.patch import Patch
@@ -71,7 +79,8 @@ def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: 
         axis = dataclasses.replace(step.axis, placement=fit.placement, fitted_on=fit.fitted_on, n_pairs=fit.n_pairs)
         if step != dataclasses.replace(step, method=fit.method, axis=axis):
             problems.append("the edit record tells of another fit than the one it was solved from")
-        solved = dict(solved_again(made_from.before(), step, made_from.fit))
+        if step.method is not Method.SAFETY_AXIS or step.axis.setting is not None:
+            solved = dict(solved_again(made_from.before(), step, made_from.fit))
     expected = dataclasses.replace(expected, problems=(*problems, *expected.problems))
     return with_closed_form(expected, solved, edit)
 
@@ -81,10 +90,25 @@ def _not_asked_for(recipe: Recipe, edit: EditRecord) -> Iterator[str]:
     if edit.methods != tuple(step.method for step in recipe.edit):
         yield f"the edit record has the steps {edit.method}, where {recipe.method} was asked for"
     spec, step = recipe.closed_form, edit.closed_form
-    wanted = spec.axis.setting if spec else None
-    found = step.axis.setting if step and step.axis else None
-    if wanted is not None and found is not None and wanted != found:
-        yield f"the edit record has another strength than was asked for: {_differences(wanted, found)}"
+    if spec is not None and step is not None and step.axis is not None and spec.method is Method.SAFETY_AXIS:
+        yield from _other_strength(spec.axis, step.axis)
+
+
+def _other_strength(spec: AxisSpec, axis: ClosedFormRecord) -> Iterator[str]:
+    """The setting that was asked for, or that was chosen under the limits that were asked for."""
+    wanted, choice = spec.setting, axis.choice
+    if wanted is None:
+        if choice is None or choice.chosen is None:
+            yield "the edit record does not say how its strength was chosen"
+            return
+        if choice.limits != limits_of(spec):
+            yield "the edit record has a strength that was chosen under other limits than were asked for"
+        wanted = choice.candidates[choice.chosen].setting
+    if axis.setting is None:
+        yield "the edit record has no strength"
+    elif axis.setting != wanted:
+        words = "was chosen" if spec.setting is None else "was asked for"
+        yield f"the edit record has another strength than {words}: {_differences(wanted, axis.setting)}"
 
 
 def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
