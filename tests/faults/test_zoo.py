@@ -53,6 +53,7 @@ def test_a_planted_fault_is_named(fault: object, worlds: Worlds) -> None:
         ("axis-of-another-model", "of its largest entry from what its fit gives"),
         ("strength-of-its-own", "another strength than was asked for: g 0.9 for 0.5"),
         ("step-left-out", "has the steps uwm, where uwm+safety-axis was asked for"),
+        ("patch-of-other-values", "visual_projection.weight: the patch makes something else than it promises"),
         ("tensor-not-listed", "vision_model.post_layernorm.bias: is replaced, and the edit record does not say so"),
     ],
 )

@@ -167,6 +167,14 @@ def tensor_not_listed(world: World, _: Path) -> Build:
     return _telling_of(world.honest, {t.name for t in world.honest.edit.tensors} - set(biases[:1]))
 
 
+def patch_of_other_values(world: World, _: Path) -> Build:
+    """A whole edit, whose patch holds other bits of a projection than its digests are of."""
+    name = next(t.name for t in world.honest.edit.tensors if t.kind is EditKind.REPLACED)
+    part = world.honest.patch.tensors[name]
+    other = dataclasses.replace(part, bits=part.bits.flip(0))
+    return dataclasses.replace(world.honest, patch=Patch({**world.honest.patch.tensors, name: other}))
+
+
 def _telling_of(build: Build, names: set[str]) -> Build:
     """A build whose record and patch name some of the tensors only."""
     edit = dataclasses.replace(build.edit, tensors=tuple(t for t in build.edit.tensors if t.name in names))

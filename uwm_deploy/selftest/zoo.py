@@ -61,6 +61,7 @@ FAULTS = (
     Fault("strength-of-its-own", Cause.EDIT, "edit", "g 0.9, and the record says so; 0.5 was asked for", closed_form.setting_not_asked_for, FOLDED),
     Fault("step-left-out", Cause.EDIT, "edit", "no closed-form step, and none in the record", closed_form.step_left_out, FOLDED),
     Fault("tensor-not-listed", Cause.EDIT, "edit", "a bias in neither record nor patch", closed_form.tensor_not_listed, FOLDED),
+    Fault("patch-of-other-values", Cause.EDIT, "edit", "the patch makes another projection", closed_form.patch_of_other_values, FOLDED),
     Fault("maps-exchanged", Cause.EDIT, "edit", "each tower has the other one's map", closed_form.maps_exchanged, MAPPED),
     # --- the export
     Fault("edit-not-exported", Cause.EDIT, "export", "the original model was exported", unedited(tuple(TowerName), exported_with)),

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from uwm_deploy.recipe import AxisSpec, Recipe
 from uwm_deploy.records import (
     AxisSetting,
     ClosedFormRecord,
+    EditKind,
     EditRecord,
     LayerScore,
     Method,
@@ -21,11 +23,12 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.stages.edit import selected_entries
 from uwm_deploy.stages.fit import read_fit
-from uwm_deploy.stages.proof import Expected, expected_weights, with_closed_form
+from uwm_deploy.stages.proof import Expected, Parameters, expected_weights, with_closed_form
 from uwm_deploy.stages.strength import limits_of, solved_again
 from uwm_deploy.stages.trained import expected_trained
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.uwm.digests import digest_of_tensor
+from uwm_deploy.uwm.patch import Patch, flip_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,8 @@ def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: 
             problems.append("the edit record tells of another fit than the one it was solved from")
         if step.method is not Method.SAFETY_AXIS or step.axis.setting is not None:
             solved = dict(solved_again(made_from.before(), step, made_from.fit))
+    problems += _of_another_source(expected, edit)
+    problems += _making_something_else(original, patch)
     expected = dataclasses.replace(expected, problems=(*problems, *expected.problems))
     return with_closed_form(expected, solved, edit)
 
@@ -114,3 +119,26 @@ def _other_strength(spec: AxisSpec, axis: ClosedFormRecord) -> Iterator[str]:
 def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
     left, right = dataclasses.asdict(wanted), dataclasses.asdict(found)
     return ", ".join(f"{name} {right[name]:g} for {left[name]:g}" for name in left if left[name] != right[name])
+
+
+def _of_another_source(expected: Expected, edit: EditRecord) -> list[str]:
+    """By the digests before the edit graphs are searched for what must not be in them any more."""
+    return [
+        f"{tensor.name}: the edit record has another tensor of the source model"
+        for tensor in edit.tensors
+        if tensor.digest_before != expected.before.get(tensor.name, "")
+    ]
+
+
+@torch.no_grad()
+def _making_something_else(original: Parameters, patch: Patch) -> Iterator[str]:
+    """Of replaced and new tensors a patch holds bits, and with them an edit is taken back."""
+    for name, part in patch.tensors.items():
+        if part.kind not in (EditKind.REPLACED, EditKind.ADDED):
+            continue
+        start = original.get(name, torch.zeros(part.bits.shape))
+        made = start.detach().clone(memory_format=torch.contiguous_format)
+        if made.shape == part.bits.shape:
+            flip_bits(made, part.bits)
+        if digest_of_tensor(made) != part.digest_after:
+            yield f"{name}: the patch makes something else than it promises"
