@@ -36,6 +36,7 @@ from uwm_deploy.recipe import (
     ModelSource,
     Recipe,
     calibration_set_from_toml,
+    check_reach,
     recipe_from_toml,
 )
 from uwm_deploy.records import (
@@ -596,8 +597,6 @@ class _Build:
         spec = self.recipe.closed_form
         if spec is None:
             return
-        if self.recipe.model.family == "llava":
-            self._refuse_hidden_states(spec)
         entries = self.recipe.entries
         inputs = {
             "score": digest_of_file(self.work / "score" / STAMP) if self.ranks.first else "",
@@ -610,12 +609,6 @@ class _Build:
         if self.ranks.first:
             shutil.rmtree(self.work / _FITTING, ignore_errors=True)
             self.outcome.fit = _read(FitRecord, folder / "fit.json")
-
-    def _refuse_hidden_states(self, spec: ClosedForm) -> None:
-        raise InputError(
-            f"method {spec.method.value} changes embeddings only, and {self.recipe.name} is used by its inner features",
-            fix="use --method uwm, which changes the layers before them",
-        )
 
     def _before_closed_form(self) -> tuple[LoadedModel, LoadedModel | None]:
         """The model that the closed-form step is made on, and the source model where another step comes before."""
@@ -1367,7 +1360,9 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
             raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
         spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
     version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
-    return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+    asked = dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+    check_reach(asked, recipe.name)
+    return asked
 
 
 def _methods_of(request: Request) -> tuple[Method, ...]:
