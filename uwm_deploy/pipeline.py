@@ -55,7 +55,6 @@ from uwm_deploy.records import (
     Manifest,
     Method,
     OnnxArtifact,
-    Placement,
     Precision,
     PrecisionPlan,
     Provider,
@@ -880,10 +879,10 @@ class _Build:
 
     def _float32_parts(self, graph: OnnxArtifact) -> tuple[str, ...]:
         """Patterns of its safety head and of a map behind its embedding, where it has them."""
+        from uwm_deploy.towers.protocol import MAPS
         from uwm_deploy.towers.safety_head import FLOAT32
 
-        assert self.outcome.edit is not None
-        has_map = self.outcome.edit.placement is Placement.EMBEDDING
+        has_map = (self.work / "edit" / "model" / MAPS).is_file()  # also one that the source model came with
         return (*((FLOAT32,) if graph.head_digest else ()), *((MAP_NAMES[graph.tower],) if has_map else ()))
 
     def _by_modelopt(
