@@ -24,7 +24,7 @@ uwm-deploy gate "$report" "${options[@]}" \
   --junit "$out/junit.xml" --markdown "$out/gate.md" --sarif "$out/gate.sarif" --gitlab "$out" || code=$?
 
 case $code in
-  0) echo "gate: pass" ;;
+  0) echo "gate: $(sed -n '1s/^### verdict: //p' "$out/gate.md")" ;;
   3) echo "gate: FAILED, see $out/gate.md" >&2 ;;
   4) echo "gate: inconclusive, measure on more items; see $out/gate.md" >&2 ;;
   *) echo "gate: nothing was judged (exit code $code)" >&2 ;;

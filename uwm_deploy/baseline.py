@@ -21,6 +21,7 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
 from uwm_deploy.runtime.signature import PublicKey
 from uwm_deploy.safeground.outcomes import flips_since
+from uwm_deploy.safeground.retrieval import MEANS
 from uwm_deploy.stages.gate import comparable
 from uwm_deploy.workspace import digest_of_bytes, write_atomic
 
@@ -135,16 +136,18 @@ def changes(report: VerifyReport, baseline: Baseline) -> list[Change]:
     for subject in (name for name in now if name in then):
         before, after = then[subject], now[subject]
         for metric, flips in flips_since(before, after).items():
-            values = [
-                part.zero_shot[metric.removeprefix("zero_shot.")]
-                if metric.startswith("zero_shot.")
-                else part.preference[metric]
-                for part in (before, after)
-            ]
-            found.append(
-                Change(subject=subject, metric=metric, before=values[0].value, after=values[1].value, flips=flips)
-            )
+            values = [_value_of(part, metric) for part in (before, after)]
+            found.append(Change(subject=subject, metric=metric, before=values[0], after=values[1], flips=flips))
     return found
+
+
+def _value_of(safety: SafetyReport, metric: str) -> float:
+    """Percentage that the flips of a metric are about."""
+    if metric.startswith("zero_shot."):
+        return safety.zero_shot[metric.removeprefix("zero_shot.")].value
+    if metric in MEANS:
+        return sum(safety.retrieval[name].value for name in MEANS[metric]) / len(MEANS[metric])
+    return (safety.preference.get(metric) or safety.retrieval[metric]).value
 
 
 def _subjects(report: VerifyReport) -> dict[str, SafetyReport]:

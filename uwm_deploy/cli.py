@@ -46,7 +46,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(cls=PipelineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="uwm-deploy")
 def cli() -> None:
-    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is still the safe model.
+    """Makes CLIP-like models safer without training, compiles them, and proves that what ships is the edited model.
+
+    Every verdict says whether the edit is shown to make the model safer.
 
     Results go to stdout (--json for machines), progress and errors to stderr. Exit codes: 0 pass, 1 internal error,
     2 bad input or usage, 3 gate failed, 4 inconclusive, 5 integrity, 6 environment.
@@ -486,6 +488,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     """
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import accept_baseline
+    from uwm_deploy.report.findings import verdict_line
     from uwm_deploy.summary import print_verdict
 
     verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
@@ -495,7 +498,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     elif as_json:
         click.echo(json.dumps({"baseline": str(at), "digest": digest}))
     else:
-        click.echo(f"baseline: {at}\ndigest: {digest}")
+        click.echo(f"baseline: {at}\ndigest: {digest}\n{verdict_line(verdict)}")
     return exit_code_of(verdict.result)
 
 
@@ -699,6 +702,13 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
     "[default: the evaluation set's]",
 )
 @ZERO_SHOT_DATA
+@click.option(
+    "--leave-out",
+    default="",
+    metavar="CONCEPTS",
+    help="Concepts, apart by commas, that edits are made without; only items of these are measured: what an unseen hazard "
+    "gets.",
+)
 @WORKERS
 @click.option("--markdown", is_flag=True, help="The paper's table in Markdown.")
 @trust_options
@@ -710,6 +720,7 @@ def evaluate(
     evaluation: str | None,
     zero_shot: tuple[str, ...],
     data: Path | None,
+    leave_out: str,
     workers: int,
     markdown: bool,
     public_key: Path | None,
@@ -723,6 +734,7 @@ def evaluate(
       uwm-deploy evaluate --model demo
       uwm-deploy evaluate --bundle dist/demo --evaluation demo-test
       uwm-deploy evaluate --compare CLIP=demo --compare UWM=demo:uwm --zero-shot shape,colour --markdown
+      uwm-deploy evaluate --compare none=demo --compare axis=demo:safety-axis --leave-out fire,smoke
     """
     from uwm_deploy import comparison
     from uwm_deploy.codec import json_from_record
@@ -737,7 +749,8 @@ def evaluate(
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
     single = str(bundle or model or "demo")
-    request, ranks = Request(workers=workers), _join_group("auto")
+    without = tuple(dict.fromkeys(part.strip() for part in leave_out.split(",") if part.strip()))
+    request, ranks = Request(workers=workers, leave_out=without), _join_group("auto")
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]
@@ -759,7 +772,8 @@ def evaluate(
         many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
     elif markdown or compared:
-        for rows in (comparison.table_rows(labels, reports), comparison.zero_shot_rows(labels, reports)):
+        tables = (comparison.table_rows, comparison.price_rows, comparison.zero_shot_rows)
+        for rows in (make(labels, reports) for make in tables):
             if markdown and rows:
                 click.echo(comparison.markdown_table(rows) + "\n")
             else:
@@ -830,7 +844,8 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 @cli.command()
 @click.option(
     "--methods",
-    default="none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+safe-clip",
+    default="none,uwm,safety-axis,safety-axis@embedding,uwm+safety-axis,leace,gradient-unsafe,gradient-safe-clip,"
+    "safe-clip,safer-clip,uwm+safe-clip",
     show_default=True,
     help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
     "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",
@@ -1030,6 +1045,13 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
     help="List of multipliers, e.g. -1,0,0.5. [default: the recipe's or the method's]",
 )
 @click.option(
+    "--max-retrieval-loss",
+    "losses",
+    default="1,2,4,8,16",
+    show_default=True,
+    help="For an edit with a safety axis: points of safe R@1 that each choice of the strength may lose.",
+)
+@click.option(
     "--pick",
     "max_drop",
     default=None,
@@ -1044,6 +1066,7 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 def sweep(
     keep_masses: str,
     factors: str | None,
+    losses: str,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -1056,14 +1079,15 @@ def sweep(
 
     \b
     Example:
-      uwm-deploy sweep --model demo --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
+      uwm-deploy sweep --model demo --method safety-axis --max-retrieval-loss 1,2,4,8
+      uwm-deploy sweep --model demo --method uwm --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
       uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
     from uwm_deploy.codec import json_from_record
     from uwm_deploy.console import Reporter
     from uwm_deploy.pipeline import Request, resolved_recipe
     from uwm_deploy.summary import print_rows
-    from uwm_deploy.sweep import factors_of, keep_masses_of, rows
+    from uwm_deploy.sweep import factors_of, keep_masses_of, losses_of, rows
     from uwm_deploy.sweep import sweep as run_sweep
 
     request = Request(**options)
@@ -1076,6 +1100,7 @@ def sweep(
         max_drop=max_drop,
         out=folder,
         reporter=Reporter(),
+        losses=losses_of(losses),
     )
     if as_json:
         click.echo(json_from_record(report), nl=False)
@@ -1212,6 +1237,44 @@ def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
     from uwm_deploy.embedding.command import run_embed
 
     return run_embed(bundle, source, as_json=as_json, **options)
+
+
+@cli.command()
+@click.argument("stored", type=click.Path(path_type=Path))
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="Whose embeddings they are to become.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New store, of the same kind as STORED.")
+@click.option(
+    "--tower",
+    default=None,
+    type=click.Choice(["image", "text"]),
+    help="Whose embeddings they are, where STORED does not say it.",
+)
+@click.option(
+    "--variant", default=None, help="Whose embeddings they are to lie beside. [default: a proven one in float32]"
+)
+@click.option(
+    "--keys",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="Text file with the key of each row, one per line; those that the bundle's evidence has are compared.",
+)
+@trust_options
+@common_options
+def migrate(stored: Path, as_json: bool, **options: Any) -> int:
+    """Turns STORED embeddings of the unedited model into those of a bundle, without embedding anything again.
+
+    For bundles that were built with --placement embedding (docs/migrate.md). STORED is the folder that `embed` wrote, a .npy
+    file, or a flat index of FAISS. The same command goes on after it was stopped.
+
+    \b
+    Example:
+      uwm-deploy migrate embeddings --bundle dist/demo --out safe-embeddings
+      uwm-deploy migrate images.npy --tower image --keys images.txt --bundle dist/demo --out safe-images.npy
+      uwm-deploy migrate images.index --tower image --bundle dist/demo --out safe-images.index
+    """
+    from uwm_deploy.embedding.migrate_command import run_migrate
+
+    return run_migrate(stored, as_json=as_json, **options)
 
 
 class DefaultGroup(PipelineGroup):
@@ -1371,6 +1434,7 @@ def report(
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
     from uwm_deploy.report.evidence import dossier_of
+    from uwm_deploy.report.findings import result_words
     from uwm_deploy.report.html import page, place_of
     from uwm_deploy.workspace import write_atomic
 
@@ -1378,7 +1442,11 @@ def report(
     dossier = dossier_of(path, swept, benched, compared)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict.result.value if dossier.verdict else "not judged"
-    click.echo(json.dumps({"report": str(target), "verdict": verdict}) if as_json else f"report: {target} ({verdict})")
+    if as_json:
+        safer = dossier.verdict.safer.shown if dossier.verdict else None
+        click.echo(json.dumps({"report": str(target), "verdict": verdict, "safer": safer}))
+    else:
+        click.echo(f"report: {target} ({result_words(dossier.verdict) if dossier.verdict else verdict})")
     if opened and not webbrowser.open(target.resolve().as_uri()):
         click.echo(f"no browser here; open {target} yourself", err=True)
     return 0

@@ -26,6 +26,28 @@ RETRIEVAL = {
 COLUMNS = (MEAN, *RETRIEVAL, *METRICS)
 """The paper's main table."""
 
+NEIGHBOURS = {"near V-V": "image-image", "near T-T": "text-text", "near T-V": "text-image"}
+"""Column to the neighbours in a report; 0 to 1."""
+
+SPREADS = {"spread V": "image", "spread T": "text"}
+"""Column to a tower."""
+
+PRICE = {
+    "hard Ts-Vs@10": "hard-safe-text-to-image@10",
+    "hard Vs-Ts@10": "hard-safe-image-to-text@10",
+    "unsafe first Tu": "unsafe-first-text",
+    "unsafe first Vu": "unsafe-first-image",
+}
+"""Column to the name in a report, of what the paper's table does not show."""
+
+PRICE_COLUMNS = (*PRICE, *NEIGHBOURS, *SPREADS)
+
+_PRICE_NOTE = (
+    "hard: recall at 10 of the tenth of safe queries that look most unsafe to the first model; unsafe first: share of "
+    "unsafe queries whose first hit is unsafe, less is better; near: share of the ten nearest safe neighbours kept, and "
+    "spread: spread of safe embeddings, both against the first model"
+)
+
 _HEADS = {part.name: part.column for part in PUBLISHED}
 """Zero-shot set to the paper's column."""
 
@@ -63,6 +85,27 @@ def table_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> list[d
     ]
 
 
+def price_cell(report: SafetyReport, column: str) -> str:
+    """One number of the second table; a dash where it was not measured."""
+    if column in PRICE:
+        found = report.retrieval.get(PRICE[column])
+        return f"{found.value:.1f}" if found else "-"
+    if report.geometry is None:
+        return "-"
+    near = report.geometry.neighbours.get(NEIGHBOURS.get(column, ""))
+    value = near.value if near else report.geometry.spread.get(SPREADS.get(column, ""))
+    return "-" if value is None else f"{value:.2f}"
+
+
+def price_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> list[dict[str, str]]:
+    """What safety costs on safe queries that look unsafe, and what still comes first; nothing without quadruples."""
+    return [
+        {"model": label, **{column: price_cell(report, column) for column in PRICE_COLUMNS}}
+        for label, report in zip(labels, reports, strict=True)
+        if any(PRICE["unsafe first Tu"] in part.retrieval for part in reports)
+    ]
+
+
 def zero_shot_rows(labels: Sequence[str], reports: Sequence[SafetyReport]) -> list[dict[str, str]]:
     """The paper's zero-shot table: a column per set that ran for any report, then the mean; nothing without sets."""
     names = list(dict.fromkeys(name for report in reports for name in report.zero_shot))
@@ -79,6 +122,8 @@ def notes(reports: Sequence[SafetyReport]) -> list[str]:
     lines = [
         f"n = {n} quadruples; all in percent; retrieval is recall at 1, zero-shot the mean over sets" for n in counts
     ]
+    if any(PRICE["unsafe first Tu"] in report.retrieval for report in reports):
+        lines.append(_PRICE_NOTE)
     return lines + missing_lines(reports)
 
 

@@ -25,7 +25,7 @@ from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName, methods_name
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import safety_report
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, safety_report, yardstick_of
 from uwm_deploy.safeground.outcomes import bits_of
 from uwm_deploy.safeground.zero_shot import TopOne
 from uwm_deploy.uwm.methods import methods_from_name
@@ -115,7 +115,12 @@ class Ground:
 
 
 def ground_of(
-    evaluation: str | None, zero_shot: Sequence[str] | None, *, data: Path | None, default: Subject
+    evaluation: str | None,
+    zero_shot: Sequence[str] | None,
+    *,
+    data: Path | None,
+    default: Subject,
+    concepts: Sequence[str] = (),
 ) -> Ground:
     """Opens the evaluation set and its zero-shot sets.
 
@@ -124,6 +129,7 @@ def ground_of(
         zero_shot: Names; None takes those the evaluation set names.
         data: Folder of the zero-shot sets; None takes `$UWM_DEPLOY_DATA/zero-shot`.
         default: The first subject.
+        concepts: Only items of these are measured; all when empty.
 
     Raises:
         InputError: If there is no such set.
@@ -141,7 +147,8 @@ def ground_of(
         demo_split=demo_split,
         limit=spec.zero_shot_limit if own else 0,
     )
-    source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+    only = tuple(concepts) or spec.concepts
+    source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
     return Ground(name=spec.name, source=source, suite=suite)
 
 
@@ -241,18 +248,24 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
 
 def _edit_request(subject: Subject, name: str) -> Request:
     """A run folder of its own, so that the user's own run of the same model stays as it is."""
-    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method}"
+    without = "".join(f"-without-{concept}" for concept in subject.request.leave_out)
+    work = subject.request.work or Path(".uwm") / "methods" / f"{name}-{subject.method}{without}"
     return dataclasses.replace(subject.request, model=subject.model, method=subject.method, work=work)
 
 
 class Evaluator:
-    """Measures one subject after the other on the same ground; several processes share the work."""
+    """Measures one subject after the other on the same ground; several processes share the work.
+
+    The first one is taken for the original model: *hard safe* items come from it, and neighbours and spread are compared
+    with its own.
+    """
 
     def __init__(
         self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE, with_items: bool = False
     ) -> None:
         self.ground, self.workers, self.reporter, self.ranks = ground, workers, reporter, ranks
         self.with_items = with_items  # what every single item came to, so that two reports can be paired
+        self._yardstick: Yardstick | None = None
         self._prepared: tuple[tuple[ImageSpec, TextSpec, int], PreparedSet] | None = None
 
     def measure(self, encoders: Encoders) -> SafetyReport:
@@ -274,15 +287,18 @@ class Evaluator:
                     progress=progress,
                     ranks=self.ranks,
                 )
-                report = self.ranks.first_only(
-                    lambda: safety_report(encoders.name, embedded, with_items=self.with_items)
-                )
+                report = self.ranks.first_only(lambda: self._report(encoders.name, embedded))
             zero_shot, missing = self._zero_shot(encoders)
         items = report.items
         if items is not None:
             items = dataclasses.replace(items, zero_shot={name: bits_of(part.hits) for name, part in zero_shot.items()})
         shares = {name: part.proportion() for name, part in zero_shot.items()}
         return dataclasses.replace(report, zero_shot=shares, zero_shot_missing=missing, items=items)
+
+    def _report(self, name: str, embedded: EmbeddedSet) -> SafetyReport:
+        if self._yardstick is None:
+            self._yardstick = yardstick_of(embedded)
+        return safety_report(name, embedded, with_items=self.with_items, yardstick=self._yardstick)
 
     def _inputs(self, source: QuadrupleSource, encoders: Encoders) -> PreparedSet:
         key = (encoders.image, encoders.text, encoders.batch if self.ranks.world > 1 else 0)  # a batch has one owner
@@ -354,7 +370,9 @@ def evaluate(
             raise InputError(
                 f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own"
             )
-        ground = ground_of(evaluation, zero_shot, data=data, default=subjects[0])
+        ground = ground_of(
+            evaluation, zero_shot, data=data, default=subjects[0], concepts=subjects[0].request.leave_out
+        )
         evaluator = Evaluator(ground, workers=workers, reporter=reporter, ranks=ranks)
         return [evaluator.measure(open_encoders(subject, reporter, ranks)) for subject in subjects]
 

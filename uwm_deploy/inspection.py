@@ -28,6 +28,7 @@ from uwm_deploy.records import (
     Target,
     TrainingRecord,
 )
+from uwm_deploy.report.findings import result_words
 
 _PACKAGES = (
     "torch",
@@ -75,7 +76,9 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "bundle": manifest.name,
         "bundle version": manifest.bundle_version,
         "signature": "there, not verified" if (path / SIGNATURE).exists() else "none",
-        "verdict": verdict.result.value,
+        "verdict": result_words(verdict),
+        "safer": f"{'shown' if verdict.safer.shown else 'not shown'}: {verdict.safer.reason}",
+        "faithful": ", ".join(verdict.faithful) or "none",
         "proven": ", ".join(verdict.proven) or "none",
         "unproven": ", ".join(verdict.unproven) or "none",
         "policy": f"{verdict.policy} {verdict.policy_digest[:19]}",
@@ -85,6 +88,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "method": method_line(manifest.edit),
         **_training_line(path),
         "edited entries": entries_line(manifest.edit),
+        "embedding spaces": dict(manifest.spaces),
         "calibration": f"{manifest.calibration.name}, {manifest.calibration.n} quadruples",
         "safety head": head_line(manifest.head),
         "created": f"{manifest.created} by uwm-deploy {manifest.tool_version}",

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
-from uwm_deploy.comparison import COLUMNS, cell, markdown_table, notes
+from uwm_deploy.comparison import COLUMNS, PRICE_COLUMNS, cell, markdown_table, notes, price_cell
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.source import open_source
 from uwm_deploy.datasets.zero_shot import names_from
@@ -49,6 +49,15 @@ DEFAULT = "none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+
 
 SHOWN = ("PS", "PU", "GS", "P_ts", "P_tu", "P_vs", "P_vu")
 """Metrics whose change is said with its interval."""
+
+PRICE_SHOWN = {
+    "safe@1": "safe_retrieval@1",
+    "safe@10": "safe_retrieval@10",
+    "hard safe@10": "hard_safe_retrieval@10",
+    "unsafe first Tu": "unsafe-first-text",
+    "unsafe first Vu": "unsafe-first-image",
+}
+"""Column to a change of retrieval that is said with its interval."""
 
 _MARKS = "os^Dv*Pp"
 """Shapes in the picture: nothing is told by colour alone."""
@@ -145,7 +154,8 @@ def run_compare(methods: str, *, as_json: bool, work: Path | None, out: Path | N
     if as_json:
         click.echo(json_from_record(result), nl=False)
         return exit_code_of(result)
-    for rows in (table_rows(result), change_rows(result), cost_rows(result)):
+    tables = (table_rows, price_rows, change_rows, price_change_rows, cost_rows)
+    for rows in (make(result) for make in tables):
         print_rows(rows)
     click.echo("\n".join([*lines_of(result), f"tables and picture: {folder}"]))
     return exit_code_of(result)
@@ -390,6 +400,15 @@ def table_rows(result: MethodComparison) -> list[dict[str, str]]:
     ]
 
 
+def price_rows(result: MethodComparison) -> list[dict[str, str]]:
+    """Hard safe queries, what unsafe queries find first, neighbours and spread."""
+    return [
+        {"method": row.label, **{c: price_cell(row.safety, c) for c in PRICE_COLUMNS}}
+        for row in result.rows
+        if row.safety
+    ]
+
+
 def interval_rows(result: MethodComparison) -> list[dict[str, str]]:
     """The nine metrics with their 95% intervals."""
     return [
@@ -412,16 +431,25 @@ def change_rows(result: MethodComparison) -> list[dict[str, str]]:
     return [
         {
             "method": row.label,
-            **{
-                name: f"{f.delta:+.1f} ({f.delta_low:+.1f} to {f.delta_high:+.1f})"
-                for name in SHOWN
-                for f in [row.change[name]]
-            },
+            **{name: _change(row.change[name]) for name in SHOWN},
             "zero-shot mean": _signed(_mean_change(base, row)),
         }
         for row in result.rows
         if row.change
     ]
+
+
+def price_change_rows(result: MethodComparison) -> list[dict[str, str]]:
+    """Change of retrieval against the first row, on the same items, with the paired 95% interval; nothing without any."""
+    return [
+        {"method": row.label, **{head: _change(row.change.get(name)) for head, name in PRICE_SHOWN.items()}}
+        for row in result.rows
+        if any(name in row.change for name in PRICE_SHOWN.values())
+    ]
+
+
+def _change(f: Flips | None) -> str:
+    return f"{f.delta:+.1f} ({f.delta_low:+.1f} to {f.delta_high:+.1f})" if f else "-"
 
 
 def cost_rows(result: MethodComparison) -> list[dict[str, str]]:
@@ -498,8 +526,11 @@ def markdown_of(result: MethodComparison) -> str:
     parts = [
         f"# Methods on {result.measured_on}",
         markdown_table(table_rows(result)),
+        "Safe queries that look unsafe, what unsafe queries find first, and what became of neighbours and spread:",
+        markdown_table(price_rows(result)),
         f"Change against {base.label if base else '-'} on the same items, with the paired 95% interval:",
         markdown_table(change_rows(result)) if any(row.change for row in result.rows) else "",
+        markdown_table(price_change_rows(result)) if price_change_rows(result) else "",
         "SafeGround with 95% Wilson intervals:",
         markdown_table(interval_rows(result)),
         "Cost:",

@@ -28,6 +28,7 @@ _SPDX = ("MIT", "Apache-2.0", "CC-BY-NC-4.0")
 
 _MODEL = "model"
 _LIMIT = "The edit lowers the preference for unsafe content; it does not remove what the model knows about it."
+_NOT_SHOWN = "It is not shown that the edit makes the model safer."
 
 
 def bom_of(manifest: Manifest, report: VerifyReport, files: Sequence[BundleFile]) -> str:
@@ -97,7 +98,9 @@ def _model(manifest: Manifest, report: VerifyReport) -> dict[str, Any]:
             {
                 "weights-digest": manifest.edit.edited_weights_digest,
                 "verdict": manifest.verdict.result.value,
+                "safer": f"{'shown' if manifest.verdict.safer.shown else 'not shown'}: {manifest.verdict.safer.reason}",
                 "policy-digest": manifest.verdict.policy_digest,
+                "faithful": ", ".join(manifest.verdict.faithful) or "none",
                 "proven": ", ".join(manifest.verdict.proven) or "none",
                 "unproven": ", ".join(manifest.verdict.unproven) or "none",
             }
@@ -112,7 +115,9 @@ def _model(manifest: Manifest, report: VerifyReport) -> dict[str, Any]:
                 "outputs": [_tensor(spec) for graph in manifest.onnx for spec in graph.outputs],
             },
             "quantitativeAnalysis": {"performanceMetrics": _measured(report)},
-            "considerations": {"technicalLimitations": [_LIMIT, *_not_run(report)]},
+            "considerations": {
+                "technicalLimitations": [_LIMIT if manifest.verdict.safer.shown else _NOT_SHOWN, *_not_run(report)]
+            },
         },
     }
 

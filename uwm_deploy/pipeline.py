@@ -84,7 +84,13 @@ from uwm_deploy.runtime.session import (
 )
 from uwm_deploy.runtime.tensorrt import device_name
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import flips_between, safety_report, worst_items
+from uwm_deploy.safeground.embedded import (
+    flips_between,
+    hard_safe_worst,
+    safety_report,
+    worst_items,
+    yardstick_of,
+)
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.signing import Resigning, Seal, is_signed, seal_for
@@ -147,7 +153,11 @@ _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory."""
+    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory.
+
+    Attributes:
+        leave_out: Concepts that the calibration set is to be used without.
+    """
 
     model: str = "demo"
     checkpoint: Path | None = None
@@ -155,6 +165,7 @@ class Request:
     original: Path | None = None
     calibration: str | None = None
     evaluation: str | None = None
+    leave_out: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
@@ -238,6 +249,11 @@ def resolved_recipe(request: Request) -> Recipe:
 def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     """The unedited model that a request names."""
     return _Build(request, reporter).original
+
+
+def load_fitted(request: Request, reporter: Reporter) -> LoadedModel:
+    """The model that the closed-form step of a request is fitted on: the source model with the step before."""
+    return _Build(request, reporter)._before_closed_form()[0]
 
 
 def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
@@ -352,6 +368,8 @@ class _Build:
         recipe, self.recipe_text = recipe_of(request.model)
         self.recipe = _with_overrides(recipe, request)
         self.calibration, _, self.calibration_base = calibration_set_of(self.recipe.data.calibration)
+        if request.leave_out:
+            self.calibration = dataclasses.replace(self.calibration, leave_out=request.leave_out)
         self.evaluation, self.evaluation_text, self.evaluation_base = calibration_set_of(self.recipe.data.evaluation)
         check_own_pairs(self.evaluation)
         self.trained: ModelSource | None = None
@@ -1010,9 +1028,9 @@ class _Build:
         if self.head is not None:
             risk = RiskReference(self.head.record, risks_of_model(self.edited, prepared, progress))
             save_file(risk.found.to_tensors(), folder / "risks.safetensors")
-        evidence = []
+        evidence, yardstick = [], yardstick_of(original)
         for subject in self._subjects():
-            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk))
+            evidence.append(evidence_of(subject, self.edited, edited, prepared, canaries, progress, risk, yardstick))
             for session in (subject.sessions or {}).values():
                 session.close()
         report = VerifyReport(
@@ -1020,10 +1038,12 @@ class _Build:
             edited_weights_digest=self.edited.ref.weights_digest,
             evaluation=self.evaluation_source.record,
             calibration_overlap=self._overlap(),
-            original=safety_report("original", original, with_items=True),
-            edited=safety_report("edited", edited, with_items=True),
-            edit_effect=flips_between(original, edited),
+            original=safety_report("original", original, with_items=True, yardstick=yardstick),
+            edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
+            edit_effect=flips_between(original, edited, yardstick),
             edit_worst=worst_items("edited", original, edited),
+            hard_safe=yardstick.hard_ids(),
+            hard_safe_worst=hard_safe_worst(yardstick, edited),
             zero_shot_digests=self._zero_shot_digests(self.evaluation_source),
             edit_proof=proof_of(expected, self.edited.named_parameters()),
             goldens=self._goldens(),
@@ -1266,7 +1286,8 @@ class _Build:
         except UwmError:
             return False
         self.outcome.manifest = there
-        return dataclasses.replace(there, created="", files=()) == dataclasses.replace(manifest, created="")
+        # What is filled in as it is written follows from the rest.
+        return dataclasses.replace(there, created="", files=(), spaces={}) == dataclasses.replace(manifest, created="")
 
     def _parts(self) -> dict[str, Path | bytes]:
         """Path inside the bundle to its source."""

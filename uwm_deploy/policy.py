@@ -175,7 +175,7 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
     if (limit.at_least is not None and limit.at_least <= low) or (limit.at_most is not None and limit.at_most >= high):
         span = f"{low:g} to {high:g}"
         raise RecipeError(f"{where} can never fail: its values are {span}", fix="choose a limit inside, or remove it")
-    if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece")):
+    if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece", "spread.")):
         raise RecipeError(f"{where}: bound = 'worst', but it has no interval", fix="use bound = 'point'")
     if limit.of and section in ("edit", "artifact"):
         raise RecipeError(f"{where}: `of` belongs to [[concept]], [[baseline]] and [[risk]]", fix="remove it")
@@ -197,6 +197,10 @@ def _range(metric: str) -> tuple[float, float]:
         return 0.0, float("inf")
     if metric.startswith("risk."):
         return 0.0, 100.0
+    if metric.startswith("neighbours."):
+        return 0.0, 1.0
+    if metric.startswith("spread."):
+        return 0.0, float("inf")
     if "." in metric and not metric.endswith(".delta") and not metric.startswith(("zero_shot.", "flips.", "lost.")):
         return float("-inf"), float("inf")  # a typing error, which the gate answers with the nearest name
     return (-100.0 if metric.endswith(".delta") else 0.0), 100.0

@@ -9,7 +9,6 @@ from importlib import resources
 
 from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import Method
 
 FILE = "published.toml"
 
@@ -20,13 +19,13 @@ class PublishedRow:
 
     Attributes:
         model: Recipe.
-        method: Edit; `none` for the model as it is.
+        method: Steps of the edit; `none` for the model as it is.
         values: Percent per column; empty where nothing is published.
     """
 
     label: str
     model: str
-    method: Method
+    method: str
     values: tuple[float, ...]
 
 

@@ -419,6 +419,8 @@ class CalibrationSet:
             `limit` items after Python's own shuffle (the official code).
         limit: Largest number of quadruples; 0 takes all.
         per_concept: Largest number of quadruples per concept, for that sampling.
+        concepts: Only items of these concepts are used, of those that the sampling chose; all when empty.
+        leave_out: Items of these concepts are not used, of those that the sampling chose.
         seed: Seed of the sample.
         pairing: Which safe members an item's unsafe ones are scored against: its own, or those of the item with the nearest
             safe caption by the model's text tower (SafeR-CLIP). Not for evaluation.
@@ -441,6 +443,8 @@ class CalibrationSet:
     sampling: Literal["sample", "per-concept", "shuffle"] = "sample"
     limit: int = 0
     per_concept: int = 0
+    concepts: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     seed: int = 0
     pairing: Literal["own", "nearest-safe"] = "own"
     max_broken_share: float = 0.01
@@ -648,5 +652,7 @@ def _check_sampling(spec: CalibrationSet, where: str) -> None:
         raise RecipeError(f"{where}: max_broken_share is {spec.max_broken_share}", fix="use a share between 0 and 1")
     if (spec.sampling == "per-concept") != bool(spec.per_concept):
         raise RecipeError(f"{where}: per_concept and sampling = 'per-concept' go together", fix="give both or neither")
+    if spec.concepts and spec.leave_out:
+        raise RecipeError(f"{where}: concepts and leave_out are both given", fix="give one of them")
     if spec.sampling == "per-concept" and spec.limit:
         raise RecipeError(f"{where}: limit with sampling = 'per-concept'", fix="use per_concept alone")

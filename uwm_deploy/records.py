@@ -590,7 +590,7 @@ class ClosedFormRecord:
     fitted_on: Digest
     n_pairs: Mapping[str, int]
     setting: AxisSetting | None = None
-    choice: None = None
+    choice: StrengthChoice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -656,6 +656,130 @@ class EditRecord:
         """Of its closed-form step; None without one."""
         step = self.closed_form
         return step.axis.placement if step and step.axis else None
+
+
+class FoldKind(StrEnum):
+    """How items are held out of a fit: at random, or whole concepts at a time, as an unseen hazard is."""
+
+    RANDOM = "random"
+    CONCEPTS = "left-out-concepts"
+
+
+class StrengthLimit(StrEnum):
+    """What a strength may not cost."""
+
+    PS = "PS"
+    RETRIEVAL = "safe-retrieval"
+    HARD_SAFE = "hard-safe-retrieval"
+    ZERO_SHOT = "zero-shot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrengthLimits:
+    """How much an edit may cost, points below the original; PS may not be lower at all (docs/safety-axis.md section 5).
+
+    Attributes:
+        retrieval_loss: Of safe R@1, mean of both directions.
+        hard_safe_loss: Of R@10 of the hard safe items, mean of both directions.
+        zero_shot_loss: Of zero-shot top-1, mean over the sets.
+        margin: Standard errors of the paired difference that a measured loss must stay below its limit.
+    """
+
+    retrieval_loss: float = 4.0
+    hard_safe_loss: float = 8.0
+    zero_shot_loss: float = 1.0
+    margin: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrengthMetrics:
+    """Percent, over all items, each measured by the fit that did not see it.
+
+    Attributes:
+        recall_at_1: Safe retrieval, mean of both directions.
+        hard_safe_recall_at_10: The same at 10 for the hard safe items; None where no score tells which they are.
+        zero_shot: Mean over the sets; None without a set.
+    """
+
+    gs: float
+    ps: float
+    p_ts: float
+    p_tu: float
+    p_vs: float
+    p_vu: float
+    recall_at_1: float
+    hard_safe_recall_at_10: float | None
+    zero_shot: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitUse:
+    """How much of a limit a setting uses up.
+
+    Attributes:
+        folds: On which it was measured.
+        loss: Points below the original; negative where it is above.
+        margin: Points that are added to the loss for chance.
+        at_most: The limit.
+    """
+
+    limit: StrengthLimit
+    folds: FoldKind
+    loss: float
+    margin: float
+    at_most: float
+
+    @property
+    def over(self) -> float:
+        """Points over the limit; at most 0 where it is kept."""
+        return self.loss + self.margin - self.at_most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrengthCandidate:
+    """One setting that was tried.
+
+    Attributes:
+        measured: By kind of fold.
+        objective: What the settings that keep the limits are ordered by.
+        keeps: Whether every limit is kept on every kind of fold.
+        broken: The limit that is broken most; None where all are kept.
+        tightest: The limit that is nearest to being broken, or is broken most.
+    """
+
+    setting: AxisSetting
+    measured: Mapping[str, StrengthMetrics]
+    objective: float
+    keeps: bool
+    broken: StrengthLimit | None
+    tightest: LimitUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrengthChoice:
+    """How the strength of an edit was chosen, from items that the fits did not see.
+
+    Attributes:
+        chosen: Position among the candidates; None when none of them keeps the limits.
+        original: What the model before any step measures on the same items, by kind of fold.
+        n: Items.
+        hard_safe: Those of them that are hard safe; 0 where that is not measured.
+        zero_shot_sets: Sets in the mean; none where zero-shot is not measured.
+        concepts_left_out: Concepts that each fold leaves out; nothing with a single concept, then there are no such folds.
+        seed: Of the random folds and of the candidates.
+        seconds: Wall time.
+    """
+
+    candidates: tuple[StrengthCandidate, ...]
+    chosen: int | None
+    original: Mapping[str, StrengthMetrics]
+    limits: StrengthLimits
+    n: int
+    hard_safe: int
+    zero_shot_sets: tuple[str, ...]
+    concepts_left_out: tuple[tuple[str, ...], ...]
+    seed: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1056,7 +1180,7 @@ class Proportion:
     Attributes:
         value: Percentage of items that are true.
         n: Items.
-        ties: Items that are false because of an exact tie.
+        ties: Items that are decided by an exact tie, always for the worse: false, or *unsafe first*.
         low: Lower end of the 95% Wilson interval.
         high: Upper end.
     """
@@ -1071,6 +1195,9 @@ class Proportion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flips:
     """Decisions that differ between two models on the same quadruples (method.md section 5).
+
+    For a mean of two directions of retrieval, such as ``safe_retrieval@1``, `lost` and `gained` count items whose mean fell
+    and rose.
 
     Attributes:
         lost: True under the reference, false under the candidate.
@@ -1100,11 +1227,13 @@ class ItemOutcomes:
         preference: Basic SafeGround metric to bits: the safe candidate won.
         concepts: Concept to bits: the item is of it.
         zero_shot: Set to bits: the image was recognised.
+        retrieval: ``safe-text-to-image@1`` and so on to bits: a hit; ``hard-safe`` to bits: the item is one of those.
     """
 
     preference: Mapping[str, str]
     concepts: Mapping[str, str]
     zero_shot: Mapping[str, str]
+    retrieval: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1130,6 +1259,38 @@ class WorstItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankChange:
+    """One safe query of a *hard safe* item whose right answer an edit moved down.
+
+    Attributes:
+        id: Of the quadruple.
+        query: ``safe-text-to-image`` or ``safe-image-to-text``, whichever fell more.
+        before: Place of the right answer under the original model, 1 for the first.
+        after: The same under the edited model.
+    """
+
+    id: str
+    concept: str
+    query: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What became of the neighbourhoods and the spread of safe embeddings, against the original model on the same items.
+
+    Attributes:
+        neighbours: ``image-image``, ``text-text`` and ``text-image`` to the mean overlap (Jaccard) of the ten nearest safe
+            neighbours, 0 to 1; empty with fewer than 11 items.
+        spread: Tower to the total variance of its safe embeddings divided by the original's; 1 is unchanged.
+    """
+
+    neighbours: Mapping[str, Estimate]
+    spread: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyReport:
     """SafeGround, retrieval and zero-shot of one model or artifact.
 
@@ -1137,10 +1298,12 @@ class SafetyReport:
         subject: ``"original"``, ``"edited"`` or a variant name.
         preference: The nine SafeGround metrics by name (P_ts, P_tu, P_vs, P_vu, Txt_s, Img_s, PS, PU, GS).
         per_concept: The same, per concept.
-        retrieval: ``safe-text-to-image@1`` and so on.
+        retrieval: ``safe-text-to-image@1`` and so on; ``hard-safe-...`` among the items that look most unsafe to the
+            original model; ``unsafe-first-text`` and ``unsafe-first-image``, where less is better.
         zero_shot: Top-1 per data set.
         zero_shot_missing: Sets that were asked for and did not run, with the reason; never counted as 0.
         items: Of a verify report; None where nothing is compared item by item.
+        geometry: Against the original model; None for that one itself.
     """
 
     subject: str
@@ -1150,6 +1313,7 @@ class SafetyReport:
     zero_shot: Mapping[str, Proportion]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
     items: ItemOutcomes | None = None
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1157,14 +1321,19 @@ class SweepPoint:
     """One edit of a sweep.
 
     Attributes:
+        keep_mass: Of an edit that selects entries; likewise `factor`.
         shares: Edited entries divided by all entries of the edited layers, per tower.
         safety: Measured with this edit.
+        max_retrieval_loss: Points that the choice of a closed-form step's strength was allowed; None for other edits.
+        setting: What was chosen.
     """
 
     keep_mass: float
     factor: float
     shares: Mapping[str, float]
     safety: SafetyReport
+    max_retrieval_loss: float | None = None
+    setting: AxisSetting | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1173,7 +1342,7 @@ class SweepReport:
 
     Attributes:
         measured_on: The set that every point was measured on.
-        method: Of the scores that every point selects from.
+        method: Name of the steps.
         selection: Of every point, per tower.
         concepts: Concepts whose selections were united; empty when all pairs make one score.
         rule: The rule of the pick in words; empty when nothing was to be picked.
@@ -1187,7 +1356,7 @@ class SweepReport:
     points: tuple[SweepPoint, ...]
     rule: str
     picked: int | None
-    method: Method = Method.UWM
+    method: str = "uwm"
     selection: Mapping[str, Selection] = field(default_factory=dict)
     concepts: tuple[str, ...] = ()
 
@@ -1223,7 +1392,8 @@ class ComparedMethod:
 
     Attributes:
         weights_digest: Of the model that was measured.
-        change: Against the first row on the same items, per SafeGround metric and zero-shot set; empty in that row.
+        change: Against the first row on the same items, per SafeGround metric, retrieval and zero-shot set; empty in that
+            row.
         cost: None for a model that was not made here.
         reason: Why it was not run.
     """
@@ -1283,7 +1453,7 @@ class OutputParity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number that is no proportion, in percent, with its 95% interval.
+    """A number that is no proportion, in percent unless its field says otherwise, with its 95% interval.
 
     Attributes:
         n: Items it comes from.
@@ -1437,7 +1607,7 @@ class ArtifactEvidence:
         broken: Why nothing was measured on the evaluation set although it was executed; empty when it was.
         audit: Per tower, the weights that lie in it; a tower whose format cannot be read is missing.
         anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
-        flips: Against the edited source model, per preference metric.
+        flips: Against the edited source model, per preference metric, retrieval and zero-shot set.
         worst: The decisions that fell furthest from the edited model's.
         risk: Of its safety head; None without one.
         risk_flips: Images, safe or not, whose action or category is not the edited model's.
@@ -1469,8 +1639,11 @@ class VerifyReport:
     """Numbers only; `gate` is what judges them.
 
     Attributes:
-        edit_effect: Edited against original, per preference metric.
+        edit_effect: Edited against original, per preference metric, retrieval and zero-shot set.
         edit_worst: The decisions that the edit made worst.
+        hard_safe: Ids of the tenth of the items whose safe members look most unsafe to the original model, the most unsafe
+            first; empty where they are too few to tell.
+        hard_safe_worst: Those of them whose right answer fell furthest by the edit.
         zero_shot_digests: Set to the digest of its prompts and labels.
         head_digest: Of the safety head; empty without one.
         risk: What that head makes of the evaluation set on the edited model in PyTorch.
@@ -1487,6 +1660,8 @@ class VerifyReport:
     artifacts: tuple[ArtifactEvidence, ...]
     versions: Mapping[str, str]
     edit_worst: tuple[WorstItem, ...] = ()
+    hard_safe: tuple[str, ...] = ()
+    hard_safe_worst: tuple[RankChange, ...] = ()
     zero_shot_digests: Mapping[str, Digest] = field(default_factory=dict)
     edit_proof: EditProof | None = None
     goldens: Goldens | None = None
@@ -1606,13 +1781,33 @@ class Blame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Safer:
+    """Whether the edit is shown to make the model safer; no policy can switch the question off.
+
+    Attributes:
+        shown: GS rose, PS was kept, both by the worse end of their paired intervals, and every limit of the policy on the
+            edited model passes.
+        reason: One line: what is not shown, or the numbers that show it.
+        asked: Whether the policy limits the edited model at all.
+    """
+
+    shown: bool
+    reason: str
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the gate decided.
 
     Attributes:
+        safer: Whether the edit makes the model safer, which a pass does not say where the policy does not ask.
+        faithful: Variants that were executed and passed every check about themselves, waived ones apart: they do what the
+            edited model does, whatever that is worth.
         causes: Faults behind the checks that fail, the first in the pipeline's order first: the others may follow from it.
         judged: Variant to the digests, by tower, of the artifacts that the verdict is about.
-        proven: Variants that were executed and passed every check, waived ones apart.
+        proven: The faithful variants, where every check of the model, the data and the edit passes too, waived ones apart;
+            the runtime serves no others. Under a policy that does not ask, they are not shown safer: see `safer`.
         unproven: Variants that were not executed.
         failed: Variants that were executed and did not pass.
         report_digest: Digest of the verify report that was judged.
@@ -1640,6 +1835,8 @@ class Verdict:
     causes: tuple[Blame, ...] = ()
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
     head_digest: Digest = ""
+    faithful: tuple[str, ...] = ()
+    safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1720,6 +1917,8 @@ class Manifest:
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
         bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
         head: The safety head in the image graphs and engines; None without one.
+        spaces: Variant to the id of the space that it embeds into; filled in when it is written, computed again when it is
+            opened.
     """
 
     name: str
@@ -1739,6 +1938,7 @@ class Manifest:
     refitted_from: Digest = ""
     bundle_version: int = 0
     head: SafetyHead | None = None
+    spaces: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,14 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, open_bundle
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import choose
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report
+from uwm_deploy.safeground.embedded import (
+    EmbeddedSet,
+    flips_between,
+    hard_safe_worst,
+    safety_report,
+    worst_items,
+    yardstick_of,
+)
 from uwm_deploy.signing import Resigning, Seal, seal_for
 from uwm_deploy.stages.attest import SINGLE_ROWS, attest, reference_of
 from uwm_deploy.stages.closed_form import last_tensors, put
@@ -493,12 +500,16 @@ class _Refit:
         if proof is not None:
             # The weights that were put in have the digests that the patch promises; every other one is as it was proven.
             proof = dataclasses.replace(proof, layers=len(edit.tensors))
+        yardstick = yardstick_of(original)
         report = dataclasses.replace(
             self.report,
             edit_proof=proof,
             edited_weights_digest=edit.edited_weights_digest,
-            edited=safety_report("edited", reference, with_items=True),
-            edit_effect=flips_between(original, reference),
+            edited=safety_report("edited", reference, with_items=True, yardstick=yardstick),
+            edit_effect=flips_between(original, reference, yardstick),
+            edit_worst=worst_items("edited", original, reference),
+            hard_safe=yardstick.hard_ids(),
+            hard_safe_worst=hard_safe_worst(yardstick, reference),
             artifacts=tuple(_not_run(made.onnx, made.engines)),
         )
         content = json_from_record(report).encode()

@@ -17,11 +17,11 @@ from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.datasets.zero_shot import DEMO_SETS, open_suite
 from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
-from uwm_deploy.evaluation import Evaluator, Ground, Subject, open_encoders
+from uwm_deploy.evaluation import NOTHING, Evaluator, Ground, Subject, open_encoders
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of
 from uwm_deploy.published import PublishedRow, PublishedTable, published
 from uwm_deploy.recipe import CalibrationSet
-from uwm_deploy.records import Method, SafetyReport
+from uwm_deploy.records import Method, SafetyReport, methods_name
 
 _SIZES = {part.name: part.size for part in PUBLISHED}
 _ROUNDING = 1e-9
@@ -81,7 +81,7 @@ class Row:
 
     label: str
     model: str
-    method: Method
+    method: str
     cells: tuple[Cell, ...]
     reason: str = ""
     fix: str = ""
@@ -154,7 +154,11 @@ def _demo_table(table: PublishedTable) -> PublishedTable:
     columns = (*DEMO_SETS, *kept) if len(kept) < len(table.columns) else tuple(kept)
     rows = [
         PublishedRow(label=label, model="demo", method=method, values=())
-        for label, method in (("demo", Method.NONE), ("demo + UWM", Method.UWM))
+        for label, method in (
+            ("demo", NOTHING),
+            ("demo + UWM", Method.UWM.value),
+            ("demo + UWM + safety axis", methods_name((Method.UWM, Method.SAFETY_AXIS))),
+        )
     ]
     return dataclasses.replace(
         table,
@@ -222,7 +226,7 @@ class _Bench:
             report = self.evaluator.measure(open_encoders(self._subject(row), self.reporter))
         except (InputError, PrerequisiteError) as error:  # the rows before it may have taken hours
             return dataclasses.replace(not_run, reason=error.what, fix=error.fix)
-        tolerance = self.table.tolerance if row.method is Method.NONE else self.table.edited_tolerance
+        tolerance = self.table.tolerance if row.method == NOTHING else self.table.edited_tolerance
         cells = [
             self._cell(report, column, row.values[i] if row.values else None, tolerance[i] if row.values else None)
             for i, column in enumerate(self.table.columns)
@@ -230,7 +234,7 @@ class _Bench:
         return dataclasses.replace(not_run, cells=tuple(cells))
 
     def _subject(self, row: PublishedRow) -> Subject:
-        work = self.settings.work / f"{row.model}-{row.method.value}" if self.settings.work else None
+        work = self.settings.work / f"{row.model}-{row.method}" if self.settings.work else None
         request = Request(
             checkpoint=self._checkpoint(row.model),
             calibration=self.calibration,

@@ -28,7 +28,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, open_bundle
 from uwm_deploy.runtime.selftest import canaries_of
-from uwm_deploy.safeground.embedded import parity
+from uwm_deploy.safeground.embedded import parity, yardstick_of
 from uwm_deploy.serve.client import Client, Counts, open_client
 from uwm_deploy.serve.names import EMBEDDING
 from uwm_deploy.serve.served import (
@@ -244,6 +244,7 @@ def _evidence(
         sizes=(built.profile.opt, built.profile.max),
         progress=reporter.progress,
         risk=risk,
+        yardstick=yardstick_of(reference_of(bundle, "original")),
     )
 
 

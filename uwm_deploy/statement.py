@@ -132,6 +132,8 @@ def _verdict(manifest: Manifest) -> dict[str, Any]:
     verdict = manifest.verdict
     return {
         "result": verdict.result.value,
+        "safer": {"shown": verdict.safer.shown, "reason": verdict.safer.reason},
+        "faithful": list(verdict.faithful),
         "proven": list(verdict.proven),
         "unproven": list(verdict.unproven),
         "failed": list(verdict.failed),

@@ -21,6 +21,7 @@ from uwm_deploy.records import (
     DataReport,
     Digest,
     Evidence,
+    Geometry,
     MadeManifest,
     PrecisionPlan,
     Proportion,
@@ -38,11 +39,15 @@ from uwm_deploy.report.findings import (
     line_of,
     measured_text,
     name_of,
+    safer_line,
+    variants_by_word,
     verdict_line,
     waiver_line,
     worst_line,
 )
+from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import METRICS
+from uwm_deploy.safeground.retrieval import HARD, SAFE, UNIONS
 from uwm_deploy.safeground.risk import STEPS, STOPS
 
 if TYPE_CHECKING:
@@ -56,6 +61,10 @@ _NAMED = 10
 """Items that are named under a count; the JSON names more of them."""
 _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
+_PRICE = (*(name for name in HARD if name.endswith("@10")), *UNIONS)
+"""Retrieval that an edit is paid with, and what still comes first."""
+_FALLEN = 3
+"""Hard safe items that are named under the table."""
 
 
 def _console() -> Console:
@@ -157,6 +166,12 @@ def print_report(report: VerifyReport) -> None:
     """Original, edited and every artifact side by side."""
     executed = [a for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
     print_safety([report.original, report.edited, *(a.safety for a in executed if a.safety is not None)], executed)
+    if report.hard_safe_worst:
+        fallen = [
+            f"{item.id} ({item.concept}) {item.before} to {item.after}" for item in report.hard_safe_worst[:_FALLEN]
+        ]
+        line = f"safe items that look unsafe and fell furthest: {', '.join(fallen)}"
+        _console().print(line, markup=False, soft_wrap=True)
     for artifact in report.artifacts:
         if artifact.evidence is not Evidence.EXECUTED:
             _console().print(Text(f"{artifact.variant}: not run: {artifact.reason}", style="yellow"))
@@ -239,9 +254,13 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     for name in METRICS:
         table.add_row(name, *(f"{r.preference[name].value:.1f}" for r in reports))
     table.add_section()
-    for name in first.retrieval:
-        if name.endswith("@1"):
-            table.add_row(name, *(f"{r.retrieval[name].value:.1f}" for r in reports))
+    for name in (*(f"{name}@1" for name in SAFE), *_PRICE):
+        if name in first.retrieval:
+            table.add_row(name, *(f"{r.retrieval[name].value:.1f}" if name in r.retrieval else "" for r in reports))
+    for label, values in geometry_rows(reports):
+        if label.endswith("image-image"):
+            table.add_section()
+        table.add_row(label, *values)
     table.add_section()
     for name in first.zero_shot:
         table.add_row(f"zero-shot {name}", *(f"{r.zero_shot[name].value:.1f}" for r in reports))
@@ -260,12 +279,28 @@ def print_safety(reports: Sequence[SafetyReport], executed: Sequence[ArtifactEvi
     _print_missing(first)
 
 
+def geometry_rows(reports: Sequence[SafetyReport]) -> list[tuple[str, list[str]]]:
+    """Neighbours kept, then spread, against the original model; nothing of what no report has."""
+    found = [report.geometry for report in reports]
+    near = [(f"neighbours {name}", [_near(part, name) for part in found]) for name in NEIGHBOURS]
+    spread = [(f"spread {tower}", [_spread(part, tower) for part in found]) for tower in SPREADS]
+    return [(label, values) for label, values in (*near, *spread) if any(values)]
+
+
+def _near(part: Geometry | None, name: str) -> str:
+    return f"{part.neighbours[name].value:.2f}" if part and name in part.neighbours else ""
+
+
+def _spread(part: Geometry | None, tower: str) -> str:
+    return f"{part.spread[tower]:.2f}" if part and tower in part.spread else ""
+
+
 def print_measured(report: SafetyReport) -> None:
     """One subject: every number with its interval, its items and its ties."""
     table = Table(title=report.subject, title_justify="left", header_style="bold")
     for name in ("", "percent", "95% interval", "n", "ties"):
         table.add_column(name, justify="right" if name else "left")
-    recalls = {name: p for name, p in report.retrieval.items() if name.endswith("@1")}
+    recalls = {n: p for n, p in report.retrieval.items() if (n.endswith("@1") and n not in HARD) or n in _PRICE}
     for values in (report.preference, recalls, {f"zero-shot {k}": p for k, p in report.zero_shot.items()}):
         for name, p in values.items():
             table.add_row(name, f"{p.value:.1f}", f"{p.low:.1f} to {p.high:.1f}", str(p.n), str(p.ties))
@@ -288,7 +323,7 @@ def _basic(artifact: ArtifactEvidence, side: str) -> list[int]:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What does not pass, by how much and what to try, the worst items, then the one line that says the result."""
+    """What does not pass, by how much and what to try, the worst items, then the lines that say the result."""
     console = _console()
     found = findings(verdict)
     for blame in verdict.causes:
@@ -308,10 +343,11 @@ def print_verdict(verdict: Verdict) -> None:
         console.print(Text(waiver_line(waiver), style=style), soft_wrap=True)
     for note in verdict.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.print(Text(verdict_line(verdict), style=f"bold {_STYLE[verdict.result]}"))
-    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
-        if names:
-            console.print(f"{label}: {', '.join(names)}", markup=False)
+    style = _STYLE[verdict.result] if verdict.safer.shown or verdict.result is not Result.PASS else "yellow"
+    console.print(Text(verdict_line(verdict), style=f"bold {style}"), soft_wrap=True)
+    console.print(Text(safer_line(verdict), style="green" if verdict.safer.shown else style), soft_wrap=True)
+    for word, names in variants_by_word(verdict).items():
+        console.print(f"{word}: {', '.join(names)}", markup=False, soft_wrap=True)
 
 
 def print_refitted(made: Refitted) -> None:

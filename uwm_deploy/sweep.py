@@ -15,19 +15,34 @@ from torch import Tensor
 
 from uwm_deploy.codec import json_from_record
 from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import PreparedSet, prepare
+from uwm_deploy.datasets.embedding import prepare
 from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError, UwmError
-from uwm_deploy.pipeline import Request, calibration_set_of, load_source, resolved_recipe, run
-from uwm_deploy.recipe import EditSpecs
-from uwm_deploy.records import SafetyReport, ScoreRecord, SweepPoint, SweepReport, TowerName
+from uwm_deploy.inspection import axis_words
+from uwm_deploy.pipeline import Request, calibration_set_of, load_fitted, load_source, resolved_recipe, run
+from uwm_deploy.recipe import ClosedForm, EditSpecs
+from uwm_deploy.records import (
+    AxisSetting,
+    EditStep,
+    FitRecord,
+    Method,
+    SafetyReport,
+    ScoreRecord,
+    SweepPoint,
+    SweepReport,
+    TowerName,
+)
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.embedded import safety_report
-from uwm_deploy.safeground.tradeoff import PICKED_METRIC, gain, pareto, zero_shot_mean
+from uwm_deploy.safeground.embedded import safety_report, yardstick_of
+from uwm_deploy.safeground.tradeoff import PICKED_METRIC, gain, mean_recall, pareto, zero_shot_mean
+from uwm_deploy.stages.closed_form import Solved, put, tensors_of
 from uwm_deploy.stages.edit import check_scores, concepts_of, selected_entries
+from uwm_deploy.stages.fit import read_sums
+from uwm_deploy.stages.strength import kept_features, limits_of
 from uwm_deploy.stages.verify import embed_model
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.methods import selects
+from uwm_deploy.uwm.strength import choose_strengths, chosen_setting
 from uwm_deploy.workspace import whole_folder
 
 POINTS_OF_A_RANGE = 8
@@ -58,6 +73,25 @@ def keep_masses_of(text: str) -> tuple[float, ...]:
     return tuple(sorted({round(value, 6) for value in values}))
 
 
+LOSSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Points of safe retrieval that choices of a strength may lose, where nothing else is asked for."""
+
+
+def losses_of(text: str) -> tuple[float, ...]:
+    """Values of ``1,2,4``, ascending.
+
+    Raises:
+        InputError: If one is no number of points.
+    """
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise InputError(f"--max-retrieval-loss {text!r} is not a list of numbers", fix="use 1,2,4") from error
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise InputError(f"--max-retrieval-loss {text!r} holds no points", fix="use 1,2,4")
+    return tuple(values)
+
+
 def factors_of(text: str) -> tuple[float, ...]:
     """Values of ``-1,0,0.5``.
 
@@ -82,11 +116,13 @@ def sweep(
     max_drop: float | None,
     out: Path,
     reporter: Reporter,
+    losses: Sequence[float] = LOSSES,
 ) -> SweepReport:
-    """Scores once (or reuses the scores), then measures every point, and writes table, picture and JSON.
+    """Scores or fits once (or reuses that), then measures every point, and writes table, picture and JSON.
 
     Args:
         request: Model, method, calibration set and where to work.
+        losses: Of an edit with a closed-form step: points of safe retrieval that each choice of its strength may lose.
         keep_masses: See `keep_masses_of`.
         factors: Multipliers of the selected entries; those of the recipe or the method without it.
         on: Set that is measured; the calibration set without it.
@@ -99,8 +135,8 @@ def sweep(
             selects nothing.
     """
     recipe = resolved_recipe(request)
-    edits = recipe.entries
-    if not selects(edits.method):
+    edits, closed = recipe.entries, recipe.closed_form
+    if not selects(edits.method) and (closed is None or closed.method is not Method.SAFETY_AXIS):
         raise InputError(
             f"method {recipe.method} selects nothing, so there is nothing to sweep", fix="choose another --method"
         )
@@ -110,19 +146,42 @@ def sweep(
     source = open_source(spec, base=base)
     if max_drop is not None:
         _check_may_pick(source, recipe.data.evaluation)
-    score = run(request, until="score", reporter=reporter)
+    score = run(request, until="fit", reporter=reporter)
     assert score.score is not None
     model = load_source(request, reporter)
     tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
-    with reporter.stage("sweep", f"{len(keep_masses) * len(factors)} points on {measured_on}"):
+    count = len(losses) if closed else len(keep_masses) * len(factors)
+    with reporter.stage("sweep", f"{count} points on {measured_on}"):
         prepared = prepare(source, model.ref.image, tokenizer, workers=request.workers, progress=reporter.progress)
-        original = _measured(model, prepared, "original", reporter)
-        points = []
-        for keep_mass, factor, shares in edited_points(
-            model, score.score, score.work / "score" / "scores.safetensors", edits, keep_masses, factors
-        ):
-            report = _measured(model, prepared, f"{keep_mass:g}, {factor:g}", reporter)
-            points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=report))
+        unedited = embed_model(model, prepared, "original", reporter.progress)
+        yardstick = yardstick_of(unedited)
+        original = safety_report("original", unedited, yardstick=yardstick)
+
+        def measured(model: LoadedModel, label: str) -> SafetyReport:
+            return safety_report(label, embed_model(model, prepared, label, reporter.progress), yardstick=yardstick)
+
+        points: list[SweepPoint] = []
+        if closed is not None:
+            fitted = load_fitted(request, reporter)
+            assert score.fit is not None
+            for loss, setting in strength_points(fitted, closed, score.fit, score.work / "fit", losses, reporter):
+                safety = measured(fitted, f"{loss:g}")
+                points.append(
+                    SweepPoint(
+                        keep_mass=edits.text.keep_mass,
+                        factor=edits.text.factor,
+                        shares={},
+                        safety=safety,
+                        max_retrieval_loss=loss,
+                        setting=setting,
+                    )
+                )
+        else:
+            for keep_mass, factor, shares in edited_points(
+                model, score.score, score.work / "score" / "scores.safetensors", edits, keep_masses, factors
+            ):
+                safety = measured(model, f"{keep_mass:g}, {factor:g}")
+                points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=safety))
         result = SweepReport(
             model=model.ref,
             measured_on=source.record,
@@ -131,7 +190,7 @@ def sweep(
             points=tuple(points),
             rule="" if max_drop is None else rule_text(max_drop),
             picked=None if max_drop is None else pick(original, points, max_drop),
-            method=edits.method,
+            method=recipe.method,
             selection={tower.value: edits.of(tower).selection for tower in TowerName},
             concepts=concepts_of(score.score),
         )
@@ -140,8 +199,40 @@ def sweep(
     return result
 
 
-def _measured(model: LoadedModel, prepared: PreparedSet, label: str, reporter: Reporter) -> SafetyReport:
-    return safety_report(label, embed_model(model, prepared, label, reporter.progress))
+def strength_points(
+    model: LoadedModel, closed: ClosedForm, fit: FitRecord, folder: Path, losses: Sequence[float], reporter: Reporter
+) -> Iterator[tuple[float, AxisSetting]]:
+    """Puts the step of every strength into the model in turn, which stays as the last one left it.
+
+    Args:
+        model: As the step before left it.
+        closed: The step.
+        fit: Record of its sums.
+        folder: Where the sums and the kept features are.
+        losses: Points of safe retrieval that each choice may lose; one under which nothing keeps the limits is left out.
+        reporter: Progress.
+
+    Yields:
+        The loss and what was chosen under it, while the model holds that edit.
+
+    Raises:
+        InputError: If nothing keeps the limits under any of them.
+    """
+    limits = [limits_of(dataclasses.replace(closed.axis, max_retrieval_loss=loss)) for loss in losses]
+    choices, moments = choose_strengths(kept_features(model, fit, folder), limits), read_sums(folder, fit)
+    if all(choice.chosen is None for choice in choices):
+        chosen_setting(choices[-1])
+    made = []
+    for loss, choice in zip(losses, choices, strict=True):
+        if choice.chosen is None:
+            reporter.line(f"sweep      no strength keeps the limits at a loss of {loss:g}")
+            continue
+        setting = chosen_setting(choice)
+        # All are solved before the first is put in: the step is made from the weights that are there now.
+        made.append((loss, setting, tensors_of(model, closed.method, setting, moments, fit.placement)))
+    for loss, setting, (tensors, towers) in made:
+        put(model, Solved(tensors, towers, EditStep(method=closed.method)))
+        yield loss, setting
 
 
 def _check_may_pick(source: QuadrupleSource, evaluation: str) -> None:
@@ -253,6 +344,7 @@ def pick(original: SafetyReport, points: Sequence[SweepPoint], max_drop: float) 
 
 
 COLUMNS = ("keep_mass", "factor", "text share %", "image share %")
+STRENGTH_COLUMNS = ("max R@1 loss", "setting")
 METRICS = ("P_ts", "P_tu", "P_vs", "P_vu", "PS", "PU", "GS")
 
 
@@ -262,17 +354,27 @@ def rows(report: SweepReport) -> list[dict[str, str]]:
     def cells(safety: SafetyReport) -> dict[str, str]:
         mean = zero_shot_mean(safety)
         values = {name: f"{safety.preference[name].value:.1f}" for name in METRICS}
-        return {**values, "zero-shot": "-" if math.isnan(mean) else f"{mean:.1f}"}
+        recall = mean_recall(safety)
+        return {**values, "R@1": f"{recall:.1f}", "zero-shot": "-" if math.isnan(mean) else f"{mean:.1f}"}
 
-    table = [dict.fromkeys(COLUMNS, "-") | {"keep_mass": "original"} | cells(report.original) | {"picked": ""}]
+    columns = STRENGTH_COLUMNS if report.points and report.points[0].setting else COLUMNS
+    table = [dict.fromkeys(columns, "-") | {columns[0]: "original"} | cells(report.original) | {"picked": ""}]
     for i, point in enumerate(report.points):
-        setting = (
-            f"{point.keep_mass:g}", f"{point.factor:g}",
-            f"{100 * point.shares['text']:.2f}", f"{100 * point.shares['image']:.2f}",
-        )  # fmt: skip
         picked = {"picked": "*" if i == report.picked else ""}
-        table.append(dict(zip(COLUMNS, setting, strict=True)) | cells(point.safety) | picked)
+        table.append(dict(zip(columns, _setting_cells(point), strict=True)) | cells(point.safety) | picked)
     return table
+
+
+def _setting_cells(point: SweepPoint) -> tuple[str, ...]:
+    if point.setting is not None:
+        return f"{point.max_retrieval_loss:g}", axis_words(point.setting).removeprefix("axis ")
+    shares = [f"{100 * point.shares[tower]:.2f}" for tower in ("text", "image")]
+    return f"{point.keep_mass:g}", f"{point.factor:g}", *shares
+
+
+def label_of(point: SweepPoint) -> str:
+    """What tells a point from the others of its sweep."""
+    return f"{point.keep_mass:.3g}" if point.max_retrieval_loss is None else f"{point.max_retrieval_loss:g}"
 
 
 def write(report: SweepReport, folder: Path) -> None:
@@ -305,7 +407,7 @@ def draw(report: SweepReport, path: Path) -> None:
         at = [i for i, p in enumerate(report.points) if p.factor == factor]
         axes.plot([kept[i] for i in at], [gains[i] for i in at], marker="o", markersize=4, label=f"factor {factor:g}")
         for i in at:
-            label = f"{report.points[i].keep_mass:.3g}"
+            label = label_of(report.points[i])
             axes.annotate(label, (kept[i], gains[i]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     if not math.isnan(base):
         front = pareto(list(zip(kept, gains, strict=True)))
@@ -319,7 +421,8 @@ def draw(report: SweepReport, path: Path) -> None:
         )
     axes.set_xlabel("zero-shot mean, change in points")
     axes.set_ylabel("GS, change in points")
-    about = f"{report.model.name}, {report.method.value}{', per concept' if report.concepts else ''}"
-    axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: keep_mass")
+    about = f"{report.model.name}, {report.method}{', per concept' if report.concepts else ''}"
+    labels = "largest loss of R@1" if report.points[0].setting else "keep_mass"
+    axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: {labels}")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -1,18 +1,18 @@
-"""Image search with FAISS over embeddings of one proven bundle.
+"""Image search with FAISS over embeddings of one space.
 
     python faiss_search.py index dist/demo pictures pictures.index
     python faiss_search.py search dist/demo pictures.index "a red circle" --public-key key.pub
 
 What makes the search safe is the encoder of the query and of the pictures: the edited model ranks safe pictures first, for
-unsafe queries too. That holds only while both come from the same bundle, so the index carries the bundle's digest and is
-refused with any other. Names of special tokens in a query are ordinary letters (the runtime's default), which keeps a query
-from hiding what follows them.
+unsafe queries too. That holds only while both embed into the same space, so the index carries the id of its space (see
+docs/embedding.md) and is refused with an encoder of any other. An index of the model before a safety edit of placement
+`embedding` need not be made again: `uwm-deploy migrate` turns it into one of the edited model. Names of special tokens in a
+query are ordinary letters (the runtime's default), which keeps a query from hiding what follows them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -24,12 +24,7 @@ from uwm_deploy.runtime import SafeEncoder
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def digest_of(bundle: Path) -> str:
-    """Of the manifest, which lists every other file with its digest."""
-    return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-
-
-def build(encoder: SafeEncoder, bundle: Path, folder: Path, out: Path) -> list[str]:
+def build(encoder: SafeEncoder, folder: Path, out: Path) -> list[str]:
     """Writes the index and, beside it, what its rows are; returns the pictures that could not be read."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
@@ -39,15 +34,19 @@ def build(encoder: SafeEncoder, bundle: Path, folder: Path, out: Path) -> list[s
     index.add(np.ascontiguousarray(rows[rows.ok]))
     faiss.write_index(index, str(out))
     names = [str(file.relative_to(folder)) for file, good in zip(files, rows.ok, strict=True) if good]
-    out.with_suffix(".json").write_text(json.dumps({"bundle": digest_of(bundle), "names": names}))
+    out.with_suffix(".json").write_text(json.dumps({"space": encoder.space, "tower": "image", "names": names}))
     return [str(error) for error in rows.errors]
 
 
-def search(encoder: SafeEncoder, bundle: Path, index_file: Path, query: str, k: int) -> list[tuple[str, float]]:
+def search(encoder: SafeEncoder, index_file: Path, query: str, k: int) -> list[tuple[str, float]]:
     """Names and cosines of the best matches."""
     about = json.loads(index_file.with_suffix(".json").read_text())
-    if about["bundle"] != digest_of(bundle):
-        raise SystemExit(f"{index_file} was made with another bundle: index the pictures again")
+    if about["space"] != encoder.space:
+        raise SystemExit(
+            f"{index_file} holds embeddings of {about['space']}, and the query would be one of {encoder.space}: "
+            "their cosines mean nothing. Index the pictures again, search with the bundle and variant of the index, or "
+            "migrate the index"
+        )
     index = faiss.read_index(str(index_file))
     cosines, places = index.search(np.ascontiguousarray(encoder.encode_text([query], on_error="raise")), k)
     return [(about["names"][p], float(c)) for p, c in zip(places[0], cosines[0], strict=True) if p >= 0]
@@ -65,10 +64,10 @@ def main() -> None:
     given = parser.parse_args()
     with SafeEncoder.open(given.bundle, public_key=given.public_key) as encoder:
         if given.what == "index":
-            for broken in build(encoder, given.bundle, given.source, Path(given.last)):
+            for broken in build(encoder, given.source, Path(given.last)):
                 print(f"left out: {broken}")
         else:
-            for name, cosine in search(encoder, given.bundle, given.source, given.last, given.k):
+            for name, cosine in search(encoder, given.source, given.last, given.k):
                 print(f"{cosine:.4f} {name}")
 
 

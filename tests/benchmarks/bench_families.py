@@ -34,7 +34,8 @@ outcome = run(request, until=until, reporter=Reporter(quiet=True))
 if outcome.report:
     for artifact in outcome.report.artifacts:
         print(artifact.variant, "largest difference", max(p.max_abs for p in artifact.parity), "smallest cosine",
-              min(p.cosine_min for p in artifact.parity), "flips", sum(f.lost + f.gained for f in artifact.flips.values()))
+              min(p.cosine_min for p in artifact.parity),
+              "flips", sum(f.lost + f.gained for name, f in artifact.flips.items() if name.startswith("P_")))
 """
 STAGES = ("score", "edit", "export", "compile", "verify")
 

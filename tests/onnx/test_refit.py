@@ -125,6 +125,11 @@ def test_a_reverted_bundle_is_never_served(reverted: Path) -> None:
     report = record_from_json(VerifyReport, (reverted / "reports" / "verify.json").read_bytes(), where="verify.json")
     assert {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED} == {"onnx", *VARIANTS}
     assert report.edited.preference == report.original.preference
+    assert report.edited.retrieval == report.original.retrieval
+    assert report.edited.geometry is not None
+    assert {e.value for e in report.edited.geometry.neighbours.values()} == {1.0}
+    assert report.edited.geometry.spread == {"image": 1.0, "text": 1.0}
+    assert report.edit_worst == report.hard_safe_worst == ()  # nothing of the edit before
     assert report.edited.items is not None  # limits per concept and since the baseline compare item by item
     verdict = open_bundle(reverted, allow_failed=True).manifest.verdict
     assert verdict.proven == ()

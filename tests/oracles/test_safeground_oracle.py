@@ -13,7 +13,7 @@ from tests.oracles import safeground_oracle as oracle
 from uwm_deploy.errors import DataError
 from uwm_deploy.safeground.interval import flips, mcnemar_p, wilson
 from uwm_deploy.safeground.preference import METRICS, decisions, proportions, proportions_per_concept
-from uwm_deploy.safeground.retrieval import RECALLS, recalls, retrieval
+from uwm_deploy.safeground.retrieval import RECALLS, UNIONS, recalls, retrieved
 
 
 def _rows(seed: int, n: int, coarse: bool) -> list[np.ndarray]:
@@ -53,8 +53,8 @@ def test_recall_equals_the_definition(seed: int, n: int, coarse: bool) -> None:
     if coarse:  # small integers: products are exact in every order
         for k, value in recalls(safe_text, safe_image).items():
             assert value.value == pytest.approx(oracle.recall(safe_text, safe_image, k))
-    named = retrieval(safe_image, unsafe_image, safe_text, unsafe_text)
-    assert set(RECALLS) == {int(name.split("@")[1]) for name in named}
+    named = retrieved(safe_image, unsafe_image, safe_text, unsafe_text).proportions()
+    assert set(RECALLS) == {int(name.split("@")[1]) for name in named if name not in UNIONS}
     assert named["unsafe-text-to-union@1"].value <= named["unsafe-text-to-union@20"].value
 
 

@@ -50,7 +50,7 @@ from uwm_deploy.serve.names import (  # fmt: skip
     ZERO_SHOT,
 )
 from uwm_deploy.serve.repository import write_repository
-from uwm_deploy.serve.served import count_checks, counts_of, settled_counts
+from uwm_deploy.serve.served import _as_written, count_checks, counts_of, settled_counts
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
 
@@ -77,6 +77,7 @@ def test_every_model_is_written_with_its_version_and_the_digest(bundle: Path, re
         assert list(config.version_policy.specific.versions) == [1]
         assert any((repository / name / "1").iterdir())
         assert config.parameters["uwm_bundle_sha256"].string_value == digest
+        assert config.parameters["uwm_space"].string_value == open_bundle(bundle).manifest.spaces[VARIANT]
 
 
 def test_encoders_have_a_warm_up_per_profile_batch_and_the_engines_shapes(bundle: Path, repository: Path) -> None:
@@ -140,6 +141,19 @@ def test_what_triton_cannot_serve_is_refused(bundle: Path, change: dict[str, Any
     engines: tuple[EngineArtifact, ...] = tuple(dataclasses.replace(e, **change) for e in manifest.engines)
     with pytest.raises(InputError, match=message):
         configs(dataclasses.replace(manifest, engines=engines), "d", VARIANT, Layout())
+
+
+def test_a_server_of_another_space_is_named(bundle: Path) -> None:
+    """The check of what is served has both ids in its answer."""
+    manifest = open_bundle(bundle).manifest
+    wanted = configs(manifest, "d", VARIANT, Layout())["clip_image"]
+    served = type(wanted)()
+    served.CopyFrom(wanted)
+    served.parameters["uwm_space"].string_value = "space:sha256:other"
+    assert not _as_written("clip_image", wanted, wanted, "d").blocks
+    found = _as_written("clip_image", served, wanted, "d")
+    assert found.blocks
+    assert f"of space space:sha256:other, not {manifest.spaces[VARIANT]}" in found.detail
 
 
 def test_only_a_bundle_that_passes_is_written(failed: Path, tmp_path: Path) -> None:
@@ -209,6 +223,12 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def _changes() -> dict[str, Callable[[Path], object]]:
     files = [f"{ENCODERS[tower]}/1/model.onnx" for tower in TowerName]
     files += [f"{PREPARES[tower]}/bundle/evidence/canaries-{tower.value}.safetensors" for tower in TowerName]
@@ -221,6 +241,7 @@ def _changes() -> dict[str, Callable[[Path], object]]:
     changes |= {f"removed {name}": lambda repo, name=name: (repo / name).unlink() for name in files}  # type: ignore[misc]
     changes["a second file"] = lambda repo: (repo / f"{ENCODERS[TowerName.TEXT]}/1/other.onnx").write_bytes(b"x")
     changes["linked engine"] = lambda repo: os.link(repo / files[0], repo.parent / "other name")
+    changes["another space"] = lambda repo: _replace(repo / "clip_tokenize" / "config.pbtxt", "space:sha256:", "space:")
     changes["engines swapped"] = lambda repo: shutil.copy(repo / files[0], repo / files[1])
     return changes
 

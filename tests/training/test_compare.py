@@ -23,6 +23,7 @@ from uwm_deploy.pipeline import Request, calibration_set_of, load_source, run
 from uwm_deploy.records import EditRecord, Method, MethodComparison, TowerName, Trainer, TrainingRecord
 from uwm_deploy.report.methods import compared
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.retrieval import PAIRED
 from uwm_deploy.stages.calibrate import PairStream
 from uwm_deploy.stages.nearest import nearest_partners
 from uwm_deploy.stages.pairs import repaired
@@ -95,6 +96,11 @@ def test_every_method_stands_in_one_table(made: tuple[Path, list[str], Result], 
         assert uwm.change[name].delta == pytest.approx(difference)
     change = uwm.change["zero_shot.colour"].delta
     assert change == pytest.approx(uwm.safety.zero_shot["colour"].value - none.safety.zero_shot["colour"].value)
+    assert none.safety.geometry is None  # the first row is what the others are compared with
+    assert uwm.safety.geometry is not None
+    assert set(PAIRED) <= set(uwm.change)
+    hard = uwm.safety.retrieval["hard-safe-text-to-image@10"]
+    assert hard.n == none.safety.retrieval["hard-safe-text-to-image@10"].n == 7
     assert none.cost is None
     assert taught.cost is None
     assert uwm.cost is not None
@@ -104,6 +110,8 @@ def test_every_method_stands_in_one_table(made: tuple[Path, list[str], Result], 
     assert uwm.cost.peak_rss_bytes > 100 << 20
     text = (report / "compare.md").read_text()
     assert all(row.label in text for row in body.rows)
+    assert "| method | hard Ts-Vs@10 |" in text
+    assert "| method | safe@1 | safe@10 | hard safe@10 |" in text
     assert (report / "compare.png").read_bytes().startswith(b"\x89PNG")
     page = str(compared(body))
     assert "3 of 3 methods" in page

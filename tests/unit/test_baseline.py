@@ -16,10 +16,11 @@ from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline import bundle_from_parts
 from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.records import Baseline, Precision, Result, Verdict, VerifyReport
+from uwm_deploy.records import Baseline, Precision, Result, SafetyReport, Verdict, VerifyReport
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.safeground.embedded import flips_between
+from uwm_deploy.safeground.embedded import flips_between, yardstick_of
+from uwm_deploy.safeground.retrieval import MEANS, PAIRED
 from uwm_deploy.stages.gate import gate
 
 POLICY = (
@@ -76,11 +77,47 @@ def test_changes_are_paired_item_by_item() -> None:
     found = {(c.subject, c.metric): c.flips for c in changes(now, base)}
     edited = embedded(300, 0.7)
     wanted = now.artifacts[1].flips
-    assert set(wanted) == set(flips_between(edited, edited))
+    assert set(wanted) == set(flips_between(edited, edited, yardstick_of(embedded(300, 0.0))))
+    assert set(PAIRED) <= set(wanted)
     for metric, flips in wanted.items():
         mine = found["onnxruntime-fp32", metric]
         assert (mine.lost, mine.gained, mine.delta_low) == (flips.lost, flips.gained, flips.delta_low)
     assert found["onnxruntime-fp32", "P_vu"].lost > 0
+    for change in changes(now, base):
+        if change.metric in PAIRED:
+            assert change.after - change.before == pytest.approx(change.flips.delta)
+    assert set(MEANS) <= {change.metric for change in changes(now, base)}
+
+
+def test_retrieval_is_limited_since_the_baseline() -> None:
+    """A less accurate engine fails a limit on retrieval; a baseline without hits by item leaves it inconclusive."""
+    limit = '[[baseline]]\nof = "artifact"\nmetric = "{}.delta"\n{} = {}\nbound = "worst"\n'
+    now, base = _less_safe(0.5), _accepted(report())
+    for name in ("safe_retrieval@10", "hard-safe-text-to-image@10", "unsafe-first-text"):
+        keys = ("at_most", 90) if name.startswith("unsafe") else ("at_least", -90)
+        found = [c for c in _judged(now, base, limit.format(name, *keys)).checks if c.name.startswith(name)]
+        assert {(c.subject, c.result) for c in found} == {("onnx", Result.PASS), ("onnxruntime-fp32", Result.PASS)}
+    strict = limit.format("unsafe-first-text", "at_most", 0.0)
+    (worse,) = [
+        c for c in _judged(now, base, strict).checks if c.name.startswith("unsafe-first") and c.subject.endswith("fp32")
+    ]
+    assert worse.result is Result.FAIL
+    old = _without_hits(report())
+    found = [c for c in _judged(now, _accepted(old), strict).checks if c.name.startswith("unsafe-first")]
+    assert {c.result for c in found} == {Result.INCONCLUSIVE}
+    assert "n = 0, the limit needs 1" in found[0].detail
+
+
+def _without_hits(of: VerifyReport) -> VerifyReport:
+    """A report as an earlier release wrote it."""
+
+    def old(safety: SafetyReport | None) -> SafetyReport | None:
+        if safety is None or safety.items is None:
+            return safety
+        return dataclasses.replace(safety, items=dataclasses.replace(safety.items, retrieval={}))
+
+    artifacts = tuple(dataclasses.replace(a, safety=old(a.safety)) for a in of.artifacts)
+    return dataclasses.replace(of, edited=old(of.edited), artifacts=artifacts)
 
 
 @pytest.mark.parametrize(

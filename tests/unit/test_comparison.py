@@ -10,12 +10,20 @@ from click.testing import CliRunner
 
 from tests.drawn_sets import drawn_set
 from uwm_deploy.cli import cli
-from uwm_deploy.comparison import COLUMNS, markdown_table, missing_lines, table_rows, zero_shot_rows
+from uwm_deploy.comparison import (
+    COLUMNS,
+    PRICE_COLUMNS,
+    markdown_table,
+    missing_lines,
+    price_rows,
+    table_rows,
+    zero_shot_rows,
+)
 from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import InputError
 from uwm_deploy.evaluation import subject_from
 from uwm_deploy.published import published
-from uwm_deploy.records import Method, Proportion, SafetyReport
+from uwm_deploy.records import Estimate, Geometry, Method, Proportion, SafetyReport
 from uwm_deploy.safeground.preference import METRICS
 
 
@@ -74,6 +82,19 @@ def test_without_zero_shot_sets_there_is_no_second_table() -> None:
     report = _report(zero_shot={})
     assert zero_shot_rows(["a"], [report]) == []
     assert table_rows(["a"], [report])[0]["zero-shot"] == "-"
+
+
+def test_what_safety_costs_stands_in_a_second_table() -> None:
+    """Hard safe recall at 10, unsafe first, neighbours and spread; a dash where nothing was measured."""
+    shares = {"hard-safe-text-to-image@10": 92.6, "unsafe-first-text": 88.8, "unsafe-first-image": 59.5}
+    near = {"image-image": Estimate(value=0.414, n=1000, low=0.4, high=0.43)}
+    geometry = Geometry(neighbours=near, spread={"image": 0.891, "text": 1.0})
+    other = _report(retrieval={name: _proportion(value) for name, value in shares.items()}, geometry=geometry)
+    first, second = price_rows(["none", "edited"], [_report(), other])
+    assert list(first) == ["model", *PRICE_COLUMNS]
+    assert list(first.values()) == ["none", *["-"] * len(PRICE_COLUMNS)]
+    assert list(second.values()) == ["edited", "92.6", "-", "88.8", "59.5", "0.41", "-", "-", "0.89", "1.00"]
+    assert price_rows(["none"], [_report()]) == []
 
 
 def test_markdown_escapes_and_aligns() -> None:
@@ -149,8 +170,14 @@ def test_a_model_and_its_edit_are_compared(small: str, tmp_path: Path, monkeypat
     assert code == 0
     cells = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
     assert cells[0] == ["model", *COLUMNS]
-    for line, values in zip(cells[2:], (before, after), strict=True):
+    for line, values in zip(cells[2:4], (before, after), strict=True):
         assert line[2:] == [f"{values[column]:.1f}" for column in COLUMNS[1:]]
+    first, second = cells[6:]
+    assert cells[4] == ["model", *PRICE_COLUMNS]
+    assert first[-5:] == ["-"] * 5
+    near = body["rows"][1]["report"]["geometry"]["neighbours"]
+    assert second[-5] == f"{near['image-image']['value']:.2f}"
+    assert body["rows"][0]["report"]["geometry"] is None
     code, out, err = _evaluate(*rows, "--zero-shot", "none")
     assert code == 0
     assert "n = 12 quadruples" in out

@@ -29,6 +29,7 @@ from uwm_deploy.embedding.sources import Item
 from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records import TowerName
 from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.workspace import digest_of_file
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ def test_the_callable_is_columns_in_and_columns_out(bundle: Path) -> None:
     images = [_jpeg(0), b"no image", _jpeg(1), None, float("nan")]
     errors = ["", "", "", "never read", ""]
     found = EmbedBatch(bundle)({"key": ["a", 2, "c", "d", "e"], "image": images, "error": errors})
-    assert list(found) == ["key", "embedding", "error", "bundle", "variant"]
+    assert list(found) == ["key", "embedding", "error", "bundle", "variant", "space"]
     assert found["key"].tolist() == ["a", "2", "c", "d", "e"]
     assert found["error"][[0, 2]].tolist() == ["", ""]
     assert "not a whole image" in found["error"][1]
@@ -155,6 +156,7 @@ def test_shards_folder_and_tables_give_the_same_rows(bundle: Path, shards: Path,
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert (report["rows"], report["errors"], report["parts"]) == (60, 2, 3)
+    assert report["space"] in open_bundle(bundle).manifest.spaces.values()
     wanted = _rows(tmp_path / "tar")
     assert {key for key, (_, error) in wanted.items() if error} == {"k007", "k025"}
     assert "they are .txt" in wanted["k025"][1]
@@ -191,7 +193,9 @@ def test_parts_say_what_they_are(bundle: Path, shards: Path, tmp_path: Path) -> 
     assert (body["bundle"], body["kind"], body["dtype"]) == (digest, "texts", "float16")
     assert set(table["bundle"].to_pylist()) == {digest}
     with SafeEncoder.open(bundle) as encoder:
-        row = encoder.encode_text("a circle number 33")[0]
+        row, space = encoder.encode_text("a circle number 33")[0], encoder.space
+    assert body["space"] == space
+    assert set(table["space"].to_pylist()) == {space}
     np.testing.assert_allclose(_rows(tmp_path)["k033"][0].astype(np.float32), row, atol=1e-3)
 
 
@@ -282,6 +286,15 @@ def test_parts_of_anything_else_are_refused(bundle: Path, shards: Path, tmp_path
         assert done.exit_code == 2
         assert message in done.output
         assert len(list((tmp_path / "out").iterdir())) == 2  # it, and the lock
+
+
+def test_parts_of_another_space_are_refused_by_both_ids(bundle: Path, shards: Path, tmp_path: Path) -> None:
+    """Whatever else is the same: exit code 5, and the message has the id of what is there and of what would be added."""
+    rows = EmbedBatch(bundle)({"key": ["x"], "image": [_jpeg(0)]})
+    PartWriter(tmp_path / "out")(rows | {"space": np.array(["space:sha256:other"], dtype=object)})
+    done = _embed(bundle, shards / "00.tar", "--out", tmp_path / "out")
+    assert done.exit_code == 5
+    assert f"holds embeddings of space:sha256:other, and these would be of {rows['space'][0]}" in done.output
 
 
 def test_a_part_is_of_one_bundle_and_named_by_its_keys(bundle: Path, tmp_path: Path) -> None:

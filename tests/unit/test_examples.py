@@ -78,7 +78,7 @@ def test_every_example_is_described_and_tested() -> None:
 
 
 def test_faiss_search(bundle: Path, pictures: Path, encoder: SafeEncoder, tmp_path: Path) -> None:
-    """Results in the order of the cosines, the broken picture left out and named, another bundle's index refused."""
+    """Results in the order of the cosines, the broken picture left out and named, an index of another space refused."""
     pytest.importorskip("faiss", reason="needs the extra [examples]")
     index = tmp_path / "pictures.index"
     made = run("faiss_search", "index", bundle, pictures, index)
@@ -93,10 +93,11 @@ def test_faiss_search(bundle: Path, pictures: Path, encoder: SafeEncoder, tmp_pa
     wanted = [f"{cosines[n]:.4f} {names[n]}" for n in np.argsort(-cosines)[:3]]
     assert found.stdout.splitlines() == wanted
     about = json.loads(index.with_suffix(".json").read_text())
-    index.with_suffix(".json").write_text(json.dumps(about | {"bundle": "0" * 64}))
+    assert about["space"] == encoder.space
+    index.with_suffix(".json").write_text(json.dumps(about | {"space": "space:sha256:other"}))
     refused = run("faiss_search", "search", bundle, index, "a red circle")
     assert refused.returncode != 0
-    assert "made with another bundle" in refused.stderr
+    assert f"embeddings of space:sha256:other, and the query would be one of {encoder.space}" in refused.stderr
 
 
 def test_fastapi_endpoint(bundle: Path, pictures: Path, encoder: SafeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

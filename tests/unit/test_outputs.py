@@ -25,9 +25,9 @@ from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.policy import policy_from_toml, rule_lines
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import CalibrationRecord, EditRecord, LayerEdit, Precision, Result, TowerName, Verdict
+from uwm_deploy.records import CalibrationRecord, EditRecord, LayerEdit, Precision, Result, Safer, TowerName, Verdict
 from uwm_deploy.report.card import card_of, is_non_commercial
-from uwm_deploy.report.findings import findings
+from uwm_deploy.report.findings import findings, safer_line, verdict_line
 from uwm_deploy.report.github import ANNOTATIONS, annotations_from_verdict, outputs_from_verdict
 from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
 from uwm_deploy.report.junit import junit_from_verdict
@@ -93,7 +93,7 @@ def test_what_failed_comes_first_and_worst_first(failing: Verdict) -> None:
         ("onnxruntime-fp32", "GS"),
         ("onnxruntime-fp32", "P_vu"),
         ("tensorrt-fp32", "required evidence"),
-        ("build", "proven variants"),
+        ("build", "faithful variants"),
         ("onnx", "GS"),
     ]
     assert len(failing.worst) == 10
@@ -459,6 +459,7 @@ def test_the_card_is_in_the_bundle_and_beside_the_saved_model(built) -> None:
         assert f"{gs.value:.1f} ({gs.low:.1f} to {gs.high:.1f})" in text
         assert outcome.edit.edited_weights_digest in text
         assert "## Limits of the evidence" in text
+        assert f"\n{verdict_line(outcome.verdict)}\n\n- {safer_line(outcome.verdict)}\n" in text
         assert "verdict: pass" in text
     assert "README.md" in {file.path for file in outcome.manifest.files}
 
@@ -504,6 +505,25 @@ def test_every_recipe_has_a_card(name: str) -> None:
     assert ("non-commercial" in data["tags"]) is flagged
     assert "model-index" not in data
     assert "Nothing was measured yet" in card
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        (True, "The edit makes unsafe choices less frequent; it does not make them impossible."),
+        (False, "It is not shown that the edit makes the model safer."),
+    ],
+)
+def test_the_card_claims_no_more_than_was_shown(failing: Verdict, shown: bool, words: str) -> None:
+    """What the edit is good for is said as far as the verdict goes; before there is one, nothing is claimed."""
+    verdict = dataclasses.replace(failing, safer=Safer(shown=shown, reason="GS.delta +1.0"))
+    settings = {"name": "n", "licence": "MIT", "method": "uwm", "report": report()}
+    card = card_of(_edit("org/model"), CALIBRATION, **settings, verdict=verdict)
+    assert words in card.split("## Limits")[1]
+    assert f"- {safer_line(verdict)}\n" in card
+    unjudged = card_of(_edit("org/model"), CALIBRATION, **settings)
+    assert "whether it does was not judged" in unjudged
+    assert words not in unjudged
 
 
 def test_the_card_says_what_was_not_run() -> None:

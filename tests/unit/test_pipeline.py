@@ -27,6 +27,7 @@ from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.retrieval import PAIRED
 from uwm_deploy.uwm.patch import Patch
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,21 @@ def test_the_saved_model_loads_in_transformers(built) -> None:
     with torch.no_grad():
         wanted = torch.nn.functional.normalize(model.get_text_features(**inputs).pooler_output, dim=-1).numpy()
     np.testing.assert_allclose(SafeEncoder.open(request.out).encode_text(texts), wanted, atol=1e-5)
+
+
+def test_what_the_edit_costs_is_in_the_report(built) -> None:
+    """Every row but the original has neighbours and spread; all rows count the same hard safe items, which are named."""
+    report = built[1].report
+    few = -(-report.evaluation.n // 10)
+    assert len(report.hard_safe) == len(set(report.hard_safe)) == few
+    assert {item.id for item in report.hard_safe_worst} <= set(report.hard_safe)
+    assert report.original.geometry is None
+    rows = [report.original, report.edited, *(a.safety for a in report.artifacts if a.safety is not None)]
+    assert {row.retrieval[f"hard-safe-text-to-image@{k}"].n for row in rows for k in (1, 10)} == {few}
+    assert all(row.geometry is not None for row in rows[1:])
+    assert set(PAIRED) <= set(report.edit_effect)
+    delta = report.edited.retrieval["unsafe-first-text"].value - report.original.retrieval["unsafe-first-text"].value
+    assert report.edit_effect["unsafe-first-text"].delta == pytest.approx(delta)
 
 
 def test_a_second_build_reuses_everything(built) -> None:
@@ -166,6 +182,15 @@ def test_attest_adds_evidence(built, tmp_path: Path) -> None:
         SafeEncoder.open(tmp_path / "bundle")
     verdict = attest_bundle(tmp_path / "bundle", request.policy, None, 0, Reporter(quiet=True))
     assert variant in verdict.proven
+    text = (tmp_path / "bundle" / "reports" / "verify.json").read_bytes()
+    attested = record_from_json(VerifyReport, text, where="verify.json")
+    (before,) = [a for a in outcome.report.artifacts if a.variant == variant]
+    (after,) = [a for a in attested.artifacts if a.variant == variant]
+    assert before.safety is not None
+    assert after.safety is not None
+    assert after.safety.geometry == before.safety.geometry  # against the original model, from the stored embeddings
+    assert after.safety.retrieval == before.safety.retrieval
+    assert after.flips == before.flips
     assert SafeEncoder.open(tmp_path / "bundle").variant == variant
 
 

@@ -80,6 +80,25 @@ def test_a_value_close_to_its_limit_says_how_many_items_tell_them_apart() -> Non
     assert "n = 1000 can detect 3.5 points; the limit is away by 2 (n = 3037): why" in near.detail
     on = check_value("GS.delta", "s", Measured(-10.0, 1000, -12.0, -8.0, 34.0, difference=True), limit)
     assert on.detail.endswith("can detect 3.5 points: why")
+    beyond = check_value("GS.delta", "s", Measured(-10.1, 1000, -12.1, -8.1, 34.0, difference=True), limit)
+    assert beyond.result is Result.INCONCLUSIVE
+    assert beyond.detail.endswith("can detect 3.5 points: why")
+
+
+def test_a_limit_that_must_be_exceeded_asks_for_the_items_that_show_the_value() -> None:
+    """Above 0, no change is no pass, so the distance counts; 0.001 is no margin that billions of items could show."""
+    limit = Limit(metric="GS.delta", at_least=0.001, bound="worst")
+    found = check_value("GS.delta", "s", Measured(0.8, 1000, -0.25, 1.85, 17.0, difference=True), limit)
+    assert found.result is Result.INCONCLUSIVE
+    assert found.detail.endswith("n = 1000 can detect 1.7 points; the limit is away by 0.8 (n = 4757)")
+
+
+def test_a_limit_that_the_interval_keeps_gets_no_note() -> None:
+    """Neither by the worse end nor by the measured value beside it: what the interval shows needs no further items."""
+    for bound in ("point", "worst"):
+        verdict = _judged(PARITY + f'[[artifact]]\nmetric = "GS.delta"\nat_least = -1.0\nbound = "{bound}"\n')
+        assert verdict.result is Result.PASS
+        assert verdict.notes == ()
 
 
 def test_a_point_limit_without_power_is_noted() -> None:
@@ -94,10 +113,81 @@ def test_too_few_items_are_inconclusive_and_nothing_measured_is_not_run() -> Non
     few = _judged('[[artifact]]\nmetric = "GS"\nat_least = 0.001\nmin_n = 301\n')
     assert few.result is Result.INCONCLUSIVE
     assert few.proven == ()
-    assert _named(few, "proven variants", "build")[0].result is Result.INCONCLUSIVE
+    assert _named(few, "faithful variants", "build")[0].result is Result.INCONCLUSIVE
     nothing = check_value("m", "s", Measured(float("nan"), 5), Limit(metric="m", at_least=0.0))
     assert nothing.result is Result.NOT_RUN
     assert nothing.measured is None
+
+
+@pytest.mark.parametrize("section", ["edit", "artifact"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"safe-{way}@{k}{end}"
+            for way in ("text-to-image", "image-to-text")
+            for k in (1, 10)
+            for end in ("", ".delta")
+        ),
+        *(
+            f"hard-safe-{way}@{k}{end}"
+            for way in ("text-to-image", "image-to-text")
+            for k in (1, 10)
+            for end in ("", ".delta")
+        ),
+        *(f"unsafe-first-{query}{end}" for query in ("text", "image") for end in ("", ".delta")),
+        *(f"{name}.delta" for name in ("safe_retrieval@1", "safe_retrieval@10", "hard_safe_retrieval@10")),
+        *(f"neighbours.{pair}" for pair in ("image-image", "text-text", "text-image")),
+        *(f"spread.{tower}" for tower in ("image", "text")),
+    ],
+)
+def test_every_price_can_be_limited(name: str, section: str) -> None:
+    """Its number, with its n and interval, is the report's; a set too small for it is inconclusive, not an error."""
+    bound = "" if name.startswith("spread") else 'bound = "worst"\n'
+    limit = f'[[{section}]]\nmetric = "{name}"\nat_most = 0.999\n{bound}'
+    head = HEAD.replace("edit = []\n", "") if section == "edit" else HEAD
+    on = report()
+    subject = "edited" if section == "edit" else "onnxruntime-fp32"
+    (check,) = _named(_judged(PARITY + limit, on, head), name, subject)
+    safety, effect = (
+        (on.edited, on.edit_effect) if section == "edit" else (on.artifacts[1].safety, on.artifacts[1].flips)
+    )
+    assert safety is not None
+    assert safety.geometry is not None
+    kind, _, rest = name.partition(".")
+    if rest == "delta":
+        f = effect[kind]
+        wanted = (f.delta, f.n, f.delta_low, f.delta_high)
+    elif kind == "spread":
+        wanted = (safety.geometry.spread[rest], 300, None, None)
+    else:
+        p = safety.geometry.neighbours[rest] if kind == "neighbours" else safety.retrieval[name]
+        wanted = (p.value, p.n, p.low, p.high)
+    assert (check.measured, check.n, check.low, check.high) == wanted
+    assert check.n == (30 if name.startswith("hard") else 300)
+    if name.startswith(("hard", "neighbours")):
+        (few,) = _named(_judged(PARITY + limit, report(8), head), name, subject)
+        assert (few.result, few.measured, few.n) == (Result.INCONCLUSIVE, None, 0)
+
+
+def test_only_decisions_flip() -> None:
+    """Hits of retrieval are no decisions: they have no flips and no lost, and `flips.any` is of the four decisions."""
+    on = report()
+    changed = dict(on.artifacts[1].flips)
+    changed["safe-text-to-image@1"] = dataclasses.replace(changed["safe-text-to-image@1"], lost=200, gained=50)
+    artifacts = (on.artifacts[0], dataclasses.replace(on.artifacts[1], flips=changed))
+    on = dataclasses.replace(on, artifacts=artifacts)
+    limit = '[[artifact]]\nmetric = "flips.any"\nat_most = 0.001\n'
+    assert _named(_judged(PARITY + limit, on), "flips.any")[0].measured == 0.0
+    for name in ("flips.safe-text-to-image@1", "lost.unsafe-first-text"):
+        with pytest.raises(RecipeError, match="unknown metric"):
+            _judged(PARITY + f'[[artifact]]\nmetric = "{name}"\nat_most = 1\n', on)
+
+
+def test_a_misspelt_price_is_named() -> None:
+    """An unknown kind of neighbours is a typing error, answered with the nearest name."""
+    with pytest.raises(RecipeError, match=r"neighbours\.image-image"):
+        _judged(PARITY + '[[artifact]]\nmetric = "neighbours.image-images"\nat_least = 0.5\n')
 
 
 # --- what a policy may not say -------------------------------------------------------------------------------------------
@@ -111,6 +201,12 @@ def test_too_few_items_are_inconclusive_and_nothing_measured_is_not_run() -> Non
         ('[[artifact]]\nmetric = "GS"\nat_least = 0.0\n', "can never fail: its values are 0 to 100"),
         ('[[artifact]]\nmetric = "GS.delta"\nat_least = -100\n', "can never fail: its values are -100 to 100"),
         ('[[artifact]]\nmetric = "flips.any"\nat_most = 100\n', "can never fail"),
+        ('[[artifact]]\nmetric = "unsafe-first-text"\nat_most = 100\n', "can never fail: its values are 0 to 100"),
+        ('[[artifact]]\nmetric = "safe_retrieval@1.delta"\nat_least = -100\n', "its values are -100 to 100"),
+        ('[[artifact]]\nmetric = "neighbours.image-image"\nat_least = 0\n', "can never fail: its values are 0 to 1"),
+        ('[[artifact]]\nmetric = "neighbours.image-image"\nat_most = 1\n', "can never fail: its values are 0 to 1"),
+        ('[[artifact]]\nmetric = "spread.image"\nat_least = 0.0\n', "can never fail: its values are 0 to inf"),
+        ('[[artifact]]\nmetric = "spread.image"\nat_least = 0.5\nbound = "worst"\n', "no interval"),
         ('[[artifact]]\nmetric = "parity.cosine_min"\nat_least = -1.0\n', "can never fail"),
         ('[[artifact]]\nmetric = "parity.max_abs"\nat_most = inf\n', "is .inf."),
         ('[[artifact]]\nmetric = "GS"\nat_least = nan\n', "is .nan."),
@@ -301,7 +397,7 @@ def test_a_waiver_is_for_one_check_of_one_subject() -> None:
     assert [w.state for w in idle.waivers] == ["unused"]
 
 
-@pytest.mark.parametrize("name", ["outputs are finite", "weights come from a checkpoint", "proven variants", "GS"])
+@pytest.mark.parametrize("name", ["outputs are finite", "weights come from a checkpoint", "faithful variants", "GS"])
 def test_what_no_policy_can_switch_off_cannot_be_waived(name: str) -> None:
     """Nor can a check that no rule makes, which would be a typing error."""
     with pytest.raises(RecipeError, match="no rule of this policy makes a check"):

@@ -42,6 +42,7 @@ from uwm_deploy.records import (
     PrecisionStep,
     Profile,
     Result,
+    Safer,
     ScoreRecord,
     SweepPoint,
     SweepReport,
@@ -59,7 +60,15 @@ from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page, place_of
 from uwm_deploy.report.markup import Html, tag, visible
 from uwm_deploy.resources import read_toml
-from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings, flips_between, parity, safety_report
+from uwm_deploy.safeground.embedded import (
+    EmbeddedSet,
+    ZeroShotEmbeddings,
+    flips_between,
+    hard_safe_worst,
+    parity,
+    safety_report,
+    yardstick_of,
+)
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.package import bundle_from_parts
 from uwm_deploy.workspace import digest_of_bytes
@@ -216,25 +225,29 @@ def make(hostile: bool = False) -> Made:
         "where": {"provider": "CPUExecutionProvider"},
         "canaries": {"text": 0.02},
     }
+    yardstick = yardstick_of(before)
     verify = VerifyReport(
         model=model,
         edited_weights_digest=edit.edited_weights_digest,
         evaluation=data,
         calibration_overlap=0,
-        original=safety_report("original", before, with_items=True),
-        edited=safety_report("edited", after, with_items=True),
-        edit_effect=flips_between(before, after),
+        original=safety_report("original", before, with_items=True, yardstick=yardstick),
+        edited=safety_report("edited", after, with_items=True, yardstick=yardstick),
+        edit_effect=flips_between(before, after, yardstick),
+        hard_safe=yardstick.hard_ids(),
+        hard_safe_worst=hard_safe_worst(yardstick, after),
         artifacts=(
             ArtifactEvidence(
-                variant="onnx", artifact_digests={}, safety=safety_report("onnx", after, with_items=True),
+                variant="onnx", artifact_digests={},
+                safety=safety_report("onnx", after, with_items=True, yardstick=yardstick),
                 parity=(parity(TowerName.IMAGE, "image_embeds", 32, after.safe_image, after.safe_image),),
-                flips=flips_between(after, after), **measured,
+                flips=flips_between(after, after, yardstick), **measured,
             ),
             ArtifactEvidence(
                 variant="onnxruntime-fp32", artifact_digests=digests,
-                safety=safety_report("onnxruntime-fp32", engine, with_items=True),
+                safety=safety_report("onnxruntime-fp32", engine, with_items=True, yardstick=yardstick),
                 parity=(parity(TowerName.IMAGE, "image_embeds", 32, after.safe_image, engine.safe_image),),
-                flips=flips_between(after, engine), **measured,
+                flips=flips_between(after, engine, yardstick), **measured,
             ),
             ArtifactEvidence(
                 variant="tensorrt-rtx-auto", precision=Precision.FP32, evidence=Evidence.NOT_RUN, where={},
@@ -363,7 +376,7 @@ def test_what_failed_comes_first(run_folder: Path) -> None:
     for check in bad:
         assert check["name"] in head
     assert "missed by" in head
-    assert re.search(r"<title>Fail: tiny</title>", text)
+    assert re.search(r"<title>Fail, not shown safer: tiny</title>", text)
     assert "Do not ship" in text
 
 
@@ -393,6 +406,27 @@ def test_numbers_are_those_of_the_reports(run_folder: Path, made: Made) -> None:
     assert ">9.375</td>" in text
     for words in ("a broken image", "all lowered", "1.5 s", "12 of 128 entries"):
         assert words in text
+
+
+def test_what_safety_costs_is_on_the_page(run_folder: Path, made: Made) -> None:
+    """Hard safe recall, unsafe first, neighbours, spread, paired changes, and the hard items that fell furthest."""
+    text = page(dossier_of(run_folder))
+    shown = text[text.index('id="retrieval"') : text.index('id="evidence"') if 'id="evidence"' in text else len(text)]
+    for report in (made.verify.original, made.verify.edited):
+        for name in ("hard-safe-text-to-image@10", "unsafe-first-text", "unsafe-first-image"):
+            p = report.retrieval[name]
+            assert f">{name}</th>" in shown
+            assert f">{p.low:.1f} to {p.high:.1f}</td>" in shown
+    geometry = made.verify.edited.geometry
+    assert geometry is not None
+    assert all(f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})" in shown for e in geometry.neighbours.values())
+    assert f">{geometry.spread['image']:.2f}</td>" in shown
+    assert ">safe_retrieval@1</th>" in shown
+    assert made.verify.hard_safe_worst
+    for item in made.verify.hard_safe_worst:
+        assert f">{item.id}</th>" in shown
+    decisions = text[text.index('id="safety"') : text.index('id="margins"')]
+    assert "safe-text-to-image" not in decisions
 
 
 def test_what_was_not_run_is_said(run_folder: Path) -> None:
@@ -463,6 +497,27 @@ def test_verdict_of_another_report_is_not_shown(made: Made, tmp_path: Path) -> N
     text = page(dossier)
     assert "Not judged" in text
     assert 'class="verdict pass"' not in text
+
+
+@pytest.mark.parametrize(
+    ("shown", "kind", "words"),
+    [(True, "pass", "Pass, shown safer"), (False, "open", "Pass, not shown safer (policy default does not ask)")],
+)
+def test_a_pass_says_whether_the_edit_is_shown_safer(
+    made: Made, tmp_path: Path, shown: bool, kind: str, words: str
+) -> None:
+    """In the title and the heading, with the reason below; green is for an edit that is shown safer only."""
+    folder = write_run(made, tmp_path / "tiny")
+    safer = Safer(shown=shown, reason="GS.delta <b>+1.0</b>")
+    verdict = dataclasses.replace(made.verdict(), result=Result.PASS, safer=safer, proven=("onnx-x",))
+    (folder / "gate" / "verdict.json").write_text(json_from_record(verdict), encoding="utf-8")
+    text = page(dossier_of(folder))
+    assert f"<title>{words}: tiny</title>" in text
+    assert f'<header class="verdict {kind}">' in text
+    head = text[text.index("<h1>") : text.index('class="tiles"')]
+    assert words in head
+    assert f"{'Shown' if shown else 'Not shown'} safer: GS.delta &lt;b&gt;+1.0&lt;/b&gt;." in head
+    assert f"{'Proven' if shown else 'Faithful, not shown safer'}: onnx-x." in head
 
 
 def test_engines_of_an_older_build_are_left_out(made: Made, tmp_path: Path) -> None:
@@ -588,7 +643,7 @@ def test_command_writes_beside_the_bundle_and_never_into_it(made: Made, tmp_path
     bundle = write_bundle(made, tmp_path / "tiny")
     done = CliRunner().invoke(cli, ["report", str(bundle), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail"}
+    assert json.loads(done.output) == {"report": str(tmp_path / "tiny-report.html"), "verdict": "fail", "safer": False}
     assert (tmp_path / "tiny-report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     refused = CliRunner().invoke(cli, ["report", str(bundle), "--out", str(bundle / "x.html")])
     assert refused.exit_code == 2

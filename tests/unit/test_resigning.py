@@ -275,7 +275,9 @@ def test_every_command_refuses_a_changed_bundle_first(
     assert not (folder / "base").exists()
 
 
-def test_every_command_with_a_key_checks_signature_and_version(place: Place, tmp_path: Path) -> None:
+def test_every_command_with_a_key_checks_signature_and_version(
+    place: Place, accepting: list[object], tmp_path: Path
+) -> None:
     """Somebody else's key, no signature, a manifest rewritten as a whole, an older version: exit code 5."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -283,7 +285,10 @@ def test_every_command_with_a_key_checks_signature_and_version(place: Place, tmp
     for title, (words, takes_key) in commands(bundle, folder, place).items():
         if not takes_key:
             continue
-        code, output = run(*words, "--public-key", place.other_public)
+        more = (
+            accepting if words[0] == "baseline" else []
+        )  # only what passes is stored, so only then the place is opened
+        code, output = run(*words, *more, "--public-key", place.other_public)
         assert (code, SIGNATURE in output) == (5, True), (title, output)
         if title in ("gate", "evaluate", "compare", "bench", "embed"):
             code, output = run(*words, "--public-key", place.public, "--min-bundle-version", 1)
@@ -291,7 +296,8 @@ def test_every_command_with_a_key_checks_signature_and_version(place: Place, tmp
     (bundle / SIGNATURE).unlink()
     for title, (words, takes_key) in commands(bundle, folder, place).items():
         if takes_key:
-            code, output = run(*words, "--public-key", place.public)
+            more = accepting if words[0] == "baseline" else []
+            code, output = run(*words, *more, "--public-key", place.public)
             assert (code, f"{SIGNATURE} is missing" in output) == (5, True), (title, output)
     code, output = run("evaluate", "--model", "demo", "--public-key", place.public)
     assert (code, "none of what is measured is a bundle" in output) == (2, True), output

@@ -130,6 +130,10 @@ def test_the_command_writes_table_and_picture(small: Path) -> None:
     body = json.loads((small / "work" / "sweep" / "sweep.json").read_text())
     assert [p["keep_mass"] for p in body["points"]] == [0.98, 0.9]
     assert body["picked"] in (0, 1)
+    assert body["original"]["geometry"] is None
+    assert all(set(p["safety"]["geometry"]["spread"]) == {"image", "text"} for p in body["points"])
+    shown = [set(part["retrieval"]) for part in (body["original"], *(p["safety"] for p in body["points"]))]
+    assert shown[0] == shown[1] == shown[2]
     assert (body["method"], body["concepts"]) == ("uwm", [])
     assert {p["factor"] for p in body["points"]} == {-1}  # the recipe's
     assert body["measured_on"]["name"] == "few-calibration"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import random
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from uwm_deploy.errors import DataError
 from uwm_deploy.recipe import CalibrationSet
 
 
@@ -17,9 +19,29 @@ def sample_of(n: int, spec: CalibrationSet, concept_of: Callable[[int], str]) ->
 
     Args:
         n: Items there are.
-        spec: Its `sampling`, `limit`, `per_concept` and `seed` say which.
+        spec: Its `sampling`, `limit`, `per_concept` and `seed` say which; then `concepts` and `leave_out` which of those.
         concept_of: Concept of an item.
+
+    Raises:
+        DataError: If a concept is named of which there is no item.
     """
+    chosen = _sampled(n, spec, concept_of)
+    if not (spec.concepts or spec.leave_out):
+        return chosen
+    there = {concept_of(index) for index in chosen}
+    if unknown := sorted({*spec.concepts, *spec.leave_out} - there):
+        near = difflib.get_close_matches(unknown[0], sorted(there), n=1, cutoff=0.3)
+        raise DataError(
+            f"data set {spec.name} has no item of the concept {unknown[0]!r}",
+            fix=f"did you mean {near[0]}? It has {', '.join(sorted(there))}"
+            if near
+            else f"it has {', '.join(sorted(there))}",
+        )
+    wanted = set(spec.concepts) or there - set(spec.leave_out)
+    return [index for index in chosen if concept_of(index) in wanted]
+
+
+def _sampled(n: int, spec: CalibrationSet, concept_of: Callable[[int], str]) -> list[int]:
     if spec.sampling == "per-concept":
         return _per_concept(n, spec, concept_of)
     if spec.limit <= 0 or spec.limit >= n:

@@ -76,7 +76,8 @@ class EmbedBatch:
 
         Returns:
             `key` (n,) str, `embedding` (n, d) of length 1, NaN where there is none, `error` (n,) str, empty where there is
-            none, and the same in every row: `bundle`, digest of the bundle's manifest, and `variant`.
+            none, and the same in every row: `bundle`, digest of the bundle's manifest, `variant`, and `space`, the id of the
+            space that it embeds into.
 
         Raises:
             InputError: If a column is missing.
@@ -100,6 +101,7 @@ class EmbedBatch:
             "error": _texts(errors),
             "bundle": _texts([self.digest] * len(keys)),
             "variant": _texts([encoder.variant] * len(keys)),
+            "space": _texts([encoder.space] * len(keys)),
         }
 
     def encoder(self) -> SafeEncoder:

@@ -58,5 +58,5 @@ def _told(report: EmbedReport, out: Path) -> str:
     speed = f", {report.rows / report.seconds:.1f} a second" if report.rows else ""
     return (
         f"{report.rows} rows in {report.parts} parts ({report.errors} with an error{speed}), "
-        f"{report.finished_before} were there: {out}, by {report.variant} of {report.bundle}"
+        f"{report.finished_before} were there: {out}, by {report.variant} of {report.bundle}, {report.space}"
     )

@@ -30,6 +30,7 @@ class EmbedReport:
     Attributes:
         bundle: Digest of the bundle's manifest.
         variant: What ran.
+        space: Id of the space of the embeddings.
         rows: Embedded by this run, broken ones included.
         errors: Broken ones among them.
         finished_before: Items of the source that earlier runs had embedded.
@@ -40,6 +41,7 @@ class EmbedReport:
 
     bundle: str
     variant: str
+    space: str
     rows: int = 0
     errors: int = 0
     finished_before: int = 0
@@ -97,14 +99,15 @@ def embed(
 
     Raises:
         InputError: If the source does not exist or has no item, two items have one key, or `out` is in use.
-        EvidenceError: If `out` has parts of another bundle.
+        EvidenceError: If `out` has parts of another bundle or another space.
         PrerequisiteError: If pyarrow is missing or the disk is full.
     """
     parquet_module(out)
     files, naming = files_of(source), Naming(kind=run.kind, key=key, column=column or run.column)
     with locked(out):
-        identity, keys = run.identity() | {"variant": run.encoder().variant}, Keys()
-        report = EmbedReport(bundle=run.digest, variant=identity["variant"])
+        encoder, keys = run.encoder(), Keys()
+        identity = run.identity() | {"variant": encoder.variant, "space": encoder.space}
+        report = EmbedReport(bundle=run.digest, variant=encoder.variant, space=encoder.space)
         for part in parts_of(out):
             keys.add_finished(keys_of(part, identity), part)
         started, rows = time.monotonic(), _Rows(out, run, report, part_rows)

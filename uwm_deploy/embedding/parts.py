@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,22 @@ from uwm_deploy.workspace import whole_file
 METADATA = b"uwm-deploy"
 """Key of what a part says of itself, as JSON, in the file's metadata."""
 
-_FORMAT = 1
-_KEYS_AT_A_TIME = 10_000
-_COLUMNS = ("key", "embedding", "error", "bundle", "variant")
+FORMAT = 2
+"""Of parts: 1 did not name the space of the embeddings."""
+
+SAME = ("bundle", "variant", "space")
+"""Columns that have one value in all rows, as the metadata has."""
+
+KEYS_AT_A_TIME = 10_000
+_COLUMNS = ("key", "embedding", "error", *SAME)
+
+WRITING: Mapping[str, Any] = {
+    # Numbers of an embedding do not repeat; without exponents apart from digits they do not compress either.
+    "compression": "zstd",
+    "use_dictionary": ["error", *SAME],
+    "use_byte_stream_split": ["embedding.list.element"],
+}
+"""How pyarrow writes a part."""
 
 
 class PartWriter:
@@ -43,7 +57,7 @@ class PartWriter:
             One row: `part`, its name, and `rows`, `errors`, how many it has.
 
         Raises:
-            InputError: If rows of several bundles or variants are among them, or a key is twice.
+            InputError: If rows of several bundles, variants or spaces are among them, or a key is twice.
             PrerequisiteError: If pyarrow is missing or the disk is full.
         """
         keys = [str(key) for key in batch["key"]]
@@ -67,8 +81,8 @@ def finished_keys(folder: str | Path, identity: Mapping[str, str]) -> Iterator[s
         identity: Of the job that goes on (`EmbedBatch.identity`).
 
     Raises:
-        EvidenceError: If a part is of another bundle.
-        InputError: If it is of another kind, variant or element type, or of another program.
+        EvidenceError: If a part is of another bundle or space.
+        InputError: If it is of another kind, variant or element type, or of another program or release.
     """
     for path in parts_of(Path(folder)):
         yield from keys_of(path, identity)
@@ -76,27 +90,66 @@ def finished_keys(folder: str | Path, identity: Mapping[str, str]) -> Iterator[s
 
 def keys_of(path: Path, identity: Mapping[str, str]) -> Iterator[str]:
     """Keys of one part; see `finished_keys`."""
+    with opened(path) as file:
+        check_identity(path, said_by(path, file), identity)
+        for batch in file.iter_batches(KEYS_AT_A_TIME, columns=["key"]):
+            yield from batch.column(0).to_pylist()
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A part, opened by pyarrow.
+
+    Raises:
+        DataError: If it is no whole Parquet file, then or as it is read.
+        PrerequisiteError: If pyarrow is missing.
+    """
     parquet = parquet_module(path)
     try:
         with parquet.ParquetFile(path) as file:
-            _check(path, (file.schema_arrow.metadata or {}).get(METADATA), identity)
-            for batch in file.iter_batches(_KEYS_AT_A_TIME, columns=["key"]):
-                yield from batch.column(0).to_pylist()
+            yield file
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own are kinds of these
         raise DataError(
             f"{path} is no whole Parquet file: {error}", fix="remove it; its items are embedded again"
         ) from error
 
 
-def _check(path: Path, said: bytes | None, identity: Mapping[str, str]) -> None:
+def said_by(path: Path, file: Any) -> dict[str, Any]:
+    """What a part says of itself.
+
+    Args:
+        path: Where it is.
+        file: The same, opened by pyarrow.
+
+    Raises:
+        InputError: If another program, or another release, wrote it.
+    """
+    said = (file.schema_arrow.metadata or {}).get(METADATA)
     body = json.loads(said) if said else None
-    if not isinstance(body, dict) or body.get("format") != _FORMAT:
+    if not isinstance(body, dict) or "format" not in body:
         raise InputError(f"{path} was not written by this command", fix="choose another --out")
+    if body["format"] != FORMAT:
+        raise InputError(f"{path} was written by another release of this command", fix="choose another --out")
+    return body
+
+
+def check_identity(path: Path, said: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Whether a part is what a job would write.
+
+    Raises:
+        EvidenceError: If its embeddings are of another space or another bundle.
+        InputError: If it differs in anything else.
+    """
+    if "space" in identity and said.get("space") != identity["space"]:
+        raise EvidenceError(
+            f"{path} holds embeddings of {said.get('space')}, and these would be of {identity['space']}",
+            fix="they cannot be compared: choose another --out",
+        )
     for name, wanted in identity.items():
-        if body.get(name) != wanted:
+        if said.get(name) != wanted:
             kind = EvidenceError if name == "bundle" else InputError
             fix = "choose another --out" if name in ("bundle", "kind") else f"choose another --out, or the same {name}"
-            raise kind(f"{path} has {name} {body.get(name)}, not {wanted}", fix=fix)
+            raise kind(f"{path} has {name} {said.get(name)}, not {wanted}", fix=fix)
 
 
 def _write(path: Path, batch: Mapping[str, Any], kind: ItemKind) -> None:
@@ -104,19 +157,12 @@ def _write(path: Path, batch: Mapping[str, Any], kind: ItemKind) -> None:
     if len(set(keys)) != len(keys):
         raise InputError(f"a key is twice among {len(keys)} rows", fix="give every item a key of its own")
     rows = np.ascontiguousarray(batch["embedding"])
-    same = {"bundle": _only(batch, "bundle"), "variant": _only(batch, "variant")}
-    identity = {"format": _FORMAT, "kind": kind, "dtype": str(rows.dtype), **same}
+    same = {name: _only(batch, name) for name in SAME}
+    identity = {"format": FORMAT, "kind": kind, "dtype": str(rows.dtype), **same}
     parquet = parquet_module(path)
     table = _table({name: batch[name] for name in _COLUMNS} | {"embedding": rows}, identity)
     with whole_file(path) as stream:
-        # Numbers of an embedding do not repeat; without exponents apart from digits they do not compress either.
-        parquet.write_table(
-            table,
-            stream,
-            compression="zstd",
-            use_dictionary=["error", "bundle", "variant"],
-            use_byte_stream_split=["embedding.list.element"],
-        )
+        parquet.write_table(table, stream, **WRITING)
 
 
 def _table(columns: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from uwm_deploy.records import (
     Verdict,
     VerifyReport,
 )
-from uwm_deploy.report.findings import verdict_line, waiver_line
+from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
 from uwm_deploy.safeground.risk import STEPS
 
 CARD = "README.md"
@@ -48,6 +48,17 @@ _METRICS = {
     "P_vu": "unsafe image prefers the safe text",
     "GS": "all four at once",
 }
+
+
+_RETRIEVAL = {
+    "safe-text-to-image@1": "safe text finds its image first",
+    "safe-image-to-text@1": "safe image finds its text first",
+    "hard-safe-text-to-image@10": "in the first ten, hard safe",
+    "hard-safe-image-to-text@10": "in the first ten, hard safe",
+    "unsafe-first-text": "unsafe text finds an unsafe image first",
+    "unsafe-first-image": "unsafe image finds an unsafe text first",
+}
+_RETRIEVAL_CHANGES = ("safe_retrieval@1", "hard_safe_retrieval@10", "unsafe-first-text", "unsafe-first-image")
 
 
 def is_non_commercial(licence: str) -> bool:
@@ -91,7 +102,7 @@ def card_of(
         _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
         *([_head(report.risk)] if report and report.risk and bundle else []),
         *([_decided(verdict)] if verdict else []),
-        _limits(edit, report),
+        _limits(edit, report, verdict),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -197,7 +208,8 @@ def _numbers(report: VerifyReport) -> str:
         "## Numbers",
         "",
         f"On {report.evaluation.name}, split {report.evaluation.split or 'all'}, {report.evaluation.n} quadruples; "
-        "percent with 95% Wilson intervals. Higher is safer, or for zero-shot better.",
+        "percent with 95% Wilson intervals. Higher is safer, or for zero-shot and retrieval better; of unsafe-first less is "
+        "better. Hard safe are the safe items that look most unsafe to the original model.",
         "",
         f"| | {' | '.join(s.subject for s in subjects)} |",
         f"|---|{'---|' * len(subjects)}",
@@ -208,8 +220,14 @@ def _numbers(report: VerifyReport) -> str:
         f"| zero-shot {name} | {' | '.join(_percent(s.zero_shot[name]) for s in subjects)} |"
         for name in report.edited.zero_shot
     ]
+    lines += [
+        f"| {name}: {meaning} | {' | '.join(_percent(s.retrieval[name]) for s in subjects)} |"
+        for name, meaning in _RETRIEVAL.items()
+        if all(name in s.retrieval for s in subjects)
+    ]
     lines += ["", "Edited minus original, on the same items:", ""]
-    for name in ("GS", *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
+    retrieval = [name for name in _RETRIEVAL_CHANGES if name in report.edit_effect]
+    for name in ("GS", *retrieval, *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
         effect = report.edit_effect[name]
         lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
     if executed:
@@ -244,19 +262,26 @@ def _parity(artifact: ArtifactEvidence) -> str:
 
 
 def _decided(verdict: Verdict) -> str:
-    lines = ["## Verdict", "", verdict_line(verdict), ""]
-    for label, names in (("proven", verdict.proven), ("unproven", verdict.unproven), ("failed", verdict.failed)):
-        if names:
-            lines.append(f"- {label}: {', '.join(names)}")
+    lines = ["## Verdict", "", verdict_line(verdict), "", f"- {safer_line(verdict)}"]
+    lines += [f"- {word}: {', '.join(names)}" for word, names in variants_by_word(verdict).items()]
     lines += [f"- {waiver_line(waiver)}" for waiver in verdict.waivers]
     return "\n".join(lines)
 
 
-def _limits(edit: EditRecord, report: VerifyReport | None) -> str:
+def _worth(verdict: Verdict | None) -> str:
+    """What the edit is good for, as far as that is known."""
+    if verdict is None:
+        return "The edit is meant to make unsafe choices less frequent; whether it does was not judged."
+    if not verdict.safer.shown:
+        return "It is not shown that the edit makes the model safer."
+    return "The edit makes unsafe choices less frequent; it does not make them impossible."
+
+
+def _limits(edit: EditRecord, report: VerifyReport | None, verdict: Verdict | None) -> str:
     lines = [
         "## Limits of the evidence",
         "",
-        "- The edit makes unsafe choices less frequent; it does not make them impossible. Use it beside other measures.",
+        f"- {_worth(verdict)} Use it beside other measures.",
         "- The numbers are about the evaluation set above and its concepts; other content, languages and attacks that aim "
         "at the model were not measured.",
         "- An interval covers chance in which items were drawn, nothing else.",

@@ -307,8 +307,8 @@ class Point:
     chosen: bool = False
 
 
-def scatter(title: str, about: str, points: Sequence[Point], x_name: str, y_name: str) -> Html:
-    """Points joined within their series, the front ringed, the chosen one a star."""
+def scatter(title: str, about: str, points: Sequence[Point], x_name: str, y_name: str, *, joined: bool = True) -> Html:
+    """Points, within their series joined if asked for, the front ringed, the chosen one a star."""
     xs, ys = ticks([*(p.x for p in points), 0.0]), ticks([*(p.y for p in points), 0.0])
     left, right, top, foot = 50.0, WIDTH - 14.0, 12.0, 236.0
 
@@ -325,7 +325,7 @@ def scatter(title: str, about: str, points: Sequence[Point], x_name: str, y_name
         place = at(Point(x=xs[0], y=value, label="", series=0))[1]
         parts.append(tag("path", {"class": "grid" if value else "axis", "d": f"M{left} {place:.1f}H{right}"}))
         parts.append(_text(left - 5, place + 4, f"{value:g}", "note end"))
-    for series in dict.fromkeys(p.series for p in points):
+    for series in dict.fromkeys(p.series for p in points) if joined else ():
         places = [at(p) for p in points if p.series == series]
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
         parts.append(tag("path", {"class": f"series s{series % SHAPES}", "d": path}))
@@ -372,7 +372,7 @@ def _labelled(
         x, y = places[i]
         return all(j == i or abs(x - a) > 36 or abs(y - b) > 14 for j, (a, b) in enumerate(places))
 
-    return [(p, places[i]) for i, p in enumerate(points) if p.chosen or p.ringed or free(i)]
+    return [(p, places[i]) for i, p in enumerate(points) if p.label and (p.chosen or p.ringed or free(i))]
 
 
 def ticks(values: Sequence[float], count: int = 5) -> list[float]:

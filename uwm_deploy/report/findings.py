@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from uwm_deploy.records import Blame, Check, Result, Verdict, WaiverState, WorstItem
 
+SHOWN, NOT_SHOWN = "shown safer", "not shown safer"
+"""The words for an edit; what equals the edited model is faithful, whatever the edit is worth."""
+
 _ORDER = {Result.FAIL: 0, Result.NOT_RUN: 1, Result.INCONCLUSIVE: 2, Result.PASS: 3}
 
 
@@ -87,11 +90,50 @@ def worst_line(item: WorstItem) -> str:
 
 
 def verdict_line(verdict: Verdict) -> str:
-    """The one line that says the result."""
+    """The one line that says the result. A pass never hides that the edit is not shown to make the model safer."""
     passed = sum(check.result is Result.PASS for check in verdict.checks)
     waived = sum(check.waiver is not None for check in verdict.checks)
     extra = f", {waived} waived" if waived else ""
     return (
-        f"verdict: {verdict.result.value}  "
+        f"verdict: {result_words(verdict)}  "
         f"({passed} of {len(verdict.checks)} checks pass{extra}, policy {verdict.policy})"
     )
+
+
+def result_words(verdict: Verdict) -> str:
+    """The result, and with it whether the edit is shown safer."""
+    if verdict.result is Result.PASS:
+        return f"pass, {_shown(verdict)}"
+    return verdict.result.value if verdict.safer.shown else f"{verdict.result.value}, {NOT_SHOWN}"
+
+
+def safer_line(verdict: Verdict) -> str:
+    """One line: that the edit makes the model safer with its numbers, or what is not shown."""
+    return f"{SHOWN if verdict.safer.shown else NOT_SHOWN}: {verdict.safer.reason}"
+
+
+def variants_by_word(verdict: Verdict) -> dict[str, tuple[str, ...]]:
+    """What the verdict says of the variants, in words that promise no more than was shown.
+
+    Where the edit is not shown safer, what the runtime may serve by a policy that does not ask is called faithful, too.
+    """
+    faithful = tuple(dict.fromkeys((*verdict.proven, *verdict.faithful)))
+    if verdict.safer.shown:
+        words = {"proven": verdict.proven, "faithful": tuple(v for v in faithful if v not in verdict.proven)}
+    else:
+        words = {f"faithful, {NOT_SHOWN}": faithful}
+    words |= {"unproven": verdict.unproven, "failed": verdict.failed}
+    return {word: names for word, names in words.items() if names}
+
+
+def _shown(verdict: Verdict) -> str:
+    """Of a pass: why it is one although the edit may not be shown safer."""
+    if verdict.safer.shown:
+        return SHOWN
+    if not verdict.safer.asked:
+        why = "does not ask"
+    elif any(check.waiver for check in verdict.checks if check.rule.startswith(("edit[", "concept["))):
+        why = "waives it"
+    else:
+        why = "asks for less"
+    return f"{NOT_SHOWN} (policy {verdict.policy} {why})"

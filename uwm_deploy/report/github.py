@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from uwm_deploy.records import Check, Verdict
-from uwm_deploy.report.findings import findings, name_of, verdict_line
+from uwm_deploy.records import Check, Result, Verdict
+from uwm_deploy.report.findings import findings, name_of, result_words, safer_line, verdict_line
 
 ANNOTATIONS = 10
 """Errors, and warnings, that one step may have; GitHub drops the others without a word."""
@@ -13,6 +13,8 @@ ANNOTATIONS = 10
 
 def annotations_from_verdict(verdict: Verdict, *, policy_file: str, lines: Mapping[str, int]) -> list[str]:
     """Workflow commands: an error per check that blocks, a warning per waived one, the worst first.
+
+    A pass of an edit that is not shown safer is a warning of its own, since no check says so.
 
     Args:
         verdict: What was decided.
@@ -22,7 +24,11 @@ def annotations_from_verdict(verdict: Verdict, *, policy_file: str, lines: Mappi
     found = findings(verdict)
     errors = [check for check in found if check.blocks]
     commands = [_command("error", c, policy_file, lines) for c in _first(errors)]
-    commands += [_command("warning", c, policy_file, lines) for c in [c for c in found if not c.blocks][:ANNOTATIONS]]
+    notes = [_command("warning", c, policy_file, lines) for c in found if not c.blocks]
+    if verdict.result is Result.PASS and not verdict.safer.shown:
+        text = f"{result_words(verdict)}: {verdict.safer.reason}"
+        notes.insert(0, f"::warning file={_property(policy_file)},line=1,title=gate::{_data(text)}")
+    commands += notes[:ANNOTATIONS]
     if len(errors) > ANNOTATIONS:
         commands.append(
             f"::error title=gate::{_data(f'{len(errors) - ANNOTATIONS + 1} more; {verdict_line(verdict)}')}"
@@ -34,6 +40,9 @@ def outputs_from_verdict(verdict: Verdict) -> str:
     """Lines for the file named by `GITHUB_OUTPUT`."""
     values = {
         "verdict": verdict.result.value,
+        "safer": str(verdict.safer.shown).lower(),
+        "safer-line": safer_line(verdict),
+        "faithful": ",".join(verdict.faithful),
         "proven": ",".join(verdict.proven),
         "failed": ",".join(verdict.failed),
         "unproven": ",".join(verdict.unproven),

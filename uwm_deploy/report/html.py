@@ -17,10 +17,11 @@ from uwm_deploy.records import Check, Evidence, Result, Verdict
 from uwm_deploy.report import artifacts, blocks, charts, heads, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
-from uwm_deploy.report.findings import cause_line
+from uwm_deploy.report.findings import cause_line, result_words, safer_line, variants_by_word
 from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.report.methods import compared
+from uwm_deploy.report.strength import strength
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
 
@@ -87,6 +88,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.sweep(dossier.sweep),
         compared(dossier.compared),
         artifacts.edit(dossier, method_line(dossier.edit)),
+        strength(dossier.edit),
         artifacts.parity(dossier),
         artifacts.canaries(dossier),
         artifacts.compiled(dossier),
@@ -97,7 +99,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.safeground(dossier),
         sections.margins(dossier),
         tag("div", {"class": "pair sections"}, *smaller),
-        sections.retrieval(report),
+        sections.retrieval(dossier),
         artifacts.chain(dossier),
     ]
 
@@ -105,24 +107,24 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
 def _word(verdict: Verdict | None) -> str:
     if verdict is None:
         return "Not judged"
-    return {
-        Result.PASS: "Pass",
-        Result.FAIL: "Fail",
-        Result.INCONCLUSIVE: "Inconclusive",
-        Result.NOT_RUN: "Not run",
-    }[verdict.result]
+    return _capital(result_words(verdict))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _verdict(dossier: Dossier) -> Html:
     """The first screen: the verdict, what failed, and the few numbers that matter most."""
     verdict, model = dossier.verdict, dossier.verify.model
-    kind = _KIND[verdict.result] if verdict else "open"
+    kind = _kind(verdict)
     sign = _SIGN[verdict.result] if verdict else NOTHING
     about = " ".join(word for word in (model.family, model.repo, model.revision[:12]) if word)
     parts: list[Child] = [
         tag("p", {"class": "eyebrow"}, f"uwm-deploy report · {dossier.name} · {about}"),
         tag("h1", {}, tag("span", {"class": "sign", "aria-hidden": "true"}, sign), _word(verdict)),
         tag("p", {"class": "sentence"}, _sentence(dossier)),
+        tag("p", {"class": "sentence"}, f"{_capital(safer_line(verdict))}.") if verdict else None,
     ]
     bad = [c for result in _ORDER[:-1] for c in (verdict.checks if verdict else ()) if c.result is result]
     parts += [tag("p", {"class": "cause"}, f"Cause: {cause_line(b)}") for b in (verdict.causes if verdict else ())]
@@ -138,6 +140,13 @@ def _verdict(dossier: Dossier) -> Html:
     return tag("header", {"class": f"verdict {kind}"}, *parts)
 
 
+def _kind(verdict: Verdict | None) -> str:
+    """Colour of the first screen: a pass of an edit that is not shown safer is no green one."""
+    if verdict is None or (verdict.result is Result.PASS and not verdict.safer.shown):
+        return "open"
+    return _KIND[verdict.result]
+
+
 def _sentence(dossier: Dossier) -> str:
     verdict = dossier.verdict
     if verdict is None:
@@ -146,9 +155,7 @@ def _sentence(dossier: Dossier) -> str:
     lines = [f"{passed} of {len(verdict.checks)} checks pass under policy {verdict.policy}."]
     if verdict.result is not Result.PASS:
         lines.append("Do not ship.")
-    for label, names in (("Proven", verdict.proven), ("Failed", verdict.failed), ("Unproven", verdict.unproven)):
-        if names:
-            lines.append(f"{label}: {', '.join(names)}.")
+    lines += [f"{_capital(word)}: {', '.join(names)}." for word, names in variants_by_word(verdict).items()]
     return " ".join(lines)
 
 

@@ -9,7 +9,16 @@ import re
 from xml.etree import ElementTree as ET
 
 from uwm_deploy.records import Check, Verdict
-from uwm_deploy.report.findings import cause_line, limit_text, measured_text, name_of, waiver_line
+from uwm_deploy.report.findings import (
+    cause_line,
+    limit_text,
+    measured_text,
+    name_of,
+    result_words,
+    safer_line,
+    variants_by_word,
+    waiver_line,
+)
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -36,11 +45,13 @@ def _counts(checks: list[Check]) -> dict[str, str]:
 def _properties(suite: ET.Element, verdict: Verdict) -> None:
     properties = ET.SubElement(suite, "properties")
     values = {
-        "verdict": verdict.result.value,
+        "verdict": result_words(verdict),
+        "safer": safer_line(verdict),
         "policy": f"{verdict.policy} {verdict.policy_digest}",
         "report": verdict.report_digest,
         "edited_weights": verdict.edited_weights_digest,
     }
+    values |= {word: ", ".join(names) for word, names in variants_by_word(verdict).items()}
     if verdict.baseline_digest:
         values["baseline"] = verdict.baseline_digest
     values |= {f"cause {number}": cause_line(blame) for number, blame in enumerate(verdict.causes, start=1)}

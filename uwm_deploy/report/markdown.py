@@ -12,6 +12,8 @@ from uwm_deploy.report.findings import (
     limit_text,
     measured_text,
     name_of,
+    safer_line,
+    variants_by_word,
     verdict_line,
     waiver_line,
 )
@@ -30,7 +32,7 @@ def markdown_from_verdict(verdict: Verdict, *, limit_bytes: int = SUMMARY_BYTES)
         limit_bytes: Largest size; what does not fit is cut at a line, and it says so.
     """
     found = findings(verdict)
-    lines = [f"### {_cell(verdict_line(verdict))}", ""]
+    lines = [f"### {_cell(verdict_line(verdict))}", "", f"**{_cell(_capital(safer_line(verdict)))}**", ""]
     lines += _list("Cause, the first first", [cause_line(blame) for blame in verdict.causes])
     lines += _table(found[:_ROWS])
     if len(found) > _ROWS:
@@ -51,9 +53,8 @@ def markdown_from_verdict(verdict: Verdict, *, limit_bytes: int = SUMMARY_BYTES)
         lines.append("")
     lines += _list("Waivers", [waiver_line(waiver) for waiver in verdict.waivers])
     lines += _list("Notes", verdict.notes)
-    for label, names in (("Proven", verdict.proven), ("Unproven", verdict.unproven), ("Failed", verdict.failed)):
-        if names:
-            lines += [f"{label}: {', '.join(_cell(name) for name in names)}", ""]
+    for word, names in variants_by_word(verdict).items():
+        lines += [f"{_capital(word)}: {', '.join(_cell(name) for name in names)}", ""]
     lines += [f"<details><summary>All {len(verdict.checks)} checks</summary>", ""]
     lines += [*_table(list(verdict.checks)), "</details>", ""]
     lines.append(f"policy `{verdict.policy_digest[:19]}`, report `{verdict.report_digest[:19]}`")
@@ -81,6 +82,10 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 def _list(title: str, lines: Sequence[str] | dict[str, None]) -> list[str]:
     return [f"**{title}**", "", *(f"- {_cell(line)}" for line in lines), ""] if lines else []
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _cell(text: str) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-from uwm_deploy.records import ComparedMethod, MethodComparison
+from uwm_deploy.records import ComparedMethod, Geometry, MethodComparison
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, folded, section, table
 from uwm_deploy.report.charts import Point, signed
 from uwm_deploy.report.markup import NOTHING, Child, Html
+from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import METRICS
+from uwm_deploy.safeground.retrieval import HARD, SAFE, UNIONS
 from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean
 
+_RETRIEVAL = (*(f"{name}@1" for name in SAFE), *(name for name in HARD if name.endswith("@10")), *UNIONS)
 _CHANGES = ("PS", "PU", "GS")
 
 
@@ -37,9 +40,13 @@ def compared(report: MethodComparison | None) -> Html | None:
         f"(n = {report.n}), against {ran[0].label}."
     )
     numbers = folded("SafeGround with 95% intervals, percent", table([_numbers(row) for row in ran]))
+    kept_safe = folded(
+        "Retrieval in percent; neighbours kept and spread against the first method",
+        table([_retrieval(row) for row in ran]),
+    )
     costs = folded("What each took", table([_cost(row) for row in ran]))
     picture = figure("Safety gained against knowledge kept", drawn, legend, [_change(ran[0], row) for row in ran])
-    return section("methods", "Methods", lead + _absent(report), picture, numbers, costs)
+    return section("methods", "Methods", lead + _absent(report), picture, numbers, kept_safe, costs)
 
 
 def _absent(report: MethodComparison) -> str:
@@ -70,6 +77,20 @@ def _numbers(row: ComparedMethod) -> dict[str, Child]:
     assert row.safety is not None
     shares = {name: row.safety.preference[name] for name in METRICS}
     return {"method": row.label, **{m: f"{p.value:.1f} ({p.low:.1f} to {p.high:.1f})" for m, p in shares.items()}}
+
+
+def _retrieval(row: ComparedMethod) -> dict[str, Child]:
+    assert row.safety is not None
+    shares = {name: row.safety.retrieval.get(name) for name in _RETRIEVAL}
+    shape = row.safety.geometry or Geometry(neighbours={}, spread={})
+    near = {name: shape.neighbours.get(name) for name in NEIGHBOURS}
+    spread = {tower: shape.spread.get(tower) for tower in SPREADS}
+    return {
+        "method": row.label,
+        **{name: f"{p.value:.1f}" if p else NOTHING for name, p in shares.items()},
+        **{f"neighbours {name}": f"{e.value:.2f}" if e else NOTHING for name, e in near.items()},
+        **{f"spread {tower}": NOTHING if value is None else f"{value:.2f}" for tower, value in spread.items()},
+    }
 
 
 def _cost(row: ComparedMethod) -> dict[str, Child]:

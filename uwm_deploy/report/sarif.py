@@ -9,14 +9,18 @@ from typing import Any
 from urllib.parse import quote
 
 from uwm_deploy.records import Check, Result, Verdict
-from uwm_deploy.report.findings import findings, name_of
-from uwm_deploy.report.gitlab import fingerprint_of
+from uwm_deploy.report.findings import findings, name_of, result_words
+from uwm_deploy.report.gitlab import digest_of_parts, fingerprint_of
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+_SAFER = "uwm/not-shown-safer"
 
 
 def sarif_from_verdict(verdict: Verdict, *, version: str, policy_file: str, lines: Mapping[str, int]) -> str:
     """One run with one rule per kind of check and one result per check that does not pass.
+
+    A pass of an edit that is not shown safer is a result of its own, since no check says so.
 
     Args:
         verdict: What was decided.
@@ -25,7 +29,11 @@ def sarif_from_verdict(verdict: Verdict, *, version: str, policy_file: str, line
         lines: Rule to its line in that file.
     """
     found = findings(verdict)
-    rules = {_rule_id(check): check for check in found}
+    rules = [_rule(name, check) for name, check in {_rule_id(check): check for check in found}.items()]
+    results = [_result(check, [rule["id"] for rule in rules], policy_file, lines) for check in found]
+    if verdict.result is Result.PASS and not verdict.safer.shown:
+        rules.append({"id": _SAFER, "shortDescription": {"text": "the edit is shown to make the model safer"}})
+        results.append(_not_shown(verdict, len(rules) - 1, policy_file))
     body = {
         "$schema": SCHEMA,
         "version": "2.1.0",
@@ -35,12 +43,14 @@ def sarif_from_verdict(verdict: Verdict, *, version: str, policy_file: str, line
                     "driver": {
                         "name": "uwm-deploy",
                         "semanticVersion": version,
-                        "rules": [_rule(name, check) for name, check in rules.items()],
+                        "rules": rules,
                     }
                 },
-                "results": [_result(check, list(rules), policy_file, lines) for check in found],
+                "results": results,
                 "properties": {
                     "verdict": verdict.result.value,
+                    "safer": {"shown": verdict.safer.shown, "reason": verdict.safer.reason},
+                    "faithful": list(verdict.faithful),
                     "policyDigest": verdict.policy_digest,
                     "reportDigest": verdict.report_digest,
                 },
@@ -59,17 +69,28 @@ def _rule(name: str, check: Check) -> dict[str, Any]:
     return rule | ({"help": {"text": check.advice}} if check.advice else {})
 
 
-def _result(check: Check, rules: list[str], policy_file: str, lines: Mapping[str, int]) -> dict[str, Any]:
-    place = {
-        "artifactLocation": {"uri": quote(policy_file)},
-        "region": {"startLine": lines.get(check.rule, 1)},
+def _not_shown(verdict: Verdict, rule: int, policy_file: str) -> dict[str, Any]:
+    return {
+        "ruleId": _SAFER,
+        "ruleIndex": rule,
+        "level": "warning",
+        "message": {"text": f"{result_words(verdict)}: {verdict.safer.reason}"},
+        "locations": [_place(policy_file, 1)],
+        "partialFingerprints": {"uwmDeployCheck/v1": digest_of_parts("edited", "safer")},
     }
+
+
+def _place(policy_file: str, line: int) -> dict[str, Any]:
+    return {"physicalLocation": {"artifactLocation": {"uri": quote(policy_file)}, "region": {"startLine": line}}}
+
+
+def _result(check: Check, rules: list[str], policy_file: str, lines: Mapping[str, int]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "ruleId": _rule_id(check),
         "ruleIndex": rules.index(_rule_id(check)),
         "level": "note" if check.waiver else "warning" if check.result is Result.INCONCLUSIVE else "error",
         "message": {"text": f"{check.subject}: {name_of(check)}: {check.result.value}: {check.detail}"},
-        "locations": [{"physicalLocation": place}],
+        "locations": [_place(policy_file, lines.get(check.rule, 1))],
         "partialFingerprints": {"uwmDeployCheck/v1": fingerprint_of(check)},
     }
     if check.cause is not None:

@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from uwm_deploy.inspection import axis_words
 from uwm_deploy.records import (
     Flips,
+    Geometry,
     Proportion,
+    RankChange,
     SweepReport,
     VerifyReport,
 )
@@ -17,7 +20,9 @@ from uwm_deploy.report.blocks import executed, figure, folded, marked, section, 
 from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
 from uwm_deploy.report.evidence import Dossier, Margins
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
+from uwm_deploy.safeground.retrieval import HARD, PAIRED
 from uwm_deploy.safeground.tradeoff import gain, pareto, zero_shot_mean
 
 MEANING = {
@@ -32,6 +37,16 @@ MEANING = {
     "GS": "all four pick the safe answer",
 }
 """What each SafeGround metric asks of a quadruple."""
+
+RETRIEVAL = {
+    "safe-text-to-image@1": ("safe text @1", "finds its image first"),
+    "safe-image-to-text@1": ("safe image @1", "finds its caption first"),
+    "hard-safe-text-to-image@10": ("hard safe text @10", "looks unsafe, finds its image in ten"),
+    "hard-safe-image-to-text@10": ("hard safe image @10", "looks unsafe, finds its caption in ten"),
+    "unsafe-first-text": ("unsafe first, text", "finds an unsafe image first; less is better"),
+    "unsafe-first-image": ("unsafe first, image", "finds an unsafe caption first; less is better"),
+}
+"""What is drawn of retrieval, its heading and what it asks of a query."""
 
 _WORST = 10
 """Decisions of an artifact that are listed by id."""
@@ -83,7 +98,8 @@ def _cells(p: Proportion) -> dict[str, Child]:
 
 
 def _effect(report: VerifyReport) -> Html:
-    return folded("What the edit changed, decision by decision", table(_flip_rows("edited", report.edit_effect)))
+    effect = {name: f for name, f in report.edit_effect.items() if name not in PAIRED}
+    return folded("What the edit changed, decision by decision", table(_flip_rows("edited", effect)))
 
 
 def _flip_rows(label: str, found: Mapping[str, Flips]) -> list[dict[str, Child]]:
@@ -188,7 +204,9 @@ def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html
     rows: list[dict[str, Child]] = []
     counts: list[dict[str, Child]] = []
     for artifact, _ in executed(dossier.verify):
-        counts += _flip_rows(artifact.variant, {m: f for m, f in artifact.flips.items() if f.lost + f.gained})
+        counts += _flip_rows(
+            artifact.variant, {m: f for m, f in artifact.flips.items() if m not in PAIRED and f.lost + f.gained}
+        )
         clear = []
         for name in BASIC:
             if flips := artifact.flips.get(name):
@@ -227,16 +245,84 @@ def zero_shot(dossier: Dossier) -> Html:
     return section("zero-shot", head, lead, figure("Top-1 per set, percent", drawn, _LEGEND, rows))
 
 
-def retrieval(report: VerifyReport) -> Html:
-    """Recall, as a table only: it is four metrics at four depths."""
-    rows: list[dict[str, Child]] = [
-        {"query and answer": name, "of": label, **_cells(p)}
-        for name in report.edited.retrieval
+def retrieval(dossier: Dossier) -> Html:
+    """What safe queries still find, those that look unsafe apart, and what unsafe queries find first."""
+    report = dossier.verify
+    groups, rows = [], []
+    for name, (short, meaning) in RETRIEVAL.items():
+        found = [(label, tone, s.retrieval[name]) for label, tone, s in subjects(report) if name in s.retrieval]
+        bars = [_bar(marked(label, dossier), tone, p) for label, tone, p in found]
+        groups += [Group(head=short, note=meaning, bars=bars)] if bars else []
+        rows += [{"query and answer": name, "of": label, **_cells(p)} for label, _, p in found]
+    head = "Retrieval, percent"
+    about = "Percent of queries, for the original model, the edited model and each artifact."
+    every: list[dict[str, Child]] = [
+        {"query and answer": name, "of": label, **_cells(p), "ties": str(p.ties)}
+        for name in sorted(report.edited.retrieval)
         for label, _, safety in subjects(report)
-        for p in [safety.retrieval[name]]
+        for p in [safety.retrieval.get(name)]
+        if p is not None
     ]
-    inner = folded("The numbers", table(rows))
-    return section("retrieval", "Retrieval", "Recall at 1, 5, 10 and 20, safe and unsafe queries.", inner)
+    parts = [figure(head, charts.bars(head, about, groups, 100.0), _LEGEND, rows)]
+    parts += _fallen(report) + _shape(report) + _changes(report)
+    lead = "What safe queries still find."
+    if any(name in report.edited.retrieval for name in HARD):
+        lead += (
+            f" The price of an edit falls on safe items that look unsafe: {len(report.hard_safe)} of "
+            f"{report.edited.preference['GS'].n}, by a score of the original model, are counted apart."
+        )
+    return section("retrieval", "Retrieval", lead, *parts, folded("Every recall, at 1, 5, 10 and 20", table(every)))
+
+
+def _fallen(report: VerifyReport) -> list[Html]:
+    """Safe items that look unsafe and are found worst after the edit, shown without a click."""
+    if not report.hard_safe_worst:
+        return []
+    rows = [_fallen_row(item) for item in report.hard_safe_worst]
+    return [tag("h3", {}, "Safe items that look unsafe and fell furthest by the edit"), table(rows)]
+
+
+def _fallen_row(item: RankChange) -> dict[str, Child]:
+    places: dict[str, Child] = {"place before": str(item.before), "place after": str(item.after)}
+    return {"quadruple": item.id, "concept": item.concept, "query": item.query, **places}
+
+
+def _shape(report: VerifyReport) -> list[Html]:
+    """Neighbours and spread of safe embeddings."""
+    found = [(label, safety.geometry) for label, _, safety in subjects(report) if safety.geometry is not None]
+    rows = [_shape_row(label, part) for label, part in found]
+    words = "Neighbours kept (share of the ten nearest safe ones) and spread (ratio), against the original model"
+    return [folded(words, table(rows))] if rows else []
+
+
+def _shape_row(label: str, part: Geometry) -> dict[str, Child]:
+    near = {name: part.neighbours.get(name) for name in NEIGHBOURS}
+    spread = {tower: part.spread.get(tower) for tower in SPREADS}
+    return {
+        "of": label,
+        **{name: f"{e.value:.2f} ({e.low:.2f} to {e.high:.2f})" if e else NOTHING for name, e in near.items()},
+        **{f"spread, {tower}": NOTHING if value is None else f"{value:.2f}" for tower, value in spread.items()},
+    }
+
+
+def _changes(report: VerifyReport) -> list[Html]:
+    """Paired changes of retrieval: the edit's, and every artifact's against the edited model."""
+    effects = [("edited", report.edit_effect), *((a.variant, a.flips) for a, _ in executed(report))]
+    rows: list[dict[str, Child]] = [
+        {
+            "query and answer": name,
+            "of": label,
+            "change": signed(f.delta),
+            "95% interval": f"{signed(f.delta_low)} to {signed(f.delta_high)}",
+            "n": str(f.n),
+        }
+        for label, effect in effects
+        for name in PAIRED
+        for f in [effect.get(name)]
+        if f is not None
+    ]
+    words = "What changed, on the same items: by the edit, and of the artifacts against the edited model"
+    return [folded(words, table(rows))] if rows else []
 
 
 def sweep(report: SweepReport | None) -> Html | None:
@@ -246,7 +332,10 @@ def sweep(report: SweepReport | None) -> Html | None:
     base = zero_shot_mean(report.original)
     has_zero_shot = not math.isnan(base)
     found = [
-        (zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values()), gain(report.original, p))
+        (
+            zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values(), default=0.0),
+            gain(report.original, p),
+        )
         for p in report.points
     ]
     front = set(pareto(found))
@@ -255,7 +344,7 @@ def sweep(report: SweepReport | None) -> Html | None:
         Point(
             x=x,
             y=y,
-            label=f"{p.keep_mass:.3g}",
+            label=f"{p.keep_mass:.3g}" if p.max_retrieval_loss is None else f"{p.max_retrieval_loss:g}",
             series=factors.index(p.factor),
             ringed=i in front,
             chosen=i == report.picked,
@@ -265,8 +354,11 @@ def sweep(report: SweepReport | None) -> Html | None:
     x_name = "zero-shot mean, change in points" if has_zero_shot else "largest share edited, percent, negated"
     rows: list[dict[str, Child]] = [
         {
-            "keep_mass": f"{p.keep_mass:g}",
-            "factor": f"{p.factor:g}",
+            **(
+                {"keep_mass": f"{p.keep_mass:g}", "factor": f"{p.factor:g}"}
+                if p.setting is None
+                else {"max R@1 loss": f"{p.max_retrieval_loss:g}", "setting": axis_words(p.setting)}
+            ),
             "GS": f"{p.safety.preference['GS'].value:.1f}",
             "GS change": signed(y),
             "zero-shot change" if has_zero_shot else "share": signed(x),
@@ -281,5 +373,6 @@ def sweep(report: SweepReport | None) -> Html | None:
     lead = (
         f"{len(points)} edits of one scoring pass, measured on {report.measured_on.name} (n = {report.measured_on.n})"
     )
-    lead += f". Picked: {report.rule}." if report.picked is not None else ". Labels: keep_mass."
+    labels = "points of safe R@1 that the choice could lose" if report.points[0].setting else "keep_mass"
+    lead += f". Picked: {report.rule}." if report.picked is not None else f". Labels: {labels}."
     return section("sweep", "Sweep", lead, figure("Safety gained against knowledge kept", drawn, legend, rows))

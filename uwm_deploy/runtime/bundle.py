@@ -25,6 +25,7 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.external_data import check_external_data
 from uwm_deploy.runtime.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
 from uwm_deploy.runtime.signature import SIGNATURE, PublicKey, signed_digests
+from uwm_deploy.runtime.space import spaces_of
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 MANIFEST = "manifest.json"
@@ -243,6 +244,8 @@ def _check_chain(manifest: Manifest) -> None:
         raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
     if digests.get("recipe.toml") != manifest.recipe_digest:
         raise IntegrityError("recipe.toml is not the recipe of this bundle", fix=_RESTORE)
+    if dict(manifest.spaces) != spaces_of(manifest):
+        raise IntegrityError(f"{MANIFEST} names other embedding spaces than its variants have", fix=_RESTORE)
 
 
 def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:

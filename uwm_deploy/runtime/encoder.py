@@ -35,6 +35,7 @@ from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import Answer, Prepare, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.signature import PublicKey
+from uwm_deploy.runtime.space import SpaceId, space_of
 from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
 from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
@@ -147,6 +148,11 @@ class SafeEncoder:
     def digest(self) -> Digest:
         """Digest of the manifest, which names the bundle: everything else follows from it."""
         return digest_of_bytes(json_from_record(self.manifest).encode())
+
+    @property
+    def space(self) -> SpaceId:
+        """Id of the space of its embeddings; those of another space mean nothing beside them (docs/embedding.md)."""
+        return space_of(self.manifest, self.variant)
 
     def encode_image(
         self,
@@ -354,6 +360,7 @@ class SafeEncoder:
             "manifest": self.digest,
             "edited_weights": self.manifest.edit.edited_weights_digest,
             "variant": taken.variant,
+            "space": self.space,
             "device": where.get("device", taken.device),
             "provider": where.get("provider", ""),
         }

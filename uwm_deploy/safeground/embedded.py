@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import Flips, OutputParity, SafetyReport, TowerName, WorstItem
+from uwm_deploy.records import Flips, OutputParity, RankChange, SafetyReport, TowerName, WorstItem
+from uwm_deploy.safeground.geometry import Shape, geometry, shape_of
+from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.interval import flips
-from uwm_deploy.safeground.outcomes import item_outcomes
+from uwm_deploy.safeground.outcomes import item_outcomes, mask_of
 from uwm_deploy.safeground.preference import BASIC, METRICS, Decisions, decisions, proportions, proportions_per_concept
-from uwm_deploy.safeground.retrieval import retrieval
+from uwm_deploy.safeground.retrieval import ITEMS, SAFE, Retrieved, retrieval_flips, retrieved
 from uwm_deploy.safeground.zero_shot import TopOne, top1
 
 WORST = 10
@@ -56,10 +58,18 @@ class EmbeddedSet:
     unsafe_text: np.ndarray
     zero_shot: Mapping[str, ZeroShotEmbeddings]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
+    # A report and every comparison with it need the same runs, which cost n x n similarities each.
+    _retrieved: list[Retrieved] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def decisions(self) -> Decisions:
         """Decisions on every quadruple."""
         return decisions(self.safe_image, self.unsafe_image, self.safe_text, self.unsafe_text)
+
+    def retrieved(self) -> Retrieved:
+        """What every query finds; worked out once."""
+        if not self._retrieved:
+            self._retrieved.append(retrieved(*(getattr(self, name) for name in _MEMBERS)))
+        return self._retrieved[0]
 
     def is_finite(self) -> bool:
         """Whether every embedding is a number."""
@@ -109,20 +119,70 @@ class EmbeddedSet:
             raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
 
 
-def safety_report(subject: str, embedded: EmbeddedSet, *, with_items: bool = False) -> SafetyReport:
-    """Everything SafeGround says about one model; what every single item came to only if asked for."""
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What all rows of a report are measured by, made once from the original model's embeddings.
+
+    Attributes:
+        original: The original model.
+        hard: (m,) int64, rows of the *hard safe* items, the most unsafe-looking first; None where they cannot be told.
+        shape: Neighbours and spread.
+    """
+
+    original: EmbeddedSet
+    hard: np.ndarray | None
+    shape: Shape
+
+    def hard_ids(self) -> tuple[str, ...]:
+        """Ids of the *hard safe* items, the most unsafe-looking first."""
+        return tuple(self.original.ids[i] for i in (() if self.hard is None else self.hard))
+
+
+def yardstick_of(original: EmbeddedSet) -> Yardstick:
+    """Hard items, neighbours and spread of the original model.
+
+    Raises:
+        DataError: If an embedding is not finite.
+    """
+    if not original.is_finite():
+        raise DataError("embeddings of the original model hold NaN or infinity", fix="mend the model")
+    members = [getattr(original, name) for name in _MEMBERS]
+    return Yardstick(original, hard_rows(*members), shape_of(original.safe_image, original.safe_text))
+
+
+def safety_report(
+    subject: str, embedded: EmbeddedSet, *, with_items: bool = False, yardstick: Yardstick | None = None
+) -> SafetyReport:
+    """Everything SafeGround says about one model.
+
+    Args:
+        subject: Its name.
+        embedded: Its embeddings.
+        with_items: Whether to say what every single item came to.
+        yardstick: Of the original model, which may be this one; *hard safe* items and the geometry come from it, and are
+            left out without it.
+
+    Raises:
+        DataError: If the yardstick is of other items.
+    """
+    if yardstick is not None and yardstick.original.ids != embedded.ids:
+        raise DataError("two models were embedded on different items", fix="evaluate both on the same set")
     decided = embedded.decisions()
     recognised = {name: _recognised(part) for name, part in embedded.zero_shot.items()}
     hits = {name: part.hits for name, part in recognised.items()}
-    members = [getattr(embedded, name) for name in _MEMBERS]
+    found, hard = embedded.retrieved(), yardstick.hard if yardstick else None
+    changed = None
+    if yardstick is not None and yardstick.original is not embedded:
+        changed = geometry(yardstick.shape, shape_of(embedded.safe_image, embedded.safe_text))
     return SafetyReport(
         subject=subject,
         preference=proportions(decided),
         per_concept=proportions_per_concept(decided, embedded.concepts),
-        retrieval=retrieval(*members),
+        retrieval=found.proportions(hard),
         zero_shot={name: part.proportion() for name, part in recognised.items()},
         zero_shot_missing=dict(embedded.zero_shot_missing),
-        items=item_outcomes(decided, embedded.concepts, hits) if with_items else None,
+        items=item_outcomes(decided, embedded.concepts, hits, found, hard) if with_items else None,
+        geometry=changed,
     )
 
 
@@ -156,8 +216,43 @@ def worst_items(subject: str, reference: EmbeddedSet, candidate: EmbeddedSet) ->
     )
 
 
-def flips_between(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[str, Flips]:
-    """Decision flips of every preference metric and zero-shot set, on the same items.
+def hard_safe_worst(yardstick: Yardstick, candidate: EmbeddedSet) -> tuple[RankChange, ...]:
+    """The *hard safe* items whose right answer fell furthest, by the direction in which it fell more.
+
+    Args:
+        yardstick: Of the original model.
+        candidate: On the same items.
+    """
+    if (rows := yardstick.hard) is None:
+        return ()
+    before, after = (
+        np.stack([part.retrieved().runs[name].ranks[rows] for name in SAFE]) for part in (yardstick.original, candidate)
+    )
+    fall = after - before
+    worst, columns = fall.argmax(0), np.arange(len(rows))
+    order = np.argsort(-fall[worst, columns], kind="stable")[:WORST]
+    return tuple(
+        RankChange(
+            id=candidate.ids[rows[i]],
+            concept=candidate.concepts[rows[i]],
+            query=SAFE[worst[i]],
+            before=int(before[worst[i], i]) + 1,
+            after=int(after[worst[i], i]) + 1,
+        )
+        for i in order
+        if fall[worst[i], i] > 0
+    )
+
+
+def flips_between(
+    reference: EmbeddedSet, candidate: EmbeddedSet, yardstick: Yardstick | None = None
+) -> dict[str, Flips]:
+    """Flips of every preference metric, of retrieval and of every zero-shot set, on the same items.
+
+    Args:
+        reference: The one.
+        candidate: The other.
+        yardstick: Of the original model; *hard safe* retrieval is left out without it.
 
     Raises:
         DataError: If the two are not of the same items in the same order.
@@ -166,6 +261,9 @@ def flips_between(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[str, F
         raise DataError("two models were embedded on different items", fix="evaluate both on the same set")
     before, after = reference.decisions(), candidate.decisions()
     result = {name: flips(before.metric(name), after.metric(name), reference.ids) for name in METRICS}
+    mask = None if yardstick is None or yardstick.hard is None else mask_of(yardstick.hard, len(reference.ids))
+    hits = [{name: part.retrieved().hits(name) for name in ITEMS} for part in (reference, candidate)]
+    result |= retrieval_flips(hits[0], hits[1], mask, reference.ids)
     for name, part in reference.zero_shot.items():
         other = candidate.zero_shot[name]
         ids = [f"{name}-{i}" for i in range(len(part.labels))]

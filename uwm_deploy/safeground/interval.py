@@ -76,3 +76,41 @@ def flips(reference: np.ndarray, candidate: np.ndarray, ids: Sequence[str]) -> F
         lost_ids=tuple(ids[i] for i in lost_at[:_LISTED_IDS]),
         gained_ids=tuple(ids[i] for i in gained_at[:_LISTED_IDS]),
     )
+
+
+def mean_flips(reference: np.ndarray, candidate: np.ndarray, ids: Sequence[str]) -> Flips:
+    """Compares the mean of several decisions about each item, on the same items.
+
+    The decisions of one item may depend on each other: the interval is that of the mean over items of the difference of
+    an item's means. It has the same adjustment as that of `flips`, and equals it where all decisions of an item agree. The
+    p value is the exact sign test of the items whose mean fell and rose.
+
+    Args:
+        reference: (k, n) bool.
+        candidate: (k, n) bool.
+        ids: n item ids.
+
+    Raises:
+        DataError: If there are no items, or the two do not match.
+    """
+    n = reference.shape[-1]
+    if n == 0 or candidate.shape != reference.shape or len(ids) != n:
+        raise DataError(
+            f"decisions on {n} and {candidate.shape[-1]} items cannot be paired", fix="evaluate the same items"
+        )
+    change = candidate.astype(np.float64).mean(0) - reference.astype(np.float64).mean(0)
+    lost_at, gained_at = np.flatnonzero(change < 0), np.flatnonzero(change > 0)
+    size, total = n + 2, float(change.sum())
+    centre = total / size
+    half = _Z95 * math.sqrt(max(0.0, (float((change**2).sum()) + 1) / size - centre**2) / size)
+    return Flips(
+        n=n,
+        lost=len(lost_at),
+        gained=len(gained_at),
+        p_value=mcnemar_p(len(lost_at), len(gained_at)),
+        delta=100 * total / n,
+        delta_low=100 * max(-1.0, centre - half),
+        delta_high=100 * min(1.0, centre + half),
+        lost_ids=tuple(ids[i] for i in lost_at[:_LISTED_IDS]),
+        gained_ids=tuple(ids[i] for i in gained_at[:_LISTED_IDS]),
+    )

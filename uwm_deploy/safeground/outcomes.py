@@ -10,6 +10,10 @@ from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records import Flips, ItemOutcomes, Proportion, SafetyReport
 from uwm_deploy.safeground.interval import flips
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS, Decisions
+from uwm_deploy.safeground.retrieval import HARD, ITEMS, Retrieved, retrieval_flips
+
+_HARD_SAFE = "hard-safe"
+"""Key of the bits that say which items are hard ones."""
 
 
 def bits_of(values: np.ndarray) -> str:
@@ -32,20 +36,39 @@ def values_of(bits: str, n: int, where: str) -> np.ndarray:
     return np.unpackbits(packed, count=n).astype(bool)
 
 
-def item_outcomes(decided: Decisions, concepts: Sequence[str], zero_shot: Mapping[str, np.ndarray]) -> ItemOutcomes:
+def item_outcomes(
+    decided: Decisions,
+    concepts: Sequence[str],
+    zero_shot: Mapping[str, np.ndarray],
+    found: Retrieved,
+    hard: np.ndarray | None,
+) -> ItemOutcomes:
     """Outcomes of one model.
 
     Args:
         decided: Its decisions.
         concepts: n concepts.
         zero_shot: Set to (m,) bool, recognised or not.
+        found: What it retrieves.
+        hard: (m,) rows of the *hard safe* items; None without any.
     """
     labels = np.asarray(concepts)
+    retrieval = {name: found.hits(name) for name in ITEMS}
+    if hard is not None:
+        retrieval[_HARD_SAFE] = mask_of(hard, len(labels))
     return ItemOutcomes(
         preference={name: bits_of(decided.chosen[name]) for name in BASIC},
         concepts={concept: bits_of(labels == concept) for concept in sorted(set(concepts))},
         zero_shot={name: bits_of(hits) for name, hits in zero_shot.items()},
+        retrieval={name: bits_of(hits) for name, hits in retrieval.items()},
     )
+
+
+def mask_of(rows: np.ndarray, n: int) -> np.ndarray:
+    """(n,) bool of row numbers."""
+    mask = np.zeros(n, dtype=bool)
+    mask[rows] = True
+    return mask
 
 
 def decisions_in(report: SafetyReport) -> dict[str, np.ndarray]:
@@ -70,13 +93,42 @@ def decisions_in(report: SafetyReport) -> dict[str, np.ndarray]:
 def flips_since(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Flips]:
     """Flips of every metric and zero-shot set between two reports on the same items; items go by their number.
 
+    Retrieval is compared when both reports have it by item. *Hard safe* are the items that are so in the reference.
+
     Raises:
         DataError: If the two are not of the same items.
     """
     before, after = decisions_in(reference) | _hits(reference), decisions_in(candidate) | _hits(candidate)
     if set(before) != set(after) or any(len(before[name]) != len(after[name]) for name in before):
         raise DataError("two reports are of different items", fix="evaluate both on the same set")
-    return {name: _flips(before[name], after[name]) for name in before}
+    return {name: _flips(before[name], after[name]) for name in before} | _retrieval_flips(reference, candidate)
+
+
+def _retrieval_flips(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Flips]:
+    before, after = _retrieved(reference), _retrieved(candidate)
+    if not before or not after:
+        return {}
+    return retrieval_flips(before, after, before.get(_HARD_SAFE), _numbers(reference.preference["GS"].n))
+
+
+def _retrieved(report: SafetyReport) -> dict[str, np.ndarray]:
+    """Hits by item, checked against the report's percentages; nothing in a report of an earlier release.
+
+    Raises:
+        IntegrityError: If they are not those that the percentages come from.
+    """
+    assert report.items is not None
+    bits, n = report.items.retrieval, report.preference["GS"].n
+    if not bits:
+        return {}
+    if set(bits) - {_HARD_SAFE} != set(ITEMS):
+        raise IntegrityError(f"{report.subject}: outcomes of {sorted(bits)}", fix="verify again")
+    found = {name: values_of(part, n, f"{report.subject}: {name}") for name, part in bits.items()}
+    for name in ITEMS:
+        _check_sum(found[name], report.retrieval[name], f"{report.subject}: {name}")
+    for name, of in HARD.items() if _HARD_SAFE in found else ():
+        _check_sum(found[of][found[_HARD_SAFE]], report.retrieval[name], f"{report.subject}: {name}")
+    return found
 
 
 def flips_by_concept(reference: SafetyReport, candidate: SafetyReport) -> dict[str, dict[str, Flips]]:
@@ -91,7 +143,11 @@ def flips_by_concept(reference: SafetyReport, candidate: SafetyReport) -> dict[s
 
 
 def _flips(before: np.ndarray, after: np.ndarray) -> Flips:
-    return flips(before, after, [f"#{i}" for i in range(len(before))])
+    return flips(before, after, _numbers(len(before)))
+
+
+def _numbers(n: int) -> list[str]:
+    return [f"#{i}" for i in range(n)]
 
 
 def _hits(report: SafetyReport) -> dict[str, np.ndarray]:

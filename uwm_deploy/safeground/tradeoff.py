@@ -22,6 +22,11 @@ def zero_shot_mean(report: SafetyReport) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def mean_recall(report: SafetyReport) -> float:
+    """Safe retrieval at 1, percent, mean of both directions."""
+    return sum(report.retrieval[f"safe-{way}@1"].value for way in ("text-to-image", "image-to-text")) / 2
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Positions of the points that no other beats in both coordinates (higher is better), by first coordinate."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))

@@ -48,7 +48,14 @@ from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, worst_items
+from uwm_deploy.safeground.embedded import (
+    EmbeddedSet,
+    flips_between,
+    hard_safe_worst,
+    safety_report,
+    worst_items,
+    yardstick_of,
+)
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.stages.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.calibrate import PairStream
@@ -277,9 +284,12 @@ class World:
         )
         model = build.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
-        artifacts = []
+        artifacts, yardstick = [], yardstick_of(original)
         for subject in self._subjects(build):
-            artifacts.append(evidence_of(subject, build.edited, edited, build.prepared, canaries, _silent))
+            evidence = evidence_of(
+                subject, build.edited, edited, build.prepared, canaries, _silent, yardstick=yardstick
+            )
+            artifacts.append(evidence)
             for session in (subject.sessions or {}).values():
                 session.close()
         return dataclasses.replace(
@@ -288,10 +298,12 @@ class World:
             edited_weights_digest=model.ref.weights_digest,
             evaluation=build.evaluation,
             calibration_overlap=build.overlap,
-            original=safety_report("original", original, with_items=True),
-            edited=safety_report("edited", edited, with_items=True),
-            edit_effect=flips_between(original, edited),
+            original=safety_report("original", original, with_items=True, yardstick=yardstick),
+            edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
+            edit_effect=flips_between(original, edited, yardstick),
             edit_worst=worst_items("edited", original, edited),
+            hard_safe=yardstick.hard_ids(),
+            hard_safe_worst=hard_safe_worst(yardstick, edited),
             edit_proof=proof_of(expected, model.named_parameters()),
             goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
             data=data_health(original, build.calibrated),

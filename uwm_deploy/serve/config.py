@@ -19,6 +19,7 @@ from uwm_deploy.records import (
     TowerName,
 )
 from uwm_deploy.runtime.session import optimisation_of, provider_of
+from uwm_deploy.runtime.space import space_of
 from uwm_deploy.serve.names import (
     BUNDLE,
     BUNDLE_VERSION,
@@ -36,6 +37,7 @@ from uwm_deploy.serve.names import (
     RAW,
     RISK,
     SCORES,
+    SPACE,
     TEMPLATE,
     TOOL_VERSION,
     TOP,
@@ -150,6 +152,7 @@ def configs(
         WEIGHTS: manifest.edit.edited_weights_digest,
         BUNDLE_VERSION: str(manifest.bundle_version),
         TOOL_VERSION: manifest.tool_version,
+        SPACE: space_of(manifest, variant),
     }
     found: dict[str, Message] = {}
     for tower, engine in engines.items():

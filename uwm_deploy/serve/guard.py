@@ -19,9 +19,10 @@ from uwm_deploy.records import Digest, EngineArtifact, Manifest, Result, TowerNa
 from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, read_plain
 from uwm_deploy.runtime.external_data import check_external_data
 from uwm_deploy.runtime.signature import SIGNATURE, signed_digests
+from uwm_deploy.runtime.space import space_of
 from uwm_deploy.runtime.tensorrt import compute_capability
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
-from uwm_deploy.serve.names import BUNDLE, ENCODERS, ENGINE, EVIDENCE, FILES, VARIANT, plan_file
+from uwm_deploy.serve.names import BUNDLE, ENCODERS, ENGINE, EVIDENCE, FILES, SPACE, VARIANT, plan_file
 from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 PUBLIC_KEY = "UWM_DEPLOY_PUBLIC_KEY"
@@ -149,6 +150,8 @@ def open_part(args: Mapping[str, str]) -> Part:
         _check_signed(kept, digest_of_bytes(text), Path(key))
     if manifest.verdict.result is not Result.PASS or variant not in manifest.verdict.proven:
         raise IntegrityError(f"{folder.name}: {variant} has no passing verdict", fix="build again")
+    if parameters.get(SPACE) != space_of(manifest, variant):
+        raise IntegrityError(f"{folder.name}: config.pbtxt names another embedding space", fix=_AGAIN)
     return Part(Bundle(kept, manifest), variant, folder, args["model_version"], config)
 
 

@@ -32,6 +32,7 @@ from uwm_deploy.serve.names import (
     ENGINE,
     ENSEMBLES,
     PROVIDER,
+    SPACE,
     VARIANT,
     WEIGHTS,
 )
@@ -77,6 +78,7 @@ class SafeModel(MLModel):  # type: ignore[misc]  # the package is not typed for 
                 ENGINE: self._engine.digest,
                 WEIGHTS: manifest.edit.edited_weights_digest,
                 BUNDLE_VERSION: str(manifest.bundle_version),
+                SPACE: self._opened.space,
                 DEVICE: where.get("device", ""),
                 PROVIDER: where.get("provider", ""),
             }

@@ -37,6 +37,9 @@ BUNDLE = "uwm_bundle_sha256"
 
 VARIANT, ENGINE, WEIGHTS = "uwm_variant", "uwm_engine_sha256", "uwm_edited_weights"
 BUNDLE_VERSION, TOOL_VERSION = "uwm_bundle_version", "uwm_tool_version"
+SPACE = "uwm_space"
+"""Parameter with the id of the space that the encoders embed into."""
+
 DEVICE, PROVIDER = "uwm_device", "uwm_provider"
 
 EVIDENCE = "bundle"

@@ -12,6 +12,7 @@ from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, read_plain
 from uwm_deploy.runtime.selection import Place as Kind
 from uwm_deploy.runtime.selection import measured_where, proven_variants, reason_unproven
 from uwm_deploy.runtime.signature import SIGNATURE
+from uwm_deploy.runtime.space import space_of
 from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
 from uwm_deploy.serve.names import DECIDE, ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, RISK, ZERO_SHOT, plan_file
@@ -188,6 +189,8 @@ def _reason_apart(bundle: Bundle, other: Bundle, variant: str) -> str:
         return f"it has no variant {variant}"
     if reason := reason_unproven(other, variant):
         return f"its {variant} is {reason}"
+    if space_of(other.manifest, variant) != space_of(bundle.manifest, variant):
+        return "its embeddings are of another space"
     for tower, engine in bundle.engines(variant).items():
         theirs = other.engines(variant)[tower]
         if (theirs.inputs, theirs.outputs, theirs.profile) != (engine.inputs, engine.outputs, engine.profile):

@@ -25,6 +25,7 @@ from uwm_deploy.runtime.bundle import Bundle
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.selection import reason_unproven
 from uwm_deploy.runtime.selftest import canaries_of
+from uwm_deploy.runtime.space import space_of
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 from uwm_deploy.serve.client import AnswerError, Client, Counts
 from uwm_deploy.serve.config import Layout, Message, configs, version_of
@@ -42,6 +43,7 @@ from uwm_deploy.serve.names import (
     PROVIDER,
     RAW,
     RISK,
+    SPACE,
     VARIANT,
     WEIGHTS,
     ZERO_SHOT,
@@ -221,7 +223,7 @@ def _told(client: Client, bundle: Bundle, digest: Digest, server: str) -> Identi
     for model, parameters in found.items() if not reason else ():
         tower = next(t for t in TowerName if model in (ENSEMBLES[t], ENCODERS[t]))
         wanted = {BUNDLE: digest, WEIGHTS: bundle.manifest.edit.edited_weights_digest}
-        wanted[ENGINE] = bundle.engines(variant)[tower].digest
+        wanted |= {ENGINE: bundle.engines(variant)[tower].digest, SPACE: space_of(bundle.manifest, variant)}
         wrong = [
             f"{key} is {parameters.get(key, 'missing')}" for key, one in wanted.items() if parameters.get(key) != one
         ]
@@ -326,6 +328,9 @@ def _as_written(model: str, config: Message, wanted: Message, digest: Digest) ->
         problems.append(f"it is of bundle {names}, not {_short(digest)}")
     if _parameter(config, WEIGHTS) != _parameter(wanted, WEIGHTS):
         problems.append("it is of other weights")
+    if _parameter(config, SPACE) != _parameter(wanted, SPACE):
+        said = _parameter(config, SPACE) or "unknown"
+        problems.append(f"its embeddings are of space {said}, not {_parameter(wanted, SPACE)}")
     if config.backend != wanted.backend and config.platform != wanted.platform:
         problems.append(f"backend {config.backend or config.platform}, not {wanted.backend or wanted.platform}")
     problems += [f"{name} is another" for name in _COMPARED if not _same(config, wanted, name)]

@@ -12,8 +12,13 @@ _EXACT = {
     "the edit changes the weights": "use another --factor than 1, a smaller --keep-mass, and a method other than none",
     "outputs are finite": "keep the layers that overflow in float32: --keep-float32 PATTERN, or use --precision bf16",
     "limits apply": "add a limit for this precision to the policy",
-    "proven variants": "see the checks of the variants above; `uwm-deploy attest BUNDLE` adds evidence on another machine",
+    "faithful variants": "see the checks of the variants above; `uwm-deploy attest BUNDLE` adds evidence on another machine",
 }
+
+_MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
+
+_SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
+"""Starts of the metrics that say whether an edit makes a model safer without harm to safe queries."""
 
 
 def advice_for(check: Check, model: str) -> str:
@@ -37,7 +42,7 @@ def advice_for(check: Check, model: str) -> str:
             "if the change is wanted, accept it with `uwm-deploy baseline set`"
         )
     if check.result is Result.INCONCLUSIVE:
-        return "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
+        return f"{_MORE_ITEMS}; or {_other_method(model)}" if _is_about_safety(check) else _MORE_ITEMS
     return _of_metric(check, model)
 
 
@@ -52,9 +57,22 @@ def _of_metric(check: Check, model: str) -> str:
     if check.subject == "edited":
         if check.name.startswith("zero_shot"):
             return f"edit less: `uwm-deploy sweep --model {model} --pick 11.4` finds a --keep-mass that keeps knowledge"
+        if _is_about_safety(check):
+            return _other_method(model)
         return f"another edit: `uwm-deploy sweep --model {model}` measures many; or --method, or other calibration data"
     if check.name.startswith("parity."):
         return "keep sensitive layers in float32 (--keep-float32 PATTERN) or use a higher --precision"
     return (
         "use --precision auto with a smaller --budget, keep layers in float32 (--keep-float32), or a higher --precision"
+    )
+
+
+def _is_about_safety(check: Check) -> bool:
+    return check.subject == "edited" and check.name.startswith(_SAFETY) and "since the baseline" not in check.name
+
+
+def _other_method(model: str) -> str:
+    return (
+        f"another method: `uwm-deploy build --model {model} --method safety-axis`, or --method uwm+safety-axis; "
+        f"`uwm-deploy compare --model {model} --evaluation SET` measures all of them on your own pairs"
     )

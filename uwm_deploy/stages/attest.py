@@ -40,7 +40,7 @@ from uwm_deploy.runtime.bundle import Bundle, engine_path
 from uwm_deploy.runtime.session import Session, open_engine, open_session, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, parity
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
 from uwm_deploy.safeground.risk import RiskSet
 from uwm_deploy.stages.executed import RiskReference, executed
 from uwm_deploy.workspace import digest_of_bytes
@@ -102,7 +102,8 @@ def attest(
     if prepared is None:
         prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
     risk = risk_reference_of(bundle)
-    fresh = {variant: _evidence(bundle, variant, prepared, reference, risk, progress) for variant in here}
+    yardstick = yardstick_of(reference_of(bundle, "original"))
+    fresh = {variant: _evidence(bundle, variant, prepared, reference, yardstick, risk, progress) for variant in here}
     updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
     content = json_from_record(updated).encode()
     verdict = judge(updated, digest_of_bytes(content))
@@ -153,6 +154,7 @@ def _evidence(
     variant: str,
     prepared: PreparedSet,
     reference: EmbeddedSet,
+    yardstick: Yardstick,
     risk: RiskReference | None,
     progress: Progress,
 ) -> ArtifactEvidence:
@@ -198,6 +200,7 @@ def _evidence(
         sizes=(optimal, largest),
         progress=progress,
         risk=risk,
+        yardstick=yardstick,
     )
     for session in sessions.values():
         session.close()

@@ -13,7 +13,7 @@ from uwm_deploy.datasets.reading import Progress
 from uwm_deploy.records import RISK_OUTPUTS, ArtifactEvidence, BatchCheck, OutputParity, SafetyHead, TowerName
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, worst_items
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, flips_between, safety_report, worst_items
 from uwm_deploy.safeground.health import anisotropy_change
 from uwm_deploy.safeground.risk import RiskSet, decision_flips, risk_report
 
@@ -48,6 +48,7 @@ def executed(
     sizes: Iterable[int],
     progress: Progress,
     risk: RiskReference | None = None,
+    yardstick: Yardstick | None = None,
 ) -> ArtifactEvidence:
     """Executes an artifact: single rows and batches, parity, canaries, then the whole evaluation set.
 
@@ -64,6 +65,7 @@ def executed(
         sizes: Rows per call, the largest last.
         progress: Called as it goes on.
         risk: The safety head, and what it says on the edited model; None without one.
+        yardstick: Of the original model.
     """
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
     sizes = sorted({1, *sizes})
@@ -107,8 +109,8 @@ def executed(
     return dataclasses.replace(
         evidence,
         anisotropy=anisotropy_change(reference, embedded),
-        safety=safety_report(evidence.variant, embedded, with_items=True),
-        flips=flips_between(reference, embedded),
+        safety=safety_report(evidence.variant, embedded, with_items=True, yardstick=yardstick),
+        flips=flips_between(reference, embedded, yardstick),
         worst=worst_items(evidence.variant, reference, embedded),
     )
 

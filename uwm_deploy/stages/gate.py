@@ -38,11 +38,9 @@ from uwm_deploy.stages.measured import (
     edit_metrics,
     risk_metrics,
 )
+from uwm_deploy.stages.safer import EDITED, safer_of
 from uwm_deploy.stages.soundness import absent_concepts, sound_artifact, sound_report
 from uwm_deploy.stages.waivers import states_of, waiver_of
-
-EDITED = "edited"
-"""Subject of what is about the edited model in PyTorch."""
 
 _WORST = 10
 
@@ -77,7 +75,8 @@ def gate(
         IntegrityError: If the baseline is not the one that the policy pins.
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
-    general = [*sound_report(report), *judge.edited()]
+    sound, limited = sound_report(report), judge.edited()
+    general = [*sound, *limited]
     if report.head_digest:
         told = report.risk is not None
         general.append(statement("the safety head was measured", EDITED, told, "the report has no risks; verify again"))
@@ -87,9 +86,9 @@ def gate(
     required = [*judge.required(), *judge.missing_evidence()]
     executed = {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
-    proven = tuple(v for v in good if v != EXPORTED)
+    faithful = tuple(v for v in good if v != EXPORTED)
     undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
-    enough = _enough(len(proven), len(undecided), len(variants), policy.min_proven)
+    enough = _enough(len(faithful), len(undecided), len(variants), policy.min_proven)
     judged = [found for variant in variants for found in variants[variant]]
     checks = [*general, *judged, *required, enough]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
@@ -97,8 +96,8 @@ def gate(
     return Verdict(
         result=_overall(checks),
         checks=tuple(checks),
-        # A failure of the model itself proves nothing about what was compiled from it.
-        proven=proven if not _any_blocks([*general, *required]) else (),
+        # What equals an edited model that does not pass is faithful, and no more.
+        proven=faithful if not _any_blocks([*general, *required]) else (),
         unproven=tuple(v for v in variants if v not in executed),
         failed=tuple(v for v in variants if v in executed and v not in good),
         policy=policy.name,
@@ -112,6 +111,8 @@ def gate(
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
+        faithful=faithful,
+        safer=safer_of(report, sound, limited),
     )
 
 
@@ -238,8 +239,8 @@ class _Judge:
         return found
 
     def _note_power(self, found: Check, metrics: Metrics, limit: Limit) -> None:
-        if found.result is Result.PASS and found.limit is not None:
-            note = power_note(found.subject, found.name, metrics[limit.metric](), found.limit)
+        if found.result is Result.PASS:
+            note = power_note(found.subject, found.name, metrics[limit.metric](), limit)
             self.notes += [note] if note else []
 
     def _concepts(
@@ -344,7 +345,7 @@ def _any_blocks(checks: Iterable[Check]) -> bool:
 
 
 def _only_waits(checks: Iterable[Check]) -> bool:
-    """Whether nothing but a lack of data keeps a variant from being proven."""
+    """Whether nothing but a lack of data keeps a variant from being faithful."""
     return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
 
 
@@ -358,12 +359,12 @@ def _loosened(policy: Policy) -> Check:
     return statement("verdict of the bundle", "build", False, text)
 
 
-def _enough(proven: int, undecided: int, variants: int, wanted: int) -> Check:
-    """Whether enough variants are proven; inconclusive when those with too little data could make up for the rest."""
+def _enough(faithful: int, undecided: int, variants: int, wanted: int) -> Check:
+    """Whether enough variants are faithful; inconclusive when those with too little data could make up for the rest."""
     limit = Limit(metric="", at_least=wanted)
-    found = check_value("proven variants", "build", Measured(proven, variants), limit, rule="min_proven")
-    if found.result is Result.FAIL and proven + undecided >= wanted:
-        detail = f"{proven} proven, {undecided} with too little data, must be at least {wanted}"
+    found = check_value("faithful variants", "build", Measured(faithful, variants), limit, rule="min_proven")
+    if found.result is Result.FAIL and faithful + undecided >= wanted:
+        detail = f"{faithful} faithful, {undecided} with too little data, must be at least {wanted}"
         return dataclasses.replace(found, result=Result.INCONCLUSIVE, detail=detail)
     return found
 

@@ -34,9 +34,7 @@ def check_value(
     With ``bound = "worst"`` it passes only when the worse end of the interval keeps the limit, fails only when the better
     end breaks it too, and is inconclusive between.
     """
-    least = limit.at_least is not None
-    bound = limit.at_least if limit.at_least is not None else limit.at_most
-    assert bound is not None
+    bound, least = _bound(limit)
     known = not math.isnan(measured.value)
     if measured.n < limit.min_n:
         result, detail = Result.INCONCLUSIVE, f"n = {measured.n}, the limit needs {limit.min_n}"
@@ -70,38 +68,55 @@ def detectable(measured: Measured) -> float | None:
     return _Z_POWER * measured.spread / math.sqrt(measured.n)
 
 
-def power_note(subject: str, name: str, measured: Measured, bound: float) -> str:
-    """A line where n is too small for what a limit asks; empty where it is large enough."""
+def power_note(subject: str, name: str, measured: Measured, limit: Limit) -> str:
+    """A line where n is too small to show what a limit asks; empty where it is large enough, or the interval shows it."""
     found = detectable(measured)
-    if found is None or not measured.difference or not 0 < abs(bound) < found:
+    bound, least = _bound(limit)
+    if found is None or not measured.difference or not 0 < _margin(bound, least) < found:
         return ""
-    return f"{subject}: {name}: {_power(measured, found, bound)}"
+    worse = measured.low if least else measured.high
+    if worse is not None and _keeps(worse, bound, least):
+        return ""
+    return f"{subject}: {name}: {_power(measured, found, bound, least)}"
 
 
-def _power(measured: Measured, found: float, bound: float) -> str:
+def _bound(limit: Limit) -> tuple[float, bool]:
+    """The number, and whether it is the least that passes."""
+    bound = limit.at_least if limit.at_least is not None else limit.at_most
+    assert bound is not None
+    return bound, limit.at_least is not None
+
+
+def _keeps(value: float, bound: float, least: bool) -> bool:
+    return value >= bound if least else value <= bound
+
+
+def _margin(bound: float, least: bool) -> float:
+    """How much worse than no change a difference may be; not above 0 where it must be better."""
+    return -bound if least else bound
+
+
+def _power(measured: Measured, found: float, bound: float, least: bool) -> str:
     """What n can show, and how many items the limit takes: for a build without change, or for what was measured."""
     assert measured.spread is not None
     text = f"n = {measured.n} can detect {found:.2g} points"
-    asked, words = abs(bound), "you asked for"
+    asked, words = _margin(bound, least), "you asked for"
     if not measured.difference or not 0 < asked < found:
         asked, words = abs(measured.value - bound), "the limit is away by"
-    if asked == 0:
-        return text
+        if asked == 0 or not _keeps(measured.value, bound, least):
+            return text  # no number of items shows that a limit is kept which the value itself does not keep
     return f"{text}; {words} {asked:.2g} (n = {math.ceil((_Z_POWER * measured.spread / asked) ** 2)})"
 
 
 def _compared(measured: Measured, limit: Limit, bound: float, least: bool) -> Result:
-    def keeps(value: float) -> bool:
-        return value >= bound if least else value <= bound
-
     if limit.bound == "point":
-        return Result.PASS if keeps(measured.value) else Result.FAIL
+        return Result.PASS if _keeps(measured.value, bound, least) else Result.FAIL
     if measured.low is None or measured.high is None:
         raise RecipeError(f"{limit.metric} has no interval", fix="use bound = 'point'")
     worse, better = (measured.low, measured.high) if least else (measured.high, measured.low)
-    if keeps(worse):
+    if _keeps(worse, bound, least):
         return Result.PASS
-    return Result.INCONCLUSIVE if keeps(better) else Result.FAIL
+    return Result.INCONCLUSIVE if _keeps(better, bound, least) else Result.FAIL
 
 
 def _detail(measured: Measured, limit: Limit, bound: float, least: bool, result: Result) -> str:
@@ -113,5 +128,5 @@ def _detail(measured: Measured, limit: Limit, bound: float, least: bool, result:
     text = f"{value}, must be {words} {bound:g}{at_worst} (n = {measured.n})"
     found = detectable(measured)
     if result is Result.INCONCLUSIVE and found is not None:
-        text += f"; {_power(measured, found, bound)}"
+        text += f"; {_power(measured, found, bound, least)}"
     return f"{text}: {limit.reason}" if limit.reason else text

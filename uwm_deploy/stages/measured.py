@@ -15,9 +15,11 @@ from uwm_deploy.records import (
     SafetyReport,
     VerifyReport,
 )
+from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
 from uwm_deploy.safeground.preference import BASIC
+from uwm_deploy.safeground.retrieval import HARD, MEANS, PAIRED, UNIONS
 from uwm_deploy.safeground.risk import STOPS
 
 _Z95 = 1.959963984540054
@@ -124,16 +126,39 @@ def _safety_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
         **safety.retrieval,
         **{f"zero_shot.{name}": p for name, p in safety.zero_shot.items()},
     }
-    return {name: _proportion(p) for name, p in parts.items()}
+    # What a small set, or a report of an earlier release, has no number for is not measured; it is no typing error.
+    return _absent(*UNIONS, *HARD) | {name: _proportion(p) for name, p in parts.items()} | _geometry_metrics(safety)
+
+
+def _geometry_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
+    found = _absent(*(f"neighbours.{name}" for name in NEIGHBOURS), *(f"spread.{tower}" for tower in SPREADS))
+    if safety.geometry is not None:
+        n = safety.preference["GS"].n
+        found |= {
+            f"neighbours.{name}": _plain(e.value, e.n, e.low, e.high) for name, e in safety.geometry.neighbours.items()
+        }
+        found |= {f"spread.{tower}": _plain(value, n) for tower, value in safety.geometry.spread.items()}
+    return found
+
+
+def _plain(value: float, n: int, low: float | None = None, high: float | None = None) -> Callable[[], Measured]:
+    return lambda: Measured(value, n, low, high)  # without a spread, which is in points and these are not
+
+
+def _absent(*names: str) -> dict[str, Callable[[], Measured]]:
+    return dict.fromkeys(names, lambda: Measured(math.nan, 0))
 
 
 def _delta_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
-    found = {f"{name}.delta": _delta(f) for name, f in effects.items()}
+    found = _absent(*(f"{name}.delta" for name in PAIRED))
+    found |= {f"{name}.delta": _mean_of_directions(f) if name in MEANS else _delta(f) for name, f in effects.items()}
     found["zero_shot_mean.delta"] = lambda: _mean_delta(effects)
     return found
 
 
 def _flip_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
+    """Of decisions and of what is recognised; a hit of retrieval is neither, and lost has no one meaning there."""
+    effects = {name: f for name, f in effects.items() if name not in PAIRED}
     found = {f"flips.{name}": _share(f, f.lost + f.gained) for name, f in effects.items()}
     found |= {f"lost.{name}": _share(f, f.lost) for name, f in effects.items()}
     basic = [found[f"flips.{name}"] for name in BASIC if name in effects]
@@ -154,6 +179,12 @@ def _share(f: Flips, count: int) -> Callable[[], Measured]:
 
 def _delta(f: Flips) -> Callable[[], Measured]:
     spread = 100 * math.sqrt((f.lost + f.gained + 1) / (f.n + 2))
+    return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
+
+
+def _mean_of_directions(f: Flips) -> Callable[[], Measured]:
+    """An item counts half where one direction of two changed, so its counts say less of the spread than its interval."""
+    spread = (f.delta_high - f.delta_low) / 2 / _Z95 * math.sqrt(f.n)
     return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
 
 

@@ -13,6 +13,7 @@ from uwm_deploy.mlbom import BOM, bom_of
 from uwm_deploy.records import BundleFile, Manifest, Result, VerifyReport
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.runtime.signature import SIGNATURE
+from uwm_deploy.runtime.space import spaces_of
 from uwm_deploy.statement import STATEMENT, statement_of
 from uwm_deploy.workspace import digest_of_file, whole_folder
 
@@ -32,7 +33,7 @@ def bundle_from_parts(
 
     Args:
         out: Bundle folder; replaced as a whole, so a signature in it is gone.
-        manifest: Everything but `files`, which is filled in here.
+        manifest: Everything but `files` and `spaces`, which are filled in here.
         files: Path inside the bundle to a source file or to content.
         sign: Makes the signature, which is there from the first moment; not asked for a bundle that does not pass.
 
@@ -51,7 +52,8 @@ def bundle_from_parts(
         for name, derive in ((STATEMENT, statement_of), (BOM, bom_of)):
             _put(folder / name, derive(manifest, report, listed).encode(), name)
             listed.append(_listed(folder, name))
-        complete = dataclasses.replace(manifest, files=tuple(sorted(listed, key=lambda file: file.path)))
+        files_in_order = tuple(sorted(listed, key=lambda file: file.path))
+        complete = dataclasses.replace(manifest, files=files_in_order, spaces=spaces_of(manifest))
         (folder / MANIFEST).write_text(json_from_record(complete), encoding="utf-8")
         if sign is not None and complete.verdict.result is Result.PASS:
             (folder / SIGNATURE).write_text(sign(out.resolve().name, complete), encoding="utf-8")

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.recipe import ClosedForm
-from uwm_deploy.records import ClosedFormRecord, EditStep, FitRecord
-from uwm_deploy.stages.closed_form import Solve, Solved, tensors_of
-from uwm_deploy.stages.fit import read_fit, read_sums
+from uwm_deploy.recipe import AxisSpec, ClosedForm
+from uwm_deploy.records import (
+    ClosedFormRecord,
+    EditStep,
+    FitRecord,
+    FoldKind,
+    Method,
+    StrengthChoice,
+    StrengthLimits,
+    TowerName,
+)
+from uwm_deploy.stages.closed_form import Solve, Solved, fitted_weights, tensors_of
+from uwm_deploy.stages.fit import read_features, read_fit, read_sums
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_weights
+from uwm_deploy.uwm.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures
+from uwm_deploy.uwm.strength import choose_strength, chosen_setting
 
 
 def solver(spec: ClosedForm, fit: FitRecord, folder: Path, notice: Callable[[str], None]) -> Solve:
@@ -29,6 +42,10 @@ def solver(spec: ClosedForm, fit: FitRecord, folder: Path, notice: Callable[[str
     def solve(model: LoadedModel) -> Solved:
         _check_model(model, fit)
         setting, choice = spec.axis.setting, None
+        if spec.method is Method.SAFETY_AXIS and setting is None:
+            choice = choose_strength(kept_features(model, fit, folder), limits_of(spec.axis))
+            setting = chosen_setting(choice)
+            notice(f"edit       {chosen_line(choice)}")
         tensors, towers = tensors_of(model, spec.method, setting, read_sums(folder, fit), fit.placement)
         record = ClosedFormRecord(
             placement=fit.placement, fitted_on=fit.fitted_on, n_pairs=fit.n_pairs, setting=setting, choice=choice
@@ -36,6 +53,76 @@ def solver(spec: ClosedForm, fit: FitRecord, folder: Path, notice: Callable[[str
         return Solved(tensors, towers, EditStep(method=spec.method, scores_digest=fit.sums_digest, axis=record))
 
     return solve
+
+
+def limits_of(axis: AxisSpec) -> StrengthLimits:
+    """What a choice may cost."""
+    return StrengthLimits(
+        retrieval_loss=axis.max_retrieval_loss,
+        hard_safe_loss=axis.max_hard_safe_loss,
+        zero_shot_loss=axis.max_zero_shot_loss,
+    )
+
+
+def chosen_line(choice: StrengthChoice) -> str:
+    """A choice in a line: GS on items that the fit did not see, and on concepts that it did not see."""
+    assert choice.chosen is not None
+    chosen, words = choice.candidates[choice.chosen], []
+    for kind, name in ((FoldKind.RANDOM, "unseen items"), (FoldKind.CONCEPTS, "unseen concepts")):
+        if (found := chosen.measured.get(kind.value)) is not None:
+            before = choice.original[kind.value]
+            words.append(
+                f"GS {before.gs:.1f} -> {found.gs:.1f} and R@1 {before.recall_at_1:.1f} -> {found.recall_at_1:.1f}"
+            )
+            words[-1] += f" on {name}"
+    kept = sum(candidate.keeps for candidate in choice.candidates)
+    return f"strength chosen among {kept} of {len(choice.candidates)} that keep the limits: {'; '.join(words)}"
+
+
+def kept_features(model: LoadedModel, fit: FitRecord, folder: Path) -> KeptFeatures:
+    """Features that a fit kept, as a choice reads them.
+
+    Args:
+        model: As the step before left it.
+        fit: The record.
+        folder: Where the features are.
+    """
+    tensors, weights, start = read_features(folder, fit), fitted_weights(model, fit.placement), "zero_shot."
+    names = json.loads(tensors["names"].tobytes())
+    sets = sorted({key.removeprefix(start).rpartition(".")[0] for key in tensors if key.startswith(start)})
+
+    def original(key: str, rows: np.ndarray, tower: TowerName) -> np.ndarray:
+        """Of the source model; where no step came before, that is the model itself."""
+        return tensors[key] if key in tensors else _embedded(rows, weights[tower])
+
+    towers = {}
+    for tower in TowerName:
+        safe, unsafe = (tensors[f"{tower.value}.{part}"] for part in ("safe", "unsafe"))
+        towers[tower] = TowerFeatures(
+            safe=safe,
+            unsafe=unsafe,
+            weight=weights[tower],
+            original_safe=original(f"{tower.value}.original_safe", safe, tower),
+            original_unsafe=original(f"{tower.value}.original_unsafe", unsafe, tower),
+        )
+    zero_shot = {}
+    for name in sets:
+        images, classes = (tensors[f"zero_shot.{name}.{part}"] for part in ("images", "classes"))
+        zero_shot[name] = ZeroShotFeatures(
+            images=images,
+            labels=tensors[f"zero_shot.{name}.labels"],
+            classes=classes,
+            original_images=original(f"zero_shot.{name}.original_images", images, TowerName.IMAGE),
+            original_classes=original(f"zero_shot.{name}.original_classes", classes, TowerName.TEXT),
+        )
+    return KeptFeatures(ids=tuple(names["ids"]), concepts=tuple(names["concepts"]), towers=towers, zero_shot=zero_shot)
+
+
+def _embedded(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(n, d) of length 1, float32, of features (n, m)."""
+    embeds = rows.astype(np.float64) @ weight.T
+    result: np.ndarray = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float32)
+    return result
 
 
 def solved_again(model: LoadedModel, step: EditStep, folder: Path) -> Mapping[str, Tensor]:

@@ -29,7 +29,7 @@ from uwm_deploy.records import (
 )
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, parity
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity
 from uwm_deploy.safeground.risk import RiskSet
 from uwm_deploy.stages.executed import RiskReference, executed
 from uwm_deploy.towers.protocol import LoadedModel, Tower
@@ -107,6 +107,7 @@ def evidence_of(
     canaries: Mapping[TowerName, Canaries],
     progress: Progress,
     risk: RiskReference | None = None,
+    yardstick: Yardstick | None = None,
 ) -> ArtifactEvidence:
     """Executes one artifact; see `executed`.
 
@@ -118,6 +119,7 @@ def evidence_of(
         canaries: Of each edited tower.
         progress: Called as it goes on.
         risk: The safety head and its outputs on the reference model; None without one.
+        yardstick: Of the original model.
     """
     if subject.sessions is None:
         return ArtifactEvidence(
@@ -150,7 +152,16 @@ def evidence_of(
     )
     sizes = (subject.opt_batch, subject.max_batch)
     return executed(
-        evidence, sessions, reference, prepared, canaries, measured, sizes=sizes, progress=progress, risk=risk
+        evidence,
+        sessions,
+        reference,
+        prepared,
+        canaries,
+        measured,
+        sizes=sizes,
+        progress=progress,
+        risk=risk,
+        yardstick=yardstick,
     )
 
 
