@@ -21,12 +21,13 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
 from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.records import EditRecord, ImageSpec, ModelRef, Precision, Target, TextSpec
+from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Precision, Target, TextSpec
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert import embed_with, lower
-from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, refit_graph, reverted, without_edit
+from uwm_deploy.stages.proof import promised_by
+from uwm_deploy.stages.refit import Swap, held_tensors, refit_engine, refit_graph, reverted, without_edit
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -64,7 +65,7 @@ def test_only_the_named_weights_change(exported: Exported, tmp_path: Path) -> No
     old, new = path.read_bytes(), (tmp_path / path.name).read_bytes()
     inside = set()
     for name, tensor in found.items():
-        assert tensor.name == f"{name}.weight"
+        assert tensor.name == name
         assert np.array_equal(read_tensor(tmp_path, tensor), wanted[name].after)
         inside |= set(range(tensor.offset, tensor.offset + tensor.size_bytes))
     assert {place for place, (a, b) in enumerate(zip(old, new, strict=True)) if a != b} <= inside
@@ -82,7 +83,7 @@ def test_external_data_is_rewritten_beside_the_graph(text_export: Exported, tmp_
     assert (tmp_path / artifact.file).read_bytes() == (folder / artifact.file).read_bytes()
     found = dict(named_weights(tmp_path / artifact.file))
     for name, change in wanted.items():
-        assert np.array_equal(found[f"{name}.weight"], change.after)
+        assert np.array_equal(found[name], change.after)
     ort.InferenceSession(str(tmp_path / artifact.file), providers=["CPUExecutionProvider"])
     with pytest.raises(IntegrityError, match="lies in another file"):
         stored_tensors(folder / artifact.file, "other.data")
@@ -129,7 +130,7 @@ def test_a_weight_that_is_missing_or_there_twice_is_refused(exported: Exported, 
     with pytest.raises(ContractError, match=f"{name} is not in the graph"):
         replace_tensors(path, "", tmp_path, foreign)
     model = onnx.load(path)
-    twin = next(i for i in model.graph.initializer if i.name == f"{name}.weight")
+    twin = next(i for i in model.graph.initializer if i.name == name)
     model.graph.initializer.append(onnx.TensorProto.FromString(twin.SerializeToString()))
     model.graph.initializer[-1].name = "twin"
     onnx.save(model, tmp_path / "twice.onnx")
@@ -199,11 +200,11 @@ def test_the_parser_knows_every_weight_by_its_name(exported: Exported, tmp_path:
     mark_refittable(network, names)
     assert all(network.are_weights_marked_refittable(name) for name in names)
     kind = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}[precision.value]
-    turned = {name for name, layer in linear_layers(ir.load(exported.folder / exported.artifact.file)).items()
+    turned = {f"{name}.weight" for name, layer in linear_layers(ir.load(exported.folder / exported.artifact.file)).items()
               if layer.transpose is not None}  # fmt: skip
     for edit in exported.case.edits:
         shape = edit.shape[::-1] if precision is Precision.INT8 and edit.name in turned else edit.shape
-        assert constants[f"{edit.name}.weight"] == (kind, shape)
+        assert constants[edit.name] == (kind, shape)
     for unknown in ("nothing.weight", "", names[0] + "x"):
         with pytest.raises(BuildFailed, match="no weights"):
             mark_refittable(network, [unknown])
@@ -233,12 +234,12 @@ def swap_back(exported: Exported) -> Swap:
     )  # fmt: skip
     patch = exported.case.patch
     old = EditRecord(
-        model=model, edited_weights_digest=exported.artifact.weights_digest, scores_digest="",
-        patch_digest=digest_of_bytes(patch.to_bytes()), layers=exported.case.edits,
+        model=model, edited_weights_digest=exported.artifact.weights_digest,
+        patch_digest=digest_of_bytes(patch.to_bytes()), tensors=exported.case.edits, steps=(EditStep(method=Method.UWM),),
     )  # fmt: skip
     new, nothing = reverted(old, patch)
-    held = held_weights([exported.artifact], exported.folder, old)
-    after = without_edit(held, patch)
+    held = held_tensors([exported.artifact], exported.folder, promised_by(old))
+    after = without_edit(held, old, patch)
     found = {name: Replacement(held[name], after[name]) for name in held}
     return Swap(old=old, old_patch=patch, new=new, new_patch=nothing, content=nothing.to_bytes(), changes=found)
 
@@ -250,7 +251,7 @@ def test_equal_patches_are_equal_bytes(exported: Exported, tmp_path: Path) -> No
     assert len(contents) == 1
     (tmp_path / "patch.safetensors").write_bytes(contents.pop())
     again = Patch.from_file(tmp_path / "patch.safetensors")
-    assert set(again.layers) == set(patch.layers)
+    assert set(again.tensors) == set(patch.tensors)
     assert {again.to_bytes()} == {patch.to_bytes()}
 
 
@@ -266,8 +267,8 @@ def test_a_refitted_graph_has_the_edit_of_its_record(exported: Exported, tmp_pat
         refit_graph(made, tmp_path, tmp_path / "again", swap)
     with pytest.raises(IntegrityError, match="not the file its record describes"):
         refit_graph(exported.artifact, tmp_path, tmp_path / "again", swap)
-    with pytest.raises(IntegrityError, match="does not hold the edited weight"):
-        held_weights([made], tmp_path, swap.old)
+    with pytest.raises(IntegrityError, match="does not hold the tensor that is promised"):
+        held_tensors([made], tmp_path, promised_by(swap.old))
     assert not list((tmp_path / "again").iterdir())
 
 
