@@ -236,7 +236,7 @@ def refuse_zeroed(zeroed: int, edits: Iterable[TensorEdit], lowered: Precision) 
     Raises:
         ContractError: If too many edited entries became zero.
     """
-    selected = sum(edit.selected for edit in edits)
+    selected = sum(edit.selected for edit in edits if edit.kind is EditKind.MULTIPLIED)
     if zeroed > ZEROED_LIMIT * max(selected, 1):
         raise ContractError(
             f"{zeroed} of {selected} edited entries became zero in {lowered.value}",

@@ -127,6 +127,8 @@ def _stored_weight(
         kind = tensor.kind
         if kind not in TYPES or sorted(tensor.shape) != sorted(weight.shape):
             continue
+        if kind in _EIGHT_BITS and weight.ndim != 2:  # zero points; only matrices are quantised
+            continue
         if kind not in wanted:
             wanted[kind] = stored_forms(in_type(weight, kind))
         ways = [(part, form, turned) for form, array in enumerate(wanted[kind]) for part, turned in _turns(array)]
