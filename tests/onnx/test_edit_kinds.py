@@ -20,6 +20,7 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_value,
     fingerprint_of_graph,
     fingerprint_of_lowered,
+    refuse_zeroed,
 )
 from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.stored import EIGHT_BITS, TYPES, in_type, named_weights
@@ -214,6 +215,17 @@ def test_a_step_that_is_lost_in_lower_precision_is_named(
     assert problems(new) == ()
     for weight in (old, (old + new) / 2, np.zeros_like(new)):
         assert [line.partition(":")[0] for line in problems(weight)] == [edit.name]
+
+
+def test_replaced_entries_do_not_hide_that_negated_ones_became_zero(solved: Exported) -> None:
+    """More than half of the entries that a step multiplied: refused, however many others another step replaced."""
+    edits = solved.case.edits
+    multiplied = sum(edit.selected for edit in edits if edit.kind is EditKind.MULTIPLIED)
+    refuse_zeroed(multiplied // 2, edits, Precision.INT8)
+    with pytest.raises(
+        ContractError, match=f"{multiplied // 2 + 1} of {multiplied} edited entries became zero in int8"
+    ):
+        refuse_zeroed(multiplied // 2 + 1, edits, Precision.INT8)
 
 
 # --- what ONNX Runtime made of it -----------------------------------------------------------------------------------

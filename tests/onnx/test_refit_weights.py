@@ -11,8 +11,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
-from tests.onnx.conftest import Exported
+from tests.onnx.conftest import Exported, make_case
+from tests.onnx.test_edit_kinds import lowered, placement_of
 from tests.onnx.test_precision import PROFILE, convert, ranges_for
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
@@ -21,13 +23,21 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
 from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Precision, Target, TextSpec
+from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Placement, Precision, Target, TextSpec
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert import embed_with, lower
 from uwm_deploy.stages.proof import promised_by
-from uwm_deploy.stages.refit import Swap, held_tensors, refit_engine, refit_graph, reverted, without_edit
+from uwm_deploy.stages.refit import (
+    Swap,
+    held_tensors,
+    identity_like,
+    refit_engine,
+    refit_graph,
+    reverted,
+    without_edit,
+)
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -270,6 +280,54 @@ def test_a_refitted_graph_has_the_edit_of_its_record(exported: Exported, tmp_pat
     with pytest.raises(IntegrityError, match="does not hold the tensor that is promised"):
         held_tensors([made], tmp_path, promised_by(swap.old))
     assert not list((tmp_path / "again").iterdir())
+
+
+def unedited_embeddings(part: Exported, inputs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        embeds = make_case(part.case.tower.name).tower.embed(torch.from_numpy(inputs))
+    return torch.nn.functional.normalize(embeds).numpy()
+
+
+def test_a_revert_takes_back_every_kind(solved: Exported, tmp_path: Path) -> None:
+    """Negated entries, the last map and the bias before it have their old bits; a map behind is the identity."""
+    swap, edits = swap_back(solved), solved.case.edits
+    made = refit_graph(solved.artifact, solved.folder, tmp_path, swap)
+    assert (made.fingerprint.layers, made.fingerprint.mismatches) == (len(edits), ())
+    held = dict(named_weights(tmp_path / made.file))
+    source = make_case(solved.case.tower.name).parameters()
+    for edit in edits:
+        wanted = source[edit.name].numpy() if edit.name in source else identity_like(edit).numpy()
+        assert held[edit.name].tobytes() == wanted.tobytes(), edit.name
+    rows = solved.case.inputs(5).numpy()
+    found = embed_with(made, tmp_path / made.file, Precision.FP32, [rows])
+    assert np.abs(found - unedited_embeddings(solved, rows)).max() < 1e-5
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_an_engine_of_onnx_runtime_takes_back_every_kind(
+    solved: Exported, tmp_path: Path, precision: Precision
+) -> None:
+    """In what was compiled, too; but not where a replaced matrix has 8 bits, whose scales stay: that is bad input."""
+    swap, rows = swap_back(solved), solved.case.inputs(5).numpy()
+    graph, folder = lowered(solved, tmp_path / "low", precision)
+    for name in ("built", "refitted"):
+        (tmp_path / name).mkdir()
+    engine = engine_from_onnx(graph, folder, Target.ONNXRUNTIME, PROFILE, solved.case.edits, tmp_path / "built")
+
+    def refitted() -> np.ndarray:
+        graphs = (solved.folder / graph.file, solved.folder / graph.file)
+        made, kinds = refit_engine(engine, tmp_path / "built", tmp_path / "refitted", swap, graphs=graphs, sample=rows)
+        assert set(kinds) == {edit.name for edit in solved.case.edits}
+        return embed_with(graph, tmp_path / "refitted" / made.file, precision, [rows])
+
+    if precision is Precision.INT8 and placement_of(solved) is Placement.WEIGHTS:
+        with pytest.raises(InputError, match=r"is quantised in .* and the new edit moves its scales"):
+            refitted()
+        assert not list((tmp_path / "refitted").iterdir())
+        return
+    wanted = unedited_embeddings(solved, rows)
+    assert (refitted() * wanted).sum(1).min() > (0.97 if precision is Precision.INT8 else 0.9999)
+    assert (embed_with(graph, folder / graph.file, precision, [rows]) * wanted).sum(1).min() < 0.96
 
 
 @pytest.mark.gpu
