@@ -25,7 +25,18 @@ from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.policy import policy_from_toml, rule_lines
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import CalibrationRecord, EditRecord, LayerEdit, Precision, Result, TowerName, Verdict
+from uwm_deploy.records import (
+    SCHEMA_VERSION,
+    CalibrationRecord,
+    EditRecord,
+    EditStep,
+    Method,
+    Precision,
+    Result,
+    TensorEdit,
+    TowerName,
+    Verdict,
+)
 from uwm_deploy.report.card import card_of, is_non_commercial
 from uwm_deploy.report.findings import findings
 from uwm_deploy.report.github import ANNOTATIONS, annotations_from_verdict, outputs_from_verdict
@@ -247,7 +258,8 @@ def test_what_is_written_follows_the_schemas(built, failing: Verdict) -> None:
     body = json.loads(json_from_record(failing))
     validator = jsonschema.Draft202012Validator(schema_of(Verdict))
     assert validator.is_valid(body)
-    for change in ({"result": "perhaps"}, {"extra": 1}, {"checks": None}, {"schema_version": 2}, {"proven": [1]}):
+    newer = {"schema_version": SCHEMA_VERSION + 1}
+    for change in ({"result": "perhaps"}, {"extra": 1}, {"checks": None}, newer, {"proven": [1]}):
         assert not validator.is_valid(body | change), change
     assert not validator.is_valid({key: value for key, value in body.items() if key != "policy"})
 
@@ -464,9 +476,9 @@ def test_the_card_is_in_the_bundle_and_beside_the_saved_model(built) -> None:
 
 
 def _edit(repo: str) -> EditRecord:
-    layer = LayerEdit(
+    layer = TensorEdit(
         tower=TowerName.TEXT,
-        name="a",
+        name="a.weight",
         shape=(4, 4),
         keep_mass=0.98,
         factor=-1.0,
@@ -478,9 +490,9 @@ def _edit(repo: str) -> EditRecord:
     return EditRecord(
         model=dataclasses.replace(report().model, repo=repo),
         edited_weights_digest=digest("e"),
-        scores_digest=digest("3"),
         patch_digest=digest("4"),
-        layers=(layer,),
+        tensors=(layer,),
+        steps=(EditStep(method=Method.UWM, scores_digest=digest("3")),),
     )
 
 
