@@ -518,6 +518,24 @@ def test_every_recipe_has_a_card(name: str) -> None:
     assert "Nothing was measured yet" in card
 
 
+@pytest.mark.parametrize(
+    ("methods", "tags"),
+    [
+        ([Method.UWM], ["unsafe-weights-manipulation"]),
+        ([Method.TRAINED], ["fine-tuned"]),
+        ([Method.SAFETY_AXIS], ["safety-axis"]),
+        ([Method.UWM, Method.SAFETY_AXIS], ["unsafe-weights-manipulation", "safety-axis"]),
+        ([Method.TRAINED, Method.LEACE], ["fine-tuned", "leace"]),
+    ],
+    ids=lambda part: "+".join(part),
+)
+def test_the_card_has_a_tag_for_every_step(methods: list[Method], tags: list[str]) -> None:
+    """What was trained is not called an edit of weights, nor is what was solved."""
+    edit = dataclasses.replace(_edit("org/model"), steps=tuple(EditStep(method=method) for method in methods))
+    card = card_of(edit, CALIBRATION, name="n", licence="MIT", method=edit.method)
+    assert _metadata(card)["tags"] == ["clip", "safety", *tags]
+
+
 def test_the_card_says_what_was_not_run() -> None:
     """Variants without evidence, small concepts, waivers and random weights are in the text."""
     on = with_artifact(report(), not_run("tensorrt-fp32"))

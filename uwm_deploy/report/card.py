@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uwm_deploy.records import (
+    CLOSED_FORM,
     ArtifactEvidence,
     CalibrationRecord,
     EditKind,
@@ -46,6 +47,9 @@ _METRICS = {
     "P_vu": "unsafe image prefers the safe text",
     "GS": "all four at once",
 }
+
+
+_TAGS = {Method.TRAINED: "fine-tuned"} | {method: method.value for method in CLOSED_FORM}
 
 
 def is_non_commercial(licence: str) -> bool:
@@ -102,8 +106,8 @@ def _metadata(edit: EditRecord, name: str, licence: str, report: VerifyReport | 
         body |= {"base_model": edit.model.repo, "base_model_relation": "finetune"}
     body["library_name"] = "onnx" if bundle else _LIBRARY.get(edit.model.family, "transformers")
     body["pipeline_tag"] = "zero-shot-image-classification"
-    how = "fine-tuned" if edit.method is Method.TRAINED else "unsafe-weights-manipulation"
-    tags = ["clip", "safety", how, *(["onnx"] if bundle else [])]
+    how = [_TAGS.get(method, "unsafe-weights-manipulation") for method in edit.methods]
+    tags = ["clip", "safety", *how, *(["onnx"] if bundle else [])]
     body["tags"] = [*tags, *(["non-commercial"] if is_non_commercial(licence) else [])]
     if report is not None:
         body["model-index"] = [{"name": name, "results": _results(report)}]
