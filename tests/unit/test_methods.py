@@ -24,7 +24,7 @@ from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityErr
 from uwm_deploy.inspection import describe, method_line
 from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
 from uwm_deploy.recipe import EditSpecs, recipe_from_toml
-from uwm_deploy.records import LeftOut, Method, Pairing, Result, Rule, ScoreRecord, Selection, TowerName
+from uwm_deploy.records import CLOSED_FORM, LeftOut, Method, Pairing, Result, Rule, ScoreRecord, Selection, TowerName
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages import score_gradients
@@ -643,6 +643,8 @@ def test_every_method_is_documented() -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     for method, preset in PRESETS.items():
         assert method.value in text
+        if method in CLOSED_FORM:  # solved, not selected: none of these settings
+            continue
         row = next(line for line in page.splitlines() if line.startswith(f"| `{method.value}` |"))
         if method is Method.TRAINED:  # of models that are compared on a page of their own
             continue
