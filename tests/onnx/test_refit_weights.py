@@ -21,7 +21,14 @@ from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refitt
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
-from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
+from uwm_deploy.graphs.stored import (
+    Replacement,
+    in_type,
+    named_weights,
+    read_tensor,
+    refuse_other_scales,
+    replace_tensors,
+)
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Placement, Precision, Target, TextSpec
 from uwm_deploy.runtime.session import open_engine
@@ -31,6 +38,7 @@ from uwm_deploy.stages.convert import embed_with, lower
 from uwm_deploy.stages.proof import promised_by
 from uwm_deploy.stages.refit import (
     Swap,
+    _kind_of,
     held_tensors,
     identity_like,
     refit_engine,
@@ -431,6 +439,24 @@ def test_weights_are_handed_over_in_the_engines_type_and_layout() -> None:
     assert library.held["d"] == np.ascontiguousarray(rounded.T).tobytes()
     assert library.flags == [("set", "refit"), ("clear", "weights")]
     assert library.engine_host_code_allowed is False
+
+
+def test_only_matrices_have_scales() -> None:
+    """A bias beside weights of 8 bits is in float32, and any other value of it fits; so does a map behind the embedding."""
+    change = Replacement(WEIGHT[0], 9 * WEIGHT[1])
+    for kind in (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN):
+        assert in_type(WEIGHT[0], kind).dtype == np.float32
+        refuse_other_scales("norm.bias", "int8", change, kind)
+        with pytest.raises(InputError, match="moves its scales"):
+            refuse_other_scales("fc.weight", "int8", Replacement(WEIGHT, 9 * WEIGHT), kind)
+    whole = Replacement(WEIGHT, WEIGHT)
+    kinds = onnx.TensorProto
+    for name, part, precision, wanted in (
+        ("fc.weight", whole, Precision.INT8, kinds.INT8), ("norm.bias", change, Precision.INT8, kinds.FLOAT),
+        ("norm.bias", change, Precision.FP16, kinds.FLOAT16), ("image_map.weight", whole, Precision.INT8, kinds.FLOAT),
+        ("text_map.weight", whole, Precision.FP16, kinds.FLOAT), ("fc.weight", whole, Precision.FP32, kinds.FLOAT),
+    ):  # fmt: skip
+        assert _kind_of(name, part, precision) == wanted, (name, precision)
 
 
 @pytest.mark.parametrize(
