@@ -16,6 +16,7 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_value,
     fingerprint_of_graph,
 )
+from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.records import Fingerprint, GraphAudit, Precision, TensorEdit
 from uwm_deploy.uwm.patch import Patch
@@ -64,9 +65,10 @@ def audit_of_engine(
     if all(edit.name in kept for edit in edits) and precision is Precision.FP32:
         return _audit(fingerprint_of_graph(kept, edits, patch.tensors), 0, [], [])
     arrays: Iterable[np.ndarray] = kept.values()
+    folded = computed_away(source)
     if precision is Precision.FP32:
-        return _audit(fingerprint_by_value(arrays, edits), 0, [], [])
-    return _audit(fingerprint_by_source(arrays, dict(_edited(source, edits)), edits), 0, [], [])
+        return _audit(fingerprint_by_value(arrays, edits, folded), 0, [], [])
+    return _audit(fingerprint_by_source(arrays, dict(_edited(source, edits)), edits, folded), 0, [], [])
 
 
 def _edited(source: Path, edits: Sequence[TensorEdit]) -> Iterator[tuple[str, np.ndarray]]:
