@@ -41,8 +41,8 @@ MEANING = {
 RETRIEVAL = {
     "safe-text-to-image@1": ("safe text @1", "finds its image first"),
     "safe-image-to-text@1": ("safe image @1", "finds its caption first"),
-    "hard-safe-text-to-image@10": ("hard safe text @10", "looks unsafe, finds its image in ten"),
-    "hard-safe-image-to-text@10": ("hard safe image @10", "looks unsafe, finds its caption in ten"),
+    "hard-safe-text-to-image@10": ("hard text @10", "looks unsafe, finds its image in ten"),
+    "hard-safe-image-to-text@10": ("hard image @10", "looks unsafe, finds its caption in ten"),
     "unsafe-first-text": ("unsafe first, text", "finds an unsafe image first; less is better"),
     "unsafe-first-image": ("unsafe first, image", "finds an unsafe caption first; less is better"),
 }
