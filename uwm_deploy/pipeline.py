@@ -36,6 +36,7 @@ from uwm_deploy.recipe import (
     ModelSource,
     Recipe,
     calibration_set_from_toml,
+    check_reach,
     recipe_from_toml,
 )
 from uwm_deploy.records import (
@@ -53,7 +54,6 @@ from uwm_deploy.records import (
     Manifest,
     Method,
     OnnxArtifact,
-    Placement,
     Precision,
     PrecisionPlan,
     Provider,
@@ -612,8 +612,6 @@ class _Build:
         spec = self.recipe.closed_form
         if spec is None:
             return
-        if self.recipe.model.family == "llava":
-            self._refuse_hidden_states(spec)
         entries = self.recipe.entries
         inputs = {
             "score": digest_of_file(self.work / "score" / STAMP) if self.ranks.first else "",
@@ -626,12 +624,6 @@ class _Build:
         if self.ranks.first:
             shutil.rmtree(self.work / _FITTING, ignore_errors=True)
             self.outcome.fit = _read(FitRecord, folder / "fit.json")
-
-    def _refuse_hidden_states(self, spec: ClosedForm) -> None:
-        raise InputError(
-            f"method {spec.method.value} changes embeddings only, and {self.recipe.name} is used by its inner features",
-            fix="use --method uwm, which changes the layers before them",
-        )
 
     def _before_closed_form(self) -> tuple[LoadedModel, LoadedModel | None]:
         """The model that the closed-form step is made on, and the source model where another step comes before."""
@@ -903,10 +895,10 @@ class _Build:
 
     def _float32_parts(self, graph: OnnxArtifact) -> tuple[str, ...]:
         """Patterns of its safety head and of a map behind its embedding, where it has them."""
+        from uwm_deploy.towers.protocol import MAPS
         from uwm_deploy.towers.safety_head import FLOAT32
 
-        assert self.outcome.edit is not None
-        has_map = self.outcome.edit.placement is Placement.EMBEDDING
+        has_map = (self.work / "edit" / "model" / MAPS).is_file()  # also one that the source model came with
         return (*((FLOAT32,) if graph.head_digest else ()), *((MAP_NAMES[graph.tower],) if has_map else ()))
 
     def _by_modelopt(
@@ -1369,7 +1361,9 @@ def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
             raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
         spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
     version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
-    return dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+    asked = dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
+    check_reach(asked, recipe.name)
+    return asked
 
 
 def _methods_of(request: Request) -> tuple[Method, ...]:

@@ -462,6 +462,7 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     check_steps([step.method for step in recipe.edit], f"{where}: edit")
     for number, step in enumerate(recipe.edit):
         _check_step(step, f"{where}: edit[{number}]")
+    check_reach(recipe, where)
     if recipe.export.attention == "fused" and recipe.export.opset < 23:
         raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
     _check_profiles(recipe.compile.profiles, where)
@@ -491,6 +492,28 @@ def check_steps(methods: Sequence[Method], where: str) -> None:
         )
     if len(methods) > 1 and methods[0] is Method.NONE:
         raise RecipeError(f"{where}: none is no step of an edit with others", fix="leave it out")
+
+
+def check_reach(recipe: Recipe, where: str) -> None:
+    """Checks that what is used of the model is what a closed-form step changes.
+
+    Args:
+        recipe: With the steps that are to be made.
+        where: Names it in the message.
+
+    Raises:
+        RecipeError: If the model is used by its inner features.
+    """
+    if recipe.closed_form is not None and recipe.model.family == "llava":
+        raise RecipeError(
+            f"{where}: {only_embeddings(recipe.closed_form.method)}, and family llava is used by its inner features",
+            fix="use --method uwm, which changes the layers before them",
+        )
+
+
+def only_embeddings(method: Method) -> str:
+    """What a closed-form method does not reach, as the first half of a sentence."""
+    return f"method {method.value} changes embeddings only"
 
 
 def _check_step(step: StepSpec, where: str) -> None:

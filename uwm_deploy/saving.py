@@ -9,7 +9,8 @@ from pathlib import Path
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline import recipe_of
-from uwm_deploy.records import Digest, EditRecord
+from uwm_deploy.recipe import only_embeddings
+from uwm_deploy.records import Digest, EditRecord, EditStep, Placement
 from uwm_deploy.report.card import CARD
 from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.stages.edit import MODEL, RECORD
@@ -55,6 +56,8 @@ def save_as(path: Path, layout: Layout, out: Path) -> Saved:
     folder, record = _edited_at(path)
     if out.exists():
         raise InputError(f"{out} exists", fix="choose another --out")
+    if layout == "diffusers-text-encoder" and record.closed_form is not None:
+        raise InputError(_why_not_for_diffusion(record.closed_form), fix="use --method uwm, which changes those states")
     recipe, _ = recipe_of(str(folder))
     model = load_model(recipe, folder=folder, device="cpu")
     if model.ref.weights_digest != record.edited_weights_digest:
@@ -66,6 +69,12 @@ def save_as(path: Path, layout: Layout, out: Path) -> Saved:
             named = re.sub(r"(?m)^library_name: .*$", f"library_name: {_LIBRARY[layout]}", card, count=1)
             (place / CARD).write_text(named, encoding="utf-8")
     return Saved(out=str(out), layout=layout, weights=record.edited_weights_digest)
+
+
+def _why_not_for_diffusion(step: EditStep) -> str:
+    moved = step.axis is not None and step.axis.placement is Placement.WEIGHTS
+    more = ", and the bias of its last LayerNorm would move them" if moved else ""
+    return f"{only_embeddings(step.method)}: diffusion reads hidden states, which it does not make safer{more}"
 
 
 def _edited_at(path: Path) -> tuple[Path, EditRecord]:

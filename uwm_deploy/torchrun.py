@@ -114,14 +114,22 @@ def add_in_order(ranks: Ranks, total: Tensor, others: int) -> None:
         total: Of the same shape in every process; changes in the first.
         others: How many processes besides the first have something to add.
     """
-    on_cpu = total.is_cuda and distributed.is_initialized() and distributed.get_backend() == "gloo"
+    wire = _wire(total)
     if ranks.first:
         for source in range(1, others + 1):
-            received = torch.empty_like(total, device="cpu" if on_cpu else None)
+            received = torch.empty_like(total, device=wire)
             distributed.recv(received, src=source)
             total.add_(received.to(total.device))
     elif ranks.rank <= others:
-        distributed.send(total.cpu() if on_cpu else total, dst=0)
+        distributed.send(total.to(wire), dst=0)
+
+
+def _wire(total: Tensor) -> torch.device:
+    """Where a tensor has to be to be sent: gloo takes it from the CPU, nccl from a GPU."""
+    backend = distributed.get_backend() if distributed.is_initialized() else ""
+    if backend == "nccl" and not total.is_cuda:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if backend == "gloo" else total.device
 
 
 def _text(error: Exception) -> str:

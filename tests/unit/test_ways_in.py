@@ -15,8 +15,9 @@ from PIL import Image
 from tests.families import model_of
 from uwm_deploy import resources
 from uwm_deploy.cli import cli, save
+from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import Outcome, Request, recipe_of
+from uwm_deploy.pipeline import Outcome, Request, recipe_of, run
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.saving import save_as
 from uwm_deploy.stages.load import load_model
@@ -91,11 +92,21 @@ def wanted(
 
 
 @pytest.fixture(scope="module")
-def saved(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def uwm_folder(built: tuple[Request, Outcome], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of an edit whose layers lie before what diffusion reads."""
+    work = tmp_path_factory.mktemp("uwm") / "work"
+    request = Request(calibration=built[0].calibration, method="uwm", keep_mass=0.9, work=work, device="cpu")
+    run(request, until="edit", reporter=Reporter(quiet=True))
+    return work
+
+
+@pytest.fixture(scope="module")
+def saved(run_folder: Path, uwm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every layout, by the command."""
     root = tmp_path_factory.mktemp("saved")
     for layout in LAYOUTS:
-        found = CliRunner().invoke(cli, ["save", str(run_folder), "--as", layout, "--out", str(root / layout)])
+        work = uwm_folder if layout == "diffusers-text-encoder" else run_folder
+        found = CliRunner().invoke(cli, ["save", str(work), "--as", layout, "--out", str(root / layout)])
         assert found.exit_code == 0, found.output
     return {layout: root / layout for layout in LAYOUTS}
 
@@ -190,9 +201,9 @@ def tiny_pipeline(folder: Path, width: int) -> Any:
 
 
 @torch.no_grad()
-def test_stable_diffusion(saved: dict[str, Path], wanted, models, tmp_path: Path) -> None:
+def test_stable_diffusion(saved: dict[str, Path], uwm_folder: Path, models, tmp_path: Path) -> None:
     """The pipeline conditions on the edited tower's states, loads again after being saved, and makes a picture."""
-    folder = saved["diffusers-text-encoder"]
+    folder, models = saved["diffusers-text-encoder"], (loaded(uwm_folder / "edit" / "model"), models[1])
     pipeline = tiny_pipeline(folder, width=models[0].source.config.text_config.hidden_size)
     pipeline.save_pretrained(tmp_path / "pipeline")
     pipeline = type(pipeline).from_pretrained(tmp_path / "pipeline", safety_checker=None, requires_safety_checker=False)
@@ -204,7 +215,7 @@ def test_stable_diffusion(saved: dict[str, Path], wanted, models, tmp_path: Path
     # And what the tower makes of those states is its embedding.
     ends = (ids == models[0].ref.text.eos_id).int().argmax(1)
     rows = models[0].source.text_projection(states[torch.arange(len(ends)), ends])
-    nearer_to_edited(unit(rows), wanted[0][1], wanted[1][1])
+    nearer_to_edited(unit(rows), *(unit(model.text.embed(ids)) for model in models))
     picture = pipeline("a red circle", num_inference_steps=1, height=8, width=8, output_type="np").images
     assert np.isfinite(picture).all()
 

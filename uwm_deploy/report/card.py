@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from uwm_deploy.records import (
+    CLOSED_FORM,
     ArtifactEvidence,
     CalibrationRecord,
     EditKind,
     EditRecord,
     Evidence,
     Method,
+    Placement,
     Proportion,
     RiskReport,
     SafetyReport,
@@ -96,6 +98,7 @@ def card_of(
         *([_non_commercial(licence)] if is_non_commercial(licence) else []),
         _source(edit, licence),
         _how(edit, calibration, method),
+        *([_unmapped()] if _has_maps(edit, bundle) else []),
         _numbers(report) if report else "## Numbers\n\nNothing was measured yet; `uwm-deploy build` does it.",
         *([_head(report.risk)] if report and report.risk and bundle else []),
         *([_decided(verdict)] if verdict else []),
@@ -111,14 +114,20 @@ def _metadata(edit: EditRecord, name: str, licence: str, report: VerifyReport | 
         body["license_name"] = licence
     if edit.model.repo.count("/") == 1 and not edit.model.repo.startswith((".", "/")):
         body |= {"base_model": edit.model.repo, "base_model_relation": "finetune"}
-    body["library_name"] = "onnx" if bundle else _LIBRARY.get(edit.model.family, "transformers")
+    library = _LIBRARY.get(edit.model.family, "transformers")
+    body["library_name"] = "onnx" if bundle else "uwm-deploy" if _has_maps(edit, bundle) else library
     body["pipeline_tag"] = "zero-shot-image-classification"
-    how = "fine-tuned" if edit.method is Method.TRAINED else "unsafe-weights-manipulation"
-    tags = ["clip", "safety", how, *(["onnx"] if bundle else [])]
+    tags = ["clip", "safety", *dict.fromkeys(map(_tag, edit.methods)), *(["onnx"] if bundle else [])]
     body["tags"] = [*tags, *(["non-commercial"] if is_non_commercial(licence) else [])]
     if report is not None:
         body["model-index"] = [{"name": name, "results": _results(report)}]
     return body
+
+
+def _tag(method: Method) -> str:
+    if method in CLOSED_FORM:
+        return method.value
+    return "fine-tuned" if method is Method.TRAINED else "unsafe-weights-manipulation"
 
 
 def _results(report: VerifyReport) -> list[dict[str, Any]]:
@@ -149,6 +158,19 @@ def _source(edit: EditRecord, licence: str) -> str:
     return (
         f"## Source\n\n- checkpoint: `{model.repo}`{revision} ({model.family})\n- licence: {licence}\n"
         f"- original weights: `{model.weights_digest}`\n- edited weights: `{edit.edited_weights_digest}`"
+    )
+
+
+def _has_maps(edit: EditRecord, bundle: bool) -> bool:
+    """Whether the card's folder has the maps behind the embeddings in a file; graphs of a bundle hold theirs."""
+    return edit.placement is Placement.EMBEDDING and not bundle
+
+
+def _unmapped() -> str:
+    return (
+        "## Loading it\n\nA map lies behind each embedding, in `embedding_maps.safetensors`. **A library that loads this "
+        "folder alone gives the unmapped model, without that step of the edit.** uwm-deploy applies the maps; so does "
+        "sentence-transformers, in a folder that `uwm-deploy save --as sentence-transformers` wrote."
     )
 
 

@@ -16,6 +16,7 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_value,
     fingerprint_of_graph,
 )
+from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.records import MAP_NAMES, EditKind, Fingerprint, GraphAudit, Precision, TensorEdit
@@ -65,10 +66,10 @@ def audit_of_engine(
     kept = dict(named_weights(path))
     if all(edit.name in kept for edit in edits) and precision is Precision.FP32:
         return _audit(fingerprint_of_graph(kept, edits, patch.tensors), 0)
-    arrays = list(kept.values())
+    arrays, folded = list(kept.values()), computed_away(source)
     if precision is Precision.FP32:
-        return _audit(fingerprint_by_value(arrays, edits), 0)
-    found = fingerprint_by_source(arrays, dict(_edited(source, edits)), edits)
+        return _audit(fingerprint_by_value(arrays, edits, folded), 0)
+    found = fingerprint_by_source(arrays, dict(_edited(source, edits)), edits, folded)
     return _audit(found, 0, lowered=_lowered(arrays, edits))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import ClosedForm
+from uwm_deploy.recipe import ClosedForm, only_embeddings
 from uwm_deploy.records import (
     MAP_NAMES,
     AxisSetting,
@@ -65,9 +65,15 @@ def placement_of(model: LoadedModel, spec: ClosedForm) -> tuple[Placement, str]:
     """Where a step goes, and why where that was left open.
 
     Raises:
-        InputError: If the family's embeddings are not what is used of it, or its towers have no place for the step.
+        InputError: If the family's embeddings are not what is used of it, its towers have no place for the step, or there
+            are maps already.
     """
     refuse_hidden_states(model, spec.method)
+    if model.maps:
+        raise InputError(
+            f"{model.ref.name} has maps behind its embeddings already, and there is place for one",
+            fix="edit the model that it was made from",
+        )
     reasons = [reason for tower in TowerName if (reason := _reason_against_weights(model, tower))]
     if spec.axis.placement == "weights" and reasons:
         raise InputError(f"placement weights: {reasons[0]}", fix="use --placement embedding")
@@ -86,7 +92,7 @@ def refuse_hidden_states(model: LoadedModel, method: Method) -> None:
     """
     if any(len(model.tower(tower).output_names) > 1 for tower in TowerName):
         raise InputError(
-            f"method {method.value} changes embeddings only, and {model.ref.name} is used by its inner features",
+            f"{only_embeddings(method)}, and {model.ref.name} is used by its inner features",
             fix="use --method uwm, which changes the layers before them",
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records import ImageSpec, TextSpec
+from uwm_deploy.records import ImageSpec, TextSpec, TowerName
 from uwm_deploy.towers import open_clip
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LoadedModel
@@ -46,6 +46,8 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
         ContractError: If what was written does not embed as the model does.
     """
     family = model.ref.family
+    if model.maps:
+        _check_holds_maps(family, layout)
     if layout == _OWN[family]:
         _copy(source, folder)
     elif family != "hf-clip":
@@ -64,6 +66,28 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
         file.chmod(0o644)  # libraries save with the writer's private mode
 
 
+def _check_holds_maps(family: str, layout: Layout) -> None:
+    """Refuses layouts without a place for a map behind the embedding.
+
+    Raises:
+        InputError: If it is one of them.
+    """
+    if layout == _WITH_MAPS and family == "hf-clip":
+        return
+    what = f"the layout {layout} has no place for a map behind the embedding"
+    if layout == _WITH_MAPS:
+        what = f"a model of family {family} cannot be written as {layout}"
+    others = {
+        "hf-clip": f"use --as {_WITH_MAPS} or a bundle, or edit again with --placement weights",
+        "open-clip": "use a bundle, or edit again with --placement weights",
+    }
+    raise InputError(what, fix=others.get(family, "use a bundle"))
+
+
+_WITH_MAPS: Layout = "sentence-transformers"
+"""The layout that can say that an embedding is mapped."""
+
+
 def _copy(source: Path, folder: Path, names: tuple[str, ...] = ()) -> None:
     """Files of a folder, or those of certain names that are there."""
     folder.mkdir(exist_ok=True)
@@ -72,18 +96,47 @@ def _copy(source: Path, folder: Path, names: tuple[str, ...] = ()) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_sentence_transformers(_: LoadedModel, source: Path, folder: Path) -> None:
+def _write_sentence_transformers(model: LoadedModel, source: Path, folder: Path) -> None:
     """The same folder with the list of modules that makes it one of sentence-transformers, rows of length 1."""
     _copy(source, folder)
-    kinds = (("", "CLIPModel"), ("1_Normalize", "Normalize"))
+    kinds = [("", "CLIPModel"), ("1_Normalize", "Normalize")]
+    if model.maps:
+        kinds += [("2_Router", "Router"), ("3_Normalize", "Normalize")]
+        _write_router(model, folder / "2_Router")
     modules = [
-        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for n, (path, kind) in enumerate(kinds)
+        {"idx": n, "name": str(n), "path": path, "type": f"{_MODULES}.{kind}"} for n, (path, kind) in enumerate(kinds)
     ]
-    (folder / "1_Normalize").mkdir()
-    _write_json(folder / "1_Normalize" / "config.json", {})
+    for path, kind in kinds:
+        if kind == "Normalize":
+            (folder / path).mkdir()
+            _write_json(folder / path / "config.json", {})
     _write_json(folder / "modules.json", modules)
     _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+
+
+_MODULES = "sentence_transformers.models"
+
+
+def _write_router(model: LoadedModel, folder: Path) -> None:
+    """The maps as linear layers, chosen by what was embedded; without a default, since the other map would be wrong."""
+    names = {tower: f"{tower.value}_0_Dense" for tower in TowerName}
+    for tower, name in names.items():
+        (folder / name).mkdir(parents=True)
+        size = {"in_features": model.ref.embed_dim, "out_features": model.ref.embed_dim}
+        config = {**size, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
+        _write_json(folder / name / "config.json", config)
+        state = {f"linear.{key}": tensor.detach().cpu() for key, tensor in model.maps[tower].state_dict().items()}
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
+    body = {
+        "types": dict.fromkeys(names.values(), f"{_MODULES}.Dense"),
+        "structure": {tower.value: [name] for tower, name in names.items()},
+        "parameters": {
+            "default_route": None,
+            "allow_empty_key": False,
+            "route_mappings": {f"(None, '{tower.value}')": tower.value for tower in TowerName},
+        },
+    }
+    _write_json(folder / "router_config.json", body)
 
 
 def _write_text_encoder(model: LoadedModel, source: Path, folder: Path) -> None:

@@ -22,7 +22,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.recipe import Architecture
 from uwm_deploy.records import TowerName
 from uwm_deploy.towers import checkpoint, hf_clip
-from uwm_deploy.towers.protocol import LoadedParts, ModuleTower
+from uwm_deploy.towers.protocol import MAPS, LoadedParts, ModuleTower
 from uwm_deploy.workspace import whole_folder
 
 FAMILY = "llava"
@@ -166,9 +166,15 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
         Number of tensors whose values changed.
 
     Raises:
-        InputError: If one of the folders is not what it should be, or they do not fit.
+        InputError: If one of the folders is not what it should be, they do not fit, or the edit does not reach what LLaVA
+            uses.
     """
     body = checkpoint.config_of_type(edited, ("clip",), FAMILY)
+    if (edited / MAPS).is_file():
+        raise InputError(
+            f"{edited.name} has maps behind its embeddings, and LLaVA uses the inner features before them",
+            fix="edit with --method uwm, which changes the layers that LLaVA uses",
+        )
     llava_body = checkpoint.config_of_type(llava, ("llava",), FAMILY)
     if LAYER_KEY not in body:
         raise InputError(f"{edited.name} is no vision tower of LLaVA", fix="edit with a recipe of family llava")
