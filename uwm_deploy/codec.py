@@ -122,6 +122,9 @@ def _hints(kind: type) -> dict[str, Any]:
 def _decode_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
+    records = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, dict) and len(records) == 1:  # its own error names the field
+        return _decode(records[0], value, where)
     for option in (o for o in options if o is not type(None)):
         try:
             return _decode(option, value, where)

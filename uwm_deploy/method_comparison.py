@@ -113,7 +113,10 @@ def _wanted(text: str) -> Wanted:
             fix=f"use {', '.join([*known, *Trainer])}, steps on each other such as uwm+safety-axis or uwm+safe-clip, "
             "safety-axis@embedding for the other placement, or LABEL=MODEL",
         )
-    methods_from_name(edits)
+    try:
+        methods_from_name(edits)
+    except InputError as error:
+        raise InputError(f"--methods: {error.what}", fix=error.fix) from error
     return Wanted(label=text, trainer=trainers[0] if trainers else None, method=edits, placement=placement)
 
 

@@ -51,7 +51,6 @@ from uwm_deploy.records import (
     FitRecord,
     Goldens,
     GraphAudit,
-    LayerScore,
     Manifest,
     Method,
     OnnxArtifact,
@@ -113,7 +112,6 @@ from uwm_deploy.workspace import (
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
-    from torch import Tensor
 
     from uwm_deploy.graphs.quantise import Kind
     from uwm_deploy.stages.calibrate import PairStream
@@ -1058,37 +1056,20 @@ class _Build:
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
 
     def _expected(self) -> Expected:
-        """What the edited model must be, made again from source weights and scores, or as it was trained."""
-        from uwm_deploy.stages.edit import selected_entries
-        from uwm_deploy.stages.proof import expected_weights, with_closed_form
+        """What the edited model must be, made again from what its steps were made from."""
+        from uwm_deploy.stages.expected import MadeFrom, expected_edit
 
-        edits = self.recipe.entries
-        score = _read(ScoreRecord, self.work / "score" / "score.json")
-        scores = self.work / "score" / "scores.safetensors"
-
-        def select(layer: LayerScore) -> Tensor:
-            return selected_entries(score, scores, layer, edits.of(layer.tower))
-
-        edit, original = _read(EditRecord, self.work / "edit" / "edit.json"), self.original.named_parameters()
-        if self.trained:
-            from uwm_deploy.stages.trained import expected_trained
-
-            trained = self._load_trained().named_parameters()
-            expected = expected_trained(original, trained, edit, self.training)
-        else:
-            expected = expected_weights(original, score, edit, self._patch(), edits, select)
-        solved = self._solved_again(edit)
-        return with_closed_form(expected, solved, edit)
-
-    def _solved_again(self, edit: EditRecord) -> Mapping[str, Tensor]:
-        """Tensors of the closed-form step, from the sums of its fit and the setting that the edit record names."""
-        from uwm_deploy.stages.strength import solved_again
-
-        step = edit.closed_form
-        if step is None:
-            return {}
-        model, _ = self._before_closed_form()
-        return solved_again(model, step, self.work / "fit")
+        made_from = MadeFrom(
+            original=self.original,
+            score=_read(ScoreRecord, self.work / "score" / "score.json"),
+            scores=self.work / "score" / "scores.safetensors",
+            fit=self.work / "fit",
+            before=lambda: self._before_closed_form()[0],
+            trained=self._load_trained if self.trained else None,
+            training=self.training,
+        )
+        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        return expected_edit(self.recipe, made_from, edit, self._patch())
 
     def _goldens(self) -> Goldens:
         """The runtime and the towers against the source library."""

@@ -1532,6 +1532,7 @@ class GraphAudit:
         weights: Other weights that were compared, bit for bit.
         edit: Edited layers that do not, with the reason.
         differ: Other weights that are not the edited model's.
+        lowered: What must be in float32 whatever the precision, such as a map behind the embedding, and is not.
         structure: What else differs from the model, such as the epsilon of a normalisation.
     """
 
@@ -1539,6 +1540,7 @@ class GraphAudit:
     weights: int
     edit: tuple[str, ...] = ()
     differ: tuple[str, ...] = ()
+    lowered: tuple[str, ...] = ()
     structure: tuple[str, ...] = ()
 
 

@@ -393,11 +393,16 @@ def write(report: SweepReport, folder: Path) -> None:
 
 
 def draw(report: SweepReport, path: Path) -> None:
-    """Safety gain against zero-shot kept, one line per factor, the Pareto front marked."""
+    """Safety gain against what is kept, one line per factor, the Pareto front marked.
+
+    Kept is the zero-shot mean; strengths of a safety axis hardly change it, so with them it is safe retrieval.
+    """
     from matplotlib.figure import Figure
 
-    base = zero_shot_mean(report.original)
-    kept = [zero_shot_mean(p.safety) - base for p in report.points]
+    strengths = report.points[0].setting is not None
+    kept_of = mean_recall if strengths else zero_shot_mean
+    base = kept_of(report.original)
+    kept = [kept_of(p.safety) - base for p in report.points]
     gains = [gain(report.original, p) for p in report.points]
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -405,10 +410,13 @@ def draw(report: SweepReport, path: Path) -> None:
     axes.axvline(0, color="0.8", linewidth=1, zorder=0)
     for factor in dict.fromkeys(p.factor for p in report.points):
         at = [i for i, p in enumerate(report.points) if p.factor == factor]
-        axes.plot([kept[i] for i in at], [gains[i] for i in at], marker="o", markersize=4, label=f"factor {factor:g}")
+        name = "strengths of the axis" if strengths else f"factor {factor:g}"
+        axes.plot([kept[i] for i in at], [gains[i] for i in at], marker="o", markersize=4, label=name)
+        places: dict[tuple[float, float], list[str]] = {}
         for i in at:
-            label = label_of(report.points[i])
-            axes.annotate(label, (kept[i], gains[i]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            places.setdefault((kept[i], gains[i]), []).append(label_of(report.points[i]))
+        for place, names in places.items():
+            axes.annotate(", ".join(names), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     if not math.isnan(base):
         front = pareto(list(zip(kept, gains, strict=True)))
         axes.scatter(
@@ -419,10 +427,10 @@ def draw(report: SweepReport, path: Path) -> None:
         axes.scatter(
             kept[report.picked], gains[report.picked], marker="*", s=160, color="black", label="picked", zorder=3
         )
-    axes.set_xlabel("zero-shot mean, change in points")
+    axes.set_xlabel(f"{'safe R@1' if strengths else 'zero-shot mean'}, change in points")
     axes.set_ylabel("GS, change in points")
     about = f"{report.model.name}, {report.method}{', per concept' if report.concepts else ''}"
-    labels = "largest loss of R@1" if report.points[0].setting else "keep_mass"
-    axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: {labels}")
+    labels = "largest loss of R@1" if strengths else "keep_mass"
+    axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: {labels}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -23,24 +23,24 @@ from pathlib import Path
 import torch
 from uwm_deploy.codec import plain_from_record
 from uwm_deploy.pipeline import recipe_of
-from uwm_deploy.records import LayerEdit, TowerName
+from uwm_deploy.records import TensorEdit, TowerName
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
+from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries
 recipe, _ = recipe_of(sys.argv[1])
 folder = Path(sys.argv[2])
 folder.mkdir()
 model = load_model(recipe, folder=None, weights="random", device="cpu")
 edits, patches = [], {}
 for name in TowerName:
-    for path, layer in model.tower(name).layers(recipe.edit.of(name).layers).items():
+    for path, layer in model.tower(name).layers(recipe.entries.of(name).layers).items():
         weight = layer.weight.detach()
         before, indices = digest_of_tensor(weight), torch.arange(0, weight.numel(), 50, dtype=torch.int32)
         multiply_entries(weight, indices, -1.0)
         after = digest_of_tensor(weight)
-        patches[path] = LayerPatch(indices=indices, factor=-1.0, digest_before=before, digest_after=after)
-        edits.append(LayerEdit(tower=name, name=path, shape=tuple(weight.shape), keep_mass=0.98, factor=-1.0,
-                               selected=len(indices), share=0.02, digest_before=before, digest_after=after))
+        patches[path + ".weight"] = TensorPatch(indices=indices, factor=-1.0, digest_before=before, digest_after=after)
+        edits.append(TensorEdit(tower=name, name=path + ".weight", shape=tuple(weight.shape), keep_mass=0.98, factor=-1.0,
+                                selected=len(indices), share=0.02, digest_before=before, digest_after=after))
 model.save(folder)
 (folder / "patch.bin").write_bytes(Patch(patches).to_bytes())
 (folder / "edits.txt").write_text(json.dumps([plain_from_record(edit) for edit in edits]))
@@ -50,7 +50,7 @@ import json, sys
 from pathlib import Path
 from uwm_deploy.codec import json_from_record, record_from_plain
 from uwm_deploy.memory import leave_at_once, without_collection
-from uwm_deploy.records import LayerEdit, TowerName
+from uwm_deploy.records import TensorEdit, TowerName
 with without_collection():  # as the command line does
     from uwm_deploy.pipeline import recipe_of
     from uwm_deploy.stages.export import onnx_from_tower, sample_of
@@ -58,7 +58,7 @@ with without_collection():  # as the command line does
     from uwm_deploy.uwm.patch import Patch
 recipe, _ = recipe_of(sys.argv[1])
 name, folder, out = TowerName(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-edits = [record_from_plain(LayerEdit, e, where="edits") for e in json.loads((folder / "edits.txt").read_text())]
+edits = [record_from_plain(TensorEdit, e, where="edits") for e in json.loads((folder / "edits.txt").read_text())]
 model = load_model(recipe, folder=folder, device="cpu")
 model.keep_only(name)
 tower, ref = model.tower(name), model.ref

@@ -83,9 +83,9 @@ def main() -> None:
     for values in (source.ids, source.concepts, source.indices):
         del values[arguments.pairs :]
     concepts = dict(zip(source.ids, source.concepts, strict=True))
-    specs = {m.value: with_method(recipe.edit, method=m) for m in METHODS}
-    specs["uwm, per concept"] = with_method(recipe.edit, per_concept=True)
-    plain = ready(model, source, recipe.edit)
+    specs = {m.value: with_method(recipe.entries, method=m) for m in METHODS}
+    specs["uwm, per concept"] = with_method(recipe.entries, per_concept=True)
+    plain = ready(model, source, recipe.entries)
     streams = {
         name: ready(model, source, edits) if edits.per_concept or needs_gradients(edits.method) else plain
         for name, edits in specs.items()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.uwm_edit import STEP, with_edit
 from uwm_deploy import resources
 from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.recipe import BuilderSpec, calibration_set_from_toml, recipe_from_toml
-from uwm_deploy.records import Target
+from uwm_deploy.recipe import AxisSpec, BuilderSpec, ClosedForm, calibration_set_from_toml, recipe_from_toml
+from uwm_deploy.records import AxisSetting, Method, Target
 
 ROOT = Path(__file__).parents[2]
 BATCH = "batch = { min = 1, opt = 8, max = 32 }"
@@ -87,6 +88,51 @@ def test_a_wrong_recipe_is_refused(old: str, new: str, message: str) -> None:
     assert old in DEMO
     with pytest.raises(RecipeError, match=message):
         recipe_from_toml(DEMO.replace(old, new, 1), where=WHERE)
+
+
+AXIS = '[[edit]]\nmethod = "safety-axis"\n'
+SETTING = "[edit.axis]\nsetting = { g = 0.5, o = 0.5, kappa = 0.2, a = 1.0, tau = 0.5 }\n"
+
+
+def test_an_edit_is_a_list_of_steps() -> None:
+    """One step or two, the closed-form one last; what selects entries and what is solved are both found."""
+    one = recipe_from_toml(with_edit(DEMO), where=WHERE)
+    assert (one.method, one.closed_form, one.entries.text.keep_mass) == ("uwm", None, 0.9)
+    two = recipe_from_toml(with_edit(DEMO, STEP + AXIS + SETTING), where=WHERE)
+    assert (two.method, two.entries) == ("uwm+safety-axis", one.entries)
+    assert two.closed_form is not None
+    assert two.closed_form.axis.setting == AxisSetting(g=0.5, o=0.5, kappa=0.2, a=1.0, tau=0.5)
+    alone = recipe_from_toml(with_edit(DEMO, AXIS), where=WHERE)
+    assert (alone.method, alone.closed_form) == ("safety-axis", ClosedForm(method=Method.SAFETY_AXIS, axis=AxisSpec()))
+    assert (alone.entries.method, alone.entries.text.layers) == (Method.SAFETY_AXIS, ())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("edit = []\n", "the steps are none"),
+        (STEP + STEP, r"the steps uwm\+uwm"),
+        (AXIS + STEP, r"the steps safety-axis\+uwm"),
+        (AXIS + AXIS, r"the steps safety-axis\+safety-axis"),
+        (STEP.partition("[edit.image]")[0], r"edit\[0\]: missing key 'image'"),
+        (STEP + SETTING, r"edit\[0\]\.axis belongs to a closed-form step"),
+        (AXIS + STEP.partition("\n")[2], "selects no entries"),
+        (AXIS + 'towers = ["text"]\n', "edits both towers"),
+        (AXIS.replace("safety-axis", "leace") + SETTING, "leace has no strength"),
+        (AXIS + "[edit.axis]\nmax_retrieval_loss = -1\n", "a limit is negative"),
+        (AXIS + "[edit.axis]\nplacement = 'bias'\n", r"edit\[0\]\.axis\.placement should be one of"),
+        (AXIS + SETTING.replace("kappa", "kapa"), "did you mean 'kappa'"),
+        (AXIS.replace("safety-axis", "safety-axe"), r"edit\[0\]\.method should be one of"),
+        (STEP.replace("[[edit]]", "[edit]"), "should be a list"),
+    ],
+)
+def test_steps_that_make_no_edit_are_refused(edit: str, message: str) -> None:
+    """Each mistake is one line with the number of the step."""
+    text = with_edit(DEMO, edit)
+    if edit.startswith("edit ="):
+        text = edit + with_edit(DEMO, "")
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_toml(text, where=WHERE)
 
 
 def test_an_unknown_name_lists_the_nearest() -> None:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.codec import json_from_record, record_from_json, record_from_plain
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import CalibrationRecord, Check, Flips, LeftOut, Result
+from uwm_deploy.records import CalibrationRecord, Check, EditStep, Flips, LeftOut, Result
 
 RECORD = CalibrationRecord(
     name="demo",
@@ -55,6 +55,21 @@ def test_a_changed_file_is_refused(change: dict[str, object], message: str) -> N
     body = json.loads(json_from_record(RECORD)) | change
     with pytest.raises(IntegrityError, match=message):
         record_from_json(CalibrationRecord, json.dumps(body), where="file.json")
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ({"placement": "weights"}, r"x\.axis: unknown fields \[\], missing fields \['fitted_on', 'n_pairs'\]"),
+        ({"placement": "bias", "fitted_on": "", "n_pairs": {}}, r"x\.axis\.placement should be one of"),
+        ([], "x.axis should be"),
+    ],
+)
+def test_a_field_that_may_be_empty_says_what_is_wrong_in_it(axis: object, message: str) -> None:
+    """A record that may also be missing is as strict, and as exact, as one that may not."""
+    assert record_from_plain(EditStep, {"method": "uwm", "axis": None}, where="x").axis is None
+    with pytest.raises(IntegrityError, match=message):
+        record_from_plain(EditStep, {"method": "safety-axis", "axis": axis}, where="x")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000])

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.uwm_edit import UWM_OPTIONS
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +24,8 @@ def _command(folder: Path) -> list[str]:
     )
     sets = ["--calibration", str(folder / "cal.toml"), "--evaluation", str(folder / "eval.toml")]
     where = ["--work", str(folder / "work"), "--out", str(folder / "out"), "--policy", str(folder / "policy.toml")]
-    return [sys.executable, "-m", "uwm_deploy.cli", "build", "--json", "--target", "onnxruntime", *sets, *where]
+    command = [sys.executable, "-m", "uwm_deploy.cli", "build", "--json", "--target", "onnxruntime"]
+    return [*command, *UWM_OPTIONS, *sets, *where]
 
 
 def _interruptible() -> None:
@@ -79,7 +82,7 @@ def test_scoring_resumes_after_the_last_whole_shard(tmp_path: Path) -> None:
         "import sys\nfrom uwm_deploy.stages import shards\nshards.SHARD_PAIRS = 32\n"
         "from uwm_deploy.cli import main\nmain(sys.argv[1:])\n"
     )
-    options = ["--calibration", str(tmp_path / "cal.toml"), "--workers", "0", "--device", "cpu", "--work"]
+    options = ["--calibration", str(tmp_path / "cal.toml"), "--workers", "0", "--device", "cpu", *UWM_OPTIONS, "--work"]
     command = [sys.executable, str(tmp_path / "child.py"), "score", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     work, resumed = tmp_path / "work", []

@@ -1,7 +1,8 @@
-"""The gate against planted faults: one of every kind and stage. `uwm-deploy selftest` plants all of them."""
+"""The gate against planted faults: one of every kind, stage and edit. `uwm-deploy selftest` plants all of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,52 +10,154 @@ import pytest
 from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
-from uwm_deploy.records import Cause, Result
+from uwm_deploy.records import (
+    AxisSetting,
+    Cause,
+    FoldKind,
+    LimitUse,
+    Precision,
+    Result,
+    StrengthCandidate,
+    StrengthChoice,
+    StrengthLimit,
+    StrengthLimits,
+)
+from uwm_deploy.selftest.artifacts import in_half_precision
 from uwm_deploy.selftest.faults import plant_all
 from uwm_deploy.selftest.peers import Peers
 from uwm_deploy.selftest.rebuilds import PER_EDIT, rebuild_all, variations
-from uwm_deploy.selftest.world import World
-from uwm_deploy.selftest.zoo import FAULTS
+from uwm_deploy.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, Worlds
+from uwm_deploy.selftest.zoo import FAULTS, Fault
 from uwm_deploy.stages.causes import STAGE_ORDER
+from uwm_deploy.stages.expected import expected_edit
 
-ONE_OF_EACH = list({(fault.cause, fault.stage): fault for fault in reversed(FAULTS)}.values())
+BY_NAME = {fault.name: fault for fault in FAULTS}
+ONE_OF_EACH = list({(fault.cause, fault.stage, fault.world): fault for fault in reversed(FAULTS)}.values())
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.mark.parametrize("fault", ONE_OF_EACH, ids=lambda fault: fault.name)
-def test_a_planted_fault_is_named(fault: object, world: World) -> None:
+def test_a_planted_fault_is_named(fault: object, worlds: Worlds) -> None:
     """The gate fails, and its first cause is the one that was planted."""
-    (found,) = plant_all(world, [fault], None, lambda *_: None)  # type: ignore[list-item]
+    (found,) = plant_all(worlds, [fault], None, lambda *_: None)  # type: ignore[list-item]
     assert (found.found_cause, found.found_stage) == (found.cause, found.stage), found.detectors
 
 
-def test_the_honest_build_has_no_cause(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("axis-of-another-model", "of its largest entry from what its fit gives"),
+        ("strength-of-its-own", "another strength than was asked for: g 0.9 for 0.5"),
+        ("step-left-out", "has the steps uwm, where uwm+safety-axis was asked for"),
+        ("patch-of-other-values", "visual_projection.weight: the patch makes something else than it promises"),
+        ("tensor-not-listed", "vision_model.post_layernorm.bias: is replaced, and the edit record does not say so"),
+    ],
+)
+def test_a_closed_form_step_that_is_not_what_was_asked_for(
+    name: str, words: str, worlds: Worlds, tmp_path: Path
+) -> None:
+    """Neither what was put into the model nor what the record says of it is believed; the cause says what is wrong."""
+    fault = BY_NAME[name]
+    world = worlds.of(fault.world)
+    build = fault.plant(world, tmp_path / "planted")
+    assert isinstance(build, Build)
+    first = world.verdict(build, tmp_path).causes[0]
+    assert (first.cause, first.stage) == (Cause.EDIT, "edit")
+    assert words in first.detail
+
+
+def _choice(limits: StrengthLimits, *settings: AxisSetting) -> StrengthChoice:
+    use = LimitUse(limit=StrengthLimit.RETRIEVAL, folds=FoldKind.RANDOM, loss=0.0, margin=0.0, at_most=4.0)
+    tried = [
+        StrengthCandidate(setting=s, measured={}, objective=1.0, keeps=True, broken=None, tightest=use)
+        for s in settings
+    ]
+    return StrengthChoice(
+        candidates=tuple(tried), chosen=0, original={}, limits=limits, n=96, hard_safe=0, zero_shot_sets=(),
+        concepts_left_out=(), seed=0, seconds=0.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lost", "chosen", "words"),
+    [
+        (4.0, None, "does not say how its strength was chosen"),
+        (9.0, 0.5, "was chosen under other limits than were asked for"),
+        (4.0, 0.7, "another strength than was chosen: g 0.5 for 0.7"),
+        (4.0, 0.5, ""),
+    ],
+    ids=["not chosen", "other limits", "another one", "honest"],
+)
+def test_a_chosen_strength_is_what_the_record_says(
+    lost: float, chosen: float | None, words: str, worlds: Worlds
+) -> None:
+    """Where no strength was asked for, the record tells how it was chosen, and it is that one."""
+    world = worlds.of(FOLDED)
+    first, last = world.recipe.edit
+    assert last.axis is not None
+    asked = dataclasses.replace(last, axis=dataclasses.replace(last.axis, setting=None))
+    step = world.honest.edit.steps[-1]
+    assert step.axis is not None
+    assert step.axis.setting is not None
+    settings = [dataclasses.replace(step.axis.setting, g=g) for g in (chosen or 0.0, 0.5)]
+    choice = _choice(StrengthLimits(retrieval_loss=lost), *settings) if chosen else None
+    told = dataclasses.replace(step, axis=dataclasses.replace(step.axis, choice=choice))
+    found = expected_edit(
+        dataclasses.replace(world.recipe, edit=(first, asked)),
+        world.made_from(world.original),
+        dataclasses.replace(world.honest.edit, steps=(*world.honest.edit.steps[:-1], told)),
+        world.honest.patch,
+    )
+    assert [words in problem for problem in found.problems] == [True] * bool(words), found.problems
+
+
+@pytest.mark.parametrize(
+    "fault", [f for f in FAULTS if f.stage == "package" or f.name == "manifest-edited"], ids=lambda f: f.name
+)
+def test_a_bundle_that_was_changed_is_refused(fault: Fault, worlds: Worlds) -> None:
+    """Planted without anything being executed, so all of them are tried here."""
+    (found,) = plant_all(worlds, [fault], None, lambda *_: None)
+    assert found.named, found.detectors
+
+
+@pytest.mark.parametrize("made_by", [UWM, FOLDED, MAPPED], ids=["uwm", "weights", "embedding"])
+def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: Worlds, tmp_path: Path) -> None:
     """Measured by the same code, what nobody touched passes every check."""
+    world = worlds.of(made_by)
     verdict = world.verdict(world.honest, tmp_path)
     assert verdict.result is Result.PASS
     assert verdict.causes == ()
     assert all(check.cause is None for check in verdict.checks)
 
 
-def test_other_tools_see_what_they_can_see(world: World, tmp_path: Path) -> None:
+def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: Worlds, tmp_path: Path) -> None:
+    """Only a map that was rounded too is named."""
+    world = worlds.of(MAPPED)
+    files = in_half_precision(world, tmp_path / "fp16")
+    build = dataclasses.replace(world.honest, engines=files, sources=files, precision=Precision.FP16)
+    assert world.verdict(build, tmp_path).causes == ()
+
+
+def test_other_tools_see_what_they_can_see(worlds: Worlds, tmp_path: Path) -> None:
     """The comparison is fair: a stale engine differs from its graph, and a graph of the wrong weights from its model."""
-    faults = {fault.name: fault for fault in FAULTS}
-    peers = Peers(world)
-    stale = faults["stale-engine"].plant(world, tmp_path / "stale")
-    wrong = faults["edit-not-exported"].plant(world, tmp_path / "wrong")
+    world, peers = worlds.of(UWM), Peers()
+    stale = BY_NAME["stale-engine"].plant(world, tmp_path / "stale")
+    wrong = BY_NAME["edit-not-exported"].plant(world, tmp_path / "wrong")
     assert peers.caught(stale) == {"onnx.checker": False, "polygraphy run": True, "allclose 1e-3": False}  # type: ignore[arg-type]
     assert peers.caught(wrong) == {"onnx.checker": False, "polygraphy run": False, "allclose 1e-3": True}  # type: ignore[arg-type]
     assert not any(peers.caught(world.honest).values())
 
 
 def test_honest_rebuilds_pass(tmp_path: Path) -> None:
-    """Two of the fifty: the first edit, as it is and in other batches with other workers."""
-    found = list(rebuild_all(tmp_path, 2, lambda *_: None))
-    assert [rebuild.result for rebuild in found] == [Result.PASS] * 2, [rebuild.failing for rebuild in found]
+    """Four of the fifty: the first edit as it is and in other batches, and in fp16 a closed-form edit in each placement."""
+    chosen = [variations(50)[number] for number in (0, 1, 9, 14)]
+    assert {variation.made_by for variation in chosen if variation.half} == {FOLDED, MAPPED}
+    found = list(rebuild_all(tmp_path, chosen, lambda *_: None))
+    assert [rebuild.result for rebuild in found] == [Result.PASS] * 4, [rebuild.failing for rebuild in found]
 
 
 def test_fifty_rebuilds_differ() -> None:
@@ -62,13 +165,14 @@ def test_fifty_rebuilds_differ() -> None:
     found = variations(50)
     assert len(set(found)) == 50
     assert len({v.seed for v in found}) == 50 // PER_EDIT
-    for setting in ("batch_pairs", "threads", "workers", "max_batch", "half"):
+    for setting in ("made_by", "batch_pairs", "threads", "workers", "max_batch", "half"):
         assert len({getattr(v, setting) for v in found}) > 1, setting
+    assert {(v.made_by, v.threads) for v in found} == {(m, n) for m in (UWM, FOLDED, MAPPED) for n in (1, 2)}
 
 
 def test_the_zoo_covers_every_cause_and_stage() -> None:
     """Every cause that the gate can name by itself is planted, names are unique, and there are at least thirty."""
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 30
+    assert len(BY_NAME) == len(FAULTS) >= 30
     assert {fault.cause for fault in FAULTS} == set(Cause) - {Cause.MODEL, Cause.DECISIONS}
     assert {fault.stage for fault in FAULTS} <= set(STAGE_ORDER)
 

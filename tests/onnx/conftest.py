@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig
 
 from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import LayerEdit, OnnxArtifact, TextSpec, TowerName
+from uwm_deploy.records import MAP_NAMES, EditKind, OnnxArtifact, Placement, TensorEdit, TextSpec, TowerName
+from uwm_deploy.stages.edit import tensor_edit
 from uwm_deploy.stages.export import onnx_from_tower
+from uwm_deploy.towers.embedding_map import with_map
 from uwm_deploy.towers.hf_clip import random_clip, towers_of
 from uwm_deploy.towers.protocol import ModuleTower
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import LayerPatch, Patch, multiply_entries
+from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries, replaced
 
 BOS, EOS, LENGTH, SIDE = 98, 99, 16, 24
 PATTERNS = {TowerName.IMAGE: ["*.mlp.fc2"], TowerName.TEXT: ["*.self_attn.out_proj"]}
+LAST = {
+    TowerName.IMAGE: ("visual_projection.weight", "vision_model.post_layernorm.bias"),
+    TowerName.TEXT: ("text_projection.weight", "text_model.final_layer_norm.bias"),
+}
+"""What a closed-form step with placement `weights` replaces."""
+
 WEIGHTS_DIGEST = "sha256:" + "ab" * 32
 
 
@@ -35,14 +44,23 @@ def _tower(name: TowerName) -> ModuleTower:
 
 @dataclass(frozen=True)
 class Case:
-    """One tower, unedited in the model, with the edit that belongs to it."""
+    """One tower, unedited in the model, with the edit that belongs to it.
+
+    Attributes:
+        before: What a second step replaced, or training changed, by name.
+    """
 
     tower: ModuleTower
-    edits: tuple[LayerEdit, ...]
+    edits: tuple[TensorEdit, ...]
     patch: Patch
+    before: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: layer.weight.detach() for name, layer in self.tower.layers(PATTERNS[self.tower.name]).items()}
+        layers = self.tower.layers(PATTERNS[self.tower.name])
+        return {f"{path}.weight": layer.weight.detach() for path, layer in layers.items()}
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.tower.graph_module().named_parameters()}
 
     def inputs(self, rows: int, seed: int = 0) -> Tensor:
         """Noise, or captions of different lengths: start, words, end, padding."""
@@ -80,11 +98,13 @@ def make_case(name: TowerName, factor: float = -1.0) -> Case:
         edited, indices = weight.clone(), torch.arange(0, weight.numel(), 7, dtype=torch.int32)
         multiply_entries(edited, indices, factor)
         before, after = digest_of_tensor(weight), digest_of_tensor(edited)
-        patches[path] = LayerPatch(indices=indices, factor=factor, digest_before=before, digest_after=after)
+        patches[f"{path}.weight"] = TensorPatch(
+            indices=indices, factor=factor, digest_before=before, digest_after=after
+        )
         edits.append(
-            LayerEdit(
+            TensorEdit(
                 tower=name,
-                name=path,
+                name=f"{path}.weight",
                 shape=(weight.shape[0], weight.shape[1]),
                 keep_mass=0.98,
                 factor=factor,
@@ -102,6 +122,51 @@ def make_edited(name: TowerName) -> Case:
     case = make_case(name)
     case.patch.apply(case.weights())
     return case
+
+
+@torch.no_grad()
+def make_solved(name: TowerName, placement: Placement) -> Case:
+    """A tower with negated entries, and a second step on top: the last map with the bias before it, or a map behind it."""
+    case, generator = make_edited(name), torch.Generator().manual_seed(3)
+    before: dict[str, Tensor] = {}
+    if placement is Placement.EMBEDDING:
+        linear = nn.Linear(case.tower.embed_dim, case.tower.embed_dim).eval()
+        parts = {f"{MAP_NAMES[name]}.{part}": parameter for part, parameter in linear.named_parameters()}
+        linear.weight.copy_(torch.eye(case.tower.embed_dim))
+        linear.bias.zero_()
+        with_map(case.tower, linear)
+    else:
+        parts = {n: p for n, p in case.tower.graph_module().named_parameters() if n in LAST[name]}
+        before = {n: p.detach().clone() for n, p in parts.items()}
+    edits, patches = list(case.edits), dict(case.patch.tensors)
+    for tensor, parameter in parts.items():
+        parameter += 0.3 * max(float(parameter.std()), 0.1) * torch.randn(parameter.shape, generator=generator)
+        after = parameter.detach().clone()
+        edits.append(tensor_edit(tensor, name, before.get(tensor), after))
+        patches[tensor] = replaced(before.get(tensor), after)
+    return replace(case, edits=tuple(edits), patch=Patch(patches), before=before)
+
+
+@torch.no_grad()
+def train(module: nn.Module, tower: TowerName) -> tuple[tuple[TensorEdit, ...], Patch]:
+    """Changes every parameter: weights, biases, normalisations and embeddings. Their record and patch."""
+    generator, edits, patches = torch.Generator().manual_seed(4), [], {}
+    for name, parameter in module.named_parameters():
+        before = parameter.clone()
+        parameter += 0.2 * max(float(parameter.std()), 0.1) * torch.randn(parameter.shape, generator=generator)
+        edit = replace(tensor_edit(name, tower, before, parameter), kind=EditKind.TRAINED)
+        digests = {"digest_before": edit.digest_before, "digest_after": edit.digest_after}
+        edits.append(edit)
+        patches[name] = TensorPatch(kind=EditKind.TRAINED, **digests)
+    return tuple(edits), Patch(patches)
+
+
+def make_trained(name: TowerName) -> Case:
+    """A tower of which every parameter was trained."""
+    case = make_case(name)
+    before = {n: p.clone() for n, p in case.parameters().items()}
+    edits, patch = train(case.tower.graph_module(), name)
+    return replace(case, edits=edits, patch=patch, before=before)
 
 
 @dataclass(frozen=True)
@@ -127,6 +192,23 @@ def text_export(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(case, case.export(folder, spec, external_data_bytes=1), folder)
 
 
+@pytest.fixture(
+    scope="session",
+    params=[(name, placement) for name in TowerName for placement in Placement],
+    ids=lambda part: f"{part[0].value}-{part[1].value}",
+)
+def solved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A tower with a second, closed-form step in either place."""
+    case, folder = make_solved(*request.param), tmp_path_factory.mktemp("solved")
+    return Exported(case, case.export(folder), folder)
+
+
+@pytest.fixture(scope="session", params=list(TowerName), ids=lambda name: name.value)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    case, folder = make_trained(request.param), tmp_path_factory.mktemp(f"trained-{request.param.value}")
+    return Exported(case, case.export(folder), folder)
+
+
 @pytest.fixture
 def unedited() -> Case:
     return make_case(TowerName.TEXT)
@@ -142,5 +224,5 @@ def zeroed() -> Case:
     """Weights multiplied by 0 where the patch says -1."""
     case = make_case(TowerName.TEXT)
     for name, weight in case.weights().items():
-        multiply_entries(weight, case.patch.layers[name].indices, 0.0)
+        multiply_entries(weight, case.patch.tensors[name].indices, 0.0)
     return case

@@ -28,10 +28,12 @@ from uwm_deploy.graphs.walk import VALUES, Graph, differences, part_of, places, 
 from uwm_deploy.records import (
     CalibrationRecord,
     EditRecord,
+    EditStep,
     EngineArtifact,
     Evidence,
     ImageSpec,
     Manifest,
+    Method,
     ModelRef,
     OnnxArtifact,
     Precision,
@@ -98,8 +100,9 @@ def edit_record(layers: list) -> EditRecord:
         image=image, text=text,
     )  # fmt: skip
     return EditRecord(
-        model=model, edited_weights_digest=WEIGHTS_DIGEST, scores_digest="", patch_digest="", layers=tuple(layers)
-    )
+        model=model, edited_weights_digest=WEIGHTS_DIGEST, patch_digest="", tensors=tuple(layers),
+        steps=(EditStep(method=Method.UWM),),
+    )  # fmt: skip
 
 
 def write(path: Path, record: object) -> None:
@@ -281,7 +284,7 @@ def test_not_finite_is_found_where_it_begins(run_folder: Path) -> None:
 def test_a_fault_of_the_export_is_named_before_what_was_made_of_it(run_folder: Path) -> None:
     """The exported graph is compared with the edited model's weights; its canaries tell the unedited model."""
     case = make_case(TOWER)
-    name = f"{case.edits[0].name}.weight"
+    name = case.edits[0].name
     unedited = case.weights()[case.edits[0].name].numpy()
     plant(run_folder / "export" / f"{TOWER.value}.onnx", on_tensor(name, lambda _: unedited))
     found = diagnose(run_folder, "onnx")
@@ -295,7 +298,7 @@ def test_a_fault_of_the_export_is_named_before_what_was_made_of_it(run_folder: P
 def test_without_the_model_edited_layers_are_told_by_digest(run_folder: Path) -> None:
     """Where the edited model was not kept, its record says what an edited weight is."""
     shutil.rmtree(run_folder / "edit" / "model")
-    name = f"{make_case(TOWER).edits[1].name}.weight"
+    name = make_case(TOWER).edits[1].name
     plant(run_folder / "export" / f"{TOWER.value}.onnx", on_tensor(name, lambda w: w * 2))
     found = walked(run_folder, "onnx", "export")
     assert [(d.what, d.detail) for d in found.differences] == [(name, "is not the edited weight")]

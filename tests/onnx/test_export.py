@@ -94,7 +94,7 @@ def test_the_edit_is_found_in_the_graph(exported):
 
 def test_exporting_an_unedited_tower_is_refused(unedited, tmp_path):
     """A tower without its edit never becomes an artifact; the error names the layer."""
-    with pytest.raises(ContractError, match=r"layers\.0\.self_attn\.out_proj: holds the unedited weight"):
+    with pytest.raises(ContractError, match=r"layers\.0\.self_attn\.out_proj\.weight: holds the unedited weight"):
         unedited.export(tmp_path)
 
 

@@ -14,11 +14,11 @@ from uwm_deploy.uwm.patch import multiply_entries
 
 
 def _arrays(case):
-    return {f"{name}.weight": weight.numpy().copy() for name, weight in case.weights().items()}
+    return {name: weight.numpy().copy() for name, weight in case.weights().items()}
 
 
 def _check(case, arrays=None):
-    return fingerprint_of_graph(_arrays(case) if arrays is None else arrays, case.edits, case.patch.layers)
+    return fingerprint_of_graph(_arrays(case) if arrays is None else arrays, case.edits, case.patch.tensors)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (1, 7)])
@@ -46,7 +46,7 @@ def test_unedited_graph_is_a_mismatch(unedited):
 def test_one_missed_layer_is_named(edited, unedited):
     """Only the layer that lacks the edit is named; it does not count as checked."""
     missed = edited.edits[1].name
-    arrays = _arrays(edited) | {f"{missed}.weight": _arrays(unedited)[f"{missed}.weight"]}
+    arrays = _arrays(edited) | {missed: _arrays(unedited)[missed]}
     found = _check(edited, arrays)
     assert found.layers == 1
     assert len(found.mismatches) == 1
@@ -56,7 +56,7 @@ def test_one_missed_layer_is_named(edited, unedited):
 def test_patch_applied_twice_is_a_mismatch(edited):
     """A second application takes the edit back, which is found."""
     for name, weight in edited.weights().items():
-        multiply_entries(weight, edited.patch.layers[name].indices, -1.0)
+        multiply_entries(weight, edited.patch.tensors[name].indices, -1.0)
     assert len(_check(edited).mismatches) == 2
 
 
@@ -71,7 +71,7 @@ def test_one_wrong_sign_is_a_mismatch(edited):
     """A single entry with the other sign is enough."""
     arrays = _arrays(edited)
     name = edited.edits[0].name
-    arrays[f"{name}.weight"].reshape(-1)[7] *= -1
+    arrays[name].reshape(-1)[7] *= -1
     found = _check(edited, arrays)
     assert [line.split(":")[0] for line in found.mismatches] == [name]
 
@@ -79,14 +79,14 @@ def test_one_wrong_sign_is_a_mismatch(edited):
 def test_missing_weight_is_a_mismatch(edited):
     """A weight that is not there by name is named."""
     arrays = _arrays(edited)
-    del arrays[f"{edited.edits[0].name}.weight"]
+    del arrays[edited.edits[0].name]
     assert "no weight of this name" in _check(edited, arrays).mismatches[0]
 
 
 def test_weights_of_another_shape_are_a_mismatch(edited):
     """A weight of another shape is reported, not indexed out of bounds."""
     arrays = _arrays(edited)
-    arrays[f"{edited.edits[0].name}.weight"] = np.zeros((2, 2), dtype=np.float32)
+    arrays[edited.edits[0].name] = np.zeros((2, 2), dtype=np.float32)
     assert "shape" in _check(edited, arrays).mismatches[0]
 
 
@@ -114,17 +114,17 @@ def test_an_unedited_copy_beside_the_edited_weight_is_a_mismatch(edited, unedite
 
 def test_no_edits_prove_nothing(edited):
     """Without a list of edited layers there is no fingerprint to find, which is a mismatch too."""
-    assert fingerprint_of_graph(_arrays(edited), (), edited.patch.layers).mismatches
+    assert fingerprint_of_graph(_arrays(edited), (), edited.patch.tensors).mismatches
     assert fingerprint_by_value(_arrays(edited).values(), ()).mismatches
 
 
 def test_a_layer_the_record_forgot_is_a_mismatch(edited):
     """A layer of the patch that is in the graph but not in the edit record is named."""
-    found = fingerprint_of_graph(_arrays(edited), edited.edits[:1], edited.patch.layers)
+    found = fingerprint_of_graph(_arrays(edited), edited.edits[:1], edited.patch.tensors)
     assert [line.split(":")[0] for line in found.mismatches] == [edited.edits[1].name]
 
 
 def test_record_and_patch_must_agree(edited):
     """A record that promises another result than the patch is a mismatch."""
     other = dataclasses.replace(edited.edits[0], digest_after="sha256:" + "0" * 64)
-    assert fingerprint_of_graph(_arrays(edited), (other, edited.edits[1]), edited.patch.layers).mismatches
+    assert fingerprint_of_graph(_arrays(edited), (other, edited.edits[1]), edited.patch.tensors).mismatches

@@ -58,7 +58,7 @@ def test_names_edit_and_precision_survive(exported: Exported, tmp_path: Path, ki
     kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     assert {name for name, _ in exported.case.tower.graph_module().named_parameters()} <= set(kinds)
     wanted = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}[kind]
-    assert {kinds[f"{edit.name}.weight"] for edit in exported.case.edits} == {wanted}
+    assert {kinds[edit.name] for edit in exported.case.edits} == {wanted}
     assert graph.fingerprint.layers == len(exported.case.edits)
     assert graph.conversion is not None
     last = layer_names(exported.folder / exported.artifact.file)[-1]
@@ -73,7 +73,7 @@ def test_names_edit_and_precision_survive(exported: Exported, tmp_path: Path, ki
     stem = exported.artifact.tower.value
     assert left == {graph.file} | {f"{stem}.quantise.{part}" for part in ("json", "log", "result.json")}
     if kind == "int8":
-        scale = next(n for n in proto.graph.node if n.input[:1] == [f"{exported.case.edits[0].name}.weight"]).input[1]
+        scale = next(n for n in proto.graph.node if n.input[:1] == [exported.case.edits[0].name]).input[1]
         steps = next(t for t in proto.graph.initializer if t.name == scale)
         assert len(steps.dims) == 1  # one scale per output channel
     else:
@@ -83,7 +83,7 @@ def test_names_edit_and_precision_survive(exported: Exported, tmp_path: Path, ki
 @needs_modelopt
 def test_islands_and_canaries(exported: Exported, tmp_path: Path) -> None:
     """Layers can be kept; a graph nearer to the original than to the edited model is refused."""
-    layer = exported.case.edits[0].name
+    layer = exported.case.edits[0].name.removesuffix(".weight")
     graph = quantised(exported, tmp_path / "kept", "int8", (layer,))
     assert graph.conversion is not None
     assert graph.conversion.kept[0] == layer

@@ -93,13 +93,14 @@ def test_embeddings_stay_near(exported: Exported, tmp_path: Path, precision: Pre
 
 def test_islands_stay_in_float32(exported: Exported, tmp_path: Path) -> None:
     """Patterns over layers and operators, and layers by name."""
-    layer = exported.case.edits[0].name
+    name = exported.case.edits[0].name
+    layer = name.removesuffix(".weight")
     model, _ = lower(exported.folder / exported.artifact.file, Precision.FP16, ("LayerNormalization",), {layer}, None)
     achieved = achieved_precision(model)
     assert set(achieved["layer norm"]) == {"fp32"}
     assert achieved["linear"]["fp32"] == 1
-    weights = {name: value.dtype for name, value in model.graph.initializers.items()}
-    assert weights[f"{layer}.weight"] == ir.DataType.FLOAT
+    weights = {key: value.dtype for key, value in model.graph.initializers.items()}
+    assert weights[name] == ir.DataType.FLOAT
     with pytest.raises(InputError, match="matches no layer"):
         lower(exported.folder / exported.artifact.file, Precision.FP16, ("*.no_such",), (), None)
 
@@ -125,16 +126,14 @@ def test_scales_of_weights_do_not_move_with_the_edit() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_lost_edit_is_seen_in_any_type(exported: Exported, dtype: str) -> None:
     """The unedited weight in lower precision is a mismatch, transposed or not; zeros are counted."""
-    edits, patches = exported.case.edits, exported.case.patch.layers
-    source = {f"{e.name}.weight": exported.case.weights()[e.name].numpy() for e in edits}
+    edits, patches = exported.case.edits, exported.case.patch.tensors
+    source = {e.name: exported.case.weights()[e.name].numpy() for e in edits}
     unedited = {}
     for edit in edits:
-        weight = source[f"{edit.name}.weight"].copy()
+        weight = source[edit.name].copy()
         weight.flat[patches[edit.name].indices.numpy()] *= -1
         scale = np.abs(weight).max() / 127
-        unedited[f"{edit.name}.weight"] = (
-            weight.astype(dtype) if dtype == "float16" else np.rint(weight / scale).astype(dtype).T
-        )
+        unedited[edit.name] = weight.astype(dtype) if dtype == "float16" else np.rint(weight / scale).astype(dtype).T
     lost, _ = fingerprint_of_lowered(source, unedited, edits, patches)
     assert len(lost.mismatches) == len(edits)
     zero = {name: np.zeros(array.shape, np.int8) for name, array in source.items()}
@@ -176,7 +175,7 @@ def test_unsafe_inputs_outside_the_range_are_refused(tmp_path: Path) -> None:
 def test_a_weight_beyond_half_precision_is_refused(exported: Exported, tmp_path: Path) -> None:
     """Masks are clamped; a weight that does not fit would become infinity."""
     model = ir.load(exported.folder / exported.artifact.file)
-    name = f"{exported.case.edits[0].name}.weight"
+    name = exported.case.edits[0].name
     value = model.graph.initializers[name]
     assert value.const_value is not None
     weight = np.array(value.const_value.numpy())
@@ -462,7 +461,7 @@ def test_auto_returns_only_what_decisions_depend_on(
 def test_auto_kept_layers_stand_in_the_record(both: dict[TowerName, Exported], tmp_path: Path) -> None:
     """The graph of a plan has exactly the plan's layers in float32."""
     part = both[TowerName.IMAGE]
-    kept = (part.case.edits[0].name,)
+    kept = (part.case.edits[0].name.removesuffix(".weight"),)
     graph = convert(part, tmp_path, Precision.INT8, asked=Precision.AUTO, layers=kept)
     assert graph.conversion is not None
     assert graph.conversion.kept == kept

@@ -16,7 +16,7 @@ from tests.oracles import uwm_oracle
 from uwm_deploy.datasets.demo import DemoSource
 from uwm_deploy.pipeline import calibration_set_of
 from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import LayerEdit, OnnxArtifact, Precision, Profile, Target, TowerName
+from uwm_deploy.records import OnnxArtifact, Precision, Profile, Target, TensorEdit, TowerName
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.calibrate import PairStream
@@ -28,7 +28,7 @@ from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.score import score_to_folder
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import LayerPatch, Patch
+from uwm_deploy.uwm.patch import Patch, TensorPatch
 from uwm_deploy.uwm.selection import selected_indices
 
 PAIRS = 6
@@ -57,16 +57,16 @@ def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
     recipe = reduced(name)
     model = load_model(recipe, folder=None, device="cpu")
     before = {n: p.detach().clone() for n, p in model.source.named_parameters()}
-    score = score_to_folder(model, source().record, lambda t: pairs_of(model, t), recipe.edit, tmp_path)
-    edit = edit_to_folder(model, score, tmp_path / "scores.safetensors", recipe.edit, tmp_path)
+    score = score_to_folder(model, source().record, lambda t: pairs_of(model, t), recipe.entries, tmp_path)
+    edit = edit_to_folder(model, score, tmp_path / "scores.safetensors", recipe.entries, tmp_path)
     patch = Patch.from_file(tmp_path / "patch.safetensors")
     edited = load_model(recipe, folder=tmp_path / "model", device="cpu")
-    assert {layer.tower for layer in edit.layers if layer.selected} == set(recipe.edit.towers)
-    for layer, part in patch.layers.items():
-        before[f"{layer}.weight"].view(-1)[part.indices.long()] *= -1
+    assert {tensor.tower for tensor in edit.tensors if tensor.selected} == set(recipe.entries.towers)
+    for name, part in patch.tensors.items():
+        before[name].view(-1)[part.indices.long()] *= -1
     for parameter, value in edited.source.named_parameters():
         assert torch.equal(value, before[parameter])
-    assert all(layer.selected for layer in edit.layers if layer.tower in recipe.edit.towers)
+    assert all(tensor.selected for tensor in edit.tensors if tensor.tower in recipe.entries.towers)
     for tower in TowerName:
         check_export(edited, tower, recipe, edit, patch, tmp_path)
 
@@ -76,9 +76,9 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
     shape = (3, ref.image.crop, ref.image.crop) if name is TowerName.IMAGE else (ref.text.context_length,)
     artifact = onnx_from_tower(
         tower, sample_of(tower, shape, ref.text.eos_id), recipe.export, weights_digest=edit.edited_weights_digest,
-        edits=[layer for layer in edit.layers if layer.tower is name], patch=patch, folder=folder,
+        edits=edit.of(name), patch=patch, folder=folder,
     )  # fmt: skip
-    assert artifact.fingerprint.layers == len(tower.layers(recipe.edit.of(name).layers))
+    assert artifact.fingerprint.layers == len(tower.layers(recipe.entries.of(name).layers))
     assert not artifact.fingerprint.mismatches
     session = open_session(
         Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=PROFILE,
@@ -99,8 +99,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
         for output, expected in zip(found.values(), wanted, strict=True):
             assert np.abs(output - expected[:size]).max() < 1e-5 * max(1.0, float(np.abs(expected).max()))
     if recipe.name in LOWERED:
-        edits = [layer for layer in edit.layers if layer.tower is name]
-        check_lowered(artifact, edits, patch, rows, folder)
+        check_lowered(artifact, edit.of(name), patch, rows, folder)
 
 
 @pytest.mark.parametrize("tower", list(TowerName))
@@ -108,7 +107,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
 def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, tmp_path: Path) -> None:
     """Scores computed from the layer's inputs, sample by sample in float64, select the same entries."""
     model, recipe = model_of(name), reduced(name)
-    spec = recipe.edit.image if tower is TowerName.IMAGE else recipe.edit.text
+    spec = recipe.entries.of(tower)
     layers = model.tower(tower).layers(spec.layers)
     seen: dict[str, dict[str, list[np.ndarray]]] = {n: {"safe": [], "unsafe": []} for n in layers}
 
@@ -129,7 +128,7 @@ def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, 
             model.tower(tower).embed(inputs)
             for hook in hooks:
                 hook.remove()
-    edits = dataclasses.replace(recipe.edit, towers=(tower,))
+    edits = dataclasses.replace(recipe.entries, towers=(tower,))
     score_to_folder(model, source().record, lambda t: pairs_of(model, t), edits, tmp_path)
     from safetensors.torch import load_file
 
@@ -168,7 +167,7 @@ def test_fused_attention_is_one_node_per_layer(name: str, tmp_path: Path) -> Non
         engine_from_onnx(graph, tmp_path, Target.TENSORRT_RTX, PROFILE, edits, tmp_path / tower.name)
 
 
-def check_lowered(graph: OnnxArtifact, edits: list[LayerEdit], patch: Patch, rows: np.ndarray, folder: Path) -> None:
+def check_lowered(graph: OnnxArtifact, edits: list[TensorEdit], patch: Patch, rows: np.ndarray, folder: Path) -> None:
     """fp16 and INT8 of one exported tower: the edit in it, ONNX Runtime executes it, TensorRT-RTX builds it."""
     source = folder / graph.file
     wanted = embed_with(graph, source, Precision.FP32, [rows])
@@ -189,23 +188,23 @@ def check_lowered(graph: OnnxArtifact, edits: list[LayerEdit], patch: Patch, row
             assert engine.precision == precision
 
 
-def unedited(model: LoadedModel, name: TowerName, recipe: str) -> list[LayerEdit]:
+def unedited(model: LoadedModel, name: TowerName, recipe: str) -> list[TensorEdit]:
     """Layers in which nothing is selected."""
-    spec = reduced(recipe).edit.of(name)
+    spec = reduced(recipe).entries.of(name)
     return [
-        LayerEdit(
-            tower=name, name=path, shape=tuple(layer.weight.shape), keep_mass=1.0, factor=1.0, selected=0, share=0.0,
+        TensorEdit(
+            tower=name, name=f"{path}.weight", shape=tuple(layer.weight.shape), selected=0, share=0.0,
             digest_before=digest_of_tensor(layer.weight), digest_after=digest_of_tensor(layer.weight),
         )
         for path, layer in model.tower(name).layers(spec.layers).items()
     ]  # fmt: skip
 
 
-def no_patch(edits: list[LayerEdit]) -> Patch:
+def no_patch(edits: list[TensorEdit]) -> Patch:
     """A patch that selects nothing."""
     nothing = torch.empty(0, dtype=torch.int32)
     return Patch({
-        edit.name: LayerPatch(
+        edit.name: TensorPatch(
             indices=nothing, factor=1.0, digest_before=edit.digest_before, digest_after=edit.digest_after
         )
         for edit in edits

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests.uwm_edit import UWM
 from uwm_deploy import resources
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
@@ -48,6 +49,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
         'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
     )
     request = Request(
+        **UWM,
         model=str(folder / "small.toml"),
         calibration=str(folder / "cal.toml"),
         evaluation=str(folder / "eval.toml"),
@@ -107,7 +109,7 @@ def test_revert_gives_the_weights_of_the_source_model(request_: Request, bundle:
     assert found == {name: source[name] for name in found}
     manifest = open_bundle(reverted, allow_failed=True).manifest
     assert manifest.edit.edited_weights_digest == manifest.model.weights_digest == model.ref.weights_digest
-    assert manifest.edit.method is Method.NONE
+    assert manifest.edit.methods == (Method.NONE,)
     assert manifest.refitted_from.startswith("sha256:")
     assert not list((reverted / "evidence").glob("canaries*"))
     assert {graph.digest for graph in manifest.onnx}.isdisjoint(g.digest for g in open_bundle(bundle).manifest.onnx)
@@ -171,7 +173,7 @@ def test_another_keep_mass_gives_what_a_build_gives(request_: Request, bundle: P
 
 def test_old_signs_are_gone_and_new_ones_are_there(request_: Request, bundle: Path, reverted: Path) -> None:
     """In every precision, the entries of the patch have the other sign after a revert, and all others the same."""
-    patch = {e.name: e for e in open_bundle(bundle).manifest.edit.layers}
+    patch = {e.name: e for e in open_bundle(bundle).manifest.edit.tensors}
     for variant in VARIANTS:
         for name in ("image.onnx", "text.onnx"):
             old, new = (dict(named_weights(path / "engines" / variant / name)) for path in (bundle, reverted))
@@ -288,14 +290,14 @@ def test_bad_input_ends_with_its_exit_code(
     (places["foreign"] / "edit.json").write_text(json_from_record(other))
     (places["alone"] / "edit.json").unlink()
     (places["broken"] / "patch.safetensors").write_bytes(b"x" * 100)
-    first = dataclasses.replace(record.layers[0], digest_after=record.layers[0].digest_before)
+    first = dataclasses.replace(record.tensors[0], digest_after=record.tensors[0].digest_before)
     (places["lying"] / "edit.json").write_text(
-        json_from_record(dataclasses.replace(record, layers=(first, *record.layers[1:])))
+        json_from_record(dataclasses.replace(record, tensors=(first, *record.tensors[1:])))
     )
     shutil.copytree(request_.work / "score", places["rescored"] / "score")
     score = (places["rescored"] / "score" / "score.json").read_text()
     (places["rescored"] / "score" / "score.json").write_text(
-        score.replace(record.scores_digest, "sha256:" + "0" * 64, 1)
+        score.replace(record.first.scores_digest, "sha256:" + "0" * 64, 1)
     )
     paths = {name: str(place) for name, place in places.items()}
     paths |= {"bundle": str(bundle), "folder": str(tmp_path), "edited": str(request_.work / "edit" / "model")}

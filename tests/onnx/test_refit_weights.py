@@ -11,22 +11,41 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
-from tests.onnx.conftest import Exported
+from tests.onnx.conftest import Exported, make_case
+from tests.onnx.test_edit_kinds import lowered, placement_of
 from tests.onnx.test_precision import PROFILE, convert, ranges_for
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
-from uwm_deploy.graphs.stored import Replacement, named_weights, read_tensor, replace_tensors
+from uwm_deploy.graphs.stored import (
+    Replacement,
+    in_type,
+    named_weights,
+    read_tensor,
+    refuse_other_scales,
+    replace_tensors,
+)
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.records import EditRecord, ImageSpec, ModelRef, Precision, Target, TextSpec
+from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Placement, Precision, Target, TextSpec
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert import embed_with, lower
-from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, refit_graph, reverted, without_edit
+from uwm_deploy.stages.proof import promised_by
+from uwm_deploy.stages.refit import (
+    Swap,
+    _kind_of,
+    held_tensors,
+    identity_like,
+    refit_engine,
+    refit_graph,
+    reverted,
+    without_edit,
+)
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -64,7 +83,7 @@ def test_only_the_named_weights_change(exported: Exported, tmp_path: Path) -> No
     old, new = path.read_bytes(), (tmp_path / path.name).read_bytes()
     inside = set()
     for name, tensor in found.items():
-        assert tensor.name == f"{name}.weight"
+        assert tensor.name == name
         assert np.array_equal(read_tensor(tmp_path, tensor), wanted[name].after)
         inside |= set(range(tensor.offset, tensor.offset + tensor.size_bytes))
     assert {place for place, (a, b) in enumerate(zip(old, new, strict=True)) if a != b} <= inside
@@ -82,7 +101,7 @@ def test_external_data_is_rewritten_beside_the_graph(text_export: Exported, tmp_
     assert (tmp_path / artifact.file).read_bytes() == (folder / artifact.file).read_bytes()
     found = dict(named_weights(tmp_path / artifact.file))
     for name, change in wanted.items():
-        assert np.array_equal(found[f"{name}.weight"], change.after)
+        assert np.array_equal(found[name], change.after)
     ort.InferenceSession(str(tmp_path / artifact.file), providers=["CPUExecutionProvider"])
     with pytest.raises(IntegrityError, match="lies in another file"):
         stored_tensors(folder / artifact.file, "other.data")
@@ -129,7 +148,7 @@ def test_a_weight_that_is_missing_or_there_twice_is_refused(exported: Exported, 
     with pytest.raises(ContractError, match=f"{name} is not in the graph"):
         replace_tensors(path, "", tmp_path, foreign)
     model = onnx.load(path)
-    twin = next(i for i in model.graph.initializer if i.name == f"{name}.weight")
+    twin = next(i for i in model.graph.initializer if i.name == name)
     model.graph.initializer.append(onnx.TensorProto.FromString(twin.SerializeToString()))
     model.graph.initializer[-1].name = "twin"
     onnx.save(model, tmp_path / "twice.onnx")
@@ -199,11 +218,11 @@ def test_the_parser_knows_every_weight_by_its_name(exported: Exported, tmp_path:
     mark_refittable(network, names)
     assert all(network.are_weights_marked_refittable(name) for name in names)
     kind = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8"}[precision.value]
-    turned = {name for name, layer in linear_layers(ir.load(exported.folder / exported.artifact.file)).items()
+    turned = {f"{name}.weight" for name, layer in linear_layers(ir.load(exported.folder / exported.artifact.file)).items()
               if layer.transpose is not None}  # fmt: skip
     for edit in exported.case.edits:
         shape = edit.shape[::-1] if precision is Precision.INT8 and edit.name in turned else edit.shape
-        assert constants[f"{edit.name}.weight"] == (kind, shape)
+        assert constants[edit.name] == (kind, shape)
     for unknown in ("nothing.weight", "", names[0] + "x"):
         with pytest.raises(BuildFailed, match="no weights"):
             mark_refittable(network, [unknown])
@@ -233,12 +252,12 @@ def swap_back(exported: Exported) -> Swap:
     )  # fmt: skip
     patch = exported.case.patch
     old = EditRecord(
-        model=model, edited_weights_digest=exported.artifact.weights_digest, scores_digest="",
-        patch_digest=digest_of_bytes(patch.to_bytes()), layers=exported.case.edits,
+        model=model, edited_weights_digest=exported.artifact.weights_digest,
+        patch_digest=digest_of_bytes(patch.to_bytes()), tensors=exported.case.edits, steps=(EditStep(method=Method.UWM),),
     )  # fmt: skip
     new, nothing = reverted(old, patch)
-    held = held_weights([exported.artifact], exported.folder, old)
-    after = without_edit(held, patch)
+    held = held_tensors([exported.artifact], exported.folder, promised_by(old))
+    after = without_edit(held, old, patch)
     found = {name: Replacement(held[name], after[name]) for name in held}
     return Swap(old=old, old_patch=patch, new=new, new_patch=nothing, content=nothing.to_bytes(), changes=found)
 
@@ -250,7 +269,7 @@ def test_equal_patches_are_equal_bytes(exported: Exported, tmp_path: Path) -> No
     assert len(contents) == 1
     (tmp_path / "patch.safetensors").write_bytes(contents.pop())
     again = Patch.from_file(tmp_path / "patch.safetensors")
-    assert set(again.layers) == set(patch.layers)
+    assert set(again.tensors) == set(patch.tensors)
     assert {again.to_bytes()} == {patch.to_bytes()}
 
 
@@ -266,9 +285,57 @@ def test_a_refitted_graph_has_the_edit_of_its_record(exported: Exported, tmp_pat
         refit_graph(made, tmp_path, tmp_path / "again", swap)
     with pytest.raises(IntegrityError, match="not the file its record describes"):
         refit_graph(exported.artifact, tmp_path, tmp_path / "again", swap)
-    with pytest.raises(IntegrityError, match="does not hold the edited weight"):
-        held_weights([made], tmp_path, swap.old)
+    with pytest.raises(IntegrityError, match="does not hold the tensor that is promised"):
+        held_tensors([made], tmp_path, promised_by(swap.old))
     assert not list((tmp_path / "again").iterdir())
+
+
+def unedited_embeddings(part: Exported, inputs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        embeds = make_case(part.case.tower.name).tower.embed(torch.from_numpy(inputs))
+    return torch.nn.functional.normalize(embeds).numpy()
+
+
+def test_a_revert_takes_back_every_kind(solved: Exported, tmp_path: Path) -> None:
+    """Negated entries, the last map and the bias before it have their old bits; a map behind is the identity."""
+    swap, edits = swap_back(solved), solved.case.edits
+    made = refit_graph(solved.artifact, solved.folder, tmp_path, swap)
+    assert (made.fingerprint.layers, made.fingerprint.mismatches) == (len(edits), ())
+    held = dict(named_weights(tmp_path / made.file))
+    source = make_case(solved.case.tower.name).parameters()
+    for edit in edits:
+        wanted = source[edit.name].numpy() if edit.name in source else identity_like(edit).numpy()
+        assert held[edit.name].tobytes() == wanted.tobytes(), edit.name
+    rows = solved.case.inputs(5).numpy()
+    found = embed_with(made, tmp_path / made.file, Precision.FP32, [rows])
+    assert np.abs(found - unedited_embeddings(solved, rows)).max() < 1e-5
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_an_engine_of_onnx_runtime_takes_back_every_kind(
+    solved: Exported, tmp_path: Path, precision: Precision
+) -> None:
+    """In what was compiled, too; but not where a replaced matrix has 8 bits, whose scales stay: that is bad input."""
+    swap, rows = swap_back(solved), solved.case.inputs(5).numpy()
+    graph, folder = lowered(solved, tmp_path / "low", precision)
+    for name in ("built", "refitted"):
+        (tmp_path / name).mkdir()
+    engine = engine_from_onnx(graph, folder, Target.ONNXRUNTIME, PROFILE, solved.case.edits, tmp_path / "built")
+
+    def refitted() -> np.ndarray:
+        graphs = (solved.folder / graph.file, solved.folder / graph.file)
+        made, kinds = refit_engine(engine, tmp_path / "built", tmp_path / "refitted", swap, graphs=graphs, sample=rows)
+        assert set(kinds) == {edit.name for edit in solved.case.edits}
+        return embed_with(graph, tmp_path / "refitted" / made.file, precision, [rows])
+
+    if precision is Precision.INT8 and placement_of(solved) is Placement.WEIGHTS:
+        with pytest.raises(InputError, match=r"is quantised in .* and the new edit moves its scales"):
+            refitted()
+        assert not list((tmp_path / "refitted").iterdir())
+        return
+    wanted = unedited_embeddings(solved, rows)
+    assert (refitted() * wanted).sum(1).min() > (0.97 if precision is Precision.INT8 else 0.9999)
+    assert (embed_with(graph, folder / graph.file, precision, [rows]) * wanted).sum(1).min() < 0.96
 
 
 @pytest.mark.gpu
@@ -372,6 +439,24 @@ def test_weights_are_handed_over_in_the_engines_type_and_layout() -> None:
     assert library.held["d"] == np.ascontiguousarray(rounded.T).tobytes()
     assert library.flags == [("set", "refit"), ("clear", "weights")]
     assert library.engine_host_code_allowed is False
+
+
+def test_only_matrices_have_scales() -> None:
+    """A bias beside weights of 8 bits is in float32, and any other value of it fits; so does a map behind the embedding."""
+    change = Replacement(WEIGHT[0], 9 * WEIGHT[1])
+    for kind in (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN):
+        assert in_type(WEIGHT[0], kind).dtype == np.float32
+        refuse_other_scales("norm.bias", "int8", change, kind)
+        with pytest.raises(InputError, match="moves its scales"):
+            refuse_other_scales("fc.weight", "int8", Replacement(WEIGHT, 9 * WEIGHT), kind)
+    whole = Replacement(WEIGHT, WEIGHT)
+    kinds = onnx.TensorProto
+    for name, part, precision, wanted in (
+        ("fc.weight", whole, Precision.INT8, kinds.INT8), ("norm.bias", change, Precision.INT8, kinds.FLOAT),
+        ("norm.bias", change, Precision.FP16, kinds.FLOAT16), ("image_map.weight", whole, Precision.INT8, kinds.FLOAT),
+        ("text_map.weight", whole, Precision.FP16, kinds.FLOAT), ("fc.weight", whole, Precision.FP32, kinds.FLOAT),
+    ):  # fmt: skip
+        assert _kind_of(name, part, precision) == wanted, (name, precision)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, model_of, reduced
-from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, HeadShape, LayerEdit, Profile, Target, TowerName
+from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, HeadShape, Profile, Target, TensorEdit, TowerName
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.towers.safety_head import SafetyHeadModule, tokens_of, with_head
 from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import LayerPatch, Patch
+from uwm_deploy.uwm.patch import Patch, TensorPatch
 
 DIGEST = "sha256:" + "1" * 64
 
@@ -31,18 +31,19 @@ def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None
     width = tokens_of(tower, pixels[:1].numpy()).shape[2]
     torch.manual_seed(1)
     head = SafetyHeadModule(HeadShape(features=width, width=8, tokens=3, heads=2, categories=4)).eval()
-    layers = tower.layers(recipe.edit.image.layers)
-    digests = {name: digest_of_tensor(layer.weight.detach()) for name, layer in layers.items()}
+    layers = tower.layers(recipe.entries.image.layers)
+    weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
+    digests = {name: digest_of_tensor(weight) for name, weight in weights.items()}
     edits = [
-        LayerEdit(
-            tower=TowerName.IMAGE, name=name, shape=tuple(layer.weight.shape), keep_mass=1.0, factor=1.0, selected=0,
-            share=0.0, digest_before=digests[name], digest_after=digests[name],
+        TensorEdit(
+            tower=TowerName.IMAGE, name=name, shape=tuple(weight.shape), selected=0, share=0.0,
+            digest_before=digests[name], digest_after=digests[name],
         )
-        for name, layer in layers.items()
+        for name, weight in weights.items()
     ]  # fmt: skip
     nothing = torch.empty(0, dtype=torch.int32)
     patch = Patch(
-        {n: LayerPatch(indices=nothing, factor=1.0, digest_before=d, digest_after=d) for n, d in digests.items()}
+        {n: TensorPatch(indices=nothing, factor=1.0, digest_before=d, digest_after=d) for n, d in digests.items()}
     )
     found = []
     for name, subject in (("plain", tower), ("headed", with_head(tower, head))):

@@ -18,7 +18,8 @@ from uwm_deploy.records import Result, Target, TowerName, Verdict, VerifyReport
 from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.stages.refit import Swap, held_weights, refit_engine, reverted, without_edit
+from uwm_deploy.stages.proof import promised_by
+from uwm_deploy.stages.refit import Swap, held_tensors, refit_engine, reverted, without_edit
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -43,8 +44,8 @@ def unedited(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the same image engine without the edit: what must never be served."""
     folder, opened = tmp_path_factory.mktemp("unedited"), open_bundle(bundle)
     edit, patch = opened.manifest.edit, Patch.from_file(bundle / "patch.safetensors")
-    held = held_weights(opened.manifest.onnx, bundle / "onnx", edit)
-    source = without_edit(held, patch)
+    held = held_tensors(opened.manifest.onnx, bundle / "onnx", promised_by(edit))
+    source = without_edit(held, edit, patch)
     changes = {name: Replacement(before=held[name], after=source[name]) for name in source}
     engine = opened.engines(VARIANT)[TowerName.IMAGE]
     record, nothing = reverted(edit, patch)

@@ -17,7 +17,7 @@ from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.inspection import describe
 from uwm_deploy.pipeline import Outcome, Request, run
-from uwm_deploy.records import Evidence, Method, Result, Trainer, TrainingRecord
+from uwm_deploy.records import EditKind, Evidence, Method, Result, TowerName, Trainer, TrainingRecord
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.uwm.patch import Patch
@@ -72,19 +72,19 @@ def bundled(
 def test_a_trained_model_becomes_a_gated_bundle(
     method: Trainer, bundled: dict[str, tuple[Request, Outcome]], trained: Models
 ) -> None:
-    """It passes; every trained linear weight is found in the graphs; the original of the report is the base."""
+    """It passes; every trained weight is found in the graphs; the original of the report is the base."""
     request, outcome = bundled[method.value]
     record = trained[method][1]
     assert outcome.verdict is not None
     assert outcome.verdict.result is Result.PASS, outcome.verdict.causes
     assert outcome.verdict.proven == ("onnxruntime-fp32",)
     assert outcome.edit is not None
-    assert outcome.edit.method is Method.TRAINED
+    assert outcome.edit.methods == (Method.TRAINED,)
     assert outcome.edit.model.weights_digest == record.base.weights_digest
     assert outcome.edit.edited_weights_digest == record.trained_weights_digest
-    linear = {name for name in record.weights if "patch_embedding" not in name}
-    assert {f"{layer.name}.weight" for layer in outcome.edit.layers if layer.selected} == linear
-    assert sum(graph.fingerprint.layers for graph in outcome.onnx) == len(linear)
+    assert {tensor.name for tensor in outcome.edit.tensors if tensor.changed} == set(record.weights)
+    assert {tensor.kind for tensor in outcome.edit.tensors} == {EditKind.TRAINED}
+    assert sum(graph.fingerprint.layers for graph in outcome.onnx) == len(record.weights)
     assert outcome.report is not None
     assert outcome.report.edit_proof is not None
     assert outcome.report.edit_proof.problems == ()
@@ -120,9 +120,9 @@ def test_an_edit_goes_on_top_of_trained_weights(
     request = _request(model, tmp_path, small_set, measured_on, method="uwm")
     outcome = run(request, until="edit", reporter=QUIET)
     assert outcome.edit is not None
-    assert outcome.edit.method is Method.UWM
+    assert outcome.edit.methods == (Method.UWM,)
     assert outcome.edit.model.weights_digest == record.trained_weights_digest
-    assert sum(layer.selected for layer in outcome.edit.layers) > 0
+    assert sum(tensor.selected for tensor in outcome.edit.tensors) > 0
     assert not (tmp_path / "work" / "edit" / "model" / "training.json").exists()
 
 
@@ -131,10 +131,10 @@ def test_the_patch_of_trained_weights_can_not_be_applied(bundled: dict[str, tupl
     out = bundled["safe-clip"][0].out
     assert out is not None
     patch = Patch.from_file(out / "patch.safetensors")
-    name = next(iter(patch.layers))
+    name = next(iter(patch.tensors))
     base = load_file(ROOT / "uwm_deploy" / "demo" / "model" / "model.safetensors")
     with pytest.raises(IntegrityError, match="not what the patch promises"):
-        Patch({name: patch.layers[name]}).apply({name: base[f"{name}.weight"].clone()})
+        Patch({name: patch.tensors[name]}).apply({name: base[name].clone()})
     result = CliRunner().invoke(cli, ["refit", str(out), "--revert", "--out", str(out.parent / "back")])
     assert result.exit_code == 2
     assert "the weights were trained" in result.output
@@ -176,6 +176,53 @@ def test_weights_that_were_trained_elsewhere_need_no_record(
     assert outcome.edit is not None
     assert outcome.edit.edited_weights_digest == trained[Trainer.SAFE_CLIP][1].trained_weights_digest
     assert outcome.edit.model.weights_digest == trained[Trainer.SAFE_CLIP][1].base.weights_digest
+
+
+CHANGED = (
+    "text_model.final_layer_norm.bias",
+    "text_model.encoder.layers.1.self_attn.q_proj.bias",
+    "text_model.embeddings.position_embedding.weight",
+    "vision_model.encoder.layers.0.layer_norm1.bias",
+    "vision_model.embeddings.class_embedding",
+    "logit_scale",
+)
+
+
+def test_a_trained_model_s_record_lists_every_tensor_that_differs(
+    trained: Models, small_set: str, measured_on: tuple[str, str], tmp_path: Path
+) -> None:
+    """Biases, normalisations and embeddings as well as weights, found in every graph; a logit scale is in neither tower."""
+    model = tmp_path / "model"
+    shutil.copytree(trained[Trainer.SAFE_CLIP][0], model)
+    (model / "training.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    for name in CHANGED:
+        weights[name] += 0.01
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    base = ROOT / "uwm_deploy" / "demo" / "model"
+    request = _request(model, tmp_path, small_set, measured_on, method="trained", original=base)
+    outcome = run(request, until="gate", reporter=QUIET)
+    assert outcome.edit is not None
+    listed = {tensor.name: tensor for tensor in outcome.edit.tensors}
+    assert {name for name, tensor in listed.items() if tensor.changed} == {
+        *trained[Trainer.SAFE_CLIP][1].weights,
+        *CHANGED,
+    }
+    for name in CHANGED:
+        assert listed[name].kind is EditKind.TRAINED
+        assert listed[name].selected == weights[name].numel()
+        assert (listed[name].tower is None) is (name == "logit_scale")
+        assert (listed[name].tower is TowerName.TEXT) is name.startswith("text_model")
+    graphs = {graph.tower: graph.fingerprint for graph in outcome.onnx}
+    assert {tower: found.layers for tower, found in graphs.items()} == {t: len(outcome.edit.of(t)) for t in TowerName}
+    assert outcome.report is not None
+    assert outcome.report.edit_proof is not None
+    assert outcome.report.edit_proof.problems == ()
+    assert outcome.report.edit_proof.layers == len(listed)
+    for artifact in outcome.report.artifacts:
+        assert [audit.edit for audit in artifact.audit.values()] == [(), ()], artifact.variant
+    assert outcome.verdict is not None
+    assert outcome.verdict.result is Result.PASS, outcome.verdict.causes
 
 
 def test_a_record_round_trips_and_the_command_prints_it(trained: Models, small_set: str) -> None:

@@ -20,7 +20,7 @@ from uwm_deploy.datasets.source import open_source
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.evaluation import Subject, ground_of
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, run
-from uwm_deploy.records import EditRecord, Method, MethodComparison, TowerName, Trainer, TrainingRecord
+from uwm_deploy.records import EditRecord, MethodComparison, TowerName, Trainer, TrainingRecord
 from uwm_deploy.report.methods import compared
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED
@@ -36,13 +36,13 @@ Models = dict[Trainer, tuple[Path, TrainingRecord]]
 @pytest.mark.parametrize(
     ("text", "trainer", "method"),
     [
-        ("none", None, Method.NONE),
-        ("safer-clip", Trainer.SAFER_CLIP, Method.NONE),
-        ("gradient-unsafe", None, Method.GRADIENT_UNSAFE),
-        ("uwm+safe-clip", Trainer.SAFE_CLIP, Method.UWM),
+        ("none", None, "none"),
+        ("safer-clip", Trainer.SAFER_CLIP, "none"),
+        ("gradient-unsafe", None, "gradient-unsafe"),
+        ("uwm+safe-clip", Trainer.SAFE_CLIP, "uwm"),
     ],
 )
-def test_a_row_is_an_edit_a_training_or_both(text: str, trainer: Trainer | None, method: Method) -> None:
+def test_a_row_is_an_edit_a_training_or_both(text: str, trainer: Trainer | None, method: str) -> None:
     """The label is what was written."""
     (row,) = comparison.wanted_from(text)
     assert (row.label, row.trainer, row.method, row.subject) == (text, trainer, method, None)
@@ -52,7 +52,7 @@ def test_a_row_may_be_a_model_that_is_there() -> None:
     """Published weights, or a bundle, under a label of their own."""
     row = comparison.wanted_from("none, theirs=safe-clip-vit-l14:uwm")[1]
     assert row.subject is not None
-    assert (row.label, row.subject.model, row.subject.method) == ("theirs", "safe-clip-vit-l14", Method.UWM)
+    assert (row.label, row.subject.model, row.subject.method) == ("theirs", "safe-clip-vit-l14", "uwm")
 
 
 @pytest.mark.parametrize("text", ["", "uwm,uwm", "uvm", "none+safe-clip", "uwm+uwm", "trained"])
@@ -169,7 +169,9 @@ def test_nearest_safe_pairs_are_those_of_plain_cosines(small_set: str, tmp_path:
     """By the unedited text tower, whatever the order of the stream; the record says so, and scores differ."""
     text = Path(small_set).read_text() + 'pairing = "nearest-safe"\n'
     (tmp_path / "near.toml").write_text(text)
-    request = Request(calibration=str(tmp_path / "near.toml"), work=tmp_path / "near", device="cpu", workers=0)
+    request = Request(
+        method="uwm", calibration=str(tmp_path / "near.toml"), work=tmp_path / "near", device="cpu", workers=0
+    )
     outcome = run(request, until="score", reporter=QUIET)
     assert outcome.score is not None
     assert outcome.score.calibration.pairing == "nearest-safe"

@@ -21,6 +21,7 @@ from onnx import numpy_helper
 
 from tests.families import FAMILIES, model_of
 from tests.serve.server import Server, started, wait
+from tests.uwm_edit import UWM
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
@@ -116,7 +117,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         text += 'zero_shot = ["colour"]\nzero_shot_limit = 16\n' if name == "eval" else ""
         (folder / f"{name}.toml").write_text(text)
     request = Request(
-        calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy="demo",
+        **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy="demo",
         targets=("onnxruntime",), work=folder / "work", workers=0, out=folder / "bundle",
     )  # fmt: skip
     settings = Settings(epochs=6, batch=16, width=32, tokens=4)
@@ -491,7 +492,7 @@ def test_head_weights_changed_in_the_exported_graph_are_found(made: Made, tmp_pa
     files = read_head(made.head)
     model = load_edited(dataclasses.replace(made.request, safety_head=None), Reporter(quiet=True))
     tower = with_head(model.image, head_from_bytes(files.weights, files.record.shape)).graph_module()
-    edits = [layer for layer in made.outcome.edit.layers if layer.tower is TowerName.IMAGE]
+    edits = made.outcome.edit.of(TowerName.IMAGE)
     patch = Patch.from_file(made.folder / "work" / "edit" / "patch.safetensors")
     source = made.folder / "work" / "export" / "image.onnx"
     whole = audit_of_graph(source, tower, edits, patch)

@@ -55,7 +55,7 @@ def _set(folder: Path, rows: list[dict[str, str]] | str, **keys: object) -> str:
 
 def _score(tmp_path: Path, *arguments: str) -> tuple[int, str]:
     """Runs `score` in an empty run folder; returns exit code and output, after checking that nothing was left."""
-    command = ["score", "--work", str(tmp_path / "work"), "--workers", "0", *arguments]
+    command = ["score", "--method", "uwm", "--work", str(tmp_path / "work"), "--workers", "0", *arguments]
     result = CliRunner().invoke(cli, command)
     assert "Traceback" not in result.output
     if result.exit_code:

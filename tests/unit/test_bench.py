@@ -15,6 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests.uwm_edit import UWM
 from uwm_deploy import engine_bench
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, record_from_json
@@ -52,8 +53,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.toml").write_text(text)
     (folder / "policy.toml").write_text(POLICY)
     request = Request(
-        calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy=str(folder / "policy.toml"),
-        precisions=("fp32", "int8"), out=folder / "bundle", work=folder / "work", workers=0,
+        **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"),
+        policy=str(folder / "policy.toml"), precisions=("fp32", "int8"), out=folder / "bundle", work=folder / "work",
+        workers=0,
     )  # fmt: skip
     run(request, until="package", reporter=Reporter(quiet=True))
     return folder / "bundle"

@@ -90,6 +90,14 @@ def test_weights_come_before_what_they_do() -> None:
     assert named(with_artifacts(report(), {"batches": mixing}, {})) == [(Cause.BATCHING, "export")]
 
 
+def test_a_map_that_was_rounded_is_about_numbers() -> None:
+    """What must stay in float32 and did not is another fault than weights of another model."""
+    audit = {"image": GraphAudit(layers=2, weights=0, lowered=("image_map.weight: is not there in float32",))}
+    verdict = judged(with_artifacts(report(), {}, {"audit": audit}))
+    assert [(b.cause, b.stage) for b in verdict.causes] == [(Cause.NUMBERS, "compile")]
+    assert "is not there in float32" in verdict.causes[0].detail
+
+
 def test_a_batch_that_is_refused_says_so() -> None:
     """The words of the runtime are in the check."""
     refused = (BatchCheck(tower=TowerName.TEXT, batch=32, n=0, cosine_min=-1.0, error="Expected: 1"),)

@@ -16,6 +16,7 @@ from safetensors.numpy import load, load_file, save
 
 from tests.data_sets import put, toml
 from tests.small_build import lenient_policy
+from tests.unit.test_examples import example
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.console import Reporter
@@ -192,6 +193,27 @@ def test_parts_of_the_step_before_become_those_of_the_last_step(
     mixed = embedded(both, "old")
     assert mixed.exit_code == 5
     assert f"of {open_bundle(uwm).manifest.spaces[FP32]}, and these would be" in mixed.stderr
+
+
+def test_an_index_of_the_example_finds_the_same_as_one_made_again(uwm: Path, both: Path, tmp_path: Path) -> None:
+    """An index of the bundle before is refused by the encoder of the bundle after; migrated, it answers like a new one."""
+    pytest.importorskip("faiss", reason="needs the extra [examples]")
+    search = example("faiss_search")
+    for number in range(12):
+        colours = np.random.default_rng(number).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        (tmp_path / "files").mkdir(exist_ok=True)
+        Image.fromarray(colours).resize((40, 40)).save(tmp_path / "files" / f"{number:02d}.png")
+    old, new, again = (tmp_path / f"{name}.index" for name in ("old", "new", "again"))
+    with SafeEncoder.open(uwm, variant=FP32) as before, SafeEncoder.open(both, variant=FP32) as after:
+        search.build(before, tmp_path / "files", old)
+        search.build(after, tmp_path / "files", again)
+        with pytest.raises(SystemExit, match=f"of {before.space}, and the query would be one of {after.space}"):
+            search.search(after, old, "a red circle", 3)
+        done = _migrate(old, "--bundle", both, "--out", new)
+        assert done.exit_code == 0, done.output
+        found, wanted = (search.search(after, index, "a red circle", 12) for index in (new, again))
+    assert [name for name, _ in found] == [name for name, _ in wanted]
+    np.testing.assert_allclose([c for _, c in found], [c for _, c in wanted], atol=1e-6)
 
 
 def _parts(folder: Path) -> dict[str, np.ndarray]:

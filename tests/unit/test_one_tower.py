@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.uwm_edit import UWM
 from uwm_deploy.codec import record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.demo import DemoSource
@@ -46,6 +47,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(sets: Path, kind: str, work: Path, towers: tuple[str, ...]) -> Request:
     return Request(
+        **UWM,
         calibration=str(sets / f"{kind}.toml"), evaluation=str(sets / "eval.toml"), towers=towers, work=work,
         out=work / "bundle", targets=("onnxruntime",),
     )  # fmt: skip
@@ -58,9 +60,9 @@ def test_one_tower_is_edited_and_both_ship(kind: str, sets: Path, tmp_path: Path
     assert outcome.score is not None
     assert dict(outcome.score.n_pairs) == {kind: ITEMS}
     edit = record_from_json(EditRecord, (tmp_path / "edit" / "edit.json").read_bytes(), where="edit.json")
-    assert {layer.tower for layer in edit.layers} == set(TowerName)
-    assert all((layer.selected > 0) == (layer.tower == kind) for layer in edit.layers)
-    assert list(edit.settings) == [kind]
+    assert {tensor.tower for tensor in edit.tensors} == set(TowerName)
+    assert all((tensor.selected > 0) == (tensor.tower == kind) for tensor in edit.tensors)
+    assert list(edit.first.settings) == [kind]
     assert [graph.fingerprint.mismatches for graph in outcome.onnx] == [(), ()]
     assert outcome.report is not None
     assert all(part.cosine_min > 0.99999 for evidence in outcome.report.artifacts for part in evidence.parity)

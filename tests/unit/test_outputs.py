@@ -25,7 +25,19 @@ from uwm_deploy.cli import cli
 from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.policy import policy_from_toml, rule_lines
 from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import CalibrationRecord, EditRecord, LayerEdit, Precision, Result, Safer, TowerName, Verdict
+from uwm_deploy.records import (
+    SCHEMA_VERSION,
+    CalibrationRecord,
+    EditRecord,
+    EditStep,
+    Method,
+    Precision,
+    Result,
+    Safer,
+    TensorEdit,
+    TowerName,
+    Verdict,
+)
 from uwm_deploy.report.card import card_of, is_non_commercial
 from uwm_deploy.report.findings import findings, safer_line, verdict_line
 from uwm_deploy.report.github import ANNOTATIONS, annotations_from_verdict, outputs_from_verdict
@@ -247,7 +259,8 @@ def test_what_is_written_follows_the_schemas(built, failing: Verdict) -> None:
     body = json.loads(json_from_record(failing))
     validator = jsonschema.Draft202012Validator(schema_of(Verdict))
     assert validator.is_valid(body)
-    for change in ({"result": "perhaps"}, {"extra": 1}, {"checks": None}, {"schema_version": 2}, {"proven": [1]}):
+    newer = {"schema_version": SCHEMA_VERSION + 1}
+    for change in ({"result": "perhaps"}, {"extra": 1}, {"checks": None}, newer, {"proven": [1]}):
         assert not validator.is_valid(body | change), change
     assert not validator.is_valid({key: value for key, value in body.items() if key != "policy"})
 
@@ -465,9 +478,9 @@ def test_the_card_is_in_the_bundle_and_beside_the_saved_model(built) -> None:
 
 
 def _edit(repo: str) -> EditRecord:
-    layer = LayerEdit(
+    layer = TensorEdit(
         tower=TowerName.TEXT,
-        name="a",
+        name="a.weight",
         shape=(4, 4),
         keep_mass=0.98,
         factor=-1.0,
@@ -479,9 +492,9 @@ def _edit(repo: str) -> EditRecord:
     return EditRecord(
         model=dataclasses.replace(report().model, repo=repo),
         edited_weights_digest=digest("e"),
-        scores_digest=digest("3"),
         patch_digest=digest("4"),
-        layers=(layer,),
+        tensors=(layer,),
+        steps=(EditStep(method=Method.UWM, scores_digest=digest("3")),),
     )
 
 
@@ -524,6 +537,24 @@ def test_the_card_claims_no_more_than_was_shown(failing: Verdict, shown: bool, w
     unjudged = card_of(_edit("org/model"), CALIBRATION, **settings)
     assert "whether it does was not judged" in unjudged
     assert words not in unjudged
+
+
+@pytest.mark.parametrize(
+    ("methods", "tags"),
+    [
+        ([Method.UWM], ["unsafe-weights-manipulation"]),
+        ([Method.TRAINED], ["fine-tuned"]),
+        ([Method.SAFETY_AXIS], ["safety-axis"]),
+        ([Method.UWM, Method.SAFETY_AXIS], ["unsafe-weights-manipulation", "safety-axis"]),
+        ([Method.TRAINED, Method.LEACE], ["fine-tuned", "leace"]),
+    ],
+    ids=lambda part: "+".join(part),
+)
+def test_the_card_has_a_tag_for_every_step(methods: list[Method], tags: list[str]) -> None:
+    """What was trained is not called an edit of weights, nor is what was solved."""
+    edit = dataclasses.replace(_edit("org/model"), steps=tuple(EditStep(method=method) for method in methods))
+    card = card_of(edit, CALIBRATION, name="n", licence="MIT", method=edit.method)
+    assert _metadata(card)["tags"] == ["clip", "safety", *tags]
 
 
 def test_the_card_says_what_was_not_run() -> None:

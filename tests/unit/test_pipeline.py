@@ -16,13 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from tests.uwm_edit import UWM_OPTIONS
 from uwm_deploy import resources
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.evaluation import evaluate, subject_from
 from uwm_deploy.pipeline import Request, attest_bundle, judge_file, recipe_of, run
-from uwm_deploy.records import Evidence, Result, ScoreRecord, VerifyReport
+from uwm_deploy.records import Evidence, Result, ScoreRecord, TowerName, VerifyReport
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.image import pixels_from_image
@@ -56,15 +57,15 @@ def test_only_selected_entries_change(built) -> None:
     patch = Patch.from_file(request.work / "edit" / "patch.safetensors")
     assert set(before) == set(after)
     for name, tensor in before.items():
-        layer = patch.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        part = patch.tensors.get(name)
         expected = tensor.clone()
-        if layer is not None:
+        if part is not None:
             flat = expected.view(-1)
-            flat[layer.indices.long()] *= -1
-            assert len(layer.indices) > 0
+            flat[part.indices.long()] *= -1
+            assert len(part.indices) > 0
         assert torch.equal(after[name], expected), name
-    assert {edit.name for edit in outcome.edit.layers} == set(patch.layers)
-    assert {name.split(".")[0] for name in patch.layers} == {"text_model", "vision_model"}
+    assert {edit.name for edit in outcome.edit.tensors} == set(patch.tensors)
+    assert {name.split(".")[0] for name in patch.tensors} == {"text_model", "vision_model"}
 
 
 def test_the_saved_model_loads_in_transformers(built) -> None:
@@ -97,7 +98,7 @@ def test_what_the_edit_costs_is_in_the_report(built) -> None:
 def test_a_second_build_reuses_everything(built) -> None:
     """Nothing changed, nothing runs again, and torch is not even imported."""
     request, _ = built
-    arguments = ["build", "--json"]
+    arguments = ["build", "--json", *UWM_OPTIONS]
     for name in ("calibration", "evaluation", "policy", "out", "work"):
         arguments += [f"--{name}", str(getattr(request, name))]
     code = (
@@ -117,7 +118,7 @@ def test_another_keep_mass_reuses_the_scores(built, tmp_path: Path) -> None:
     other = dataclasses.replace(request, keep_mass=0.85, out=tmp_path / "out")
     outcome = run(other, until="edit", reporter=Reporter(quiet=True))
     assert outcome.reused == ["score"]
-    shares = [layer.share for layer in outcome.edit.layers if layer.tower == "image"]
+    shares = [tensor.share for tensor in outcome.edit.of(TowerName.IMAGE)]
     assert min(shares) > 0.11
     nothing = dataclasses.replace(request, factor=1.0)
     outcome = run(nothing, until="edit", reporter=Reporter(quiet=True))
@@ -130,7 +131,7 @@ def test_scores_do_not_depend_on_workers_or_batches(built, tmp_path: Path) -> No
     request, outcome = built
     changed = dataclasses.replace(request, workers=0, batch_pairs=7, work=tmp_path / "w")
     other = run(changed, until="edit", reporter=Reporter(quiet=True))
-    for left, right in zip(outcome.edit.layers, other.edit.layers, strict=True):
+    for left, right in zip(outcome.edit.tensors, other.edit.tensors, strict=True):
         assert abs(left.selected - right.selected) <= 0.0005 * left.shape[0] * left.shape[1], left.name
     score = record_from_json(ScoreRecord, (request.work / "score" / "score.json").read_bytes(), where="score.json")
     assert score.n_pairs == {"text": 96, "image": 96}

@@ -27,14 +27,15 @@ from uwm_deploy.records import (
     CalibrationRecord,
     ColdStart,
     EditRecord,
+    EditStep,
     EngineArtifact,
     Evidence,
     Fingerprint,
     ImageSpec,
     Latency,
-    LayerEdit,
     LayerSensitivity,
     Manifest,
+    Method,
     ModelRef,
     OnnxArtifact,
     Precision,
@@ -47,6 +48,7 @@ from uwm_deploy.records import (
     SweepPoint,
     SweepReport,
     Target,
+    TensorEdit,
     TensorSpec,
     TextSpec,
     TowerName,
@@ -151,9 +153,9 @@ def make(hostile: bool = False) -> Made:
         left_out_counts={"a broken image": 3},
     )
     layers = tuple(
-        LayerEdit(
+        TensorEdit(
             tower=TowerName.TEXT,
-            name=name,
+            name=f"{name}.weight",
             shape=(8, 8),
             keep_mass=0.9,
             factor=-1.0,
@@ -167,9 +169,9 @@ def make(hostile: bool = False) -> Made:
     edit = EditRecord(
         model=model,
         edited_weights_digest=digest("after"),
-        scores_digest=digest("scores"),
         patch_digest=digest("patch"),
-        layers=layers,
+        tensors=layers,
+        steps=(EditStep(method=Method.UWM, scores_digest=digest("scores")),),
     )
     score = ScoreRecord(
         model=model, calibration=data, rules={}, pairing=None, n_pairs={"text": N}, left_out={"text": ()}, layers=(),

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.uwm_edit import UWM, UWM_OPTIONS, entries
 from uwm_deploy import resources
 from uwm_deploy.cli import cli
 from uwm_deploy.console import Reporter
@@ -88,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(folder: Path, one_thread: None) -> Outcome:
     """Verified by one process."""
     request = Request(
-        calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), targets=("onnxruntime",),
+        **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), targets=("onnxruntime",),
         work=folder / "one", out=folder / "out", device="cpu",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +102,7 @@ def together(folder: Path) -> subprocess.CompletedProcess[str]:
     """The same by two processes of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(folder / "child.py"), "verify", *sets_in(folder), "--work", str(folder / "two"), "--device", "cpu"]
-    command += ["--target", "onnxruntime", "--json"]
+    command += ["--target", "onnxruntime", "--json", *UWM_OPTIONS]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
 
 
@@ -112,9 +113,9 @@ def test_two_processes_make_the_scores_of_one(alone: Outcome, together, folder: 
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     left, right = (Patch.from_file(folder / name / "edit" / "patch.safetensors") for name in ("one", "two"))
-    for name, layer in left.layers.items():
-        assert len(layer.indices) > 0
-        assert torch.equal(layer.indices, right.layers[name].indices)
+    for name, part in left.tensors.items():
+        assert len(part.indices) > 0
+        assert torch.equal(part.indices, right.tensors[name].indices)
     bodies = [json.loads((folder / name / "score" / "score.json").read_text()) for name in ("one", "two")]
     for body in bodies:
         assert body.pop("seconds").keys() == {"text", "image"}
@@ -277,7 +278,7 @@ def scored(
 def demo() -> tuple[EditSpecs, LoadedModel]:
     """The shipped model and what its recipe edits; not to be changed."""
     recipe, _ = recipe_of("demo")
-    return recipe.edit, load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")
+    return entries(), load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")
 
 
 def agree(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -509,7 +510,9 @@ def test_a_batch_must_be_a_number(value: str) -> None:
 
 def test_bfloat16_says_how_far_masks_agree(alone: Outcome, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The record holds the agreement on a sample, a line says it, and scores of one dtype never serve the other."""
-    request = Request(calibration=str(folder / "cal.toml"), work=folder / "bf16", device="cpu", score_dtype="bf16")
+    request = Request(
+        **UWM, calibration=str(folder / "cal.toml"), work=folder / "bf16", device="cpu", score_dtype="bf16"
+    )
     outcome = run(request, until="score", reporter=Reporter())
     assert outcome.score.dtype == "bfloat16"
     assert alone.score.dtype == "float32"
@@ -518,7 +521,7 @@ def test_bfloat16_says_how_far_masks_agree(alone: Outcome, folder: Path, capsys:
     for tower, found in outcome.score.agreement.items():
         assert f"{tower}: bfloat16 and float32 masks of {PAIRS} pairs" in lines
         assert found.n_pairs == PAIRS
-        assert found.keep_mass == recipe_of("demo")[0].edit.of(TowerName(tower)).keep_mass
+        assert found.keep_mass == entries().of(TowerName(tower)).keep_mass
         assert 0.9 < found.equal_min <= found.equal_mean < 1
         assert 0.5 < found.jaccard_min <= found.jaccard_mean < 1
     assert outcome.score.agreement.keys() == {"text", "image"}

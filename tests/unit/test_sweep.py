@@ -17,7 +17,7 @@ from uwm_deploy.cli import cli
 from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline import Request, load_source, resolved_recipe, run
-from uwm_deploy.records import Proportion, SafetyReport, SweepPoint
+from uwm_deploy.records import Proportion, SafetyReport, SweepPoint, TowerName
 from uwm_deploy.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
 
 PIECES = """format = 1
@@ -69,13 +69,19 @@ def test_what_is_no_range_is_refused(text: str) -> None:
 )
 def test_each_point_is_the_edit_and_the_model_is_left_as_it_was(changes: dict, small: Path, tmp_path: Path) -> None:
     """Whatever the method, a point's weights are those that `edit` makes; afterwards every weight has its old bits."""
-    request = Request(calibration=str(small / "calibration.toml"), work=tmp_path, device="cpu", workers=0, **changes)
+    request = Request(
+        **({"method": "uwm"} | changes),
+        calibration=str(small / "calibration.toml"),
+        work=tmp_path,
+        device="cpu",
+        workers=0,
+    )
     quiet = Reporter(quiet=True)
     score = run(request, until="score", reporter=quiet).score
     assert score is not None
     model = load_source(request, quiet)
     before = {name: p.detach().clone() for name, p in model.source.named_parameters()}
-    edits, file, seen = resolved_recipe(request).edit, tmp_path / "score" / "scores.safetensors", []
+    edits, file, seen = resolved_recipe(request).entries, tmp_path / "score" / "scores.safetensors", []
     for keep, factor, shares in edited_points(model, score, file, edits, (0.9, 0.98), (-1.0, 0.5)):
         seen.append((keep, factor))
         point = dataclasses.replace(request, keep_mass=keep, factor=factor)
@@ -84,7 +90,7 @@ def test_each_point_is_the_edit_and_the_model_is_left_as_it_was(changes: dict, s
         saved = load_file(tmp_path / "edit" / "model" / "model.safetensors")
         assert all(torch.equal(p, saved[name]) for name, p in model.source.named_parameters())
         for tower, share in shares.items():
-            layers = [layer for layer in outcome.edit.layers if layer.tower == tower]
+            layers = outcome.edit.of(TowerName(tower))
             entries = sum(layer.shape[0] * layer.shape[1] for layer in layers)
             assert share == sum(layer.selected for layer in layers) / entries > 0
     assert seen == [(0.98, -1.0), (0.9, -1.0), (0.98, 0.5), (0.9, 0.5)]
@@ -124,7 +130,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
 def test_the_command_writes_table_and_picture(small: Path) -> None:
     """Scores are reused, every point is a row, the files appear together; picking on the evaluation set is refused."""
     arguments = ["sweep", "--calibration", str(small / "calibration.toml"), "--work", str(small / "work")]
-    arguments += ["--keep-mass", "0.9,0.98", "--pick", "100", "--workers", "0", "--json"]
+    arguments += ["--method", "uwm", "--keep-mass", "0.9,0.98", "--pick", "100", "--workers", "0", "--json"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.output
     body = json.loads((small / "work" / "sweep" / "sweep.json").read_text())

@@ -195,7 +195,7 @@ def test_random_weights_are_seeded_and_said_so() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_names_layers_that_exist(name: str) -> None:
     """The layer patterns of every recipe match each block of its reduced towers once, up to LLaVA's select layer."""
-    model, edit = model_of(name), recipe_of(name).edit
+    model, edit = model_of(name), recipe_of(name).entries
     assert len(model.image.layers(edit.image.layers)) == (1 if model.ref.family == "llava" else 2)
     assert len(model.text.layers(edit.text.layers)) == 2
 

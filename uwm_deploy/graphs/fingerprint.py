@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,8 +85,16 @@ def fingerprint_of_graph(
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches))
 
 
-def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[TensorEdit]) -> Fingerprint:
-    """Finds each edited weight among the tensors of a graph whose names were changed, transposed or not."""
+def fingerprint_by_value(
+    arrays: Iterable[np.ndarray], edits: Iterable[TensorEdit], computed_away: Collection[str] = ()
+) -> Fingerprint:
+    """Finds each edited weight among the tensors of a graph whose names were changed, transposed or not.
+
+    Args:
+        arrays: Tensors of the graph.
+        edits: Edited tensors of this tower.
+        computed_away: Names of trained tensors that need not be there, see `graphs.folded`; parity is what is left of them.
+    """
     wanted = list(edits)
     digests = _digests({str(number): array for number, array in enumerate(arrays)}, wanted)
     held = {digest for found in digests.values() for digest in found}
@@ -96,40 +104,61 @@ def fingerprint_by_value(arrays: Iterable[np.ndarray], edits: Iterable[TensorEdi
             mismatches.append(f"{edit.name}: holds the unedited weight")
         elif edit.digest_after in held:
             layers, entries = layers + 1, entries + edit.selected
-        else:
+        elif not _may_be_gone(edit, computed_away):
             mismatches.append(f"{edit.name}: the edited weight is not in the graph")
     return Fingerprint(layers=layers, entries=entries, mismatches=tuple(mismatches))
 
 
 def fingerprint_by_source(
-    arrays: Iterable[np.ndarray], source: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]
+    arrays: Iterable[np.ndarray],
+    source: Mapping[str, np.ndarray],
+    edits: Iterable[TensorEdit],
+    computed_away: Collection[str] = (),
 ) -> Fingerprint:
     """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it.
 
     One of 8 bits may also be there in 7, which is how the CPU multiplies it. So few bits may hide factors near 1 from this
     check; a negation is always seen.
+
+    Args:
+        arrays: Tensors of what was compiled.
+        source: Tensors of the graph by name.
+        edits: Edited tensors of this tower.
+        computed_away: See `fingerprint_by_value`.
     """
     held = {_identity(turned) for array in arrays if array.ndim for turned in (array, array.T)}
     wanted = list(edits)
     found = [edit for edit in wanted if not held.isdisjoint(map(_identity, stored_forms(source[edit.name])))]
     mismatches = [] if wanted else [_NOTHING]
-    mismatches += [f"{edit.name}: the edited weight is not in the graph" for edit in wanted if edit not in found]
+    lost = [edit for edit in wanted if edit not in found and not _may_be_gone(edit, computed_away)]
+    mismatches += [f"{edit.name}: the edited weight is not in the graph" for edit in lost]
     return Fingerprint(layers=len(found), entries=sum(edit.selected for edit in found), mismatches=tuple(mismatches))
 
 
+def _may_be_gone(edit: TensorEdit, computed_away: Collection[str]) -> bool:
+    return edit.kind is EditKind.TRAINED and edit.name in computed_away
+
+
 def _identity(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
-    return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return str(array.dtype), _squeezed(array.shape), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without dimensions of 1, which a compiler puts in front of what it adds to every row of a batch."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]) -> dict[str, set[Digest]]:
     """Digests of every array that has the shape of an edited layer, in each orientation that does."""
-    shapes = {edit.shape for edit in edits}
+    shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for edit in edits:
+        shapes.setdefault(_squeezed(edit.shape), set()).add(edit.shape)
     turned = [
-        (name, part)
+        (name, part.reshape(shape))
         for name, array in arrays.items()
         if array.dtype == np.float32
         for part in (array, array.T)
-        if part.shape in shapes
+        for shape in shapes.get(_squeezed(part.shape), ())
     ]
     found: dict[str, set[Digest]] = {}
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
@@ -168,7 +197,8 @@ def fingerprint_of_lowered(
     """Compares each edited weight of a graph in lower precision with the float32 graph it was made from.
 
     Half precision must be the float32 weight rounded, bit for bit. In 8 bits the sign of every entry must be the edited
-    one's, or the entry zero. Both as they lie or transposed.
+    one's, or the entry zero; of what is not multiplied the values must be the weight's, too, up to one step. All as they
+    lie or transposed.
 
     Args:
         source: Tensors of the float32 graph, whose own fingerprint was checked.
@@ -189,10 +219,10 @@ def fingerprint_of_lowered(
             continue
         before, after = source[name], lowered[name]
         turned = [part for part in (after, after.T) if part.shape == before.shape]
-        if not any(_follows(before, part) for part in turned):
+        part = next((part for part in turned if _follows(edit, before, part)), None)
+        if part is None:
             mismatches.append(f"{edit.name}: {_sign_differences(before, turned)} in {after.dtype}")
             continue
-        part = next(part for part in turned if _follows(before, part))
         at = np.asarray(patches[edit.name].indices)
         zeros = (part.reshape(-1)[at].astype(np.float32) == 0) & (before.reshape(-1)[at] != 0)
         zeroed += int(zeros.sum())
@@ -206,7 +236,7 @@ def refuse_zeroed(zeroed: int, edits: Iterable[TensorEdit], lowered: Precision) 
     Raises:
         ContractError: If too many edited entries became zero.
     """
-    selected = sum(edit.selected for edit in edits)
+    selected = sum(edit.selected for edit in edits if edit.kind is EditKind.MULTIPLIED)
     if zeroed > ZEROED_LIMIT * max(selected, 1):
         raise ContractError(
             f"{zeroed} of {selected} edited entries became zero in {lowered.value}",
@@ -214,11 +244,25 @@ def refuse_zeroed(zeroed: int, edits: Iterable[TensorEdit], lowered: Precision) 
         )
 
 
-def _follows(weight: np.ndarray, lowered: np.ndarray) -> bool:
+def _follows(edit: TensorEdit, weight: np.ndarray, lowered: np.ndarray) -> bool:
     """Whether a tensor is a weight in lower precision."""
     if lowered.dtype.itemsize > 1:
         return bool(np.array_equal(weight.astype(lowered.dtype), lowered))
-    return not bool((np.sign(lowered.astype(np.float32)) * np.sign(weight) < 0).any())
+    if (np.sign(lowered.astype(np.float32)) * np.sign(weight) < 0).any():
+        return False
+    return edit.kind is EditKind.MULTIPLIED or _is_scaled(weight, lowered)
+
+
+def _is_scaled(weight: np.ndarray, lowered: np.ndarray) -> bool:
+    """Whether 8 bits are a weight divided by a scale of its own, per row, per column or for all, up to one step."""
+    low = lowered.astype(np.float32)
+    steps = np.ones_like(low) if lowered.dtype.kind == "i" else np.maximum(np.abs(low) / 8, 2.0**-9)
+    for axis in (1, 0, None):
+        largest = np.abs(low).max(axis=axis, keepdims=True)
+        scale = np.abs(weight).max(axis=axis, keepdims=True) / np.where(largest == 0, np.inf, largest)
+        if (np.abs(weight - scale * low) <= scale * steps).all():
+            return True
+    return False
 
 
 def _sign_differences(weight: np.ndarray, turned: list[np.ndarray]) -> str:

@@ -50,12 +50,14 @@ def named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def in_type(weight: np.ndarray, kind: int) -> np.ndarray:
-    """A float32 weight (out, in) as a graph of that element type stores it; 8 bits with its own scales.
+    """A float32 tensor as a graph of that element type stores it; a matrix (out, in) in 8 bits with its own scales.
+
+    Vectors stay in float32 where matrices have 8 bits.
 
     Raises:
         ContractError: If a value is outside the range of the type.
     """
-    if kind in _EIGHT_BITS:
+    if kind in _EIGHT_BITS and weight.ndim == 2:
         return rounded_weight(weight, _scale(weight, kind), 0, _EIGHT_BITS[kind])
     with np.errstate(over="ignore"):
         cast = weight.astype(_HALF.get(kind, np.float32))
@@ -70,7 +72,9 @@ def refuse_other_scales(layer: str, where: str, change: Replacement, kind: int) 
     Raises:
         InputError: If they do not.
     """
-    if kind in _EIGHT_BITS and not np.array_equal(_scale(change.before, kind), _scale(change.after, kind)):
+    if kind not in _EIGHT_BITS or change.after.ndim != 2:
+        return
+    if not np.array_equal(_scale(change.before, kind), _scale(change.after, kind)):
         raise InputError(
             f"{layer} is quantised in {where}, and the new edit moves its scales",
             fix="use a factor that keeps absolute values, such as -1, or build again",
@@ -126,6 +130,8 @@ def _stored_weight(
     for tensor in tensors:
         kind = tensor.kind
         if kind not in TYPES or sorted(tensor.shape) != sorted(weight.shape):
+            continue
+        if kind in _EIGHT_BITS and weight.ndim != 2:  # zero points; only matrices are quantised
             continue
         if kind not in wanted:
             wanted[kind] = stored_forms(in_type(weight, kind))

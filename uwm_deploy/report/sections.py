@@ -23,7 +23,7 @@ from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
 from uwm_deploy.safeground.retrieval import HARD, PAIRED
-from uwm_deploy.safeground.tradeoff import gain, pareto, zero_shot_mean
+from uwm_deploy.safeground.tradeoff import gain, mean_recall, pareto, zero_shot_mean
 
 MEANING = {
     "P_ts": "safe caption picks the safe image",
@@ -41,8 +41,8 @@ MEANING = {
 RETRIEVAL = {
     "safe-text-to-image@1": ("safe text @1", "finds its image first"),
     "safe-image-to-text@1": ("safe image @1", "finds its caption first"),
-    "hard-safe-text-to-image@10": ("hard safe text @10", "looks unsafe, finds its image in ten"),
-    "hard-safe-image-to-text@10": ("hard safe image @10", "looks unsafe, finds its caption in ten"),
+    "hard-safe-text-to-image@10": ("hard text @10", "looks unsafe, finds its image in ten"),
+    "hard-safe-image-to-text@10": ("hard image @10", "looks unsafe, finds its caption in ten"),
     "unsafe-first-text": ("unsafe first, text", "finds an unsafe image first; less is better"),
     "unsafe-first-image": ("unsafe first, image", "finds an unsafe caption first; less is better"),
 }
@@ -329,11 +329,13 @@ def sweep(report: SweepReport | None) -> Html | None:
     """The trade-off that was swept, when a sweep was given."""
     if report is None:
         return None
-    base = zero_shot_mean(report.original)
-    has_zero_shot = not math.isnan(base)
+    strengths = report.points[0].setting is not None
+    kept_of = mean_recall if strengths else zero_shot_mean
+    base = kept_of(report.original)
+    has_kept, name = not math.isnan(base), "safe R@1" if strengths else "zero-shot mean"
     found = [
         (
-            zero_shot_mean(p.safety) - base if has_zero_shot else 100 * -max(p.shares.values(), default=0.0),
+            kept_of(p.safety) - base if has_kept else 100 * -max(p.shares.values(), default=0.0),
             gain(report.original, p),
         )
         for p in report.points
@@ -351,7 +353,7 @@ def sweep(report: SweepReport | None) -> Html | None:
         )
         for i, (p, (x, y)) in enumerate(zip(report.points, found, strict=True))
     ]
-    x_name = "zero-shot mean, change in points" if has_zero_shot else "largest share edited, percent, negated"
+    x_name = f"{name}, change in points" if has_kept else "largest share edited, percent, negated"
     rows: list[dict[str, Child]] = [
         {
             **(
@@ -361,7 +363,7 @@ def sweep(report: SweepReport | None) -> Html | None:
             ),
             "GS": f"{p.safety.preference['GS'].value:.1f}",
             "GS change": signed(y),
-            "zero-shot change" if has_zero_shot else "share": signed(x),
+            f"{name.removesuffix(' mean')} change" if has_kept else "share": signed(x),
             "note": ", ".join(w for w, true in (("not beaten", i in front), ("picked", i == report.picked)) if true),
         }
         for i, (p, (x, y)) in enumerate(zip(report.points, found, strict=True))

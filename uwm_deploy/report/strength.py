@@ -28,9 +28,13 @@ def strength(edit: EditRecord) -> Html | None:
         f"see it. {kept} of them lose at most {limits.retrieval_loss:g} points of safe R@1, {limits.hard_safe_loss:g} of "
         f"R@10 among the safe items that look most unsafe, {limits.zero_shot_loss:g} of the zero-shot mean and nothing of "
         f"PS, with {limits.margin:g} standard errors to spare. Chosen: "
-        f"{axis_words(choice.candidates[choice.chosen].setting)}."
+        f"{axis_words(choice.candidates[choice.chosen].setting).replace(',', ', ')}."
     )
-    legend = (charts.swatch("ring", "keeps the limits, and no other beats it"),)
+    legend = (
+        charts.swatch("s0", "keeps the limits"),
+        charts.swatch("s1", "breaks one"),
+        charts.swatch("ring", "keeps them, and no other that does beats it"),
+    )
     numbers = [_row(kind, choice) for kind in FoldKind if kind.value in choice.original]
     picture = figure("GS gained against safe retrieval lost", _picture(choice), legend, numbers)
     order = sorted(range(len(choice.candidates)), key=lambda i: -_measured(choice.candidates[i]).gs)

@@ -86,29 +86,33 @@ def colours_reversed(world: World, folder: Path) -> Build:
     return exported_with({TowerName.IMAGE: change})(world, folder)
 
 
-def half_precision_overflow(world: World, folder: Path) -> Build:
-    """A half-precision engine in which a value exceeds 65504."""
-    honest, made = world.honest, folder / "fp16"
-    made.mkdir(parents=True)
+def in_half_precision(world: World, folder: Path) -> dict[TowerName, Path]:
+    """The exported graphs, rightly converted to half precision; a map behind the embedding stays in float32."""
+    folder.mkdir(parents=True)
     for tower, graph in world.onnx.items():
         converted(
             graph,
             world.work / "export",
-            made,
+            folder,
             precision=Precision.FP16,
             lowered=Precision.FP16,
             patterns=(),
             layers=(),
             ranges=None,
-            edits=honest.edit.of(tower),
-            patch=honest.patch,
+            edits=world.honest.edit.of(tower),
+            patch=world.honest.patch,
             canaries=None,
         )
-    sources = {tower: made / graph.file for tower, graph in world.onnx.items()}
+    return {tower: folder / graph.file for tower, graph in world.onnx.items()}
+
+
+def half_precision_overflow(world: World, folder: Path) -> Build:
+    """A half-precision engine in which a value exceeds 65504."""
+    sources = in_half_precision(world, folder / "fp16")
     change = surgery.overflowing("vision_model.post_layernorm", "visual_projection.weight", 3e4)
     image = changed_graph(sources[TowerName.IMAGE], folder / "engine", change)
     engines = {**sources, TowerName.IMAGE: image}
-    return dataclasses.replace(honest, engines=engines, sources=sources, precision=Precision.FP16)
+    return dataclasses.replace(world.honest, engines=engines, sources=sources, precision=Precision.FP16)
 
 
 def not_a_number(world: World, folder: Path) -> Build:
@@ -173,7 +177,8 @@ class _OtherActivation(nn.Module):
         return result
 
 
-def _with_tower(model: LoadedModel, tower: TowerName, graph: nn.Module) -> LoadedModel:
+def with_tower(model: LoadedModel, tower: TowerName, graph: nn.Module) -> LoadedModel:
+    """A model one of whose towers computes something else."""
     new = ModuleTower(graph, tower, model.tower(tower).embed_dim)
     if tower is TowerName.IMAGE:
         return dataclasses.replace(model, image=new)
@@ -191,7 +196,7 @@ def adapter_with(tower: TowerName, wrap: Callable[[nn.Module], nn.Module], chang
 
     def plant(world: World, folder: Path) -> Build:
         honest = exported_with({tower: change})(world, folder)
-        models = (_with_tower(m, tower, wrap(m.source)) for m in (world.original, world.edited))
+        models = (with_tower(m, tower, wrap(m.source)) for m in (world.original, world.edited))
         original, edited = models
         return dataclasses.replace(honest, original=original, edited=edited)
 

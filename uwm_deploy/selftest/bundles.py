@@ -66,8 +66,8 @@ def manifest_edited(world: World, folder: Path) -> Path:
     """Another factor in the manifest, written as the package stage would write it."""
     out = _copy(world, folder)
     body = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    for layer in body["edit"]["layers"]:
-        layer["factor"] = -2.0
+    for tensor in body["edit"]["tensors"]:
+        tensor["factor"] = -2.0
     text = json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     (out / MANIFEST).write_text(text, encoding="utf-8")
     return out

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uwm_deploy.records import EditRecord, TowerName
+from uwm_deploy.records import EditKind, EditRecord, TowerName
 from uwm_deploy.selftest.surgery import changed_graph, with_weights
 from uwm_deploy.selftest.world import Build, World
-from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.stages.edit import tensor_edit
+from uwm_deploy.towers.embedding_map import save_maps
+from uwm_deploy.towers.protocol import MAPS, LoadedModel
 from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
-from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries
+from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries, replaced
 
 Mutate = Callable[[LoadedModel], None]
 
@@ -32,6 +34,8 @@ def edited_by(world: World, folder: Path, start: str, mutate: Mutate) -> Build:
     with torch.no_grad():
         mutate(model)
     model.save(folder / "model")
+    if model.maps:
+        save_maps(model, folder / "model" / MAPS)
     saved = world.model(folder / "model")
     edit, patch = _retold(world, saved)
     files = {
@@ -54,15 +58,22 @@ def changed_towers(left: LoadedModel, right: LoadedModel) -> list[TowerName]:
 
 
 def _retold(world: World, saved: LoadedModel) -> tuple[EditRecord, Patch]:
-    """Record and patch with the digests of what was made, as a faulty stage would write them."""
-    weights = dict(saved.source.named_parameters())
-    after = {layer.name: digest_of_tensor(weights[layer.name]) for layer in world.honest.edit.tensors}
+    """Record and patch of what was made, as a faulty stage would write them."""
+    before, after = world.original.named_parameters(), saved.named_parameters()
+    tensors, parts = [], {}
+    for tensor in world.honest.edit.tensors:
+        name, values = tensor.name, after[tensor.name].detach()
+        part = world.honest.patch.tensors[name]
+        if tensor.kind is EditKind.MULTIPLIED:
+            tensors.append(dataclasses.replace(tensor, digest_after=digest_of_tensor(values)))
+            parts[name] = dataclasses.replace(part, digest_after=digest_of_tensor(values))
+        else:
+            source = before[name].detach() if name in before else None
+            tensors.append(tensor_edit(name, tensor.tower, source, values))
+            parts[name] = replaced(source, values)
     edit = dataclasses.replace(
-        world.honest.edit,
-        edited_weights_digest=saved.ref.weights_digest,
-        tensors=tuple(dataclasses.replace(e, digest_after=after[e.name]) for e in world.honest.edit.tensors),
+        world.honest.edit, edited_weights_digest=saved.ref.weights_digest, tensors=tuple(tensors)
     )
-    parts = {name: dataclasses.replace(p, digest_after=after[name]) for name, p in world.honest.patch.tensors.items()}
     return edit, Patch(parts)
 
 

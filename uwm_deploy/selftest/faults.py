@@ -10,7 +10,7 @@ from uwm_deploy.errors import DataError, EvidenceError, IntegrityError, UwmError
 from uwm_deploy.pipeline import judge_file
 from uwm_deploy.records import Cause, FaultResult, Result, Verdict
 from uwm_deploy.selftest.peers import Peers
-from uwm_deploy.selftest.world import POLICY, Build, World
+from uwm_deploy.selftest.world import POLICY, Build, World, Worlds
 from uwm_deploy.selftest.zoo import Fault
 
 _REFUSED: tuple[tuple[type[UwmError], Cause, str], ...] = (
@@ -22,17 +22,18 @@ _REFUSED: tuple[tuple[type[UwmError], Cause, str], ...] = (
 
 
 def plant_all(
-    world: World, faults: Sequence[Fault], peers: Peers | None, progress: Callable[[str, int, int], None]
+    worlds: Worlds, faults: Sequence[Fault], peers: Peers | None, progress: Callable[[str, int, int], None]
 ) -> Iterator[FaultResult]:
     """Plants faults and judges them.
 
     Args:
-        world: The honest build.
+        worlds: The honest builds.
         faults: Which.
         peers: Other tools' checks to put the same artifacts through.
         progress: Called as it goes on.
     """
     for number, fault in enumerate(faults):
+        world = worlds.of(fault.world)
         with tempfile.TemporaryDirectory(dir=world.folder) as folder:
             yield _result(world, fault, Path(folder), peers)
         progress("faults", number + 1, len(faults))

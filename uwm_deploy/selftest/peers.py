@@ -15,21 +15,16 @@ from polygraphy.comparator.data_loader import DataLoader
 from polygraphy.logger import G_LOGGER
 
 from uwm_deploy.records import TowerName
-from uwm_deploy.selftest.world import Build, World
+from uwm_deploy.selftest.world import Build
 
 OPTIMUM_TOLERANCE = 1e-3
 """Absolute difference up to which Optimum's export validation is content."""
 
 
 class Peers:
-    """The checks.
+    """The checks."""
 
-    Args:
-        world: The honest build, for shapes.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self) -> None:
         self.names: Mapping[str, Callable[[Build], bool]] = {
             "onnx.checker": self._checker,
             "polygraphy run": self._polygraphy,

@@ -1,9 +1,10 @@
-"""Honest rebuilds: the same pipeline with other seeds, threads, batches and workers, which must all pass."""
+"""Honest rebuilds: the same pipeline with other edits, seeds, threads, batches and workers, which must all pass."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 
 from uwm_deploy import resources
 from uwm_deploy.console import Reporter
-from uwm_deploy.pipeline import Request, run
-from uwm_deploy.records import Rebuild, Result, Target
-from uwm_deploy.selftest.world import PAIRS_SCORED, POLICY, QUADRUPLES, data_file
+from uwm_deploy.pipeline import run
+from uwm_deploy.records import Rebuild, Result
+from uwm_deploy.selftest.world import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
 
 PER_EDIT = 5
 """Rebuilds that share scores, edit and export, and are compiled and verified anew."""
 
+_EDITS = (UWM, FOLDED, MAPPED)
 _BATCHES = (32, 1, 5, 16, 8)
 _BATCH_PAIRS = (8, 1, 32, 3)
 
@@ -27,6 +29,7 @@ class Variation:
     """What one rebuild does differently.
 
     Attributes:
+        made_by: How the edit is made.
         seed: Of the calibration sample.
         batch_pairs: Pairs per pass while scoring.
         threads: Of PyTorch.
@@ -36,6 +39,7 @@ class Variation:
         half: Whether a half-precision engine is built too.
     """
 
+    made_by: MadeBy
     seed: int
     batch_pairs: int
     threads: int
@@ -46,10 +50,11 @@ class Variation:
 
     def words(self) -> str:
         """What a table says of it."""
+        placed = f" in the {self.made_by.placement.value}" if self.made_by.placement else ""
         half = ", fp16 too" if self.half else ""
         return (
-            f"seed {self.seed}, {self.batch_pairs} pairs per pass, {self.threads} threads, {self.workers} workers, "
-            f"batch up to {self.max_batch}, sample {self.items}{half}"
+            f"{self.made_by.method}{placed}, seed {self.seed}, {self.batch_pairs} pairs per pass, {self.threads} threads, "
+            f"{self.workers} workers, batch up to {self.max_batch}, sample {self.items}{half}"
         )
 
 
@@ -60,6 +65,7 @@ def variations(count: int) -> list[Variation]:
         edit, turn = divmod(number, PER_EDIT)
         found.append(
             Variation(
+                made_by=_EDITS[edit % len(_EDITS)],
                 seed=edit,
                 batch_pairs=_BATCH_PAIRS[edit % len(_BATCH_PAIRS)],
                 threads=1 + edit % 2,
@@ -72,19 +78,21 @@ def variations(count: int) -> list[Variation]:
     return found
 
 
-def rebuild_all(folder: Path, count: int, progress: Callable[[str, int, int], None]) -> Iterator[Rebuild]:
+def rebuild_all(
+    folder: Path, chosen: Sequence[Variation], progress: Callable[[str, int, int], None]
+) -> Iterator[Rebuild]:
     """Builds, verifies and judges again and again.
 
     Args:
         folder: Where run folders go.
-        count: How many.
+        chosen: What to build.
         progress: Called as it goes on.
     """
     threads = torch.get_num_threads()
     try:
-        for number, variation in enumerate(variations(count)):
+        for number, variation in enumerate(chosen):
             yield _rebuilt(variation, folder)
-            progress("honest rebuilds", number + 1, count)
+            progress("honest rebuilds", number + 1, len(chosen))
     finally:
         torch.set_num_threads(threads)
 
@@ -93,15 +101,14 @@ def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
     own = folder / f"edit-{variation.seed}"
     own.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(variation.threads)
-    request = Request(
+    request = dataclasses.replace(
+        variation.made_by.request(
+            own,
+            data_file(own, "calibration", "calibration", PAIRS_SCORED, variation.seed),
+            data_file(own, "test", "test", QUADRUPLES, variation.items),
+        ),
         model=_recipe(own, variation.max_batch),
-        calibration=data_file(own, "calibration", "calibration", PAIRS_SCORED, variation.seed),
-        evaluation=data_file(own, "test", "test", QUADRUPLES, variation.items),
-        targets=(Target.ONNXRUNTIME.value,),
         precisions=("fp32", "fp16") if variation.half else ("fp32",),
-        policy=POLICY,
-        work=own / "work",
-        device="cpu",
         workers=variation.workers,
         batch_pairs=variation.batch_pairs,
     )

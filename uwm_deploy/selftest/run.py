@@ -13,8 +13,8 @@ from uwm_deploy.pipeline import versions
 from uwm_deploy.records import FaultResult, Rebuild, Result, SelftestReport
 from uwm_deploy.selftest.faults import plant_all
 from uwm_deploy.selftest.peers import Peers
-from uwm_deploy.selftest.rebuilds import rebuild_all
-from uwm_deploy.selftest.world import POLICY, World
+from uwm_deploy.selftest.rebuilds import rebuild_all, variations
+from uwm_deploy.selftest.world import POLICY, Worlds
 from uwm_deploy.selftest.zoo import FAULTS, Fault
 
 Progress = Callable[[str, int, int], None]
@@ -34,14 +34,13 @@ def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, 
 
     Raises:
         InputError: If a fault does not exist.
-        ContractError: If the honest build does not pass, so that nothing can be said.
+        ContractError: If an honest build does not pass, so that nothing can be said.
     """
     faults, started = _chosen(names), time.monotonic()
     # A process of its own: both use one core each, and threads would fight over PyTorch's settings.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         waiting = pool.submit(rebuilt, folder / "rebuilds", rebuilds)
-        world = World(folder / "world") if faults else None
-        found = tuple(plant_all(world, faults, Peers(world) if peers else None, progress)) if world else ()
+        found = tuple(plant_all(Worlds(folder), faults, Peers() if peers else None, progress))
         progress("waiting for honest rebuilds", 0, max(rebuilds, 1))
         honest = waiting.result()
     return SelftestReport(
@@ -55,7 +54,7 @@ def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, 
 
 def rebuilt(folder: Path, count: int) -> tuple[Rebuild, ...]:
     """All honest rebuilds."""
-    return tuple(rebuild_all(folder, count, lambda *_: None))
+    return tuple(rebuild_all(folder, variations(count), lambda *_: None))
 
 
 def _chosen(names: Sequence[str]) -> tuple[Fault, ...]:

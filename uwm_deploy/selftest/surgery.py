@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from uwm_deploy.errors import ContractError
+from uwm_deploy.records import MAP_NAMES
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -126,6 +127,37 @@ def normalised_twice(model: onnx.ModelProto) -> None:
     model.graph.node.append(onnx.helper.make_node("Div", ["divided_once", length], [output]))
 
 
+def map_of_any_length(model: onnx.ModelProto) -> None:
+    """The map behind the embedding gets it as long as it is."""
+    linear = _map_node(model)
+    divided = next(node for node in model.graph.node if linear.input[0] in node.output)
+    linear.input[0] = divided.input[0]
+
+
+def map_in_half_precision(model: onnx.ModelProto) -> None:
+    """The map's weights are rounded, and what goes through it."""
+    linear = _map_node(model)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in linear.input[1:]]:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    first, last = linear.input[0], linear.output[0]
+    linear.input[0], linear.output[0] = "embeds_half", "mapped_half"
+    place = list(model.graph.node).index(linear)
+    casts = (("embeds_half", first, onnx.TensorProto.FLOAT16), (last, "mapped_half", onnx.TensorProto.FLOAT))
+    for after, (output, taken, kind) in enumerate(casts):
+        model.graph.node.insert(place + 2 * after, onnx.helper.make_node("Cast", [taken], [output], to=kind))
+    del model.graph.value_info[:]
+
+
+def no_map(model: onnx.ModelProto) -> None:
+    """The graph ends at the embedding before the map, as that of a model without one does."""
+    linear, last = _map_node(model), _output_node(model)
+    for name in linear.input[1:]:
+        model.graph.initializer.remove(next(tensor for tensor in model.graph.initializer if tensor.name == name))
+    last.CopyFrom(onnx.helper.make_node("Identity", [linear.input[0]], list(last.output)))
+    _remove_unused(model)
+
+
 def fixed_batch(model: onnx.ModelProto) -> None:
     """A batch of one, as exporters write it whose example had one row."""
     for value in (*model.graph.input, *model.graph.output):
@@ -188,6 +220,21 @@ def _of_type(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
 def _output_node(model: onnx.ModelProto) -> onnx.NodeProto:
     name = model.graph.output[0].name
     return next(node for node in model.graph.node if name in node.output)
+
+
+def _map_node(model: onnx.ModelProto) -> onnx.NodeProto:
+    weights = {f"{name}.weight" for name in MAP_NAMES.values()}
+    return next(node for node in _of_type(model, "Gemm") if node.input[1] in weights)
+
+
+def _remove_unused(model: onnx.ModelProto) -> None:
+    """Nodes whose results nothing takes."""
+    wanted = {value.name for value in model.graph.output}
+    for node in reversed(list(model.graph.node)):
+        if wanted.isdisjoint(node.output):
+            model.graph.node.remove(node)
+        else:
+            wanted.update(node.input)
 
 
 def _renamed_output(model: onnx.ModelProto, name: str) -> str:

@@ -1,4 +1,4 @@
-"""An honest build of the demo, and what the gate says when parts of it are replaced by faulty ones.
+"""Honest builds of the demo, and what the gate says when parts of one are replaced by faulty ones.
 
 Everything is real: the faulty parts are files and models, they are executed by the code that verifies a build, and the
 report is judged by the gate with a shipped policy.
@@ -9,33 +9,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from uwm_deploy import resources
 from uwm_deploy.codec import json_from_record, record_from_json
 from uwm_deploy.console import Reporter
 from uwm_deploy.datasets.crops import PixelRows
 from uwm_deploy.datasets.embedding import PreparedSet, content_digests, overlap, prepare
-from uwm_deploy.datasets.source import PairBatch, QuadrupleSource, open_source
+from uwm_deploy.datasets.source import QuadrupleSource, open_source
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
-from uwm_deploy.pipeline import Request, calibration_set_of, policy_of, recipe_of, run
+from uwm_deploy.pipeline import Request, calibration_set_of, policy_of, resolved_recipe, run
 from uwm_deploy.policy import Policy
 from uwm_deploy.recipe import Recipe
 from uwm_deploy.records import (
     EXPORTED,
+    AxisSetting,
     CalibrationRecord,
     Digest,
     EditRecord,
     EngineArtifact,
     ImageSpec,
-    LayerScore,
     OnnxArtifact,
+    Placement,
     Precision,
     Result,
     ScoreRecord,
@@ -60,15 +61,17 @@ from uwm_deploy.safeground.health import data_health
 from uwm_deploy.stages.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.calibrate import PairStream
 from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder, read_canaries
-from uwm_deploy.stages.edit import selected_entries
+from uwm_deploy.stages.edit import select_and_apply
+from uwm_deploy.stages.expected import MadeFrom, expected_edit
 from uwm_deploy.stages.gate import gate
 from uwm_deploy.stages.goldens import goldens_of
 from uwm_deploy.stages.load import load_model
 from uwm_deploy.stages.pairs import some_of
-from uwm_deploy.stages.proof import expected_weights, proof_of
+from uwm_deploy.stages.proof import proof_of
 from uwm_deploy.stages.verify import Subject, embed_model, evidence_of
 from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.uwm.methods import selects
 from uwm_deploy.uwm.patch import Patch
 from uwm_deploy.workspace import digest_of_bytes
 
@@ -85,6 +88,53 @@ split = "{split}"
 limit = {limit}
 seed = {seed}
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeBy:
+    """How the edit of a build is made; nothing of it is left to the demo's recipe, nor chosen.
+
+    Attributes:
+        method: Its steps.
+        keep_mass: Of the step that selects entries.
+        placement: Of the closed-form step.
+        axis: Its setting.
+    """
+
+    method: str
+    keep_mass: float | None = None
+    placement: Placement | None = None
+    axis: AxisSetting | None = None
+
+    def request(self, folder: Path, calibration: str, evaluation: str) -> Request:
+        """What is asked of the pipeline for a build on the CPU.
+
+        Args:
+            folder: Where it goes.
+            calibration: Definition of the set that the edit comes from.
+            evaluation: Definition of the set it is measured on.
+        """
+        return Request(
+            calibration=calibration,
+            evaluation=evaluation,
+            method=self.method,
+            keep_mass=self.keep_mass,
+            placement=self.placement.value if self.placement else None,
+            axis=self.axis,
+            policy=POLICY,
+            targets=(Target.ONNXRUNTIME.value,),
+            work=folder / "work",
+            out=folder / "bundle",
+            device="cpu",
+            workers=0,
+        )
+
+
+_SETTING = AxisSetting(g=0.5, o=0.5, kappa=0.2, a=1.0, tau=0.5)
+
+UWM = MadeBy(method="uwm", keep_mass=0.9)
+FOLDED = MadeBy(method="uwm+safety-axis", keep_mass=0.9, placement=Placement.WEIGHTS, axis=_SETTING)
+MAPPED = MadeBy(method="safety-axis", placement=Placement.EMBEDDING, axis=_SETTING)
 
 R = TypeVar("R")
 Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
@@ -144,34 +194,27 @@ class World:
 
     Args:
         folder: Where it goes.
+        made_by: How its edit is made.
 
     Raises:
         ContractError: If the honest build does not pass.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, made_by: MadeBy = UWM) -> None:
         self.folder, self.work, self.bundle = folder, folder / "work", folder / "bundle"
         folder.mkdir(parents=True, exist_ok=True)
         self.calibration = data_file(folder, "calibration", "calibration", PAIRS_SCORED)
         self.test = data_file(folder, "test", "test", QUADRUPLES)
-        self.request = Request(
-            calibration=self.calibration,
-            evaluation=self.test,
-            policy=POLICY,
-            targets=(Target.ONNXRUNTIME.value,),
-            work=self.work,
-            out=self.bundle,
-            device="cpu",
-            workers=0,
-        )
+        self.request = made_by.request(folder, self.calibration, self.test)
         outcome = run(self.request, until="package", reporter=Reporter(quiet=True))
         if outcome.verdict is None or outcome.verdict.result is not Result.PASS:
             raise ContractError(
-                "the honest build of the demo does not pass", fix="see its verdict with `uwm-deploy gate`"
+                f"the honest build of the demo by {made_by.method} does not pass",
+                fix="see its verdict with `uwm-deploy gate`",
             )
         self.onnx: dict[TowerName, OnnxArtifact] = {graph.tower: graph for graph in outcome.onnx}
         self.engines: dict[TowerName, EngineArtifact] = {engine.tower: engine for engine in outcome.engines}
-        self.recipe: Recipe = recipe_of("demo")[0]
+        self.recipe: Recipe = resolved_recipe(self.request)
         self.score = self._record(ScoreRecord, "score/score.json")
         self.report = self._record(VerifyReport, "verify/verify.json")
         self.original, self.edited = self.model(None), self.model(self.work / "edit" / "model")
@@ -229,10 +272,10 @@ class World:
             )
         return found
 
-    def pairs(self, tower: TowerName) -> list[PairBatch]:
-        """Inputs that canaries are chosen from."""
-        stream = PairStream(
-            some_of(self.open(self.calibration), PAIRS),
+    def pairs(self, source: QuadrupleSource, tower: TowerName) -> PairStream:
+        """Pairs of a set as they are fed to a tower."""
+        return PairStream(
+            source,
             tower,
             self.original.ref.image,
             Tokenizer(self.original.tokenizer_json, self.original.ref.text),
@@ -242,13 +285,32 @@ class World:
             progress=_silent,
             sort_by_length=False,
         )
-        return list(stream)
 
-    def select(self, layer: LayerScore) -> Tensor:
-        """Entries that the scores of a layer select."""
-        return selected_entries(
-            self.score, self.work / "score" / "scores.safetensors", layer, self.recipe.entries.of(layer.tower)
+    @cached_property
+    def before(self) -> LoadedModel:
+        """The model as the step before the closed-form one left it; not to be changed."""
+        model = self.model(None)
+        if selects(self.recipe.entries.method):
+            select_and_apply(model, self.score, self._scores, self.recipe.entries)
+        return model
+
+    def made_from(self, original: LoadedModel) -> MadeFrom:
+        """What the honest edit was made from.
+
+        Args:
+            original: The source model; a fault may have changed how it computes, never its weights.
+        """
+        return MadeFrom(
+            original=original,
+            score=self.score,
+            scores=self._scores,
+            fit=self.work / "fit",
+            before=lambda: self.before,
         )
+
+    @property
+    def _scores(self) -> Path:
+        return self.work / "score" / "scores.safetensors"
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
@@ -274,14 +336,7 @@ class World:
         canaries = self._canaries
         if build.original is not honest.original or build.edited is not honest.edited:
             canaries = self._choose_canaries(build, folder)
-        expected = expected_weights(
-            build.original.named_parameters(),
-            self.score,
-            build.edit,
-            build.patch,
-            self.recipe.entries,
-            self.select,
-        )
+        expected = expected_edit(self.recipe, self.made_from(build.original), build.edit, build.patch)
         model = build.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         artifacts, yardstick = [], yardstick_of(original)
@@ -340,7 +395,8 @@ class World:
 
     def _choose_canaries(self, build: Build, folder: Path) -> dict[TowerName, Canaries]:
         for tower in TowerName:
-            canaries_to_folder(build.original.tower(tower), build.edited.tower(tower), self.pairs(tower), folder)
+            pairs = self.pairs(some_of(self.open(self.calibration), PAIRS), tower)
+            canaries_to_folder(build.original.tower(tower), build.edited.tower(tower), pairs, folder)
         return self._read_canaries(folder)
 
     def _read_canaries(self, folder: Path) -> dict[TowerName, Canaries]:
@@ -393,6 +449,28 @@ class World:
                 )
             )
         return found
+
+
+class Worlds:
+    """Honest builds, each made when it is first asked for.
+
+    Args:
+        folder: Where they go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[MadeBy, World] = {}
+
+    def of(self, made_by: MadeBy) -> World:
+        """The build whose edit is made in a way.
+
+        Raises:
+            ContractError: If the honest build does not pass.
+        """
+        if made_by not in self._made:
+            self._made[made_by] = World(self._folder / f"world-{len(self._made)}", made_by)
+        return self._made[made_by]
 
 
 def as_rows(pixels: np.ndarray | PixelRows) -> np.ndarray:

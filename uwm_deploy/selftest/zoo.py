@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from uwm_deploy.records import Cause, TowerName
-from uwm_deploy.selftest import artifacts, bundles, edits, inputs, surgery
+from uwm_deploy.selftest import artifacts, bundles, closed_form, edits, inputs, surgery
 from uwm_deploy.selftest.artifacts import both, compiled_with, exported_with, unedited
 from uwm_deploy.selftest.inputs import prepared_by
-from uwm_deploy.selftest.world import Build, World
+from uwm_deploy.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, World
 
 Plant = Callable[[World, Path], Build | Path]
 """Makes the wrong artifact: a build to be verified, or a bundle to be opened."""
@@ -28,6 +28,7 @@ class Fault:
         stage: Where it must say that it was made.
         text: What is wrong.
         plant: Makes it.
+        world: How the honest build is made that it is planted in.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Fault:
     stage: str
     text: str
     plant: Plant
+    world: MadeBy = UWM
 
 
 # fmt: off
@@ -48,6 +50,19 @@ FAULTS = (
     Fault("patch-of-another-model", Cause.EDIT, "edit", "other entries were edited", edits.other_entries),
     Fault("bias-touched", Cause.EDIT, "edit", "biases were negated too", edits.bias_touched),
     Fault("mask-ignored", Cause.EDIT, "edit", "a whole layer was negated", edits.whole_layer),
+    # --- the edit, a closed-form step
+    Fault("axis-reversed", Cause.EDIT, "edit", "g is negative: unsafe items come nearer", closed_form.with_setting(lambda s: replace(s, g=-s.g)), FOLDED),
+    Fault("constant-not-folded", Cause.EDIT, "edit", "biases of the last normalisations as they were", closed_form.constant_not_folded, FOLDED),
+    Fault("axis-in-one-tower", Cause.EDIT, "edit", "the text tower ends as it did", closed_form.one_tower, FOLDED),
+    Fault("axis-of-another-set", Cause.EDIT, "edit", "solved from other calibration items", closed_form.of_another_set, FOLDED),
+    Fault("axis-of-another-model", Cause.EDIT, "edit", "fitted before UWM, put on top of it", closed_form.of_the_unedited_model, FOLDED),
+    Fault("redirect-too-far", Cause.EDIT, "edit", "tau 3 for 0.5", closed_form.with_setting(lambda s: replace(s, tau=3.0)), FOLDED),
+    Fault("ridge-left-out", Cause.EDIT, "edit", "rho 1e-9 for 0.01", closed_form.with_setting(lambda s: replace(s, rho=1e-9)), FOLDED),
+    Fault("strength-of-its-own", Cause.EDIT, "edit", "g 0.9, and the record says so; 0.5 was asked for", closed_form.setting_not_asked_for, FOLDED),
+    Fault("step-left-out", Cause.EDIT, "edit", "no closed-form step, and none in the record", closed_form.step_left_out, FOLDED),
+    Fault("tensor-not-listed", Cause.EDIT, "edit", "a bias in neither record nor patch", closed_form.tensor_not_listed, FOLDED),
+    Fault("patch-of-other-values", Cause.EDIT, "edit", "the patch makes another projection", closed_form.patch_of_other_values, FOLDED),
+    Fault("maps-exchanged", Cause.EDIT, "edit", "each tower has the other one's map", closed_form.maps_exchanged, MAPPED),
     # --- the export
     Fault("edit-not-exported", Cause.EDIT, "export", "the original model was exported", unedited(tuple(TowerName), exported_with)),
     Fault("one-tower-exported", Cause.EDIT, "export", "the text graph is the original's", unedited((TEXT,), exported_with)),
@@ -60,6 +75,9 @@ FAULTS = (
     Fault("projection-missing", Cause.GRAPH, "export", "image embeddings are not projected", exported_with({IMAGE: surgery.no_projection})),
     Fault("normalisation-missing", Cause.GRAPH, "export", "embeddings of any length", exported_with({IMAGE: surgery.no_normalisation})),
     Fault("normalisation-twice", Cause.GRAPH, "export", "divided by the length twice", exported_with({TEXT: surgery.normalised_twice})),
+    Fault("map-not-exported", Cause.EDIT, "export", "no map behind the image embedding", exported_with({IMAGE: surgery.no_map}), MAPPED),
+    Fault("map-of-any-length", Cause.GRAPH, "export", "the map gets embeddings of any length", exported_with({IMAGE: surgery.map_of_any_length}), MAPPED),
+    Fault("map-not-normalised", Cause.GRAPH, "export", "the map gives embeddings of any length", exported_with({TEXT: surgery.no_normalisation}), MAPPED),
     Fault("batch-baked-in", Cause.BATCHING, "export", "the graph takes one row only", exported_with({IMAGE: surgery.fixed_batch})),
     Fault("rows-moved", Cause.BATCHING, "export", "each row gets its neighbour's result", exported_with({IMAGE: surgery.rows_moved})),
     Fault("rows-mixed", Cause.BATCHING, "export", "rows take part in each other", exported_with({TEXT: surgery.rows_mixed(0.3)})),
@@ -68,11 +86,13 @@ FAULTS = (
     Fault("towers-of-two-builds", Cause.EDIT, "compile", "the text engine of another edit", artifacts.tower_of_another_build),
     Fault("fp16-overflow", Cause.NUMBERS, "compile", "a value above 65504 in fp16", artifacts.half_precision_overflow),
     Fault("nan", Cause.NUMBERS, "compile", "NaN in an engine", artifacts.not_a_number),
+    Fault("map-in-half-precision", Cause.NUMBERS, "compile", "the maps are rounded to fp16", closed_form.map_in_half_precision, MAPPED),
     Fault("activation-in-engine", Cause.GRAPH, "compile", "an engine fused to GELU", compiled_with({IMAGE: surgery.gelu_for_quick_gelu})),
     Fault("batch-in-engine", Cause.BATCHING, "compile", "an engine that mixes rows", compiled_with({IMAGE: surgery.rows_mixed(0.3)})),
     # --- the model and its inputs
     Fault("wrong-pooling-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.pooled_by_the_adapter),
     Fault("activation-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.activation_of_the_adapter),
+    Fault("map-in-pytorch", Cause.GRAPH, "load", "reference and graph map embeddings of any length", closed_form.any_length_in_the_adapter, MAPPED),
     Fault("bilinear", Cause.PREPROCESSING, "load", "resized bilinear for bicubic", prepared_by(inputs.bilinear)),
     Fault("bgr", Cause.PREPROCESSING, "load", "channels in the order BGR", prepared_by(inputs.blue_first)),
     Fault("mean-and-std", Cause.PREPROCESSING, "load", "statistics of another model", prepared_by(inputs.other_statistics)),

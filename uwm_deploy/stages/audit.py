@@ -16,8 +16,10 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_value,
     fingerprint_of_graph,
 )
+from uwm_deploy.graphs.folded import computed_away
+from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.records import Fingerprint, GraphAudit, Precision, TensorEdit
+from uwm_deploy.records import MAP_NAMES, EditKind, Fingerprint, GraphAudit, Precision, TensorEdit
 from uwm_deploy.uwm.patch import Patch
 
 _NAMED = 10
@@ -25,7 +27,7 @@ _NAMED = 10
 
 
 def audit_of_graph(path: Path, tower: nn.Module, edits: Sequence[TensorEdit], patch: Patch) -> GraphAudit:
-    """An exported graph: every weight by its name, bit for bit, and what a normalisation adds to its variance.
+    """An exported graph: every weight by its name, bit for bit, and what weights do not show of its normalisations.
 
     Args:
         path: ONNX file.
@@ -43,7 +45,8 @@ def audit_of_graph(path: Path, tower: nn.Module, edits: Sequence[TensorEdit], pa
     edited = {edit.name for edit in edits}
     others = {name: p for name, p in tower.named_parameters() if name not in edited}
     differ = [_difference(name, arrays, parameter) for name, parameter in others.items()]
-    return _audit(found, len(others), [text for text in differ if text], _epsilons(model, tower))
+    structure = [*_epsilons(model, tower), *_maps(model, tower)]
+    return _audit(found, len(others), differ=[text for text in differ if text], structure=structure)
 
 
 def audit_of_engine(
@@ -62,11 +65,19 @@ def audit_of_engine(
         return GraphAudit(layers=0, weights=0)
     kept = dict(named_weights(path))
     if all(edit.name in kept for edit in edits) and precision is Precision.FP32:
-        return _audit(fingerprint_of_graph(kept, edits, patch.tensors), 0, [], [])
-    arrays: Iterable[np.ndarray] = kept.values()
+        return _audit(fingerprint_of_graph(kept, edits, patch.tensors), 0)
+    arrays, folded = list(kept.values()), computed_away(source)
     if precision is Precision.FP32:
-        return _audit(fingerprint_by_value(arrays, edits), 0, [], [])
-    return _audit(fingerprint_by_source(arrays, dict(_edited(source, edits)), edits), 0, [], [])
+        return _audit(fingerprint_by_value(arrays, edits, folded), 0)
+    found = fingerprint_by_source(arrays, dict(_edited(source, edits)), edits, folded)
+    return _audit(found, 0, lowered=_lowered(arrays, edits))
+
+
+def _lowered(arrays: Iterable[np.ndarray], edits: Iterable[TensorEdit]) -> list[str]:
+    """Tensors of a map behind the embedding that are not there as they are: it stays in float32 whatever the precision."""
+    added = [edit for edit in edits if edit.kind is EditKind.ADDED]
+    whole = {edit.name for edit in added if not fingerprint_by_value(arrays, [edit]).mismatches}
+    return [f"{edit.name}: is not there in float32" for edit in added if edit.name not in whole]
 
 
 def _edited(source: Path, edits: Sequence[TensorEdit]) -> Iterator[tuple[str, np.ndarray]]:
@@ -74,12 +85,20 @@ def _edited(source: Path, edits: Sequence[TensorEdit]) -> Iterator[tuple[str, np
     return ((name, array) for name, array in named_weights(source) if name in wanted)
 
 
-def _audit(found: Fingerprint | None, weights: int, differ: Sequence[str], structure: Sequence[str]) -> GraphAudit:
+def _audit(
+    found: Fingerprint | None,
+    weights: int,
+    *,
+    differ: Sequence[str] = (),
+    lowered: Sequence[str] = (),
+    structure: Sequence[str] = (),
+) -> GraphAudit:
     return GraphAudit(
         layers=found.layers if found else 0,
         weights=weights,
         edit=found.mismatches[:_NAMED] if found else (),
         differ=tuple(differ[:_NAMED]),
+        lowered=tuple(lowered[:_NAMED]),
         structure=tuple(structure[:_NAMED]),
     )
 
@@ -108,3 +127,36 @@ def _epsilons(model: ir.Model, tower: nn.Module) -> list[str]:
         return []
     words = [", ".join(f"{value:g}" for value in sorted(counts)) for counts in (found, wanted)]
     return [f"LayerNormalization has epsilon {words[0]}, the model {words[1]}"]
+
+
+_STEPS_TO_LENGTH = 4
+"""Operators between a length and the division by it: exporters keep it from zero, or spread it over the row."""
+
+
+def _maps(model: ir.Model, tower: nn.Module) -> list[str]:
+    """A map behind the embedding gets it at length 1, which its weights do not show."""
+    layers = linear_layers(model)
+    maps = [name for name, _ in tower.named_children() if name in MAP_NAMES.values()]
+    return [
+        f"{name}: gets the embedding as long as it is"
+        for name in maps
+        if name in layers and not _is_normalised(layers[name].node.inputs[0])
+    ]
+
+
+def _is_normalised(value: ir.Value | None) -> bool:
+    """Whether a tensor was divided by something that was made of the same tensor."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type not in ("Div", "LpNormalization"):
+        return False
+    if node.op_type == "LpNormalization":
+        return True
+    whole, length = node.inputs[0], node.inputs[1]
+    for _ in range(_STEPS_TO_LENGTH):
+        before = length.producer() if length is not None else None
+        if before is None or not before.inputs:
+            return False
+        length = before.inputs[0]
+        if length is whole:
+            return True
+    return False

@@ -83,6 +83,7 @@ def cause_of(artifact: ArtifactEvidence) -> Cause:
     for problems, cause in (
         ([text for audit in audits for text in audit.edit], Cause.EDIT),
         ([text for audit in audits for text in audit.differ], Cause.WEIGHTS),
+        ([text for audit in audits for text in audit.lowered], Cause.NUMBERS),
         ([text for audit in audits for text in audit.structure], Cause.GRAPH),
     ):
         if problems:

@@ -16,6 +16,7 @@ from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
+from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
@@ -195,10 +196,11 @@ def _onnxruntime(
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
     if (lowered is Precision.FP32) != (kinds == {"float32"}):
         raise ContractError(f"{file} holds weights of {sorted(kinds)}", fix="ask for the precision it has")
+    folded = computed_away(source)
     if lowered is Precision.FP32:
-        found = fingerprint_by_value(arrays, edits)
+        found = fingerprint_by_value(arrays, edits, folded)
     else:
-        found = fingerprint_by_source(arrays, dict(named_weights(source)), edits)
+        found = fingerprint_by_source(arrays, dict(named_weights(source)), edits, folded)
     if found.mismatches:
         raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
     details["settings"] |= {"edited_layers": str(found.layers), "weights": ",".join(sorted(kinds))}

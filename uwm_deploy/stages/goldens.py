@@ -17,7 +17,6 @@ from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import FAR
 from uwm_deploy.safeground.embedded import parity
-from uwm_deploy.towers.embedding_map import mapped
 from uwm_deploy.towers.library import Library
 from uwm_deploy.towers.protocol import LoadedModel
 
@@ -97,11 +96,13 @@ def goldens_of(
 
 
 def _behind(model: LoadedModel, tower: TowerName, embeds: torch.Tensor) -> torch.Tensor:
-    """The library knows nothing of a map behind the embedding, so it is put there."""
-    graph = model.tower(tower).graph_module()
-    found = mapped(graph, embeds.to(next(graph.parameters()).device))
-    assert isinstance(found, torch.Tensor)
-    return found
+    """The library knows nothing of a map behind the embedding, so it is put there; not by the code that the towers use."""
+    linear = model.maps.get(tower)
+    if linear is None:
+        return embeds
+    rows = embeds.float().to(linear.weight.device)
+    unit = rows / torch.sqrt((rows * rows).sum(dim=1, keepdim=True))
+    return unit @ linear.weight.T + linear.bias
 
 
 def _least(name: TowerName, wanted: torch.Tensor, found: torch.Tensor) -> float:

@@ -28,6 +28,7 @@ from uwm_deploy.graphs.fingerprint import (
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.stored import (
+    EIGHT_BITS,
     FLOAT,
     TYPES,
     Replacement,
@@ -38,6 +39,7 @@ from uwm_deploy.graphs.stored import (
     replace_tensors,
 )
 from uwm_deploy.records import (
+    MAP_NAMES,
     Digest,
     EditKind,
     EditRecord,
@@ -352,13 +354,13 @@ def _refitted(
     """An engine of TensorRT with other weights, compared with its graph before and after; needs a GPU."""
     whole = swap.of(engine.tower)
     changes = {name: c for name, c in whole.items() if not np.array_equal(c.before, c.after)}
-    kind = _KINDS[Precision(engine.precision)]
+    kinds = {name: _kind_of(name, change, Precision(engine.precision)) for name, change in whole.items()}
     for name, change in changes.items():
-        refuse_other_scales(name, engine.variant, change, kind)
+        refuse_other_scales(name, engine.variant, change, kinds[name])
     _check_against_graph(engine, source_folder / engine.file, graphs[0], sample, "before the refit")
     if not changes:
         shutil.copyfile(source_folder / engine.file, folder / engine.file)
-        return dict.fromkeys(whole, kind)
+        return kinds
     turned = [
         layer.weight.name
         for layer in linear_layers(ir.load(graphs[1])).values()
@@ -377,7 +379,13 @@ def _refitted(
     }
     made_by_child(_REFITTER, spec, engine.target.value, engine.tower.value, folder, "refit")
     _check_against_graph(engine, folder / engine.file, graphs[1], sample, "after the refit")
-    return dict.fromkeys(whole, kind)
+    return kinds
+
+
+def _kind_of(name: str, change: Replacement, precision: Precision) -> int:
+    """Element type of a tensor in an engine: a map behind the embedding stays in float32, vectors beside 8 bits do too."""
+    is_map, kind = name.partition(".")[0] in MAP_NAMES.values(), _KINDS[precision]
+    return FLOAT if is_map or (kind in EIGHT_BITS and change.after.ndim != 2) else kind
 
 
 _KINDS = dict(zip((Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8), TYPES, strict=True))

@@ -115,7 +115,7 @@ def sound_artifact(artifact: ArtifactEvidence, edited: SafetyReport) -> list[Che
 
 def _audit(variant: str, tower: str, audit: GraphAudit) -> Check:
     """Weights as they lie in the artifact."""
-    problems = (*audit.edit, *audit.differ, *audit.structure)
+    problems = (*audit.edit, *audit.differ, *audit.lowered, *audit.structure)
     return statement(f"weights of the {tower} tower", variant, not problems, _some(problems))
 
 

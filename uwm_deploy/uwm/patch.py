@@ -141,13 +141,13 @@ class Patch:
                     f"{name} holds other weights than the patch was made from",
                     fix="apply it once, to the model it was made from",
                 )
-        for name, p in self.tensors.items():
-            if p.kind is EditKind.MULTIPLIED:
-                multiply_entries(tensors[name], p.indices, p.factor)
-            elif p.kind is not EditKind.TRAINED:
-                flip_bits(tensors[name], p.bits)
-            if digest_of_tensor(tensors[name]) != p.digest_after:
+        for name, p in self.tensors.items():  # each result is checked before the first tensor changes
+            edited = tensors[name].detach().clone(memory_format=torch.contiguous_format)
+            _edit(name, edited, p)
+            if digest_of_tensor(edited) != p.digest_after:
                 raise IntegrityError(f"{name} is not what the patch promises", fix="build the patch again")
+        for name, p in self.tensors.items():
+            _edit(name, tensors[name], p)
 
 
 def replaced(before: Tensor | None, after: Tensor) -> TensorPatch:
@@ -178,6 +178,21 @@ def flip_bits(tensor: Tensor, bits: Tensor) -> None:
     """Applies `differing_bits` to one of the two tensors, in place, which makes the other."""
     turned = tensor.detach().cpu().contiguous().view(torch.int32) ^ bits.view(tensor.shape)
     tensor.copy_(turned.view(torch.float32))
+
+
+def _edit(name: str, tensor: Tensor, part: TensorPatch) -> None:
+    """Makes one part of a patch, in place."""
+    size = tensor.numel()
+    if part.kind is EditKind.MULTIPLIED:
+        if len(part.indices) and not 0 <= int(part.indices.min()) <= int(part.indices.max()) < size:
+            raise IntegrityError(f"{name} has {size} entries, and the patch names others", fix="build the patch again")
+        multiply_entries(tensor, part.indices, part.factor)
+    elif part.kind is not EditKind.TRAINED:
+        if part.bits.numel() != size:
+            raise IntegrityError(
+                f"{name} has {size} entries, the patch {part.bits.numel()}", fix="build the patch again"
+            )
+        flip_bits(tensor, part.bits)
 
 
 def _content(part: TensorPatch) -> Tensor:
