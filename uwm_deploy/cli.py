@@ -1034,9 +1034,8 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 @click.option(
     "--keep-mass",
     "keep_masses",
-    default="0.9:0.995",
-    show_default=True,
-    help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98.",
+    default=None,
+    help="LOW:HIGH, LOW:HIGH:POINTS, or a list 0.95,0.98. [default: 0.9:0.995]",
 )
 @click.option(
     "--factor",
@@ -1047,9 +1046,9 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 @click.option(
     "--max-retrieval-loss",
     "losses",
-    default="1,2,4,8,16",
-    show_default=True,
-    help="For an edit with a safety axis: points of safe R@1 that each choice of the strength may lose.",
+    default=None,
+    help="For an edit with a safety axis: points of safe R@1 that each choice of the strength may lose. "
+    "[default: 1,2,4,8,16]",
 )
 @click.option(
     "--pick",
@@ -1064,9 +1063,9 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
 @WORKERS
 @common_options
 def sweep(
-    keep_masses: str,
+    keep_masses: str | None,
     factors: str | None,
-    losses: str,
+    losses: str | None,
     on: str | None,
     max_drop: float | None,
     out: Path | None,
@@ -1094,13 +1093,13 @@ def sweep(
     folder = out or (request.work or Path(".uwm") / resolved_recipe(request).name) / "sweep"
     report = run_sweep(
         request,
-        keep_masses=keep_masses_of(keep_masses),
+        keep_masses=keep_masses_of(keep_masses) if keep_masses is not None else None,
         factors=factors_of(factors) if factors is not None else None,
         on=on,
         max_drop=max_drop,
         out=folder,
         reporter=Reporter(),
-        losses=losses_of(losses),
+        losses=losses_of(losses) if losses is not None else None,
     )
     if as_json:
         click.echo(json_from_record(report), nl=False)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 
 from uwm_deploy.codec import record_from_plain
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.uwm.methods import methods_from_name
 
 FILE = "published.toml"
 
@@ -74,4 +75,9 @@ def published() -> Mapping[str, PublishedTable]:
         widths = {len(table.columns), len(table.tolerance), len(table.edited_tolerance)}
         if widths | {len(row.values) for row in table.rows} != {len(table.columns)}:
             raise IntegrityError(f"{FILE}: {name} has lines of different lengths", fix="restore the file")
+        for row in table.rows:
+            try:
+                methods_from_name(row.method)
+            except InputError as error:
+                raise IntegrityError(f"{FILE}: {name}: {error.what}", fix="restore the file") from error
     return tables

@@ -616,6 +616,8 @@ def _canaries(edit: EditRecord, original: EmbeddedSet, edited: EmbeddedSet, prep
             for model in (original, edited)
         )
         rows, n = choose(before, after), len(prepared.ids)
+        if not len(rows):  # a map that was taken back: the models are the same
+            continue
         chosen = np.concatenate([inputs[tower][row // n][row % n : row % n + 1] for row in rows])
         tensors = {"inputs": np.ascontiguousarray(chosen), "original": before[rows], "edited": after[rows]}
         parts[f"evidence/canaries-{tower.value}.safetensors"] = save(tensors)

@@ -77,6 +77,10 @@ LOSSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Points of safe retrieval that choices of a strength may lose, where nothing else is asked for."""
 
 
+KEEP_MASSES = "0.9:0.995"
+"""Range of keep_mass, where nothing else is asked for."""
+
+
 def losses_of(text: str) -> tuple[float, ...]:
     """Values of ``1,2,4``, ascending.
 
@@ -110,20 +114,21 @@ def factors_of(text: str) -> tuple[float, ...]:
 def sweep(
     request: Request,
     *,
-    keep_masses: Sequence[float],
+    keep_masses: Sequence[float] | None,
     factors: Sequence[float] | None,
     on: str | None,
     max_drop: float | None,
     out: Path,
     reporter: Reporter,
-    losses: Sequence[float] = LOSSES,
+    losses: Sequence[float] | None = None,
 ) -> SweepReport:
     """Scores or fits once (or reuses that), then measures every point, and writes table, picture and JSON.
 
     Args:
         request: Model, method, calibration set and where to work.
-        losses: Of an edit with a closed-form step: points of safe retrieval that each choice of its strength may lose.
-        keep_masses: See `keep_masses_of`.
+        losses: Of an edit with a closed-form step: points of safe retrieval that each choice of its strength may lose;
+            `LOSSES` without it.
+        keep_masses: See `keep_masses_of`; `KEEP_MASSES` without it.
         factors: Multipliers of the selected entries; those of the recipe or the method without it.
         on: Set that is measured; the calibration set without it.
         max_drop: With it a point is picked: highest GS among those that lose at most so many points of zero-shot mean.
@@ -136,11 +141,14 @@ def sweep(
     """
     recipe = resolved_recipe(request)
     edits, closed = recipe.entries, recipe.closed_form
-    if not selects(edits.method) and (closed is None or closed.method is not Method.SAFETY_AXIS):
-        raise InputError(
-            f"method {recipe.method} selects nothing, so there is nothing to sweep", fix="choose another --method"
-        )
+    if closed.method is not Method.SAFETY_AXIS if closed else not selects(edits.method):
+        raise InputError(f"method {recipe.method} has no strength that could be swept", fix="choose another --method")
+    unused = [keep_masses, factors] if closed else [losses]
+    if any(part is not None for part in unused):
+        options = "--keep-mass and --factor" if closed else "--max-retrieval-loss"
+        raise InputError(f"a sweep of method {recipe.method} has no use for {options}", fix="leave it out")
     factors = factors or tuple(dict.fromkeys((edits.text.factor, edits.image.factor)))
+    keep_masses, losses = keep_masses or keep_masses_of(KEEP_MASSES), losses or LOSSES
     measured_on = on or recipe.data.calibration
     spec, _, base = calibration_set_of(measured_on)
     source = open_source(spec, base=base)

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.drawn_sets import drawn_set
+from tests.uwm_edit import with_edit
 from uwm_deploy.cli import cli
 from uwm_deploy.comparison import (
     COLUMNS,
@@ -153,7 +154,7 @@ def _evaluate(*arguments: str) -> tuple[int, str, str]:
 def test_a_model_and_its_edit_are_compared(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, Markdown and JSON hold the same numbers; the edit is made, once, in a run folder of its own."""
     calibration = drawn_set(tmp_path / "sets", "calibration", 16)
-    text = (Path(__file__).parents[2] / "export" / "demo.toml").read_text()
+    text = with_edit((Path(__file__).parents[2] / "export" / "demo.toml").read_text())
     recipe = tmp_path / "mine.toml"
     recipe.write_text(text.replace('calibration = "demo"', f'calibration = "{calibration}"'))
     assert recipe.read_text() != text
@@ -191,7 +192,7 @@ def test_a_model_and_its_edit_are_compared(small: str, tmp_path: Path, monkeypat
         (["--compare", "demo", "--model", "demo"], 2, "given together"),
         (["--compare", "demo", "--bundle", "x"], 2, "given together"),
         (["--compare", "A=demo", "--compare", "A=demo:uwm"], 2, "two rows are called 'A'"),
-        (["--compare", "demo:uvm"], 2, "no method is named 'uvm'"),
+        (["--compare", "demo:uvm"], 2, "there is no method 'uvm'"),
         (["--compare", "dmo"], 2, "nearest: demo"),
         (["--model", "nowhere/folder"], 2, "nowhere/folder"),
         (["--bundle", "nowhere"], 2, "not a bundle"),

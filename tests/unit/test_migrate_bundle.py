@@ -15,7 +15,6 @@ from pyarrow import parquet
 from safetensors.numpy import load, load_file, save
 
 from tests.data_sets import put, toml
-from tests.small_build import lenient_policy
 from tests.unit.test_examples import example
 from uwm_deploy.cli import cli
 from uwm_deploy.codec import record_from_json
@@ -43,7 +42,7 @@ def _built(folder: Path, method: str, **options: Any) -> Path:
         method=method,
         calibration=str(folder / "cal.toml"),
         evaluation=str(folder / "eval.toml"),
-        policy=str(lenient_policy(folder)),
+        policy="demo",
         targets=("onnxruntime",),
         out=folder / method,
         work=folder / "work",

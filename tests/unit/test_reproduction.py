@@ -176,12 +176,12 @@ def test_the_demo_runs_a_table_on_its_own_sets(tmp_path: Path) -> None:
     """The shipped test set: all columns measured, nothing compared, exit code 0."""
     code, body = _json("uwm-architectures", "--demo", "--calibration", drawn_set(tmp_path, "calibration", 96))
     assert code == 0
-    assert [row["method"] for row in body["rows"]] == ["none", "uwm"]
+    assert [row["method"] for row in body["rows"]] == ["none", "uwm", "uwm+safety-axis"]
     for row in body["rows"]:
         assert [cell["column"] for cell in row["cells"]] == list(published()["uwm-architectures"].columns)
         assert all(cell["n"] == 1000 and cell["low"] <= cell["measured"] <= cell["high"] for cell in row["cells"])
         assert {cell["result"] for cell in row["cells"]} == {"not comparable"}
-    before, after = ({cell["column"]: cell["measured"] for cell in row["cells"]} for row in body["rows"])
+    before, _, after = ({cell["column"]: cell["measured"] for cell in row["cells"]} for row in body["rows"])
     assert after["P_vu"] > before["P_vu"] + 10
 
 
@@ -191,7 +191,7 @@ def test_the_demo_runs_the_other_tables(sets: dict[str, str], tmp_path: Path, mo
     given = [
         "--demo",
         "--calibration",
-        sets["calibration"],
+        drawn_set(tmp_path / "sets", "calibration", 96),  # with fewer no strength keeps the limits
         "--evaluation",
         sets["test"],
         "--work",
@@ -199,7 +199,7 @@ def test_the_demo_runs_the_other_tables(sets: dict[str, str], tmp_path: Path, mo
     ]
     code, out, _ = _reproduce("uwm-zero-shot", *given)
     assert code == 0
-    for name in (*DEMO_SETS, MEAN, "3 sets", "2 of 2 rows ran; numbers: 8 not comparable", "95% interval"):
+    for name in (*DEMO_SETS, MEAN, "3 sets", "3 of 3 rows ran; numbers: 12 not comparable", "95% interval"):
         assert name in out
     assert "tolerance" not in out
     code, out, err = _reproduce("uwm-table-1", "--markdown", *given)

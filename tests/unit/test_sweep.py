@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from uwm_deploy.cli import cli
+from uwm_deploy.codec import plain_from_record
 from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline import Request, load_source, resolved_recipe, run
@@ -163,3 +164,46 @@ def test_the_command_sweeps_another_method(small: Path, tmp_path: Path) -> None:
     (point,) = body["points"]
     assert point["factor"] == 0
     assert point["shares"]["text"] > 0.005  # the union of selections of 0.5% each
+
+
+def test_strengths_of_an_axis_are_swept_on_the_model_they_were_fitted_on(tmp_path: Path) -> None:
+    """Each point is what `edit` makes under that limit: the table says which strength, the more may be lost the safer."""
+    text = PIECES.format(split="calibration").replace("limit = 24", "limit = 96")
+    (tmp_path / "cal.toml").write_text(text)
+    words = ["sweep", "--method", "safety-axis", "--calibration", str(tmp_path / "cal.toml"), "--workers", "0"]
+    words += ["--max-retrieval-loss", "10,40", "--work", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    points = json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]
+    assert [point["max_retrieval_loss"] for point in points] == [10.0, 40.0]
+    gains = [point["safety"]["preference"]["GS"]["value"] for point in points]
+    assert gains == sorted(gains)
+    request = Request(
+        method="safety-axis", calibration=str(tmp_path / "cal.toml"), max_retrieval_loss=10.0, work=tmp_path / "run",
+        workers=0,
+    )  # fmt: skip
+    edit = run(request, until="edit", reporter=Reporter(quiet=True)).edit
+    assert edit is not None
+    assert edit.closed_form is not None
+    assert edit.closed_form.axis is not None
+    assert plain_from_record(edit.closed_form.axis.setting) == points[0]["setting"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "leace"], "no strength"),
+        (["--method", "uwm+leace"], "no strength"),
+        (["--method", "none"], "no strength"),
+        (["--method", "safety-axis", "--keep-mass", "0.9"], "--keep-mass"),
+        (["--method", "uwm+safety-axis", "--factor", "-1"], "--factor"),
+        (["--method", "uwm", "--max-retrieval-loss", "4"], "--max-retrieval-loss"),
+        (["--method", "safety-axis", "--max-retrieval-loss", "4,x"], "not a list"),
+        (["--method", "safety-axis", "--max-retrieval-loss", "-1"], "no points"),
+    ],
+)
+def test_options_that_a_method_has_no_use_for_are_refused(words: list[str], said: str) -> None:
+    """Before anything is read; the error names the option or the method."""
+    result = CliRunner().invoke(cli, ["sweep", *words])
+    assert result.exit_code == 2, result.output
+    assert said in result.output

@@ -33,7 +33,7 @@ PRESETS = {
     "G3": _setting(0.5, 0.5, 0.2, 1.0, 0.5),
     "G4": _setting(0.5, 1.0, 0.6, 0.5, 0.5),
 }
-"""By name in docs/safety-axis.md sections 6 and 9."""
+"""By name in docs/safety-axis.md section 5."""
 
 TABLE = (
     _setting(0.5, 1.0, 0.1, 1.0, 0.0, 3e-2, (3, 0.2, 0.2)),
@@ -43,7 +43,7 @@ TABLE = (
     _setting(0.5, 1.0, 0.4, 0.5, 0.7, 1e-3, (4, 0.1, 0.1)),
     _setting(0.5, 1.0, 0.4, 0.5, 1.0, 1e-3, (2, 0.1, 0.1)),
 )
-"""Rows of the table in docs/safety-axis.md section 8."""
+"""Settings with repelling axes that a search on the demo found good."""
 
 WEAK = (
     *(_setting(g, 0.0, 0.0, 1.0, 0.5) for g in (0.1, 0.2, 0.3, 0.4, 0.5)),
