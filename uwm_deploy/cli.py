@@ -704,7 +704,7 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
 @ZERO_SHOT_DATA
 @click.option(
     "--leave-out",
-    default="",
+    default=None,
     metavar="CONCEPTS",
     help="Concepts, apart by commas, that edits are made without; only items of these are measured: what an unseen hazard "
     "gets.",
@@ -720,7 +720,7 @@ def evaluate(
     evaluation: str | None,
     zero_shot: tuple[str, ...],
     data: Path | None,
-    leave_out: str,
+    leave_out: str | None,
     workers: int,
     markdown: bool,
     public_key: Path | None,
@@ -741,7 +741,7 @@ def evaluate(
     from uwm_deploy.console import Reporter
     from uwm_deploy.datasets.zero_shot import names_from
     from uwm_deploy.errors import InputError
-    from uwm_deploy.evaluation import Subject, subject_from, trusted
+    from uwm_deploy.evaluation import Subject, concepts_from, subject_from, trusted, without_concepts
     from uwm_deploy.evaluation import evaluate as measure
     from uwm_deploy.pipeline import Request
     from uwm_deploy.summary import print_measured, print_rows
@@ -749,12 +749,12 @@ def evaluate(
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
     single = str(bundle or model or "demo")
-    without = tuple(dict.fromkeys(part.strip() for part in leave_out.split(",") if part.strip()))
+    without = concepts_from(leave_out) if leave_out is not None else ()
     request, ranks = Request(workers=workers, leave_out=without), _join_group("auto")
     subjects = [subject_from(text, request) for text in compared] or [
         Subject(label=single, model=single, bundle=bundle is not None, request=request)
     ]
-    subjects = trusted(subjects, public_key, min_bundle_version)
+    subjects = without_concepts(trusted(subjects, public_key, min_bundle_version))
     reports = measure(
         subjects,
         evaluation=evaluation,
@@ -769,7 +769,8 @@ def evaluate(
     labels = [subject.label for subject in subjects]
     if as_json:
         one = json_from_record(reports[0]).rstrip()
-        many = json.dumps(comparison.plain_comparison(labels, reports), indent=1, sort_keys=True, allow_nan=False)
+        table = comparison.plain_comparison(labels, reports) | ({"leave_out": list(without)} if without else {})
+        many = json.dumps(table, indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
     elif markdown or compared:
         tables = (comparison.table_rows, comparison.price_rows, comparison.zero_shot_rows)
@@ -778,7 +779,7 @@ def evaluate(
                 click.echo(comparison.markdown_table(rows) + "\n")
             else:
                 print_rows(rows)
-        click.echo("\n".join(comparison.notes(reports)))
+        click.echo("\n".join([*comparison.notes(reports), *comparison.left_out_lines(without)]))
     else:
         print_measured(reports[0])
     return 0

@@ -130,7 +130,14 @@ def _decode_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
             return _decode(option, value, where)
         except IntegrityError:
             continue
-    raise _mismatch(where, " or ".join(str(o) for o in options), value)
+    raise _mismatch(where, " or ".join(_named(o) for o in options if o is not type(None)), value)
+
+
+def _named(option: Any) -> str:
+    """What a reader of a file calls a type."""
+    if dataclasses.is_dataclass(option):
+        return f"a table with {', '.join(f.name for f in dataclasses.fields(option))}"
+    return str(getattr(option, "__name__", option))
 
 
 def _decode_tuple(options: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

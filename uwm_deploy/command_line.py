@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def common_options(command: F) -> F:
                 click.echo(f"error: {error}", err=True)
             _leave_group(in_order=isinstance(error, StoppedError))
             sys.exit(int(error.exit_code))
+        except BrokenPipeError:  # whoever read has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except KeyboardInterrupt:
             click.echo("interrupted; finished stages are kept, the next run resumes after them", err=True)
             sys.exit(INTERRUPTED)

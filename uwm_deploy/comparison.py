@@ -127,6 +127,14 @@ def notes(reports: Sequence[SafetyReport]) -> list[str]:
     return lines + missing_lines(reports)
 
 
+def left_out_lines(concepts: Sequence[str]) -> list[str]:
+    """What a reader must know where edits were made without some concepts."""
+    if not concepts:
+        return []
+    names = ", ".join(concepts)
+    return [f"{names}: left out of the set that edits were made from, and the only concepts that were measured"]
+
+
 def missing_lines(reports: Sequence[SafetyReport]) -> list[str]:
     """One line per reason why zero-shot sets did not run."""
     names: dict[str, list[str]] = {}

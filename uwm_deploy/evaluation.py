@@ -19,7 +19,7 @@ from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_so
 from uwm_deploy.datasets.zero_shot import Suite, open_suite, recognise
 from uwm_deploy.datasets.zero_shot_readers import BrokenItemError
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.pipeline import TRAINING, Request, calibration_set_of, recipe_of, run
 from uwm_deploy.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.recipe import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records import Digest, ImageSpec, Method, SafetyReport, TextSpec, TowerName, methods_name
@@ -83,6 +83,38 @@ def subject_from(text: str, request: Request | None = None) -> Subject:
     return Subject(
         label=label, model=model, method=methods_name(methods_from_name(method)), request=request or Request()
     )
+
+
+def concepts_from(text: str) -> tuple[str, ...]:
+    """Concepts of ``fire,smoke``.
+
+    Raises:
+        InputError: If none is named.
+    """
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise InputError("--leave-out names no concept", fix="name some, apart by commas, or leave the option out")
+    return found
+
+
+def without_concepts(subjects: Sequence[Subject]) -> list[Subject]:
+    """Checks that concepts can be left out of what is to be edited, where any are.
+
+    Raises:
+        InputError: If a subject was edited already, with whatever concepts, or nothing is edited.
+    """
+    if not any(subject.request.leave_out for subject in subjects):
+        return list(subjects)
+    for subject in subjects:
+        made = (Path(subject.model).parent / "edit.json", Path(subject.model) / TRAINING)
+        if subject.is_bundle or any(file.is_file() for file in made):
+            raise InputError(
+                f"{subject.label} is edited already, so no concept can be left out of its edit",
+                fix="name a model with its method, such as demo:safety-axis",
+            )
+    if all(subject.method == NOTHING for subject in subjects):
+        raise InputError("nothing is edited, so --leave-out has no effect", fix="name a method, as in demo:safety-axis")
+    return list(subjects)
 
 
 def trusted(subjects: Sequence[Subject], public_key: Path | None, min_bundle_version: int) -> list[Subject]:

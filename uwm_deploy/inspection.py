@@ -136,8 +136,9 @@ def method_line(edit: EditRecord) -> str:
 
 
 def axis_words(setting: AxisSetting) -> str:
-    """A strength as it is written on the command line, without what is 0."""
-    values = {key: value for key, value in dataclasses.asdict(setting).items() if value}
+    """A strength as it is written on the command line; what has a default is left out where it has it."""
+    fields = {f.name: f.default for f in dataclasses.fields(setting)}
+    values = {key: value for key, value in dataclasses.asdict(setting).items() if value != fields[key]}
     return "axis " + ",".join(f"{key}={value:g}" for key, value in values.items())
 
 

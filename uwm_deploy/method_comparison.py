@@ -26,6 +26,7 @@ from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.evaluation import NOTHING, Evaluator, Subject, ground_of, open_encoders, subject_from
 from uwm_deploy.pipeline import Request, calibration_set_of, load_source, read_training, resolved_recipe, versions
 from uwm_deploy.records import (
+    CLOSED_FORM,
     ComparedMethod,
     EditRecord,
     Flips,
@@ -106,7 +107,13 @@ def _wanted(text: str) -> Wanted:
     trainers = [Trainer(part) for part in parts if part in list(Trainer)]
     edits = "+".join(part for part in parts if part not in list(Trainer)) or NOTHING
     known = [m.value for m in Method if m is not Method.TRAINED]
-    understood = len(trainers) <= 1 and set(edits.split("+")) <= set(known) and placement in ("", *Placement)
+    closed = edits.rpartition("+")[2] in CLOSED_FORM
+    understood = (
+        (closed or not placement)
+        and len(trainers) <= 1
+        and set(edits.split("+")) <= set(known)
+        and placement in ("", *Placement)
+    )
     if not understood or (trainers and len(parts) > 1 and edits == NOTHING):
         raise InputError(
             f"--methods: {text!r} is not understood",

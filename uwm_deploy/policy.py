@@ -175,6 +175,8 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
     if (limit.at_least is not None and limit.at_least <= low) or (limit.at_most is not None and limit.at_most >= high):
         span = f"{low:g} to {high:g}"
         raise RecipeError(f"{where} can never fail: its values are {span}", fix="choose a limit inside, or remove it")
+    if limit.metric.startswith("neighbours.") and limit.at_least is not None and limit.at_least > high:
+        raise RecipeError(f"{where} can never pass: its values are shares, 0 to 1", fix="write 0.5 for 50%")
     if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece", "spread.")):
         raise RecipeError(f"{where}: bound = 'worst', but it has no interval", fix="use bound = 'point'")
     if limit.of and section in ("edit", "artifact"):
@@ -197,6 +199,8 @@ def _range(metric: str) -> tuple[float, float]:
         return 0.0, float("inf")
     if metric.startswith("risk."):
         return 0.0, 100.0
+    if metric.startswith(("neighbours.", "spread.")) and metric.endswith(".delta"):
+        return float("-inf"), float("inf")  # there is none, which the gate answers with the nearest name
     if metric.startswith("neighbours."):
         return 0.0, 1.0
     if metric.startswith("spread."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -458,6 +459,7 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     Raises:
         RecipeError: With the file, the key and the nearest valid key.
     """
+    _refuse_one_table(text, where)
     recipe = record_from_toml(Recipe, text, where)
     check_steps([step.method for step in recipe.edit], f"{where}: edit")
     for number, step in enumerate(recipe.edit):
@@ -476,6 +478,19 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     if recipe.bundle_version < 0:
         raise RecipeError(f"{where}: bundle_version is {recipe.bundle_version}", fix="count from 1; 0 is none")
     return recipe
+
+
+def _refuse_one_table(text: str, where: str) -> None:
+    """Recipes of the release before had one step, in a table."""
+    try:
+        edit = tomllib.loads(text).get("edit")
+    except tomllib.TOMLDecodeError:  # which is said with its line below
+        return
+    if isinstance(edit, dict):
+        raise RecipeError(
+            f"{where}: edit is one table, and is a list of steps now",
+            fix="write [[edit]] in place of [edit], or put it before [edit.text]",
+        )
 
 
 def check_steps(methods: Sequence[Method], where: str) -> None:
@@ -549,8 +564,11 @@ def _check_closed_form(step: StepSpec, where: str) -> None:
     axis = step.axis or AxisSpec()
     if min(axis.max_retrieval_loss, axis.max_hard_safe_loss, axis.max_zero_shot_loss) < 0:
         raise RecipeError(f"{where}.axis: a limit is negative", fix="use points, such as 4")
-    if axis.setting is not None and step.method is Method.LEACE:
-        raise RecipeError(f"{where}.axis.setting: leace has no strength", fix="leave it out")
+    limits = [getattr(axis, f.name) != f.default for f in dataclasses.fields(AxisSpec) if f.name.startswith("max_")]
+    if step.method is Method.LEACE and (axis.setting is not None or any(limits)):
+        raise RecipeError(f"{where}.axis: leace has no strength", fix="leave setting and the limits out")
+    if axis.setting is not None and any(limits):
+        raise RecipeError(f"{where}.axis has a setting and limits of a choice", fix="give one of them")
 
 
 def _check_entries(edit: EditSpec, where: str) -> None:

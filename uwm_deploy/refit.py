@@ -368,11 +368,16 @@ class _Refit:
         """Folder with the edit of another strength, from the fit that the bundle's edit was solved from."""
         step = self.edit.closed_form
         if step is None or step.axis is None or step.method is not Method.SAFETY_AXIS:
-            raise InputError("the bundle's edit has no safety axis whose strength could change", fix="use --patch")
+            raise InputError(
+                "the bundle's edit has no safety axis whose strength could change",
+                fix="put one in with --patch and a bundle or run folder that has it",
+            )
         folder = self._work / "fit"
         fit = read_fit(folder)
         if fit.sums_digest != step.scores_digest:
-            raise IntegrityError("the run folder's fit is not the bundle's", fix="pass --work with its run folder")
+            raise IntegrityError(
+                "the run folder's fit is not the bundle's", fix="pass --work with its run folder, or build again"
+            )
         recipe = recipe_from_toml(self.bundle.read("recipe.toml").decode(), where="recipe.toml")
         known = recipe.closed_form.axis if recipe.closed_form else AxisSpec()
         axis = dataclasses.replace(known, setting=self.request.axis)

@@ -20,6 +20,7 @@ from uwm_deploy.records import (
     Check,
     DataReport,
     Digest,
+    EditKind,
     Evidence,
     Geometry,
     MadeManifest,
@@ -114,12 +115,12 @@ def _print_stages(outcome: Outcome) -> None:
                 "change": e.kind.value,
                 "edited": e.selected,
                 "share": f"{100 * e.share:.2f}%",
-                "factor": e.factor,
+                "factor": e.factor if e.kind is EditKind.MULTIPLIED else "-",
             }
             for e in outcome.edit.tensors
         ]
         print_rows(rows)
-        _console().print(f"method: {method_line(outcome.edit)}", markup=False)
+        _console().print(f"method: {method_line(outcome.edit)}", markup=False, soft_wrap=True)
     elif outcome.score is not None:
         score = outcome.score
         print_rows(
@@ -353,8 +354,8 @@ def print_verdict(verdict: Verdict) -> None:
 def print_refitted(made: Refitted) -> None:
     """What was replaced, what could not be, and the verdict."""
     console = _console()
-    console.print(f"refitted: {made.layers} tensors changed; {entries_line(made.edit)}", markup=False)
-    console.print(f"method: {method_line(made.edit)}", markup=False)
+    console.print(f"refitted: {made.layers} tensors changed; {entries_line(made.edit)}", markup=False, soft_wrap=True)
+    console.print(f"method: {method_line(made.edit)}", markup=False, soft_wrap=True)
     for variant, reason in made.left_out.items():
         console.print(Text(f"left out: {variant}: {reason}", style="yellow"))
     print_verdict(made.verdict)

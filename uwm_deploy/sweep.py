@@ -154,6 +154,8 @@ def sweep(
     source = open_source(spec, base=base)
     if max_drop is not None:
         _check_may_pick(source, recipe.data.evaluation)
+    if closed is not None and on is None:
+        reporter.line("sweep      note: measured on the pairs that the strengths are made from; --on names another set")
     score = run(request, until="fit", reporter=reporter)
     assert score.score is not None
     model = load_source(request, reporter)

@@ -123,7 +123,7 @@ def test_an_edit_is_a_list_of_steps() -> None:
         (AXIS + "[edit.axis]\nplacement = 'bias'\n", r"edit\[0\]\.axis\.placement should be one of"),
         (AXIS + SETTING.replace("kappa", "kapa"), "did you mean 'kappa'"),
         (AXIS.replace("safety-axis", "safety-axe"), r"edit\[0\]\.method should be one of"),
-        (STEP.replace("[[edit]]", "[edit]"), "should be a list"),
+        (STEP.replace("[[edit]]", "[edit]"), "edit is one table"),
     ],
 )
 def test_steps_that_make_no_edit_are_refused(edit: str, message: str) -> None:

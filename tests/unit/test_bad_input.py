@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from uwm_deploy import resources
 from uwm_deploy.cli import cli
+from uwm_deploy.errors import RecipeError
+from uwm_deploy.recipe import recipe_from_toml
 
+ROOT = Path(__file__).parents[2]
 DEMO = resources.checkpoint_folder("shipped:demo", "")
 
 
@@ -177,3 +180,73 @@ def test_an_output_folder_in_the_way_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["score", "--work", str(tmp_path / "file" / "work")])
     assert result.exit_code == 2
     assert "in the way" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compare", "a=demo:safety-axis", "--leave-out", ""], "names no concept"),
+        (["--model", "demo", "--leave-out", "fire"], "nothing is edited"),
+        (["--compare", "none=demo", "--leave-out", "fire,smoke"], "nothing is edited"),
+    ],
+)
+def test_concepts_are_left_out_of_an_edit_or_not_at_all(words: list[str], said: str) -> None:
+    """A number of concepts that an edit has seen never passes for one of unseen ones."""
+    result = CliRunner().invoke(cli, ["evaluate", *words])
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+
+
+def test_nothing_is_left_out_of_a_finished_edit(tmp_path: Path) -> None:
+    """A saved edited model was made with whatever concepts; the first row's name is in the error."""
+    (tmp_path / "edit.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    row = f"mine={tmp_path / 'model'}"
+    words = ["evaluate", "--compare", "a=demo:safety-axis", "--compare", row, "--leave-out", "fire"]
+    result = CliRunner().invoke(cli, words)
+    assert (result.exit_code, "mine is edited already" in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("g=1e30,o=0,kappa=0,a=1,tau=0", "at most 100"),
+        ("g=1,o=0,kappa=0,a=1,tau=0,axes=3", "without repel_image"),
+        ("g=1,o=0,kappa=0,a=1,tau=0,repel_text=0.1", "without axes"),
+        ("g=1,o=0,kappa=0,a=1,tau=0,axes=1.5,repel_text=0.1", "a whole number"),
+        ("g=1,g=1", "given twice"),
+        ("g=x", "a number"),
+        ("strength=1", "no setting"),
+        ("g=1,o=0", "lacks kappa, a, tau"),
+    ],
+)
+def test_a_strength_without_meaning_is_refused_where_it_is_read(axis: str, said: str) -> None:
+    """Before anything is loaded, with the name of what is wrong."""
+    result = CliRunner().invoke(cli, ["edit", "--method", "safety-axis", "--axis", axis])
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+
+
+def test_a_recipe_of_the_release_before_is_told_what_to_write(tmp_path: Path) -> None:
+    """An edit was one table, and is a list of steps."""
+    recipe = (ROOT / "export" / "clip-vit-l14.toml").read_text().replace("[[edit]]", "[edit]")
+    (tmp_path / "old.toml").write_text(recipe)
+    result = CliRunner().invoke(cli, ["edit", "--model", str(tmp_path / "old.toml")])
+    assert (result.exit_code, "write [[edit]] in place of [edit]" in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('method = "leace"\n[edit.axis]\nmax_retrieval_loss = 2.0', "leace has no strength"),
+        (
+            'method = "safety-axis"\n[edit.axis]\nmax_retrieval_loss = 2.0\n'
+            "setting = { g = 1.0, o = 0.0, kappa = 0.0, a = 1.0, tau = 0.0 }",
+            "a setting and limits",
+        ),
+        ('method = "safety-axis"\n[edit.axis]\nsetting = "g=1"', "a table with g, o, kappa"),
+    ],
+)
+def test_a_recipe_asks_for_no_more_than_the_command_line_may(change: str, said: str) -> None:
+    """What would have no effect is refused, and what a key takes is said in words of the file."""
+    text = (ROOT / "export" / "demo.toml").read_text().replace('method = "safety-axis"', change)
+    with pytest.raises(RecipeError, match=said):
+        recipe_from_toml(text, where="demo.toml")

@@ -591,7 +591,7 @@ def test_a_build_of_nothing_fails_with_its_reason(request_of: Request) -> None:
         (["edit", "--keep-mass", "nan"], "--keep-mass is nan"),
         (["build", "--method", "none", "--factor", "0"], "so --factor has no effect"),
         (["build", "--method", "none", "--per-concept"], "so --per-concept has no effect"),
-        (["sweep", "--method", "none"], "nothing to sweep"),
+        (["sweep", "--method", "none"], "no strength"),
         (["sweep", "--method", "uvm"], "there is no method 'uvm'"),
         (["sweep", "--factor", "-1,inf"], "NaN or infinity"),
         (["sweep", "--factor", ""], "not a list of numbers"),

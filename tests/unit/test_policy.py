@@ -444,3 +444,25 @@ def test_outcomes_that_do_not_add_up_are_refused() -> None:
     assert flips_since(good, good)["GS"].lost == 0
     with pytest.raises(IntegrityError, match="disagree"):
         flips_since(good, dataclasses.replace(good, items=other.items))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ('metric = "neighbours.text-text"\nat_least = 50', "can never pass: its values are shares"),
+        ('metric = "neighbours.text-text"\nat_least = 0', "can never fail"),
+        ('metric = "spread.text"\nat_least = 0', "can never fail"),
+    ],
+)
+def test_limits_on_shares_are_no_percentages(rule: str, said: str) -> None:
+    """Neighbours and spread are numbers from 0, not percent; the slip is named when the policy is read."""
+    text = f'format = 1\nname = "p"\n[[edit]]\n{rule}\n[[artifact]]\nmetric = "flips.any"\nat_most = 1\n'
+    with pytest.raises(RecipeError, match=said):
+        policy_from_toml(text, where="p.toml")
+
+
+@pytest.mark.parametrize("metric", ["neighbours.text-text.delta", "spread.text.delta"])
+def test_differences_that_do_not_exist_are_unknown_metrics(metric: str) -> None:
+    """They are not said to be unable to fail; the gate names what there is."""
+    text = f'format = 1\nname = "p"\nedit = []\n[[artifact]]\nmetric = "{metric}"\nat_least = -0.1\n'
+    assert policy_from_toml(text, where="p.toml").artifact[0].metric == metric

@@ -77,12 +77,15 @@ def _number(name: str, value: float | None, low: float | None, high: float | Non
     if value is None:
         return f"{name} was not measured"
     sign = "+" if ".delta" in name and value >= 0 else ""
-    ends = "" if low is None or high is None else f" (95% interval {_short(low)} to {_short(high)})"
-    return f"{name} {sign}{_short(value)}{ends}"
+    digits = 3 if name.startswith(("neighbours.", "spread.")) else 1  # not in percent
+    ends = "" if low is None or high is None else f" (95% interval {_short(low, digits)} to {_short(high, digits)})"
+    return f"{name} {sign}{_short(value, digits)}{ends}"
 
 
-def _short(value: float) -> str:
-    """One decimal, and never 0.0 for what is not 0."""
+def _short(value: float, digits: int = 1) -> str:
+    """One decimal, or so many, and never 0.0 for what is not 0."""
+    if digits > 1:
+        return f"{value:.{digits}f}"
     return f"{value:.1f}" if value == 0 or abs(value) >= 0.05 else f"{value:.1g}"
 
 

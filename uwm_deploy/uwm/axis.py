@@ -73,6 +73,11 @@ def require_valid(setting: AxisSetting, embed_dim: int | None = None) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise InputError(f"axis setting {name} is {value}", fix="give a finite number")
+        if abs(value) > LARGEST and name != "axes":
+            raise InputError(f"axis setting {name} is {value:g}", fix=f"give a number of at most {LARGEST:g}")
+    if bool(setting.axes) != bool(setting.repel_image or setting.repel_text):
+        missing = "repel_image or repel_text" if setting.axes else "axes"
+        raise InputError(f"the axis setting has repelling axes without {missing}", fix="give both or neither")
     if not 0 <= setting.a <= 1:
         raise InputError(f"axis setting a is {setting.a}", fix="give a number from 0 to 1")
     if setting.tau < 0:
@@ -86,6 +91,9 @@ def require_valid(setting: AxisSetting, embed_dim: int | None = None) -> None:
             f"{spare_count(setting)} spare axes do not fit into {embed_dim} dimensions", fix="lower the setting axes"
         )
 
+
+LARGEST = 100.0
+"""Of any number of a setting; useful ones are below 2, and far above this float32 overflows."""
 
 _NUMBERS = ("g", "o", "kappa", "a", "tau", "rho", "axes", "repel_image", "repel_text")
 

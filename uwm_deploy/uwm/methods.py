@@ -171,11 +171,13 @@ def axis_from_text(text: str) -> AxisSetting:
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in fields or name in found:
-            raise InputError(f"{part.strip()!r} is no setting of the axis", fix=f"name each once: {', '.join(fields)}")
+            what = "is given twice" if name in found else "is no setting of the axis"
+            raise InputError(f"{name!r} {what}", fix=f"name each once: {', '.join(fields)}")
         try:
             found[name] = int(value) if name == "axes" else float(value)
         except ValueError as error:
-            raise InputError(f"{part.strip()!r} is no number", fix="write it as g=0.7") from error
+            wanted = "a whole number, such as axes=2" if name == "axes" else "a number, such as g=0.7"
+            raise InputError(f"{part.strip()!r} is not understood", fix=f"give {wanted}") from error
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in found]
     if missing:
         raise InputError(f"the axis setting lacks {', '.join(missing)}", fix="e.g. g=0.7,o=0.5,kappa=0.4,a=1,tau=0")
