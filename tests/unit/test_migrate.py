@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         (_unit_rows(4, dim=DIM + 1), f"has embeddings of {DIM + 1} numbers, the model has {DIM}"),
         (_unit_rows(4).astype(np.float64), "float32 or float16"),
         (_unit_rows(4)[0], "float32 or float16"),
-        (np.asfortranarray(_unit_rows(4)), "C order"),
+        (np.asfortranarray(_unit_rows(4)), "in columns"),
         (_unit_rows(0), "at least one row"),
         (np.array([{}], dtype=object), "cannot be read"),
     ],
@@ -590,3 +590,17 @@ def test_bad_usage_is_one_line(tmp_path: Path) -> None:
     )
     assert done.exit_code == 2
     assert "is not a bundle" in done.output
+
+
+def test_a_space_is_named_by_its_id(tmp_path: Path) -> None:
+    """A number is not taken for an id that differs."""
+    np.save(tmp_path / "rows.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "rows.json").write_text('{"space": 5}')
+    with pytest.raises(DataError, match=r"rows\.json: \"space\" is no id"):
+        stored_npy.NpyFile(tmp_path / "rows.npy")
+
+
+def test_a_file_that_is_not_there_is_called_that(tmp_path: Path) -> None:
+    """Nobody is told to save it with another library."""
+    with pytest.raises(DataError, match=r"rows\.npy is no file; check the path"):
+        stored_npy.NpyFile(tmp_path / "rows.npy")

@@ -137,7 +137,7 @@ def said_beside(path: Path) -> dict[str, Any]:
     """What stands beside a file; nothing if nothing does.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If it cannot be read, or does not say it in the right form.
     """
     about = beside(path)
     if about == path or not about.is_file():
@@ -146,7 +146,11 @@ def said_beside(path: Path) -> dict[str, Any]:
         body = json.loads(about.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{about} cannot be read: {error}", fix=f"it is to say what {path.name} is; mend it") from error
-    return body if isinstance(body, dict) else {}
+    if not isinstance(body, dict):  # a file of somebody's own
+        return {}
+    if not isinstance(body.get("space", ""), str):
+        raise DataError(f'{about}: "space" is no id of a space', fix="write it as space:sha256:... or leave it out")
+    return body
 
 
 def tower_beside(path: Path, said: dict[str, Any]) -> TowerName | None:

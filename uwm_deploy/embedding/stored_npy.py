@@ -51,14 +51,18 @@ class NpyFile:
 
     def __init__(self, path: Path, keys: Path | None = None) -> None:
         self.path = path
+        if not path.is_file():
+            raise DataError(f"{path} is no file", fix="check the path")
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}", fix="save it with numpy.save") from error
         if not isinstance(found, np.memmap) or found.ndim != 2 or found.dtype not in (np.float32, np.float16):
             raise DataError(f"{path} does not hold (n, d) numbers in float32 or float16", fix="save such an array")
-        if not found.flags.c_contiguous or not found.size:
-            raise DataError(f"{path} has no rows one after the other", fix="save it in C order, with at least one row")
+        if not found.size:
+            raise DataError(f"{path} holds no numbers", fix="save at least one row")
+        if not found.flags.c_contiguous:
+            raise DataError(f"{path} lies in columns", fix="save numpy.ascontiguousarray of it")
         self.rows, self.dim = found.shape
         self._dtype, self._offset = found.dtype, int(found.offset)
         said = said_beside(path)
