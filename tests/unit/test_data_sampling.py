@@ -11,6 +11,7 @@ import pytest
 from tests.data_sets import open_manifest, pair
 from uwm_deploy.datasets.sampling import sample_of
 from uwm_deploy.datasets.source import QuadrupleSource
+from uwm_deploy.errors import DataError, RecipeError
 from uwm_deploy.recipe import calibration_set_from_toml
 
 
@@ -92,3 +93,24 @@ def test_a_sample_reads_the_rows_it_names(tmp_path: Path) -> None:
     source = open_manifest(tmp_path, [pair(i) for i in range(50)], limit=9, seed=4)
     for index, name in enumerate(source.ids):
         assert source.read_texts(index) == (f"a calm {name[1:]}", f"a fire {name[1:]}")
+
+
+def test_concepts_are_chosen_after_the_sample() -> None:
+    """What is left of a sample is what was in it: leaving a concept out changes nothing about the others."""
+    names = [f"c{i % 4}" for i in range(80)]
+    whole = _sample(names, limit=40)
+    without, only = _sample(names, limit=40, leave_out=["c1"]), _sample(names, limit=40, concepts=["c1"])
+    assert sorted([*without, *only]) == whole
+    assert {names[i] for i in only} == {"c1"}
+
+
+def test_a_concept_that_is_not_there_is_refused_with_the_nearest() -> None:
+    """Otherwise a typing error would leave nothing out."""
+    with pytest.raises(DataError, match="did you mean hazard0"):
+        _sample(["hazard0", "other"] * 4, leave_out=["hazrd0"])
+
+
+def test_concepts_are_taken_or_left_out() -> None:
+    """Both at once would contradict each other."""
+    with pytest.raises(RecipeError, match="concepts and leave_out"):
+        _sample(["a", "b"], leave_out=["a"], concepts=["b"])
