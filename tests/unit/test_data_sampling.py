@@ -15,7 +15,7 @@ from uwm_deploy.errors import DataError, RecipeError
 from uwm_deploy.recipe import calibration_set_from_toml
 
 
-def _sample(concepts: list[str], **keys: object) -> list[int]:
+def _sample(concepts: list[str], /, **keys: object) -> list[int]:
     lines = "".join(f"{key} = {value!r}\n" for key, value in keys.items())
     text = f'format = 1\nname = "x"\nsource = "manifest"\nmanifest = "m"\n{lines}'
     spec = calibration_set_from_toml(text, where="x")
