@@ -61,6 +61,7 @@ def test_maps_equal_the_formulas(placement: str, axes: int, tau: float, h: tuple
         new, _ = _normalised(new, weights)
         x, weights = _normalised(x, weights)
     parts = {"g": 0.6, "o": 0.4, "kappa": 0.3, "a": 0.7, "tau": tau, "rho": 2e-2}
+    h = h if axes else (0.0, 0.0)  # gains need axes: a setting with gains alone is refused
     setting = AxisSetting(**parts, axes=axes, repel_image=h[0], repel_text=h[1])
     slow = oracle.edited(x, weights, **parts, k=axes, h={"v": h[0], "t": h[1]}, inputs=new)
     maps = maps_of(_moments(x, weights), _weights(weights), setting).maps
@@ -90,7 +91,8 @@ def test_the_fold_is_exact(d: int, axes: int) -> None:
     norm = {letter: (rng.uniform(0.3, 2, 13), rng.normal(size=13)) for letter in "vt"}
     x, weights = _world(d, m=(13, 13), d=d)
     x = {key: oracle.layer_norm(rows, *norm[key[0]]) for key, rows in x.items()}
-    setting = AxisSetting(g=0.6, o=0.3, kappa=0.4, a=0.5, tau=0.5, axes=axes, repel_image=0.2, repel_text=0.1)
+    h = (0.2, 0.1) if axes else (0.0, 0.0)
+    setting = AxisSetting(g=0.6, o=0.3, kappa=0.4, a=0.5, tau=0.5, axes=axes, repel_image=h[0], repel_text=h[1])
     edit = maps_of(_moments(x, weights), _weights(weights), setting)
     for tower, letter in LETTER.items():
         gamma, beta = norm[letter]
