@@ -183,6 +183,28 @@ def test_what_is_chosen_keeps_the_limits(kept: KeptFeatures) -> None:
     assert best.measured[FoldKind.RANDOM.value].gs > choice.original[FoldKind.RANDOM.value].gs
 
 
+@pytest.mark.parametrize(
+    ("limit", "name", "tight"),
+    [
+        (StrengthLimit.PS, "ps", {}),
+        (StrengthLimit.RETRIEVAL, "recall_at_1", {"retrieval_loss": -1000.0}),
+        (StrengthLimit.HARD_SAFE, "hard_safe_recall_at_10", {"hard_safe_loss": -1000.0}),
+        (StrengthLimit.ZERO_SHOT, "zero_shot", {"zero_shot_loss": -1000.0}),
+    ],
+)
+def test_a_limit_is_on_the_number_that_is_reported(
+    kept: KeptFeatures, limit: StrengthLimit, name: str, tight: dict[str, float]
+) -> None:
+    """Of each limit, what a setting uses up is what its numbers lie below the original's, on the worse kind of folds."""
+    wide = {"retrieval_loss": 1000.0, "hard_safe_loss": 1000.0, "zero_shot_loss": 1000.0}
+    limits = StrengthLimits(margin=0, **wide | tight)
+    found = choose_strength(kept, limits, candidates=SETTINGS)
+    for candidate in found.candidates:
+        losses = [getattr(found.original[k], name) - getattr(candidate.measured[k], name) for k in found.original]
+        assert candidate.tightest.limit is limit
+        assert candidate.tightest.loss == pytest.approx(max(losses), abs=1e-9)
+
+
 def test_a_margin_makes_limits_tighter(kept: KeptFeatures) -> None:
     """More standard errors leave fewer settings, and the margin is a part of what is recorded."""
     kept_ones = []
