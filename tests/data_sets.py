@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
-from uwm_deploy.recipe import calibration_set_from_toml
+from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.recipes.recipe import calibration_set_from_toml
 
 
 def picture(number: int) -> Image.Image:

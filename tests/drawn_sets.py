@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from uwm_deploy.demo import world
+from uwm_deploy.data.demo import world
 
 
 def drawn_set(folder: Path, split: world.Split, count: int, *, name: str = "", extra: str = "") -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from functools import cache
 
-from uwm_deploy import resources
-from uwm_deploy.recipe import Architecture, Recipe, recipe_from_toml
-from uwm_deploy.stages.load import load_model
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import Architecture, Recipe, recipe_from_toml
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
 
 NAMES = tuple(name for name in resources.names("export") if name != "demo")

@@ -8,20 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from uwm_deploy.records import (
-    ArtifactEvidence,
-    CalibrationRecord,
-    EditProof,
-    Evidence,
-    Goldens,
-    ImageSpec,
-    ModelRef,
-    Precision,
-    SafetyReport,
-    TextSpec,
-    TowerName,
-    VerifyReport,
-)
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.evidence import ArtifactEvidence, EditProof, Evidence, Goldens, VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
     ZeroShotEmbeddings,

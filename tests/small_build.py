@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.uwm_edit import UWM
-from uwm_deploy.console import Reporter
-from uwm_deploy.pipeline import Outcome, Request, run
+from uwm_deploy.pipeline.run import Outcome, Request, run
+from uwm_deploy.report.console import Reporter
 
 
 def build_small(factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from uwm_deploy.pipeline import Request, resolved_recipe
-from uwm_deploy.recipe import EditSpecs
+from uwm_deploy.pipeline.run import Request, resolved_recipe
+from uwm_deploy.recipes.recipe import EditSpecs
 
 UWM = {"method": "uwm", "keep_mass": 0.9}
 """Of a `Request`."""

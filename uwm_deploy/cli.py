@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from uwm_deploy import __version__
-from uwm_deploy.command_line import (
+from uwm_deploy.commands.command_line import (
     CALIBRATION,
     CHECKPOINT,
     DEVICE,
@@ -29,15 +29,15 @@ from uwm_deploy.command_line import (
     strength_options,
     with_options,
 )
+from uwm_deploy.commands.train import train
+from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.errors import ExitCode, UwmError
-from uwm_deploy.memory import leave_at_once
-from uwm_deploy.ranks import ALONE, Ranks
-from uwm_deploy.records import Precision
-from uwm_deploy.training.cli import train
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.runtime.memory import leave_at_once
 
 if TYPE_CHECKING:
-    from uwm_deploy.records import Verdict
-    from uwm_deploy.signing import Resigning
+    from uwm_deploy.bundle.sign import Resigning
+    from uwm_deploy.records.verdict import Verdict
     from uwm_deploy.towers.formats import Layout
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -207,7 +207,7 @@ def signing_options(command: F) -> F:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from uwm_deploy.signing import Resigning
+        from uwm_deploy.bundle.sign import Resigning
 
         names = ("key", "password", "public_key", "unsigned")
         return command(*args, signing=Resigning(**{name: kwargs.pop(name) for name in names}), **kwargs)
@@ -242,7 +242,7 @@ def output_options(command: F) -> F:
 def _written(verdict: Verdict, policy: str, outputs: dict[str, Any], as_json: bool) -> None:
     """Everything `output_options` asked for."""
     if any(outputs.values()):
-        from uwm_deploy.outputs import write_outputs
+        from uwm_deploy.report.outputs import write_outputs
 
         for line in write_outputs(verdict, policy, **outputs):
             click.echo(line, err=as_json)  # the runner reads both; the result alone may be on standard output
@@ -252,15 +252,15 @@ def _join_group(device: str) -> Ranks:
     """The processes that torchrun started; torch is imported only if it did."""
     if "WORLD_SIZE" not in os.environ:
         return ALONE
-    from uwm_deploy.torchrun import join
+    from uwm_deploy.data.torchrun import join
 
     return join(device)
 
 
 def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import Request, run
-    from uwm_deploy.summary import outcome_as_plain, print_outcome
+    from uwm_deploy.pipeline.run import Request, run
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import outcome_as_plain, print_outcome
 
     options["targets"] = tuple(options["targets"])
     ranks = _join_group(options["device"])
@@ -401,12 +401,12 @@ def gate(
       uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
       uwm-deploy gate dist/demo --public-key key.pub --min-bundle-version 3
     """
-    from uwm_deploy.pipeline import judge_file
-    from uwm_deploy.summary import print_verdict
+    from uwm_deploy.pipeline.run import judge_file
+    from uwm_deploy.report.summary import print_verdict
 
     verdict = judge_file(report, policy, baseline, public_key=public_key, min_bundle_version=min_bundle_version)
     if as_json:
-        from uwm_deploy.codec import json_from_record
+        from uwm_deploy.records.codec import json_from_record
 
         click.echo(json_from_record(verdict), nl=False)
     else:
@@ -441,13 +441,13 @@ def attest(
       uwm-deploy attest dist/demo
       uwm-deploy attest dist/demo --key key.pem
     """
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import attest_bundle
-    from uwm_deploy.summary import print_verdict
+    from uwm_deploy.pipeline.run import attest_bundle
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_verdict
 
     verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter(), signing)
     if as_json:
-        from uwm_deploy.codec import json_from_record
+        from uwm_deploy.records.codec import json_from_record
 
         click.echo(json_from_record(verdict), nl=False)
     else:
@@ -486,10 +486,10 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     Example:
       uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
     """
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import accept_baseline
+    from uwm_deploy.pipeline.run import accept_baseline
+    from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.findings import verdict_line
-    from uwm_deploy.summary import print_verdict
+    from uwm_deploy.report.summary import print_verdict
 
     verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
     if digest is None:
@@ -512,9 +512,9 @@ def baseline_show(path: Path, as_json: bool) -> int:
     Example:
       uwm-deploy baseline show ci/baseline
     """
-    from uwm_deploy.baseline import read_baseline
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.summary import print_baseline
+    from uwm_deploy.pipeline.baseline import read_baseline
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.summary import print_baseline
 
     found, digest = read_baseline(path)
     if as_json:
@@ -535,10 +535,10 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     Example:
       uwm-deploy baseline compare dist/demo --baseline ci/baseline
     """
-    from uwm_deploy.baseline import changes, read_baseline
-    from uwm_deploy.codec import plain_from_record
-    from uwm_deploy.pipeline import report_at
-    from uwm_deploy.summary import print_changes
+    from uwm_deploy.pipeline.baseline import changes, read_baseline
+    from uwm_deploy.pipeline.run import report_at
+    from uwm_deploy.records.codec import plain_from_record
+    from uwm_deploy.report.summary import print_changes
 
     found = changes(report_at(report)[0], read_baseline(path)[0])
     if as_json:
@@ -611,11 +611,11 @@ def refit(as_json: bool, **options: Any) -> int:
       uwm-deploy refit dist/demo-mild --patch dist/demo
       uwm-deploy refit dist/demo --revert --out dist/demo-original
     """
-    from uwm_deploy.codec import plain_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.refit import RefitRequest
-    from uwm_deploy.refit import refit as run_refit
-    from uwm_deploy.summary import print_refitted
+    from uwm_deploy.pipeline.refit import RefitRequest
+    from uwm_deploy.pipeline.refit import refit as run_refit
+    from uwm_deploy.records.codec import plain_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_refitted
 
     made = run_refit(RefitRequest(**options), Reporter())
     if as_json:
@@ -627,7 +627,7 @@ def refit(as_json: bool, **options: Any) -> int:
 
 def _print_record(record: Any, as_json: bool) -> int:
     """A small record as it is."""
-    from uwm_deploy.codec import plain_from_record
+    from uwm_deploy.records.codec import plain_from_record
 
     return _print_body(plain_from_record(record), as_json)
 
@@ -657,7 +657,7 @@ def sign(bundle: Path, key: Path, password: Path | None, as_json: bool) -> int:
       openssl pkey -in key.pem -pubout -out key.pub
       uwm-deploy sign dist/demo --key key.pem
     """
-    from uwm_deploy.signing import sign_bundle
+    from uwm_deploy.bundle.sign import sign_bundle
 
     return _print_record(sign_bundle(bundle, key, password=password), as_json)
 
@@ -676,7 +676,7 @@ def verify_signature(bundle: Path, public_key: Path, min_bundle_version: int, as
     Example:
       uwm-deploy verify-signature dist/demo --public-key key.pub --min-bundle-version 3
     """
-    from uwm_deploy.signing import verify_bundle
+    from uwm_deploy.bundle.sign import verify_bundle
 
     return _print_record(verify_bundle(bundle, public_key, min_bundle_version=min_bundle_version), as_json)
 
@@ -736,15 +736,15 @@ def evaluate(
       uwm-deploy evaluate --compare CLIP=demo --compare UWM=demo:uwm --zero-shot shape,colour --markdown
       uwm-deploy evaluate --compare none=demo --compare axis=demo:safety-axis --leave-out fire,smoke
     """
-    from uwm_deploy import comparison
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.datasets.zero_shot import names_from
+    from uwm_deploy.data.zero_shot import names_from
     from uwm_deploy.errors import InputError
-    from uwm_deploy.evaluation import Subject, concepts_from, subject_from, trusted, without_concepts
-    from uwm_deploy.evaluation import evaluate as measure
-    from uwm_deploy.pipeline import Request
-    from uwm_deploy.summary import print_measured, print_rows
+    from uwm_deploy.pipeline.run import Request
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report import paper_table as comparison
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_measured, print_rows
+    from uwm_deploy.studies.evaluate import Subject, concepts_from, subject_from, trusted, without_concepts
+    from uwm_deploy.studies.evaluate import evaluate as measure
 
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
@@ -820,12 +820,12 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
       uwm-deploy reproduce uwm-table-1 --demo
       uwm-deploy reproduce uwm-zero-shot --data /data/zero-shot --download
     """
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.comparison import markdown_table
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.reproduction import STYLES, Settings, checkpoints_from, lines_of, rows_of
-    from uwm_deploy.reproduction import reproduce as measure
-    from uwm_deploy.summary import print_rows
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.paper_table import markdown_table
+    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.studies.reproduce import STYLES, Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.studies.reproduce import reproduce as measure
 
     settings = Settings(checkpoints=checkpoints_from(checkpoints), **options)
     result = measure(table, settings, Reporter())
@@ -880,7 +880,7 @@ def compare(**options: Any) -> int:
       uwm-deploy compare --model demo
       uwm-deploy compare --methods none,uwm,published=safe-clip-vit-l14 --model clip-vit-l14
     """
-    from uwm_deploy.method_comparison import run_compare
+    from uwm_deploy.studies.compare import run_compare
 
     return run_compare(**options)
 
@@ -942,17 +942,17 @@ def bench(
       uwm-deploy bench dist/demo
       uwm-deploy bench dist/demo --variant onnxruntime-int8 --batch 1 --batch 32 --csv bench.csv --picture bench.png
     """
-    from uwm_deploy import engine_bench
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.runtime.bundle import open_bundle
-    from uwm_deploy.summary import print_rows
-    from uwm_deploy.workspace import write_atomic
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.records.files import write_atomic
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.studies import bench as engine_bench
 
     opened = open_bundle(bundle, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
     contenders, not_run = engine_bench.contenders_of(opened, variants, threads)
     if reference != "none":
-        from uwm_deploy.torch_reference import NAME, torch_contender
+        from uwm_deploy.studies.bench_torch import NAME, torch_contender
 
         try:
             contenders.insert(0, torch_contender(opened, None if reference == "auto" else reference, threads))
@@ -995,7 +995,7 @@ def save(run: Path, layout: Layout, out: Path, as_json: bool) -> int:
     Example:
       uwm-deploy save .uwm/demo --as open-clip --out demo-open-clip
     """
-    from uwm_deploy.saving import save_as
+    from uwm_deploy.pipeline.save import save_as
 
     return _print_record(save_as(run, layout, out), as_json)
 
@@ -1014,7 +1014,7 @@ def swap(model: Path, into: Path, out: Path, as_json: bool) -> int:
     Example:
       uwm-deploy swap --model .uwm/llava-1.5-7b/edit/model --into llava-1.5-7b-hf --out llava-1.5-7b-safe
     """
-    from uwm_deploy.console import Reporter
+    from uwm_deploy.report.console import Reporter
     from uwm_deploy.towers.llava import swap_vision_tower
 
     reporter = Reporter()
@@ -1083,12 +1083,12 @@ def sweep(
       uwm-deploy sweep --model demo --method uwm --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
       uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import Request, resolved_recipe
-    from uwm_deploy.summary import print_rows
-    from uwm_deploy.sweep import factors_of, keep_masses_of, losses_of, rows
-    from uwm_deploy.sweep import sweep as run_sweep
+    from uwm_deploy.pipeline.run import Request, resolved_recipe
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.studies.sweep import factors_of, keep_masses_of, losses_of, rows
+    from uwm_deploy.studies.sweep import sweep as run_sweep
 
     request = Request(**options)
     folder = out or (request.work or Path(".uwm") / resolved_recipe(request).name) / "sweep"
@@ -1142,12 +1142,12 @@ def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool)
       uwm-deploy data check visu --against visu-test --workers 8
       uwm-deploy data check pairs.parquet --json
     """
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.datasets.check import Checked, check, opened
-    from uwm_deploy.datasets.table import is_manifest, set_of_manifest
-    from uwm_deploy.pipeline import calibration_set_of
-    from uwm_deploy.summary import print_data_report
+    from uwm_deploy.data.check import Checked, check, opened
+    from uwm_deploy.data.table import is_manifest, set_of_manifest
+    from uwm_deploy.pipeline.run import calibration_set_of
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_data_report
 
     def set_of(text: str) -> Checked:
         if is_manifest(text):
@@ -1188,9 +1188,9 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
       uwm-deploy data make pictures --out pictures/pairs.jsonl
       uwm-deploy data make pictures --out pairs.parquet --embed
     """
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.datasets.make import make_manifest
-    from uwm_deploy.summary import print_made_manifest
+    from uwm_deploy.data.make import make_manifest
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.summary import print_made_manifest
 
     made = make_manifest(folder, out, embed=embed, drop_unpaired=drop_unpaired, force=force)
     if as_json:
@@ -1234,7 +1234,7 @@ def embed(bundle: Path, source: str, as_json: bool, **options: Any) -> int:
       uwm-deploy embed dist/demo 'shards/{00000..00099}.tar' --out embeddings --dtype float16
       uwm-deploy embed dist/demo captions.parquet --kind texts --key id --column caption --out captions
     """
-    from uwm_deploy.embedding.command import run_embed
+    from uwm_deploy.commands.embed import run_embed
 
     return run_embed(bundle, source, as_json=as_json, **options)
 
@@ -1272,7 +1272,7 @@ def migrate(stored: Path, as_json: bool, **options: Any) -> int:
       uwm-deploy migrate images.npy --tower image --keys images.txt --bundle dist/demo --out safe-images.npy
       uwm-deploy migrate images.index --tower image --bundle dist/demo --out safe-images.index
     """
-    from uwm_deploy.embedding.migrate_command import run_migrate
+    from uwm_deploy.commands.migrate import run_migrate
 
     return run_migrate(stored, as_json=as_json, **options)
 
@@ -1341,7 +1341,7 @@ def triton_write(bundle: Path, repository: Path, as_json: bool, **options: Any) 
       uwm-deploy triton dist/demo models
       uwm-deploy triton write dist/demo models --variant onnxruntime-fp32 --place cpu --force
     """
-    from uwm_deploy.triton_command import run_write
+    from uwm_deploy.commands.triton import run_write
 
     return run_write(bundle, repository, as_json=as_json, **options)
 
@@ -1356,7 +1356,7 @@ def triton_backends(folder: Path, as_json: bool) -> int:
     Example:
       uwm-deploy triton backends tritonserver/backends
     """
-    from uwm_deploy.triton_command import run_backends
+    from uwm_deploy.commands.triton import run_backends
 
     return run_backends(folder, as_json=as_json)
 
@@ -1387,7 +1387,7 @@ def triton_check(url: str, as_json: bool, **options: Any) -> int:
       uwm-deploy triton check localhost:8001 --bundle dist/demo
       uwm-deploy triton check localhost:8000 --protocol http --bundle dist/demo --json
     """
-    from uwm_deploy.triton_command import run_check
+    from uwm_deploy.commands.triton import run_check
 
     return run_check(url, as_json=as_json, **options)
 
@@ -1433,10 +1433,10 @@ def report(
       uwm-deploy report dist/demo --open
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
+    from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.evidence import dossier_of
     from uwm_deploy.report.findings import result_words
     from uwm_deploy.report.html import page, place_of
-    from uwm_deploy.workspace import write_atomic
 
     target = place_of(path, out)
     dossier = dossier_of(path, swept, benched, compared)
@@ -1463,10 +1463,10 @@ def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
     Example:
       uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
     """
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.diagnosis import diagnose as look
-    from uwm_deploy.diagnosis import rows
-    from uwm_deploy.summary import print_rows
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.studies.diagnose import diagnose as look
+    from uwm_deploy.studies.diagnose import rows
 
     found = look(path, variant)
     if as_json:
@@ -1497,11 +1497,11 @@ def selftest(names: tuple[str, ...], rebuilds: int, peers: bool, markdown: Path 
     """
     import tempfile
 
-    from uwm_deploy.codec import json_from_record
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.selftest import run
-    from uwm_deploy.summary import print_rows
-    from uwm_deploy.workspace import write_atomic
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.records.files import write_atomic
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.studies.selftest import run
 
     with tempfile.TemporaryDirectory(prefix="uwm-deploy-") as folder:
         found = run.selftest(Path(folder), names, rebuilds, peers=peers, progress=Reporter().progress)
@@ -1525,7 +1525,7 @@ def inspect(path: Path, as_json: bool) -> int:
     Example:
       uwm-deploy inspect dist/demo
     """
-    from uwm_deploy.inspection import describe
+    from uwm_deploy.report.inspection import describe
 
     return _print_body(describe(path), as_json)
 
@@ -1539,8 +1539,8 @@ def models(as_json: bool) -> int:
     Example:
       uwm-deploy models
     """
-    from uwm_deploy.inspection import recipe_rows
-    from uwm_deploy.summary import print_rows
+    from uwm_deploy.report.inspection import recipe_rows
+    from uwm_deploy.report.summary import print_rows
 
     rows = recipe_rows()
     if as_json:
@@ -1559,8 +1559,8 @@ def doctor(as_json: bool) -> int:
     Example:
       uwm-deploy doctor --json
     """
-    from uwm_deploy.inspection import machine_rows
-    from uwm_deploy.summary import print_rows
+    from uwm_deploy.report.inspection import machine_rows
+    from uwm_deploy.report.summary import print_rows
 
     rows = machine_rows()
     if as_json:

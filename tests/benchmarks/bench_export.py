@@ -21,12 +21,12 @@ PREPARE = """
 import dataclasses, json, sys
 from pathlib import Path
 import torch
-from uwm_deploy.codec import plain_from_record
-from uwm_deploy.pipeline import recipe_of
-from uwm_deploy.records import TensorEdit, TowerName
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries
+from uwm_deploy.records.codec import plain_from_record
+from uwm_deploy.pipeline.run import recipe_of
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.digests import digest_of_tensor
+from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries
 recipe, _ = recipe_of(sys.argv[1])
 folder = Path(sys.argv[2])
 folder.mkdir()
@@ -48,14 +48,14 @@ model.save(folder)
 OURS = """
 import json, sys
 from pathlib import Path
-from uwm_deploy.codec import json_from_record, record_from_plain
-from uwm_deploy.memory import leave_at_once, without_collection
-from uwm_deploy.records import TensorEdit, TowerName
+from uwm_deploy.records.codec import json_from_record, record_from_plain
+from uwm_deploy.runtime.memory import leave_at_once, without_collection
+from uwm_deploy.records.edit import TensorEdit
 with without_collection():  # as the command line does
-    from uwm_deploy.pipeline import recipe_of
+    from uwm_deploy.pipeline.run import recipe_of
     from uwm_deploy.stages.export import onnx_from_tower, sample_of
-    from uwm_deploy.stages.load import load_model
-    from uwm_deploy.uwm.patch import Patch
+    from uwm_deploy.towers.load import load_model
+    from uwm_deploy.edits.patch import Patch
 recipe, _ = recipe_of(sys.argv[1])
 name, folder, out = TowerName(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 edits = [record_from_plain(TensorEdit, e, where="edits") for e in json.loads((folder / "edits.txt").read_text())]
@@ -95,9 +95,9 @@ program.save(f"{out}/{name}.onnx")
 OUR_ENGINE = """
 import sys
 from pathlib import Path
-from uwm_deploy.codec import record_from_json
+from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.graphs.engine_builder import build
-from uwm_deploy.records import OnnxArtifact
+from uwm_deploy.records.graph import OnnxArtifact
 folder, name = Path(sys.argv[4]), sys.argv[2]
 graph = record_from_json(OnnxArtifact, (folder / f"{name}.json").read_bytes(), where=name)
 build({"module": "tensorrt_rtx", "onnx": str(folder / graph.file), "engine": str(folder / f"{name}.engine"),

@@ -18,19 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uwm_deploy import resources
-from uwm_deploy.datasets.demo import DemoSource
-from uwm_deploy.datasets.source import PairBatch
-from uwm_deploy.pipeline import calibration_set_of, recipe_of
-from uwm_deploy.recipe import EditSpecs
-from uwm_deploy.records import LeftOut, Method, TowerName
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.data.source import PairBatch
+from uwm_deploy.edits.methods import needs_gradients, selects, with_method
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import scoring_order
+from uwm_deploy.pipeline.run import calibration_set_of, recipe_of
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.records.data import LeftOut
+from uwm_deploy.records.edit import Method
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.pairs import scoring_order
-from uwm_deploy.stages.score import score_to_folder
+from uwm_deploy.stages.score.score import score_to_folder
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.methods import needs_gradients, selects, with_method
 
 METHODS = [*(m for m in Method if selects(m))]
 BATCH = {TowerName.IMAGE: 16, TowerName.TEXT: 64}

@@ -32,9 +32,9 @@ BEFORE = "space:sha256:before"
 
 def built(work: Path) -> Path:
     """A bundle with a map behind the embeddings, from a few pictures of the demo world."""
-    from uwm_deploy.console import Reporter
-    from uwm_deploy.pipeline import Request, run
-    from uwm_deploy.records import AxisSetting
+    from uwm_deploy.pipeline.run import Request, run
+    from uwm_deploy.records.strength import AxisSetting
+    from uwm_deploy.report.console import Reporter
 
     work.mkdir(parents=True, exist_ok=True)
     for name, split in (("cal", "calibration"), ("eval", "test")):
@@ -68,7 +68,7 @@ def write_npy(path: Path, count: int) -> Path:
 
 def write_parts(folder: Path, count: int) -> Path:
     """Parts as `embed` writes them."""
-    from uwm_deploy.embedding import PartWriter
+    from uwm_deploy.serve.embed import PartWriter
 
     for start in range(0, count, PART):
         n = min(PART, count - start)
@@ -82,13 +82,13 @@ def migrated(bundle: Path, stored: Path, out: Path) -> dict[str, float]:
     """Seconds, rows and peak memory of one run."""
     from safetensors.numpy import load_file
 
-    from uwm_deploy.embedding.known import evidence_of
-    from uwm_deploy.embedding.migrate import Migration, migrate, open_stored
-    from uwm_deploy.embedding.stored import Label
-    from uwm_deploy.records import TowerName
-    from uwm_deploy.runtime.bundle import open_bundle
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.records.model import TowerName
     from uwm_deploy.runtime.embedding_map import maps_of_bundle
     from uwm_deploy.safeground.embedded import EmbeddedSet
+    from uwm_deploy.serve.embed.known import evidence_of
+    from uwm_deploy.serve.embed.migrate import Migration, migrate, open_stored
+    from uwm_deploy.serve.embed.stored import Label
 
     opened = open_bundle(bundle, allow_failed=True)  # random weights pass no gate, so it is put together by hand
     edited = EmbeddedSet.from_tensors(load_file(bundle / "evidence" / "reference.safetensors"), "edited")

@@ -20,21 +20,22 @@ import modelopt_rules
 import numpy as np
 import onnx_ir as ir
 
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import PreparedSet, prepare
-from uwm_deploy.datasets.source import open_source
+from uwm_deploy.data.embedding import PreparedSet, prepare
+from uwm_deploy.data.source import open_source
+from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.graphs.achieved import achieved_precision
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import Method
 from uwm_deploy.graphs.quantise import Kind
 from uwm_deploy.graphs.ranges import activation_maxima
-from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
-from uwm_deploy.records import Precision, TowerName
+from uwm_deploy.pipeline.run import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages.convert import ranges_of
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.pairs import some_of
-from uwm_deploy.stages.search import Layer, Search, Source, search
+from uwm_deploy.stages.convert.convert import ranges_of
+from uwm_deploy.stages.convert.search import Layer, Search, Source, search
+from uwm_deploy.towers.load import load_model
 
 RANGE_ROWS = 128
 

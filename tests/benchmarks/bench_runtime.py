@@ -26,9 +26,9 @@ os.environ.pop("OMP_NUM_THREADS", None)  # every library its own number of threa
 import numpy as np
 from PIL import Image
 
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import UwmError
-from uwm_deploy.pipeline import Request, run
+from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.image import image_from, pixels_from_image

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
-from uwm_deploy.recipe import EditSpec
-from uwm_deploy.records import Rule, TextSpec, TowerName
-from uwm_deploy.stages.score import scoring
+from uwm_deploy.edits.saliency import STD_EPS, LayerScorer
+from uwm_deploy.recipes.recipe import EditSpec
+from uwm_deploy.records.edit import Rule
+from uwm_deploy.records.model import TextSpec, TowerName
+from uwm_deploy.stages.score.score import scoring
 from uwm_deploy.towers.hf_clip import random_clip, towers_of
 from uwm_deploy.towers.protocol import ModuleTower
-from uwm_deploy.uwm.saliency import STD_EPS, LayerScorer
 
 EOS = 49407
 SIZES = {

@@ -11,15 +11,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from uwm_deploy.datasets.embedding import PreparedSet, unit_rows
+from uwm_deploy.data.embedding import PreparedSet, unit_rows
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import Method, quantised_by_modelopt
 from uwm_deploy.graphs.quantise import Kind
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.records import Precision, TowerName
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.preference import BASIC, Decisions, decisions
-from uwm_deploy.stages.convert import embed_with, lower
-from uwm_deploy.stages.search import Layer, Source
+from uwm_deploy.stages.convert.convert import embed_with, lower
+from uwm_deploy.stages.convert.search import Layer, Source
 
 Rows = Mapping[TowerName, list[np.ndarray]]
 DEFAULT_DATA_MAX = 512.0

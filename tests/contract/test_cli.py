@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import ExitCode
-from uwm_deploy.pipeline import STAGES
+from uwm_deploy.pipeline.run import STAGES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "open_clip", "onnx", "polygraphy", "onnxruntime")
@@ -38,7 +38,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_gate_and_package_import_no_torch() -> None:
     """What judges and packages never reaches torch, transformers or onnx."""
-    code = "import uwm_deploy.stages.gate, uwm_deploy.stages.package, uwm_deploy.stages.attest, uwm_deploy.pipeline"
+    code = "import uwm_deploy.stages.gate.gate, uwm_deploy.bundle.write, uwm_deploy.pipeline.attest, uwm_deploy.pipeline.run"
     assert not _loaded_after(code) & {"torch", "transformers", "open_clip", "onnx", "polygraphy"}
 
 

@@ -85,5 +85,5 @@ def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
         shipped = {f"uwm_deploy/_shipped/{kind}/{p.name}" for p in (ROOT / kind).glob("*.toml")}
         assert shipped
         assert shipped <= names
-    assert {"uwm_deploy/py.typed", "uwm_deploy/demo/model/model.safetensors"} <= names
+    assert {"uwm_deploy/py.typed", "uwm_deploy/data/demo/model/model.safetensors"} <= names
     assert not any("tests" in name for name in names)

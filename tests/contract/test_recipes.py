@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.uwm_edit import STEP, with_edit
-from uwm_deploy import resources
 from uwm_deploy.errors import InputError, RecipeError
-from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.recipe import AxisSpec, BuilderSpec, ClosedForm, calibration_set_from_toml, recipe_from_toml
-from uwm_deploy.records import AxisSetting, Method, Target
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.recipe import AxisSpec, BuilderSpec, ClosedForm, calibration_set_from_toml, recipe_from_toml
+from uwm_deploy.records.edit import Method
+from uwm_deploy.records.graph import Target
+from uwm_deploy.records.strength import AxisSetting
 
 ROOT = Path(__file__).parents[2]
 BATCH = "batch = { min = 1, opt = 8, max = 32 }"

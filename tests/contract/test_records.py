@@ -6,9 +6,12 @@ import json
 
 import pytest
 
-from uwm_deploy.codec import json_from_record, record_from_json, record_from_plain
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import CalibrationRecord, Check, EditStep, Flips, LeftOut, Result
+from uwm_deploy.records.codec import json_from_record, record_from_json, record_from_plain
+from uwm_deploy.records.data import CalibrationRecord, LeftOut
+from uwm_deploy.records.edit import EditStep
+from uwm_deploy.records.metrics import Flips
+from uwm_deploy.records.verdict import Check, Result
 
 RECORD = CalibrationRecord(
     name="demo",

@@ -10,26 +10,25 @@ import pytest
 from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
-from uwm_deploy.records import (
+from uwm_deploy.edits.expected import expected_edit
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.strength import (
     AxisSetting,
-    Cause,
     FoldKind,
     LimitUse,
-    Precision,
-    Result,
     StrengthCandidate,
     StrengthChoice,
     StrengthLimit,
     StrengthLimits,
 )
-from uwm_deploy.selftest.artifacts import in_half_precision
-from uwm_deploy.selftest.faults import plant_all
-from uwm_deploy.selftest.peers import Peers
-from uwm_deploy.selftest.rebuilds import PER_EDIT, rebuild_all, variations
-from uwm_deploy.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, Worlds
-from uwm_deploy.selftest.zoo import FAULTS, Fault
-from uwm_deploy.stages.causes import STAGE_ORDER
-from uwm_deploy.stages.expected import expected_edit
+from uwm_deploy.records.verdict import Cause, Result
+from uwm_deploy.stages.gate.causes import STAGE_ORDER
+from uwm_deploy.studies.selftest.artifacts import in_half_precision
+from uwm_deploy.studies.selftest.faults import plant_all
+from uwm_deploy.studies.selftest.peers import Peers
+from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, variations
+from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, Worlds
+from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 ONE_OF_EACH = list({(fault.cause, fault.stage, fault.world): fault for fault in reversed(FAULTS)}.values())

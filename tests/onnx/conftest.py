@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
-from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import MAP_NAMES, EditKind, OnnxArtifact, Placement, TensorEdit, TextSpec, TowerName
-from uwm_deploy.stages.edit import tensor_edit
+from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
+from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
+from uwm_deploy.records.graph import OnnxArtifact
+from uwm_deploy.records.model import TextSpec, TowerName
+from uwm_deploy.stages.edit.edit import tensor_edit
 from uwm_deploy.stages.export import onnx_from_tower
+from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.embedding_map import with_map
 from uwm_deploy.towers.hf_clip import random_clip, towers_of
 from uwm_deploy.towers.protocol import ModuleTower
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries, replaced
 
 BOS, EOS, LENGTH, SIDE = 98, 99, 16, 24
 PATTERNS = {TowerName.IMAGE: ["*.mlp.fc2"], TowerName.TEXT: ["*.self_attn.out_proj"]}

@@ -16,41 +16,34 @@ import torch
 from onnx import numpy_helper
 
 from tests.families import reduced
-from uwm_deploy import resources
-from uwm_deploy.datasets.demo import DemoSource
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.edits.axis import maps_of
+from uwm_deploy.edits.closed_form import features_in_place, fitted_weights, placement_of
+from uwm_deploy.edits.fit_files import read_sums
+from uwm_deploy.edits.leace import leace_maps
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline import calibration_set_of, recipe_of
-from uwm_deploy.recipe import AxisSpec, Recipe, StepSpec
-from uwm_deploy.records import (
-    MAP_NAMES,
-    AxisSetting,
-    EditRecord,
-    Method,
-    OnnxArtifact,
-    Placement,
-    Precision,
-    Profile,
-    Target,
-    TowerName,
-)
+from uwm_deploy.pipeline.run import calibration_set_of, recipe_of
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import AxisSpec, Recipe, StepSpec
+from uwm_deploy.records.edit import MAP_NAMES, EditRecord, Method, Placement
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.closed_form import features_in_place, fitted_weights, placement_of
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import converted, embed_with, ranges_of
-from uwm_deploy.stages.edit import edit_to_folder, select_and_apply
+from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
+from uwm_deploy.stages.edit.edit import edit_to_folder, select_and_apply
 from uwm_deploy.stages.export import onnx_from_tower, sample_of
-from uwm_deploy.stages.fit import fit_to_folder, read_sums
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.score import score_to_folder
-from uwm_deploy.stages.strength import solver
+from uwm_deploy.stages.fit import fit_to_folder
+from uwm_deploy.stages.score.score import score_to_folder
 from uwm_deploy.towers.embedding_map import has_map
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.open_clip import CONFIG
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.axis import maps_of
-from uwm_deploy.uwm.leace import leace_maps
-from uwm_deploy.uwm.patch import Patch
 
 SETTING = AxisSetting(g=0.5, o=0.5, kappa=0.2, a=1.0, tau=0.5)
 PROFILE = Profile(min=1, opt=2, max=5)

@@ -16,11 +16,11 @@ import pytest
 
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.graphs import engine_builder
-from uwm_deploy.records import EngineArtifact, Profile, Target
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.graph import EngineArtifact, Profile, Target
 from uwm_deploy.runtime.tensorrt import device_name, gpu_reason
 from uwm_deploy.stages import compile as stage
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.workspace import digest_of_file
 
 PROFILE = Profile(min=1, opt=2, max=4)
 needs_rtx = pytest.mark.skipif(

@@ -18,37 +18,25 @@ from safetensors.torch import save_file
 
 from tests.onnx.conftest import WEIGHTS_DIGEST, make_case, make_edited
 from tests.reports import report
-from uwm_deploy import resources
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.datasets.source import PairBatch
-from uwm_deploy.diagnosis import TOLERANCE, StageWalk, diagnose, rows
+from uwm_deploy.data.source import PairBatch
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
 from uwm_deploy.graphs.walk import VALUES, Graph, differences, part_of, places, walk
-from uwm_deploy.records import (
-    CalibrationRecord,
-    EditRecord,
-    EditStep,
-    EngineArtifact,
-    Evidence,
-    ImageSpec,
-    Manifest,
-    Method,
-    ModelRef,
-    OnnxArtifact,
-    Precision,
-    Profile,
-    Result,
-    Target,
-    TextSpec,
-    TowerName,
-    Verdict,
-)
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import EditRecord, EditStep, Method
+from uwm_deploy.records.evidence import Evidence
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.stages.canaries import canaries_to_folder
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import converted, ranges_of
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.stages.convert.convert import converted, ranges_of
+from uwm_deploy.studies.diagnose import TOLERANCE, StageWalk, diagnose, rows
 
 PROFILE = Profile(min=1, opt=2, max=4)
 PREFIX = {TowerName.IMAGE: "vision_model.encoder.layers", TowerName.TEXT: "text_model.encoder.layers"}

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from tests.families import FAMILIES, reduced
 from tests.onnx.conftest import Exported, train
 from tests.onnx.test_precision import PROFILE, convert
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.cpu_integers import stored_forms
 from uwm_deploy.graphs.fingerprint import (
@@ -24,12 +25,13 @@ from uwm_deploy.graphs.fingerprint import (
 )
 from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.stored import EIGHT_BITS, TYPES, in_type, named_weights
-from uwm_deploy.records import MAP_NAMES, EditKind, OnnxArtifact, Placement, Precision, Target, TensorEdit, TowerName
-from uwm_deploy.stages.audit import audit_of_engine, audit_of_graph
+from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.export import onnx_from_tower, sample_of
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
+from uwm_deploy.towers.load import load_model
 
 ON_CPU = (Precision.FP32, Precision.FP16, Precision.INT8)
 LOW = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)

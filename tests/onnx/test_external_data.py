@@ -16,11 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.onnx.conftest import make_edited
 from tests.unit.test_report import make, write_bundle
+from uwm_deploy.bundle.external_data import check_external_data
+from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import BundleFile, TowerName
-from uwm_deploy.runtime.bundle import Bundle, open_bundle
-from uwm_deploy.runtime.external_data import check_external_data
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.records.bundle import BundleFile
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.model import TowerName
 
 BESIDE = {"w.data": 64, "other.onnx": 10_000}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from uwm_deploy.edits.patch import multiply_entries
 from uwm_deploy.graphs.fingerprint import digest_of_array, fingerprint_by_value, fingerprint_of_graph
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import multiply_entries
+from uwm_deploy.towers.digests import digest_of_tensor
 
 
 def _arrays(case):

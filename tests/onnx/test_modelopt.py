@@ -16,13 +16,13 @@ from uwm_deploy.graphs.achieved import low_share
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import fold_weights, quantised_by_modelopt
 from uwm_deploy.graphs.quantise import Kind
-from uwm_deploy.pipeline import Request, resolved_recipe
-from uwm_deploy.records import OnnxArtifact, Precision, Profile, Target
-from uwm_deploy.resources import read_toml
+from uwm_deploy.pipeline.run import Request, resolved_recipe
+from uwm_deploy.recipes.shipped import read_toml
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import converted, embed_with, layer_names
+from uwm_deploy.stages.convert.convert import converted, embed_with, layer_names
 
 PROFILE = Profile(min=1, opt=2, max=4)
 INSTALLED = importlib.util.find_spec("modelopt") is not None

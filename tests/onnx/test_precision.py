@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 from tests.onnx.conftest import Exported
-from uwm_deploy.datasets.embedding import PreparedSet
+from uwm_deploy.data.embedding import PreparedSet
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
 from uwm_deploy.graphs.achieved import achieved_precision, low_share
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu, narrowed
@@ -21,14 +21,15 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
 from uwm_deploy.graphs.write import ALIGNMENT, LARGE, weightless, write_graph
-from uwm_deploy.recipe import AutoSpec
-from uwm_deploy.records import OnnxArtifact, Precision, Profile, Target, TowerName
+from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.safeground.canaries import Canaries, choose, ratios
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import Ranges, converted, embed_with, lower, ranges_of
-from uwm_deploy.stages.search import Source, search
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.stages.convert.convert import Ranges, converted, embed_with, lower, ranges_of
+from uwm_deploy.stages.convert.search import Source, search
 
 LOW = (Precision.FP16, Precision.INT8, Precision.FP8)
 PROFILE = Profile(min=1, opt=2, max=4)

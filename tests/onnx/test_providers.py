@@ -14,13 +14,13 @@ from tests.onnx.conftest import Exported
 from uwm_deploy.errors import ContractError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.onnx_builder import provider_options
-from uwm_deploy.policy import EvidenceRule
-from uwm_deploy.recipe import BuilderSpec
-from uwm_deploy.records import (
+from uwm_deploy.pipeline.refit_graphs import reason_against
+from uwm_deploy.recipes.policy import EvidenceRule
+from uwm_deploy.recipes.recipe import BuilderSpec
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
+from uwm_deploy.records.graph import (
     EXPORTED,
-    ArtifactEvidence,
     EngineArtifact,
-    Evidence,
     Precision,
     Profile,
     Provider,
@@ -31,8 +31,7 @@ from uwm_deploy.records import (
 from uwm_deploy.runtime.session import open_engine, reason_not_executable
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.compile import BUILDER, engine_from_onnx
-from uwm_deploy.stages.evidence import is_for
-from uwm_deploy.stages.refit import reason_against
+from uwm_deploy.stages.gate.evidence import is_for
 
 PROFILE = Profile(min=1, opt=2, max=4)
 WITH_GPU: tuple[Provider, ...] = ("cuda", "tensorrt", "tensorrt-rtx")

@@ -13,23 +13,25 @@ import torch
 
 from tests.families import FAMILIES, model_of, reduced
 from tests.oracles import uwm_oracle
-from uwm_deploy.datasets.demo import DemoSource
-from uwm_deploy.pipeline import calibration_set_of
-from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import OnnxArtifact, Precision, Profile, Target, TensorEdit, TowerName
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.patch import Patch, TensorPatch
+from uwm_deploy.edits.selection import selected_indices
+from uwm_deploy.pipeline.run import calibration_set_of
+from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages.calibrate import PairStream
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import converted, embed_with, ranges_of
-from uwm_deploy.stages.edit import edit_to_folder
+from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
+from uwm_deploy.stages.edit.edit import edit_to_folder
 from uwm_deploy.stages.export import onnx_from_tower, sample_of
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.score import score_to_folder
+from uwm_deploy.stages.score.score import score_to_folder
+from uwm_deploy.towers.digests import digest_of_tensor
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import Patch, TensorPatch
-from uwm_deploy.uwm.selection import selected_indices
 
 PAIRS = 6
 AGREEMENT = 0.9995

@@ -13,20 +13,22 @@ import pytest
 from click.testing import CliRunner
 
 from tests.uwm_edit import UWM
-from uwm_deploy import resources
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.fingerprint import digest_of_array
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.pipeline import Request, run
-from uwm_deploy.records import EditRecord, Evidence, Method, Result, VerifyReport
-from uwm_deploy.refit import RefitRequest, refit
+from uwm_deploy.pipeline.refit import RefitRequest, refit
+from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.edit import EditRecord, Method
+from uwm_deploy.records.evidence import Evidence, VerifyReport
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.uwm.digests import digest_of_tensor
+from uwm_deploy.towers.digests import digest_of_tensor
+from uwm_deploy.towers.load import load_model
 
 VARIANTS = ("onnxruntime-fp32", "onnxruntime-fp16", "onnxruntime-int8")
 QUIET = Reporter(quiet=True)
@@ -116,7 +118,7 @@ def test_revert_gives_the_weights_of_the_source_model(request_: Request, bundle:
 
 
 def load_model_of(request_: Request):
-    from uwm_deploy.pipeline import resolved_recipe
+    from uwm_deploy.pipeline.run import resolved_recipe
 
     recipe = resolved_recipe(request_)
     return load_model(recipe, folder=Path(recipe.model.repo), device="cpu")
@@ -331,8 +333,8 @@ def test_an_engine_that_is_not_refittable_is_left_out_or_refused(
     request_: Request, bundle: Path, tmp_path: Path
 ) -> None:
     """TensorRT engines need to be built for it, and a GPU: with nothing else to refit, it is an environment error."""
-    from uwm_deploy.records import Target
-    from uwm_deploy.stages.refit import reason_against, refit_engine
+    from uwm_deploy.pipeline.refit_graphs import reason_against, refit_engine
+    from uwm_deploy.records.graph import Target
 
     engine = open_bundle(bundle).manifest.engines[0]
     plain = dataclasses.replace(engine, target=Target.TENSORRT, settings={"refittable": "false"})
@@ -344,7 +346,7 @@ def test_an_engine_that_is_not_refittable_is_left_out_or_refused(
 def test_a_signed_bundle_is_refitted_and_signed_again(request_: Request, bundle: Path, tmp_path: Path) -> None:
     """In its place with the key: the new edit has a signature of its own; a revert, which never passes, has none."""
     from tests.unit.test_signature import write_keys
-    from uwm_deploy.signing import Resigning, sign_bundle
+    from uwm_deploy.bundle.sign import Resigning, sign_bundle
 
     key, public = write_keys(tmp_path, "key")
     place = tmp_path / "bundle"

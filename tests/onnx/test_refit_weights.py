@@ -16,6 +16,8 @@ import torch
 from tests.onnx.conftest import Exported, make_case
 from tests.onnx.test_edit_kinds import lowered, placement_of
 from tests.onnx.test_precision import PROFILE, convert, ranges_for
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.proof import promised_by
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
@@ -30,13 +32,7 @@ from uwm_deploy.graphs.stored import (
     replace_tensors,
 )
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.records import EditRecord, EditStep, ImageSpec, Method, ModelRef, Placement, Precision, Target, TextSpec
-from uwm_deploy.runtime.session import open_engine
-from uwm_deploy.runtime.tensorrt import gpu_reason
-from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.convert import embed_with, lower
-from uwm_deploy.stages.proof import promised_by
-from uwm_deploy.stages.refit import (
+from uwm_deploy.pipeline.refit_graphs import (
     Swap,
     _kind_of,
     held_tensors,
@@ -46,8 +42,14 @@ from uwm_deploy.stages.refit import (
     reverted,
     without_edit,
 )
-from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.records.edit import EditRecord, EditStep, Method, Placement
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import Precision, Target
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec
+from uwm_deploy.runtime.session import open_engine
+from uwm_deploy.runtime.tensorrt import gpu_reason
+from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert.convert import embed_with, lower
 
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="not run: package tensorrt_rtx is not installed"

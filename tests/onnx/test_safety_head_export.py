@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, model_of, reduced
-from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, HeadShape, Profile, Target, TensorEdit, TowerName
+from uwm_deploy.edits.patch import Patch, TensorPatch
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.graph import Profile, Target
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, HeadShape
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.stages.export import onnx_from_tower
+from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.safety_head import SafetyHeadModule, tokens_of, with_head
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import Patch, TensorPatch
 
 DIGEST = "sha256:" + "1" * 64
 

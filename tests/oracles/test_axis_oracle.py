@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from tests.oracles import axis_oracle as oracle
-from uwm_deploy.records import AxisSetting, TowerName
-from uwm_deploy.uwm.axis import maps_of
-from uwm_deploy.uwm.fold import folded_into_norm
-from uwm_deploy.uwm.moments import Moments, moments_of
+from uwm_deploy.edits.axis import maps_of
+from uwm_deploy.edits.fold import folded_into_norm
+from uwm_deploy.edits.moments import Moments, moments_of
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import AxisSetting
 
 LETTER = {TowerName.IMAGE: "v", TowerName.TEXT: "t"}
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import gradient_oracle as oracle
+from uwm_deploy.edits.gradient import LOSSES, Embedded, GradientScorer, only_requiring_grad
 from uwm_deploy.errors import ContractError
-from uwm_deploy.uwm.gradient import LOSSES, Embedded, GradientScorer, only_requiring_grad
 
 SLOW = {"gradient-unsafe": oracle.loss_unsafe, "gradient-safe-clip": oracle.loss_safe_clip}
 DIM = 3

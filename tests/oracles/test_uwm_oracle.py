@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import uwm_oracle as oracle
+from uwm_deploy.edits.saliency import LayerScorer, token_statistics
+from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.errors import ContractError
-from uwm_deploy.records import Pairing, Rule, Selection
-from uwm_deploy.uwm.saliency import LayerScorer, token_statistics
-from uwm_deploy.uwm.selection import selected_indices
+from uwm_deploy.records.edit import Pairing, Rule, Selection
 
 
 def _data(seed: int, pairs: int, tokens: int, rows: int, columns: int, shift: float) -> tuple[np.ndarray, ...]:

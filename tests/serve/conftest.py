@@ -11,17 +11,20 @@ import pytest
 
 from tests.serve.server import Server, started, wait
 from tests.small_build import build_small
-from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.proof import promised_by
 from uwm_deploy.graphs.stored import Replacement
-from uwm_deploy.pipeline import Request
-from uwm_deploy.records import Result, Target, TowerName, Verdict, VerifyReport
-from uwm_deploy.runtime.bundle import open_bundle
+from uwm_deploy.pipeline.refit_graphs import Swap, held_tensors, refit_engine, reverted, without_edit
+from uwm_deploy.pipeline.run import Request
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import Target
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.serve.repository import write_repository
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.stages.proof import promised_by
-from uwm_deploy.stages.refit import Swap, held_tensors, refit_engine, reverted, without_edit
-from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.workspace import digest_of_bytes
 
 VARIANT = "onnxruntime-fp32"
 

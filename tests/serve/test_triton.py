@@ -25,13 +25,14 @@ from PIL import Image
 
 from tests.serve.conftest import VARIANT, as_plans, repacked
 from tests.serve.server import ROOT, Server, started, wait
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.datasets.encoded import objects
+from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.pipeline import Request
-from uwm_deploy.records import EngineArtifact, Target, TowerName
+from uwm_deploy.pipeline.run import Request
+from uwm_deploy.records.graph import EngineArtifact, Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.serve import guard
 from uwm_deploy.serve.client import AnswerError, open_client

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from uwm_deploy.console import Reporter
-from uwm_deploy.records import Trainer, TrainingRecord
+from uwm_deploy.records.training import Trainer, TrainingRecord
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.training.trainer import TrainRequest, train
 
 SHORT = {"batch": 16, "rate": 3e-3, "validation_share": 0.34}

@@ -12,15 +12,19 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.inspection import describe
-from uwm_deploy.pipeline import Outcome, Request, run
-from uwm_deploy.records import EditKind, Evidence, Method, Result, TowerName, Trainer, TrainingRecord
+from uwm_deploy.pipeline.run import Outcome, Request, run
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.edit import EditKind, Method
+from uwm_deploy.records.evidence import Evidence
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.training import Trainer, TrainingRecord
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.report.inspection import describe
 
 QUIET = Reporter(quiet=True)
 ROOT = Path(__file__).parents[2]

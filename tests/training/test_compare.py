@@ -11,23 +11,26 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.oracles import training_oracle as oracle
-from uwm_deploy import method_comparison as comparison
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import unit_rows
-from uwm_deploy.datasets.source import open_source
+from uwm_deploy.data.embedding import unit_rows
+from uwm_deploy.data.source import open_source
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import repaired
 from uwm_deploy.errors import DataError, InputError
-from uwm_deploy.evaluation import Subject, ground_of
-from uwm_deploy.pipeline import Request, calibration_set_of, load_source, run
-from uwm_deploy.records import EditRecord, MethodComparison, TowerName, Trainer, TrainingRecord
+from uwm_deploy.pipeline.run import Request, calibration_set_of, load_source, run
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.studies import MethodComparison
+from uwm_deploy.records.training import Trainer, TrainingRecord
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.methods import compared
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.nearest import nearest_partners
-from uwm_deploy.stages.pairs import repaired
-from uwm_deploy.stages.verify import encode_with
+from uwm_deploy.stages.score.nearest import nearest_partners
+from uwm_deploy.stages.verify.verify import encode_with
+from uwm_deploy.studies import compare as comparison
+from uwm_deploy.studies.evaluate import Subject, ground_of
 
 QUIET = Reporter(quiet=True)
 Models = dict[Trainer, tuple[Path, TrainingRecord]]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.oracles import training_oracle as oracle
-from uwm_deploy.datasets.nearest import nearest_safe, stages_of
+from uwm_deploy.data.nearest_captions import nearest_safe, stages_of
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records import Trainer
+from uwm_deploy.records.training import Trainer
 from uwm_deploy.training.losses import (
     Members,
     Targets,

@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from uwm_deploy.bundle.head import check_head
 from uwm_deploy.errors import DataError, IntegrityError, RecipeError
-from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.records import Action, CalibrationRecord, HeadShape, HeadTraining, SafetyHead
-from uwm_deploy.runtime.head import check_head
+from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.head import Action, HeadShape, HeadTraining, SafetyHead
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.safeground.risk import (
     RiskRows,

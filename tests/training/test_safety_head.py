@@ -22,15 +22,17 @@ from onnx import numpy_helper
 from tests.families import FAMILIES, model_of
 from tests.serve.server import Server, started, wait
 from tests.uwm_edit import UWM
+from uwm_deploy.bundle.head import digest_of_pair, read_head, texts_from
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import bytes_of, encoded, objects, prepare
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
+from uwm_deploy.data.embedding import bytes_of, encoded, objects, prepare
+from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
-from uwm_deploy.inspection import describe
-from uwm_deploy.pipeline import (
+from uwm_deploy.pipeline.refit import RefitRequest, refit
+from uwm_deploy.pipeline.run import (
     Outcome,
     Request,
     attest_bundle,
@@ -39,48 +41,35 @@ from uwm_deploy.pipeline import (
     policy_of,
     run,
 )
-from uwm_deploy.recipe import AutoSpec
-from uwm_deploy.records import (
-    RISK_LEVEL,
-    RISK_LOGITS,
-    Action,
-    ArtifactEvidence,
-    EngineArtifact,
-    Evidence,
-    HeadShape,
-    Manifest,
-    OnnxArtifact,
-    Precision,
-    Profile,
-    Result,
-    Target,
-    TowerName,
-    VerifyReport,
-)
-from uwm_deploy.refit import RefitRequest, refit
+from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
+from uwm_deploy.records.files import STAMP, digest_of_bytes, digest_of_file, stamp
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, HeadShape
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
+from uwm_deploy.report.inspection import describe
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
-from uwm_deploy.selftest.surgery import changed_graph, weights_where
 from uwm_deploy.serve.config import Layout
 from uwm_deploy.serve.names import CATEGORY, DECISION, EMBEDDING, PROBABILITY, RAW, RISK
 from uwm_deploy.serve.repository import write_repository
-from uwm_deploy.stages.audit import audit_of_graph
-from uwm_deploy.stages.convert import layer_names, lower, ranges_of
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.stages.search import Search, Source
+from uwm_deploy.stages.convert.convert import layer_names, lower, ranges_of
+from uwm_deploy.stages.convert.search import Search, Source
+from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.stages.verify.audit import audit_of_graph
+from uwm_deploy.studies.selftest.surgery import changed_graph, weights_where
 from uwm_deploy.towers.safety_head import FLOAT32, SafetyHeadModule, head_from_bytes, tokens_of, with_head
 from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
-from uwm_deploy.training.safety_head_command import HeadRequest, HeadResult, train_safety_head
-from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.workspace import STAMP, digest_of_bytes, digest_of_file, stamp
+from uwm_deploy.training.safety_head_folder import HeadRequest, HeadResult, train_safety_head
 
 ROOT = Path(__file__).parents[2]
 ENGINES = "compile-onnxruntime-fp32"

@@ -15,12 +15,13 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.training.conftest import SHORT, request_for
-from uwm_deploy import resources
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import recipe_of
-from uwm_deploy.records import EpochResult, Trainer, TrainingRecord
-from uwm_deploy.stages.load import load_model
+from uwm_deploy.pipeline.run import recipe_of
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.towers.digests import digest_of_weights
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training import trainer
 from uwm_deploy.training.adapters import Adapters, Student
@@ -28,7 +29,6 @@ from uwm_deploy.training.checkpoints import CHECKPOINT, State, read_state, write
 from uwm_deploy.training.losses import Members, safe_clip_terms, weighted_sum
 from uwm_deploy.training.settings import PUBLISHED, TARGETS, settings_of
 from uwm_deploy.training.trainer import train
-from uwm_deploy.uwm.digests import digest_of_weights
 
 QUIET = Reporter(quiet=True)
 

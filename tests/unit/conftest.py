@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.small_build import build_small
-from uwm_deploy.pipeline import Outcome, Request
+from uwm_deploy.pipeline.run import Outcome, Request
 
 
 @pytest.fixture(scope="session")

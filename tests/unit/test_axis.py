@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from uwm_deploy.edits.axis import AffineMap, maps_of, repelling_rows, require_valid, ridged, score_direction
+from uwm_deploy.edits.eigen import least_eigenvectors, top_eigenvectors
+from uwm_deploy.edits.fold import folded_into_bias, folded_into_norm, with_bias, with_one
+from uwm_deploy.edits.leace import eraser, leace_maps
+from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.errors import DataError, InputError, IntegrityError
-from uwm_deploy.records import AxisSetting, TowerName
-from uwm_deploy.uwm.axis import AffineMap, maps_of, repelling_rows, require_valid, ridged, score_direction
-from uwm_deploy.uwm.eigen import least_eigenvectors, top_eigenvectors
-from uwm_deploy.uwm.fold import folded_into_bias, folded_into_norm, with_bias, with_one
-from uwm_deploy.uwm.leace import eraser, leace_maps
-from uwm_deploy.uwm.moments import Moments, moments_of
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import AxisSetting
 
 SETTING = AxisSetting(g=0.6, o=0.5, kappa=0.4, a=0.5, tau=0.0)
 REPELLING = replace(SETTING, tau=0.5, axes=2, repel_image=0.2, repel_text=0.1)

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from uwm_deploy import resources
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import RecipeError
-from uwm_deploy.recipe import recipe_from_toml
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import recipe_from_toml
 
 ROOT = Path(__file__).parents[2]
 DEMO = resources.checkpoint_folder("shipped:demo", "")

@@ -10,18 +10,21 @@ import pytest
 from click.testing import CliRunner
 
 from tests.reports import artifact, digest, embedded, report
-from uwm_deploy.baseline import BASELINE, accepted, changes, read_baseline, write_baseline
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import bundle_from_parts
-from uwm_deploy.policy import policy_from_toml
-from uwm_deploy.records import Baseline, Precision, Result, SafetyReport, Verdict, VerifyReport
+from uwm_deploy.pipeline.baseline import BASELINE, accepted, changes, read_baseline, write_baseline
+from uwm_deploy.pipeline.run import bundle_from_parts
+from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.records.verdict import Baseline, Result, Verdict
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.safeground.embedded import flips_between, yardstick_of
 from uwm_deploy.safeground.retrieval import MEANS, PAIRED
-from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.gate.gate import gate
 
 POLICY = (
     'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "P_ts"\nat_least = 1\n'

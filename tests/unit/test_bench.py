@@ -16,18 +16,20 @@ import pytest
 from click.testing import CliRunner
 
 from tests.uwm_edit import UWM
-from uwm_deploy import engine_bench
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.inspection import machine_rows
-from uwm_deploy.pipeline import Request, run
-from uwm_deploy.records import BenchReport, LayerSensitivity, Precision, PrecisionPlan, PrecisionStep, TowerName
+from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.graph import LayerSensitivity, Precision, PrecisionPlan, PrecisionStep
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.studies import BenchReport
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.report.inspection import machine_rows
+from uwm_deploy.report.summary import print_plan
 from uwm_deploy.runtime import probe
-from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.tensorrt import gpu_reason
-from uwm_deploy.summary import print_plan
+from uwm_deploy.studies import bench as engine_bench
 
 ROOT = Path(__file__).parents[2]
 POLICY = """format = 1

@@ -8,22 +8,14 @@ import numpy as np
 import pytest
 
 from tests.reports import digest, embedded, report
-from uwm_deploy.pipeline import policy_of
-from uwm_deploy.records import (
-    BatchCheck,
-    Cause,
-    EditProof,
-    Goldens,
-    GraphAudit,
-    Result,
-    TowerName,
-    Verdict,
-    VerifyReport,
-)
+from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.records.evidence import BatchCheck, EditProof, Goldens, GraphAudit, VerifyReport
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Cause, Result, Verdict
 from uwm_deploy.safeground.health import anisotropy, data_health
-from uwm_deploy.stages.executed import check_batches
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.soundness import absent_concepts
+from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.stages.gate.soundness import absent_concepts
+from uwm_deploy.stages.verify.executed import check_batches
 
 GOLDENS = Goldens(images=5, captions=8, grey_levels=1.0, ids_differ=0, cosine_min={"image": 1.0, "text": 1.0})
 

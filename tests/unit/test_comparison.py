@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from tests.drawn_sets import drawn_set
 from tests.uwm_edit import with_edit
 from uwm_deploy.cli import cli
-from uwm_deploy.comparison import (
+from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
+from uwm_deploy.errors import InputError
+from uwm_deploy.records.edit import Method
+from uwm_deploy.records.metrics import Estimate, Geometry, Proportion, SafetyReport
+from uwm_deploy.report.paper_table import (
     COLUMNS,
     PRICE_COLUMNS,
     markdown_table,
@@ -20,12 +24,9 @@ from uwm_deploy.comparison import (
     table_rows,
     zero_shot_rows,
 )
-from uwm_deploy.datasets.zero_shot_table import NAMES, PUBLISHED
-from uwm_deploy.errors import InputError
-from uwm_deploy.evaluation import subject_from
-from uwm_deploy.published import published
-from uwm_deploy.records import Estimate, Geometry, Method, Proportion, SafetyReport
 from uwm_deploy.safeground.preference import METRICS
+from uwm_deploy.studies.evaluate import subject_from
+from uwm_deploy.studies.published import published
 
 
 def _proportion(value: float, n: int = 1000) -> Proportion:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.data_sets import members, pair, png, put, toml, write_shard
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.records import DataReport, LeftOut, SameContent
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.data import DataReport, LeftOut, SameContent
 
 
 def _check(*arguments: object) -> tuple[int, str]:

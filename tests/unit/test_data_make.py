@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from tests.data_sets import png, put
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.datasets.source import QuadrupleSource, open_source
-from uwm_deploy.datasets.table import set_of_manifest
-from uwm_deploy.records import MadeManifest
+from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.table import set_of_manifest
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.data import MadeManifest
 
 
 def _make(*arguments: object) -> tuple[int, str]:

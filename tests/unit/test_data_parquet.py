@@ -12,8 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from tests.data_sets import open_manifest, open_set, png, put
-from uwm_deploy.datasets.reading import read_all
-from uwm_deploy.datasets.source import QuadrupleSource
+from uwm_deploy.data.reading import read_all
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError, PrerequisiteError
 
 N = 40

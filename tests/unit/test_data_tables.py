@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.data_sets import open_manifest, open_set, pair, png, put
-from uwm_deploy.datasets import rows as rows_module
-from uwm_deploy.datasets.patterns import Pattern
-from uwm_deploy.datasets.source import QuadrupleSource
+from uwm_deploy.data import rows as rows_module
+from uwm_deploy.data.patterns import Pattern
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError, RecipeError
 
 COLUMNS = {"id": "number", "concept": "tag", "safe_text": "calm", "unsafe_text": "wild"}

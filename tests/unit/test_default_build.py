@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from tests.unit.test_examples import EXAMPLES, example
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.source import open_source
-from uwm_deploy.pipeline import Outcome, Request, calibration_set_of, run
-from uwm_deploy.records import EditRecord, FoldKind, Placement, Result, SafetyReport, StrengthChoice, VerifyReport
+from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.data.source import open_source
+from uwm_deploy.pipeline.attest import reference_of
+from uwm_deploy.pipeline.run import Outcome, Request, calibration_set_of, run
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import EditRecord, Placement
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.records.strength import FoldKind, StrengthChoice
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
-from uwm_deploy.stages.attest import reference_of
 
 ROOT = Path(__file__).parents[2]
 PAIRS = 60

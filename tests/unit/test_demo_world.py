@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uwm_deploy.demo import drawing, world
+from uwm_deploy.data.demo import drawing, world
 
 MODEL = Path(world.__file__).parent / "model"
 SPLITS: tuple[world.Split, ...] = ("train", "calibration", "validation", "test")
@@ -76,7 +76,7 @@ def test_an_item_follows_from_its_split_and_index(split: world.Split) -> None:
 def test_the_world_is_the_same_in_another_process() -> None:
     """Nothing depends on hash seeds or on what was drawn before, and the world needs no torch."""
     code = (
-        "import hashlib, sys; from uwm_deploy.demo import world; q = world.quadruple('test', 11);"
+        "import hashlib, sys; from uwm_deploy.data.demo import world; q = world.quadruple('test', 11);"
         "print(hashlib.sha256(q.unsafe_image.tobytes() + q.unsafe_text.encode()).hexdigest(), 'torch' in sys.modules)"
     )
     root = Path(world.__file__).parents[2]

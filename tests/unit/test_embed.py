@@ -22,15 +22,15 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.data_sets import put, write_shard
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.embedding import EmbedBatch, PartWriter, finished_keys
-from uwm_deploy.embedding.job import _batches
-from uwm_deploy.embedding.sources import Item
 from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.serve.embed import EmbedBatch, PartWriter, finished_keys
+from uwm_deploy.serve.embed.job import _batches
+from uwm_deploy.serve.embed.sources import Item
 
 ROOT = Path(__file__).parents[2]
 
@@ -356,7 +356,7 @@ def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch
         read.append(number)
         return bytes(100)
 
-    monkeypatch.setattr("uwm_deploy.embedding.job.MOST_BYTES", 250)
+    monkeypatch.setattr("uwm_deploy.serve.embed.job.MOST_BYTES", 250)
     found = _batches((Item(str(n), lambda n=n: load(n)) for n in range(7)), 5)  # type: ignore[misc]
     assert len(next(found)) == 3
     assert read == [0, 1, 2]

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 
+from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.pipeline import Outcome, Request
-from uwm_deploy.records import TowerName
+from uwm_deploy.pipeline.run import Outcome, Request
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.stages.package import bundle_from_parts
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -18,32 +18,26 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, distributed, nn
 
-from uwm_deploy import resources, torchrun
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.demo import DemoSource
-from uwm_deploy.datasets.source import PairBatch, QuadrupleSource
+from uwm_deploy.data import torchrun
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.data.source import PairBatch, QuadrupleSource
+from uwm_deploy.edits import sharded_sums as shards
+from uwm_deploy.edits.closed_form import tensors_of
+from uwm_deploy.edits.fit_files import FEATURES, SUMS, read_features, read_sums
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import in_order
+from uwm_deploy.edits.sharded_sums import Scale
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
-from uwm_deploy.records import (
-    AxisSetting,
-    CalibrationRecord,
-    FitRecord,
-    ImageSpec,
-    LeftOut,
-    Method,
-    ModelRef,
-    Placement,
-    TextSpec,
-    TowerName,
-)
+from uwm_deploy.pipeline.run import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.data import CalibrationRecord, LeftOut
+from uwm_deploy.records.edit import FitRecord, Method, Placement
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records.strength import AxisSetting
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages import shards
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.closed_form import tensors_of
-from uwm_deploy.stages.fit import FEATURES, KEPT, SUMS, fit_to_folder, read_features, read_sums
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.pairs import in_order
-from uwm_deploy.stages.shards import Scale
+from uwm_deploy.stages.fit import KEPT, fit_to_folder
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel, ModuleTower
 
 ROOT = Path(__file__).parents[2]

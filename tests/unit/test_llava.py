@@ -13,9 +13,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.families import reduced
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import Recipe
-from uwm_deploy.stages.load import load_model
+from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.towers.llava import swap_vision_tower, vision_name
+from uwm_deploy.towers.load import load_model
 
 VISION = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,

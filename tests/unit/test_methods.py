@@ -17,29 +17,32 @@ from safetensors.torch import load_file
 from tests.families import FAMILIES, model_of, reduced
 from tests.uwm_edit import STEP, UWM, entries, with_edit
 from uwm_deploy.cli import cli
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.demo import DemoSource
-from uwm_deploy.datasets.source import PairBatch
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.data.source import PairBatch
+from uwm_deploy.edits.gradient import LOSSES, Embedded
+from uwm_deploy.edits.methods import PRESETS, gradient_batch, needs_gradients, selects, with_method
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import Tally, scoring_order
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.selection import entries_of_share, selected_indices
 from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, RecipeError
-from uwm_deploy.inspection import describe, method_line
-from uwm_deploy.pipeline import Request, calibration_set_of, recipe_of, run
-from uwm_deploy.recipe import EditSpecs, recipe_from_toml
-from uwm_deploy.records import CLOSED_FORM, LeftOut, Method, Pairing, Result, Rule, ScoreRecord, Selection, TowerName
+from uwm_deploy.pipeline.run import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.recipes.recipe import EditSpecs, recipe_from_toml
+from uwm_deploy.records.data import LeftOut
+from uwm_deploy.records.edit import CLOSED_FORM, Method, Pairing, Rule, ScoreRecord, Selection
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.report.inspection import describe, method_line
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages import score_gradients
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.edit import edit_to_folder
-from uwm_deploy.stages.load import load_model
-from uwm_deploy.stages.pairs import Tally, scoring_order
-from uwm_deploy.stages.score import score_to_folder
-from uwm_deploy.sweep import edited_points
+from uwm_deploy.stages.edit.edit import edit_to_folder
+from uwm_deploy.stages.score import gradients as score_gradients
+from uwm_deploy.stages.score.score import score_to_folder
+from uwm_deploy.studies.sweep import edited_points
+from uwm_deploy.towers.digests import digest_of_weights
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.digests import digest_of_weights
-from uwm_deploy.uwm.gradient import LOSSES, Embedded
-from uwm_deploy.uwm.methods import PRESETS, gradient_batch, needs_gradients, selects, with_method
-from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.uwm.selection import entries_of_share, selected_indices
 
 ROOT = Path(__file__).parents[2]
 PAIRS = 6
@@ -74,14 +77,14 @@ def scored(model: LoadedModel, edits: EditSpecs, folder: Path, limit: int = PAIR
 @pytest.fixture(scope="module")
 def demo() -> tuple[EditSpecs, LoadedModel]:
     """The shipped model and what its recipe edits; not to be changed."""
-    from uwm_deploy import resources
+    from uwm_deploy.recipes import shipped as resources
 
     recipe, _ = recipe_of("demo")
     return entries(), load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")
 
 
 def fresh_demo() -> LoadedModel:
-    from uwm_deploy import resources
+    from uwm_deploy.recipes import shipped as resources
 
     recipe, _ = recipe_of("demo")
     return load_model(recipe, folder=resources.checkpoint_folder("shipped:demo", ""), device="cpu")

@@ -21,12 +21,7 @@ from pyarrow import parquet
 
 from tests.data_sets import put
 from uwm_deploy.cli import cli
-from uwm_deploy.embedding import PartWriter, stored_index, stored_npy
-from uwm_deploy.embedding.known import Evidence, evidence_of
-from uwm_deploy.embedding.migrate import MigrateReport, Migration, migrate, open_stored
-from uwm_deploy.embedding.migrate_command import _told, _tower
-from uwm_deploy.embedding.parts import METADATA
-from uwm_deploy.embedding.stored import Label
+from uwm_deploy.commands.migrate import _told, _tower
 from uwm_deploy.errors import (
     ContractError,
     DataError,
@@ -36,9 +31,14 @@ from uwm_deploy.errors import (
     PrerequisiteError,
     UwmError,
 )
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.embedding_map import EmbeddingMap, Mapper
 from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.serve.embed import PartWriter, stored_index, stored_npy
+from uwm_deploy.serve.embed.known import Evidence, evidence_of
+from uwm_deploy.serve.embed.migrate import MigrateReport, Migration, migrate, open_stored
+from uwm_deploy.serve.embed.parts import METADATA
+from uwm_deploy.serve.embed.stored import Label
 
 ROOT = Path(__file__).parents[2]
 DIM = 12

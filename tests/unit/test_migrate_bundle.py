@@ -16,19 +16,23 @@ from safetensors.numpy import load, load_file, save
 
 from tests.data_sets import put, toml
 from tests.unit.test_examples import example
+from uwm_deploy.bundle.open import Bundle, open_bundle
+from uwm_deploy.bundle.space import space_before, space_of
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.console import Reporter
-from uwm_deploy.embedding.migrate import cosine_min, migration_of
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
-from uwm_deploy.pipeline import Request, run
-from uwm_deploy.records import AxisSetting, Placement, Precision, TowerName, VerifyReport
+from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import Placement
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import AxisSetting
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import Bundle, open_bundle
 from uwm_deploy.runtime.embedding_map import maps_of_bundle
-from uwm_deploy.runtime.space import space_before, space_of
 from uwm_deploy.safeground.embedded import EmbeddedSet
-from uwm_deploy.stages.package import bundle_from_parts
+from uwm_deploy.serve.embed.migrate import cosine_min, migration_of
 
 FP32, FP16 = "onnxruntime-fp32", "onnxruntime-fp16"
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.uwm_edit import UWM
-from uwm_deploy.codec import record_from_json
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.demo import DemoSource
+from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.errors import DataError
-from uwm_deploy.pipeline import Request, calibration_set_of, run
-from uwm_deploy.records import EditRecord, TowerName
+from uwm_deploy.pipeline.run import Request, calibration_set_of, run
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.report.console import Reporter
 
 ITEMS = 48
 

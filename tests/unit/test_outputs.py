@@ -20,24 +20,17 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 from tests.reports import artifact, digest, embedded, not_run, report, with_artifact
-from uwm_deploy import records, resources
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, plain_from_record, record_from_json
-from uwm_deploy.policy import policy_from_toml, rule_lines
-from uwm_deploy.recipe import recipe_from_toml
-from uwm_deploy.records import (
-    SCHEMA_VERSION,
-    CalibrationRecord,
-    EditRecord,
-    EditStep,
-    Method,
-    Precision,
-    Result,
-    Safer,
-    TensorEdit,
-    TowerName,
-    Verdict,
-)
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.policy import policy_from_toml, rule_lines
+from uwm_deploy.recipes.recipe import recipe_from_toml
+from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import EditRecord, EditStep, Method, TensorEdit
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.model import SCHEMA_VERSION, TowerName
+from uwm_deploy.records.schema import PUBLISHED, schema_of, text_of
+from uwm_deploy.records.verdict import Result, Safer, Verdict
 from uwm_deploy.report.card import card_of, is_non_commercial
 from uwm_deploy.report.findings import findings, safer_line, verdict_line
 from uwm_deploy.report.github import ANNOTATIONS, annotations_from_verdict, outputs_from_verdict
@@ -45,8 +38,7 @@ from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_ver
 from uwm_deploy.report.junit import junit_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
-from uwm_deploy.schema import PUBLISHED, schema_of, text_of
-from uwm_deploy.stages.gate import gate
+from uwm_deploy.stages.gate.gate import gate
 
 ROOT = Path(__file__).parents[2]
 POLICY = """format = 1
@@ -244,8 +236,8 @@ def test_every_output_names_every_finding(failing: Verdict, render) -> None:
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_published_schemas_are_current(name: str) -> None:
-    """docs/schema/ holds what the records say; `python -m uwm_deploy.schema RECORD` writes it."""
-    record = getattr(records, PUBLISHED[name])
+    """docs/schema/ holds what the records say; `python -m uwm_deploy.records.schema NAME` writes it."""
+    record = PUBLISHED[name]
     assert (ROOT / "docs" / "schema" / f"{name}.schema.json").read_text() == text_of(record)
     jsonschema.Draft202012Validator.check_schema(schema_of(record))
 
@@ -255,7 +247,7 @@ def test_what_is_written_follows_the_schemas(built, failing: Verdict) -> None:
     request, _ = built
     for name in ("verdict", "verify"):
         body = json.loads((request.out / "reports" / f"{name}.json").read_text())
-        jsonschema.validate(body, schema_of(getattr(records, PUBLISHED[name])))
+        jsonschema.validate(body, schema_of(PUBLISHED[name]))
     body = json.loads(json_from_record(failing))
     validator = jsonschema.Draft202012Validator(schema_of(Verdict))
     assert validator.is_valid(body)
@@ -422,7 +414,7 @@ def test_the_shell_example_says_when_nothing_was_judged(built, shell: dict[str, 
 def test_all_three_check_a_signature(built, policies: Path, shell: dict[str, str], tmp_path: Path) -> None:
     """With a key: 5 for an unsigned bundle, the verdict's code for a signed one, 5 for an older one."""
     from tests.unit.test_signature import write_keys
-    from uwm_deploy.signing import sign_bundle
+    from uwm_deploy.bundle.sign import sign_bundle
 
     request, _ = built
     shutil.copytree(request.out, tmp_path / "b")

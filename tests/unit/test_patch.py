@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from uwm_deploy.edits.patch import Patch, TensorPatch, differing_bits, flip_bits, multiply_entries, replaced
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
-from uwm_deploy.records import EditKind
-from uwm_deploy.uwm.digests import digest_of_tensor
-from uwm_deploy.uwm.patch import Patch, TensorPatch, differing_bits, flip_bits, multiply_entries, replaced
+from uwm_deploy.records.edit import EditKind
+from uwm_deploy.towers.digests import digest_of_tensor
 
 MATRIX, VECTOR, MAP, SCALE = "text_projection.weight", "ln.bias", "image_map.weight", "fc.weight"
 

@@ -17,19 +17,22 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from tests.uwm_edit import UWM_OPTIONS
-from uwm_deploy import resources
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
+from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.evaluation import evaluate, subject_from
-from uwm_deploy.pipeline import Request, attest_bundle, judge_file, recipe_of, run
-from uwm_deploy.records import Evidence, Result, ScoreRecord, TowerName, VerifyReport
+from uwm_deploy.pipeline.run import Request, attest_bundle, judge_file, recipe_of, run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.edit import ScoreRecord
+from uwm_deploy.records.evidence import Evidence, VerifyReport
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import open_bundle
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED
-from uwm_deploy.uwm.patch import Patch
+from uwm_deploy.studies.evaluate import evaluate, subject_from
 
 ROOT = Path(__file__).parents[2]
 DEMO = resources.checkpoint_folder("shipped:demo", "")
@@ -197,10 +200,10 @@ def test_attest_adds_evidence(built, tmp_path: Path) -> None:
 
 def _repackage(request: Request, manifest, report: VerifyReport, out: Path) -> None:
     """A bundle as a machine without the runtime would have written it: judged by the real gate."""
-    from uwm_deploy.pipeline import policy_of
-    from uwm_deploy.stages.gate import gate
-    from uwm_deploy.stages.package import bundle_from_parts
-    from uwm_deploy.workspace import digest_of_bytes
+    from uwm_deploy.bundle.write import bundle_from_parts
+    from uwm_deploy.pipeline.run import policy_of
+    from uwm_deploy.records.files import digest_of_bytes
+    from uwm_deploy.stages.gate.gate import gate
 
     content = json_from_record(report).encode()
     policy, digest = policy_of(request.policy)
@@ -297,7 +300,7 @@ CAPTIONS = [
 def test_ids_equal_transformers() -> None:
     """Empty, one-word, 200-word, emoji, Chinese and special-token captions get exactly transformers' ids."""
     recipe, _ = recipe_of("demo")
-    from uwm_deploy.stages.load import load_model
+    from uwm_deploy.towers.load import load_model
 
     model = load_model(recipe, folder=DEMO, device="cpu")
     wanted = CLIPTokenizer.from_pretrained(DEMO)(CAPTIONS, padding="max_length", truncation=True, max_length=32)
@@ -310,7 +313,7 @@ def test_ids_equal_transformers() -> None:
 def test_pixels_equal_transformers(size: tuple[int, int], mode: str) -> None:
     """Preprocessing is within one grey level of the processor, for photograph-like images of odd sizes and modes."""
     recipe, _ = recipe_of("demo")
-    from uwm_deploy.stages.load import load_model
+    from uwm_deploy.towers.load import load_model
 
     spec = load_model(recipe, folder=DEMO, device="cpu").ref.image
     rng = np.random.default_rng(size[0])

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reports import artifact, digest, embedded, not_run, report, with_artifact
-from uwm_deploy import resources
 from uwm_deploy.errors import IntegrityError, RecipeError
-from uwm_deploy.policy import EvidenceRule, Limit, Policy, Waiver, policy_from_toml, rule_lines
-from uwm_deploy.records import Check, Precision, Result, Verdict, VerifyReport
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.policy import EvidenceRule, Limit, Policy, Waiver, policy_from_toml, rule_lines
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.safeground.outcomes import bits_of, flips_since, values_of
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.limits import check_value
-from uwm_deploy.stages.measured import Measured
+from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.stages.gate.limits import check_value
+from uwm_deploy.stages.gate.measured import Measured
 
 ROOT = Path(__file__).parents[2]
 HEAD = 'format = 1\nname = "x"\nedit = []\n'

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from tests.reports import digest, report
-from uwm_deploy.recipe import EditSpec, EditSpecs
-from uwm_deploy.records import (
-    CalibrationRecord,
+from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
+from uwm_deploy.edits.proof import (
+    SOLVED_AGAIN,
+    Expected,
+    expected_trained,
+    expected_weights,
+    proof_of,
+    with_closed_form,
+)
+from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import (
     EditKind,
     EditRecord,
     EditStep,
@@ -22,14 +31,11 @@ from uwm_deploy.records import (
     Rule,
     ScoreRecord,
     TensorEdit,
-    TowerName,
-    TrainingRecord,
 )
-from uwm_deploy.stages.edit import tensor_edit
-from uwm_deploy.stages.proof import SOLVED_AGAIN, Expected, expected_weights, proof_of, with_closed_form
-from uwm_deploy.stages.trained import expected_trained
-from uwm_deploy.uwm.digests import digest_of_tensor, digest_of_weights
-from uwm_deploy.uwm.patch import Patch, TensorPatch, multiply_entries, replaced
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.training import TrainingRecord
+from uwm_deploy.stages.edit.edit import tensor_edit
+from uwm_deploy.towers.digests import digest_of_tensor, digest_of_weights
 
 SCORED, OTHER = "layers.0.fc.weight", "layers.1.fc.weight"
 PROJECTION, NORM_BIAS = "projection.weight", "norm.bias"

@@ -8,21 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from uwm_deploy.records import (
-    EditKind,
-    EditRecord,
-    EditStep,
-    ImageSpec,
-    Method,
-    ModelRef,
-    TensorEdit,
-    TextSpec,
-    TowerName,
-)
-from uwm_deploy.refit import _canaries
+from uwm_deploy.edits.patch import Patch, replaced
+from uwm_deploy.pipeline.refit import _canaries
+from uwm_deploy.pipeline.refit_graphs import reverted
+from uwm_deploy.records.edit import EditKind, EditRecord, EditStep, Method, TensorEdit
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
 from uwm_deploy.safeground.embedded import EmbeddedSet
-from uwm_deploy.stages.refit import reverted
-from uwm_deploy.uwm.patch import Patch, replaced
 
 SIZE, N = 4, 20
 

@@ -16,52 +16,38 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save
 
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import policy_of
-from uwm_deploy.records import (
-    ArtifactEvidence,
-    BenchReport,
-    BenchSubject,
-    CalibrationRecord,
-    ColdStart,
-    EditRecord,
-    EditStep,
+from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.recipes.shipped import read_toml
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import EditRecord, EditStep, Method, ScoreRecord, TensorEdit
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import (
     EngineArtifact,
-    Evidence,
     Fingerprint,
-    ImageSpec,
-    Latency,
     LayerSensitivity,
-    Manifest,
-    Method,
-    ModelRef,
     OnnxArtifact,
     Precision,
     PrecisionPlan,
     PrecisionStep,
     Profile,
-    Result,
-    Safer,
-    ScoreRecord,
-    SweepPoint,
-    SweepReport,
     Target,
-    TensorEdit,
     TensorSpec,
-    TextSpec,
-    TowerName,
-    Verdict,
-    VerifyReport,
 )
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records.studies import BenchReport, BenchSubject, ColdStart, Latency, SweepPoint, SweepReport
+from uwm_deploy.records.verdict import Result, Safer, Verdict
 from uwm_deploy.report import charts
 from uwm_deploy.report.artifacts import shortened
 from uwm_deploy.report.charts import Bar, Group, Point
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page, place_of
 from uwm_deploy.report.markup import Html, tag, visible
-from uwm_deploy.resources import read_toml
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
     ZeroShotEmbeddings,
@@ -71,9 +57,7 @@ from uwm_deploy.safeground.embedded import (
     safety_report,
     yardstick_of,
 )
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.stages.gate.gate import gate
 
 N, DIM = 240, 8
 HOSTILE = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>&\u202eevil\x00"

@@ -11,16 +11,17 @@ from click.testing import CliRunner
 
 from tests.drawn_sets import drawn_set
 from tests.zero_shot_folders import make
-from uwm_deploy import published as published_module
-from uwm_deploy import reproduction, resources
 from uwm_deploy.cli import cli
-from uwm_deploy.comparison import COLUMNS, MEAN
-from uwm_deploy.datasets.source import ROOT_VARIABLE
-from uwm_deploy.datasets.zero_shot import DEMO_SETS
-from uwm_deploy.datasets.zero_shot_table import NAMES
-from uwm_deploy.demo import world
-from uwm_deploy.published import published
-from uwm_deploy.records import Method
+from uwm_deploy.data.demo import world
+from uwm_deploy.data.source import ROOT_VARIABLE
+from uwm_deploy.data.zero_shot import DEMO_SETS
+from uwm_deploy.data.zero_shot_table import NAMES
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.edit import Method
+from uwm_deploy.report.paper_table import COLUMNS, MEAN
+from uwm_deploy.studies import published as published_module
+from uwm_deploy.studies import reproduce as reproduction
+from uwm_deploy.studies.published import published
 
 TABLES = ("uwm-table-1", "uwm-zero-shot", "uwm-architectures")
 

@@ -14,18 +14,18 @@ import pytest
 from click.testing import CliRunner
 
 from tests.unit.test_signature import Place, files_of, verify, write_keys
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.sign import Resigning, seal_for, sign_bundle
+from uwm_deploy.bundle.signature import SIGNATURE
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.pipeline import Outcome, Request, policy_of
-from uwm_deploy.records import Evidence
+from uwm_deploy.pipeline.run import Outcome, Request, policy_of
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.evidence import Evidence
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.signature import SIGNATURE
-from uwm_deploy.signing import Resigning, seal_for, sign_bundle
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.stages.gate.gate import gate
 
 DESERIALISERS = {"onnxruntime", "safetensors", "tokenizers", "tensorrt", "tensorrt_rtx"}
 
@@ -249,13 +249,13 @@ def test_every_command_refuses_a_changed_bundle_first(
     folder.mkdir()
     known = commands(bundle, folder, place)
     for module in (
-        "refit",
-        "evaluation",
-        "diagnosis",
-        "engine_bench",
-        "embedding.command",
+        "pipeline.refit",
+        "studies.evaluate",
+        "studies.diagnose",
+        "studies.bench",
+        "commands.embed",
         "report.html",
-        "inspection",
+        "report.inspection",
     ):
         importlib.import_module(f"uwm_deploy.{module}")  # so that an import is not taken for a call
     watched = "engines/onnxruntime-fp32/text.onnx"

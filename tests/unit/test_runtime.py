@@ -18,16 +18,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save
 
-from uwm_deploy.codec import json_from_record
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.errors import BusyError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.pipeline import policy_of
-from uwm_deploy.records import TowerName
+from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.tensorrt import gpu_reason
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.stages.gate.gate import gate
 
 VARIANT = "onnxruntime-fp32"
 

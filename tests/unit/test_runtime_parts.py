@@ -21,7 +21,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, processors
 
 from uwm_deploy.errors import BusyError, ContractError, DataError, InputError, PrerequisiteError
-from uwm_deploy.records import ImageSpec, Profile, TensorSpec, TextSpec
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import Profile, TensorSpec
+from uwm_deploy.records.model import ImageSpec, TextSpec
 from uwm_deploy.runtime.batching import HOLD, Batcher, Places
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
@@ -32,7 +34,6 @@ from uwm_deploy.runtime.metrics import Family, Metrics
 from uwm_deploy.runtime.results import Embeddings, ItemError, Predictions, joined
 from uwm_deploy.runtime.tensorrt import buckets_of
 from uwm_deploy.runtime.tokenizer import MAX_CHARACTERS, Tokenizer
-from uwm_deploy.workspace import digest_of_bytes
 
 SPEC = ImageSpec(
     resize=56,
@@ -206,7 +207,7 @@ def _tokenizer(backend: Backend, eos: int) -> Tokenizer:
 
 
 def _clip_like() -> Tokenizer:
-    from uwm_deploy.demo import tokenizer as demo
+    from uwm_deploy.data.demo import tokenizer as demo
 
     content = (Path(demo.__file__).parent / "model" / "tokenizer.json").read_bytes()
     eos = Backend.from_str(content.decode()).token_to_id("<|endoftext|>")

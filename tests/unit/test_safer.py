@@ -10,18 +10,20 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.reports import Counts, counted, digest, not_run, with_artifact
-from uwm_deploy import resources
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.policy import Limit, Policy, policy_from_toml
-from uwm_deploy.records import Precision, Result, Safer, Verdict, VerifyReport
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.policy import Limit, Policy, policy_from_toml
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.verdict import Result, Safer, Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line
 from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verdict
 from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
 from uwm_deploy.report.junit import junit_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
-from uwm_deploy.stages.gate import gate
-from uwm_deploy.summary import print_verdict
+from uwm_deploy.report.summary import print_verdict
+from uwm_deploy.stages.gate.gate import gate
 
 TODAY = date(2026, 6, 1)
 

@@ -17,28 +17,29 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from tests.uwm_edit import UWM, UWM_OPTIONS, entries
-from uwm_deploy import resources
 from uwm_deploy.cli import cli
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.demo import DemoSource
+from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.data.ranks import Ranks
+from uwm_deploy.data.torchrun import join
+from uwm_deploy.edits import sharded_sums as shards
+from uwm_deploy.edits.methods import needs_gradients, with_method
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import scoring_order
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.selection import selected_indices
+from uwm_deploy.edits.sharded_sums import Scale, Shard, shards_of
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
-from uwm_deploy.pipeline import Outcome, Request, calibration_set_of, recipe_of, run
-from uwm_deploy.ranks import Ranks
-from uwm_deploy.recipe import EditSpecs
-from uwm_deploy.records import Method, ScoreRecord, TowerName
+from uwm_deploy.pipeline.run import Outcome, Request, calibration_set_of, recipe_of, run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.records.edit import Method, ScoreRecord
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages import shards
-from uwm_deploy.stages.calibrate import PairStream
-from uwm_deploy.stages.fitting import MOST_PAIRS, USUAL_PAIRS, _power_of_two, pairs_that_fit
-from uwm_deploy.stages.load import load_model, resolve_device, weights_bytes
-from uwm_deploy.stages.pairs import scoring_order
-from uwm_deploy.stages.score import score_to_folder
-from uwm_deploy.stages.shards import Scale, Shard, shards_of
-from uwm_deploy.torchrun import join
+from uwm_deploy.stages.score.score import score_to_folder
+from uwm_deploy.towers.batch_size import MOST_PAIRS, USUAL_PAIRS, _power_of_two, pairs_that_fit
+from uwm_deploy.towers.load import load_model, resolve_device, weights_bytes
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.uwm.methods import needs_gradients, with_method
-from uwm_deploy.uwm.patch import Patch
-from uwm_deploy.uwm.selection import selected_indices
 
 ROOT = Path(__file__).parents[2]
 PAIRS, SHARD = 90, 32

@@ -24,17 +24,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.unit.test_report import make, write_bundle
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.sign import sign_bundle
+from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.pipeline import Outcome, Request, run
-from uwm_deploy.records import Manifest, Result
-from uwm_deploy.resources import read_toml
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.signature import SIGNATURE, signed_digests
-from uwm_deploy.signing import sign_bundle
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.pipeline.run import Outcome, Request, run
+from uwm_deploy.recipes.shipped import read_toml
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
 
 ROOT = Path(__file__).parents[2]
 DESERIALISERS = ("onnxruntime", "safetensors", "tokenizers", "tensorrt", "tensorrt_rtx", "onnx", "torch", "PIL")
@@ -368,7 +369,7 @@ def test_without_cryptography_the_runtime_works_and_says_when_it_is_needed(place
     """Opening needs it only where a signature is asked for; then it is exit code 6 with the package's name."""
     code = (
         "import sys; sys.modules['cryptography'] = None\n"
-        "from uwm_deploy.runtime.bundle import open_bundle; import uwm_deploy.runtime\n"
+        "from uwm_deploy.bundle.open import open_bundle; import uwm_deploy.runtime\n"
         f"open_bundle({str(place.bundle)!r}); print('opened')\n"
         "from click.testing import CliRunner; from uwm_deploy.cli import cli\n"
         f"for words in (['verify-signature', {str(place.bundle)!r}, '--public-key', {str(place.public)!r}],\n"

@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.unit.test_report import make, write_bundle
 from tests.unit.test_signature import write_keys
+from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.bundle.sign import sign_bundle
+from uwm_deploy.bundle.signature import SIGNATURE
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import Result
-from uwm_deploy.runtime.bundle import open_bundle
-from uwm_deploy.runtime.signature import SIGNATURE
-from uwm_deploy.signing import sign_bundle
+from uwm_deploy.records.verdict import Result
 
 hashing = pytest.importorskip("model_signing.hashing", reason="not run: model-signing is not installed ([sign])")
 signing = pytest.importorskip("model_signing.signing", reason="not run: model-signing is not installed ([sign])")

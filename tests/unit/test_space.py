@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.space import space_before, space_of, spaces_of
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import json_from_record
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import Outcome, Request
-from uwm_deploy.records import Manifest, Target, TowerName
+from uwm_deploy.pipeline.run import Outcome, Request
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.graph import Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
-from uwm_deploy.runtime.space import space_before, space_of, spaces_of
 
 VARIANT = "onnxruntime-fp32"
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_report import HOSTILE, make, write_bundle
-from uwm_deploy.mlbom import BOM
-from uwm_deploy.records import Result, Target
-from uwm_deploy.runtime.bundle import Bundle, open_bundle
-from uwm_deploy.stages.package import bundle_from_parts
-from uwm_deploy.statement import STATEMENT
-from uwm_deploy.workspace import digest_of_file
+from uwm_deploy.bundle.mlbom import BOM
+from uwm_deploy.bundle.open import Bundle, open_bundle
+from uwm_deploy.bundle.statement import STATEMENT
+from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.graph import Target
+from uwm_deploy.records.verdict import Result
 
 
 @pytest.fixture(scope="module")

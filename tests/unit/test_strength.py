@@ -7,25 +7,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.edits.axis import maps_of, require_valid
+from uwm_deploy.edits.candidates import PRESETS, candidates_of
+from uwm_deploy.edits.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures, concept_folds, random_folds
+from uwm_deploy.edits.moments import moments_of
+from uwm_deploy.edits.strength import choose_strength, chosen_setting
 from uwm_deploy.errors import DataError, InputError
-from uwm_deploy.records import (
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import (
     AxisSetting,
     FoldKind,
     StrengthChoice,
     StrengthLimit,
     StrengthLimits,
     StrengthMetrics,
-    TowerName,
 )
 from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.preference import decisions
 from uwm_deploy.safeground.zero_shot import top1
-from uwm_deploy.uwm.axis import maps_of, require_valid
-from uwm_deploy.uwm.candidates import PRESETS, candidates_of
-from uwm_deploy.uwm.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures, concept_folds, random_folds
-from uwm_deploy.uwm.moments import moments_of
-from uwm_deploy.uwm.strength import choose_strength, chosen_setting
 
 IMAGE, TEXT = TowerName.IMAGE, TowerName.TEXT
 SETTINGS = (

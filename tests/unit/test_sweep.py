@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from uwm_deploy.cli import cli
-from uwm_deploy.codec import plain_from_record
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline import Request, load_source, resolved_recipe, run
-from uwm_deploy.records import Proportion, SafetyReport, SweepPoint, TowerName
-from uwm_deploy.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
+from uwm_deploy.pipeline.run import Request, load_source, resolved_recipe, run
+from uwm_deploy.records.codec import plain_from_record
+from uwm_deploy.records.metrics import Proportion, SafetyReport
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.studies import SweepPoint
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.studies.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
 
 PIECES = """format = 1
 name = "few-{split}"

@@ -18,8 +18,8 @@ from tests.families import FAMILIES, NAMES, model_of, recipe_of, reduced
 from uwm_deploy.errors import InputError
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.stages.load import load_model
 from uwm_deploy.towers.attention import ExplicitAttention, make_attention_explicit
+from uwm_deploy.towers.load import load_model
 
 CAPTIONS = [
     "",

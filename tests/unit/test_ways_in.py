@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tests.families import model_of
-from uwm_deploy import resources
 from uwm_deploy.cli import cli, save
-from uwm_deploy.console import Reporter
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline import Outcome, Request, recipe_of, run
+from uwm_deploy.pipeline.run import Outcome, Request, recipe_of, run
+from uwm_deploy.pipeline.save import save_as
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.saving import save_as
-from uwm_deploy.stages.load import load_model
 from uwm_deploy.towers.formats import LAYOUTS, write_layout
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
 
 TEXTS = ["a red circle", "a fire near a blue square", "fire"]

@@ -15,18 +15,20 @@ from torch import Tensor
 
 from tests.families import recipe_of as shipped_recipe
 from tests.families import reduced
-from uwm_deploy import resources
 from uwm_deploy.cli import cli
-from uwm_deploy.console import Reporter
+from uwm_deploy.edits.closed_form import placement_of
 from uwm_deploy.errors import InputError, RecipeError
-from uwm_deploy.pipeline import Request, recipe_of, run
-from uwm_deploy.recipe import AxisSpec, ClosedForm, recipe_from_toml
-from uwm_deploy.records import AxisSetting, Method, Placement, TowerName
-from uwm_deploy.stages.closed_form import placement_of
-from uwm_deploy.stages.load import load_model
+from uwm_deploy.pipeline.run import Request, recipe_of, run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm, recipe_from_toml
+from uwm_deploy.records.edit import Method, Placement
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.strength import AxisSetting
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.embedding_map import put_maps
 from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
 from uwm_deploy.towers.llava import swap_vision_tower
+from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import MAPS, LoadedModel
 
 SETTING = AxisSetting(g=0.5, o=0.5, kappa=0.2, a=1.0, tau=0.5)

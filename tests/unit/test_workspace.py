@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.workspace import is_current, locked, stamp, whole_folder, write_atomic
+from uwm_deploy.records.files import is_current, locked, stamp, whole_folder, write_atomic
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     """After kill -9 in the middle, the folder does not exist and the next locked run clears the remains."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from uwm_deploy.workspace import locked, whole_folder\n"
+        "import os, signal, sys; from pathlib import Path; from uwm_deploy.records.files import locked, whole_folder\n"
         "root = Path(sys.argv[1])\n"
         "with locked(root), whole_folder(root / 'stage') as folder:\n"
         "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -91,7 +91,7 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_clear_error() -> None:
     """No space left becomes one line with exit code 6, not a traceback."""
     from uwm_deploy.errors import ExitCode, PrerequisiteError
-    from uwm_deploy.workspace import disk_errors
+    from uwm_deploy.records.files import disk_errors
 
     def fill() -> None:
         with disk_errors(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as stream:

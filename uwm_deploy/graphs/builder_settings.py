@@ -7,8 +7,8 @@ from typing import Any
 
 from uwm_deploy.errors import RecipeError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of
-from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
-from uwm_deploy.records import Profile
+from uwm_deploy.recipes.recipe import CURRENT_GPU, BuilderSpec
+from uwm_deploy.records.graph import Profile
 
 _MIB = 1 << 20
 _SEE = "see docs/compile.md"

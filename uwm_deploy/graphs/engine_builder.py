@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from uwm_deploy.codec import record_from_plain
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
 from uwm_deploy.graphs.layout import mapped_weights
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
-from uwm_deploy.recipe import BuilderSpec
-from uwm_deploy.records import Profile, Target
+from uwm_deploy.recipes.recipe import BuilderSpec
+from uwm_deploy.records.codec import record_from_plain
+from uwm_deploy.records.graph import Profile, Target
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 FAILED = 3

@@ -23,7 +23,7 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.engine_builder import main
 from uwm_deploy.graphs.stored import EIGHT_BITS, in_type
-from uwm_deploy.workspace import write_atomic
+from uwm_deploy.records.files import write_atomic
 
 _KINDS = {
     "FLOAT": onnx.TensorProto.FLOAT,

@@ -12,8 +12,10 @@ import numpy as np
 
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.cpu_integers import stored_forms
-from uwm_deploy.records import Digest, EditKind, Fingerprint, Precision, TensorEdit
-from uwm_deploy.workspace import digest_of_file, joined_digest
+from uwm_deploy.records.edit import EditKind, TensorEdit
+from uwm_deploy.records.files import digest_of_file, joined_digest
+from uwm_deploy.records.graph import Fingerprint, Precision
+from uwm_deploy.records.model import Digest
 
 ZEROED_LIMIT = 0.5
 """Share of edited entries that may become zero: there negation changes nothing, so the edit is lost."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import MAP_NAMES
+from uwm_deploy.records.edit import MAP_NAMES
 
 LINEAR = ("MatMul", "Gemm")
 

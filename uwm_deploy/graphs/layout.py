@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from uwm_deploy.bundle.protobuf import fields, varint
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.protobuf import fields, varint
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""

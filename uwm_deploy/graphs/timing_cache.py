@@ -16,7 +16,7 @@ from typing import Any
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of
-from uwm_deploy.workspace import digest_of_bytes, write_atomic
+from uwm_deploy.records.files import digest_of_bytes, write_atomic
 
 VARIABLE = "UWM_DEPLOY_CACHE"
 """Folder for what can be made again, instead of the user's own one for such things."""

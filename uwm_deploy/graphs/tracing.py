@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config
 from torch.onnx import OnnxExporterError
 
-from uwm_deploy.memory import without_collection
+from uwm_deploy.runtime.memory import without_collection
 
 _ATEN = torch.ops.aten
 _CONVERSIONS = frozenset({_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN.to.other})

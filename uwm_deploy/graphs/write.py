@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from uwm_deploy.protobuf import varint
-from uwm_deploy.records import Digest
-from uwm_deploy.workspace import digest_of_file, joined_digest
+from uwm_deploy.bundle.protobuf import varint
+from uwm_deploy.records.files import digest_of_file, joined_digest
+from uwm_deploy.records.model import Digest
 
 LARGE = 1024
 """Initialisers with more bytes are streamed; smaller ones stay in the graph's own message."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from uwm_deploy.records import PrecisionPlan
+from uwm_deploy.records.graph import PrecisionPlan
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import executed, figure, folded, marked, section, table
 from uwm_deploy.report.charts import Bar, Group

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from uwm_deploy.records import ArtifactEvidence, Evidence, SafetyReport, VerifyReport
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
+from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.report.charts import Tone
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import NOTHING, Child, Html, tag

@@ -8,21 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from uwm_deploy.records import (
-    CLOSED_FORM,
-    ArtifactEvidence,
-    CalibrationRecord,
-    EditKind,
-    EditRecord,
-    Evidence,
-    Method,
-    Placement,
-    Proportion,
-    RiskReport,
-    SafetyReport,
-    Verdict,
-    VerifyReport,
-)
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import CLOSED_FORM, EditKind, EditRecord, Method, Placement
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
+from uwm_deploy.records.metrics import Proportion, RiskReport, SafetyReport
+from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
 from uwm_deploy.safeground.risk import STEPS
 

@@ -11,27 +11,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from uwm_deploy.codec import record_from_json
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records import (
-    BenchReport,
-    BundleFile,
-    EditRecord,
-    EngineArtifact,
-    MethodComparison,
-    OnnxArtifact,
-    PrecisionPlan,
-    SafetyHead,
-    ScoreRecord,
-    SweepReport,
-    TowerName,
-    Verdict,
-    VerifyReport,
-)
-from uwm_deploy.runtime.bundle import MANIFEST, open_bundle
+from uwm_deploy.records.bundle import BundleFile
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import EditRecord, ScoreRecord
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, PrecisionPlan
+from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.studies import BenchReport, MethodComparison, SweepReport
+from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.preference import Decisions
-from uwm_deploy.workspace import digest_of_file
 
 R = TypeVar("R")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from uwm_deploy.records import Blame, Check, Result, Verdict, WaiverState, WorstItem
+from uwm_deploy.records.metrics import WorstItem
+from uwm_deploy.records.verdict import Blame, Check, Result, Verdict, WaiverState
 
 SHOWN, NOT_SHOWN = "shown safer", "not shown safer"
 """The words for an edit; what equals the edited model is faithful, whatever the edit is worth."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from uwm_deploy.records import Check, Result, Verdict
+from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words, safer_line, verdict_line
 
 ANNOTATIONS = 10

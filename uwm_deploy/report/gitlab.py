@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from uwm_deploy.records import Check, Result, Verdict
+from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words
 
 CODE_QUALITY = "gl-code-quality-report.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from uwm_deploy.records import Estimate, Proportion, RiskReport, SafetyHead
+from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.metrics import Estimate, Proportion, RiskReport
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import executed, figure, marked, section, table
 from uwm_deploy.report.charts import Bar, Group, Tone

@@ -10,19 +10,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.codec import plain_from_record
+from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.errors import InputError
-from uwm_deploy.inspection import method_line
-from uwm_deploy.records import Check, Evidence, Result, Verdict
+from uwm_deploy.records.codec import plain_from_record
+from uwm_deploy.records.evidence import Evidence
+from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report import artifacts, blocks, charts, heads, sections
 from uwm_deploy.report.charts import signed
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line, result_words, safer_line, variants_by_word
+from uwm_deploy.report.inspection import method_line
 from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.report.methods import compared
 from uwm_deploy.report.strength import strength
-from uwm_deploy.runtime.bundle import MANIFEST
 from uwm_deploy.safeground.preference import BASIC
 
 _SIGN = {Result.PASS: "✓", Result.FAIL: "✕", Result.INCONCLUSIVE: "?", Result.NOT_RUN: NOTHING}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from uwm_deploy.records import Check, Verdict
+from uwm_deploy.records.verdict import Check, Verdict
 from uwm_deploy.report.findings import (
     cause_line,
     limit_text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from uwm_deploy.records import BenchReport, Latency
+from uwm_deploy.records.studies import BenchReport, Latency
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, section
 from uwm_deploy.report.charts import Bar, Group

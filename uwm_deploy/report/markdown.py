@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from uwm_deploy.records import Check, Verdict
+from uwm_deploy.records.verdict import Check, Verdict
 from uwm_deploy.report.findings import (
     cause_line,
     findings,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from uwm_deploy.records import ComparedMethod, Geometry, MethodComparison
+from uwm_deploy.records.metrics import Geometry
+from uwm_deploy.records.studies import ComparedMethod, MethodComparison
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, folded, section, table
 from uwm_deploy.report.charts import Point, signed

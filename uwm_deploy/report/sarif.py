@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from uwm_deploy.records import Check, Result, Verdict
+from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words
 from uwm_deploy.report.gitlab import digest_of_parts, fingerprint_of
 

@@ -6,19 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from uwm_deploy.inspection import axis_words
-from uwm_deploy.records import (
-    Flips,
-    Geometry,
-    Proportion,
-    RankChange,
-    SweepReport,
-    VerifyReport,
-)
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange
+from uwm_deploy.records.studies import SweepReport
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import executed, figure, folded, marked, section, subjects, table
 from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
 from uwm_deploy.report.evidence import Dossier, Margins
+from uwm_deploy.report.inspection import axis_words
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from uwm_deploy.inspection import axis_words
-from uwm_deploy.records import EditRecord, FoldKind, StrengthCandidate, StrengthChoice, StrengthMetrics
+from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.strength import FoldKind, StrengthCandidate, StrengthChoice, StrengthMetrics
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, folded, section, table
 from uwm_deploy.report.charts import Point
+from uwm_deploy.report.inspection import axis_words
 from uwm_deploy.report.markup import NOTHING, Child, Html
 from uwm_deploy.safeground.tradeoff import pareto
 

@@ -9,10 +9,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.space import weights_before
 from uwm_deploy.errors import ContractError, IntegrityError
-from uwm_deploy.records import MAP_NAMES, TowerName
-from uwm_deploy.runtime.bundle import Bundle
-from uwm_deploy.runtime.space import weights_before
+from uwm_deploy.records.edit import MAP_NAMES
+from uwm_deploy.records.model import TowerName
 
 LENGTH_TOLERANCE = 1e-3
 """How far from 1 an embedding's length may be; float16 rounds by less than half of this."""

@@ -18,13 +18,16 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from uwm_deploy.codec import json_from_record
+from uwm_deploy.bundle.head import PLACE, TEXTS, texts_from
+from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
+from uwm_deploy.bundle.signature import PublicKey
+from uwm_deploy.bundle.space import SpaceId, space_of
 from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
-from uwm_deploy.records import Digest, TowerName
-from uwm_deploy.runtime.bundle import Bundle, engine_path, open_bundle
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
-from uwm_deploy.runtime.head import PLACE, TEXTS, texts_from
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import Metrics
@@ -34,13 +37,10 @@ from uwm_deploy.runtime.selection import Candidate, Selection, candidates, take
 from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import Answer, Prepare, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
-from uwm_deploy.runtime.signature import PublicKey
-from uwm_deploy.runtime.space import SpaceId, space_of
 from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
 from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
 from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT, Canaries
-from uwm_deploy.workspace import digest_of_bytes
 
 OnError = Literal["keep", "raise"]
 """A broken item among several: its row says so (`Embeddings.errors`), or the call fails and names it."""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import ImageSpec
+from uwm_deploy.records.model import ImageSpec
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded."""

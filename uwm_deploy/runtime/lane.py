@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import TensorSpec
+from uwm_deploy.records.graph import TensorSpec
 
 _ALIGNMENT = 256
 """Bytes; TensorRT wants its working memory aligned, and no allocation may be empty."""

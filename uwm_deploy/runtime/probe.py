@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import struct
 
-from uwm_deploy.protobuf import varint
-from uwm_deploy.records import Precision
+from uwm_deploy.bundle.protobuf import varint
+from uwm_deploy.records.graph import Precision
 
 _FLOAT, _INT8, _FLOAT16, _BFLOAT16, _FLOAT8 = (1, 3, 10, 16, 17)
 """Values of onnx.TensorProto.DataType."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import Provider
+from uwm_deploy.records.graph import Provider
 from uwm_deploy.runtime.tensorrt import gpu_reason
 
 NAMES: Mapping[Provider, str] = {

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
 from uwm_deploy.runtime.results import Embeddings
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.risk import ACTIONS, STEPS, categories_of, ranks_of, softmax

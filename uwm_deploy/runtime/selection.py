@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from uwm_deploy.codec import record_from_plain
+from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.records import ArtifactEvidence, Evidence, Precision, Provider, Target, TowerName
-from uwm_deploy.runtime.bundle import Bundle
+from uwm_deploy.records.codec import record_from_plain
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
+from uwm_deploy.records.graph import Precision, Provider, Target
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import Device, provider_of, usable

@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import TowerName
-from uwm_deploy.runtime.bundle import Bundle
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import unit_mean
 from uwm_deploy.safeground.canaries import Canaries
 

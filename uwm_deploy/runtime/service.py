@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uwm_deploy.errors import BusyError, InputError
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.batching import HOLD, Batcher, Places, Run, closed
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.runtime.watch import TowerWatch

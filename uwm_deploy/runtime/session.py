@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import EngineArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.records.graph import EngineArtifact, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records import Profile, Target, TensorSpec
+from uwm_deploy.records.graph import Profile, Target, TensorSpec
 from uwm_deploy.runtime.lane import Cuda, Lane
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}

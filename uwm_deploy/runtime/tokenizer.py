@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import TextSpec
-from uwm_deploy.workspace import digest_of_bytes
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import TextSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import ROWS, SECONDS, Family, Metrics

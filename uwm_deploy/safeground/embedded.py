@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import Flips, OutputParity, RankChange, SafetyReport, TowerName, WorstItem
+from uwm_deploy.records.evidence import OutputParity
+from uwm_deploy.records.metrics import Flips, RankChange, SafetyReport, WorstItem
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.geometry import Shape, geometry, shape_of
 from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.interval import flips

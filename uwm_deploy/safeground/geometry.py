@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import Estimate, Geometry
+from uwm_deploy.records.metrics import Estimate, Geometry
 from uwm_deploy.safeground.retrieval import similarities
 
 NEAREST = 10

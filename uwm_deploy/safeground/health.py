@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from uwm_deploy.records import DataHealth, TowerName
+from uwm_deploy.records.evidence import DataHealth
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.interval import wilson
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import Flips, Proportion
+from uwm_deploy.records.metrics import Flips, Proportion
 
 _Z95 = 1.959963984540054
 _LISTED_IDS = 50

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import Flips, ItemOutcomes, Proportion, SafetyReport
+from uwm_deploy.records.metrics import Flips, ItemOutcomes, Proportion, SafetyReport
 from uwm_deploy.safeground.interval import flips
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS, Decisions
 from uwm_deploy.safeground.retrieval import HARD, ITEMS, Retrieved, retrieval_flips

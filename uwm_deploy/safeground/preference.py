@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import Proportion
+from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.safeground.interval import wilson
 
 BASIC = ("P_ts", "P_tu", "P_vs", "P_vu")

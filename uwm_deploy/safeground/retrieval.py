@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.records import Flips, Proportion
+from uwm_deploy.records.metrics import Flips, Proportion
 from uwm_deploy.safeground.interval import flips, mean_flips, wilson
 
 RECALLS = (1, 5, 10, 20)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.records import Action, CategoryRisk, Estimate, Proportion, RiskReport, SafetyHead
+from uwm_deploy.records.head import Action, SafetyHead
+from uwm_deploy.records.metrics import CategoryRisk, Estimate, Proportion, RiskReport
 from uwm_deploy.safeground.interval import wilson
 
 SAFE = "safe"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from uwm_deploy.records import SafetyReport, SweepPoint
+from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.records.studies import SweepPoint
 
 PICKED_METRIC = "GS"
 """Metric that a sweep picks its point by."""

@@ -6,20 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.records import (
-    RISK_LEVEL,
-    RISK_LOGITS,
-    Digest,
-    EngineArtifact,
-    Manifest,
-    Profile,
-    Target,
-    TensorSpec,
-    TowerName,
-)
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.session import optimisation_of, provider_of
-from uwm_deploy.runtime.space import space_of
 from uwm_deploy.serve.names import (
     BUNDLE,
     BUNDLE_VERSION,

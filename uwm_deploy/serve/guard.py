@@ -13,17 +13,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from uwm_deploy.codec import json_from_record, record_from_json
+from uwm_deploy.bundle.external_data import check_external_data
+from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, read_plain
+from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
+from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
-from uwm_deploy.records import Digest, EngineArtifact, Manifest, Result, TowerName
-from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_paths, read_plain
-from uwm_deploy.runtime.external_data import check_external_data
-from uwm_deploy.runtime.signature import SIGNATURE, signed_digests
-from uwm_deploy.runtime.space import space_of
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.files import digest_of_bytes, digest_of_file, joined_digest
+from uwm_deploy.records.graph import EngineArtifact
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.verdict import Result
 from uwm_deploy.runtime.tensorrt import compute_capability
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 from uwm_deploy.serve.names import BUNDLE, ENCODERS, ENGINE, EVIDENCE, FILES, SPACE, VARIANT, plan_file
-from uwm_deploy.workspace import digest_of_bytes, digest_of_file, joined_digest
 
 PUBLIC_KEY = "UWM_DEPLOY_PUBLIC_KEY"
 """Environment variable of the server: file with the key that must have signed the bundle. Who can change a repository can

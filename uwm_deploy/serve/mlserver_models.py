@@ -20,7 +20,7 @@ from mlserver.errors import InferenceError, MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters, RequestInput
 
 from uwm_deploy.errors import BusyError, InputError
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.serve.guard import PUBLIC_KEY
 from uwm_deploy.serve.names import (

@@ -11,7 +11,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
-from uwm_deploy.records import RISK_LEVEL, RISK_LOGITS, TowerName
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.results import Embeddings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 
 ENCODERS: Mapping[TowerName, str] = {TowerName.IMAGE: "clip_image_encoder", TowerName.TEXT: "clip_text_encoder"}
 """Engine of each tower: prepared rows in, embeddings out."""

@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, read_plain
+from uwm_deploy.bundle.signature import SIGNATURE
+from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records import Digest, EngineArtifact, Target, TowerName
-from uwm_deploy.runtime.bundle import MANIFEST, Bundle, engine_path, read_plain
+from uwm_deploy.records.files import digest_of_bytes, whole_folder
+from uwm_deploy.records.graph import EngineArtifact, Target
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.selection import Place as Kind
 from uwm_deploy.runtime.selection import measured_where, proven_variants, reason_unproven
-from uwm_deploy.runtime.signature import SIGNATURE
-from uwm_deploy.runtime.space import space_of
 from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
 from uwm_deploy.serve.names import DECIDE, ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, RISK, ZERO_SHOT, plan_file
-from uwm_deploy.workspace import digest_of_bytes, whole_folder
 
 _MODEL = '''"""Made by `uwm-deploy triton`; the code is the installed package's."""
 

@@ -9,23 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import ContractError, UwmError
-from uwm_deploy.records import (
-    RISK_LEVEL,
-    RISK_LOGITS,
-    Check,
-    Digest,
-    Manifest,
-    Result,
-    SafetyHead,
-    TowerName,
-    statement,
-)
-from uwm_deploy.runtime.bundle import Bundle
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SafetyHead
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.verdict import Check, Result, statement
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.selection import reason_unproven
 from uwm_deploy.runtime.selftest import canaries_of
-from uwm_deploy.runtime.space import space_of
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 from uwm_deploy.serve.client import AnswerError, Client, Counts
 from uwm_deploy.serve.config import Layout, Message, configs, version_of

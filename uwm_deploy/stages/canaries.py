@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from uwm_deploy.datasets.source import PairBatch
+from uwm_deploy.data.source import PairBatch
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import TowerName
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.canaries import Canaries, choose
 from uwm_deploy.towers.protocol import Tower
 

@@ -12,24 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from uwm_deploy.codec import plain_from_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
 from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.recipe import CURRENT_GPU, BuilderSpec
-from uwm_deploy.records import (
-    EngineArtifact,
-    OnnxArtifact,
-    Precision,
-    Profile,
-    Provider,
-    Target,
-    TensorEdit,
-    variant_name,
-)
+from uwm_deploy.recipes.recipe import CURRENT_GPU, BuilderSpec
+from uwm_deploy.records.codec import plain_from_record
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name

@@ -14,16 +14,18 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
-from uwm_deploy.recipe import ExportSpec
-from uwm_deploy.records import Digest, OnnxArtifact, TensorEdit, TensorSpec
+from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.graph import OnnxArtifact, TensorSpec
+from uwm_deploy.records.model import Digest
 from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
-from uwm_deploy.uwm.patch import Patch
 
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 

@@ -13,25 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from uwm_deploy.codec import json_from_record, record_from_json
-from uwm_deploy.datasets.embedding import PreparedZeroShot
-from uwm_deploy.datasets.source import PairBatch
-from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records import CalibrationRecord, Digest, FitRecord, Method, Placement, TowerName
-from uwm_deploy.stages.closed_form import features_in_place, fitted_weights
-from uwm_deploy.stages.fitting import USUAL_PAIRS, Fitting
-from uwm_deploy.stages.pairs import Pairs, PairsOf, Tally
-from uwm_deploy.stages.shards import Part, Scale, Shard, shards_of, totals
+from uwm_deploy.data.embedding import PreparedZeroShot
+from uwm_deploy.data.source import PairBatch
+from uwm_deploy.edits.closed_form import features_in_place, fitted_weights
+from uwm_deploy.edits.fit_files import FEATURES, RECORD, SUMS
+from uwm_deploy.edits.moments import Moments, moments_of
+from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally
+from uwm_deploy.edits.sharded_sums import Part, Scale, Shard, shards_of, totals
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.edit import FitRecord, Method, Placement
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.towers.batch_size import USUAL_PAIRS, Fitting
+from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.protocol import LoadedModel, Tower
-from uwm_deploy.uwm.digests import digest_of_weights
-from uwm_deploy.uwm.moments import Moments, moments_of
-from uwm_deploy.workspace import digest_of_file
-
-SUMS, FEATURES, RECORD = "fit.safetensors", "features.safetensors", "fit.json"
 
 KEPT = 4096
 """Most quadruples whose features are kept for the choice of the strength; evenly spaced in the set."""
@@ -117,47 +116,6 @@ def fit_to_folder(
     )
     (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
     return record
-
-
-def read_fit(folder: Path) -> FitRecord:
-    """Record of a fit.
-
-    Raises:
-        InputError: If the folder holds none.
-    """
-    file = folder / RECORD
-    if not file.is_file():
-        raise InputError(f"{folder.parent} holds no fit", fix="pass --work with the bundle's run folder")
-    return record_from_json(FitRecord, file.read_bytes(), where=RECORD)
-
-
-def read_sums(folder: Path, fit: FitRecord) -> dict[TowerName, Moments]:
-    """Sums per tower.
-
-    Raises:
-        IntegrityError: If the file is not the one that its record describes.
-    """
-    tensors = _read(folder / SUMS, fit.sums_digest)
-    return {name: Moments.from_tensors(tensors, name.value) for name in TowerName}
-
-
-def read_features(folder: Path, fit: FitRecord) -> dict[str, np.ndarray]:
-    """Kept features by name, see `fit_to_folder`.
-
-    Raises:
-        IntegrityError: If the file is not the one that its record describes.
-    """
-    return _read(folder / FEATURES, fit.features_digest)
-
-
-def _read(path: Path, digest: Digest) -> dict[str, np.ndarray]:
-    try:
-        if digest_of_file(path) == digest:
-            tensors: dict[str, np.ndarray] = load_file(path)
-            return tensors
-    except (OSError, SafetensorError):
-        pass
-    raise IntegrityError(f"{path.name} is not the file its record describes", fix="remove the run folder")
 
 
 def _as_bytes(value: object) -> np.ndarray:

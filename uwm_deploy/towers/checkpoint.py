@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import ImageSpec, TextSpec
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import ImageSpec, TextSpec
 from uwm_deploy.towers.protocol import MAPS
-from uwm_deploy.workspace import digest_of_bytes
 
 transformers_logging.disable_progress_bar()  # progress is ours to show
 

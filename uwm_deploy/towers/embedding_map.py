@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import MAP_NAMES, TowerName
+from uwm_deploy.records.edit import MAP_NAMES
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records import ImageSpec, TextSpec, TowerName
+from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
 from uwm_deploy.towers import open_clip
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LoadedModel

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import Architecture
-from uwm_deploy.records import ImageSpec, TextSpec, TowerName
+from uwm_deploy.recipes.recipe import Architecture
+from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LastMap, LoadedParts, ModuleTower, caption_tokens, jitter

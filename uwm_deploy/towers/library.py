@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from uwm_deploy.recipe import Family
-from uwm_deploy.records import TextSpec
+from uwm_deploy.recipes.recipe import Family
+from uwm_deploy.records.model import TextSpec
 from uwm_deploy.towers import checkpoint
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import Architecture
-from uwm_deploy.records import TowerName
+from uwm_deploy.recipes.recipe import Architecture
+from uwm_deploy.records.files import whole_folder
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.towers import checkpoint, hf_clip
 from uwm_deploy.towers.protocol import MAPS, LoadedParts, ModuleTower
-from uwm_deploy.workspace import whole_folder
 
 FAMILY = "llava"
 FEATURES = "patch_features"

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import Architecture
-from uwm_deploy.records import ImageSpec, TextSpec, TowerName
+from uwm_deploy.recipes.recipe import Architecture
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.attention import make_attention_explicit
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
@@ -33,7 +34,6 @@ from uwm_deploy.towers.protocol import (
     caption_tokens,
     jitter,
 )
-from uwm_deploy.workspace import digest_of_bytes
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import MAP_NAMES, ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records.edit import MAP_NAMES
+from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
 
 INPUTS = {TowerName.IMAGE: "pixel_values", TowerName.TEXT: "input_ids"}
 OUTPUTS = {TowerName.IMAGE: "image_embeds", TowerName.TEXT: "text_embeds"}

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records import RISK_OUTPUTS, HeadShape
+from uwm_deploy.records.head import RISK_OUTPUTS, HeadShape
 from uwm_deploy.towers.embedding_map import mapped
 from uwm_deploy.towers.protocol import ModuleTower, Tower
 

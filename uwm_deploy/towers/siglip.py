@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipe import Architecture
-from uwm_deploy.records import ImageSpec, TowerName
+from uwm_deploy.recipes.recipe import Architecture
+from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.attention import make_attention_explicit
 from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens, jitter

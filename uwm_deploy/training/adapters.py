@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records import Digest, TrainingSettings
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.training import TrainingSettings
+from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training.losses import Members
-from uwm_deploy.uwm.digests import digest_of_tensor
 
 FAMILIES = ("hf-clip",)
 """Families whose modules have the published names."""

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from uwm_deploy.codec import plain_from_record, record_from_plain
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records import EpochResult
-from uwm_deploy.workspace import write_atomic
+from uwm_deploy.records.codec import plain_from_record, record_from_plain
+from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.training import EpochResult
 
 CHECKPOINT = "checkpoint.safetensors"
 

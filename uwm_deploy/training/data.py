@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uwm_deploy.datasets.embedding import PreparedSet
-from uwm_deploy.datasets.nearest import nearest_safe, stages_of
+from uwm_deploy.data.embedding import PreparedSet
+from uwm_deploy.data.nearest_captions import nearest_safe, stages_of
 from uwm_deploy.errors import DataError
-from uwm_deploy.records import TextSpec, Trainer, TrainingSettings
+from uwm_deploy.records.model import TextSpec
+from uwm_deploy.records.training import Trainer, TrainingSettings
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.training.losses import (
     Members,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from uwm_deploy.edits.gradient import LOGIT_SCALE
 from uwm_deploy.errors import ContractError
-from uwm_deploy.uwm.gradient import LOGIT_SCALE
 
 
 class Members(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from uwm_deploy.datasets.reading import Progress
+from uwm_deploy.data.reading import Progress
 from uwm_deploy.errors import ContractError, DataError
-from uwm_deploy.records import HeadCalibration, HeadShape
+from uwm_deploy.records.head import HeadCalibration, HeadShape
 from uwm_deploy.safeground.risk import (
     SAFE,
     RiskRows,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records import Trainer, TrainingSettings
+from uwm_deploy.records.training import Trainer, TrainingSettings
 
 TARGETS = ("k_proj", "v_proj", "out_proj", "fc1", "fc2", "patch_embedding")
 """Safe-CLIP's script; queries have no adapter. For SafeR-CLIP only the rank was published."""

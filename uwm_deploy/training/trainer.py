@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from uwm_deploy import resources
-from uwm_deploy.codec import json_from_record, plain_from_record
-from uwm_deploy.console import Reporter
-from uwm_deploy.datasets.embedding import prepare
-from uwm_deploy.datasets.source import QuadrupleSource, check_own_pairs, open_source
+from uwm_deploy.data.embedding import prepare
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
-from uwm_deploy.pipeline import (
+from uwm_deploy.pipeline.run import (
     TRAINING,
     Request,
     calibration_set_of,
@@ -28,20 +25,24 @@ from uwm_deploy.pipeline import (
     resolved_recipe,
     versions,
 )
-from uwm_deploy.recipe import Recipe, TrainSpec
-from uwm_deploy.records import Digest, EpochResult, Trainer, TrainingRecord, TrainingSettings
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.recipe import Recipe, TrainSpec
+from uwm_deploy.records.codec import json_from_record, plain_from_record
+from uwm_deploy.records.files import digest_of_plain, locked, whole_folder
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord, TrainingSettings
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import recalls
-from uwm_deploy.stages.load import load_model, resolve_device
-from uwm_deploy.stages.verify import embed_model
+from uwm_deploy.stages.verify.verify import embed_model
+from uwm_deploy.towers.digests import digest_of_weights
+from uwm_deploy.towers.load import load_model, resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training.adapters import Adapters, Student
 from uwm_deploy.training.checkpoints import CHECKPOINT, State, moments_of, put_moments, read_state, write_state
 from uwm_deploy.training.data import TrainingData, total, training_data
 from uwm_deploy.training.losses import Members
 from uwm_deploy.training.settings import settings_of
-from uwm_deploy.uwm.digests import digest_of_weights
-from uwm_deploy.workspace import digest_of_plain, locked, whole_folder
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 

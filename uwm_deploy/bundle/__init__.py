@@ -1,0 +1,1 @@
+"""What is shipped: its layout, opened and checked, written, signed, and described for other tools."""

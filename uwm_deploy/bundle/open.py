@@ -1,0 +1,290 @@
+"""Opens a bundle: signature and digests are checked before anything is loaded, and what is loaded are the checked bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from uwm_deploy.bundle.external_data import check_external_data
+from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
+from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
+from uwm_deploy.bundle.space import spaces_of
+from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.files import digest_of_bytes, digest_of_file, joined_digest
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
+from uwm_deploy.records.head import RISK_OUTPUTS
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.verdict import Result, Verdict
+
+MANIFEST = "manifest.json"
+_RESTORE = "restore the bundle or build again"
+_REPORTS = ("reports/verdict.json", "reports/verify.json", "reports/edit.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it holds; everything else was checked against it.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, name: str) -> bytes:
+        """Bytes of a listed file, checked again as they are read; a graph's external data must be beside it.
+
+        Raises:
+            IntegrityError: If the file is not listed, not what is listed, or points outside its folder.
+        """
+        listed = {file.path: file for file in self.manifest.files}
+        if name not in listed:
+            raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
+        data = read_plain(self.path, name)
+        if digest_of_bytes(data) != listed[name].digest:
+            raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+        if name in self._graphs():
+            folder = Path(name).parent
+            beside = {Path(p).name: f.size_bytes for p, f in listed.items() if Path(p).parent == folder and p != name}
+            check_external_data(data, beside, where=name)
+        return data
+
+    def _graphs(self) -> set[str]:
+        """Files that ONNX Runtime is given."""
+        engines = {engine_path(e) for e in self.manifest.engines if e.target is Target.ONNXRUNTIME}
+        return engines | {f"onnx/{graph.file}" for graph in self.manifest.onnx}
+
+    def external_data(self, engine: EngineArtifact) -> dict[str, bytes]:
+        """Content of an engine's further file by its name in the graph, checked as it is read."""
+        return {Path(name).name: self.read(name) for name in engine_paths(engine)[1:]}
+
+    def engines(self, variant: str) -> dict[TowerName, EngineArtifact]:
+        """Both engines of a variant.
+
+        Raises:
+            InputError: If the bundle has no such variant.
+        """
+        found = {e.tower: e for e in self.manifest.engines if e.variant == variant}
+        if set(found) != set(TowerName):
+            known = sorted({e.variant for e in self.manifest.engines})
+            raise InputError(f"the bundle has no variant {variant!r}", fix=f"it has {', '.join(known)}")
+        return found
+
+
+def open_bundle(
+    path: str | Path,
+    *,
+    allow_failed: bool = False,
+    public_key: PublicKey | None = None,
+    min_bundle_version: int = 0,
+) -> Bundle:
+    """Checks a bundle as a whole.
+
+    Args:
+        path: Bundle folder.
+        allow_failed: Open it even without a passing verdict (to look at it, never to serve).
+        public_key: Whose signature it must have, checked before anything else is read: PEM, or a file with it. Without
+            one a signature is not looked at.
+        min_bundle_version: Refuse an older one; means something only together with `public_key`.
+
+    Raises:
+        InputError: If there is no bundle, or no key.
+        IntegrityError: If any file is missing, added, changed or not a plain file; if the signature is missing, or not by
+            that key; if the parts do not belong together; if it is too old; or if the verdict is not a pass.
+    """
+    folder = Path(path)
+    if not os.path.lexists(folder / MANIFEST):
+        if any(os.path.lexists(folder / name) for name in (SIGNATURE, *_REPORTS)):
+            raise IntegrityError(f"{MANIFEST} is missing", fix=_RESTORE)
+        raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
+    text = read_plain(folder, MANIFEST)
+    signed = _signed(folder, text, public_key) if public_key is not None else None
+    manifest = record_from_json(Manifest, text, where=MANIFEST)
+    if json_from_record(manifest).encode() != text:
+        raise IntegrityError(
+            f"{MANIFEST} is not as this release writes it: it was changed, or another release wrote it", fix=_RESTORE
+        )
+    if signed is not None:
+        _check_signed(signed, {file.path: file.digest for file in manifest.files} | {MANIFEST: digest_of_bytes(text)})
+    if manifest.bundle_version < min_bundle_version:
+        raise IntegrityError(
+            f"{MANIFEST} has bundle version {manifest.bundle_version}, at least {min_bundle_version} is required",
+            fix="deploy the current release",
+        )
+    bundle = Bundle(folder, manifest)
+    _check_files(folder, manifest)
+    _check_chain(manifest)
+    _check_reports(bundle)
+    if manifest.verdict.result is not Result.PASS and not allow_failed:
+        raise IntegrityError(
+            f"{folder.name} has no passing verdict: {manifest.verdict.result.value}",
+            fix="see reports/verdict.json; build again",
+        )
+    return bundle
+
+
+def read_plain(folder: Path, name: str) -> bytes:
+    """Content of a file that is neither a link nor one of several names of the same file.
+
+    Raises:
+        IntegrityError: If it is, or cannot be read.
+    """
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
+            _check_plain(name, os.fstat(descriptor))
+            return stream.read()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IntegrityError(f"{name} is a symbolic link", fix=_RESTORE) from error
+        raise IntegrityError(f"{name} cannot be read: {error.strerror}", fix=_RESTORE) from error
+
+
+def _check_plain(name: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise IntegrityError(f"{name} is not a plain file", fix=_RESTORE)
+    if status.st_nlink != 1:
+        # Whoever holds the other name can change the file after it was checked.
+        raise IntegrityError(f"{name} is a hard link: the file has another name too", fix="copy the bundle")
+
+
+def _signed(folder: Path, manifest: bytes, public_key: PublicKey) -> dict[str, Digest]:
+    """What the signature vouches for; the manifest, which everything else follows from, is as it was signed."""
+    if not os.path.lexists(folder / SIGNATURE):
+        raise IntegrityError(f"{SIGNATURE} is missing: the bundle is not signed", fix="sign it with `uwm-deploy sign`")
+    signed = signed_digests(read_plain(folder, SIGNATURE), public_key)
+    if signed.get(MANIFEST) != digest_of_bytes(manifest):
+        raise IntegrityError(f"{MANIFEST} is not the one that was signed", fix=_RESTORE)
+    return signed
+
+
+def _check_signed(signed: Mapping[str, Digest], listed: Mapping[str, Digest]) -> None:
+    """The signature and the manifest speak of the same files."""
+    for name in sorted(signed.keys() | listed.keys()):
+        if name not in listed:
+            raise IntegrityError(f"{name} is signed and not in the manifest", fix=_RESTORE)
+        if signed.get(name) != listed[name]:
+            raise IntegrityError(f"{name} is not the one that was signed", fix=_RESTORE)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """The folder holds exactly the listed files and maybe a signature, as plain files with the listed size and digest."""
+    listed = {file.path: file for file in manifest.files}
+    if len(listed) != len(manifest.files) or {MANIFEST, SIGNATURE} & set(listed):
+        raise IntegrityError(f"{MANIFEST} lists a file twice, itself or the signature", fix=_RESTORE)
+    parents = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    present: set[str] = set()
+    foreign: set[str] = set()
+    for root, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            full = Path(root) / name
+            status = full.lstat()
+            relative = full.relative_to(folder).as_posix()
+            if stat.S_ISDIR(status.st_mode):
+                foreign |= {relative} - parents
+                continue
+            _check_plain(relative, status)
+            present.add(relative)
+    present -= {MANIFEST, SIGNATURE}
+    if extra := sorted(present - set(listed)):
+        raise IntegrityError(f"{extra[0]} is in the bundle but not in its manifest", fix=_RESTORE)
+    if foreign:
+        raise IntegrityError(f"folder {min(foreign)} is in the bundle but not in its manifest", fix=_RESTORE)
+    if missing := sorted(set(listed) - present):
+        raise IntegrityError(f"{missing[0]} is missing", fix=_RESTORE)
+    for name, file in listed.items():
+        if (folder / name).stat().st_size != file.size_bytes:
+            raise IntegrityError(
+                f"{name} has {(folder / name).stat().st_size} bytes, not {file.size_bytes}", fix=_RESTORE
+            )
+        if digest_of_file(folder / name) != file.digest:
+            raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+
+
+def _check_chain(manifest: Manifest) -> None:
+    """Graphs and engines come from the edited weights that the patch makes and the verdict is about."""
+    edited = manifest.edit.edited_weights_digest
+    if manifest.edit.model.weights_digest != manifest.model.weights_digest:
+        raise IntegrityError("the edit is of another model", fix=_RESTORE)
+    if manifest.verdict.edited_weights_digest != edited:
+        raise EvidenceError("the verdict is about other weights", fix=_RESTORE)
+    digests = {file.path: file.digest for file in manifest.files}
+    exported = {graph.digest for graph in manifest.onnx}
+    for graph in (*manifest.onnx, *manifest.converted):
+        if graph.weights_digest != edited:
+            raise IntegrityError(f"the {graph.tower.value} graph is of other weights", fix=_RESTORE)
+    for graph in manifest.converted:
+        if graph.conversion is None or graph.conversion.source_digest not in exported:
+            raise IntegrityError(f"a {graph.tower.value} graph is not made from this bundle's graphs", fix=_RESTORE)
+    graphs = exported | {graph.digest for graph in manifest.converted}
+    for engine in manifest.engines:
+        name = engine_path(engine)
+        if engine.weights_digest != edited or engine.onnx_digest not in graphs:
+            raise IntegrityError(f"{name} is not made from this bundle's graphs", fix=_RESTORE)
+        if joined_digest([digests.get(part, "") for part in engine_paths(engine)]) != engine.digest:
+            raise IntegrityError(f"{name} is not the engine its record describes", fix=_RESTORE)
+        if manifest.verdict.judged.get(engine.variant, {}).get(engine.tower.value) != engine.digest:
+            raise EvidenceError(f"the verdict is about another engine than {name}", fix=_RESTORE)
+    _check_head(manifest, digests)
+    if digests.get("tokenizer.json") != manifest.model.text.tokenizer_digest:
+        raise IntegrityError("tokenizer.json is of another model", fix=_RESTORE)
+    if digests.get("recipe.toml") != manifest.recipe_digest:
+        raise IntegrityError("recipe.toml is not the recipe of this bundle", fix=_RESTORE)
+    if dict(manifest.spaces) != spaces_of(manifest):
+        raise IntegrityError(f"{MANIFEST} names other embedding spaces than its variants have", fix=_RESTORE)
+
+
+def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
+    """The safety head that is served is the one that was judged, and was trained on these very weights."""
+    head = manifest.head
+    wanted = digest_of_head(head) if head is not None else ""
+    made: list[OnnxArtifact | EngineArtifact] = [*manifest.onnx, *manifest.converted, *manifest.engines]
+    for item in made:
+        of_image = item.tower is TowerName.IMAGE
+        names = {spec.name for spec in item.outputs}
+        if item.head_digest != (wanted if of_image else "") or (set(RISK_OUTPUTS) <= names) != bool(item.head_digest):
+            raise IntegrityError(f"{item.file} holds another safety head than the manifest's", fix=_RESTORE)
+    if manifest.verdict.head_digest != wanted:
+        raise EvidenceError("the verdict is about another safety head", fix=_RESTORE)
+    if head is None:
+        return
+    check_head(head)
+    if head.edited_weights_digest != manifest.edit.edited_weights_digest:
+        raise IntegrityError("the safety head was trained on other weights", fix=_RESTORE)
+    for name, digest in ((WEIGHTS, head.weights_digest), (TEXTS, head.texts_digest)):
+        if digests.get(f"{PLACE}/{name}") != digest:
+            raise IntegrityError(f"{PLACE}/{name} is not of the manifest's safety head", fix=_RESTORE)
+
+
+def _check_reports(bundle: Bundle) -> None:
+    """The verdict in the manifest is the one in the reports, and judges the report that is there."""
+    manifest = bundle.manifest
+    listed = {file.path: file.digest for file in manifest.files}
+    if lost := [name for name in _REPORTS if name not in listed]:
+        raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
+    verdict = record_from_json(Verdict, bundle.read("reports/verdict.json"), where="reports/verdict.json")
+    if json_from_record(verdict) != json_from_record(manifest.verdict):
+        raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
+    if listed["reports/verify.json"] != verdict.report_digest:
+        raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+    if json_from_record(manifest.edit).encode() != bundle.read("reports/edit.json"):
+        raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
+
+
+def engine_path(engine: EngineArtifact) -> str:
+    """Path of an engine inside a bundle."""
+    return f"engines/{engine.variant}/{engine.file}"
+
+
+def engine_paths(engine: EngineArtifact) -> list[str]:
+    """All files of an engine inside a bundle, the engine itself first."""
+    names = [engine.file, *([engine.external_data] if engine.external_data else [])]
+    return [f"engines/{engine.variant}/{name}" for name in names]

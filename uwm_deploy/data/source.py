@@ -1,0 +1,216 @@
+"""Quadruples and the protocol of everything that yields them (method.md section 1)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from uwm_deploy.errors import DataError
+from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.records.data import CalibrationRecord, LeftOut
+from uwm_deploy.records.model import Digest
+
+ROOT_VARIABLE = "UWM_DEPLOY_DATA"
+"""Environment variable with the folder of all data sets that ship as a definition only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quadruple:
+    """A safe and an unsafe image, a safe and an unsafe text; a set for one tower leaves the other's members None."""
+
+    id: str
+    concept: str
+    safe_image: Image.Image | None
+    unsafe_image: Image.Image | None
+    safe_text: str | None
+    unsafe_text: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch:
+    """Preprocessed pairs for one tower.
+
+    Attributes:
+        ids: b item ids.
+        safe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids.
+        unsafe: The unsafe counterpart of each row, same shape.
+    """
+
+    ids: tuple[str, ...]
+    safe: np.ndarray
+    unsafe: np.ndarray
+
+    def rows(self, rows: slice) -> PairBatch:
+        """Some of the pairs."""
+        return PairBatch(ids=self.ids[rows], safe=self.safe[rows], unsafe=self.unsafe[rows])
+
+
+class LabelledImage(NamedTuple):
+    """One zero-shot item."""
+
+    image: Image.Image
+    label: int
+
+
+class ZeroShotSet(Protocol):
+    """A labelled set with a prompt per class."""
+
+    @property
+    def name(self) -> str:
+        """Name of the set."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names."""
+
+    @property
+    def template(self) -> str:
+        """Prompt with `{}` for the class name."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def read(self, index: int) -> LabelledImage:
+        """One item; raises DataError when it is broken."""
+
+
+class QuadrupleSource(Protocol):
+    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order."""
+
+    ids: list[str]
+    concepts: list[str]
+    has_images: bool
+    has_texts: bool
+    zero_shot_names: tuple[str, ...]
+    zero_shot_missing: Mapping[str, str]
+
+    @property
+    def record(self) -> CalibrationRecord:
+        """What the set resolved to; digests of all its content are made when it is first asked for."""
+
+    def __len__(self) -> int:
+        """Number of quadruples."""
+
+    def read(self, index: int) -> Quadruple:
+        """One quadruple; raises DataError that names the item when it is broken."""
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        """Safe and unsafe text of one quadruple, without opening its images; None when it has none."""
+
+    def zero_shot(self, name: str) -> ZeroShotSet:
+        """One of `zero_shot_names`."""
+
+
+def open_source(spec: CalibrationSet, *, base: Path | None, allow_twice: bool = False) -> QuadrupleSource:
+    """Opens the set that a TOML file defines.
+
+    Args:
+        spec: The definition.
+        base: Folder of the TOML file; None for one that ships with the project or stands in a bundle.
+        allow_twice: Do not refuse a set with an id that occurs more than once.
+
+    Raises:
+        DataError: If it is empty or malformed.
+        PrerequisiteError: If a package that reads it is missing.
+    """
+    source = _opened(spec, base)
+    if not source.ids:
+        raise DataError(f"data set {spec.name} has no quadruples", fix="check its file, split and limit")
+    if not allow_twice:
+        twice = [item for item, count in Counter(source.ids).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"data set {spec.name}: id {twice[0]!r} occurs more than once", fix="give every item its own id"
+            )
+    return source
+
+
+def _opened(spec: CalibrationSet, base: Path | None) -> QuadrupleSource:
+    if spec.source == "demo":
+        from uwm_deploy.data.demo.source import DemoSource
+
+        return DemoSource(spec)
+    folder = folder_of(spec, base)
+    if spec.source == "webdataset":
+        from uwm_deploy.data.shards import open_shards
+
+        return open_shards(spec, folder, base)
+    from uwm_deploy.data.table import open_table
+
+    return open_table(spec, folder, base)
+
+
+def check_own_pairs(spec: CalibrationSet) -> None:
+    """Checks that a set is paired as it was made: SafeGround is defined on counterparts.
+
+    Raises:
+        DataError: If it is not.
+    """
+    if spec.pairing != "own":
+        raise DataError(
+            f"data set {spec.name} has pairing = {spec.pairing!r}, which is for scoring", fix="use a set of own pairs"
+        )
+
+
+def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
+    """Folder that a set's files are in.
+
+    Args:
+        spec: The definition.
+        base: Folder of its TOML file; without one, `$UWM_DEPLOY_DATA` when the set names a folder, else the current one.
+
+    Raises:
+        DataError: If it is not there; says which one was expected.
+    """
+    folder = Path(spec.folder).expanduser()
+    if not spec.folder:
+        return base or Path()
+    if not folder.is_absolute():
+        root = base or (Path(value) if (value := os.environ.get(ROOT_VARIABLE, "")) else None)
+        if root is None:
+            raise DataError(
+                f"data set {spec.name} expects its files in ${ROOT_VARIABLE}/{spec.folder}, and {ROOT_VARIABLE} is not set",
+                fix="set it to the folder of your data sets; docs/data.md says what goes where",
+            )
+        folder = root / folder
+    if not folder.is_dir():
+        raise DataError(
+            f"data set {spec.name} expects its files in {folder}, which is no folder",
+            fix=f"put them there or set {ROOT_VARIABLE}; docs/data.md says what goes where"
+            if base is None
+            else "check `folder` in its TOML file",
+        )
+    return folder
+
+
+def record_of(
+    spec: CalibrationSet,
+    ids: Sequence[str],
+    concepts: Sequence[str],
+    content_digest: Digest,
+    left_out: Sequence[LeftOut] = (),
+    left_out_counts: Mapping[str, int] | None = None,
+) -> CalibrationRecord:
+    """Record of a set."""
+    ordered = hashlib.sha256()
+    for position, item in enumerate(ids):
+        ordered.update(f"\n{item}".encode() if position else item.encode())
+    return CalibrationRecord(
+        name=spec.name,
+        split=spec.split,
+        n=len(ids),
+        ids_digest=f"sha256:{ordered.hexdigest()}",
+        content_digest=content_digest,
+        concepts=dict(sorted(Counter(concepts).items())),
+        left_out=tuple(left_out),
+        left_out_counts=dict(left_out_counts or {}),
+        pairing=spec.pairing,
+    )

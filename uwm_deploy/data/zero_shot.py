@@ -1,0 +1,246 @@
+"""Which zero-shot sets were asked for, which of them are here, and how well a pair of encoders recognises one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from uwm_deploy.data.embedding import Encode, unit_rows
+from uwm_deploy.data.ranks import ALONE, Ranks
+from uwm_deploy.data.reading import Progress, read_all
+from uwm_deploy.data.source import ROOT_VARIABLE, LabelledImage, ZeroShotSet
+from uwm_deploy.data.zero_shot_readers import folder_set, published_set
+from uwm_deploy.data.zero_shot_table import NAMES, PHOTO, PUBLISHED
+from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
+from uwm_deploy.records.model import ImageSpec
+from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.zero_shot import TopOne, together, top1
+
+DEMO_SETS = ("shape", "colour", "background")
+"""The drawn world's sets."""
+
+FOLDER_PREFIX = "imagefolder:"
+"""`imagefolder:PATH` or `imagefolder:PATH::TEMPLATE` is any folder with one folder of images per class."""
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """The zero-shot sets that were asked for.
+
+    Attributes:
+        sets: Those that are here.
+        missing: Name of each other one to the reason why it cannot run.
+    """
+
+    sets: Mapping[str, ZeroShotSet]
+    missing: Mapping[str, str]
+
+
+def zero_shot_root(data: Path | None = None) -> Path | None:
+    """Folder of the sets: the one that is given, or `zero-shot` in `$UWM_DEPLOY_DATA`; None when neither is said."""
+    value = os.environ.get(ROOT_VARIABLE, "")
+    return data or (Path(value) / "zero-shot" if value else None)
+
+
+def names_from(texts: Sequence[str]) -> tuple[str, ...]:
+    """Set names of the command line: apart by commas; `all` is the paper's 17, `none` is none, a folder stands alone.
+
+    Raises:
+        InputError: For an unknown name.
+    """
+    found: list[str] = []
+    for text in texts:
+        for name in [text] if text.startswith(FOLDER_PREFIX) else re.split(r",\s*", text.strip()):
+            found += NAMES if name == "all" else [] if name == "none" else [name]
+    for name in found:
+        _check(name)
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, slots=True)
+class SomeItems:
+    """Evenly spaced items of a set, every class in its share where the set is sorted by class.
+
+    Attributes:
+        whole: The set.
+        count: How many items; fewer than it has.
+    """
+
+    whole: ZeroShotSet
+    count: int
+
+    @property
+    def name(self) -> str:
+        """See `ZeroShotSet.name`."""
+        return self.whole.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """See `ZeroShotSet.labels`."""
+        return self.whole.labels
+
+    @property
+    def template(self) -> str:
+        """See `ZeroShotSet.template`."""
+        return self.whole.template
+
+    def __len__(self) -> int:
+        """See `ZeroShotSet.__len__`."""
+        return self.count
+
+    def read(self, index: int) -> LabelledImage:
+        """See `ZeroShotSet.read`."""
+        return self.whole.read(index * len(self.whole) // self.count)
+
+
+def open_suite(
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    demo_split: str = "test",
+    limit: int = 0,
+) -> Suite:
+    """Opens every set that is here, and says why the others are not.
+
+    Args:
+        names: Of the paper's sets, `DEMO_SETS`, or image folders.
+        data: Folder of the sets; None takes `$UWM_DEPLOY_DATA/zero-shot`.
+        base: Folder that relative image folders start from.
+        demo_split: Which images of the drawn world.
+        limit: Largest number of items of each set; 0 takes all.
+
+    Raises:
+        InputError: For an unknown name, or two image folders of one name.
+        UwmError: For an image folder that cannot be used: a path is the user's own input, not a set that may be absent.
+    """
+    sets: dict[str, ZeroShotSet] = {}
+    missing: dict[str, str] = {}
+    for text in dict.fromkeys(names):
+        _check(text)
+        name = _public_name(text)
+        if name in sets or name in missing:
+            raise InputError(f"two zero-shot sets are called {name}", fix="rename one of the folders")
+        try:
+            whole = _open(text, zero_shot_root(data), base or Path(), demo_split)
+            sets[name] = SomeItems(whole, limit) if 0 < limit < len(whole) else whole
+        except UwmError as error:
+            if text.startswith(FOLDER_PREFIX):
+                raise
+            missing[name] = error.what
+    return Suite(sets=sets, missing=missing)
+
+
+def fingerprint_of(part: ZeroShotSet) -> list[object]:
+    """Plain data that changes when the prompts or the number of items change; image bytes are not read."""
+    return [part.name, part.template, list(part.labels), len(part)]
+
+
+def _check(name: str) -> None:
+    known = (*NAMES, *DEMO_SETS)
+    if name.startswith(FOLDER_PREFIX):
+        _folder_and_template(name)
+    elif name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise InputError(
+            f"no zero-shot set is named {name!r}", fix=f"nearest: {', '.join(near)}; or imagefolder:PATH::TEMPLATE"
+        )
+
+
+def _public_name(text: str) -> str:
+    """Name in reports; where a user's folder is, is nobody's business."""
+    return f"{FOLDER_PREFIX}{_folder_and_template(text)[0].name}" if text.startswith(FOLDER_PREFIX) else text
+
+
+def _folder_and_template(text: str) -> tuple[Path, str]:
+    path, _, template = text.removeprefix(FOLDER_PREFIX).partition("::")
+    template = template or PHOTO
+    if not path:
+        raise InputError(f"zero-shot set {text!r} names no folder", fix="write imagefolder:PATH::TEMPLATE")
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise InputError(f"zero-shot template {template!r}", fix="hold {} once, for the class name")
+    return Path(path), template
+
+
+def _open(text: str, root: Path | None, base: Path, demo_split: str) -> ZeroShotSet:
+    if text in DEMO_SETS:
+        from uwm_deploy.data.demo.source import demo_zero_shot
+
+        return demo_zero_shot(text, demo_split)
+    if text.startswith(FOLDER_PREFIX):
+        path, template = _folder_and_template(text)
+        return folder_set(_public_name(text), template, base / path)
+    if root is None:
+        raise PrerequisiteError(
+            f"no folder of zero-shot sets: {ROOT_VARIABLE} is not set and no --data is given",
+            fix="see docs/zero-shot.md",
+        )
+    return published_set(next(part for part in PUBLISHED if part.name == text), root)
+
+
+# --- recognition --------------------------------------------------------------------------------------------------------
+
+
+def recognise(
+    part: ZeroShotSet,
+    image: ImageSpec,
+    tokenizer: Tokenizer,
+    encode_image: Encode,
+    encode_text: Encode,
+    *,
+    batch: int,
+    workers: int,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> TopOne:
+    """Top-1 of every item. Prompts are embedded once; images pass through in batches, so memory does not grow.
+
+    Several processes take every so many-th batch each, and all get all of it.
+
+    Args:
+        part: The set.
+        image: The model's preprocessing.
+        tokenizer: The model's.
+        encode_image: (b, 3, H, W) to (b, d).
+        encode_text: (b, L) ids to (b, d).
+        batch: Rows per call.
+        workers: Decoding processes; 0 decodes here.
+        progress: Called as it goes on.
+        ranks: The processes that share the work.
+
+    Raises:
+        DataError: If an item cannot be read, or an embedding is not finite: an evaluation leaves nothing out.
+    """
+
+    def found() -> list[TopOne]:
+        ids = tokenizer.encode([part.template.format(label) for label in part.labels])
+        classes = unit_rows(np.concatenate([encode_text(ids[i : i + batch]) for i in range(0, len(ids), batch)]))
+        mine = [row for rows in ranks.dealt(len(part), batch) for row in rows]
+        items = read_all(partial(_item, part, image, mine), len(mine), workers, f"zero-shot {part.name}", progress)
+        batches = _batches(items, batch, image)
+        return [top1(unit_rows(encode_image(pixels)), labels, classes) for pixels, labels in batches]
+
+    return together(ranks.in_turn(ranks.together(found)))
+
+
+def _item(part: ZeroShotSet, image: ImageSpec, rows: Sequence[int], place: int) -> tuple[np.ndarray, int]:
+    item = part.read(rows[place])
+    return crop_from_image(item.image, image), item.label
+
+
+def _batches(rows: Iterator[tuple[np.ndarray, int]], batch: int, image: ImageSpec) -> Iterator[Batch]:
+    """Pixels (b, 3, H, W) and labels (b,)."""
+    while some := list(islice(rows, batch)):
+        crops, labels = zip(*some, strict=True)
+        yield pixels_from_crops(np.stack(crops), image), np.array(labels, dtype=np.int64)

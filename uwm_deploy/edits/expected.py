@@ -1,0 +1,136 @@
+"""What the edited model must be: every step made again from what it was made from; the record is checked beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from uwm_deploy.edits.fit_files import read_fit
+from uwm_deploy.edits.patch import Patch, flip_bits
+from uwm_deploy.edits.proof import Expected, Parameters, expected_trained, expected_weights, with_closed_form
+from uwm_deploy.edits.selected import selected_entries
+from uwm_deploy.edits.solving import limits_of, solved_again
+from uwm_deploy.recipes.recipe import AxisSpec, Recipe
+from uwm_deploy.records.edit import ClosedFormRecord, EditKind, EditRecord, LayerScore, Method, ScoreRecord
+from uwm_deploy.records.strength import AxisSetting
+from uwm_deploy.records.training import TrainingRecord
+from uwm_deploy.towers.digests import digest_of_tensor
+from uwm_deploy.towers.protocol import LoadedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeFrom:
+    """What an edit was made from.
+
+    Attributes:
+        original: The source model.
+        score: Record of the scores.
+        scores: The scores; those of single concepts lie beside it.
+        fit: Folder of the sums of a closed-form step.
+        before: Gives the model as the step before the closed-form one left it; called only where there is such a step.
+        trained: Gives the trained weights, of the method `trained`; None with another one.
+        training: What is known of the training.
+    """
+
+    original: LoadedModel
+    score: ScoreRecord
+    scores: Path
+    fit: Path
+    before: Callable[[], LoadedModel]
+    trained: Callable[[], LoadedModel] | None = None
+    training: TrainingRecord | None = None
+
+
+def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> Expected:
+    """Makes an edit again.
+
+    Args:
+        recipe: What was asked for.
+        made_from: What the steps were made from.
+        edit: The record to check.
+        patch: The patch to check.
+
+    Raises:
+        IntegrityError: If scores or sums are not those of the record.
+    """
+    original, entries = made_from.original.named_parameters(), recipe.entries
+
+    def select(layer: LayerScore) -> Tensor:
+        return selected_entries(made_from.score, made_from.scores, layer, entries.of(layer.tower))
+
+    if made_from.trained is not None:
+        trained = made_from.trained().named_parameters()
+        expected = expected_trained(original, trained, edit, made_from.training)
+    else:
+        expected = expected_weights(original, made_from.score, edit, patch, entries, select)
+    problems, solved, step = list(_not_asked_for(recipe, edit)), {}, edit.closed_form
+    if step is not None and step.axis is not None:
+        fit = read_fit(made_from.fit)
+        axis = dataclasses.replace(step.axis, placement=fit.placement, fitted_on=fit.fitted_on, n_pairs=fit.n_pairs)
+        if step != dataclasses.replace(step, method=fit.method, axis=axis):
+            problems.append("the edit record tells of another fit than the one it was solved from")
+        if step.method is not Method.SAFETY_AXIS or step.axis.setting is not None:
+            solved = dict(solved_again(made_from.before(), step, made_from.fit))
+    problems += _of_another_source(expected, edit)
+    problems += _making_something_else(original, patch)
+    expected = dataclasses.replace(expected, problems=(*problems, *expected.problems))
+    return with_closed_form(expected, solved, edit)
+
+
+def _not_asked_for(recipe: Recipe, edit: EditRecord) -> Iterator[str]:
+    """A closed-form step is solved again with the setting of its record: that must be the one that was asked for."""
+    if edit.methods != tuple(step.method for step in recipe.edit):
+        yield f"the edit record has the steps {edit.method}, where {recipe.method} was asked for"
+    spec, step = recipe.closed_form, edit.closed_form
+    if spec is not None and step is not None and step.axis is not None and spec.method is Method.SAFETY_AXIS:
+        yield from _other_strength(spec.axis, step.axis)
+
+
+def _other_strength(spec: AxisSpec, axis: ClosedFormRecord) -> Iterator[str]:
+    """The setting that was asked for, or that was chosen under the limits that were asked for."""
+    wanted, choice = spec.setting, axis.choice
+    if wanted is None:
+        if choice is None or choice.chosen is None:
+            yield "the edit record does not say how its strength was chosen"
+            return
+        if choice.limits != limits_of(spec):
+            yield "the edit record has a strength that was chosen under other limits than were asked for"
+        wanted = choice.candidates[choice.chosen].setting
+    if axis.setting is None:
+        yield "the edit record has no strength"
+    elif axis.setting != wanted:
+        words = "was chosen" if spec.setting is None else "was asked for"
+        yield f"the edit record has another strength than {words}: {_differences(wanted, axis.setting)}"
+
+
+def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
+    left, right = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    return ", ".join(f"{name} {right[name]:g} for {left[name]:g}" for name in left if left[name] != right[name])
+
+
+def _of_another_source(expected: Expected, edit: EditRecord) -> list[str]:
+    """By the digests before the edit graphs are searched for what must not be in them any more."""
+    return [
+        f"{tensor.name}: the edit record has another tensor of the source model"
+        for tensor in edit.tensors
+        if tensor.digest_before != expected.before.get(tensor.name, "")
+    ]
+
+
+@torch.no_grad()
+def _making_something_else(original: Parameters, patch: Patch) -> Iterator[str]:
+    """Of replaced and new tensors a patch holds bits, and with them an edit is taken back."""
+    for name, part in patch.tensors.items():
+        if part.kind not in (EditKind.REPLACED, EditKind.ADDED):
+            continue
+        start = original.get(name, torch.zeros(part.bits.shape))
+        made = start.detach().clone(memory_format=torch.contiguous_format)
+        if made.shape == part.bits.shape:
+            flip_bits(made, part.bits)
+        if digest_of_tensor(made) != part.digest_after:
+            yield f"{name}: the patch makes something else than it promises"

@@ -1,0 +1,60 @@
+"""Files of a fit, read back: its record, its sums, and the features that are kept for the choice of a strength."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from uwm_deploy.edits.moments import Moments
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import FitRecord
+from uwm_deploy.records.files import digest_of_file
+from uwm_deploy.records.model import Digest, TowerName
+
+
+def read_fit(folder: Path) -> FitRecord:
+    """Record of a fit.
+
+    Raises:
+        InputError: If the folder holds none.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        raise InputError(f"{folder.parent} holds no fit", fix="pass --work with the bundle's run folder")
+    return record_from_json(FitRecord, file.read_bytes(), where=RECORD)
+
+
+def read_sums(folder: Path, fit: FitRecord) -> dict[TowerName, Moments]:
+    """Sums per tower.
+
+    Raises:
+        IntegrityError: If the file is not the one that its record describes.
+    """
+    tensors = _read(folder / SUMS, fit.sums_digest)
+    return {name: Moments.from_tensors(tensors, name.value) for name in TowerName}
+
+
+def read_features(folder: Path, fit: FitRecord) -> dict[str, np.ndarray]:
+    """Kept features by name, see `fit_to_folder`.
+
+    Raises:
+        IntegrityError: If the file is not the one that its record describes.
+    """
+    return _read(folder / FEATURES, fit.features_digest)
+
+
+def _read(path: Path, digest: Digest) -> dict[str, np.ndarray]:
+    try:
+        if digest_of_file(path) == digest:
+            tensors: dict[str, np.ndarray] = load_file(path)
+            return tensors
+    except (OSError, SafetensorError):
+        pass
+    raise IntegrityError(f"{path.name} is not the file its record describes", fix="remove the run folder")
+
+
+SUMS, FEATURES, RECORD = "fit.safetensors", "features.safetensors", "fit.json"

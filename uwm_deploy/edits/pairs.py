@@ -1,0 +1,208 @@
+"""What a scoring pass reads: streams of pairs, in the order and the groups that a method wants, and what became of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from uwm_deploy.data.source import PairBatch, Quadruple, QuadrupleSource
+from uwm_deploy.edits.methods import needs_gradients
+from uwm_deploy.errors import DataError
+from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.records.data import LeftOut
+from uwm_deploy.records.model import TowerName
+
+MAX_LEFT_OUT_SHARE = 0.01
+"""More pairs without a finite contribution are an error (method.md section 2)."""
+
+SHARD_PAIRS = 1024
+"""Pairs that are scored by one process in one go, whatever the number of processes (`stages.shards`)."""
+
+_NAMED_ITEMS = 5
+
+
+class Pairs(Protocol):
+    """Batches of pairs, and what could not be read."""
+
+    left_out: list[LeftOut]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Items of the whole stream, in order, broken ones included."""
+
+    def part(self, items: range) -> Pairs:
+        """The pairs of some items only, in a stream of their own."""
+
+    def check(self, broken: Sequence[LeftOut]) -> None:
+        """Raises DataError when more of the whole stream is broken than may be."""
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        """Batches in order."""
+
+
+PairsOf = Callable[[TowerName], Pairs]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the pairs of one tower.
+
+    Attributes:
+        tower: Which.
+        total: Pairs that reached it.
+        count: Pairs in the scores.
+        not_finite: Ids of pairs that some layer left out.
+        unread: Items that never reached the tower, by id.
+    """
+
+    tower: TowerName
+    total: int = 0
+    count: int = 0
+    not_finite: dict[str, None] = field(default_factory=dict)
+    unread: dict[str, LeftOut] = field(default_factory=dict)
+
+    def leave_out(self, ids: Iterable[str]) -> None:
+        """Names pairs without a finite contribution."""
+        self.not_finite.update(dict.fromkeys(ids))
+
+    def not_read(self, items: Iterable[LeftOut]) -> None:
+        """Names items that never reached the tower; the first reason of an item stays."""
+        for item in items:
+            self.unread.setdefault(item.id, item)
+
+    def add(self, other: Tally) -> None:
+        """Takes in what became of other pairs of the same tower; what is in their scores is `counted` at the end."""
+        self.total += other.total
+        self.leave_out(other.not_finite)
+        self.not_read(other.unread.values())
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Everything that is not in the scores, with its reason."""
+        return (*self.unread.values(), *(LeftOut(id=i, reason="not finite") for i in self.not_finite))
+
+    def check(self) -> None:
+        """Checks that there were pairs, and that nearly all of them count.
+
+        Raises:
+            DataError: If there were none, or more than 1% have no finite contribution.
+        """
+        if self.total == 0:
+            raise DataError(f"no pair reached the {self.tower.value} tower", fix="check the calibration set")
+        if len(self.not_finite) > MAX_LEFT_OUT_SHARE * self.total:
+            raise DataError(
+                f"{len(self.not_finite)} of {self.total} {self.tower.value} pairs have no finite score "
+                f"({', '.join(list(self.not_finite)[:_NAMED_ITEMS])})",
+                fix="remove empty captions and constant images",
+            )
+
+    def counted(self, count: int, concept: str) -> int:
+        """Takes the pairs of one score into the count.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if not concept:
+            self.check()
+        elif count == 0:
+            raise no_pair_of(concept, self.tower)
+        self.count += count
+        return count
+
+
+def no_pair_of(concept: str, tower: TowerName) -> DataError:
+    """The error of a concept that would be missing from a union."""
+    return DataError(f"concept {concept!r} has no {tower.value} pair with a score", fix="check its items")
+
+
+def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> QuadrupleSource:
+    """The set in the order that a method wants.
+
+    Concepts one after the other for one score per concept; a seeded shuffle for gradients, which depend on what stands
+    together in a batch; else the set itself.
+
+    Raises:
+        DataError: If the method needs quadruples and the set has only images or only texts.
+    """
+    order = list(range(len(source)))
+    if needs_gradients(edits.method):
+        if not (source.has_images and source.has_texts):
+            raise DataError(
+                f"data set {source.record.name} has no {'texts' if source.has_images else 'images'}, and method "
+                f"{edits.method.value} compares each with the other",
+                fix="use a set of whole quadruples, or another --method",
+            )
+        order = [int(i) for i in np.random.default_rng(seed).permutation(len(source))]
+    if edits.per_concept:
+        order.sort(key=lambda index: source.concepts[index])
+    return source if order == sorted(order) else in_order(source, order)
+
+
+def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
+    """Some items of a set, in an order."""
+    return cast(QuadrupleSource, _InOrder(source, order))
+
+
+def repaired(source: QuadrupleSource, partners: Sequence[int]) -> QuadrupleSource:
+    """A set in which each item's safe members are another item's; everything else stays the item's own.
+
+    Args:
+        source: The set.
+        partners: (n,) place of the item whose safe members each item gets.
+    """
+    return cast(QuadrupleSource, _Repaired(source, partners))
+
+
+def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
+    """At most `count` items of a set, evenly spaced, without its zero-shot sets."""
+    order = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+    part = _InOrder(source, order.tolist())
+    part.zero_shot_names = ()
+    return cast(QuadrupleSource, part)
+
+
+class _Repaired:
+    """A set with safe members from other items."""
+
+    def __init__(self, source: QuadrupleSource, partners: Sequence[int]) -> None:
+        self._source, self._partners = source, partners
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, index: int) -> Quadruple:
+        safe = self._source.read(self._partners[index])
+        return dataclasses.replace(self._source.read(index), safe_image=safe.safe_image, safe_text=safe.safe_text)
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        safe, own = self._source.read_texts(self._partners[index]), self._source.read_texts(index)
+        return (safe[0], own[1]) if safe and own else None
+
+
+class _InOrder:
+    """A set in another order; whatever does not depend on the order is the set's own."""
+
+    def __init__(self, source: QuadrupleSource, order: Sequence[int]) -> None:
+        self._source, self._order = source, order
+        self.ids = [source.ids[index] for index in order]
+        self.concepts = [source.concepts[index] for index in order]
+
+    zero_shot_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, index: int) -> Quadruple:
+        return self._source.read(self._order[index])
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        return self._source.read_texts(self._order[index])

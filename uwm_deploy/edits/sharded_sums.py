@@ -1,0 +1,266 @@
+"""A scoring pass in shards: dealt to the processes, added up in the order of the set, kept so that a killed run resumes.
+
+A shard's sums start at zero and shards are added one after the other in their order, whatever the number of processes, so
+the totals are the same numbers for any. Sums are (out, in) per edited layer, so there are never more than a process's own
+shard in memory beside one layer of the total: the total lies in a file, or on a GPU machine in the host's memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uwm_deploy.data.ranks import Ranks
+from uwm_deploy.data.torchrun import add_in_order
+from uwm_deploy.edits.pairs import SHARD_PAIRS, Tally
+from uwm_deploy.errors import ContractError
+from uwm_deploy.records.data import LeftOut
+from uwm_deploy.records.files import disk_errors
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.memory import Notice, silent
+
+SAVE_SECONDS = 60.0
+"""On a GPU totals are written at most this often, and at the end; on a CPU, where a shard takes longer, after each round."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+_FORMAT = "uwm-deploy sums 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How a scoring pass is run; the scores are the same whatever is said here, those of bfloat16 apart.
+
+    Attributes:
+        ranks: The processes that share it.
+        dtype: Of the forward passes; scores are float32 always.
+        part: Quadruples per forward pass with gradients; None takes the usual number.
+        kept: Folder for totals, so that a killed run resumes; None keeps none.
+        key: What totals are made from; those of another key are not used.
+        notice: Takes lines for the user.
+    """
+
+    ranks: Ranks = field(default_factory=Ranks)
+    dtype: Dtype = "float32"
+    part: int | None = None
+    kept: Path | None = None
+    key: str = ""
+    notice: Notice = silent
+
+
+class Shard(NamedTuple):
+    """Some pairs of one score: its concept, or nothing when all pairs make one; places in the stream."""
+
+    concept: str
+    items: range
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """What one or more shards of a score add up to.
+
+    Attributes:
+        sums: By layer, one or more (out, in) float32; in the process that keeps the total.
+        divisors: By layer, what the sums are to be divided by.
+        count: Pairs in them.
+        tally: What became of their pairs.
+    """
+
+    sums: dict[str, list[Tensor]]
+    divisors: dict[str, int]
+    count: int
+    tally: Tally
+
+
+def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multiple: int = 1) -> list[list[Shard]]:
+    """Cuts a stream into shards, the same for any number of processes.
+
+    Args:
+        ids: In scoring order.
+        concepts: Item id to concept; None makes one score of all.
+        multiple: A shard holds a multiple of so many pairs.
+
+    Returns:
+        Shards of each score.
+
+    Raises:
+        ContractError: If a concept comes twice.
+    """
+    size, start = math.ceil(SHARD_PAIRS / multiple) * multiple, 0
+    found: dict[str, list[Shard]] = {}
+    for concept, members in itertools.groupby(ids, key=concepts.__getitem__ if concepts else lambda _: ""):
+        if concept in found:
+            raise ContractError(f"concept {concept!r} comes twice in the stream", fix="stream the set in scoring order")
+        stop = start + len(list(members))
+        found[concept] = [Shard(concept, range(at, min(at + size, stop))) for at in range(start, stop, size)]
+        start = stop
+    return list(found.values())
+
+
+def totals(
+    shards: Sequence[Sequence[Shard]],
+    compute: Callable[[Shard], Part],
+    check: Callable[[Tally], None],
+    tower: TowerName,
+    scale: Scale,
+) -> Iterator[tuple[str, Part]]:
+    """Total of each score, in order; sums are only in the first process.
+
+    Args:
+        shards: Shards of each score.
+        compute: Scores a shard.
+        check: Raises when too much was left out so far.
+        tower: Whose scores these are.
+        scale: The processes, and where totals are kept.
+
+    Raises:
+        UwmError: Whatever `compute` and `check` raise, in every process.
+    """
+    ranks, several = scale.ranks, sum(map(len, shards)) > 1
+    before = Tally(tower)
+    for number, group in enumerate(shards):
+        path = scale.kept / f"{tower.value}-{number:04d}.safetensors" if scale.kept and several else None
+        total = _Total(tower, path, scale.key)
+        done = ranks.first_only(partial(total.restore, len(group)))
+        if done:
+            scale.notice(f"{tower.value}: resumed after {done} of {len(group)} shards")
+        for start in range(done, len(group), ranks.world):
+            total.add(group[start : start + ranks.world], compute, ranks)
+            ranks.first_only(partial(check, _both(before, total.tally)))
+            ranks.first_only(partial(total.save, last=total.done == len(group)))
+        before = _both(before, total.tally)
+        yield group[0].concept, total.part
+
+
+def _both(left: Tally, right: Tally) -> Tally:
+    result = Tally(left.tower)
+    result.add(left)
+    result.add(right)
+    return result
+
+
+class _Total:
+    """What the shards of one score add up to so far. Between rounds its sums lie in a file, or wait in host memory."""
+
+    def __init__(self, tower: TowerName, path: Path | None, key: str) -> None:
+        self.part = Part(sums={}, divisors={}, count=0, tally=Tally(tower))
+        self.done = 0
+        self._path, self._saved = path, time.monotonic()
+        self._about = {"format": _FORMAT, "key": key, "shard_pairs": str(SHARD_PAIRS)}
+
+    @property
+    def tally(self) -> Tally:
+        """What became of the pairs so far."""
+        return self.part.tally
+
+    def add(self, shards: Sequence[Shard], compute: Callable[[Shard], Part], ranks: Ranks) -> None:
+        """Scores one shard in each process, and adds them to the total in order."""
+
+        def begun() -> Part | None:
+            if ranks.rank >= len(shards):
+                return None
+            part = compute(shards[ranks.rank])
+            if ranks.first:
+                self._add_total_to(part.sums)
+            return part
+
+        part = ranks.together(begun)
+        with torch.inference_mode():
+            for sums in part.sums.values() if part else ():
+                for total in sums:
+                    add_in_order(ranks, total, len(shards) - 1)
+        if ranks.first and part:
+            self.part.sums = part.sums
+        for found in ranks.gathered(part and (part.divisors, part.count, part.tally)):
+            if found:
+                divisors, count, tally = found
+                self.part.divisors = {name: self.part.divisors.get(name, 0) + n for name, n in divisors.items()}
+                self.part.count += count
+                self.tally.add(tally)
+        self.done += len(shards)
+
+    def restore(self, shards: int) -> int:
+        """Goes on where a killed run with the same key had come to.
+
+        Args:
+            shards: Of the whole score; sums are read now only when all are in.
+
+        Returns:
+            Shards that are in the total.
+        """
+        if self._path is None:
+            return 0
+        try:
+            with safe_open(str(self._path), framework="pt") as file:
+                about = file.metadata() or {}
+                if any(about.get(name) != value for name, value in self._about.items()):
+                    return 0
+                state = json.loads(about["state"])
+                for name in sorted(file.keys()) if state["done"] == shards else ():
+                    self.part.sums.setdefault(name.rpartition("#")[0], []).append(file.get_tensor(name))
+        except (OSError, SafetensorError):  # there is none, or it is not whole
+            return 0
+        self.done, self.part.count, self.part.divisors = state["done"], state["count"], state["divisors"]
+        self.tally.total = state["total"]
+        self.tally.leave_out(state["not_finite"])
+        self.tally.not_read(LeftOut(id=item, reason=reason) for item, reason in state["unread"])
+        return self.done
+
+    def save(self, *, last: bool) -> None:
+        """Puts the sums where they wait for the next round; a file appears whole or not at all."""
+        on_gpu = any(total.is_cuda for sums in self.part.sums.values() for total in sums)
+        if not last:
+            self.part.sums = {name: [total.cpu() for total in sums] for name, sums in self.part.sums.items()}
+        if self._path is None or (on_gpu and not last and time.monotonic() - self._saved < SAVE_SECONDS):
+            return
+        self._write(self._path)
+        self._saved = time.monotonic()
+        if not (last or on_gpu):
+            self.part.sums = {}
+
+    @torch.inference_mode()
+    def _add_total_to(self, shard: Mapping[str, list[Tensor]]) -> None:
+        """The total so far into the sums of the next shard, layer by layer, so that it is never in memory twice."""
+        if not self.done:
+            return
+        if self.part.sums:
+            for name, sums in shard.items():
+                for total, waiting in zip(sums, self.part.sums.pop(name), strict=True):
+                    total.add_(waiting.to(total.device))
+            return
+        with safe_open(str(self._path), framework="pt") as file:
+            for name, sums in shard.items():
+                for number, total in enumerate(sums):
+                    total.add_(file.get_tensor(f"{name}#{number}").to(total.device))
+
+    def _write(self, path: Path) -> None:
+        tally = self.tally
+        state = {
+            "done": self.done,
+            "count": self.part.count,
+            "divisors": self.part.divisors,
+            "total": tally.total,
+            "not_finite": list(tally.not_finite),
+            "unread": [[item.id, item.reason] for item in tally.unread.values()],
+        }
+        tensors = {f"{name}#{i}": total.cpu() for name, sums in self.part.sums.items() for i, total in enumerate(sums)}
+        temporary = path.with_name(f".tmp-{path.name}")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata=self._about | {"state": json.dumps(state)})
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(path)

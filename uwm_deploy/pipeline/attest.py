@@ -1,0 +1,248 @@
+"""Stage `attest`: executes what a bundle has no evidence for yet, on a machine that can. Needs no torch.
+
+The reference is the edited model's embeddings that the build stored in the bundle, so nothing but the bundle and the
+evaluation set is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from uwm_deploy.bundle.open import Bundle, engine_path
+from uwm_deploy.data.embedding import Inputs, PreparedSet, prepare
+from uwm_deploy.data.reading import Progress
+from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.runtime.session import Session, open_engine, open_session, reason_not_executable
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.canaries import Canaries
+from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
+from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.verify.executed import RiskReference, executed
+
+SINGLE_ROWS = 8
+"""Rows compared one at a time."""
+
+RISKS = "evidence/risks.safetensors"
+"""What the safety head says of the evaluation set on the edited model."""
+
+Judge = Callable[[VerifyReport, Digest], Verdict]
+Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
+
+
+def attest(
+    bundle: Bundle,
+    source: QuadrupleSource,
+    judge: Judge,
+    write: Write,
+    *,
+    workers: int,
+    progress: Progress,
+    prepared: PreparedSet | None = None,
+) -> Verdict:
+    """Adds evidence for every unproven variant that this machine can execute, and judges again.
+
+    Args:
+        bundle: An opened bundle.
+        source: The evaluation set that the bundle was measured on.
+        judge: The gate, with its policy.
+        write: What writes a bundle, whole or not at all.
+        workers: Decoding processes.
+        progress: Called as it goes on.
+        prepared: The set, if it is preprocessed already.
+
+    Raises:
+        InputError: If the set is not the one the bundle was measured on.
+        PrerequisiteError: If nothing unproven can be executed here.
+    """
+    manifest = bundle.manifest
+    report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
+    if source.record.ids_digest != report.evaluation.ids_digest:
+        raise InputError(
+            f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
+            fix="pass the same evaluation set",
+        )
+    waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
+    reasons = {
+        v: "" if v == EXPORTED else reason_not_executable(next(iter(bundle.engines(v).values()))) for v in waiting
+    }
+    here = [variant for variant in waiting if not reasons[variant]]
+    if not here:
+        why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"
+        raise PrerequisiteError(
+            f"nothing to attest here ({why})", fix="run it on a machine that can execute the variant"
+        )
+    reference = reference_of(bundle)
+    tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
+    if prepared is None:
+        prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
+    risk = risk_reference_of(bundle)
+    yardstick = yardstick_of(reference_of(bundle, "original"))
+    fresh = {variant: _evidence(bundle, variant, prepared, reference, yardstick, risk, progress) for variant in here}
+    updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
+    content = json_from_record(updated).encode()
+    verdict = judge(updated, digest_of_bytes(content))
+    _rewrite(bundle, content, verdict, write)
+    return verdict
+
+
+def reference_of(bundle: Bundle, whose: Literal["original", "edited"] = "edited") -> EmbeddedSet:
+    """Embeddings of the evaluation set by the source model in PyTorch, edited or not."""
+    try:
+        tensors = load(bundle.read("evidence/reference.safetensors"))
+    except SafetensorError as error:
+        raise IntegrityError(f"evidence/reference.safetensors cannot be read: {error}", fix="build again") from error
+    return EmbeddedSet.from_tensors(tensors, whose)
+
+
+def risk_reference_of(bundle: Bundle) -> RiskReference | None:
+    """The safety head and its outputs on the edited model; None without a head."""
+    if (head := bundle.manifest.head) is None:
+        return None
+    try:
+        return RiskReference(head, RiskSet.from_tensors(load(bundle.read(RISKS))))
+    except SafetensorError as error:
+        raise IntegrityError(f"{RISKS} cannot be read: {error}", fix="build again") from error
+
+
+def canaries_of(bundle: Bundle, tower: TowerName) -> Canaries | None:
+    """Canaries of a tower; None when it is not edited."""
+    name = f"evidence/canaries-{tower.value}.safetensors"
+    if all(file.path != name for file in bundle.manifest.files):
+        return None
+    try:
+        return Canaries(**load(bundle.read(name)))
+    except (SafetensorError, TypeError) as error:
+        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
+
+
+def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
+    """Sessions of a variant, from bytes that were checked as they were read."""
+    return {
+        tower: open_engine(engine, bundle.read(engine_path(engine)), bundle.external_data(engine))
+        for tower, engine in bundle.engines(variant).items()
+    }
+
+
+def _evidence(
+    bundle: Bundle,
+    variant: str,
+    prepared: PreparedSet,
+    reference: EmbeddedSet,
+    yardstick: Yardstick,
+    risk: RiskReference | None,
+    progress: Progress,
+) -> ArtifactEvidence:
+    engines: Mapping[TowerName, EngineArtifact | OnnxArtifact]
+    if variant == EXPORTED:
+        engines = {graph.tower: graph for graph in bundle.manifest.onnx}
+        largest, precision = max(engine.profile.max for engine in bundle.manifest.engines), Precision.FP32
+        optimal = max(engine.profile.opt for engine in bundle.manifest.engines)
+        sessions = {tower: _open_exported(bundle, tower, largest) for tower in TowerName}
+    else:
+        engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
+        built = bundle.engines(variant)[TowerName.IMAGE]
+        largest, optimal, precision = built.profile.max, built.profile.opt, Precision(built.precision)
+    inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
+    wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
+
+    def measured() -> list[OutputParity]:
+        found = [
+            stored_parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
+            for tower in TowerName
+            for batch in sorted({1, largest})
+        ]
+        for tower in TowerName if variant != EXPORTED else ():
+            found += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
+        return found
+
+    evidence = ArtifactEvidence(
+        variant=variant,
+        precision=precision,
+        evidence=Evidence.EXECUTED,
+        reason="",
+        where=dict(sessions[TowerName.IMAGE].where),
+        artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
+    )
+    canaries = {tower: part for tower in TowerName if (part := canaries_of(bundle, tower)) is not None}
+    evidence = executed(
+        evidence,
+        sessions,
+        reference,
+        prepared,
+        canaries,
+        measured,
+        sizes=(optimal, largest),
+        progress=progress,
+        risk=risk,
+        yardstick=yardstick,
+    )
+    for session in sessions.values():
+        session.close()
+    return evidence
+
+
+def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np.ndarray) -> list[OutputParity]:
+    """Outputs after the embedding, of which no reference is stored, against the exported graph on the CPU."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    if len(graph.outputs) == 1:
+        return []
+    exported = _open_exported(bundle, tower, len(rows))
+    wanted, found = exported.run_all(rows), session.run_all(rows)
+    exported.close()
+    return [
+        parity(
+            tower,
+            spec.name,
+            len(rows),
+            wanted[spec.name].reshape(len(rows), -1),
+            found[spec.name].reshape(len(rows), -1),
+        )
+        for spec in graph.outputs[1:]
+    ]
+
+
+def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
+    """An exported graph on the CPU."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    return open_session(
+        Target.ONNXRUNTIME,
+        bundle.read(f"onnx/{graph.file}"),
+        profile=Profile(min=1, opt=1, max=max_batch),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data={graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {},
+        device="cpu",
+        optimisation="extended",
+    )
+
+
+def stored_parity(
+    tower: TowerName, output: str, session: Session, inputs: Inputs, wanted: np.ndarray, batch: int
+) -> OutputParity:
+    """Embeddings of length 1 against the stored reference."""
+    n = min(len(inputs), SINGLE_ROWS if batch == 1 else 2 * batch)
+    rows = np.concatenate([session.run(inputs[i : min(i + batch, n)]) for i in range(0, n, batch)])
+    return parity(tower, output, batch, wanted[:n], rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> None:
+    """The bundle with new evidence and verdict, in place of the old one, whole or not at all."""
+    parts: dict[str, Path | bytes] = {file.path: bundle.path / file.path for file in bundle.manifest.files}
+    parts["reports/verify.json"] = report
+    parts["reports/verdict.json"] = json_from_record(verdict).encode()
+    write(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)

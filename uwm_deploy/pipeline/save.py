@@ -1,0 +1,90 @@
+"""What `uwm-deploy save` does: the edited model of a run folder in the layout of another library, weights checked first."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from uwm_deploy.bundle.open import MANIFEST
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.pipeline.run import recipe_of
+from uwm_deploy.recipes.recipe import only_embeddings
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.edit import EditRecord, EditStep, Placement
+from uwm_deploy.records.files import whole_folder
+from uwm_deploy.records.model import Digest
+from uwm_deploy.report.card import CARD
+from uwm_deploy.stages.edit.edit import MODEL, RECORD
+from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
+from uwm_deploy.towers.load import load_model
+
+_LIBRARY: dict[Layout, str] = {
+    "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
+    "diffusers-text-encoder": "diffusers",
+}  # fmt: skip
+"""Name by which the hub knows it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What was written.
+
+    Attributes:
+        out: Folder.
+        layout: Whose layout it has.
+        weights: Digest of the edited weights, which were checked before.
+    """
+
+    out: str
+    layout: Layout
+    weights: Digest
+
+
+def save_as(path: Path, layout: Layout, out: Path) -> Saved:
+    """Writes an edited model for another library, whole or not at all.
+
+    Args:
+        path: Run folder, its folder `edit`, or `edit/model`.
+        layout: Whose layout.
+        out: New folder.
+
+    Raises:
+        InputError: If there is no edited model, it cannot be had in that layout, or `out` exists.
+        IntegrityError: If the saved weights are not those that the edit made.
+    """
+    assert layout in LAYOUTS
+    folder, record = _edited_at(path)
+    if out.exists():
+        raise InputError(f"{out} exists", fix="choose another --out")
+    if layout == "diffusers-text-encoder" and record.closed_form is not None:
+        raise InputError(_why_not_for_diffusion(record.closed_form), fix="use --method uwm, which changes those states")
+    recipe, _ = recipe_of(str(folder))
+    model = load_model(recipe, folder=folder, device="cpu")
+    if model.ref.weights_digest != record.edited_weights_digest:
+        raise IntegrityError(f"the weights in {folder} are not those that the edit made", fix="edit again")
+    with whole_folder(out) as place:
+        write_layout(model, folder, layout, place)
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8")
+            named = re.sub(r"(?m)^library_name: .*$", f"library_name: {_LIBRARY[layout]}", card, count=1)
+            (place / CARD).write_text(named, encoding="utf-8")
+    return Saved(out=str(out), layout=layout, weights=record.edited_weights_digest)
+
+
+def _why_not_for_diffusion(step: EditStep) -> str:
+    moved = step.axis is not None and step.axis.placement is Placement.WEIGHTS
+    more = ", and the bias of its last LayerNorm would move them" if moved else ""
+    return f"{only_embeddings(step.method)}: diffusion reads hidden states, which it does not make safer{more}"
+
+
+def _edited_at(path: Path) -> tuple[Path, EditRecord]:
+    """The saved edited model and the record of the edit."""
+    if (path / MANIFEST).is_file():
+        raise InputError(f"{path} is a bundle, which holds graphs and no model", fix="pass the run folder (.uwm/MODEL)")
+    found = next(
+        (p for p in (path / "edit", path, path.parent) if (p / RECORD).is_file() and (p / MODEL).is_dir()), None
+    )
+    if found is None:
+        raise InputError(f"{path} holds no edited model with its {RECORD}", fix="pass the run folder (.uwm/MODEL)")
+    return found / MODEL, record_from_json(EditRecord, (found / RECORD).read_bytes(), where=RECORD)

@@ -1,0 +1,83 @@
+"""Finds the TOML files that ship with the project: in the installed package first, else in the checkout."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Literal
+
+from uwm_deploy.errors import InputError
+
+Kind = Literal["export", "calibration", "ci"]
+
+
+def folder(kind: Kind) -> Traversable:
+    """The folder of one kind of file.
+
+    A wheel carries it as ``uwm_deploy/_shipped/<kind>``; a checkout or an editable install has it at the root.
+    """
+    shipped = resources.files("uwm_deploy").joinpath("_shipped", kind)
+    return shipped if shipped.is_dir() else Path(__file__).resolve().parents[2] / kind
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Names of the shipped files, without `.toml`, sorted."""
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder(kind).iterdir() if f.name.endswith(".toml")))
+
+
+def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
+    """Text and display name of a TOML file, by shipped name or by path.
+
+    Raises:
+        InputError: With the nearest shipped names.
+    """
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise InputError(f"{kind} file {name_or_path} does not exist", fix="check the path")
+        try:
+            return path.read_text(encoding="utf-8"), name_or_path
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{kind} file {name_or_path} cannot be read: {error}", fix="check the file") from error
+    known = names(kind)
+    if name_or_path not in known:
+        near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.3) or list(known)
+        raise InputError(f"no {kind} file is named {name_or_path!r}", fix=f"nearest: {', '.join(near)}")
+    file = folder(kind).joinpath(f"{name_or_path}.toml")
+    return file.read_text(encoding="utf-8"), f"{kind}/{name_or_path}.toml"
+
+
+def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> Path:
+    """Folder that holds a checkpoint's files.
+
+    Args:
+        repo: ``"shipped:demo"``, a local folder, or a Hugging Face id.
+        revision: Hub commit; needed for a hub id.
+        local_only: Take what is on this machine; download nothing.
+
+    Raises:
+        InputError: If there is no such folder, or the hub cannot give it.
+    """
+    if repo.startswith("shipped:"):
+        return Path(__file__).resolve().parents[1] / "data" / repo.removeprefix("shipped:") / "model"
+    if Path(repo).is_dir():
+        return Path(repo)
+    if repo.startswith((".", "/", "~")):
+        raise InputError(f"checkpoint folder {repo} does not exist", fix="check the path")
+    if not revision:
+        raise InputError(
+            f"no revision is pinned for {repo}",
+            fix="pass --revision with a commit of the hub repository, or --checkpoint with a folder",
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.txt"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=local_only))
+    except Exception as error:  # the hub client has many error types, all of which mean "not to be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{repo}@{revision[:12]} cannot be fetched: {reason}", fix="check name, network and access"
+        ) from error

@@ -1,0 +1,65 @@
+"""TOML files to records, strictly: an unknown key is an error that names the nearest valid one; nothing is inherited."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from uwm_deploy.errors import IntegrityError, RecipeError
+from uwm_deploy.records.codec import record_from_plain
+
+FORMAT = 1
+"""Version of the TOML formats."""
+
+R = TypeVar("R")
+
+
+def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/recipes.md") -> R:
+    """Parses a file of one kind.
+
+    Args:
+        cls: Record with a field per key.
+        text: TOML.
+        where: File for error messages.
+        docs: Page that describes the format.
+
+    Raises:
+        RecipeError: With the file, the key and the nearest valid key.
+    """
+    try:
+        body = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where} is not valid TOML: {error}", fix="mend the line") from error
+    _refuse_unknown_keys(cls, body, where, docs)
+    if body.get("format") != FORMAT:
+        raise RecipeError(f"{where}: format is {body.get('format')!r}", fix=f"this release reads format = {FORMAT}")
+    try:
+        return record_from_plain(cls, body, where=where)
+    except IntegrityError as error:
+        raise RecipeError(error.what, fix=f"see {docs}") from error
+
+
+def _refuse_unknown_keys(kind: Any, body: Mapping[str, Any], where: str, docs: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in body.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, list(hints), n=1, cutoff=0.3)
+            raise RecipeError(
+                f"{where}: unknown key {key!r}", fix=f"did you mean {near[0]!r}?" if near else f"valid: {sorted(hints)}"
+            )
+        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
+        tables = value if isinstance(value, list) else [value]
+        for number, table in enumerate(tables):
+            if isinstance(table, dict) and inner:
+                name = f"{key}[{number}]" if isinstance(value, list) else key
+                _refuse_unknown_keys(inner, table, f"{where}: {name}", docs)
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in body
+    ]
+    if missing:
+        raise RecipeError(f"{where}: missing key {missing[0]!r}", fix=f"see {docs}")

@@ -1,0 +1,1 @@
+"""Frozen records by domain, their JSON, their digests, and how a file is written whole."""

@@ -1,0 +1,212 @@
+"""What verification measures of every artifact, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import Flips, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
+from uwm_deploy.records.model import Digest, ModelRef, TowerName
+
+
+class Evidence(StrEnum):
+    """Whether the numbers of an artifact come from executing it."""
+
+    EXECUTED = "executed"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputParity:
+    """How far one output of an artifact is from the edited model in PyTorch float32.
+
+    Attributes:
+        max_abs: Largest absolute difference over all elements.
+        mean_abs: Mean absolute difference.
+        cosine_min: Smallest row-wise cosine.
+        norm_error: Largest difference of a row's length from the reference's, as a share of it.
+        batch: Rows per call.
+        n: Rows compared.
+    """
+
+    tower: TowerName
+    output: str
+    batch: int
+    n: int
+    max_abs: float
+    mean_abs: float
+    cosine_min: float
+    cosine_mean: float
+    finite: bool
+    norm_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchCheck:
+    """Whether a row's embedding depends on the rows around it: the same rows alone, and at other places of a batch.
+
+    Attributes:
+        batch: Rows per call.
+        n: Rows compared.
+        cosine_min: Smallest cosine of a row with itself, alone.
+        error: What the artifact says when it does not take such a batch; empty when it does.
+    """
+
+    tower: TowerName
+    batch: int
+    n: int
+    cosine_min: float
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphAudit:
+    """One tower's weights as they lie in an artifact, compared with the edited model; nothing is executed.
+
+    Attributes:
+        layers: Edited layers that hold exactly the edited weight.
+        weights: Other weights that were compared, bit for bit.
+        edit: Edited layers that do not, with the reason.
+        differ: Other weights that are not the edited model's.
+        lowered: What must be in float32 whatever the precision, such as a map behind the embedding, and is not.
+        structure: What else differs from the model, such as the epsilon of a normalisation.
+    """
+
+    layers: int
+    weights: int
+    edit: tuple[str, ...] = ()
+    differ: tuple[str, ...] = ()
+    lowered: tuple[str, ...] = ()
+    structure: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditProof:
+    """The saved edited model compared with what source weights, scores and recipe make.
+
+    Attributes:
+        layers: Edited layers.
+        weights: Weights that were compared, edited or not.
+        problems: Every difference, by the weight's name.
+    """
+
+    layers: int
+    weights: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goldens:
+    """The runtime and the towers compared with the source library on images and captions that are hard to get right.
+
+    Attributes:
+        images: Images compared.
+        captions: Captions compared.
+        grey_levels: Largest difference of a pixel, in steps of an 8-bit image; infinite differences are `FAR`.
+        ids_differ: Captions whose ids differ.
+        cosine_min: Tower to the smallest cosine of the library's embedding with the tower's, on equal inputs.
+    """
+
+    images: int
+    captions: int
+    grey_levels: float
+    ids_differ: int
+    cosine_min: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataHealth:
+    """Whether an evaluation set can measure anything, by the source model.
+
+    Attributes:
+        paired: Members of an item that belong together, such as `safe_text safe_image`, to the share of items in which they
+            are more alike than the same two members of different items.
+        aligned: Share of items in which texts fit their own images better than crosswise.
+        calibrated_concepts: Concepts of the calibration set, with their number of items.
+    """
+
+    paired: Mapping[str, Proportion]
+    aligned: Proportion
+    calibrated_concepts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactEvidence:
+    """Everything measured on one variant, or the statement that it was not run.
+
+    Attributes:
+        variant: Variant name, or ``"onnx"`` for the exported graphs themselves.
+        reason: Why it was not run; empty when executed.
+        precision: What its linear layers compute in.
+        where: Machine kind: provider, device name, versions.
+        artifact_digests: Digest per tower of exactly the bytes that were executed.
+        canaries: Per edited tower, the worst canary's distance to the edited model over that to the original one.
+        batches: Per tower and batch size.
+        broken: Why nothing was measured on the evaluation set although it was executed; empty when it was.
+        audit: Per tower, the weights that lie in it; a tower whose format cannot be read is missing.
+        anisotropy: Per tower, how alike two embeddings are on average (mean cosine), less the edited model's.
+        flips: Against the edited source model, per preference metric, retrieval and zero-shot set.
+        worst: The decisions that fell furthest from the edited model's.
+        risk: Of its safety head; None without one.
+        risk_flips: Images, safe or not, whose action or category is not the edited model's.
+        risk_parity: Like `parity`, of the head's outputs.
+    """
+
+    variant: str
+    precision: Precision
+    evidence: Evidence
+    reason: str
+    where: Mapping[str, str]
+    artifact_digests: Mapping[str, Digest]
+    parity: tuple[OutputParity, ...] = ()
+    canaries: Mapping[str, float] = field(default_factory=dict)
+    batches: tuple[BatchCheck, ...] = ()
+    broken: str = ""
+    audit: Mapping[str, GraphAudit] = field(default_factory=dict)
+    anisotropy: Mapping[str, float] = field(default_factory=dict)
+    safety: SafetyReport | None = None
+    flips: Mapping[str, Flips] = field(default_factory=dict)
+    worst: tuple[WorstItem, ...] = ()
+    risk: RiskReport | None = None
+    risk_flips: Proportion | None = None
+    risk_parity: tuple[OutputParity, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """Numbers only; `gate` is what judges them.
+
+    Attributes:
+        edit_effect: Edited against original, per preference metric, retrieval and zero-shot set.
+        edit_worst: The decisions that the edit made worst.
+        hard_safe: Ids of the tenth of the items whose safe members look most unsafe to the original model, the most unsafe
+            first; empty where they are too few to tell.
+        hard_safe_worst: Those of them whose right answer fell furthest by the edit.
+        zero_shot_digests: Set to the digest of its prompts and labels.
+        head_digest: Of the safety head; empty without one.
+        risk: What that head makes of the evaluation set on the edited model in PyTorch.
+        head_overlap: Evaluation items whose images the head was trained or calibrated on.
+    """
+
+    model: ModelRef
+    edited_weights_digest: Digest
+    evaluation: CalibrationRecord
+    calibration_overlap: int
+    original: SafetyReport
+    edited: SafetyReport
+    edit_effect: Mapping[str, Flips]
+    artifacts: tuple[ArtifactEvidence, ...]
+    versions: Mapping[str, str]
+    edit_worst: tuple[WorstItem, ...] = ()
+    hard_safe: tuple[str, ...] = ()
+    hard_safe_worst: tuple[RankChange, ...] = ()
+    zero_shot_digests: Mapping[str, Digest] = field(default_factory=dict)
+    edit_proof: EditProof | None = None
+    goldens: Goldens | None = None
+    data: DataHealth | None = None
+    head_digest: Digest = ""
+    risk: RiskReport | None = None
+    head_overlap: int = 0

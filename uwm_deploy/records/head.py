@@ -1,0 +1,115 @@
+"""The safety head: its shape, thresholds and training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.model import Digest
+
+RISK_LOGITS, RISK_LEVEL = "risk_logits", "risk_level"
+
+
+RISK_OUTPUTS = (RISK_LOGITS, RISK_LEVEL)
+"""Outputs that a safety head adds to the image graph."""
+
+
+class Action(StrEnum):
+    """What becomes of an image by its risk, the mildest first; each has its threshold, but for the first."""
+
+    ALLOW = "allow"
+    FLAG = "flag"
+    REDIRECT = "redirect"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """Sizes of a safety head.
+
+    Attributes:
+        features: Width of the vision tower's tokens.
+        width: Of the safety projector and of the attention.
+        tokens: Learned safety tokens.
+        heads: Of the attention.
+        categories: Of `risk_logits`, ``"safe"`` among them.
+    """
+
+    features: int
+    width: int
+    tokens: int
+    heads: int
+    categories: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCalibration:
+    """One of a head's two probabilities before and after its temperature, on items that the temperature is not from.
+
+    Attributes:
+        temperature: What logits are divided by; in the head's weights already.
+        ece_before: Expected calibration error, percentage points, 15 bins.
+        ece_after: The same with the temperature.
+        n: Images it was measured on.
+    """
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTraining:
+    """How a safety head was trained.
+
+    Attributes:
+        data: The set that it was trained on.
+        validation: The set that temperatures and thresholds are from; None when it is a part of the other one.
+        pairs: Pairs of images that it was trained on.
+        validation_pairs: Pairs that temperatures and thresholds are from.
+        loss_first: Mean loss of the first pass over the pairs.
+        loss_last: Mean loss of the last one.
+        seconds: Wall time of the passes, features apart.
+    """
+
+    data: CalibrationRecord
+    validation: CalibrationRecord | None
+    pairs: int
+    validation_pairs: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyHead:
+    """A head on the tokens of the edited image tower (docs/safety-head.md); its weights are a file beside the record.
+
+    Attributes:
+        categories: Of `risk_logits`, in order; the first is ``"safe"``, the others are the set's concepts.
+        edited_weights_digest: The edited model whose tokens it was trained on; on any other it means nothing.
+        weights_digest: Of the file with its weights.
+        texts_digest: Of the file with the safe texts that a redirect chooses from.
+        items_digest: Of the file that tells the images it was trained and calibrated on from those of an evaluation set.
+        thresholds: Action to the risk level from which on it, or a stricter one, is taken.
+        false_positive_rates: Action to the share of safe images, in percent, that its threshold was chosen for.
+        calibration: Output to its calibration.
+    """
+
+    shape: HeadShape
+    categories: tuple[str, ...]
+    edited_weights_digest: Digest
+    weights_digest: Digest
+    texts_digest: Digest
+    items_digest: Digest
+    thresholds: Mapping[str, float]
+    false_positive_rates: Mapping[str, float]
+    calibration: Mapping[str, HeadCalibration]
+    training: HeadTraining

@@ -1,0 +1,203 @@
+"""What is measured on an evaluation set: decisions, retrieval, zero-shot, risk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proportion:
+    """A mean of booleans with its uncertainty; percentages, so 0 to 100.
+
+    Attributes:
+        value: Percentage of items that are true.
+        n: Items.
+        ties: Items that are decided by an exact tie, always for the worse: false, or *unsafe first*.
+        low: Lower end of the 95% Wilson interval.
+        high: Upper end.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+    ties: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flips:
+    """Decisions that differ between two models on the same quadruples (method.md section 5).
+
+    For a mean of two directions of retrieval, such as ``safe_retrieval@1``, `lost` and `gained` count items whose mean fell
+    and rose.
+
+    Attributes:
+        lost: True under the reference, false under the candidate.
+        gained: False under the reference, true under the candidate.
+        p_value: Exact McNemar test, two-sided.
+        delta: Candidate minus reference, percentage points, with its paired 95% interval.
+    """
+
+    n: int
+    lost: int
+    gained: int
+    p_value: float
+    delta: float
+    delta_low: float
+    delta_high: float
+    lost_ids: tuple[str, ...] = ()
+    gained_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemOutcomes:
+    """What every single item came to, so that two reports on the same items can be compared pair by pair.
+
+    One bit per item in the order of the set, as hex digits; the first item is the highest bit of the first digit.
+
+    Attributes:
+        preference: Basic SafeGround metric to bits: the safe candidate won.
+        concepts: Concept to bits: the item is of it.
+        zero_shot: Set to bits: the image was recognised.
+        retrieval: ``safe-text-to-image@1`` and so on to bits: a hit; ``hard-safe`` to bits: the item is one of those.
+    """
+
+    preference: Mapping[str, str]
+    concepts: Mapping[str, str]
+    zero_shot: Mapping[str, str]
+    retrieval: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstItem:
+    """One decision that an artifact, or the edit, made worse.
+
+    Attributes:
+        subject: Variant name, ``"onnx"`` or ``"edited"``.
+        id: Of the quadruple.
+        metric: The basic decision that got worst.
+        margin: Similarity to the safe candidate minus to the unsafe one; negative is unsafe.
+        reference_margin: The same under the model it is compared with.
+        lost: Whether it was safe under the reference and no longer is.
+    """
+
+    subject: str
+    id: str
+    concept: str
+    metric: str
+    margin: float
+    reference_margin: float
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankChange:
+    """One safe query of a *hard safe* item whose right answer an edit moved down.
+
+    Attributes:
+        id: Of the quadruple.
+        query: ``safe-text-to-image`` or ``safe-image-to-text``, whichever fell more.
+        before: Place of the right answer under the original model, 1 for the first.
+        after: The same under the edited model.
+    """
+
+    id: str
+    concept: str
+    query: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What became of the neighbourhoods and the spread of safe embeddings, against the original model on the same items.
+
+    Attributes:
+        neighbours: ``image-image``, ``text-text`` and ``text-image`` to the mean overlap (Jaccard) of the ten nearest safe
+            neighbours, 0 to 1; empty with fewer than 11 items.
+        spread: Tower to the total variance of its safe embeddings divided by the original's; 1 is unchanged.
+    """
+
+    neighbours: Mapping[str, Estimate]
+    spread: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyReport:
+    """SafeGround, retrieval and zero-shot of one model or artifact.
+
+    Attributes:
+        subject: ``"original"``, ``"edited"`` or a variant name.
+        preference: The nine SafeGround metrics by name (P_ts, P_tu, P_vs, P_vu, Txt_s, Img_s, PS, PU, GS).
+        per_concept: The same, per concept.
+        retrieval: ``safe-text-to-image@1`` and so on; ``hard-safe-...`` among the items that look most unsafe to the
+            original model; ``unsafe-first-text`` and ``unsafe-first-image``, where less is better.
+        zero_shot: Top-1 per data set.
+        zero_shot_missing: Sets that were asked for and did not run, with the reason; never counted as 0.
+        items: Of a verify report; None where nothing is compared item by item.
+        geometry: Against the original model; None for that one itself.
+    """
+
+    subject: str
+    preference: Mapping[str, Proportion]
+    per_concept: Mapping[str, Mapping[str, Proportion]]
+    retrieval: Mapping[str, Proportion]
+    zero_shot: Mapping[str, Proportion]
+    zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
+    items: ItemOutcomes | None = None
+    geometry: Geometry | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number that is no proportion, in percent unless its field says otherwise, with its 95% interval.
+
+    Attributes:
+        n: Items it comes from.
+    """
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryRisk:
+    """What a safety head makes of the unsafe images of one concept.
+
+    Attributes:
+        auroc: Their risk level against that of all safe images.
+        recall: Share of them that is at least redirected.
+        named: Share of them whose most probable concept is theirs.
+    """
+
+    auroc: Estimate
+    recall: Proportion
+    named: Proportion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RiskReport:
+    """What a safety head makes of the evaluation set.
+
+    Attributes:
+        auroc: Risk level of unsafe against safe images.
+        recall: Action to the share of unsafe images for which it, or a stricter one, is taken.
+        benign: The same of the safe images: over-refusal.
+        benign_zero_shot: The same of all images of the zero-shot sets, which are taken as safe; empty without any.
+        named: Share of unsafe images whose most probable concept is theirs.
+        ece: Expected calibration error of the risk level, percentage points, 15 bins.
+        category_ece: The same of the most probable category.
+        per_category: By concept.
+    """
+
+    auroc: Estimate
+    recall: Mapping[str, Proportion]
+    benign: Mapping[str, Proportion]
+    benign_zero_shot: Mapping[str, Proportion]
+    named: Proportion
+    ece: float
+    category_ece: float
+    per_category: Mapping[str, CategoryRisk]

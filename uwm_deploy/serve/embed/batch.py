@@ -1,0 +1,162 @@
+"""A batch of columns in, a batch of columns out: what Ray Data, Spark or a loop drives."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from uwm_deploy.bundle.open import MANIFEST
+from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.files import digest_of_bytes, digest_of_file
+from uwm_deploy.records.model import Digest
+from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.results import Embeddings, Kind
+from uwm_deploy.runtime.session import Device
+
+ItemKind = Literal["images", "texts"]
+"""Which tower embeds the items."""
+
+Columns = Mapping[str, Any]
+"""Columns of equal length by name; a column is anything that can be iterated."""
+
+_OPENED: dict[tuple[str, Digest, str | None, Device, int], SafeEncoder] = {}
+_LOCK = threading.Lock()
+
+
+class EmbedBatch:
+    """Embeds a batch; pickled, it is a few strings, and each process opens the bundle once, at its first batch.
+
+    A broken item is a row with an error; a failure that is not the items' own (an engine, a full memory) is raised.
+
+    Args:
+        bundle: Bundle folder, at this path on every machine.
+        kind: What the items are.
+        key: Column with the items' keys.
+        column: Column with images (paths, encoded bytes, uint8 arrays) or texts. [default: image or text]
+        dtype: Of the embeddings.
+        variant: A certain variant instead of the best for the machine.
+        device: Where it must run.
+        digest: Digest of the bundle's manifest that every process must find. [default: of the bundle that is there now]
+
+    Raises:
+        InputError: If there is no bundle.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        kind: ItemKind = "images",
+        key: str = "key",
+        column: str = "",
+        dtype: Kind = "float32",
+        variant: str | None = None,
+        device: Device = "auto",
+        digest: Digest = "",
+    ) -> None:
+        self.bundle = str(Path(bundle).resolve())
+        self.kind: ItemKind = kind
+        self.key, self.column = key, column or ("image" if kind == "images" else "text")
+        self.dtype: Kind = dtype
+        self.variant = variant
+        self.device: Device = device
+        self.digest = digest or _digest_of(Path(self.bundle))
+
+    def __call__(self, batch: Columns) -> dict[str, np.ndarray]:
+        """Embeds n items.
+
+        Args:
+            batch: The two columns, and perhaps `error`: where it has a text, that is the item's error already.
+
+        Returns:
+            `key` (n,) str, `embedding` (n, d) of length 1, NaN where there is none, `error` (n,) str, empty where there is
+            none, and the same in every row: `bundle`, digest of the bundle's manifest, `variant`, and `space`, the id of the
+            space that it embeds into.
+
+        Raises:
+            InputError: If a column is missing.
+            IntegrityError: If the bundle is another one than in the process that made this object.
+            UwmError: See `SafeEncoder.open`.
+        """
+        keys = [str(key) for key in self._column(batch, self.key)]
+        errors = [str(error or "") for error in batch["error"]] if "error" in batch else [""] * len(keys)
+        encoder = self.encoder()
+        values = self._column(batch, self.column)
+        errors = [e or self._missing(value) for e, value in zip(errors, values, strict=True)]
+        good = [n for n, error in enumerate(errors) if not error]
+        found = self._encoded(encoder, [values[n] for n in good])
+        rows = np.full((len(keys), encoder.manifest.model.embed_dim), np.nan, dtype=self.dtype)
+        rows[good] = found
+        for failed in found.errors:
+            errors[good[failed.position]] = str(failed.error)
+        return {
+            "key": _texts(keys),
+            "embedding": rows,
+            "error": _texts(errors),
+            "bundle": _texts([self.digest] * len(keys)),
+            "variant": _texts([encoder.variant] * len(keys)),
+            "space": _texts([encoder.space] * len(keys)),
+        }
+
+    def encoder(self) -> SafeEncoder:
+        """The encoder of this process; opened when first asked for, and again in a process that was forked."""
+        wanted = (self.bundle, self.digest, self.variant, self.device, os.getpid())
+        with _LOCK:
+            if wanted not in _OPENED:
+                encoder = SafeEncoder.open(self.bundle, variant=self.variant, device=self.device)
+                # A manifest that opens is byte for byte what its record writes.
+                found = digest_of_bytes(json_from_record(encoder.manifest).encode())
+                if found != self.digest:
+                    encoder.close()
+                    raise IntegrityError(
+                        f"{self.bundle} is another bundle ({found}) than the job was started with ({self.digest})",
+                        fix="put the same bundle on every machine",
+                    )
+                _OPENED[wanted] = encoder
+            return _OPENED[wanted]
+
+    def identity(self) -> dict[str, str]:
+        """What all rows of one result must have in common, as parts say it; the variant if one was asked for."""
+        known = {"kind": self.kind, "bundle": self.digest, "dtype": self.dtype}
+        return known | ({"variant": self.variant} if self.variant else {})
+
+    def _encoded(self, encoder: SafeEncoder, values: Sequence[Any]) -> Embeddings:
+        encode = encoder.encode_image if self.kind == "images" else encoder.encode_text
+        found = encode(values, dtype=self.dtype)
+        for failed in found.errors:
+            if not isinstance(failed.error, (DataError, ContractError)):
+                raise failed.error
+        strange = [failed.error for failed in found.errors if not isinstance(failed.error, DataError)]
+        if strange and len(found.errors) == len(values):  # no row at all: that is the engine, not the items
+            raise strange[0]
+        return found
+
+    def _missing(self, value: Any) -> str:
+        """The error of an empty place; Ray and pandas make it NaN."""
+        return f"it has no {self.kind.removesuffix('s')}" if value is None or isinstance(value, float) else ""
+
+    def _column(self, batch: Columns, name: str) -> list[Any]:
+        if name not in batch:
+            raise InputError(f"the batch has no column {name!r}", fix=f"it has {', '.join(map(str, batch))}")
+        return list(batch[name])
+
+
+def _texts(values: Sequence[str]) -> np.ndarray:
+    column = np.empty(len(values), dtype=object)  # a numpy text column would drop trailing NULs, and pad
+    column[:] = values
+    return column
+
+
+def _digest_of(bundle: Path) -> Digest:
+    try:
+        return digest_of_file(bundle / MANIFEST)
+    except OSError as error:
+        raise InputError(
+            f"{bundle} is not a bundle: {error.strerror}", fix="pass the folder that `build` wrote"
+        ) from error

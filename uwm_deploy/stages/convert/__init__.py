@@ -1,0 +1,1 @@
+"""Stage `convert`: graphs in a lower precision."""

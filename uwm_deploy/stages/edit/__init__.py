@@ -1,0 +1,1 @@
+"""Stage `edit`: the patch and the edited model."""

@@ -1,0 +1,1 @@
+"""Stage `gate`: measured numbers against a policy."""

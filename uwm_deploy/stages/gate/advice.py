@@ -1,0 +1,78 @@
+"""What to try when a check does not pass: one line per kind of check, a command wherever there is one."""
+
+from __future__ import annotations
+
+from uwm_deploy.records.verdict import Check, Result
+
+_EXACT = {
+    "calibration items in the evaluation set": "take the shared items out of one set; "
+    "`uwm-deploy data check CALIBRATION --against EVALUATION` names them",
+    "items of the safety head in the evaluation set": "train the head on another set, or measure on another one",
+    "weights come from a checkpoint": "build without --weights random",
+    "the edit changes the weights": "use another --factor than 1, a smaller --keep-mass, and a method other than none",
+    "outputs are finite": "keep the layers that overflow in float32: --keep-float32 PATTERN, or use --precision bf16",
+    "limits apply": "add a limit for this precision to the policy",
+    "faithful variants": "see the checks of the variants above; `uwm-deploy attest BUNDLE` adds evidence on another machine",
+}
+
+_MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
+
+_SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
+"""Starts of the metrics that say whether an edit makes a model safer without harm to safe queries."""
+
+
+def advice_for(check: Check, model: str) -> str:
+    """What to try; empty for a check that passes.
+
+    Args:
+        check: A check.
+        model: Name of the model's recipe, for commands.
+    """
+    if check.result is Result.PASS:
+        return ""
+    if check.name in _EXACT:
+        return _EXACT[check.name]
+    if check.name == "required evidence":
+        return f"run `uwm-deploy attest BUNDLE` on a machine that can execute {check.subject}, or build it there"
+    if check.name.endswith("since the baseline") and check.result is Result.NOT_RUN:
+        return "store an accepted report with `uwm-deploy baseline set` and pass it with --baseline"
+    if check.name.endswith("since the baseline") and check.result is Result.FAIL:
+        return (
+            "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
+            "if the change is wanted, accept it with `uwm-deploy baseline set`"
+        )
+    if check.result is Result.INCONCLUSIVE:
+        return f"{_MORE_ITEMS}; or {_other_method(model)}" if _is_about_safety(check) else _MORE_ITEMS
+    return _of_metric(check, model)
+
+
+def _of_metric(check: Check, model: str) -> str:
+    if check.subject == "edited" and check.name.startswith("risk."):
+        return (
+            "another head: `uwm-deploy train safety-head` with more pairs (--train-on), another --validation set, or other "
+            "rates (--flag, --redirect, --block)"
+        )
+    if check.name.startswith("canaries"):
+        return "the artifact may be of the unedited model: remove the run folder and build again"
+    if check.subject == "edited":
+        if check.name.startswith("zero_shot"):
+            return f"edit less: `uwm-deploy sweep --model {model} --pick 11.4` finds a --keep-mass that keeps knowledge"
+        if _is_about_safety(check):
+            return _other_method(model)
+        return f"another edit: `uwm-deploy sweep --model {model}` measures many; or --method, or other calibration data"
+    if check.name.startswith("parity."):
+        return "keep sensitive layers in float32 (--keep-float32 PATTERN) or use a higher --precision"
+    return (
+        "use --precision auto with a smaller --budget, keep layers in float32 (--keep-float32), or a higher --precision"
+    )
+
+
+def _is_about_safety(check: Check) -> bool:
+    return check.subject == "edited" and check.name.startswith(_SAFETY) and "since the baseline" not in check.name
+
+
+def _other_method(model: str) -> str:
+    return (
+        f"another method: `uwm-deploy build --model {model} --method safety-axis`, or --method uwm+safety-axis; "
+        f"`uwm-deploy compare --model {model} --evaluation SET` measures all of them on your own pairs"
+    )

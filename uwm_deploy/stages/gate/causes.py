@@ -1,0 +1,133 @@
+"""From failing checks to the fault behind them: its kind, and the stage that made it.
+
+One fault makes many checks fail. A graph that lost its padding mask fails in parity, in canaries and in decisions, and every
+engine compiled from it fails likewise. The evidence is read in the order in which a cause can be told from its
+consequences: what lies in an artifact before what it does, one row before a batch, the exported graph before the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
+from uwm_deploy.records.graph import EXPORTED, Precision
+from uwm_deploy.records.verdict import Blame, Cause, Check, Result
+from uwm_deploy.safeground.canaries import RATIO_LIMIT
+
+STAGE_ORDER = ("train", "load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
+
+SAME, SAME_FP32 = 0.999, 0.99999
+"""Cosine from which two embeddings of one input count as the same, whatever the precision, and in float32."""
+
+HEAD_FP32 = 1e-2
+"""Largest difference of a safety head's logits up to which two heads count as the same in float32."""
+
+_OWN = {
+    "the edit changes the weights": (Cause.EDIT, "edit"),
+    "the edited model is the source with the edit": (Cause.EDIT, "edit"),
+    "weights come from a checkpoint": (Cause.MODEL, "load"),
+    "pixels as in the source library": (Cause.PREPROCESSING, "load"),
+    "ids as in the source library": (Cause.TOKENISATION, "load"),
+    "towers as in the source library": (Cause.GRAPH, "load"),
+    "calibration items in the evaluation set": (Cause.DATA, "calibrate"),
+    "items of the safety head in the evaluation set": (Cause.DATA, "train"),
+    "every calibrated concept is measured": (Cause.DATA, "verify"),
+    "verdict of the bundle": (Cause.EVIDENCE, "gate"),
+    "required evidence": (Cause.EVIDENCE, "verify"),
+    "limits apply": (Cause.EVIDENCE, "gate"),
+}
+"""Checks that are about one thing only."""
+
+
+def with_causes(checks: Iterable[Check], report: VerifyReport) -> list[Check]:
+    """Checks with cause and stage, where they do not pass.
+
+    Args:
+        checks: Of a verdict.
+        report: What they were made from.
+    """
+    artifacts = {artifact.variant: artifact for artifact in report.artifacts}
+    return [c if c.result is Result.PASS else _with_cause(c, artifacts.get(c.subject)) for c in checks]
+
+
+def _with_cause(check: Check, artifact: ArtifactEvidence | None) -> Check:
+    if check.rule == "min_proven":
+        return check  # follows from the others
+    cause, stage = Cause.DECISIONS, "edit"
+    if check.name in _OWN:
+        cause, stage = _OWN[check.name]
+    elif check.subject == "data":
+        cause, stage = Cause.DATA, "verify"
+    elif artifact is None and _is_about_the_head(check):
+        cause, stage = Cause.MODEL, "train"
+    elif artifact is not None:
+        cause, stage = cause_of(artifact), "export" if artifact.variant == EXPORTED else "compile"
+    return dataclasses.replace(check, cause=cause, stage=stage)
+
+
+def _is_about_the_head(check: Check) -> bool:
+    return check.name.startswith("risk.") or "safety head" in check.name
+
+
+def cause_of(artifact: ArtifactEvidence) -> Cause:
+    """What is wrong with an executed artifact, of which at least one check fails."""
+    audits = artifact.audit.values()
+    for problems, cause in (
+        ([text for audit in audits for text in audit.edit], Cause.EDIT),
+        ([text for audit in audits for text in audit.differ], Cause.WEIGHTS),
+        ([text for audit in audits for text in audit.lowered], Cause.NUMBERS),
+        ([text for audit in audits for text in audit.structure], Cause.GRAPH),
+    ):
+        if problems:
+            return cause
+    if artifact.broken and not artifact.parity:
+        return Cause.GRAPH  # embeddings of another size
+    if artifact.broken or not all(part.finite for part in artifact.parity):
+        return Cause.NUMBERS
+    if _depends_on_the_batch(artifact):
+        return Cause.BATCHING
+    # Far from both models is another fault; nearer to the original one means that it is the original one.
+    unedited = any(
+        ratio >= 1 / RATIO_LIMIT for tower, ratio in artifact.canaries.items() if tower not in artifact.audit
+    )
+    if unedited:
+        return Cause.EDIT
+    if artifact.precision is not Precision.FP32:
+        return Cause.NUMBERS  # the float32 graph it was made from has checks of its own
+    off = any(part.cosine_min < SAME_FP32 or part.norm_error > 1 - SAME for part in artifact.parity)
+    off = off or any(part.max_abs > HEAD_FP32 for part in artifact.risk_parity)
+    return Cause.GRAPH if off else Cause.DECISIONS
+
+
+def _depends_on_the_batch(artifact: ArtifactEvidence) -> bool:
+    if any(part.error for part in artifact.batches):
+        return True
+    return any(part.batch > 1 and part.cosine_min < SAME for part in artifact.batches)
+
+
+def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
+    """The faults behind what blocks, the earliest stage first; decisions that changed come last, for they follow.
+
+    An engine that shows the fault of the graph it was compiled from is not named again.
+    """
+    found: dict[tuple[Cause, str], Blame] = {}
+    for check in checks:
+        if not check.blocks or check.cause is None or check.result is Result.INCONCLUSIVE:
+            continue
+        key = (check.cause, check.stage)
+        if key not in found:
+            text = f"{check.name}: {check.detail}" if check.detail else check.name
+            found[key] = Blame(cause=check.cause, stage=check.stage, subject=check.subject, detail=text)
+    exported = {cause for cause, stage in found if stage == "export"}
+    kept = [b for (cause, stage), b in found.items() if stage != "compile" or cause not in exported]
+    return tuple(sorted(kept, key=_rank))
+
+
+_CLASS_ORDER = tuple(Cause)
+
+
+def _rank(blame: Blame) -> tuple[int, int, int]:
+    """A verdict that does not hold comes first: whatever else fails was known when it was given."""
+    place = 0 if (blame.cause, blame.stage) == (Cause.EVIDENCE, "gate") else 2 if blame.cause is Cause.DECISIONS else 1
+    return place, STAGE_ORDER.index(blame.stage), _CLASS_ORDER.index(blame.cause)

@@ -1,0 +1,1 @@
+"""Stage `score`: scores of every edited layer."""

@@ -1,0 +1,1 @@
+"""Stage `verify`: numbers and decisions of original, edited and every artifact."""

@@ -1,0 +1,1 @@
+"""What runs the pipeline many times, or looks at what it made."""

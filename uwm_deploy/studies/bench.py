@@ -1,0 +1,451 @@
+"""How fast the variants of a bundle are here: they take turns, so what disturbs the machine disturbs all of them alike.
+
+Needs no torch: the reference in PyTorch is one more contender that a caller may hand in (`torch_reference`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from uwm_deploy.bundle.open import Bundle, engine_path
+from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.graph import EngineArtifact, Precision, TensorSpec
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.studies import BenchReport, BenchSubject, ColdStart, Latency
+from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
+from uwm_deploy.runtime.tensorrt import gpu_reason
+from uwm_deploy.runtime.tokenizer import Tokenizer
+
+CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yellow triangle beside a grey wall")
+"""Rows of text; every tower computes all positions, so their words do not matter."""
+
+COLD_ROUNDS = 3
+"""Sessions that are opened one after another to measure a cold start."""
+
+ROUNDS = 5
+"""Turns of every contender in the warm calls."""
+
+PAUSE_SECONDS = 0.05
+"""Before each turn: threads of the one before wait for work in a busy loop for a while, and would take its cores."""
+
+CALLS_FOR = {95: 20, 99: 100}
+"""A percentile of fewer calls than this would be a name for the slowest one."""
+
+Open = Callable[[TowerName], Session]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that is measured.
+
+    Attributes:
+        subject: What it is; where it runs is filled in when it has been opened.
+        open: Makes a new session of one tower, files read and checked.
+    """
+
+    subject: BenchSubject
+    open: Open
+
+
+def contenders_of(bundle: Bundle, variants: Sequence[str], threads: int = 0) -> tuple[list[Contender], dict[str, str]]:
+    """Variants of a bundle that this machine can execute, and the reason why it cannot, for each of the others.
+
+    Args:
+        bundle: An opened bundle.
+        variants: Those that are asked for; all when empty.
+        threads: Of a session on the CPU; 0 leaves the number to the runtime.
+
+    Raises:
+        InputError: If the bundle has no such variant.
+    """
+    manifest, found, not_run = bundle.manifest, [], {}
+    for name in variants or sorted({engine.variant for engine in manifest.engines}):
+        parts = bundle.engines(name)
+        first = parts[TowerName.IMAGE]
+        if reason := reason_not_executable(first):
+            not_run[name] = reason
+            continue
+        subject = BenchSubject(
+            name=name,
+            precision=Precision(first.precision),
+            state=_state(name, manifest.verdict),
+            digests={tower.value: engine.digest for tower, engine in parts.items()},
+        )
+
+        def opened(tower: TowerName, parts: Mapping[TowerName, EngineArtifact] = parts) -> Session:
+            engine = parts[tower]
+            data = bundle.external_data(engine)
+            return open_engine(engine, bundle.read(engine_path(engine)), data, threads=threads)
+
+        found.append(Contender(subject, opened))
+    return found, not_run
+
+
+def _state(variant: str, verdict: Verdict) -> Literal["proven", "failed", "unproven"]:
+    if variant in verdict.proven:
+        return "proven"
+    return "failed" if variant in verdict.failed else "unproven"
+
+
+def bench(
+    bundle: Bundle,
+    contenders: Sequence[Contender],
+    not_run: Mapping[str, str],
+    *,
+    batches: Sequence[int],
+    seconds: float,
+    progress: Progress,
+) -> BenchReport:
+    """Measures every contender, both towers, cold and warm.
+
+    Cold is a new session in this process up to its first answer. Warm calls are made in turns of a few calls, in random
+    order. A ratio is that of the fastest calls in turns of the same round, which other work on the machine disturbs least.
+
+    Args:
+        bundle: Whose inputs they take.
+        contenders: The first is what the others are compared with.
+        not_run: Reasons for those that are not among them.
+        batches: Rows per call; those between the smallest and the largest of the profile when empty.
+        seconds: Time for each contender, tower and batch; at least one call per round is made whatever it takes.
+        progress: Called as it goes on.
+
+    Raises:
+        InputError: If a batch is larger than the profile allows.
+        PrerequisiteError: If nothing can be executed here.
+    """
+    sizes = _batches(bundle, batches)
+    inputs = {tower: inputs_of(bundle, tower, max(sizes)) for tower in TowerName}
+    before, skipped = clocks(), dict(not_run)
+    subjects: dict[str, BenchSubject] = {}
+    cold: list[ColdStart] = []
+    warm: list[Latency] = []
+    running = list(contenders)
+    for tower in TowerName:
+        measured, failed = _cold(running, tower, inputs[tower][: sizes[0]], progress)
+        skipped |= failed
+        running = [one for one in running if one.subject.name not in failed]
+        sessions: dict[str, Session] = {}
+        try:
+            for one in running:
+                session, where = _opened(one, tower)
+                sessions[one.subject.name] = session
+                subjects[one.subject.name] = replace(one.subject, where=where)
+            for size in sizes:
+                warm += _warm(sessions, tower, inputs[tower][:size], seconds, progress)
+        finally:
+            for session in sessions.values():
+                session.close()
+        cold += measured
+    names = [one.subject.name for one in running]
+    if not names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise PrerequisiteError(f"nothing can be measured here ({reasons})", fix="see `uwm-deploy doctor`")
+    manifest = bundle.manifest
+    return BenchReport(
+        bundle=manifest.name,
+        edited_weights_digest=manifest.edit.edited_weights_digest,
+        verdict=manifest.verdict.result,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine(),
+        clocks_before=before,
+        clocks_after=clocks(),
+        against=names[0],
+        seconds=seconds,
+        subjects=tuple(subjects[name] for name in names),
+        cold=tuple(row for row in cold if row.subject in names),
+        warm=tuple(row for row in warm if row.subject in names),
+        not_run=skipped,
+    )
+
+
+def _batches(bundle: Bundle, asked: Sequence[int]) -> tuple[int, ...]:
+    profile = bundle.manifest.engines[0].profile
+    if asked and max(asked) > profile.max:
+        raise InputError(
+            f"--batch {max(asked)} is above {profile.max}, the largest of this bundle's engines",
+            fix=f"take one from {profile.min} to {profile.max}",
+        )
+    return tuple(sorted(set(asked or (profile.min, profile.opt, profile.max))))
+
+
+def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
+    """Noise, or captions; the time does not depend on what they show or say."""
+    spec: TensorSpec = next(engine.inputs[0] for engine in bundle.manifest.engines if engine.tower is tower)
+    if tower is TowerName.IMAGE:
+        side = [int(d) for d in spec.shape[1:]]
+        return np.random.default_rng(0).normal(size=(rows, *side)).astype(spec.dtype)
+    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text)
+    return tokenizer.encode([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)]).astype(spec.dtype)
+
+
+def _opened(one: Contender, tower: TowerName) -> tuple[Session, dict[str, str]]:
+    """A session, where it runs, and how many threads ONNX Runtime took on the CPU, which no setting of ours says."""
+    before = _threads()
+    session = one.open(tower)
+    where = dict(session.where)
+    if where["provider"] == "CPUExecutionProvider":
+        where["threads"] = str(1 + _threads() - before)
+    return session, where
+
+
+def _threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def _cold(
+    contenders: Sequence[Contender], tower: TowerName, batch: np.ndarray, progress: Progress
+) -> tuple[list[ColdStart], dict[str, str]]:
+    """Cold starts of all, and why those that do not start do not."""
+    times: dict[str, list[tuple[float, float]]] = {one.subject.name: [] for one in contenders}
+    failed: dict[str, str] = {}
+    for turn in range(COLD_ROUNDS):
+        for one in contenders:
+            name = one.subject.name
+            if name in failed:
+                continue
+            started = time.perf_counter()
+            try:
+                session = one.open(tower)
+            except PrerequisiteError as error:
+                failed[name] = error.what
+                continue
+            opened = time.perf_counter()
+            try:
+                session.run(batch)
+                times[name].append((opened - started, time.perf_counter() - opened))
+            finally:
+                session.close()
+        progress(f"{tower.value}, cold", turn + 1, COLD_ROUNDS)
+    rows = []
+    for name, pairs in times.items():
+        if name not in failed:
+            opening, first = np.median(np.array(pairs), axis=0) * 1e3
+            rows.append(
+                ColdStart(
+                    subject=name, tower=tower, batch=len(batch), open_ms=float(opening), first_call_ms=float(first),
+                    rounds=len(pairs),
+                )
+            )  # fmt: skip
+    return rows, failed
+
+
+def _warm(
+    sessions: Mapping[str, Session], tower: TowerName, batch: np.ndarray, seconds: float, progress: Progress
+) -> list[Latency]:
+    """Some calls of one after some calls of the other, in random order, several times."""
+    names, order = list(sessions), np.random.default_rng(0)
+    taken: dict[str, list[list[float]]] = {name: [] for name in names}
+    for turn in range(ROUNDS):
+        for position in order.permutation(len(names)):
+            name = names[position]
+            taken[name].append(_block(sessions[name], batch, seconds / ROUNDS))
+        progress(f"{tower.value}, batch {len(batch)}", turn + 1, ROUNDS)
+    return [latency_of(name, tower, len(batch), taken[name], taken[names[0]]) for name in names]
+
+
+def _block(session: Session, batch: np.ndarray, seconds: float) -> list[float]:
+    """Seconds per call of a few calls in a row."""
+    time.sleep(PAUSE_SECONDS)
+    session.run(batch)  # not counted: what the others left in the caches is gone after it
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        started = time.perf_counter()
+        session.run(batch)
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def latency_of(
+    subject: str,
+    tower: TowerName,
+    batch: int,
+    taken_s: Sequence[Sequence[float]],
+    reference_s: Sequence[Sequence[float]],
+) -> Latency:
+    """One row of the table from the times of single calls.
+
+    Args:
+        subject: Whose they are.
+        tower: Which tower.
+        batch: Rows per call.
+        taken_s: Per round, seconds of every call.
+        reference_s: The same of the first contender in the same rounds.
+    """
+    calls = np.concatenate([np.asarray(part) for part in taken_s])
+    high = {q: float(1e3 * np.percentile(calls, q)) if len(calls) >= least else None for q, least in CALLS_FOR.items()}
+    ratios = [min(mine) / min(other) for mine, other in zip(taken_s, reference_s, strict=True)]
+    return Latency(
+        subject=subject,
+        tower=tower,
+        batch=batch,
+        calls=len(calls),
+        latency_ms_p50=float(1e3 * np.median(calls)),
+        latency_ms_p95=high[95],
+        latency_ms_p99=high[99],
+        throughput_per_s=float(batch * len(calls) / calls.sum()),
+        ratio=float(np.median(ratios)),
+        ratio_low=float(min(ratios)),
+        ratio_high=float(max(ratios)),
+    )
+
+
+def machine() -> dict[str, str]:
+    """What does not change during a run: processor, cores, versions of what executes, GPU."""
+    lines = _lines(Path("/proc/cpuinfo"))
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    found = {
+        "cpu": model or platform.processor() or platform.machine(),
+        "cpus": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    if not gpu_reason():
+        found["gpu"] = _nvidia("name,driver_version,clocks.max.sm,clocks.max.mem,power.limit")
+    return found
+
+
+def clocks() -> dict[str, str]:
+    """What may change during a run: clocks of the processor and the GPU, and how busy the machine is."""
+    rates = [float(line.partition(":")[2]) for line in _lines(Path("/proc/cpuinfo")) if line.startswith("cpu MHz")]
+    found = {"load": " ".join(f"{value:.2f}" for value in os.getloadavg())}
+    if rates:
+        found["cpu_mhz"] = f"{min(rates):.0f} to {max(rates):.0f}"
+    if not gpu_reason():
+        found["gpu"] = _nvidia("clocks.sm,clocks.mem,temperature.gpu,clocks_throttle_reasons.active")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _nvidia(fields: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 -- fixed words
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer"
+    return "; ".join(done.stdout.split("\n")).strip("; ")
+
+
+def rows_of(report: BenchReport) -> list[dict[str, str]]:
+    """The table for people: one row per tower, batch and contender."""
+    cold = {(row.tower, row.subject): row for row in report.cold}
+    states = {subject.name: subject.state for subject in report.subjects}
+    smallest = min(row.batch for row in report.warm)
+
+    def started(row: Latency) -> str:
+        first = cold[row.tower, row.subject]
+        return f"{first.open_ms + first.first_call_ms:.1f}" if row.batch == smallest else ""
+
+    return [
+        {
+            "tower": row.tower.value,
+            "batch": str(row.batch),
+            "variant": row.subject,
+            "state": states[row.subject],
+            "cold ms": started(row),
+            "p50 ms": f"{row.latency_ms_p50:.2f}",
+            "p95 ms": _known(row.latency_ms_p95),
+            "p99 ms": _known(row.latency_ms_p99),
+            "rows/s": f"{row.throughput_per_s:.0f}",
+            f"/ {report.against}": f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+            "calls": str(row.calls),
+        }
+        for row in sorted(report.warm, key=lambda row: (row.tower, row.batch))
+    ]
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def lines_of(report: BenchReport) -> list[str]:
+    """What belongs under the table: the machine, the places, and what was not run."""
+    lines = [
+        f"/ {report.against}: fastest call to its fastest call, median of {ROUNDS} rounds (lowest-highest); - too few calls"
+    ]
+    lines += [f"{key}: {value}" for key, value in report.machine.items()]
+    for when, values in (("before", report.clocks_before), ("after", report.clocks_after)):
+        lines.append(f"{when}: {', '.join(f'{key} {value}' for key, value in values.items())}")
+    places = {subject.name: subject.where for subject in report.subjects}
+    lines += [
+        f"{name}: {', '.join(f'{key} {value}' for key, value in where.items())}" for name, where in places.items()
+    ]
+    return lines + [f"{name}: not run: {reason}" for name, reason in report.not_run.items()]
+
+
+def csv_of(report: BenchReport) -> str:
+    """The numbers, one row per tower, batch and contender; an unknown percentile is empty."""
+    cold = {(row.tower, row.subject): row for row in report.cold}
+    places = {subject.name: subject for subject in report.subjects}
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    columns = [name for name in Latency.__dataclass_fields__ if name not in ("subject", "tower")]
+    writer.writerow(["variant", "state", "precision", "tower", *columns, "against", "cold_open_ms", "cold_first_ms"])
+    for row in report.warm:
+        subject, first = places[row.subject], cold[row.tower, row.subject]
+        values = ["" if (value := getattr(row, name)) is None else value for name in columns]
+        writer.writerow(
+            [
+                row.subject, subject.state, subject.precision.value, row.tower.value, *values, report.against,
+                first.open_ms, first.first_call_ms,
+            ]
+        )  # fmt: skip
+    return stream.getvalue()
+
+
+def draw(report: BenchReport, path: Path) -> None:
+    """Time per row against the batch, one line per contender, up to the 95th percentile as a bar.
+
+    Raises:
+        PrerequisiteError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PrerequisiteError("a picture needs matplotlib", fix="pip install 'uwm-deploy[build]'") from error
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    for axes, tower in zip(figure.subplots(1, len(TowerName)), TowerName, strict=True):
+        for subject in report.subjects:
+            rows = [row for row in report.warm if row.tower is tower and row.subject == subject.name]
+            middle = np.array([row.latency_ms_p50 for row in rows]) / [row.batch for row in rows]
+            high = np.array([row.latency_ms_p95 or row.latency_ms_p50 for row in rows]) / [row.batch for row in rows]
+            label = subject.name if subject.state in ("proven", "reference") else f"{subject.name} ({subject.state})"
+            spread = np.stack([np.zeros_like(middle), np.maximum(high - middle, 0)])
+            axes.errorbar(
+                [row.batch for row in rows], middle, yerr=spread, marker="o", markersize=4, capsize=2, label=label
+            )
+        sizes = sorted({row.batch for row in report.warm})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_yscale("log")
+        axes.set_xlabel("batch")
+        axes.set_ylabel("ms per row, p50 to p95")
+        axes.set_title(f"{report.bundle}, {tower.value} tower")
+    axes.legend(fontsize=7)
+    figure.text(0.01, 0.005, report.machine["cpu"], fontsize=6, color="0.4")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())

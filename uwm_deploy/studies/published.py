@@ -1,0 +1,83 @@
+"""The published numbers: one data file with their source, read strictly."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+from uwm_deploy.edits.methods import methods_from_name
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.records.codec import record_from_plain
+
+FILE = "published.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedRow:
+    """One row of a published table.
+
+    Attributes:
+        model: Recipe.
+        method: Steps of the edit; `none` for the model as it is.
+        values: Percent per column; empty where nothing is published.
+    """
+
+    label: str
+    model: str
+    method: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedTable:
+    """One published table.
+
+    Attributes:
+        source: Where its numbers are from.
+        calibration: Set that edits are made from.
+        evaluation: Set of quadruples; empty when the table has only zero-shot columns.
+        columns: Names as in `comparison.COLUMNS`, or zero-shot sets.
+        tolerance: Points per column within which a measured value of an unedited model agrees.
+        edited_tolerance: The same for an edited model.
+        note: What a reader must know.
+    """
+
+    title: str
+    source: str
+    calibration: str
+    evaluation: str = ""
+    columns: tuple[str, ...]
+    tolerance: tuple[float, ...]
+    edited_tolerance: tuple[float, ...]
+    note: str
+    rows: tuple[PublishedRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The data file."""
+
+    format: int
+    tables: Mapping[str, PublishedTable]
+
+
+def published() -> Mapping[str, PublishedTable]:
+    """Every table, by name.
+
+    Raises:
+        IntegrityError: If the data file is not whole.
+    """
+    text = resources.files("uwm_deploy.studies").joinpath(FILE).read_text(encoding="utf-8")
+    tables = record_from_plain(Published, tomllib.loads(text), where=FILE).tables
+    for name, table in tables.items():
+        widths = {len(table.columns), len(table.tolerance), len(table.edited_tolerance)}
+        if widths | {len(row.values) for row in table.rows} != {len(table.columns)}:
+            raise IntegrityError(f"{FILE}: {name} has lines of different lengths", fix="restore the file")
+        for row in table.rows:
+            try:
+                methods_from_name(row.method)
+            except InputError as error:
+                raise IntegrityError(f"{FILE}: {name}: {error.what}", fix="restore the file") from error
+    return tables

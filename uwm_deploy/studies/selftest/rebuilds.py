@@ -1,0 +1,128 @@
+"""Honest rebuilds: the same pipeline with other edits, seeds, threads, batches and workers, which must all pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uwm_deploy.pipeline.run import run
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.records.studies import Rebuild
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
+
+PER_EDIT = 5
+"""Rebuilds that share scores, edit and export, and are compiled and verified anew."""
+
+_EDITS = (UWM, FOLDED, MAPPED)
+_BATCHES = (32, 1, 5, 16, 8)
+_BATCH_PAIRS = (8, 1, 32, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """What one rebuild does differently.
+
+    Attributes:
+        made_by: How the edit is made.
+        seed: Of the calibration sample.
+        batch_pairs: Pairs per pass while scoring.
+        threads: Of PyTorch.
+        workers: Decoding processes.
+        max_batch: Largest batch of the engines.
+        items: Seed of the evaluation sample.
+        half: Whether a half-precision engine is built too.
+    """
+
+    made_by: MadeBy
+    seed: int
+    batch_pairs: int
+    threads: int
+    workers: int
+    max_batch: int
+    items: int
+    half: bool
+
+    def words(self) -> str:
+        """What a table says of it."""
+        placed = f" in the {self.made_by.placement.value}" if self.made_by.placement else ""
+        half = ", fp16 too" if self.half else ""
+        return (
+            f"{self.made_by.method}{placed}, seed {self.seed}, {self.batch_pairs} pairs per pass, {self.threads} threads, "
+            f"{self.workers} workers, batch up to {self.max_batch}, sample {self.items}{half}"
+        )
+
+
+def variations(count: int) -> list[Variation]:
+    """Different rebuilds, those with the same edit one after the other."""
+    found = []
+    for number in range(count):
+        edit, turn = divmod(number, PER_EDIT)
+        found.append(
+            Variation(
+                made_by=_EDITS[edit % len(_EDITS)],
+                seed=edit,
+                batch_pairs=_BATCH_PAIRS[edit % len(_BATCH_PAIRS)],
+                threads=1 + edit % 2,
+                workers=(0, 2)[turn % 2],
+                max_batch=_BATCHES[turn],
+                items=number,
+                half=turn == PER_EDIT - 1,
+            )
+        )
+    return found
+
+
+def rebuild_all(
+    folder: Path, chosen: Sequence[Variation], progress: Callable[[str, int, int], None]
+) -> Iterator[Rebuild]:
+    """Builds, verifies and judges again and again.
+
+    Args:
+        folder: Where run folders go.
+        chosen: What to build.
+        progress: Called as it goes on.
+    """
+    threads = torch.get_num_threads()
+    try:
+        for number, variation in enumerate(chosen):
+            yield _rebuilt(variation, folder)
+            progress("honest rebuilds", number + 1, len(chosen))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
+    own = folder / f"edit-{variation.seed}"
+    own.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(variation.threads)
+    request = dataclasses.replace(
+        variation.made_by.request(
+            own,
+            data_file(own, "calibration", "calibration", PAIRS_SCORED, variation.seed),
+            data_file(own, "test", "test", QUADRUPLES, variation.items),
+        ),
+        model=_recipe(own, variation.max_batch),
+        precisions=("fp32", "fp16") if variation.half else ("fp32",),
+        workers=variation.workers,
+        batch_pairs=variation.batch_pairs,
+    )
+    verdict = run(request, until="gate", reporter=Reporter(quiet=True)).verdict
+    assert verdict is not None
+    failing = tuple(f"{c.subject}: {c.name}" for c in verdict.checks if c.result is not Result.PASS)
+    return Rebuild(what=variation.words(), result=verdict.result, failing=failing)
+
+
+def _recipe(folder: Path, max_batch: int) -> str:
+    """The demo's recipe with another largest batch."""
+    text, _ = resources.read_toml("export", "demo")
+    batch = f"batch = {{ min = 1, opt = {min(8, max_batch)}, max = {max_batch} }}"
+    path = folder / "recipe.toml"
+    path.write_text(re.sub(r"(?m)^batch = \{.*$", batch, text), encoding="utf-8")
+    return str(path)

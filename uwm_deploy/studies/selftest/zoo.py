@@ -1,0 +1,119 @@
+"""The faults, and what the gate must say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.verdict import Cause
+from uwm_deploy.studies.selftest import artifacts, bundles, closed_form, edits, inputs, surgery
+from uwm_deploy.studies.selftest.artifacts import both, compiled_with, exported_with, unedited
+from uwm_deploy.studies.selftest.inputs import prepared_by
+from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, World
+
+Plant = Callable[[World, Path], Build | Path]
+"""Makes the wrong artifact: a build to be verified, or a bundle to be opened."""
+
+IMAGE, TEXT = TowerName.IMAGE, TowerName.TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        name: Short name.
+        cause: What the gate must name first.
+        stage: Where it must say that it was made.
+        text: What is wrong.
+        plant: Makes it.
+        world: How the honest build is made that it is planted in.
+    """
+
+    name: str
+    cause: Cause
+    stage: str
+    text: str
+    plant: Plant
+    world: MadeBy = UWM
+
+
+# fmt: off
+# ruff: noqa: E501
+FAULTS = (
+    # --- the edit
+    Fault("patch-twice", Cause.EDIT, "edit", "the patch was applied twice", edits.applied_twice),
+    Fault("factor-zero", Cause.EDIT, "edit", "factor 0 for -1", edits.factor_zero),
+    Fault("layer-missed", Cause.EDIT, "edit", "one layer was not edited", edits.layer_missed),
+    Fault("one-tower-edited", Cause.EDIT, "edit", "only the image tower was edited", edits.one_tower),
+    Fault("patch-of-another-model", Cause.EDIT, "edit", "other entries were edited", edits.other_entries),
+    Fault("bias-touched", Cause.EDIT, "edit", "biases were negated too", edits.bias_touched),
+    Fault("mask-ignored", Cause.EDIT, "edit", "a whole layer was negated", edits.whole_layer),
+    # --- the edit, a closed-form step
+    Fault("axis-reversed", Cause.EDIT, "edit", "g is negative: unsafe items come nearer", closed_form.with_setting(lambda s: replace(s, g=-s.g)), FOLDED),
+    Fault("constant-not-folded", Cause.EDIT, "edit", "biases of the last normalisations as they were", closed_form.constant_not_folded, FOLDED),
+    Fault("axis-in-one-tower", Cause.EDIT, "edit", "the text tower ends as it did", closed_form.one_tower, FOLDED),
+    Fault("axis-of-another-set", Cause.EDIT, "edit", "solved from other calibration items", closed_form.of_another_set, FOLDED),
+    Fault("axis-of-another-model", Cause.EDIT, "edit", "fitted before UWM, put on top of it", closed_form.of_the_unedited_model, FOLDED),
+    Fault("redirect-too-far", Cause.EDIT, "edit", "tau 3 for 0.5", closed_form.with_setting(lambda s: replace(s, tau=3.0)), FOLDED),
+    Fault("ridge-left-out", Cause.EDIT, "edit", "rho 1e-9 for 0.01", closed_form.with_setting(lambda s: replace(s, rho=1e-9)), FOLDED),
+    Fault("strength-of-its-own", Cause.EDIT, "edit", "g 0.9, and the record says so; 0.5 was asked for", closed_form.setting_not_asked_for, FOLDED),
+    Fault("step-left-out", Cause.EDIT, "edit", "no closed-form step, and none in the record", closed_form.step_left_out, FOLDED),
+    Fault("tensor-not-listed", Cause.EDIT, "edit", "a bias in neither record nor patch", closed_form.tensor_not_listed, FOLDED),
+    Fault("patch-of-other-values", Cause.EDIT, "edit", "the patch makes another projection", closed_form.patch_of_other_values, FOLDED),
+    Fault("maps-exchanged", Cause.EDIT, "edit", "each tower has the other one's map", closed_form.maps_exchanged, MAPPED),
+    # --- the export
+    Fault("edit-not-exported", Cause.EDIT, "export", "the original model was exported", unedited(tuple(TowerName), exported_with)),
+    Fault("one-tower-exported", Cause.EDIT, "export", "the text graph is the original's", unedited((TEXT,), exported_with)),
+    Fault("weights-truncated", Cause.WEIGHTS, "export", "weights cut to 8-bit integers", artifacts.weights_truncated),
+    Fault("colour-weights-reversed", Cause.WEIGHTS, "export", "the graph takes BGR", artifacts.colours_reversed),
+    Fault("layernorm-epsilon", Cause.GRAPH, "export", "epsilon 1e-6 for 1e-5", exported_with(both(surgery.epsilon(1e-6)))),
+    Fault("quick-gelu-lost", Cause.GRAPH, "export", "GELU for QuickGELU", exported_with(both(surgery.gelu_for_quick_gelu))),
+    Fault("wrong-pooling", Cause.GRAPH, "export", "text read at the start token", exported_with({TEXT: surgery.pool_at_start})),
+    Fault("mask-dropped", Cause.GRAPH, "export", "words see their padding", exported_with({TEXT: surgery.no_mask})),
+    Fault("projection-missing", Cause.GRAPH, "export", "image embeddings are not projected", exported_with({IMAGE: surgery.no_projection})),
+    Fault("normalisation-missing", Cause.GRAPH, "export", "embeddings of any length", exported_with({IMAGE: surgery.no_normalisation})),
+    Fault("normalisation-twice", Cause.GRAPH, "export", "divided by the length twice", exported_with({TEXT: surgery.normalised_twice})),
+    Fault("map-not-exported", Cause.EDIT, "export", "no map behind the image embedding", exported_with({IMAGE: surgery.no_map}), MAPPED),
+    Fault("map-of-any-length", Cause.GRAPH, "export", "the map gets embeddings of any length", exported_with({IMAGE: surgery.map_of_any_length}), MAPPED),
+    Fault("map-not-normalised", Cause.GRAPH, "export", "the map gives embeddings of any length", exported_with({TEXT: surgery.no_normalisation}), MAPPED),
+    Fault("batch-baked-in", Cause.BATCHING, "export", "the graph takes one row only", exported_with({IMAGE: surgery.fixed_batch})),
+    Fault("rows-moved", Cause.BATCHING, "export", "each row gets its neighbour's result", exported_with({IMAGE: surgery.rows_moved})),
+    Fault("rows-mixed", Cause.BATCHING, "export", "rows take part in each other", exported_with({TEXT: surgery.rows_mixed(0.3)})),
+    # --- the compiler
+    Fault("stale-engine", Cause.EDIT, "compile", "the original's engine under the edited name", unedited(tuple(TowerName), compiled_with)),
+    Fault("towers-of-two-builds", Cause.EDIT, "compile", "the text engine of another edit", artifacts.tower_of_another_build),
+    Fault("fp16-overflow", Cause.NUMBERS, "compile", "a value above 65504 in fp16", artifacts.half_precision_overflow),
+    Fault("nan", Cause.NUMBERS, "compile", "NaN in an engine", artifacts.not_a_number),
+    Fault("map-in-half-precision", Cause.NUMBERS, "compile", "the maps are rounded to fp16", closed_form.map_in_half_precision, MAPPED),
+    Fault("activation-in-engine", Cause.GRAPH, "compile", "an engine fused to GELU", compiled_with({IMAGE: surgery.gelu_for_quick_gelu})),
+    Fault("batch-in-engine", Cause.BATCHING, "compile", "an engine that mixes rows", compiled_with({IMAGE: surgery.rows_mixed(0.3)})),
+    # --- the model and its inputs
+    Fault("wrong-pooling-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.pooled_by_the_adapter),
+    Fault("activation-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.activation_of_the_adapter),
+    Fault("map-in-pytorch", Cause.GRAPH, "load", "reference and graph map embeddings of any length", closed_form.any_length_in_the_adapter, MAPPED),
+    Fault("bilinear", Cause.PREPROCESSING, "load", "resized bilinear for bicubic", prepared_by(inputs.bilinear)),
+    Fault("bgr", Cause.PREPROCESSING, "load", "channels in the order BGR", prepared_by(inputs.blue_first)),
+    Fault("mean-and-std", Cause.PREPROCESSING, "load", "statistics of another model", prepared_by(inputs.other_statistics)),
+    Fault("crop-off-by-one", Cause.PREPROCESSING, "load", "the crop is one pixel off", prepared_by(inputs.crop_off_by_one)),
+    Fault("squashed", Cause.PREPROCESSING, "load", "squashed for cropped", prepared_by(inputs.squashed)),
+    Fault("ids-cut", Cause.TOKENISATION, "load", "captions cut, end token lost", inputs.cut_ids),
+    Fault("other-tokenizer", Cause.TOKENISATION, "load", "words have other ids", inputs.other_tokenizer),
+    # --- the data
+    Fault("calibration-in-test", Cause.DATA, "calibrate", "measured on what scores come from", inputs.measured_on_calibration),
+    Fault("partners-shuffled", Cause.DATA, "verify", "texts beside other items' images", inputs.partners_shuffled),
+    Fault("members-swapped", Cause.DATA, "verify", "safe for unsafe in half of the items", inputs.members_swapped),
+    Fault("concept-dropped", Cause.DATA, "verify", "a concept is never measured", inputs.concept_dropped),
+    Fault("nothing-measured", Cause.DATA, "verify", "an empty evaluation set", inputs.nothing_measured),
+    # --- the bundle
+    Fault("report-of-another-engine", Cause.EVIDENCE, "gate", "the verdict is about another engine", bundles.report_of_another_engine),
+    Fault("report-edited", Cause.EVIDENCE, "gate", "not the report that was judged", bundles.report_edited),
+    Fault("policy-loosened", Cause.EVIDENCE, "gate", "a policy of the same name let it pass", bundles.policy_loosened),
+    Fault("manifest-edited", Cause.EVIDENCE, "gate", "another factor in the manifest", bundles.manifest_edited),
+    Fault("engine-flipped", Cause.INTEGRITY, "package", "one bit of an engine", bundles.engine_flipped),
+    Fault("tokenizer-swapped", Cause.INTEGRITY, "package", "the tokenizer of another model", bundles.tokenizer_swapped),
+    Fault("file-added", Cause.INTEGRITY, "package", "a library beside the engine", bundles.file_added),
+)  # fmt: skip
+"""Every fault, in the pipeline's order."""

@@ -1,0 +1,314 @@
+"""`train safety-head`: from a recipe and its set to a folder that `build --safety-head` takes.
+
+Tokens are computed once and kept in the run folder, so that another run with other settings takes seconds. A run that was
+interrupted begins again after them; its folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
+from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.errors import ContractError, DataError, InputError
+from uwm_deploy.pipeline.run import Request, calibration_set_of, load_edited, resolved_recipe
+from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.records.codec import json_from_record, plain_from_record
+from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, is_current, stamp, whole_folder
+from uwm_deploy.records.head import HeadTraining, SafetyHead
+from uwm_deploy.records.metrics import RiskReport
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.report.summary import print_rows, risk_rows
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.risk import STEPS, RiskSet, rates_of, risk_report, thresholds_for
+from uwm_deploy.towers.batch_size import USUAL_PAIRS
+from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.towers.safety_head import token_graph, tokens_of
+from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, rows_of, trained_head
+
+FEATURES = "head-features"
+"""Folders of the run folder that keep tokens, one per set."""
+
+TEXTS_LIMIT = 256
+"""Safe texts that are taken from the set when none are given."""
+
+_FILE = "tokens.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRequest:
+    """What the user asked for.
+
+    Attributes:
+        build: The edited model that the head is for: the request of the build that will have it.
+        out: Folder of the head.
+        train_on: Set that the head is trained on; the calibration set when None.
+        validation: Set that temperatures and thresholds are from; every fifth pair of the other one when None.
+        rates: Action to the share of safe images, 0 to 1, that its threshold is for.
+        texts: File with safe texts, one a line, that a redirect chooses from; captions of the set when None.
+    """
+
+    build: Request
+    out: Path
+    settings: Settings
+    rates: Mapping[str, float]
+    train_on: str | None = None
+    validation: str | None = None
+    texts: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadResult:
+    """What was trained.
+
+    Attributes:
+        validation: What the head makes of the validation pairs; thresholds and temperatures are from them, so what counts
+            is what `verify` measures on the evaluation set.
+    """
+
+    out: Path
+    head: SafetyHead
+    validation: RiskReport
+    texts: int
+
+
+def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
+    """Trains, calibrates and writes a head.
+
+    Args:
+        request: What the user asked for.
+        reporter: Progress.
+
+    Raises:
+        InputError: If the set has no image pairs, or too few for a false-positive rate, or the tower gives no tokens.
+        UwmError: Of the kind that went wrong while the edited model was made.
+    """
+    _refuse_foreign(request.out)
+    recipe = resolved_recipe(request.build)
+    model = load_edited(request.build, reporter)
+    token_graph(model.image)
+    source, spec = _set(request.train_on or recipe.data.calibration)
+    work = request.build.work or Path(".uwm") / recipe.name
+    texts = _texts(request.texts, source)
+    everything = _features(model, source, spec, request.build, work, reporter)
+    if request.validation:
+        other, other_spec = _set(request.validation)
+        training, validation = everything, _features(model, other, other_spec, request.build, work, reporter)
+        _refuse_shared(training, validation)
+    else:
+        other = None
+        apart = held_out(everything.concepts)
+        trained_on = {pair for pair, out in zip(everything.pairs, apart, strict=True) if not out}
+        # A pair that is in the set twice would be validated on what was learned by heart; it only trains.
+        twice = np.array([pair in trained_on for pair in everything.pairs])
+        training, validation = (everything.rows(np.flatnonzero(part)) for part in (~apart, apart & ~twice))
+    device = resolve_device(request.build.device)
+    with reporter.stage("train", f"safety head, {len(training)} pairs, {request.settings.epochs} passes"):
+        trained = trained_head(training, request.settings, reporter.progress, device)
+    calibration = calibrate(trained, validation)
+    safe, unsafe = (rows_of(trained.module, part) for part in (validation.safe, validation.unsafe))
+    thresholds = thresholds_for(safe.level, request.rates)
+    weights, listed = trained.module.to_bytes(), json.dumps(texts, indent=0, ensure_ascii=False).encode()
+    items = json.dumps(sorted({*training.pairs, *validation.pairs}), indent=0).encode()
+    settings = request.settings
+    head = SafetyHead(
+        shape=trained.module.shape,
+        categories=trained.categories,
+        edited_weights_digest=model.ref.weights_digest,
+        weights_digest=digest_of_bytes(weights),
+        texts_digest=digest_of_bytes(listed),
+        items_digest=digest_of_bytes(items),
+        thresholds=thresholds,
+        false_positive_rates={action: 100 * rate for action, rate in request.rates.items()},
+        calibration=calibration,
+        training=HeadTraining(
+            data=source.record,
+            validation=other.record if other else None,
+            pairs=len(training),
+            validation_pairs=len(validation),
+            epochs=settings.epochs,
+            batch=settings.batch,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            loss_first=trained.losses[0],
+            loss_last=trained.losses[-1],
+            seconds=round(trained.seconds, 3),
+        ),
+    )
+    with whole_folder(request.out) as folder:
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / TEXTS).write_bytes(listed)
+        (folder / ITEMS).write_bytes(items)
+        (folder / RECORD).write_text(json_from_record(head), encoding="utf-8")
+    found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
+    return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A folder that is no head is never replaced."""
+    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a safety head", fix="choose another --out or remove it")
+
+
+def _set(name: str) -> tuple[QuadrupleSource, CalibrationSet]:
+    spec, _, base = calibration_set_of(name)
+    source = open_source(spec, base=base)
+    if not source.has_images:
+        raise DataError(
+            f"data set {source.record.name} has no image pairs", fix="train the head on a set that has them"
+        )
+    return source, spec
+
+
+def _refuse_shared(training: Features, validation: Features) -> None:
+    seen = set(training.pairs)
+    shared = [item for item, pair in zip(validation.ids, validation.pairs, strict=True) if pair in seen]
+    if shared:
+        raise DataError(
+            f"{len(shared)} validation items are trained on, first {shared[0]}", fix="use sets that share nothing"
+        )
+
+
+def _texts(given: Path | None, source: QuadrupleSource) -> list[str]:
+    """Safe texts without repetition: those of a file, or safe captions of the set, evenly spaced."""
+    if given is not None:
+        try:
+            lines = given.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{given} cannot be read as text: {error}", fix="give one text a line, in UTF-8"
+            ) from error
+        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    else:
+        if not source.has_texts:
+            raise InputError(f"data set {source.record.name} has no texts", fix="give safe ones with --safe-texts")
+        rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), TEXTS_LIMIT)).astype(int))
+        pairs = [_text_pair(source, int(row)) for row in rows]
+        found = list(dict.fromkeys(text.strip() for text in pairs if text.strip()))
+    if not found:
+        raise InputError("there is no safe text to redirect to", fix="give some with --safe-texts")
+    return found
+
+
+def _text_pair(source: QuadrupleSource, row: int) -> str:
+    """The safe caption of an item; empty where it cannot be read, as `_features` leaves such items out."""
+    try:
+        pair = source.read_texts(row)
+    except DataError:
+        return ""
+    return pair[0] if pair else ""
+
+
+def _features(
+    model: LoadedModel, source: QuadrupleSource, spec: CalibrationSet, build: Request, work: Path, reporter: Reporter
+) -> Features:
+    """Tokens of a set, computed once per edited model and set; they are in memory as a whole."""
+    inputs = {
+        "weights": model.ref.weights_digest,
+        "image": digest_of_plain(plain_from_record(model.ref.image)),
+        "data": digest_of_plain(plain_from_record(source.record)),
+    }
+    folder = work / f"{FEATURES}-{digest_of_plain(inputs)[7:19]}"
+    if is_current(folder, inputs):
+        reporter.line(f"{'features':<10} unchanged, reused ({source.record.name})")
+        return _read(folder / _FILE)
+    with reporter.stage("features", f"{source.record.name}, {len(source)} pairs"), whole_folder(folder) as temporary:
+        found = _computed(model, source, spec, build, reporter)
+        names = np.frombuffer(json.dumps([found.ids, found.concepts, found.pairs]).encode(), dtype=np.uint8)
+        save_file({"names": names, "safe": found.safe, "unsafe": found.unsafe}, temporary / _FILE)
+        stamp(temporary, inputs)
+    return found
+
+
+def _read(path: Path) -> Features:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ContractError(f"{path} cannot be read: {error}", fix="remove its folder") from error
+    ids, concepts, pairs = map(tuple, json.loads(tensors["names"].tobytes()))
+    return Features(ids=ids, concepts=concepts, safe=tensors["safe"], unsafe=tensors["unsafe"], pairs=pairs)
+
+
+def _computed(
+    model: LoadedModel, source: QuadrupleSource, spec: CalibrationSet, build: Request, reporter: Reporter
+) -> Features:
+    stream = PairStream(
+        source,
+        TowerName.IMAGE,
+        model.ref.image,
+        Tokenizer(model.tokenizer_json, model.ref.text),
+        batch_pairs=build.batch_pairs or USUAL_PAIRS[TowerName.IMAGE],
+        workers=build.workers,
+        max_broken_share=spec.max_broken_share,
+        progress=reporter.progress,
+    )
+    concept_of = dict(zip(source.ids, source.concepts, strict=True))
+    ids: list[str] = []
+    safe: list[np.ndarray] = []
+    unsafe: list[np.ndarray] = []
+    digests: list[str] = []
+    for pairs in stream:
+        ids += pairs.ids
+        digests += map(digest_of_pair, pairs.safe, pairs.unsafe)
+        for rows, parts in ((pairs.safe, safe), (pairs.unsafe, unsafe)):
+            part = tokens_of(model.image, rows).to("cpu").numpy().astype(np.float16)
+            if not np.isfinite(part).all():
+                raise ContractError(f"tokens of {pairs.ids[0]} and others are not finite in half precision")
+            parts.append(part)
+    return Features(
+        ids=tuple(ids),
+        concepts=tuple(concept_of[item] for item in ids),
+        safe=np.concatenate(safe),
+        unsafe=np.concatenate(unsafe),
+        pairs=tuple(digests),
+    )
+
+
+_SETTINGS = ("width", "tokens", "heads", "epochs", "batch", "learning_rate", "seed")
+
+
+def run(as_json: bool, options: dict[str, Any]) -> int:
+    """The command: options of the command line to a head, and what it came to on stdout."""
+    settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
+    rates = rates_of(*(options.pop(step.value) / 100 for step in STEPS))
+    own = {name: options.pop(name) for name in ("train_on", "validation", "texts")}
+    out, build = options.pop("out"), Request(**options)
+    request = HeadRequest(build=build, out=out, settings=settings, rates=rates, **own)
+    result = train_safety_head(request, Reporter())
+    if as_json:
+        body = {"out": str(out), "head": plain_from_record(result.head)}
+        body["validation"] = plain_from_record(result.validation)
+        click.echo(json.dumps(body, indent=1, sort_keys=True))
+    else:
+        _print(result)
+    return 0
+
+
+def _print(result: HeadResult) -> None:
+    head, training = result.head, result.head.training
+    print_rows(risk_rows([("validation", result.validation)]))
+    for output, made in head.calibration.items():
+        click.echo(
+            f"{output}: temperature {made.temperature:.3f}, calibration error {made.ece_before:.2f} -> {made.ece_after:.2f} "
+            f"points (n = {made.n})"
+        )
+    for action, limit in head.thresholds.items():
+        click.echo(f"{action}: from level {limit:.4f} on, for {head.false_positive_rates[action]:g}% of safe images")
+    click.echo(
+        f"trained on {training.pairs} pairs in {training.seconds:.1f} s, loss {training.loss_first:.3f} -> "
+        f"{training.loss_last:.3f}; {training.validation_pairs} pairs for temperatures and thresholds"
+    )
+    click.echo("categories: " + ", ".join(head.categories))
+    click.echo(f"safe texts: {result.texts}\nhead: {result.out}")
