@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uwm_deploy.pipeline.run import Request, resolved_recipe
+from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes.recipe import EditSpecs
 
 UWM = {"method": "uwm", "keep_mass": 0.9}

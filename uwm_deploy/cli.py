@@ -258,7 +258,8 @@ def _join_group(device: str) -> Ranks:
 
 
 def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, Any] | None = None) -> int:
-    from uwm_deploy.pipeline.run import Request, run
+    from uwm_deploy.pipeline.request import Request
+    from uwm_deploy.pipeline.run import run
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.summary import outcome_as_plain, print_outcome
 
@@ -401,7 +402,7 @@ def gate(
       uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
       uwm-deploy gate dist/demo --public-key key.pub --min-bundle-version 3
     """
-    from uwm_deploy.pipeline.run import judge_file
+    from uwm_deploy.pipeline.judge import judge_file
     from uwm_deploy.report.summary import print_verdict
 
     verdict = judge_file(report, policy, baseline, public_key=public_key, min_bundle_version=min_bundle_version)
@@ -536,7 +537,7 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
       uwm-deploy baseline compare dist/demo --baseline ci/baseline
     """
     from uwm_deploy.pipeline.baseline import changes, read_baseline
-    from uwm_deploy.pipeline.run import report_at
+    from uwm_deploy.pipeline.judge import report_at
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.summary import print_changes
 
@@ -738,7 +739,7 @@ def evaluate(
     """
     from uwm_deploy.data.zero_shot import names_from
     from uwm_deploy.errors import InputError
-    from uwm_deploy.pipeline.run import Request
+    from uwm_deploy.pipeline.request import Request
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report import paper_table as comparison
     from uwm_deploy.report.console import Reporter
@@ -1083,7 +1084,7 @@ def sweep(
       uwm-deploy sweep --model demo --method uwm --keep-mass 0.9:0.995 --factor -1,0,0.5 --pick 3
       uwm-deploy sweep --model demo --method gradient-unsafe --keep-mass 0.9,0.965
     """
-    from uwm_deploy.pipeline.run import Request, resolved_recipe
+    from uwm_deploy.pipeline.request import Request, resolved_recipe
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.summary import print_rows
@@ -1144,7 +1145,7 @@ def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool)
     """
     from uwm_deploy.data.check import Checked, check, opened
     from uwm_deploy.data.table import is_manifest, set_of_manifest
-    from uwm_deploy.pipeline.run import calibration_set_of
+    from uwm_deploy.recipes.resolve import calibration_set_of
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.summary import print_data_report

@@ -23,9 +23,9 @@ from uwm_deploy.data.source import PairBatch
 from uwm_deploy.edits.methods import needs_gradients, selects, with_method
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import scoring_order
-from uwm_deploy.pipeline.run import calibration_set_of, recipe_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.model import TowerName

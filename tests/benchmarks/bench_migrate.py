@@ -32,7 +32,8 @@ BEFORE = "space:sha256:before"
 
 def built(work: Path) -> Path:
     """A bundle with a map behind the embeddings, from a few pictures of the demo world."""
-    from uwm_deploy.pipeline.run import Request, run
+    from uwm_deploy.pipeline.request import Request
+    from uwm_deploy.pipeline.run import run
     from uwm_deploy.records.strength import AxisSetting
     from uwm_deploy.report.console import Reporter
 

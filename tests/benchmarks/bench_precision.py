@@ -28,7 +28,9 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import Method
 from uwm_deploy.graphs.quantise import Kind
 from uwm_deploy.graphs.ranges import activation_maxima
-from uwm_deploy.pipeline.run import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
+from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter

@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image
 
 from uwm_deploy.errors import UwmError
-from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.cores import cores

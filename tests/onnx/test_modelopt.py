@@ -16,7 +16,7 @@ from uwm_deploy.graphs.achieved import low_share
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import fold_weights, quantised_by_modelopt
 from uwm_deploy.graphs.quantise import Kind
-from uwm_deploy.pipeline.run import Request, resolved_recipe
+from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.runtime.session import open_engine

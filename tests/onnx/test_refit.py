@@ -19,7 +19,8 @@ from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.fingerprint import digest_of_array
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.pipeline.refit import RefitRequest, refit
-from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.edit import EditRecord, Method
@@ -118,7 +119,7 @@ def test_revert_gives_the_weights_of_the_source_model(request_: Request, bundle:
 
 
 def load_model_of(request_: Request):
-    from uwm_deploy.pipeline.run import resolved_recipe
+    from uwm_deploy.pipeline.request import resolved_recipe
 
     recipe = resolved_recipe(request_)
     return load_model(recipe, folder=Path(recipe.model.repo), device="cpu")

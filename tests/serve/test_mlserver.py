@@ -18,7 +18,7 @@ from tests.serve.server import ROOT, free_port
 from uwm_deploy.cli import cli
 from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import ExitCode
-from uwm_deploy.pipeline.run import Request
+from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.serve.client import AnswerError, open_client, wait_until_ready

@@ -29,7 +29,7 @@ from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.pipeline.run import Request
+from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder

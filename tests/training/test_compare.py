@@ -17,7 +17,9 @@ from uwm_deploy.data.source import open_source
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import repaired
 from uwm_deploy.errors import DataError, InputError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, load_source, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import load_source, run
+from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.model import TowerName

@@ -32,16 +32,10 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.refit import RefitRequest, refit
-from uwm_deploy.pipeline.run import (
-    Outcome,
-    Request,
-    attest_bundle,
-    calibration_set_of,
-    load_edited,
-    policy_of,
-    run,
-)
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import Outcome, attest_bundle, load_edited, run
 from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from tests.training.conftest import SHORT, request_for
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline.run import recipe_of
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.digests import digest_of_weights

@@ -19,7 +19,8 @@ from tests.uwm_edit import UWM
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.graph import LayerSensitivity, Precision, PrecisionPlan, PrecisionStep
 from uwm_deploy.records.model import TowerName

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.reports import digest, embedded, report
-from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.evidence import BatchCheck, EditProof, Goldens, GraphAudit, VerifyReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Cause, Result, Verdict

@@ -12,7 +12,7 @@ import pytest
 from tests.data_sets import png, put
 from uwm_deploy.data.source import QuadrupleSource, open_source
 from uwm_deploy.errors import DataError
-from uwm_deploy.pipeline.run import calibration_set_of
+from uwm_deploy.recipes.resolve import calibration_set_of
 
 TAGS = ("hate", "Bodily bluids", "fire  ", "abuse")
 COCO = ("train2017", "val2017", "test2017")

@@ -28,8 +28,10 @@ from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import in_order
 from uwm_deploy.edits.sharded_sums import Scale
 from uwm_deploy.errors import DataError, IntegrityError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.edit import FitRecord, Method, Placement
 from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName

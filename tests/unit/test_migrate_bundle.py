@@ -21,7 +21,8 @@ from uwm_deploy.bundle.space import space_before, space_of
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
-from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import Placement
 from uwm_deploy.records.evidence import VerifyReport

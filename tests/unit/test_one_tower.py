@@ -10,7 +10,9 @@ import pytest
 from tests.uwm_edit import UWM
 from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.errors import DataError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
+from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.model import TowerName

@@ -20,8 +20,11 @@ from tests.uwm_edit import UWM_OPTIONS
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
-from uwm_deploy.pipeline.run import Request, attest_bundle, judge_file, recipe_of, run
+from uwm_deploy.pipeline.judge import judge_file
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import attest_bundle, run
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.edit import ScoreRecord
 from uwm_deploy.records.evidence import Evidence, VerifyReport
@@ -201,7 +204,7 @@ def test_attest_adds_evidence(built, tmp_path: Path) -> None:
 def _repackage(request: Request, manifest, report: VerifyReport, out: Path) -> None:
     """A bundle as a machine without the runtime would have written it: judged by the real gate."""
     from uwm_deploy.bundle.write import bundle_from_parts
-    from uwm_deploy.pipeline.run import policy_of
+    from uwm_deploy.recipes.resolve import policy_of
     from uwm_deploy.records.files import digest_of_bytes
     from uwm_deploy.stages.gate.gate import gate
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record

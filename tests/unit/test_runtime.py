@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.errors import BusyError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.pipeline.run import policy_of
+from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TowerName

@@ -29,9 +29,11 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.edits.sharded_sums import Scale, Shard, shards_of
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
-from uwm_deploy.pipeline.run import Outcome, Request, calibration_set_of, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import Outcome, run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, ScoreRecord
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.run import Request, load_source, resolved_recipe, run
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import load_source, run
 from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.metrics import Proportion, SafetyReport
 from uwm_deploy.records.model import TowerName

@@ -15,9 +15,11 @@ from PIL import Image
 from tests.families import model_of
 from uwm_deploy.cli import cli, save
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline.run import Outcome, Request, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import Outcome, run
 from uwm_deploy.pipeline.save import save_as
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.towers.formats import LAYOUTS, write_layout

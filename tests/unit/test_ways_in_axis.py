@@ -18,9 +18,11 @@ from tests.families import reduced
 from uwm_deploy.cli import cli
 from uwm_deploy.edits.closed_form import placement_of
 from uwm_deploy.errors import InputError, RecipeError
-from uwm_deploy.pipeline.run import Request, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm, recipe_from_toml
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.edit import Method, Placement
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting

@@ -14,7 +14,7 @@ from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.bundle.statement import STATEMENT, statement_of
 from uwm_deploy.errors import ContractError
 from uwm_deploy.records.bundle import BundleFile, Manifest
-from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.codec import record_from_json, write_record
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_file, whole_folder
 from uwm_deploy.records.verdict import Result
@@ -56,7 +56,7 @@ def bundle_from_parts(
             listed.append(_listed(folder, name))
         files_in_order = tuple(sorted(listed, key=lambda file: file.path))
         complete = dataclasses.replace(manifest, files=files_in_order, spaces=spaces_of(manifest))
-        (folder / MANIFEST).write_text(json_from_record(complete), encoding="utf-8")
+        write_record(folder / MANIFEST, complete)
         if sign is not None and complete.verdict.result is Result.PASS:
             (folder / SIGNATURE).write_text(sign(out.resolve().name, complete), encoding="utf-8")
     return complete

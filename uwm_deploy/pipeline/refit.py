@@ -30,6 +30,7 @@ from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.stored import Replacement
 from uwm_deploy.pipeline.attest import SINGLE_ROWS, attest, reference_of
+from uwm_deploy.pipeline.judge import Judge, judge_of_bundle
 from uwm_deploy.pipeline.refit_graphs import (
     Swap,
     held_tensors,
@@ -40,11 +41,9 @@ from uwm_deploy.pipeline.refit_graphs import (
     reverted,
     without_edit,
 )
-from uwm_deploy.pipeline.run import (
-    Judge,
+from uwm_deploy.pipeline.shipping import (
     bundle_with_card,
     evaluation_source_of,
-    judge_of_bundle,
     lock_of_bundle,
     note_signature,
     refuse_foreign_folder,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,33 +14,40 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from uwm_deploy import __version__
 from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, HeadFiles, digest_of_pair, read_head
-from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, open_bundle
-from uwm_deploy.bundle.sign import Resigning, Seal, is_signed, seal_for
-from uwm_deploy.bundle.write import Sign, bundle_from_parts
+from uwm_deploy.bundle.open import engine_paths, open_bundle
+from uwm_deploy.bundle.sign import Resigning, seal_for
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.data.zero_shot import fingerprint_of
-from uwm_deploy.edits.methods import EditOptions, methods_from_name, needs_gradients, selects, with_options
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, RecipeError, UwmError
-from uwm_deploy.pipeline.baseline import BASELINE, accepted, has_baseline, is_bundle, read_baseline, write_baseline
+from uwm_deploy.edits.methods import needs_gradients, selects
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.pipeline.baseline import BASELINE, accepted, is_bundle, read_baseline, write_baseline
+from uwm_deploy.pipeline.judge import _judge, judge_of_bundle, report_at
+from uwm_deploy.pipeline.request import Request, _with_overrides
+from uwm_deploy.pipeline.shipping import (
+    _card,
+    bundle_with_card,
+    evaluation_source_of,
+    lock_of_bundle,
+    note_lost_signature,
+    note_signature,
+    refuse_foreign_folder,
+)
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.policy import Policy, policy_from_toml
 from uwm_deploy.recipes.recipe import (
-    CalibrationSet,
     ClosedForm,
     ModelSource,
     Recipe,
-    calibration_set_from_toml,
-    check_reach,
-    recipe_from_toml,
 )
+from uwm_deploy.recipes.resolve import calibration_set_of, policy_of, read_training, recipe_of
 from uwm_deploy.records.bundle import Manifest
-from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json
+from uwm_deploy.records.codec import json_from_record, plain_from_record, read_record, write_record
 from uwm_deploy.records.edit import (
     CLOSED_FORM,
     MAP_NAMES,
@@ -50,7 +55,6 @@ from uwm_deploy.records.edit import (
     FitRecord,
     Method,
     ScoreRecord,
-    Selection,
     TensorEdit,
 )
 from uwm_deploy.records.evidence import Goldens, GraphAudit, VerifyReport
@@ -77,9 +81,8 @@ from uwm_deploy.records.graph import (
     variant_name,
 )
 from uwm_deploy.records.model import Digest, TowerName
-from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.records.training import TrainingRecord
-from uwm_deploy.records.verdict import Baseline, Result, Verdict
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.card import CARD, card_of
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.inspection import method_line
@@ -105,7 +108,6 @@ from uwm_deploy.safeground.embedded import (
 )
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.risk import risk_report
-from uwm_deploy.stages.gate.gate import gate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +122,6 @@ if TYPE_CHECKING:
     from uwm_deploy.stages.verify.verify import Subject
     from uwm_deploy.towers.protocol import LoadedModel
 
-R = TypeVar("R")
 
 PLAN = "plan.json"
 """Record of the search of precision `auto`, in its stage folder."""
@@ -145,48 +146,6 @@ _SCORING, _FITTING = ".scoring", ".fitting"
 
 _BUILD_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "polygraphy", "tensorrt_rtx", "tensorrt")
 _RUN_PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime-gpu", "onnxruntime")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the user asked for; None takes the recipe's value, for `batch_pairs` what fits into memory.
-
-    Attributes:
-        leave_out: Concepts that the calibration set is to be used without.
-    """
-
-    model: str = "demo"
-    checkpoint: Path | None = None
-    revision: str | None = None
-    original: Path | None = None
-    calibration: str | None = None
-    evaluation: str | None = None
-    leave_out: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ()
-    float32: tuple[str, ...] = ()
-    budget: str | None = None
-    refittable: bool = False
-    method: str | None = None
-    selection: str | None = None
-    per_concept: bool = False
-    towers: tuple[str, ...] = ()
-    keep_mass: float | None = None
-    factor: float | None = None
-    placement: str | None = None
-    max_retrieval_loss: float | None = None
-    axis: AxisSetting | None = None
-    weights: str = "checkpoint"
-    policy: str = "policy"
-    baseline: Path | None = None
-    out: Path | None = None
-    work: Path | None = None
-    device: str = "auto"
-    workers: int = 2
-    batch_pairs: int | None = None
-    score_dtype: str = "fp32"
-    bundle_version: int | None = None
-    safety_head: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -237,11 +196,6 @@ def run(request: Request, *, until: str, reporter: Reporter, ranks: Ranks = ALON
     return build.outcome
 
 
-def resolved_recipe(request: Request) -> Recipe:
-    """The recipe with what the user asked for in its place."""
-    return _with_overrides(recipe_of(request.model)[0], request)
-
-
 def load_source(request: Request, reporter: Reporter) -> LoadedModel:
     """The unedited model that a request names."""
     return _Build(request, reporter).original
@@ -260,89 +214,6 @@ def load_edited(request: Request, reporter: Reporter) -> LoadedModel:
     """
     run(request, until="edit", reporter=reporter)
     return _Build(request, reporter).edited
-
-
-def recipe_of(model: str) -> tuple[Recipe, str]:
-    """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
-    if Path(model).is_dir():
-        training = read_training(Path(model))
-        return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
-    text, where = resources.read_toml("export", model)
-    return recipe_from_toml(text, where=where), text
-
-
-_RULES_OF = {"clip": "clip-vit-b32", "siglip": "siglip-base", "open_clip": "open-clip-vit-b32"}
-"""Recipe whose rules a checkpoint folder gets, by the type in its config."""
-
-
-def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
-    """Any CLIP-like checkpoint: the family is read from its config."""
-    kind: object = "open_clip"
-    if not (folder / "open_clip_config.json").is_file():
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except OSError as error:
-            raise InputError(
-                f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
-            ) from error
-        except (ValueError, AttributeError) as error:
-            raise InputError(
-                f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again"
-            ) from error
-    if kind not in _RULES_OF:
-        raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
-    text, where = resources.read_toml("export", _RULES_OF[str(kind)])
-    recipe = recipe_from_toml(text, where=where)
-    source = dataclasses.replace(
-        recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
-    )
-    recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
-    text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
-    return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
-
-
-def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
-    """A model that `train` made: the recipe of its base, which is what it is compared with."""
-    name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
-    known = training.base.repo != "local"  # a folder's path is in no record
-    source = dataclasses.replace(
-        base.model,
-        repo=str(folder),
-        revision="",
-        architecture=None,
-        base=base.model.repo if known else "",
-        base_revision=training.base.revision if known else "",
-    )
-    data = dataclasses.replace(base.data, calibration=training.calibration.name)
-    text = f"# {name}: weights trained by {training.settings.method.value} from what follows\n{training.recipe}"
-    return dataclasses.replace(base, name=name, model=source, data=data), text
-
-
-TRAINING = "training.json"
-"""Record beside the weights of a model that `train` made."""
-
-
-def read_training(folder: Path) -> TrainingRecord | None:
-    """Record of a trained model; None when the folder holds none.
-
-    Raises:
-        IntegrityError: If the record is damaged.
-    """
-    file = folder / TRAINING
-    return _read(TrainingRecord, file) if file.is_file() else None
-
-
-def policy_of(name: str) -> tuple[Policy, Digest]:
-    """Policy and the digest of its text."""
-    text, where = resources.read_toml("ci", name)
-    return policy_from_toml(text, where=where), digest_of_plain(text)
-
-
-def calibration_set_of(name: str) -> tuple[CalibrationSet, str, Path | None]:
-    """Data set definition, its text, and the folder its relative paths start from."""
-    text, where = resources.read_toml("calibration", name)
-    base = Path(name).resolve().parent if name.endswith(".toml") else None
-    return calibration_set_from_toml(text, where=where), text, base
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -473,7 +344,8 @@ class _Build:
             self.reporter.line("load       no GPU has room for the model; it runs on the CPU")
         if (
             folder
-            and model.ref.weights_digest != _read(EditRecord, self.work / "edit" / "edit.json").edited_weights_digest
+            and model.ref.weights_digest
+            != read_record(EditRecord, self.work / "edit" / "edit.json").edited_weights_digest
         ):
             raise IntegrityError(
                 "the saved edited model is not the one its record describes", fix="remove the run folder"
@@ -531,7 +403,7 @@ class _Build:
         folder = self._stage("score", self._named_method(self.calibration.name), inputs, make)
         if self.ranks.first:
             shutil.rmtree(self.work / _SCORING, ignore_errors=True)
-            self.outcome.score = _read(ScoreRecord, folder / "score.json")
+            self.outcome.score = read_record(ScoreRecord, folder / "score.json")
 
     def _score(self, key: str, folder: Path) -> None:
         from uwm_deploy.edits.pair_stream import PairStream
@@ -621,7 +493,7 @@ class _Build:
         folder = self._stage("fit", self._named_method(self.calibration.name), inputs, partial(self._fit, spec, inputs))
         if self.ranks.first:
             shutil.rmtree(self.work / _FITTING, ignore_errors=True)
-            self.outcome.fit = _read(FitRecord, folder / "fit.json")
+            self.outcome.fit = read_record(FitRecord, folder / "fit.json")
 
     def _before_closed_form(self) -> tuple[LoadedModel, LoadedModel | None]:
         """The model that the closed-form step is made on, and the source model where another step comes before."""
@@ -633,7 +505,7 @@ class _Build:
         from uwm_deploy.stages.edit.edit import select_and_apply
 
         model = self._load(None)
-        score = self.ranks.first_only(lambda: _read(ScoreRecord, self.work / "score" / "score.json"))
+        score = self.ranks.first_only(lambda: read_record(ScoreRecord, self.work / "score" / "score.json"))
         scores = self.work / "score" / "scores.safetensors"
         self.ranks.together(lambda: select_and_apply(model, score, scores, self.recipe.entries))
         return model, self.original
@@ -690,7 +562,7 @@ class _Build:
         verbs = [*(["select, multiply"] if selects(edits.method) else []), *(["solve"] if closed else []), "save"]
         text = self._named_method(", ".join(verbs))
         folder = self._stage("edit", text, inputs, self._edit)
-        self.outcome.edit = _read(EditRecord, folder / "edit.json")
+        self.outcome.edit = read_record(EditRecord, folder / "edit.json")
         if not (card := folder / "model" / CARD).is_file() and self.outcome.score:
             text = card_of(
                 self.outcome.edit,
@@ -706,7 +578,7 @@ class _Build:
     def _edit(self, folder: Path) -> None:
         from uwm_deploy.stages.edit.edit import edit_to_folder
 
-        score = _read(ScoreRecord, self.work / "score" / "score.json")
+        score = read_record(ScoreRecord, self.work / "score" / "score.json")
         model, solve = self.original, self._solve()
         if self.trained:
             from uwm_deploy.stages.edit.trained import trained_to_folder
@@ -734,13 +606,13 @@ class _Build:
             "head": self.head_digest,
         }
         folder = self._stage("export", f"ONNX, opset {self.recipe.export.opset}", inputs, self._export)
-        self.outcome.onnx = tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
+        self.outcome.onnx = tuple(read_record(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
 
     def _export(self, folder: Path) -> None:
         from uwm_deploy.edits.patch import Patch
         from uwm_deploy.stages.export import onnx_from_tower, sample_of
 
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit = read_record(EditRecord, self.work / "edit" / "edit.json")
         patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         for name in TowerName:
             model = self._load(
@@ -761,7 +633,7 @@ class _Build:
                 folder=folder,
                 head_digest=self.head_digest if name is TowerName.IMAGE else "",
             )
-            (folder / f"{name.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+            write_record(folder / f"{name.value}.json", artifact)
 
     def _canaries(self) -> Path:
         """Folder with the inputs where edited and original differ most; made of the calibration set."""
@@ -774,7 +646,7 @@ class _Build:
     def _choose_canaries(self, folder: Path) -> None:
         from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit = read_record(EditRecord, self.work / "edit" / "edit.json")
         for name in [tower for tower in TowerName if any(tensor.changed for tensor in edit.of(tower))]:
             pairs = self._pairs(name, PAIRS)
             canaries_to_folder(self.original.tower(name), self.edited.tower(name), pairs, folder)
@@ -841,8 +713,8 @@ class _Build:
         make = partial(self._convert, precision)
         folder = self._stage(f"convert-{precision.value}", f"graphs in {precision.value}", inputs, make)
         if precision is Precision.AUTO:
-            self.outcome.plan = _read(PrecisionPlan, folder / PLAN)
-        return folder, tuple(_read(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
+            self.outcome.plan = read_record(PrecisionPlan, folder / PLAN)
+        return folder, tuple(read_record(OnnxArtifact, folder / f"{t.value}.json") for t in TowerName)
 
     def _convert(self, precision: Precision, folder: Path) -> None:
         from uwm_deploy.edits.patch import Patch
@@ -851,7 +723,7 @@ class _Build:
         from uwm_deploy.stages.convert.search import Source
 
         spec, export = self.recipe.compile, self.work / "export"
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit = read_record(EditRecord, self.work / "edit" / "edit.json")
         patch = Patch.from_file(self.work / "edit" / "patch.safetensors")
         lowered = spec.auto.lowest if precision is Precision.AUTO else precision
         sources: dict[TowerName, Source] = {}
@@ -885,7 +757,7 @@ class _Build:
                 canaries=read_canaries(self.work / "canaries", graph.tower),
                 quantised=quantised.get(graph.tower),
             )
-            (folder / f"{graph.tower.value}.json").write_text(json_from_record(artifact), encoding="utf-8")
+            write_record(folder / f"{graph.tower.value}.json", artifact)
 
     def _float32(self, graph: OnnxArtifact) -> tuple[str, ...]:
         """Patterns of what stays in float32 in a graph."""
@@ -922,7 +794,7 @@ class _Build:
             items, self.original.ref.image, self._tokenizer(), workers=self.request.workers, progress=progress
         )
         plan = search(sources, prepared, spec.auto, spec.float32, folder, progress)
-        (folder / PLAN).write_text(json_from_record(plan), encoding="utf-8")
+        write_record(folder / PLAN, plan)
         return plan
 
     def _engines(
@@ -945,14 +817,14 @@ class _Build:
         except PrerequisiteError as error:
             self._skip(variant, error.what)
             return []
-        return [_read(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
+        return [read_record(EngineArtifact, folder / f"{t.value}.json") for t in TowerName]
 
     def _compile(
         self, target: Target, provider: Provider, source: Path, graphs: tuple[OnnxArtifact, ...], folder: Path
     ) -> None:
         from uwm_deploy.stages.compile import engine_from_onnx
 
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit = read_record(EditRecord, self.work / "edit" / "edit.json")
         for graph in graphs:
             edits = edit.of(graph.tower)
             self.reporter.progress(f"{target.value} {graph.tower.value}", 0, 1)
@@ -969,7 +841,7 @@ class _Build:
                 builder=spec.builder(target, provider),
                 provider=provider,
             )
-            (folder / f"{graph.tower.value}.json").write_text(json_from_record(engine), encoding="utf-8")
+            write_record(folder / f"{graph.tower.value}.json", engine)
 
     def verify(self) -> None:
         """Numbers and decisions of original, edited and every artifact."""
@@ -977,7 +849,7 @@ class _Build:
         text = f"{self.evaluation.name}, {len(self.evaluation_source)} quadruples"
         folder = self._stage("verify", text, inputs, self._verify)
         if self.ranks.first:
-            self.outcome.report = _read(VerifyReport, folder / "verify.json")
+            self.outcome.report = read_record(VerifyReport, folder / "verify.json")
 
     def _verify_inputs(self) -> dict[str, str]:
         """What the report is made from; canaries are chosen first where none are."""
@@ -1050,7 +922,7 @@ class _Build:
             risk=risk_report(risk.head, risk.found) if risk else None,
             head_overlap=self._head_overlap(prepared),
         )
-        (folder / "verify.json").write_text(json_from_record(report), encoding="utf-8")
+        write_record(folder / "verify.json", report)
         save_file(original.to_tensors("original") | edited.to_tensors("edited"), folder / "reference.safetensors")
 
     def _expected(self) -> Expected:
@@ -1059,14 +931,14 @@ class _Build:
 
         made_from = MadeFrom(
             original=self.original,
-            score=_read(ScoreRecord, self.work / "score" / "score.json"),
+            score=read_record(ScoreRecord, self.work / "score" / "score.json"),
             scores=self.work / "score" / "scores.safetensors",
             fit=self.work / "fit",
             before=lambda: self._before_closed_form()[0],
             trained=self._load_trained if self.trained else None,
             training=self.training,
         )
-        edit = _read(EditRecord, self.work / "edit" / "edit.json")
+        edit = read_record(EditRecord, self.work / "edit" / "edit.json")
         return expected_edit(self.recipe, made_from, edit, self._patch())
 
     def _goldens(self) -> Goldens:
@@ -1209,13 +1081,13 @@ class _Build:
             "code": self.base_inputs["code"],
         }
         folder = self._stage("gate", f"policy {self.policy.name}", inputs, self._gate)
-        self.outcome.verdict = _read(Verdict, folder / "verdict.json")
+        self.outcome.verdict = read_record(Verdict, folder / "verdict.json")
 
     def _gate(self, folder: Path) -> None:
         file = self.work / "verify" / "verify.json"
         judge = _judge(self.policy, self.policy_digest, self.baseline)
-        verdict = judge(_read(VerifyReport, file), digest_of_file(file))
-        (folder / "verdict.json").write_text(json_from_record(verdict), encoding="utf-8")
+        verdict = judge(read_record(VerifyReport, file), digest_of_file(file))
+        write_record(folder / "verdict.json", verdict)
 
     def package(self) -> None:
         """The bundle."""
@@ -1306,69 +1178,8 @@ def _named(target: Target, provider: Provider) -> str:
     return target.value if provider == "any" else f"{target.value} with {provider}"
 
 
-def refuse_foreign_folder(out: Path) -> None:
-    """A folder that is not a bundle is never replaced."""
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
-
-
 def _external(folder: Path, name: str) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes()} if name and (folder / name).is_file() else {}
-
-
-def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
-    source = recipe.model
-    if request.checkpoint is not None:
-        source = dataclasses.replace(source, repo=str(request.checkpoint.resolve()), revision="")
-    if request.revision is not None:
-        source = dataclasses.replace(source, revision=request.revision)
-    edit = with_options(
-        recipe.edit,
-        EditOptions(
-            methods=_methods_of(request),
-            selection=Selection(request.selection) if request.selection else None,
-            keep_mass=request.keep_mass,
-            factor=request.factor,
-            per_concept=request.per_concept,
-            towers=[TowerName(tower) for tower in request.towers],
-            placement=cast(Any, request.placement),
-            max_retrieval_loss=request.max_retrieval_loss,
-            axis=request.axis,
-        ),
-    )
-    data = dataclasses.replace(
-        recipe.data,
-        calibration=request.calibration or recipe.data.calibration,
-        evaluation=request.evaluation or recipe.data.evaluation,
-    )
-    spec = recipe.compile
-    spec = dataclasses.replace(
-        spec,
-        targets=tuple(Target(t) for t in dict.fromkeys(request.targets)) or spec.targets,
-        precision=tuple(Precision(p) for p in dict.fromkeys(request.precisions)) or spec.precisions,
-        float32=(*spec.float32, *request.float32),
-        refittable=spec.refittable or request.refittable,
-    )
-    if spec.quantiser != "built-in" and Precision.AUTO in spec.precisions:
-        raise RecipeError(
-            f"compile.quantiser is {spec.quantiser} with precision auto, whose search quantises by itself",
-            fix="use int8 or fp8, or the built-in one",
-        )
-    if request.budget is not None:
-        if Precision.AUTO not in spec.precisions:
-            raise InputError("--budget has no effect without precision auto", fix="add --precision auto")
-        spec = dataclasses.replace(spec, auto=dataclasses.replace(spec.auto, flips=_flips_of(request.budget)))
-    version = recipe.bundle_version if request.bundle_version is None else request.bundle_version
-    asked = dataclasses.replace(recipe, model=source, edit=edit, data=data, compile=spec, bundle_version=version)
-    check_reach(asked, recipe.name)
-    return asked
-
-
-def _methods_of(request: Request) -> tuple[Method, ...]:
-    """What the user asked for; a model that `train` made goes through as it is unless an edit on top is asked for."""
-    if request.method:
-        return methods_from_name(request.method)
-    return (Method.TRAINED,) if read_training(Path(request.model)) else ()
 
 
 def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
@@ -1392,97 +1203,6 @@ def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
 
 def _training_at(repo: str) -> TrainingRecord | None:
     return read_training(Path(repo)) if Path(repo).is_dir() else None
-
-
-def _flips_of(text: str) -> float:
-    """Percentage of ``flips=0.5%``."""
-    name, _, value = text.partition("=")
-    try:
-        percent = float(value.removesuffix("%"))
-    except ValueError:
-        percent = -1.0
-    if name.strip() != "flips" or not value.endswith("%") or not 0 < percent < 100:
-        raise InputError(f"--budget {text!r} is not understood", fix="write it as flips=0.5%")
-    return percent
-
-
-def _read(cls: type[R], path: Path) -> R:
-    return record_from_json(cls, path.read_bytes(), where=path.name)
-
-
-Judge = Callable[..., Verdict]
-"""From a report and the digest of its file to the verdict."""
-
-
-def _judge(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
-    """The gate with its policy and, where there is one, the accepted report."""
-    known, digest = baseline or (None, "")
-    return partial(_judged, policy=policy, policy_digest=policy_digest, baseline=known, baseline_digest=digest)
-
-
-def _judged(report: VerifyReport, report_digest: Digest, **settings: Any) -> Verdict:
-    return gate(report, report_digest=report_digest, **settings)
-
-
-def _baseline_for(path: Path, given: Path | None) -> tuple[Baseline, Digest] | None:
-    """The baseline that was given, else the one inside the bundle."""
-    if given is None and path.is_dir() and has_baseline(path):
-        given = path
-    return read_baseline(given) if given is not None else None
-
-
-def report_at(path: Path) -> tuple[VerifyReport, Digest]:
-    """Report of a bundle or a `verify.json`, and the digest of its file.
-
-    Raises:
-        InputError: If there is no report.
-        IntegrityError: If the bundle or the report was changed.
-    """
-    if path.is_dir():
-        return report_of_bundle(open_bundle(path, allow_failed=True))
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json") from error
-    return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
-
-
-def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
-    """What was measured of a bundle, and the digest of that file."""
-    content = bundle.read("reports/verify.json")
-    return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
-
-
-def judge_file(
-    path: Path,
-    policy_name: str,
-    baseline: Path | None = None,
-    *,
-    public_key: Path | None = None,
-    min_bundle_version: int = 0,
-) -> Verdict:
-    """Judges the report of a bundle or a `verify.json`; nothing is written.
-
-    Args:
-        path: Bundle or file.
-        policy_name: Name or file.
-        baseline: Accepted report to compare with.
-        public_key: Whose signature the bundle must have.
-        min_bundle_version: Oldest version the bundle may have.
-
-    Raises:
-        InputError: If there is no report, or the baseline was measured on something else.
-        IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
-    """
-    policy = policy_of(policy_name)
-    if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
-        bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return _judge(*policy, _baseline_for(path, baseline))(
-            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
-        )
-    if public_key is not None or min_bundle_version:
-        raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
-    return _judge(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 
 def accept_baseline(
@@ -1566,59 +1286,3 @@ def attest_bundle(
             )
         note_signature(path, seal, reporter)
     return verdict
-
-
-def judge_of_bundle(path: Path, policy_name: str) -> Judge:
-    """The gate with a policy and the bundle's own baseline, if it has one."""
-    return _judge(*policy_of(policy_name), _baseline_for(path, None))
-
-
-def note_signature(out: Path, seal: Seal, reporter: Reporter) -> None:
-    """Says what became of the signature of a bundle that was written anew."""
-    if told := seal.told(out):
-        reporter.line(told)
-
-
-def note_lost_signature(path: Path, reporter: Reporter) -> None:
-    """Says that the bundle a build replaces was signed."""
-    if is_signed(path):
-        reporter.line(f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again")
-
-
-def lock_of_bundle(path: Path) -> Path:
-    """Folder to lock while a bundle is rewritten."""
-    return path.resolve().parent / f".{path.resolve().name}.attest"
-
-
-def bundle_with_card(
-    out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], *, sign: Sign | None = None
-) -> object:
-    """Writes a bundle whose report is new, with the card that belongs to it; see `bundle_from_parts`."""
-    content = parts["reports/verify.json"]
-    assert isinstance(content, bytes)
-    report = record_from_json(VerifyReport, content, where="reports/verify.json")
-    card = _card(manifest, report, bundle=True).encode()
-    return bundle_from_parts(out, manifest, {**parts, CARD: card}, sign=sign)
-
-
-def _card(manifest: Manifest, report: VerifyReport, *, bundle: bool) -> str:
-    recipe = recipe_from_toml(manifest.recipe, where="recipe.toml")
-    return card_of(
-        manifest.edit,
-        manifest.calibration,
-        name=manifest.name,
-        licence=recipe.model.licence,
-        method=method_line(manifest.edit),
-        report=report,
-        verdict=manifest.verdict,
-        bundle=bundle,
-    )
-
-
-def evaluation_source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSource:
-    """The set that is asked for, or the one the bundle was measured on."""
-    if evaluation:
-        spec, _, base = calibration_set_of(evaluation)
-        return open_source(spec, base=base)
-    text = bundle.read("evaluation.toml").decode()
-    return open_source(calibration_set_from_toml(text, where="evaluation.toml"), base=None)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.pipeline.run import recipe_of
 from uwm_deploy.recipes.recipe import only_embeddings
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord, EditStep, Placement
 from uwm_deploy.records.files import whole_folder

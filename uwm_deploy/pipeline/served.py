@@ -12,7 +12,8 @@ from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
 from uwm_deploy.data.embedding import Inputs, PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
 from uwm_deploy.pipeline.attest import Judge, reference_of, risk_reference_of, stored_parity
-from uwm_deploy.pipeline.run import evaluation_source_of, judge_of_bundle, report_of_bundle
+from uwm_deploy.pipeline.judge import judge_of_bundle, report_of_bundle
+from uwm_deploy.pipeline.shipping import evaluation_source_of
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file

@@ -9,16 +9,17 @@ import types
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.model import SCHEMA_VERSION
 
 R = TypeVar("R")
 
 
 def json_from_record(record: Any) -> str:
-    """Canonical JSON of a record: sorted keys, schema version first in meaning, one trailing newline.
+    """Canonical JSON of a record: sorted keys, with the schema version and the record's name, one trailing newline.
 
     Raises:
         IntegrityError: If a number in it is NaN or infinite: a report must not hold one.
@@ -70,6 +71,29 @@ def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
         raise IntegrityError(f"{where} holds a {kind!r}, not a {cls.__name__}", fix="pass the right file")
     result: R = _decode(cls, body, where)
     return result
+
+
+def read_record(cls: type[R], path: Path) -> R:
+    """The record in a file that `write_record` wrote.
+
+    Raises:
+        InputError: If the file cannot be read.
+        IntegrityError: If it holds anything that is not exactly such a record.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
+    return record_from_json(cls, content, where=path.name)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Writes a record into a folder that is not finished yet; `write_atomic` is for one that others read.
+
+    Raises:
+        IntegrityError: If a number in it is NaN or infinite.
+    """
+    path.write_text(json_from_record(record), encoding="utf-8")
 
 
 def record_from_plain(cls: type[R], body: Mapping[str, Any], *, where: str) -> R:

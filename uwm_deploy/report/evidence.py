@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
-from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.codec import read_record, record_from_json
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_file
@@ -94,17 +94,17 @@ def dossier_of(
     """
     dossier = _of_bundle(path) if (path / MANIFEST).is_file() else _of_run(path)
     if sweep is not None:
-        swept = _read(SweepReport, sweep)
+        swept = read_record(SweepReport, sweep)
         if swept.model.weights_digest != dossier.verify.model.weights_digest:
             raise InputError(f"{sweep} is a sweep of other weights", fix="sweep the model of this report")
         dossier = dataclasses.replace(dossier, sweep=swept)
     if bench is not None:
-        measured = _read(BenchReport, bench)
+        measured = read_record(BenchReport, bench)
         if measured.edited_weights_digest != dossier.verify.edited_weights_digest:
             raise InputError(f"{bench} is about other weights", fix="measure the bundle of this report")
         dossier = dataclasses.replace(dossier, bench=measured)
     if compared is not None:
-        methods = _read(MethodComparison, compared)
+        methods = read_record(MethodComparison, compared)
         if methods.model.weights_digest != dossier.verify.model.weights_digest:
             raise InputError(f"{compared} compares methods on other weights", fix="compare on the model of this report")
         dossier = dataclasses.replace(dossier, compared=methods)
@@ -144,14 +144,14 @@ def _of_run(path: Path) -> Dossier:
         raise InputError(
             f"{path} is neither a bundle nor a run folder that was verified", fix="pass what `build` or `verify` wrote"
         )
-    verify, digest = _read(VerifyReport, report), digest_of_file(report)
+    verify, digest = read_record(VerifyReport, report), digest_of_file(report)
     judged = path / "gate" / "verdict.json"
-    verdict = _read(Verdict, judged) if judged.is_file() else None
+    verdict = read_record(Verdict, judged) if judged.is_file() else None
     if verdict is not None and verdict.report_digest != digest:
         verdict, judged = None, report  # the verdict of an earlier report says nothing about this one
     engines, folders = _engines(path, verify)
     converted = [
-        _read(OnnxArtifact, path / f"convert-{name}" / f"{tower.value}.json")
+        read_record(OnnxArtifact, path / f"convert-{name}" / f"{tower.value}.json")
         for name in dict.fromkeys(engine.variant.rpartition("-")[2] for engine in engines)
         for tower in TowerName
         if (path / f"convert-{name}" / f"{tower.value}.json").is_file()
@@ -167,10 +167,10 @@ def _of_run(path: Path) -> Dossier:
         created="",
         verify=verify,
         verdict=verdict,
-        edit=_read(EditRecord, path / "edit" / "edit.json"),
-        score=_read(ScoreRecord, path / "score" / "score.json"),
-        plan=_read(PrecisionPlan, plan) if plan.is_file() and any("auto" in e.variant for e in engines) else None,
-        onnx=tuple(_read(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
+        edit=read_record(EditRecord, path / "edit" / "edit.json"),
+        score=read_record(ScoreRecord, path / "score" / "score.json"),
+        plan=read_record(PrecisionPlan, plan) if plan.is_file() and any("auto" in e.variant for e in engines) else None,
+        onnx=tuple(read_record(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
         converted=tuple(converted),
         engines=tuple(engines),
         files=tuple(_listed(path, file) for file in dict.fromkeys(files) if file.is_file()),
@@ -186,7 +186,7 @@ def _engines(path: Path, verify: VerifyReport) -> tuple[list[EngineArtifact], li
             record = path / f"compile-{artifact.variant}" / f"{tower}.json"
             if not record.is_file():
                 continue
-            engine = _read(EngineArtifact, record)
+            engine = read_record(EngineArtifact, record)
             if engine.digest == digest:
                 engines.append(engine)
                 files.append([record.parent / name for name in (engine.file, engine.external_data) if name])
@@ -208,11 +208,3 @@ def _margins(content: bytes, where: str) -> Margins:
     if original.ids != edited.ids:
         raise IntegrityError(f"{where}: original and edited are of different items", fix="build again")
     return Margins(ids=edited.ids, original=original.decisions(), edited=edited.decisions())
-
-
-def _read(cls: type[R], path: Path) -> R:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
-    return record_from_json(cls, content, where=str(path))

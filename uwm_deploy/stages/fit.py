@@ -23,7 +23,7 @@ from uwm_deploy.edits.fit_files import FEATURES, RECORD, SUMS
 from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally
 from uwm_deploy.edits.sharded_sums import Part, Scale, Shard, shards_of, totals
-from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import FitRecord, Method, Placement
 from uwm_deploy.records.files import digest_of_file
@@ -114,7 +114,7 @@ def fit_to_folder(
         features_digest=digest_of_file(folder / FEATURES),
         seconds=seconds,
     )
-    (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
+    write_record(folder / RECORD, record)
     return record
 
 

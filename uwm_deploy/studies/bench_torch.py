@@ -10,8 +10,8 @@ import numpy as np
 
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.pipeline.run import recipe_of
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.recipes.shipped import checkpoint_folder
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -21,8 +21,16 @@ from uwm_deploy.data.source import open_source
 from uwm_deploy.data.zero_shot import names_from
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, load_source, read_training, resolved_recipe, versions
-from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import load_source, versions
+from uwm_deploy.recipes.resolve import calibration_set_of, read_training
+from uwm_deploy.records.codec import (
+    json_from_record,
+    plain_from_record,
+    read_record,
+    record_from_plain,
+    write_record,
+)
 from uwm_deploy.records.edit import CLOSED_FORM, EditRecord, Method, Placement, ScoreRecord
 from uwm_deploy.records.files import locked, whole_folder, write_atomic
 from uwm_deploy.records.metrics import Flips
@@ -34,8 +42,6 @@ from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean
 from uwm_deploy.studies.evaluate import NOTHING, Evaluator, Subject, ground_of, open_encoders, subject_from
-
-R = TypeVar("R")
 
 DEFAULT = "none,uwm,gradient-unsafe,gradient-safe-clip,safe-clip,safer-clip,uwm+safe-clip"
 """The methods of the field that run on any set of quadruples."""
@@ -283,8 +289,8 @@ class _Maker:
         source = self._source() if below is None else self._source(below)
         place = ["--placement", row.placement] if row.placement else []
         usage = self._run(row.label, ["edit", *source, "--method", row.method, *place], work)
-        score = _read(ScoreRecord, work / "score" / "score.json")
-        edit = _read(EditRecord, work / "edit" / "edit.json")
+        score = read_record(ScoreRecord, work / "score" / "score.json")
+        edit = read_record(EditRecord, work / "edit" / "edit.json")
         fitted = [s.axis.n_pairs for s in edit.steps if s.axis is not None]
         seen = sum(max(part.values(), default=0) for part in (score.n_pairs, *fitted))
         cost = MethodCost(**usage, gpu_seconds=0.0, peak_gpu_bytes=0, trainable_parameters=0, data_seen=seen)
@@ -358,10 +364,6 @@ def _together(first: MethodCost, second: MethodCost, label: str) -> MethodCost:
         data_seen=first.data_seen + second.data_seen,
         includes=label,
     )
-
-
-def _read(cls: type[R], path: Path) -> R:
-    return record_from_json(cls, path.read_bytes(), where=path.name)
 
 
 def _measured(made: _Made, evaluator: Evaluator, reporter: Reporter, first: Any) -> ComparedMethod:
@@ -544,7 +546,7 @@ def markdown_of(result: MethodComparison) -> str:
 
 def write(result: MethodComparison, folder: Path) -> None:
     """JSON, Markdown and the picture."""
-    (folder / "compare.json").write_text(json_from_record(result), encoding="utf-8")
+    write_record(folder / "compare.json", result)
     (folder / "compare.md").write_text(markdown_of(result), encoding="utf-8")
     draw(result, folder / "compare.png")
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk
 from uwm_deploy.pipeline.attest import canaries_of
 from uwm_deploy.recipes.recipe import calibration_set_from_toml
-from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
@@ -34,7 +34,6 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 from uwm_deploy.stages.canaries import read_canaries
 
-R = TypeVar("R")
 Stage = Literal["export", "convert", "compile"]
 
 TOLERANCE = {
@@ -191,7 +190,7 @@ def _of_run(path: Path) -> _Place:
     def converted(engine: EngineArtifact) -> tuple[Path, OnnxArtifact] | None:
         folder = path / f"convert-{engine.variant.rpartition('-')[2]}"
         record = folder / f"{engine.tower.value}.json"
-        return (folder, _read(OnnxArtifact, record)) if record.is_file() else None
+        return (folder, read_record(OnnxArtifact, record)) if record.is_file() else None
 
     def no_rows(tower: TowerName) -> np.ndarray:
         raise InputError(
@@ -201,23 +200,16 @@ def _of_run(path: Path) -> _Place:
     return _Place(
         name=path.resolve().name,
         export=path / "export",
-        onnx=tuple(_read(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
-        engines=tuple(_read(EngineArtifact, record) for record in records),
-        edit=_read(EditRecord, path / "edit" / "edit.json"),
-        failed=_read(Verdict, judged).failed if judged.is_file() else (),
+        onnx=tuple(read_record(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
+        engines=tuple(read_record(EngineArtifact, record) for record in records),
+        edit=read_record(EditRecord, path / "edit" / "edit.json"),
+        failed=read_record(Verdict, judged).failed if judged.is_file() else (),
         converted=converted,
         engine_file=lambda engine: path / f"compile-{engine.variant}" / engine.file,
         canaries=lambda tower: read_canaries(path / "canaries", tower),
         rows=no_rows,
         model=model if (model := path / "edit" / "model").is_dir() else None,
     )
-
-
-def _read(cls: type[R], path: Path) -> R:
-    try:
-        return record_from_json(cls, path.read_bytes(), where=str(path))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the run folder") from error
 
 
 # --- the walks ----------------------------------------------------------------------------------------------------------

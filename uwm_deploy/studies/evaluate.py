@@ -20,9 +20,11 @@ from uwm_deploy.data.zero_shot import Suite, open_suite, recognise
 from uwm_deploy.data.zero_shot_readers import BrokenItemError
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.run import TRAINING, Request, calibration_set_of, recipe_of, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.model import Digest, ImageSpec, TextSpec, TowerName

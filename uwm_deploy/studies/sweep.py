@@ -22,9 +22,11 @@ from uwm_deploy.edits.selected import check_scores, concepts_of, selected_entrie
 from uwm_deploy.edits.solving import kept_features, limits_of
 from uwm_deploy.edits.strength import choose_strengths, chosen_setting
 from uwm_deploy.errors import InputError, UwmError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, load_fitted, load_source, resolved_recipe, run
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import load_fitted, load_source, run
 from uwm_deploy.recipes.recipe import ClosedForm, EditSpecs
-from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import EditStep, FitRecord, Method, ScoreRecord
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.metrics import SafetyReport
@@ -384,7 +386,7 @@ def label_of(point: SweepPoint) -> str:
 def write(report: SweepReport, folder: Path) -> None:
     """JSON, CSV, Markdown and the picture."""
     table = rows(report)
-    (folder / "sweep.json").write_text(json_from_record(report), encoding="utf-8")
+    write_record(folder / "sweep.json", report)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
     writer.writeheader()

@@ -21,9 +21,11 @@ from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
 from uwm_deploy.data.source import QuadrupleSource, open_source
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError, InputError
-from uwm_deploy.pipeline.run import Request, calibration_set_of, load_edited, resolved_recipe
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import load_edited
 from uwm_deploy.recipes.recipe import CalibrationSet
-from uwm_deploy.records.codec import json_from_record, plain_from_record
+from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, is_current, stamp, whole_folder
 from uwm_deploy.records.head import HeadTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
@@ -151,7 +153,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         (folder / WEIGHTS).write_bytes(weights)
         (folder / TEXTS).write_bytes(listed)
         (folder / ITEMS).write_bytes(items)
-        (folder / RECORD).write_text(json_from_record(head), encoding="utf-8")
+        write_record(folder / RECORD, head)
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
     return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
 

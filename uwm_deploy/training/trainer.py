@@ -16,18 +16,12 @@ import torch
 from uwm_deploy.data.embedding import prepare
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
-from uwm_deploy.pipeline.run import (
-    TRAINING,
-    Request,
-    calibration_set_of,
-    read_training,
-    recipe_of,
-    resolved_recipe,
-    versions,
-)
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import versions
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import Recipe, TrainSpec
-from uwm_deploy.records.codec import json_from_record, plain_from_record
+from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, read_training, recipe_of
+from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_plain, locked, whole_folder
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord, TrainingSettings
@@ -194,7 +188,7 @@ class _Run:
         if self.first:
             with whole_folder(self.request.out) as folder:
                 model.save(folder)
-                (folder / TRAINING).write_text(json_from_record(record), encoding="utf-8")
+                write_record(folder / TRAINING, record)
             (self.work / CHECKPOINT).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

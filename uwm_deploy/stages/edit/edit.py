@@ -15,7 +15,7 @@ from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replace
 from uwm_deploy.edits.selected import check_scores, concepts_of, parameter_of, selected_entries
 from uwm_deploy.errors import ContractError
 from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
-from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import (
     CLOSED_FORM,
     EditKind,
@@ -116,7 +116,7 @@ def saved_edit(
         tensors=tuple(tensors),
         steps=tuple(steps),
     )
-    (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
+    write_record(folder / RECORD, record)
     model.save(folder / MODEL)
     if model.maps:
         save_maps(model, folder / MODEL / MAPS)

@@ -21,7 +21,7 @@ from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.edits.sharded_sums import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
-from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import LayerScore, MaskAgreement, Pairing, ScorePart, ScoreRecord
 from uwm_deploy.records.files import digest_of_file
@@ -107,7 +107,7 @@ def score_to_folder(
         parts=tuple(parts),
         agreement=agreement,
     )
-    (folder / RECORD).write_text(json_from_record(record), encoding="utf-8")
+    write_record(folder / RECORD, record)
     return record
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from uwm_deploy.errors import DataError, EvidenceError, IntegrityError, UwmError
-from uwm_deploy.pipeline.run import judge_file
+from uwm_deploy.pipeline.judge import judge_file
 from uwm_deploy.records.studies import FaultResult
 from uwm_deploy.records.verdict import Cause, Result, Verdict
 from uwm_deploy.studies.selftest.peers import Peers

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from uwm_deploy.data.source import record_of
-from uwm_deploy.pipeline.run import calibration_set_of
+from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops, pixels_from_image

@@ -27,10 +27,12 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.proof import proof_of
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
-from uwm_deploy.pipeline.run import Request, calibration_set_of, policy_of, resolved_recipe, run
+from uwm_deploy.pipeline.request import Request, resolved_recipe
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.recipe import Recipe
+from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import EditRecord, Placement, ScoreRecord

@@ -1,0 +1,105 @@
+"""The gate with its policy and, where there is one, the accepted report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uwm_deploy.bundle.open import Bundle, open_bundle
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline.baseline import has_baseline, read_baseline
+from uwm_deploy.recipes.policy import Policy
+from uwm_deploy.recipes.resolve import policy_of
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.files import (
+    digest_of_bytes,
+)
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.verdict import Baseline, Verdict
+from uwm_deploy.stages.gate.gate import gate
+
+if TYPE_CHECKING:
+    pass
+
+
+Judge = Callable[..., Verdict]
+"""From a report and the digest of its file to the verdict."""
+
+
+def _judge(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
+    """The gate with its policy and, where there is one, the accepted report."""
+    known, digest = baseline or (None, "")
+    return partial(_judged, policy=policy, policy_digest=policy_digest, baseline=known, baseline_digest=digest)
+
+
+def _judged(report: VerifyReport, report_digest: Digest, **settings: Any) -> Verdict:
+    return gate(report, report_digest=report_digest, **settings)
+
+
+def _baseline_for(path: Path, given: Path | None) -> tuple[Baseline, Digest] | None:
+    """The baseline that was given, else the one inside the bundle."""
+    if given is None and path.is_dir() and has_baseline(path):
+        given = path
+    return read_baseline(given) if given is not None else None
+
+
+def report_at(path: Path) -> tuple[VerifyReport, Digest]:
+    """Report of a bundle or a `verify.json`, and the digest of its file.
+
+    Raises:
+        InputError: If there is no report.
+        IntegrityError: If the bundle or the report was changed.
+    """
+    if path.is_dir():
+        return report_of_bundle(open_bundle(path, allow_failed=True))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json") from error
+    return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
+
+
+def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
+    """What was measured of a bundle, and the digest of that file."""
+    content = bundle.read("reports/verify.json")
+    return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
+
+
+def judge_file(
+    path: Path,
+    policy_name: str,
+    baseline: Path | None = None,
+    *,
+    public_key: Path | None = None,
+    min_bundle_version: int = 0,
+) -> Verdict:
+    """Judges the report of a bundle or a `verify.json`; nothing is written.
+
+    Args:
+        path: Bundle or file.
+        policy_name: Name or file.
+        baseline: Accepted report to compare with.
+        public_key: Whose signature the bundle must have.
+        min_bundle_version: Oldest version the bundle may have.
+
+    Raises:
+        InputError: If there is no report, or the baseline was measured on something else.
+        IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
+    """
+    policy = policy_of(policy_name)
+    if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
+        bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
+        return _judge(*policy, _baseline_for(path, baseline))(
+            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
+        )
+    if public_key is not None or min_bundle_version:
+        raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
+    return _judge(*policy, _baseline_for(path, baseline))(*report_at(path))
+
+
+def judge_of_bundle(path: Path, policy_name: str) -> Judge:
+    """The gate with a policy and the bundle's own baseline, if it has one."""
+    return _judge(*policy_of(policy_name), _baseline_for(path, None))

@@ -1,0 +1,111 @@
+"""From what a user names to a recipe, a data set or a policy: a shipped name, a file, or a checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.policy import Policy, policy_from_toml
+from uwm_deploy.recipes.recipe import (
+    CalibrationSet,
+    Recipe,
+    calibration_set_from_toml,
+    recipe_from_toml,
+)
+from uwm_deploy.records.files import (
+    digest_of_plain,
+)
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.training import TrainingRecord
+
+if TYPE_CHECKING:
+    pass
+from uwm_deploy.records.codec import read_record
+
+
+def recipe_of(model: str) -> tuple[Recipe, str]:
+    """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
+    if Path(model).is_dir():
+        training = read_training(Path(model))
+        return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
+    text, where = resources.read_toml("export", model)
+    return recipe_from_toml(text, where=where), text
+
+
+_RULES_OF = {"clip": "clip-vit-b32", "siglip": "siglip-base", "open_clip": "open-clip-vit-b32"}
+"""Recipe whose rules a checkpoint folder gets, by the type in its config."""
+
+
+def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
+    """Any CLIP-like checkpoint: the family is read from its config."""
+    kind: object = "open_clip"
+    if not (folder / "open_clip_config.json").is_file():
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except OSError as error:
+            raise InputError(
+                f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
+            ) from error
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again"
+            ) from error
+    if kind not in _RULES_OF:
+        raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
+    text, where = resources.read_toml("export", _RULES_OF[str(kind)])
+    recipe = recipe_from_toml(text, where=where)
+    source = dataclasses.replace(
+        recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
+    )
+    recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
+    text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
+    return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+
+
+def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
+    """A model that `train` made: the recipe of its base, which is what it is compared with."""
+    name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
+    known = training.base.repo != "local"  # a folder's path is in no record
+    source = dataclasses.replace(
+        base.model,
+        repo=str(folder),
+        revision="",
+        architecture=None,
+        base=base.model.repo if known else "",
+        base_revision=training.base.revision if known else "",
+    )
+    data = dataclasses.replace(base.data, calibration=training.calibration.name)
+    text = f"# {name}: weights trained by {training.settings.method.value} from what follows\n{training.recipe}"
+    return dataclasses.replace(base, name=name, model=source, data=data), text
+
+
+TRAINING = "training.json"
+"""Record beside the weights of a model that `train` made."""
+
+
+def read_training(folder: Path) -> TrainingRecord | None:
+    """Record of a trained model; None when the folder holds none.
+
+    Raises:
+        IntegrityError: If the record is damaged.
+    """
+    file = folder / TRAINING
+    return read_record(TrainingRecord, file) if file.is_file() else None
+
+
+def policy_of(name: str) -> tuple[Policy, Digest]:
+    """Policy and the digest of its text."""
+    text, where = resources.read_toml("ci", name)
+    return policy_from_toml(text, where=where), digest_of_plain(text)
+
+
+def calibration_set_of(name: str) -> tuple[CalibrationSet, str, Path | None]:
+    """Data set definition, its text, and the folder its relative paths start from."""
+    text, where = resources.read_toml("calibration", name)
+    base = Path(name).resolve().parent if name.endswith(".toml") else None
+    return calibration_set_from_toml(text, where=where), text, base
