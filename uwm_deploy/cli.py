@@ -442,7 +442,7 @@ def attest(
       uwm-deploy attest dist/demo
       uwm-deploy attest dist/demo --key key.pem
     """
-    from uwm_deploy.pipeline.run import attest_bundle
+    from uwm_deploy.pipeline.attest import attest_bundle
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.summary import print_verdict
 
@@ -487,7 +487,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     Example:
       uwm-deploy baseline set dist/demo --at ci/baseline --by "A. Name" --reason "release 1.0"
     """
-    from uwm_deploy.pipeline.run import accept_baseline
+    from uwm_deploy.pipeline.accept import accept_baseline
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.findings import verdict_line
     from uwm_deploy.report.summary import print_verdict

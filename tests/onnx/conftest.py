@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
+from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
 from uwm_deploy.recipes.recipe import ExportSpec
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact
 from uwm_deploy.records.model import TextSpec, TowerName
-from uwm_deploy.stages.edit.edit import tensor_edit
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.embedding_map import with_map

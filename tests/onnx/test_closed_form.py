@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from tests.families import reduced
 from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.edits.applied import select_and_apply
 from uwm_deploy.edits.axis import maps_of
 from uwm_deploy.edits.closed_form import features_in_place, fitted_weights, placement_of
 from uwm_deploy.edits.fit_files import read_sums
@@ -36,7 +37,7 @@ from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
-from uwm_deploy.stages.edit.edit import edit_to_folder, select_and_apply
+from uwm_deploy.stages.edit.edit import edit_to_folder
 from uwm_deploy.stages.export import onnx_from_tower, sample_of
 from uwm_deploy.stages.fit import fit_to_folder
 from uwm_deploy.stages.score.score import score_to_folder

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reports import digest, report
+from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
 from uwm_deploy.edits.proof import (
     SOLVED_AGAIN,
@@ -34,7 +35,6 @@ from uwm_deploy.records.edit import (
 )
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.training import TrainingRecord
-from uwm_deploy.stages.edit.edit import tensor_edit
 from uwm_deploy.towers.digests import digest_of_tensor, digest_of_weights
 
 SCORED, OTHER = "layers.0.fc.weight", "layers.1.fc.weight"

@@ -16,11 +16,12 @@ import numpy as np
 from uwm_deploy.data.embedding import Encode, unit_rows
 from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.reading import Progress, read_all
-from uwm_deploy.data.source import ROOT_VARIABLE, LabelledImage, ZeroShotSet
+from uwm_deploy.data.source import ROOT_VARIABLE, LabelledImage, QuadrupleSource, ZeroShotSet
 from uwm_deploy.data.zero_shot_readers import folder_set, published_set
 from uwm_deploy.data.zero_shot_table import NAMES, PHOTO, PUBLISHED
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
-from uwm_deploy.records.model import ImageSpec
+from uwm_deploy.records.files import digest_of_plain
+from uwm_deploy.records.model import Digest, ImageSpec
 from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.zero_shot import TopOne, together, top1
@@ -145,6 +146,11 @@ def open_suite(
 def fingerprint_of(part: ZeroShotSet) -> list[object]:
     """Plain data that changes when the prompts or the number of items change; image bytes are not read."""
     return [part.name, part.template, list(part.labels), len(part)]
+
+
+def zero_shot_digests(source: QuadrupleSource) -> dict[str, Digest]:
+    """Digest of the prompts and labels of every zero-shot set that a source has, by name."""
+    return {name: digest_of_plain(fingerprint_of(source.zero_shot(name))) for name in source.zero_shot_names}
 
 
 def _check(name: str) -> None:

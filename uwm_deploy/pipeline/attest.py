@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,15 +16,19 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from uwm_deploy.bundle.open import Bundle, engine_path
+from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
+from uwm_deploy.bundle.replace import lock_of_bundle
+from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.data.embedding import Inputs, PreparedSet, prepare
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.pipeline.judge import judge_of_bundle
+from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
-from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.files import digest_of_bytes, locked
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Verdict
@@ -32,6 +37,7 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
 from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.job import Notes
 from uwm_deploy.stages.verify.executed import RiskReference, executed
 
 SINGLE_ROWS = 8
@@ -246,3 +252,42 @@ def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> N
     parts["reports/verify.json"] = report
     parts["reports/verdict.json"] = json_from_record(verdict).encode()
     write(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)
+
+
+def attest_bundle(
+    path: Path,
+    policy_name: str,
+    evaluation: str | None,
+    workers: int,
+    reporter: Notes,
+    signing: Resigning | None = None,
+) -> Verdict:
+    """Executes what is unproven and can be executed here; rewrites the bundle with the evidence.
+
+    Args:
+        path: Bundle.
+        policy_name: Name or file.
+        evaluation: Set; the one the bundle was measured on without it.
+        workers: Decoding processes.
+        reporter: Progress.
+        signing: What is to become of the bundle's signature.
+
+    Raises:
+        InputError: If the bundle is signed and would lose that unasked; see `attest` for others.
+        IntegrityError: If the bundle was changed, or is not signed by the right key.
+    """
+    seal = seal_for(signing or Resigning(), path)
+    with locked(lock_of_bundle(path)):
+        bundle = open_bundle(path, allow_failed=True, public_key=seal.public_key)
+        judge = judge_of_bundle(path, policy_name)
+        with reporter.stage("attest", str(path)):
+            verdict = attest(
+                bundle,
+                evaluation_source_of(bundle, evaluation),
+                judge,
+                partial(bundle_with_card, sign=seal.sign),
+                workers=workers,
+                progress=reporter.progress,
+            )
+        note_signature(path, seal, reporter)
+    return verdict

@@ -29,7 +29,7 @@ Judge = Callable[..., Verdict]
 """From a report and the digest of its file to the verdict."""
 
 
-def _judge(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
+def judge_with(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
     """The gate with its policy and, where there is one, the accepted report."""
     known, digest = baseline or (None, "")
     return partial(_judged, policy=policy, policy_digest=policy_digest, baseline=known, baseline_digest=digest)
@@ -92,14 +92,14 @@ def judge_file(
     policy = policy_of(policy_name)
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return _judge(*policy, _baseline_for(path, baseline))(
+        return judge_with(*policy, _baseline_for(path, baseline))(
             *report_of_bundle(bundle), earlier=bundle.manifest.verdict
         )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
-    return _judge(*policy, _baseline_for(path, baseline))(*report_at(path))
+    return judge_with(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 
 def judge_of_bundle(path: Path, policy_name: str) -> Judge:
     """The gate with a policy and the bundle's own baseline, if it has one."""
-    return _judge(*policy_of(policy_name), _baseline_for(path, None))
+    return judge_with(*policy_of(policy_name), _baseline_for(path, None))

@@ -18,10 +18,12 @@ from safetensors.numpy import save
 
 from uwm_deploy import __version__
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, open_bundle
+from uwm_deploy.bundle.replace import lock_of_bundle, refuse_foreign_folder
 from uwm_deploy.bundle.sign import Resigning, Seal, seal_for
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.closed_form import last_tensors, put
 from uwm_deploy.edits.fit_files import read_fit
 from uwm_deploy.edits.methods import selects
@@ -44,9 +46,7 @@ from uwm_deploy.pipeline.refit_graphs import (
 from uwm_deploy.pipeline.shipping import (
     bundle_with_card,
     evaluation_source_of,
-    lock_of_bundle,
     note_signature,
-    refuse_foreign_folder,
 )
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm, EditSpecs, recipe_from_toml
@@ -69,7 +69,7 @@ from uwm_deploy.safeground.embedded import (
     worst_items,
     yardstick_of,
 )
-from uwm_deploy.stages.edit.edit import PATCH, RECORD, edit_to_folder, saved_edit, tensor_edit
+from uwm_deploy.stages.edit.edit import PATCH, RECORD, edit_to_folder, saved_edit
 from uwm_deploy.stages.verify.verify import EMBED_BATCH, embed_model
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import put_maps

@@ -73,10 +73,16 @@ class Request:
 
 def resolved_recipe(request: Request) -> Recipe:
     """The recipe with what the user asked for in its place."""
-    return _with_overrides(recipe_of(request.model)[0], request)
+    return with_overrides(recipe_of(request.model)[0], request)
 
 
-def _with_overrides(recipe: Recipe, request: Request) -> Recipe:
+def with_overrides(recipe: Recipe, request: Request) -> Recipe:
+    """A recipe with what the user asked for in its place.
+
+    Raises:
+        RecipeError: If two things exclude each other.
+        InputError: If an option has no effect.
+    """
     source = recipe.model
     if request.checkpoint is not None:
         source = dataclasses.replace(source, repo=str(request.checkpoint.resolve()), revision="")

@@ -1,7 +1,6 @@
-"""Run folder, digests, atomic writes and locks.
+"""Digests, atomic writes and locks.
 
-A file is written to a temporary name, fsynced and renamed; a stage's folder appears whole or not at all. A stage is skipped
-only when the digests of all its inputs equal those it was made from, and its own files still have theirs.
+A file is written to a temporary name, fsynced and renamed. A folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,16 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.records.model import Digest
-
-STAMP = "stage.json"
-_NOT_INPUT = ("README.md",)
-"""Files that say something about a folder and are no part of what is made from it."""
 
 _TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 1 << 20
@@ -132,29 +127,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def stamp(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Records in a finished (still temporary) stage folder what it was made from and what it holds."""
-    body = {"inputs": dict(inputs), "files": _file_digests(folder)}
-    (folder / STAMP).write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def is_current(folder: Path, inputs: Mapping[str, str]) -> bool:
-    """Whether a stage folder was made from exactly these inputs and still holds exactly what it held."""
-    try:
-        body = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(body, dict) or body.get("inputs") != dict(inputs):
-        return False
-    return bool(body.get("files") == _file_digests(folder))
-
-
 def _file_digests(folder: Path) -> dict[str, Digest]:
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and p.relative_to(folder).as_posix() != STAMP and p.name not in _NOT_INPUT
-    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {p.relative_to(folder).as_posix(): digest_of_file(p) for p in files}
 
 

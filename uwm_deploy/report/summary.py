@@ -42,8 +42,8 @@ from uwm_deploy.safeground.risk import STEPS, STOPS
 
 if TYPE_CHECKING:
     from uwm_deploy.pipeline.baseline import Change
+    from uwm_deploy.pipeline.outcome import Outcome
     from uwm_deploy.pipeline.refit import Refitted
-    from uwm_deploy.pipeline.run import Outcome
 
 _STYLE = {Result.PASS: "green", Result.FAIL: "red", Result.INCONCLUSIVE: "yellow", Result.NOT_RUN: "yellow"}
 _WIDTH_WITHOUT_TERMINAL = 120

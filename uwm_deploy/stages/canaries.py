@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from uwm_deploy.data.source import PairBatch
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.edits.canary_files import canary_file
+from uwm_deploy.edits.pairs import some_of
+from uwm_deploy.records.codec import read_record
+from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.safeground.canaries import Canaries, choose
+from uwm_deploy.safeground.canaries import choose
+from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
+from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.protocol import Tower
 
 PAIRS = 64
 """Pairs of the calibration set that canaries are chosen from."""
-
-
-def canary_file(folder: Path, tower: TowerName) -> Path:
-    """Where the canaries of a tower are; there is none when the tower is not edited."""
-    return folder / f"{tower.value}.safetensors"
 
 
 def canaries_to_folder(original: Tower, edited: Tower, pairs: Iterable[PairBatch], folder: Path) -> None:
@@ -44,21 +44,6 @@ def canaries_to_folder(original: Tower, edited: Tower, pairs: Iterable[PairBatch
     )
 
 
-def read_canaries(folder: Path, tower: TowerName) -> Canaries | None:
-    """Canaries of a tower; None when it is not edited.
-
-    Raises:
-        IntegrityError: If the file cannot be read.
-    """
-    path = canary_file(folder, tower)
-    if not path.is_file():
-        return None
-    try:
-        return Canaries(**load_file(path))
-    except (SafetensorError, TypeError) as error:
-        raise IntegrityError(f"{path.name} cannot be read: {error}", fix="remove the run folder") from error
-
-
 @torch.inference_mode()
 def _embed(tower: Tower, inputs: np.ndarray) -> np.ndarray:
     device = next(tower.graph_module().parameters()).device
@@ -67,3 +52,13 @@ def _embed(tower: Tower, inputs: np.ndarray) -> np.ndarray:
         for rows in np.split(inputs, range(16, len(inputs), 16))
     ]
     return np.concatenate(parts)
+
+
+def make(job: Job, out: Path) -> None:
+    """Chooses the canaries of every edited tower from the calibration set."""
+    models, edit = job.shared(Models), read_record(EditRecord, job.folder.edit_record)
+    source = some_of(job.plan.calibration_source, PAIRS)
+    for tower in [name for name in TowerName if any(tensor.changed for tensor in edit.of(name))]:
+        batch = USUAL_PAIRS[TowerName.IMAGE]
+        pairs = models.pairs(source, tower, batch_pairs=batch, quiet=True, sort_by_length=False)
+        canaries_to_folder(models.original.tower(tower), models.edited.tower(tower), pairs, out)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
@@ -19,12 +20,14 @@ from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
 from uwm_deploy.recipes.recipe import CURRENT_GPU, BuilderSpec
-from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.codec import plain_from_record, read_record, write_record
+from uwm_deploy.records.edit import EditRecord, TensorEdit
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
+from uwm_deploy.stages.job import Job
 
 BUILDER = "uwm_deploy.graphs.engine_builder"
 _NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
@@ -274,3 +277,31 @@ _TENSORRT_NAMES = {
     Precision.FP8: "QUANTIZE:FP8",
 }
 """Layer and type that a parsed network of a precision must have."""
+
+
+def make(job: Job, out: Path) -> None:
+    """Compiles both graphs of a precision for the variant's target.
+
+    Raises:
+        PrerequisiteError: If the target does not know the precision, or cannot be compiled for here.
+    """
+    target, precision, spec = job.variant.target, job.variant.precision, job.plan.recipe.compile
+    assert target is not None
+    assert precision is not None
+    edit, source = read_record(EditRecord, job.folder.edit_record), job.folder.graphs(precision)
+    for tower in TowerName:
+        graph = read_record(OnnxArtifact, tower_record(source, tower))
+        job.notes.progress(f"{target.value} {tower.value}", 0, 1)
+        engine = engine_from_onnx(
+            graph,
+            source,
+            target,
+            spec.profile,
+            edit.of(tower),
+            out,
+            refittable=spec.refittable,
+            profiles=spec.profiles,
+            builder=spec.builder(target, job.variant.provider),
+            provider=job.variant.provider,
+        )
+        write_record(tower_record(out, tower), engine)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
@@ -21,9 +22,12 @@ from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipes.recipe import ExportSpec
-from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.codec import read_record, write_record
+from uwm_deploy.records.edit import EditRecord, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, TensorSpec
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
 from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
 
@@ -182,3 +186,28 @@ def sample_of(tower: Tower, shape: Sequence[int], eos_id: int) -> Tensor:
     rows = torch.full((2, *shape), eos_id, dtype=torch.int64)
     rows[:, :3] = 1 if eos_id == 0 else 0
     return rows
+
+
+def make(job: Job, out: Path) -> None:
+    """Exports both edited towers, and checks that the edit is in the graphs."""
+    models, edit = job.shared(Models), read_record(EditRecord, job.folder.edit_record)
+    patch = Patch.from_file(job.folder.patch)
+    for name in TowerName:
+        model = models.load_edited()  # anew, so that only one tower is in memory as it is exported
+        ref = model.ref
+        shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
+        model.to("cpu")
+        model.keep_only(name)
+        tower = model.tower(name)
+        artifact = onnx_from_tower(
+            tower,
+            sample_of(tower, shapes[name], ref.text.eos_id),
+            job.plan.recipe.export,
+            weights_digest=edit.edited_weights_digest,
+            edits=edit.of(name),
+            patch=patch,
+            folder=out,
+            head_digest=job.plan.head_digest if name is TowerName.IMAGE else "",
+        )
+        write_record(tower_record(out, name), artifact)
+        (out / job.folder.tokenizer.name).write_bytes(model.tokenizer_json)

@@ -7,6 +7,7 @@ same step (docs/safety-axis.md).
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from uwm_deploy.data.embedding import PreparedZeroShot
+from uwm_deploy.data.embedding import PreparedZeroShot, prepare_zero_shot
 from uwm_deploy.data.source import PairBatch
-from uwm_deploy.edits.closed_form import features_in_place, fitted_weights
+from uwm_deploy.edits.closed_form import features_in_place, fitted_weights, placement_of
 from uwm_deploy.edits.fit_files import FEATURES, RECORD, SUMS
 from uwm_deploy.edits.moments import Moments, moments_of
+from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally
 from uwm_deploy.edits.sharded_sums import Part, Scale, Shard, shards_of, totals
 from uwm_deploy.records.codec import write_record
@@ -28,6 +30,8 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import FitRecord, Method, Placement
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
 from uwm_deploy.towers.batch_size import USUAL_PAIRS, Fitting
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.protocol import LoadedModel, Tower
@@ -244,3 +248,35 @@ def _zero_shot(
         if original is not None:
             found[f"zero_shot.{name}.original_{part}"] = _embedded(original.tower(tower), inputs)
     return found
+
+
+def make(job: Job, out: Path) -> None:
+    """Sums the features of the calibration set, of the model as the step before left it."""
+    plan, models = job.plan, job.shared(Models)
+    spec = plan.recipe.closed_form
+    assert spec is not None
+    model, original = models.before_closed_form()
+    placement, why = placement_of(model, spec)
+    if why and job.ranks.first:
+        job.notes.line(f"fit        {why}")
+    source, batch_pairs = plan.calibration_source, models.batch_pairs()
+
+    def pairs(tower: TowerName) -> PairStream:
+        workers = plan.workers if tower is TowerName.IMAGE else 0
+        return models.pairs(source, tower, batch_pairs=batch_pairs[tower], workers=workers)
+
+    for tower in TowerName:
+        pairs(tower)  # a set without pairs for one of them is refused before anything is summed
+    zero_shot = {}
+    if job.ranks.first:
+        zero_shot = prepare_zero_shot(
+            source, models.original.ref.image, models.tokenizer, workers=plan.workers, progress=job.notes.progress
+        )
+    scale = Scale(ranks=job.ranks, kept=job.folder.fitting, key=job.key, notice=job.notes.line)
+    concepts = dict(zip(source.ids, source.concepts, strict=True))
+    fit_to_folder(model, original, source.record, pairs, concepts, zero_shot, spec.method, placement, out, scale)
+
+
+def clear(job: Job) -> None:
+    """Removes totals that a killed run would have gone on with."""
+    shutil.rmtree(job.folder.fitting, ignore_errors=True)

@@ -22,7 +22,7 @@ from uwm_deploy.data.zero_shot import names_from
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request, resolved_recipe
-from uwm_deploy.pipeline.run import load_source, versions
+from uwm_deploy.pipeline.run import load_source
 from uwm_deploy.recipes.resolve import calibration_set_of, read_training
 from uwm_deploy.records.codec import (
     json_from_record,
@@ -38,6 +38,7 @@ from uwm_deploy.records.studies import ComparedMethod, MethodComparison, MethodC
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.paper_table import COLUMNS, PRICE_COLUMNS, cell, markdown_table, notes, price_cell
+from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
 from uwm_deploy.data.source import open_source
+from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk
@@ -32,7 +33,6 @@ from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.session import Session, open_engine, open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
-from uwm_deploy.stages.canaries import read_canaries
 
 Stage = Literal["export", "convert", "compile"]
 

@@ -22,8 +22,9 @@ from uwm_deploy.edits.selected import check_scores, concepts_of, selected_entrie
 from uwm_deploy.edits.solving import kept_features, limits_of
 from uwm_deploy.edits.strength import choose_strengths, chosen_setting
 from uwm_deploy.errors import InputError, UwmError
+from uwm_deploy.pipeline.plan import plan_of
 from uwm_deploy.pipeline.request import Request, resolved_recipe
-from uwm_deploy.pipeline.run import load_fitted, load_source, run
+from uwm_deploy.pipeline.run import Run
 from uwm_deploy.recipes.recipe import ClosedForm, EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import write_record
@@ -152,9 +153,12 @@ def sweep(
         _check_may_pick(source, recipe.data.evaluation)
     if closed is not None and on is None:
         reporter.line("sweep      note: measured on the pairs that the strengths are made from; --on names another set")
-    score = run(request, until="fit", reporter=reporter)
-    assert score.score is not None
-    model = load_source(request, reporter)
+    made = Run(plan_of(request), reporter)
+    with made.locked():
+        made.check("fit")
+        made.get("fit")
+    score, fit, model = made.outcome.score, made.outcome.fit, made.models.original
+    assert score is not None
     tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
     count = len(losses) if closed else len(keep_masses) * len(factors)
     with reporter.stage("sweep", f"{count} points on {measured_on}"):
@@ -168,9 +172,9 @@ def sweep(
 
         points: list[SweepPoint] = []
         if closed is not None:
-            fitted = load_fitted(request, reporter)
-            assert score.fit is not None
-            for loss, setting in strength_points(fitted, closed, score.fit, score.work / "fit", losses, reporter):
+            fitted, _ = made.models.before_closed_form()
+            assert fit is not None
+            for loss, setting in strength_points(fitted, closed, fit, made.plan.folder.fit, losses, reporter):
                 safety = measured(fitted, f"{loss:g}")
                 points.append(
                     SweepPoint(
@@ -184,21 +188,21 @@ def sweep(
                 )
         else:
             for keep_mass, factor, shares in edited_points(
-                model, score.score, score.work / "score" / "scores.safetensors", edits, keep_masses, factors
+                model, score, made.plan.folder.scores, edits, keep_masses, factors
             ):
                 safety = measured(model, f"{keep_mass:g}, {factor:g}")
                 points.append(SweepPoint(keep_mass=keep_mass, factor=factor, shares=shares, safety=safety))
         result = SweepReport(
             model=model.ref,
             measured_on=source.record,
-            scores_digest=score.score.scores_digest,
+            scores_digest=score.scores_digest,
             original=original,
             points=tuple(points),
             rule="" if max_drop is None else rule_text(max_drop),
             picked=None if max_drop is None else pick(original, points, max_drop),
             method=recipe.method,
             selection={tower.value: edits.of(tower).selection for tower in TowerName},
-            concepts=concepts_of(score.score),
+            concepts=concepts_of(score),
         )
         with whole_folder(out) as folder:
             write(result, folder)

@@ -1,4 +1,4 @@
-"""Stage `load`: a checkpoint, or an architecture with random weights, to towers."""
+"""A checkpoint, or an architecture with random weights, to towers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts
 
-_ADAPTERS: dict[Family, str] = {"hf-clip": "hf_clip", "siglip": "siglip", "open-clip": "open_clip", "llava": "llava"}
-"""Module of `uwm_deploy.towers` per family; imported when asked for, since each brings a library."""
+_ADAPTERS: dict[Family, str] = {
+    "hf-clip": "uwm_deploy.towers.hf_clip",
+    "siglip": "uwm_deploy.towers.siglip",
+    "open-clip": "uwm_deploy.towers.open_clip",
+    "llava": "uwm_deploy.towers.llava",
+}
+"""Module per family, by its whole name, so that the sources a stage reaches can be read from the code. A module is
+imported when it is asked for, since each brings a library."""
 
 
 class Adapter(Protocol):
@@ -55,7 +61,7 @@ def load_model(
     """
     resolve_device(device)  # before anything is read
     with without_collection():
-        adapter = cast(Adapter, importlib.import_module(f"uwm_deploy.towers.{_ADAPTERS[recipe.model.family]}"))
+        adapter = cast(Adapter, importlib.import_module(_ADAPTERS[recipe.model.family]))
     if folder is not None:
         further = {"companion": companion} if companion else {}
         parts = adapter.from_folder(folder, random=weights == "random", **further)

@@ -21,12 +21,13 @@ from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
 from uwm_deploy.data.source import QuadrupleSource, open_source
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError, InputError
+from uwm_deploy.pipeline.folder import current, stamp
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
 from uwm_deploy.recipes.recipe import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import plain_from_record, write_record
-from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, is_current, stamp, whole_folder
+from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, whole_folder
 from uwm_deploy.records.head import HeadTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import TowerName
@@ -223,7 +224,7 @@ def _features(
         "data": digest_of_plain(plain_from_record(source.record)),
     }
     folder = work / f"{FEATURES}-{digest_of_plain(inputs)[7:19]}"
-    if is_current(folder, inputs):
+    if current(folder, inputs) is not None:
         reporter.line(f"{'features':<10} unchanged, reused ({source.record.name})")
         return _read(folder / _FILE)
     with reporter.stage("features", f"{source.record.name}, {len(source)} pairs"), whole_folder(folder) as temporary:

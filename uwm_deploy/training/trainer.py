@@ -17,7 +17,6 @@ from uwm_deploy.data.embedding import prepare
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
 from uwm_deploy.pipeline.request import Request, resolved_recipe
-from uwm_deploy.pipeline.run import versions
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import Recipe, TrainSpec
 from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, read_training, recipe_of
@@ -27,6 +26,7 @@ from uwm_deploy.records.model import Digest
 from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord, TrainingSettings
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.retrieval import recalls
 from uwm_deploy.stages.verify.verify import embed_model
 from uwm_deploy.towers.digests import digest_of_weights

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from uwm_deploy.edits.applied import select_and_apply, step_of, tensor_edit
 from uwm_deploy.edits.closed_form import Solve, last_tensors, put
-from uwm_deploy.edits.methods import PRESETS
-from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
-from uwm_deploy.edits.selected import check_scores, concepts_of, parameter_of, selected_entries
+from uwm_deploy.edits.patch import Patch, replaced
 from uwm_deploy.errors import ContractError
-from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
+from uwm_deploy.recipes.recipe import EditSpecs
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import (
     CLOSED_FORM,
-    EditKind,
     EditRecord,
     EditStep,
-    LayerScore,
-    Method,
     ScoreRecord,
     TensorEdit,
-    TowerEdit,
 )
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.model import ModelRef, TowerName
+from uwm_deploy.records.model import ModelRef
 from uwm_deploy.towers.digests import digest_of_tensor, digest_of_weights
 from uwm_deploy.towers.embedding_map import save_maps
 from uwm_deploy.towers.protocol import MAPS, LoadedModel
@@ -61,7 +52,7 @@ def edit_to_folder(
     before = {name: p.detach().clone() for name, p in last_tensors(model).items()} if closed_form else {}
     digests = {name: digest_of_tensor(p) for name, p in model.named_parameters().items()}
     patch, tensors = select_and_apply(model, score, scores_file, edits)
-    steps = [] if edits.method in CLOSED_FORM else [_step(score, edits)]
+    steps = [] if edits.method in CLOSED_FORM else [step_of(score, edits)]
     parts = dict(patch.tensors)
     if closed_form is not None:
         solved = closed_form(model)
@@ -72,21 +63,6 @@ def edit_to_folder(
             tensors[name] = tensor_edit(name, solved.towers[name], before.get(name), after)
     _check_untouched(model, digests, set(parts))
     return saved_edit(model, score.model, Patch(parts), tensors.values(), steps, folder)
-
-
-def select_and_apply(
-    model: LoadedModel, score: ScoreRecord, scores_file: Path, edits: EditSpecs
-) -> tuple[Patch, dict[str, TensorEdit]]:
-    """Makes the step that selects entries, in place; see `edit_to_folder`.
-
-    Returns:
-        Its patch, and what it did to each tensor, by name.
-    """
-    check_scores(model, score, scores_file, edits)
-    weights = {parameter_of(layer): _weight(model, layer) for layer in score.layers}
-    patch, tensors = _patch(score, scores_file, edits, weights)
-    patch.apply(weights)
-    return patch, tensors
 
 
 def saved_edit(
@@ -121,105 +97,6 @@ def saved_edit(
     if model.maps:
         save_maps(model, folder / MODEL / MAPS)
     return record
-
-
-def _step(score: ScoreRecord, edits: EditSpecs) -> EditStep:
-    return EditStep(
-        method=score.method,
-        settings={name: _setting(score, name, edits.of(TowerName(name))) for name in score.rules},
-        concepts=concepts_of(score),
-        scores_digest=score.scores_digest,
-    )
-
-
-def tensor_edit(name: str, tower: TowerName | None, before: Tensor | None, after: Tensor) -> TensorEdit:
-    """What was done to a tensor whose values were replaced.
-
-    Args:
-        name: Of the tensor.
-        tower: Whose graph holds it.
-        before: None for a new tensor.
-        after: Its values now.
-    """
-    differ = after.numel() if before is None else int((before != after).sum())
-    return TensorEdit(
-        tower=tower,
-        name=name,
-        shape=tuple(after.shape),
-        selected=differ,
-        share=differ / after.numel(),
-        digest_before="" if before is None else digest_of_tensor(before),
-        digest_after=digest_of_tensor(after),
-        kind=EditKind.ADDED if before is None else EditKind.REPLACED,
-    )
-
-
-def _weight(model: LoadedModel, layer: LayerScore) -> Tensor:
-    return model.source.get_parameter(parameter_of(layer)).detach()
-
-
-def _setting(score: ScoreRecord, tower: str, spec: EditSpec) -> TowerEdit:
-    return TowerEdit(
-        rule=score.rules[tower],
-        pairing=score.pairing,
-        selection=spec.selection,
-        keep_mass=spec.keep_mass,
-        factor=spec.factor,
-        gradient_batch=score.gradient_batch.get(tower, 0),
-    )
-
-
-@torch.no_grad()
-def _patch(
-    score: ScoreRecord, scores_file: Path, edits: EditSpecs, weights: dict[str, Tensor]
-) -> tuple[Patch, dict[str, TensorEdit]]:
-    """Selects per layer, one layer's scores in memory at a time."""
-    parts, tensors = {}, {}
-    for layer in score.layers:
-        spec = edits.of(layer.tower)
-        if layer.tower not in score.rules:
-            spec = _untouched(spec)
-        indices = selected_entries(score, scores_file, layer, spec)
-        name = parameter_of(layer)
-        parts[name], tensors[name] = _layer_patch(layer, indices, spec, weights[name])
-    return Patch(parts), tensors
-
-
-def _untouched(spec: EditSpec) -> EditSpec:
-    """Nothing is edited, as it stands in records whatever the recipe says."""
-    setting = PRESETS[Method.NONE].of(TowerName.IMAGE)
-    return dataclasses.replace(spec, keep_mass=setting.keep_mass, factor=setting.factor, selection=setting.selection)
-
-
-def _layer_patch(layer: LayerScore, indices: Tensor, spec: EditSpec, weight: Tensor) -> tuple[TensorPatch, TensorEdit]:
-    edited = weight.clone(memory_format=torch.contiguous_format)
-    multiply_entries(edited, indices, spec.factor)
-    _check_layer(layer.name, weight, edited, indices, spec.factor)
-    kind = torch.int32 if weight.numel() < 2**31 else torch.int64
-    digests = (digest_of_tensor(weight), digest_of_tensor(edited))
-    patch = TensorPatch(indices=indices.to(kind), factor=spec.factor, digest_before=digests[0], digest_after=digests[1])
-    edit = TensorEdit(
-        tower=layer.tower,
-        name=parameter_of(layer),
-        shape=layer.shape,
-        keep_mass=spec.keep_mass,
-        factor=spec.factor,
-        selected=len(indices),
-        share=len(indices) / weight.numel(),
-        digest_before=digests[0],
-        digest_after=digests[1],
-        selection=spec.selection,
-    )
-    return patch, edit
-
-
-def _check_layer(name: str, before: Tensor, after: Tensor, indices: Tensor, factor: float) -> None:
-    """Only selected entries differ; with factor -1 the absolute values are bit-equal."""
-    changed = (before != after).flatten().nonzero().flatten().cpu()
-    if not bool(torch.isin(changed, indices).all()):
-        raise ContractError(f"{name}: an entry changed that was not selected", fix="report this")
-    if factor == -1.0 and not torch.equal(before.abs(), after.abs()):
-        raise ContractError(f"{name}: absolute values changed", fix="report this")
 
 
 def _check_untouched(model: LoadedModel, before: dict[str, str], edited: set[str]) -> None:

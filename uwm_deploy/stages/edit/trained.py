@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.closed_form import Solve, put
 from uwm_deploy.edits.patch import Patch, TensorPatch, replaced
 from uwm_deploy.errors import InputError, IntegrityError
@@ -20,7 +21,7 @@ from uwm_deploy.recipes.recipe import EditSpecs
 from uwm_deploy.records.edit import EditKind, EditRecord, EditStep, Method, ScoreRecord, TensorEdit
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.training import TrainingRecord
-from uwm_deploy.stages.edit.edit import saved_edit, tensor_edit
+from uwm_deploy.stages.edit.edit import saved_edit
 from uwm_deploy.towers.protocol import LoadedModel
 
 _FROM_BASE = "pass --original FOLDER with the weights it was trained from"

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
 from uwm_deploy.records.edit import EditKind, EditRecord
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.stages.edit.edit import tensor_edit
 from uwm_deploy.studies.selftest.surgery import changed_graph, with_weights
 from uwm_deploy.studies.selftest.world import Build, World
 from uwm_deploy.towers.digests import digest_of_tensor, digest_of_weights

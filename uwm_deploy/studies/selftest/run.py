@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.run import versions
 from uwm_deploy.records.studies import FaultResult, Rebuild, SelftestReport
 from uwm_deploy.records.verdict import Result
+from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.selftest.faults import plant_all
 from uwm_deploy.studies.selftest.peers import Peers
 from uwm_deploy.studies.selftest.rebuilds import rebuild_all, variations

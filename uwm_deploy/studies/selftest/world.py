@@ -19,6 +19,8 @@ from PIL import Image
 from uwm_deploy.data.crops import PixelRows
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.edits.applied import select_and_apply
+from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.expected import MadeFrom, expected_edit
 from uwm_deploy.edits.methods import selects
 from uwm_deploy.edits.pair_stream import PairStream
@@ -56,8 +58,7 @@ from uwm_deploy.safeground.embedded import (
     yardstick_of,
 )
 from uwm_deploy.safeground.health import data_health
-from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder, read_canaries
-from uwm_deploy.stages.edit.edit import select_and_apply
+from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.verify.goldens import goldens_of

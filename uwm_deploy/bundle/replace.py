@@ -1,0 +1,31 @@
+"""Replacing a bundle in its place: what is never replaced, what is lost by it, and the lock meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.bundle.sign import is_signed
+from uwm_deploy.errors import InputError
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """A folder that is not a bundle is never replaced.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if out.exists() and not (out / BundleLayout.MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
+
+
+def lost_signature(path: Path) -> str:
+    """A line about the signature of the bundle that is replaced; empty where it has none."""
+    if not is_signed(path):
+        return ""
+    return f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again"
+
+
+def lock_of_bundle(path: Path) -> Path:
+    """Folder to lock while a bundle is rewritten."""
+    return path.resolve().parent / f".{path.resolve().name}.attest"

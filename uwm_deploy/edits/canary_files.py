@@ -1,0 +1,32 @@
+"""Canaries of a run folder, one file a tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from uwm_deploy.errors import IntegrityError
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.safeground.canaries import Canaries
+
+
+def canary_file(folder: Path, tower: TowerName) -> Path:
+    """Where the canaries of a tower are; there is none when the tower is not edited."""
+    return folder / f"{tower.value}.safetensors"
+
+
+def read_canaries(folder: Path, tower: TowerName) -> Canaries | None:
+    """Canaries of a tower; None when it is not edited.
+
+    Raises:
+        IntegrityError: If the file cannot be read.
+    """
+    path = canary_file(folder, tower)
+    if not path.is_file():
+        return None
+    try:
+        return Canaries(**load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise IntegrityError(f"{path.name} cannot be read: {error}", fix="remove the run folder") from error

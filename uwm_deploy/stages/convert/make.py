@@ -1,0 +1,136 @@
+"""What stage `convert` does in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from uwm_deploy.bundle.layout import tower_record
+from uwm_deploy.data.embedding import prepare
+from uwm_deploy.edits.canary_files import read_canaries
+from uwm_deploy.edits.pair_stream import PairStream
+from uwm_deploy.edits.pairs import some_of
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.graphs.modelopt import quantised_by_modelopt
+from uwm_deploy.graphs.quantise import Kind
+from uwm_deploy.records.codec import read_record, write_record
+from uwm_deploy.records.edit import MAP_NAMES, EditRecord
+from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.stages.convert.convert import EIGHT_BITS, Ranges, converted, ranges_of
+from uwm_deploy.stages.convert.search import Source, search
+from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
+from uwm_deploy.towers.batch_size import USUAL_PAIRS
+from uwm_deploy.towers.protocol import MAPS
+from uwm_deploy.towers.safety_head import FLOAT32
+
+RANGE_PAIRS = 128
+"""Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Graph:
+    """One exported graph, and what its conversion is made from.
+
+    Attributes:
+        record: Of the float32 graph.
+        file: The float32 graph.
+        float32: Patterns of what stays in float32 in every precision: its safety head, a map behind its embedding.
+        ranges: Of its activations, for 8 bits.
+        quantised: The graph and the name of the quantiser, where another one than our own is asked for.
+    """
+
+    record: OnnxArtifact
+    file: Path
+    float32: tuple[str, ...]
+    ranges: Ranges | None
+    quantised: tuple[ir.Model, str] | None
+
+
+def make(job: Job, out: Path) -> None:
+    """Converts both exported graphs to the precision of the variant."""
+    precision, spec = job.variant.precision, job.plan.recipe.compile
+    assert precision is not None
+    lowered = spec.auto.lowest if precision is Precision.AUTO else precision
+    edit, patch = read_record(EditRecord, job.folder.edit_record), Patch.from_file(job.folder.patch)
+    graphs = [_graph(job, tower, lowered, out) for tower in TowerName]
+    plan = _searched(job, graphs, out) if precision is Precision.AUTO else None
+    for graph in graphs:
+        tower = graph.record.tower
+        artifact = converted(
+            graph.record,
+            job.folder.export,
+            out,
+            precision=precision,
+            lowered=lowered,
+            patterns=(*spec.float32, *graph.float32),
+            layers=plan.kept[tower.value] if plan else (),
+            ranges=graph.ranges,
+            edits=edit.of(tower),
+            patch=patch,
+            canaries=read_canaries(job.folder.canaries, tower),
+            quantised=graph.quantised,
+        )
+        write_record(tower_record(out, tower), artifact)
+
+
+def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path) -> _Graph:
+    record = read_record(OnnxArtifact, tower_record(job.folder.export, tower))
+    file, kept = job.folder.export / record.file, _float32_parts(job, record)
+    ranges, quantised = None, None
+    if lowered in EIGHT_BITS:
+        job.notes.progress(f"ranges of the {tower.value} tower", 0, 1)
+        batches = list(_pairs(job, tower))
+        rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
+        ranges = ranges_of(file, rows, out)
+        if job.plan.recipe.compile.quantiser != "built-in":
+            every = [*rows["safe"], *rows["unsafe"]]
+            patterns = (*job.plan.recipe.compile.float32, *kept)
+            quantised = _by_modelopt(job, file, EIGHT_BITS[lowered], patterns, every, out)
+    return _Graph(record=record, file=file, float32=kept, ranges=ranges, quantised=quantised)
+
+
+def _pairs(job: Job, tower: TowerName) -> PairStream:
+    """Some pairs of the calibration set, evenly spaced, at full length."""
+    source = some_of(job.plan.calibration_source, RANGE_PAIRS)
+    batch = USUAL_PAIRS[TowerName.IMAGE]
+    return job.shared(Models).pairs(source, tower, batch_pairs=batch, quiet=True, sort_by_length=False)
+
+
+def _float32_parts(job: Job, graph: OnnxArtifact) -> tuple[str, ...]:
+    has_map = (job.folder.edited_model / MAPS).is_file()  # also one that the source model came with
+    return (*((FLOAT32,) if graph.head_digest else ()), *((MAP_NAMES[graph.tower],) if has_map else ()))
+
+
+def _by_modelopt(
+    job: Job, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], out: Path
+) -> tuple[ir.Model, str]:
+    """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
+    method: Literal["entropy", "max"] = "max" if job.plan.recipe.compile.quantiser == "modelopt-max" else "entropy"
+    job.notes.progress(f"modelopt, {source.stem} tower", 0, 1)
+    model, version = quantised_by_modelopt(source, kind, method, patterns, rows, out)
+    return model, f"nvidia-modelopt {version}, {method}"
+
+
+def _searched(job: Job, graphs: Sequence[_Graph], out: Path) -> PrecisionPlan:
+    """The plan of precision `auto`, searched on the calibration set, and its record."""
+    spec, models = job.plan.recipe.compile, job.shared(Models)
+    sources: Mapping[TowerName, Source] = {
+        graph.record.tower: Source(graph.record, graph.file, graph.ranges, float32=graph.float32) for graph in graphs
+    }
+    prepared = prepare(
+        some_of(job.plan.calibration_source, spec.auto.items),
+        models.original.ref.image,
+        models.tokenizer,
+        workers=job.plan.workers,
+        progress=job.notes.progress,
+    )
+    plan = search(sources, prepared, spec.auto, spec.float32, out, job.notes.progress)
+    write_record(out / job.folder.precision_plan.name, plan)
+    return plan

@@ -1,0 +1,170 @@
+"""What stage `verify` does in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from uwm_deploy.bundle.head import digest_of_pair
+from uwm_deploy.bundle.layout import tower_record
+from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
+from uwm_deploy.data.ranks import ALONE
+from uwm_deploy.data.zero_shot import zero_shot_digests
+from uwm_deploy.edits.canary_files import read_canaries
+from uwm_deploy.edits.expected import MadeFrom, expected_edit
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.edits.proof import Expected, proof_of
+from uwm_deploy.records.codec import read_record, write_record
+from uwm_deploy.records.edit import EditRecord, ScoreRecord
+from uwm_deploy.records.evidence import ArtifactEvidence, Goldens
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
+from uwm_deploy.safeground.embedded import EmbeddedSet, yardstick_of
+from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.risk import risk_report
+from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
+from uwm_deploy.stages.verify.executed import RiskReference
+from uwm_deploy.stages.verify.goldens import goldens_of
+from uwm_deploy.stages.verify.report import Known, report_of
+from uwm_deploy.stages.verify.subjects import Artifacts, subjects_of
+from uwm_deploy.stages.verify.verify import EMBED_BATCH, embed_model, evidence_of, risks_of_model
+from uwm_deploy.towers.library import library_of
+from uwm_deploy.towers.protocol import LoadedModel
+
+
+def make(job: Job, out: Path) -> None:
+    """Measures original, edited and every artifact on the evaluation set."""
+    models, progress, ranks = job.shared(Models), job.notes.progress, job.ranks
+    prepared = prepare(
+        job.plan.evaluation_source,
+        models.original.ref.image,
+        models.tokenizer,
+        workers=job.plan.workers,
+        progress=progress,
+        batch=EMBED_BATCH,
+        ranks=ALONE if ranks.first else ranks,  # the first runs every artifact on all of it
+    )
+    original = embed_model(models.original, prepared, "evaluation, original", progress, ranks)
+    expected = _expected(job, models) if ranks.first else None
+    ref = models.original.ref
+    models.forget_original()  # one model in memory at a time
+    edited = embed_model(models.edited, prepared, "evaluation, edited", progress, ranks)
+    if expected is None:
+        return
+    risk = _risk(job, models.edited, prepared, out)
+    evidence = _evidence(job, models.edited, (original, edited), prepared, risk)
+    source = job.plan.evaluation_source
+    known = Known(
+        model=ref,
+        edited_weights_digest=models.edited.ref.weights_digest,
+        evaluation=source.record,
+        calibration_overlap=_overlap(job),
+        zero_shot_digests=zero_shot_digests(source),
+        edit_proof=proof_of(expected, models.edited.named_parameters()),
+        goldens=_goldens(job, models.edited),
+        data=data_health(original, job.plan.calibration_source.record.concepts),
+        versions=versions(BUILD_PACKAGES + RUN_PACKAGES),
+        head_digest=job.plan.head_digest,
+        risk=risk_report(risk.head, risk.found) if risk else None,
+        head_overlap=_head_overlap(job, prepared),
+    )
+    write_record(out / job.folder.report.name, report_of(known, original, edited, evidence))
+    save_file(original.to_tensors("original") | edited.to_tensors("edited"), out / job.folder.reference.name)
+
+
+def artifacts_of(job: Job) -> Artifacts:
+    """The graphs and engines that the stages before left."""
+    exported = _graphs(job.folder.export)
+    converted = [graph for made in job.inputs.get("convert", ()) for graph in _graphs(made.folder).values()]
+    engines = {
+        made.variant.name: {
+            tower: (engine, made.folder / engine.file)
+            for tower in TowerName
+            for engine in (read_record(EngineArtifact, tower_record(made.folder, tower)),)
+        }
+        for made in job.inputs["compile"]
+    }
+    return Artifacts(
+        exported=exported,
+        engines=engines,
+        compiled_from={graph.digest: file for graph, file in [*exported.values(), *converted]},
+        edit=read_record(EditRecord, job.folder.edit_record),
+        patch=Patch.from_file(job.folder.patch),
+        normalised=job.plan.recipe.export.normalise,
+        profile=job.plan.recipe.compile.profile,
+    )
+
+
+def _graphs(folder: Path) -> dict[TowerName, tuple[OnnxArtifact, Path]]:
+    records = {tower: read_record(OnnxArtifact, tower_record(folder, tower)) for tower in TowerName}
+    return {tower: (record, folder / record.file) for tower, record in records.items()}
+
+
+def _evidence(
+    job: Job,
+    edited: LoadedModel,
+    embedded: tuple[EmbeddedSet, EmbeddedSet],
+    prepared: PreparedSet,
+    risk: RiskReference | None,
+) -> tuple[ArtifactEvidence, ...]:
+    """What every artifact does on the evaluation set."""
+    original, reference = embedded
+    canaries = {name: part for name in TowerName if (part := read_canaries(job.folder.canaries, name)) is not None}
+    yardstick, found = yardstick_of(original), []
+    for subject in subjects_of(artifacts_of(job), edited):
+        found.append(evidence_of(subject, edited, reference, prepared, canaries, job.notes.progress, risk, yardstick))
+        for session in (subject.sessions or {}).values():
+            session.close()
+    return tuple(found)
+
+
+def _expected(job: Job, models: Models) -> Expected:
+    """What the edited model must be, made again from what its steps were made from."""
+    plan, folder = job.plan, job.folder
+    made_from = MadeFrom(
+        original=models.original,
+        score=read_record(ScoreRecord, folder.score_record),
+        scores=folder.scores,
+        fit=folder.fit,
+        before=lambda: models.before_closed_form()[0],
+        trained=models.load_trained if plan.trained else None,
+        training=plan.training,
+    )
+    edit = read_record(EditRecord, folder.edit_record)
+    return expected_edit(plan.recipe, made_from, edit, Patch.from_file(folder.patch))
+
+
+def _risk(job: Job, edited: LoadedModel, prepared: PreparedSet, out: Path) -> RiskReference | None:
+    """What the safety head says on the edited model; None without a head."""
+    if job.plan.head is None:
+        return None
+    risk = RiskReference(job.plan.head.record, risks_of_model(edited, prepared, job.notes.progress))
+    save_file(risk.found.to_tensors(), out / job.folder.risks.name)
+    return risk
+
+
+def _goldens(job: Job, edited: LoadedModel) -> Goldens:
+    """The runtime and the towers against the source library."""
+    family, text = job.plan.recipe.model.family, edited.ref.text
+    return goldens_of(edited, library_of(family, edited.source, job.folder.edited_model, text))
+
+
+def _head_overlap(job: Job, prepared: PreparedSet) -> int:
+    """Evaluation items whose images the safety head was trained or calibrated on."""
+    if (head := job.plan.head) is None:
+        return 0
+    rows = range(len(prepared.ids))
+    pairs = ((prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in rows)
+    return sum(digest_of_pair(*pair) in head.items for pair in pairs)
+
+
+def _overlap(job: Job) -> int:
+    """Evaluation items whose content is also in the calibration set."""
+    sets = [
+        content_digests(source, workers=job.plan.workers, progress=job.notes.progress)
+        for source in (job.plan.calibration_source, job.plan.evaluation_source)
+    ]
+    return overlap(*sets)

@@ -1,0 +1,148 @@
+"""What is measured: the exported graphs and every engine, opened as a server opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.evidence import GraphAudit
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.runtime.providers import COMPILING
+from uwm_deploy.runtime.session import Session, open_engine, open_session, provider_of, reason_not_executable
+from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
+from uwm_deploy.stages.verify.verify import Subject
+from uwm_deploy.towers.protocol import LoadedModel
+
+Engines = Mapping[TowerName, tuple[EngineArtifact, Path]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifacts:
+    """Graphs and engines with the files that hold them.
+
+    Attributes:
+        exported: Record and file of each exported graph.
+        engines: Record and file of each engine, by variant.
+        compiled_from: File of every graph that an engine was compiled from, by the graph's digest.
+        edit: What must lie in them.
+        patch: The same, with positions.
+        normalised: Whether their embeddings have length 1.
+        profile: Batches that they take.
+    """
+
+    exported: Mapping[TowerName, tuple[OnnxArtifact, Path]]
+    engines: Mapping[str, Engines]
+    compiled_from: Mapping[Digest, Path]
+    edit: EditRecord
+    patch: Patch
+    normalised: bool
+    profile: Profile
+
+
+def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[Subject]:
+    """The exported graphs, then every variant; the sessions of one are opened when it is its turn.
+
+    Args:
+        artifacts: Graphs and engines.
+        edited: The model whose weights must lie in them.
+    """
+    outputs = {tower: graph.outputs for tower, (graph, _) in artifacts.exported.items()}
+    batch = artifacts.profile
+
+    def subject(
+        variant: str,
+        precision: Precision,
+        digests: Mapping[TowerName, Digest],
+        sessions: Mapping[TowerName, Session] | None,
+        reason: str,
+        audit: partial[dict[str, GraphAudit]],
+    ) -> Subject:
+        return Subject(
+            variant=variant,
+            precision=precision,
+            digests={tower.value: digest for tower, digest in digests.items()},
+            sessions=sessions,
+            reason=reason,
+            outputs=outputs,
+            normalised=artifacts.normalised,
+            max_batch=batch.max,
+            opt_batch=batch.opt,
+            audit=audit,
+        )
+
+    exported = artifacts.exported
+    yield subject(
+        EXPORTED,
+        Precision.FP32,
+        {tower: graph.digest for tower, (graph, _) in exported.items()},
+        {tower: _open_graph(graph, file, batch) for tower, (graph, file) in exported.items()},
+        "",
+        partial(_audit_graphs, artifacts, edited),
+    )
+    for variant, engines in artifacts.engines.items():
+        first = next(iter(engines.values()))[0]
+        sessions, reason = _opened(engines)
+        digests = {tower: engine.digest for tower, (engine, _) in engines.items()}
+        audit = partial(_audit_engines, artifacts, engines)
+        yield subject(variant, Precision(first.precision), digests, sessions, reason, audit)
+
+
+def _opened(engines: Engines) -> tuple[Mapping[TowerName, Session] | None, str]:
+    """Sessions of a variant, or why this machine cannot execute it."""
+    first = next(iter(engines.values()))[0]
+    if reason := reason_not_executable(first):
+        return None, reason
+    try:
+        return {tower: _open_engine(engine, file) for tower, (engine, file) in engines.items()}, ""
+    except PrerequisiteError as error:  # the driver is there, the engine does not fit it
+        return None, error.what
+
+
+def _open_graph(graph: OnnxArtifact, file: Path, profile: Profile) -> Session:
+    return open_session(
+        Target.ONNXRUNTIME,
+        file.read_bytes(),
+        profile=profile,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data=_external(file.parent, graph.external_data),
+        device="cpu",
+        optimisation="extended",
+    )
+
+
+def _open_engine(engine: EngineArtifact, file: Path) -> Session:
+    return open_engine(engine, file.read_bytes(), _external(file.parent, engine.external_data))
+
+
+def _external(folder: Path, name: str) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes()} if name and (folder / name).is_file() else {}
+
+
+def _audit_graphs(artifacts: Artifacts, edited: LoadedModel) -> dict[str, GraphAudit]:
+    """Weights in the exported graphs."""
+    return {
+        tower.value: audit_of_graph(file, edited.tower(tower).graph_module(), artifacts.edit.of(tower), artifacts.patch)
+        for tower, (_, file) in artifacts.exported.items()
+    }
+
+
+def _audit_engines(artifacts: Artifacts, engines: Engines) -> dict[str, GraphAudit]:
+    """Edited weights in the engines of a variant; one of TensorRT cannot be read."""
+    return {
+        tower.value: audit_of_engine(
+            file,
+            artifacts.compiled_from[engine.onnx_digest],
+            Precision(engine.precision),
+            artifacts.edit.of(tower),
+            artifacts.patch,
+        )
+        for tower, (engine, file) in engines.items()
+        if engine.target is Target.ONNXRUNTIME and provider_of(engine) not in COMPILING
+    }
