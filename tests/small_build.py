@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.uwm_edit import UWM
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.report.console import Reporter
 
 

@@ -22,7 +22,7 @@ import dataclasses, json, sys
 from pathlib import Path
 import torch
 from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.pipeline.run import recipe_of
+from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.digests import digest_of_tensor
@@ -52,7 +52,7 @@ from uwm_deploy.records.codec import json_from_record, record_from_plain
 from uwm_deploy.runtime.memory import leave_at_once, without_collection
 from uwm_deploy.records.edit import TensorEdit
 with without_collection():  # as the command line does
-    from uwm_deploy.pipeline.run import recipe_of
+    from uwm_deploy.recipes.resolve import recipe_of
     from uwm_deploy.stages.export import onnx_from_tower, sample_of
     from uwm_deploy.towers.load import load_model
     from uwm_deploy.edits.patch import Patch

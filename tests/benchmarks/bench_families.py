@@ -26,7 +26,8 @@ CHILD = """
 import sys
 from pathlib import Path
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.pipeline.run import Request, run
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 until, model, work = sys.argv[1:4]
 request = Request(model=model, weights="random", work=Path(work), device="cpu", workers=1, targets=("onnxruntime",),
                   calibration=work + "/calibration.toml", evaluation=work + "/validation.toml")

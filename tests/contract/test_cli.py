@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import ExitCode
-from uwm_deploy.pipeline.run import STAGES
+from uwm_deploy.stages.table import STAGES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "open_clip", "onnx", "polygraphy", "onnxruntime")

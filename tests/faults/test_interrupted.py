@@ -79,7 +79,7 @@ def test_scoring_resumes_after_the_last_whole_shard(tmp_path: Path) -> None:
         'format = 1\nname = "cal"\nsource = "demo"\nsplit = "calibration"\nlimit = 320\n'
     )
     (tmp_path / "child.py").write_text(
-        "import sys\nfrom uwm_deploy.stages import shards\nshards.SHARD_PAIRS = 32\n"
+        "import sys\nfrom uwm_deploy.edits import sharded_sums\nsharded_sums.SHARD_PAIRS = 32\n"
         "from uwm_deploy.cli import main\nmain(sys.argv[1:])\n"
     )
     options = ["--calibration", str(tmp_path / "cal.toml"), "--workers", "0", "--device", "cpu", *UWM_OPTIONS, "--work"]

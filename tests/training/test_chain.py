@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from uwm_deploy.cli import cli
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.edit import EditKind, Method
 from uwm_deploy.records.evidence import Evidence

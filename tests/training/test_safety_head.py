@@ -31,9 +31,11 @@ from uwm_deploy.data.source import QuadrupleSource, open_source
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
+from uwm_deploy.pipeline.attest import attest_bundle
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.refit import RefitRequest, refit
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, attest_bundle, load_edited, run
+from uwm_deploy.pipeline.run import load_edited, run
 from uwm_deploy.recipes.recipe import AutoSpec
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.bundle import Manifest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.small_build import build_small
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome
 
 
 @pytest.fixture(scope="session")

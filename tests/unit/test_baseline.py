@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from tests.reports import artifact, digest, embedded, report
 from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline.baseline import BASELINE, accepted, changes, read_baseline, write_baseline
-from uwm_deploy.pipeline.run import bundle_from_parts
 from uwm_deploy.recipes.policy import policy_from_toml
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import VerifyReport

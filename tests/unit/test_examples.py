@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.errors import IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import SafeEncoder
 

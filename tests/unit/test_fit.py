@@ -174,7 +174,7 @@ def test_a_part_that_memory_does_not_hold_counts_once(demo, wanted, tmp_path: Pa
 
 CHILD = f"""
 import sys
-from uwm_deploy.stages import shards
+from uwm_deploy.edits import sharded_sums as shards
 shards.SHARD_PAIRS = {SHARD}
 from uwm_deploy.cli import main
 main(sys.argv[1:])

@@ -20,9 +20,10 @@ from tests.uwm_edit import UWM_OPTIONS
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.pipeline.attest import attest_bundle
 from uwm_deploy.pipeline.judge import judge_file
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import attest_bundle, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.codec import json_from_record, record_from_json

@@ -20,8 +20,8 @@ from uwm_deploy.bundle.signature import SIGNATURE
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import Evidence

@@ -29,8 +29,9 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.edits.sharded_sums import Scale, Shard, shards_of
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
@@ -48,7 +49,7 @@ PAIRS, SHARD = 90, 32
 
 CHILD = f"""
 import sys
-from uwm_deploy.stages import shards
+from uwm_deploy.edits import sharded_sums as shards
 shards.SHARD_PAIRS = {SHARD}
 from uwm_deploy.cli import main
 main(sys.argv[1:])
@@ -534,7 +535,7 @@ def test_bfloat16_says_how_far_masks_agree(alone: Outcome, folder: Path, capsys:
         assert not torch.equal(scores, two[name])
         assert ((scores - two[name]).norm() / scores.norm()) < 0.05
     stamps = [json.loads((folder / name / "score" / "stage.json").read_text())["inputs"] for name in ("one", "bf16")]
-    assert {key for key, value in stamps[0].items() if stamps[1][key] != value} == {"dtype"}
+    assert {key for key, value in stamps[0].items() if stamps[1][key] != value} == {"settings"}
 
 
 def test_gradients_have_no_bfloat16_pass(demo, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json

@@ -14,8 +14,8 @@ from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.space import space_before, space_of, spaces_of
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.graph import Target

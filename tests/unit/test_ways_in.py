@@ -15,8 +15,9 @@ from PIL import Image
 from tests.families import model_of
 from uwm_deploy.cli import cli, save
 from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import Outcome, run
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.pipeline.save import save_as
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.resolve import recipe_of

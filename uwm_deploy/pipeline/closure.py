@@ -30,15 +30,18 @@ def digest_of_sources(module: str) -> Digest:
 
 
 def sources_of(module: str) -> list[Path]:
-    """Files that a module can reach by import, itself and the packages around each included, in path order."""
+    """Files that a module can reach by import, itself and the packages around each included, in path order.
+
+    What a package offers by itself is reached by those only that import it from the package.
+    """
     waiting, found = [module], set[str]()
     while waiting:
         name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        waiting += [*_packages_around(name), *imports_of(name)]
-    return sorted({path for name in found if (path := file_of(name)) is not None})
+        if name not in found:
+            found.add(name)
+            waiting += imports_of(name)
+    around = {package for name in found for package in _packages_around(name)}
+    return sorted({path for name in found | around if (path := file_of(name)) is not None})
 
 
 @cache
@@ -78,8 +81,10 @@ def _named(tree: ast.AST) -> Iterator[str]:
             for other in node.orelse:
                 yield from _named(other)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from modules
+            if any(file_of(name) is None for name in modules):
+                yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.Constant):

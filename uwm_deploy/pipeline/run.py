@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -17,11 +18,11 @@ from uwm_deploy.pipeline.folder import current, stamp
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.plan import check_first, plan_of
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.stages import SOURCES, STAGES, Stage
 from uwm_deploy.records.files import digest_of_plain, locked, whole_folder
 from uwm_deploy.records.model import Digest
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.stages.job import Job, Made, Notes, Plan, Variant
+from uwm_deploy.stages.table import SOURCES, STAGES, Stage
 
 if TYPE_CHECKING:
     from uwm_deploy.stages.models import Models
@@ -133,6 +134,11 @@ class Run:
         if stage.needs_one and not found:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self._skipped.items())
             raise PrerequisiteError(f"nothing can be compiled here ({reasons})", fix="see `uwm-deploy doctor`")
+        if self.ranks.first:
+            if (scratch := stage.scratch(self.plan)) is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if told := stage.warns(self.plan):
+                self._notes.line(told)
         return tuple(found)
 
     def _folder(self, stage: Stage, variant: Variant) -> Made | None:
@@ -143,8 +149,6 @@ class Run:
         except stage.skips as error:
             self._skip(stage, variant.name, error.what)
             return None
-        if stage.after:
-            group.first_only(lambda: function(stage.after)(self.job(stage, variant)))
         return group.first_only(lambda: made)
 
     def _made_or_reused(self, stage: Stage, variant: Variant, group: Ranks) -> Made:

@@ -7,7 +7,6 @@ same step (docs/safety-axis.md).
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -275,8 +274,3 @@ def make(job: Job, out: Path) -> None:
     scale = Scale(ranks=job.ranks, kept=job.folder.fitting, key=job.key, notice=job.notes.line)
     concepts = dict(zip(source.ids, source.concepts, strict=True))
     fit_to_folder(model, original, source.record, pairs, concepts, zero_shot, spec.method, placement, out, scale)
-
-
-def clear(job: Job) -> None:
-    """Removes totals that a killed run would have gone on with."""
-    shutil.rmtree(job.folder.fitting, ignore_errors=True)

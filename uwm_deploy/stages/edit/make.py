@@ -8,7 +8,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.edits.closed_form import Solve
 from uwm_deploy.edits.solving import solver
 from uwm_deploy.records.codec import read_record
-from uwm_deploy.records.edit import EditRecord, FitRecord, Method, ScoreRecord
+from uwm_deploy.records.edit import EditRecord, FitRecord, ScoreRecord
 from uwm_deploy.stages.edit.edit import MODEL, edit_to_folder
 from uwm_deploy.stages.edit.trained import trained_to_folder
 from uwm_deploy.stages.job import Job
@@ -26,12 +26,6 @@ def make(job: Job, out: Path) -> None:
         edit = edit_to_folder(original, score, job.folder.scores, entries, out, solve)
         models.forget_original()  # it was edited in place
     (out / MODEL / BundleLayout.CARD).write_text(_card(job, edit, score), encoding="utf-8")
-
-
-def say(job: Job) -> None:
-    """Says what a user might not expect of the edit."""
-    if job.plan.recipe.entries.method is Method.NONE:
-        job.notes.line("edit       method none: nothing is edited, so the gate cannot pass")
 
 
 def _solve(job: Job) -> Solve | None:

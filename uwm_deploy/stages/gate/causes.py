@@ -14,8 +14,10 @@ from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
+from uwm_deploy.stages.table import NAMES
 
-STAGE_ORDER = ("train", "load", "calibrate", "score", "edit", "export", "compile", "verify", "gate", "package")
+STAGE_ORDER = ("train", "load", "calibrate", *NAMES)
+"""What can be at fault, in order: training, the source checkpoint, the data sets, then every stage."""
 
 SAME, SAME_FP32 = 0.999, 0.99999
 """Cosine from which two embeddings of one input count as the same, whatever the precision, and in float32."""

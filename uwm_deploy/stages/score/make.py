@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from uwm_deploy.data.source import QuadrupleSource
@@ -47,11 +46,6 @@ def make(job: Job, out: Path) -> None:
         notice=job.notes.line,
     )
     score_to_folder(models.original, whole.record, pairs, edits, out, concepts, scale)
-
-
-def clear(job: Job) -> None:
-    """Removes totals that a killed run would have gone on with."""
-    shutil.rmtree(job.folder.scoring, ignore_errors=True)
 
 
 def _paired(job: Job, models: Models) -> QuadrupleSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from uwm_deploy.data.zero_shot import zero_shot_digests
 from uwm_deploy.edits.methods import needs_gradients, selects
@@ -50,7 +51,8 @@ class Stage:
         skips: Errors that leave a folder out, with their reason.
         needs_one: Whether it is an error when every folder is left out.
         still_there: ``module:function`` that says whether what it left outside its folder is still there.
-        after: ``module:function`` that runs once it is made or reused, in the first process.
+        scratch: Folder where its work waits while it is under way; it is removed when the stage is done.
+        warns: What a user might not expect of it, said whether it was made or reused.
     """
 
     name: str
@@ -67,7 +69,8 @@ class Stage:
     skips: tuple[type[UwmError], ...] = ()
     needs_one: bool = False
     still_there: str = ""
-    after: str = ""
+    scratch: Callable[[Plan], Path | None] = lambda _: None
+    warns: Callable[[Plan], str] = lambda _: ""
 
     @property
     def module(self) -> str:
@@ -211,6 +214,12 @@ def _says_edit(plan: Plan, _: Variant) -> str:
     return _named_method(plan, ", ".join([*selecting, *(["solve"] if plan.recipe.closed_form else []), "save"]))
 
 
+def _warns_of_no_edit(plan: Plan) -> str:
+    if plan.recipe.entries.method is not Method.NONE:
+        return ""
+    return "edit       method none: nothing is edited, so the gate cannot pass"
+
+
 def _says_compile(_: Plan, variant: Variant) -> str:
     assert variant.target is not None
     assert variant.precision is not None
@@ -231,7 +240,7 @@ STAGES: tuple[Stage, ...] = (
         says=_says_set,
         libraries=_TORCH,
         shared=True,
-        after="uwm_deploy.stages.score.make:clear",
+        scratch=lambda plan: plan.folder.scoring,
     ),
     Stage(
         name="fit",
@@ -244,7 +253,7 @@ STAGES: tuple[Stage, ...] = (
         each=_if_closed_form,
         libraries=_TORCH,
         shared=True,
-        after="uwm_deploy.stages.fit:clear",
+        scratch=lambda plan: plan.folder.fitting,
     ),
     Stage(
         name="edit",
@@ -255,7 +264,7 @@ STAGES: tuple[Stage, ...] = (
         settings=_edit_settings,
         says=_says_edit,
         libraries=_TORCH,
-        after="uwm_deploy.stages.edit.make:say",
+        warns=_warns_of_no_edit,
     ),
     Stage(
         name="canaries",
