@@ -40,7 +40,7 @@ from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.files import STAMP, digest_of_bytes, digest_of_file, stamp
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, HeadShape
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
@@ -50,7 +50,7 @@ from uwm_deploy.report.html import page
 from uwm_deploy.report.inspection import describe
 from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.risk import risks_from
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
 from uwm_deploy.serve.config import Layout
@@ -285,11 +285,12 @@ def test_embeddings_are_the_same_to_rounding_without_the_head(made: Made, tmp_pa
         found = []
         for work in (tmp_path / "work", made.folder / "work"):
             record = record_from_json(records, (work / stage / "image.json").read_bytes(), where="image.json")
-            session = open_session(
-                Target.ONNXRUNTIME, (work / stage / "image.onnx").read_bytes(), profile=Profile(min=1, opt=1, max=9),
-                inputs=record.inputs, outputs=record.outputs, device="cpu",
+            session = open_graph(
+                work / stage / "image.onnx",
+                record,
+                max_batch=9,
                 optimisation="extended" if stage == "export" else "done",
-            )  # fmt: skip
+            )
             found.append([session.run(pixels), session.run(pixels[:1])])
         for left, right in zip(*found, strict=True):
             np.testing.assert_allclose(left, right, atol=1e-6)
