@@ -12,7 +12,7 @@ import numpy as np
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.head import Action, SafetyHead
 from uwm_deploy.records.metrics import CategoryRisk, Estimate, Proportion, RiskReport
-from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.interval import Z95, wilson
 
 SAFE = "safe"
 """First category of every head."""
@@ -29,7 +29,6 @@ STOPS = Action.REDIRECT
 BINS = 15
 """Of the expected calibration error."""
 
-_Z95 = 1.959963984540054
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -261,7 +260,7 @@ def auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_items: np.ndarray, safe_i
     if error == 0:  # told apart without an exception, which few items show less well than many
         edge = wilson(round(value * len(unsafe)), len(unsafe))
         return Estimate(value=100 * value, n=len(unsafe), low=edge.low, high=edge.high)
-    low, high = max(0.0, value - _Z95 * error), min(1.0, value + _Z95 * error)
+    low, high = max(0.0, value - Z95 * error), min(1.0, value + Z95 * error)
     return Estimate(value=100 * value, n=len(unsafe), low=100 * low, high=100 * high)
 
 
