@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.rows import Row
-from uwm_deploy.errors import DataError, PrerequisiteError
+from uwm_deploy.errors import DataError, imported
 
 _SCAN_ROWS = 1024
 _IMAGE_ROWS = 16
@@ -32,13 +32,7 @@ def parquet_module(path: Path) -> Any:
     Raises:
         PrerequisiteError: If it is not installed.
     """
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
-    except ImportError as error:
-        raise PrerequisiteError(
-            f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
-        ) from error
-    return parquet
+    return imported("pyarrow.parquet", f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'")
 
 
 class Embedded:
@@ -184,7 +178,7 @@ def missing_column(where: str, name: str, have: Sequence[str]) -> DataError:
 
 
 def _types() -> Any:
-    from pyarrow import types
+    from pyarrow import types  # type: ignore[import-untyped]  # it has no annotations
 
     return types
 

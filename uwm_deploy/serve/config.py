@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from uwm_deploy.bundle.space import space_of
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError, imported
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
@@ -328,13 +328,8 @@ def protobuf() -> Message:
     Raises:
         PrerequisiteError: If it is not installed.
     """
-    try:
-        from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise PrerequisiteError(
-            f"package tritonclient is missing or incomplete: {error}", fix="pip install 'uwm-deploy[triton]'"
-        ) from error
-    return model_config_pb2
+    missing, fix = "package tritonclient is missing or incomplete", "pip install 'uwm-deploy[triton]'"
+    return imported("tritonclient.grpc.model_config_pb2", missing, fix=fix)
 
 
 def text_of(config: Message) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from uwm_deploy.records.studies import ComparedMethod, MethodComparison, MethodC
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.paper_table import COLUMNS, PRICE_COLUMNS, cell, markdown_table, notes, price_cell
+from uwm_deploy.runtime.machine import machine
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean
@@ -204,7 +204,7 @@ def compare(request: CompareRequest, reporter: Reporter) -> MethodComparison:
         measured_on=ground.name,
         n=len(ground.source) if ground.source else 0,
         rows=tuple(rows),
-        machine=_machine(),
+        machine=machine(),
         versions=versions(_PACKAGES),
     )
     with whole_folder(request.out) as folder:
@@ -383,14 +383,6 @@ def _measured(made: _Made, evaluator: Evaluator, reporter: Reporter, first: Any)
 
 def _without_ids(part: Flips) -> Flips:
     return dataclasses.replace(part, lost_ids=(), gained_ids=())
-
-
-def _machine() -> dict[str, str]:
-    found = {"cpu": f"{os.cpu_count()} cores, {platform.machine()}", "threads": os.environ.get("OMP_NUM_THREADS", "")}
-    import torch
-
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
 
 
 # --- what a person reads ------------------------------------------------------------------------------------------------
