@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from uwm_deploy.data.ranks import Ranks, StoppedError
 from uwm_deploy.errors import ExitCode, InputError, UwmError
@@ -122,6 +122,22 @@ def add_in_order(ranks: Ranks, total: Tensor, others: int) -> None:
             total.add_(received.to(total.device))
     elif ranks.rank <= others:
         distributed.send(total.to(wire), dst=0)
+
+
+def with_averaged_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """A module whose backward pass ends with the mean of the gradients of all processes, in each of them.
+
+    Args:
+        module: The same in every process, where it is to stay; the first one's parameters are what all start from.
+        ranks: The group; one process gets the module itself.
+    """
+    return module if ranks.world == 1 else nn.parallel.DistributedDataParallel(module)
+
+
+def in_this_process(module: nn.Module) -> nn.Module:
+    """The module inside `with_averaged_gradients`, which speaks to no other process."""
+    inside: nn.Module = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    return inside
 
 
 def _wire(total: Tensor) -> torch.device:

@@ -62,7 +62,7 @@ _MARKS = "os^Dv*Pp"
 """Shapes in the picture: nothing is told by colour alone."""
 
 _COST = "cost.json"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "pillow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
