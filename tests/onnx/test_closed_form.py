@@ -26,7 +26,8 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import AxisSpec, Recipe, StepSpec
+from uwm_deploy.recipes.edit_spec import AxisSpec, StepSpec
+from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord, Method, Placement
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target

@@ -17,7 +17,7 @@ from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.edits.selection import selected_indices
-from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target

@@ -34,7 +34,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.refit import RefitRequest, refit
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import Outcome, attest_bundle, load_edited, run
-from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json

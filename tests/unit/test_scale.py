@@ -32,7 +32,7 @@ from uwm_deploy.errors import ContractError, DataError, InputError, Prerequisite
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import Outcome, run
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, ScoreRecord
 from uwm_deploy.records.model import TowerName

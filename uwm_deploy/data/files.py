@@ -19,7 +19,7 @@ from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot import open_suite
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest

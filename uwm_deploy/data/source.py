@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.model import Digest
 

@@ -13,7 +13,7 @@ from uwm_deploy.data.parquet import Embedded, ParquetRows, missing_column
 from uwm_deploy.data.patterns import Pattern, path_below
 from uwm_deploy.data.rows import ManyFiles, Row, Rows, rows_of_text
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet, Columns
+from uwm_deploy.recipes.data_set import CalibrationSet, Columns
 from uwm_deploy.recipes.strict_toml import FORMAT
 
 _MANIFEST = Columns(

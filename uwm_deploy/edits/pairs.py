@@ -12,7 +12,7 @@ import numpy as np
 from uwm_deploy.data.source import PairBatch, Quadruple, QuadrupleSource
 from uwm_deploy.edits.methods import needs_gradients
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import TowerName
 

@@ -40,11 +40,8 @@ from uwm_deploy.pipeline.shipping import (
     refuse_foreign_folder,
 )
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import (
-    ClosedForm,
-    ModelSource,
-    Recipe,
-)
+from uwm_deploy.recipes.edit_spec import ClosedForm
+from uwm_deploy.recipes.recipe import ModelSource, Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of, read_training, recipe_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, read_record, write_record

@@ -11,10 +11,8 @@ from uwm_deploy.bundle.sign import Seal, is_signed
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
 from uwm_deploy.data.source import QuadrupleSource, open_source
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipes.recipe import (
-    calibration_set_from_toml,
-    recipe_from_toml,
-)
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import record_from_json

@@ -20,7 +20,7 @@ from uwm_deploy.data.source import open_source
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk
-from uwm_deploy.recipes.recipe import calibration_set_from_toml
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import Evidence

@@ -23,7 +23,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport

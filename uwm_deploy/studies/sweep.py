@@ -24,7 +24,7 @@ from uwm_deploy.edits.strength import choose_strengths, chosen_setting
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_fitted, load_source, run
-from uwm_deploy.recipes.recipe import ClosedForm, EditSpecs
+from uwm_deploy.recipes.edit_spec import ClosedForm, EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import EditStep, FitRecord, Method, ScoreRecord

@@ -23,7 +23,7 @@ from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError, InputError
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, is_current, stamp, whole_folder
