@@ -27,7 +27,8 @@ from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.data.embedding import bytes_of, encoded, objects, prepare
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx

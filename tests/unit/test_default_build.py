@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.test_examples import EXAMPLES, example
 from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.pipeline.attest import reference_of
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import Outcome, run

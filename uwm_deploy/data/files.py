@@ -17,7 +17,7 @@ from PIL import Image
 
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
-from uwm_deploy.data.zero_shot import open_suite
+from uwm_deploy.data.zero_shot_suite import open_suite
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut

@@ -22,9 +22,10 @@ from uwm_deploy.bundle.open import engine_paths, open_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
+from uwm_deploy.data.open import open_source
 from uwm_deploy.data.ranks import ALONE, Ranks
-from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
-from uwm_deploy.data.zero_shot import fingerprint_of
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
+from uwm_deploy.data.zero_shot_suite import fingerprint_of
 from uwm_deploy.edits.methods import needs_gradients, selects
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.baseline import BASELINE, accepted, is_bundle, read_baseline, write_baseline

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from uwm_deploy.bundle.open import MANIFEST, Bundle
 from uwm_deploy.bundle.sign import Seal, is_signed
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.recipes.recipe import recipe_from_toml

@@ -10,60 +10,9 @@ import numpy as np
 
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
-from uwm_deploy.runtime.results import Embeddings
+from uwm_deploy.runtime.results import Embeddings, Risk, Risks
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.risk import ACTIONS, STEPS, categories_of, ranks_of, softmax
-
-
-@dataclass(frozen=True, slots=True)
-class Risk:
-    """What is said of one image.
-
-    Attributes:
-        category: ``"safe"`` where it is allowed, else its most probable concept; empty for an image that cannot be read.
-        probability: Of that category.
-        level: Probability that the image is unsafe.
-        decision: What the level asks for.
-    """
-
-    category: str
-    probability: float
-    level: float
-    decision: Action
-
-
-@dataclass(frozen=True, slots=True)
-class Risks:
-    """What is said of some images.
-
-    Attributes:
-        names: The categories.
-        probabilities: (n, categories); NaN for an image that cannot be read.
-        levels: (n,), likewise.
-        categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
-        decisions: Of each image; one that cannot be read is blocked.
-    """
-
-    names: tuple[str, ...]
-    probabilities: np.ndarray
-    levels: np.ndarray
-    categories: np.ndarray
-    decisions: tuple[Action, ...]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.decisions)
-
-    def __getitem__(self, row: int) -> Risk:
-        """Of one image."""
-        at = int(self.categories[row])
-        known = at >= 0
-        return Risk(
-            category=self.names[at] if known else "",
-            probability=float(self.probabilities[row, at]) if known else float("nan"),
-            level=float(self.levels[row]),
-            decision=self.decisions[row],
-        )
 
 
 def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks:

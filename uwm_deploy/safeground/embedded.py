@@ -18,7 +18,7 @@ from uwm_deploy.safeground.interval import flips
 from uwm_deploy.safeground.outcomes import item_outcomes, mask_of
 from uwm_deploy.safeground.preference import BASIC, METRICS, Decisions, decisions, proportions, proportions_per_concept
 from uwm_deploy.safeground.retrieval import ITEMS, SAFE, Retrieved, retrieval_flips, retrieved
-from uwm_deploy.safeground.zero_shot import TopOne, top1
+from uwm_deploy.safeground.top_one import TopOne, top1
 
 WORST = 10
 """Quadruples that a report names, the worst first."""

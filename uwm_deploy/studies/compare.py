@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from uwm_deploy.data.source import open_source
-from uwm_deploy.data.zero_shot import names_from
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.zero_shot_suite import names_from
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request, resolved_recipe

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from uwm_deploy.data.source import QuadrupleSource, open_source
-from uwm_deploy.data.zero_shot import DEMO_SETS, open_suite
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.data.zero_shot_suite import DEMO_SETS, open_suite
 from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from uwm_deploy.data.embedding import prepare
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.closed_form import Solved, put, tensors_of
 from uwm_deploy.edits.fit_files import read_sums
 from uwm_deploy.edits.methods import selects

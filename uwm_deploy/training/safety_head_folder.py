@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError, InputError
 from uwm_deploy.pipeline.request import Request, resolved_recipe

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from uwm_deploy.data.embedding import prepare
-from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.torchrun import in_this_process, join, with_averaged_gradients
 from uwm_deploy.errors import ContractError, InputError, imported
 from uwm_deploy.pipeline.request import Request, resolved_recipe
