@@ -1,4 +1,4 @@
-"""The parts of the runtime that need no bundle: queue, batches, tokens, pixels, metrics, drift, lanes of TensorRT."""
+"""The parts of the runtime that need no bundle: queue, batches, tokens, pixels, drift, lanes of TensorRT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
 from uwm_deploy.runtime.lane import Cuda, Lane
 from uwm_deploy.runtime.logs import JsonFormatter, event
-from uwm_deploy.runtime.metrics import Family, Metrics
 from uwm_deploy.runtime.results import Embeddings, ItemError, Predictions, joined
 from uwm_deploy.runtime.tensorrt import buckets_of
 from uwm_deploy.runtime.tokenizer import MAX_CHARACTERS, Tokenizer
@@ -341,36 +340,6 @@ def test_predictions_have_no_label_for_what_has_no_embedding() -> None:
     assert found.top == ["b", None]
     assert found.probabilities()[0].sum() == pytest.approx(1)
     assert found.probabilities()[0, 1] > 0.99
-
-
-def test_metrics_are_prometheus_text() -> None:
-    """Counters, gauges and histograms are written as the format asks, labels escaped, buckets adding up."""
-    metrics = Metrics(
-        (
-            Family("a_total", "counter", "A."),
-            Family("b", "gauge", "B."),
-            Family("c_seconds", "histogram", "C.", (0.1, 1.0)),
-        )
-    )
-    metrics.add("a_total", 2, kind='x"\\\n')
-    metrics.add("a_total", kind='x"\\\n')
-    metrics.set("b", 0.5)
-    metrics.observe("c_seconds", [0.1, 0.5, 9.0], tower="image")
-    assert metrics.text().splitlines() == [
-        "# HELP a_total A.",
-        "# TYPE a_total counter",
-        'a_total{kind="x\\"\\\\\\n"} 3',
-        "# HELP b B.",
-        "# TYPE b gauge",
-        "b 0.5",
-        "# HELP c_seconds C.",
-        "# TYPE c_seconds histogram",
-        'c_seconds_bucket{tower="image",le="0.1"} 1',
-        'c_seconds_bucket{tower="image",le="1"} 2',
-        'c_seconds_bucket{tower="image",le="+Inf"} 3',
-        'c_seconds_sum{tower="image"} 9.6',
-        'c_seconds_count{tower="image"} 3',
-    ]
 
 
 def test_drift_is_seen_and_calm_is_not() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from uwm_deploy.errors import UwmError
 from uwm_deploy.records.head import Action
 
 Kind = Literal["float32", "float16"]
@@ -159,3 +160,18 @@ class Risks:
             level=float(self.levels[row]),
             decision=self.decisions[row],
         )
+
+
+def raise_first(found: Embeddings, what: str) -> None:
+    """Raises the error of the first item that has no embedding, with its position.
+
+    Args:
+        found: Embeddings; nothing happens where all were made.
+        what: What the items are, such as ``"image"``.
+    """
+    if not found.errors:
+        return
+    first = found.errors[0]
+    if not isinstance(first.error, UwmError):
+        raise first.error
+    raise type(first.error)(f"{what} {first.position}: {first.error.what}", fix=first.error.fix)

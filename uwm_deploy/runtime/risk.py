@@ -10,7 +10,7 @@ import numpy as np
 
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
-from uwm_deploy.runtime.results import Embeddings, Risk, Risks
+from uwm_deploy.runtime.results import Embeddings, Risk, Risks, joined
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.risk import ACTIONS, STEPS, categories_of, ranks_of, softmax
 
@@ -33,6 +33,19 @@ def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks
         shares[known] = softmax(logits[known])
         categories[known] = categories_of(logits[known], ranks[known])
     return Risks(head.categories, shares, level, categories, tuple(ACTIONS[rank] for rank in ranks))
+
+
+def risks_beside(head: SafetyHead, answers: Sequence[np.ndarray | Exception], width: int) -> Risks:
+    """Decides on rows of `run_with_risk`.
+
+    Args:
+        head: Of the bundle.
+        answers: Per image (d + categories + 1,) float32, or why there is none.
+        width: d.
+    """
+    beside = [row if isinstance(row, Exception) else row[width:] for row in answers]
+    rows = np.asarray(joined(beside, len(head.categories) + 1, "float32"))
+    return risks_from(head, rows[:, :-1], rows[:, -1])
 
 
 def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
