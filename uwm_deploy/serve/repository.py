@@ -15,7 +15,7 @@ from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.selection import Place as Kind
 from uwm_deploy.runtime.selection import measured_where, proven_variants, reason_unproven
-from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
+from uwm_deploy.serve.config import Layout, Message, Plan, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
 from uwm_deploy.serve.names import DECIDE, ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, RISK, ZERO_SHOT, plan_file
 
@@ -95,20 +95,13 @@ def write_repository(
     made = configs(bundle.manifest, digest, chosen, layout, plans)
     version = version_of(bundle.manifest)
     with whole_folder(path) as folder:
-        for name, config in made.items():
-            (folder / name / str(version)).mkdir(parents=True)
-            (folder / name / "config.pbtxt").write_text(text_of(config))
-            if name in _CLASSES:
-                (folder / name / str(version) / "model.py").write_text(_MODEL.format(name=_CLASSES[name]))
+        _write_models(folder, made, str(version))
         for tower, engine in engines.items():
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
             _write_evidence(folder / ENCODERS[tower], [canary_file(tower)], bundle, sources)
             _write_evidence(folder / PREPARES[tower], [canary_file(tower), *_PREPARED_BY[tower]], bundle, sources)
         for name in {ZERO_SHOT, DECIDE} & set(made):
             _write_evidence(folder / name, [], bundle, {})
-        for name in {*ENSEMBLES.values(), RISK} & set(made):
-            # An object store knows no empty folder, and without one the ensemble has no version.
-            (folder / name / str(version) / "ensemble").write_text("of the models beside it\n")
     return Written(
         repository=str(path),
         bundle=digest,
@@ -117,6 +110,18 @@ def write_repository(
         models=tuple(made),
         compute_capabilities=tuple(sources),
     )
+
+
+def _write_models(folder: Path, made: Mapping[str, Message], version: str) -> None:
+    """Folder, configuration and, where it runs in Python, the code of every model."""
+    for name, config in made.items():
+        (folder / name / version).mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(text_of(config))
+        if name in _CLASSES:
+            (folder / name / version / "model.py").write_text(_MODEL.format(name=_CLASSES[name]))
+        if name in {*ENSEMBLES.values(), RISK}:
+            # An object store knows no empty folder, and without one the ensemble has no version.
+            (folder / name / version / "ensemble").write_text("of the models beside it\n")
 
 
 def write_backends(path: Path) -> None:
