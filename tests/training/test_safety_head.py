@@ -54,7 +54,7 @@ from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
-from uwm_deploy.serve.config import Layout
+from uwm_deploy.serve.config import ServerSettings
 from uwm_deploy.serve.names import CATEGORY, DECISION, EMBEDDING, PROBABILITY, RAW, RISK
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.convert.convert import layer_names, lower, ranges_of
@@ -703,7 +703,7 @@ def test_triton_check_measures_the_served_head(made: Made, served: Server) -> No
 def served(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Triton that serves the bundle with its head."""
     folder = tmp_path_factory.mktemp("served")
-    write_repository(open_bundle(made.bundle), folder / "models", layout=Layout(place="cpu"))
+    write_repository(open_bundle(made.bundle), folder / "models", settings=ServerSettings(place="cpu"))
     with started(folder / "server", folder / "models") as server:
         yield wait(server)
 

@@ -29,17 +29,17 @@ from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
-from uwm_deploy.runtime.health import Health
 from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.logs import event
+from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
 from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
-from uwm_deploy.runtime.selection import Candidate, Selection, candidates, take
 from uwm_deploy.runtime.selftest import SelfTest
 from uwm_deploy.runtime.service import Answer, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.tokenizer import SpecialTokens
+from uwm_deploy.runtime.variants import Candidate, VariantChoice, candidates, take
 from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
 from uwm_deploy.safeground.canaries import CANARIES
 
@@ -58,14 +58,14 @@ class SafeEncoder:
     """
 
     def __init__(
-        self, bundle: Bundle, selection: Selection, sessions: Mapping[TowerName, Session], serving: Serving
+        self, bundle: Bundle, selection: VariantChoice, sessions: Mapping[TowerName, Session], serving: Serving
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant = selection.taken.variant
         self._bundle, self._head = bundle, bundle.manifest.head
         self._preprocessing = Preprocessing(self.manifest.model, bundle.read("tokenizer.json"))
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
-        self._health = Health(bundle, self._identity)
+        self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")
         self._services = {
             tower: TowerService(
@@ -74,14 +74,14 @@ class SafeEncoder:
                 self._pool,
                 together=1 if tower is TowerName.IMAGE else session.max_batch,
                 serving=serving,
-                watch=self._health.watches[tower],
+                watch=self._monitor.watches[tower],
                 **_with_head(self.manifest.model, self._head, tower, session),
             )
             for tower, session in sessions.items()
         }
         # For who forgets to close; it must not hold the encoder itself.
         self._abandoned = weakref.finalize(self, _abandon, self._pool, list(self._services.values()))
-        self._health.begin(self._services)
+        self._monitor.begin(self._services)
 
     @classmethod
     def open(
@@ -129,7 +129,7 @@ class SafeEncoder:
         encoder = cls(bundle, selection, sessions, limits)
         try:
             # Not to be left out where the evidence is from another kind of device.
-            encoder._health.check_at_load(limits.selftest_rows or (4 if selection.taken.note else 0), allow_unsafe)
+            encoder._monitor.check_at_load(limits.selftest_rows or (4 if selection.taken.note else 0), allow_unsafe)
         except IntegrityError:
             encoder.close()
             raise
@@ -285,11 +285,11 @@ class SafeEncoder:
         Args:
             rows: Canaries per edited tower, at most those that there are.
         """
-        return self._health.selftest(rows)
+        return self._monitor.selftest(rows)
 
     def metrics(self) -> str:
         """All metrics in the text format of Prometheus (content type ``text/plain; version=0.0.4``)."""
-        return self._health.metrics.text()
+        return self._monitor.metrics.text()
 
     @property
     def registry(self) -> CollectorRegistry:
@@ -297,11 +297,11 @@ class SafeEncoder:
 
         ``prometheus_client.REGISTRY.register(encoder.registry)`` puts them beside the host's until they are unregistered.
         """
-        return self._health.metrics.registry
+        return self._monitor.metrics.registry
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
-        return self._health.drift()
+        return self._monitor.drift()
 
     def session(self, tower: TowerName) -> Session:
         """The session of one tower, for inputs that are preprocessed already."""
@@ -339,7 +339,7 @@ class SafeEncoder:
         if risk and self._head is not None:
             found.risk = risks_beside(self._head, answers, width)
             for decision, number in Counter(found.risk.decisions).items():
-                self._health.metrics.risk_decisions.labels(decision=decision.value).inc(number)
+                self._monitor.metrics.risk_decisions.labels(decision=decision.value).inc(number)
         if on_error == "raise":
             raise_first(found, what)
         return found

@@ -18,7 +18,7 @@ from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.embedding_map import EmbeddingMap, Mapper, maps_of_bundle
-from uwm_deploy.runtime.selection import reason_unproven
+from uwm_deploy.runtime.variants import reason_unproven
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.serve.embed.known import COSINE_MIN, Evidence, evidence_of
 from uwm_deploy.serve.embed.stored import Label, Moved, Progress, Stored

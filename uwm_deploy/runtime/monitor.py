@@ -24,7 +24,7 @@ SELFTEST_SECONDS = 60.0
 """A self-test that takes longer has failed: whoever asks wants to know whether requests are answered."""
 
 
-class Health:
+class Monitor:
     """Self-tests, drift and metrics of one encoder.
 
     Args:
