@@ -37,7 +37,7 @@ from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.serve import guard
 from uwm_deploy.serve.client import AnswerError, open_client
 from uwm_deploy.serve.config import ServerSettings, configs
-from uwm_deploy.serve.guard import Part, check_canaries, check_numpy, open_part
+from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_part
 from uwm_deploy.serve.names import (  # fmt: skip
     EMBEDDING,
     ENCODERS,
@@ -308,7 +308,7 @@ def test_signed_repositories_are_loaded_with_the_right_key_only(
 
 def test_canaries_tell_the_unedited_engine(repository: Path, unedited: Path) -> None:
     """Embeddings of the model without the edit are refused, whatever served them."""
-    part: Part = open_part(_args(repository, ENCODERS[TowerName.IMAGE]))
+    part: ModelPart = open_part(_args(repository, ENCODERS[TowerName.IMAGE]))
     canaries = part.canaries(TowerName.IMAGE)
     assert canaries is not None
     check_canaries(canaries, canaries.edited, "encoder")

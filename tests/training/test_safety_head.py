@@ -63,7 +63,7 @@ from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.verify.audit import audit_of_graph
 from uwm_deploy.studies.selftest.surgery import changed_graph, weights_where
 from uwm_deploy.towers.safety_head import FLOAT32, SafetyHeadModule, head_from_bytes, tokens_of, with_head
-from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
+from uwm_deploy.training.safety_head import Features, HeadSettings, calibrate, held_out, trained_head
 from uwm_deploy.training.safety_head_folder import HeadRequest, HeadResult, train_safety_head
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy="demo",
         targets=("onnxruntime",), work=folder / "work", workers=0, out=folder / "bundle",
     )  # fmt: skip
-    settings = Settings(epochs=6, batch=16, width=32, tokens=4)
+    settings = HeadSettings(epochs=6, batch=16, width=32, tokens=4)
     asked = HeadRequest(build=request, out=folder / "head", settings=settings, rates=rates_of(0.2, 0.1, 0.05))
     trained = train_safety_head(asked, Reporter(quiet=True))
     request = dataclasses.replace(request, safety_head=folder / "head")
@@ -172,7 +172,7 @@ def _features(n: int, seed: int) -> Features:
 
 def test_training_learns_and_repeats() -> None:
     """Unsafe tokens are found wherever they stand; the same seed gives the same weights, another one does not."""
-    settings = Settings(epochs=12, batch=16, width=16, tokens=3, heads=2, learning_rate=1e-2)
+    settings = HeadSettings(epochs=12, batch=16, width=16, tokens=3, heads=2, learning_rate=1e-2)
     heads = [
         trained_head(_features(180, 0), dataclasses.replace(settings, seed=seed), lambda *_: None) for seed in (0, 0, 1)
     ]
@@ -194,7 +194,7 @@ def test_training_learns_and_repeats() -> None:
 
 def test_what_cannot_be_trained_is_refused() -> None:
     """A concept called safe, a width that does not divide, a validation concept that training never saw."""
-    settings = Settings(epochs=1, width=16, tokens=2, heads=2)
+    settings = HeadSettings(epochs=1, width=16, tokens=2, heads=2)
     features = _features(12, 0)
     with pytest.raises(DataError, match="safe"):
         trained_head(dataclasses.replace(features, concepts=("safe",) * 12), settings, lambda *_: None)
@@ -528,7 +528,7 @@ def test_second_training_takes_the_kept_tokens_and_gives_the_same_head(
     """Byte for byte, but for the time it took; a folder that is no head is never replaced."""
     request = HeadRequest(
         build=dataclasses.replace(made.request, safety_head=None), out=tmp_path / "head",
-        settings=Settings(epochs=6, batch=16, width=32, tokens=4), rates=rates_of(0.2, 0.1, 0.05),
+        settings=HeadSettings(epochs=6, batch=16, width=32, tokens=4), rates=rates_of(0.2, 0.1, 0.05),
     )  # fmt: skip
     again = train_safety_head(request, Reporter())
     assert "features   unchanged, reused" in capsys.readouterr().err
@@ -570,7 +570,7 @@ def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path)
     """By their pixels, whatever the sets are called; another head saw none of them."""
     request = dataclasses.replace(made.request, safety_head=None, work=made.folder / "work")
     asked = HeadRequest(
-        build=request, out=tmp_path / "head", settings=Settings(epochs=1, batch=32, width=8, tokens=2),
+        build=request, out=tmp_path / "head", settings=HeadSettings(epochs=1, batch=32, width=8, tokens=2),
         rates=rates_of(0.2, 0.1, 0.05), train_on=made.request.evaluation,
     )  # fmt: skip
     train_safety_head(asked, Reporter(quiet=True))

@@ -365,7 +365,8 @@ def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch
 
 def test_without_pyarrow_the_extra_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is opened or written."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     done = _embed(bundle, tmp_path, "--out", tmp_path / "out")
     assert done.exit_code == PrerequisiteError.exit_code
     assert "uwm-deploy[build]" in done.output

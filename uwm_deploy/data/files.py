@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     missing: tuple[str, str] = ("", "")
 
 
-class Members(Protocol):
+class MemberReader(Protocol):
     """Members by row, as they lie in the files; both methods raise DataError when one cannot be read."""
 
     def texts(self, row: int) -> Texts:
@@ -176,7 +176,7 @@ class FileSource:
         base: Folder of its TOML file.
     """
 
-    def __init__(self, spec: CalibrationSet, index: Index, members: Members, base: Path | None) -> None:
+    def __init__(self, spec: CalibrationSet, index: Index, members: MemberReader, base: Path | None) -> None:
         self.ids, self.concepts = index.ids, index.concepts
         self.has_images, self.has_texts = index.has_images, index.has_texts
         suite = open_suite(spec.zero_shot, base=base, limit=spec.zero_shot_limit)

@@ -35,11 +35,11 @@ def parquet_module(path: Path) -> Any:
     return imported("pyarrow.parquet", f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'")
 
 
-class Embedded:
+class UnreadImage:
     """Stands for image bytes that a scan did not read."""
 
 
-EMBEDDED = Embedded()
+UNREAD_IMAGE = UnreadImage()
 
 
 class ParquetRows:
@@ -74,11 +74,11 @@ class ParquetRows:
         return self._ends[-1] if self._ends else 0
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """See `rows.Rows`; image bytes are only announced, by `EMBEDDED`."""
+        """See `rows.Rows`; image bytes are only announced, by `UNREAD_IMAGE`."""
         for name in columns:
             if name not in self.columns:
                 raise missing_column(self.path.name, name, self.columns)
-        announced = {name: EMBEDDED for name in columns if name in self._whole}
+        announced = {name: UNREAD_IMAGE for name in columns if name in self._whole}
         read = [name for name in columns if name not in announced]
         number = 0
         for batch in self._batches(read):
@@ -117,7 +117,7 @@ class ParquetRows:
     def _scanned(self, column: Any, name: str) -> list[Any]:
         """Values, with bytes announced instead of copied."""
         if name in self._bytes:
-            return [EMBEDDED if valid else None for valid in column.is_valid().to_pylist()]
+            return [UNREAD_IMAGE if valid else None for valid in column.is_valid().to_pylist()]
         if name in self._structs:
             return _announced(column)
         values: list[Any] = column.to_pylist()
@@ -201,4 +201,4 @@ def _announced(column: Any) -> list[Any]:
     there = column.is_valid().to_pylist()
     embedded = column.field("bytes").is_valid().to_pylist() if "bytes" in fields else nothing
     paths = column.field("path").to_pylist() if "path" in fields else nothing
-    return [(EMBEDDED if e else path) if t else None for t, e, path in zip(there, embedded, paths, strict=True)]
+    return [(UNREAD_IMAGE if e else path) if t else None for t, e, path in zip(there, embedded, paths, strict=True)]

@@ -48,7 +48,7 @@ def join(device: str = "auto") -> Ranks:
         distributed.init_process_group("nccl" if gpus else "gloo", timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes cannot meet: {error}", fix="start with torchrun") from error
-    return Group(rank, world)
+    return ProcessGroup(rank, world)
 
 
 def leave(*, in_order: bool) -> None:
@@ -66,7 +66,7 @@ def leave(*, in_order: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Group(Ranks):
+class ProcessGroup(Ranks):
     """Several processes.
 
     Before anything is exchanged all of them meet and say whether they are well. A process that failed says so at its next

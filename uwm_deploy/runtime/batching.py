@@ -38,7 +38,7 @@ class Observer(Protocol):
 
 
 @dataclass(slots=True)
-class Places:
+class AdmissionQueue:
     """A bounded number of items that are on their way; who comes when it is full waits in line, first come first served.
 
     Attributes:

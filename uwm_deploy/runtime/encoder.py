@@ -27,6 +27,7 @@ from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
 from uwm_deploy.runtime.image import ImageLike
@@ -40,7 +41,6 @@ from uwm_deploy.runtime.service import Answer, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.tokenizer import SpecialTokens
 from uwm_deploy.runtime.variants import Candidate, VariantChoice, candidates, take
-from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
 from uwm_deploy.safeground.canaries import CANARIES
 
 OnError = Literal["keep", "raise"]
@@ -265,7 +265,7 @@ class SafeEncoder:
         product: np.ndarray = np.asarray(left, dtype=np.float32) @ np.asarray(right, dtype=np.float32).T
         return product
 
-    def zero_shot(self, labels: Sequence[str], template: str | Sequence[str] = TEMPLATE) -> ZeroShot:
+    def zero_shot(self, labels: Sequence[str], template: str | Sequence[str] = TEMPLATE) -> ZeroShotClassifier:
         """A classifier for some classes.
 
         Args:
@@ -277,7 +277,7 @@ class SafeEncoder:
         """
         templates = [template] if isinstance(template, str) else list(template)
         prompts = self.encode_text(prompts_of(labels, templates))
-        return ZeroShot(self, labels, weights_from(prompts, len(labels)))
+        return ZeroShotClassifier(self, labels, weights_from(prompts, len(labels)))
 
     def selftest(self, rows: int = CANARIES) -> SelfTest:
         """Runs the canaries through the served path; for liveness probes.

@@ -59,7 +59,7 @@ def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PolicyOutcome:
     """What a policy gives for one image.
 
     Attributes:
@@ -108,7 +108,7 @@ class SafetyPolicy:
         self.texts, self._embed = tuple(texts), embed
         self._embeds: np.ndarray | None = None
 
-    def apply(self, found: Embeddings) -> list[Outcome]:
+    def apply(self, found: Embeddings) -> list[PolicyOutcome]:
         """What becomes of each image of ``encode_image(..., risk=True)``.
 
         Raises:
@@ -122,13 +122,13 @@ class SafetyPolicy:
         ranks = ranks_of(risks.levels, self.thresholds)
         return [self._outcome(ACTIONS[int(rank)], rows[i], risks[i]) for i, rank in enumerate(ranks)]
 
-    def _outcome(self, decision: Action, row: np.ndarray, risk: Risk) -> Outcome:
+    def _outcome(self, decision: Action, row: np.ndarray, risk: Risk) -> PolicyOutcome:
         if decision is Action.BLOCK:
-            return Outcome(decision, None, "", risk)
+            return PolicyOutcome(decision, None, "", risk)
         if decision is Action.REDIRECT:
             at, embeds = self.nearest(row)
-            return Outcome(decision, embeds, self.texts[at], risk)
-        return Outcome(decision, row, "", risk)
+            return PolicyOutcome(decision, embeds, self.texts[at], risk)
+        return PolicyOutcome(decision, row, "", risk)
 
     def nearest(self, row: np.ndarray) -> tuple[int, np.ndarray]:
         """Position and embedding of the safe text that is most alike a row (d,) of length 1."""

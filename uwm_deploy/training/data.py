@@ -15,7 +15,7 @@ from uwm_deploy.records.model import TextSpec
 from uwm_deploy.records.training import Trainer, TrainingSettings
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.training.losses import (
-    Members,
+    MemberEmbeddings,
     Targets,
     normalised_mean,
     safe_clip_terms,
@@ -43,7 +43,7 @@ class TrainingData:
 
     prepared: PreparedSet
     text: TextSpec
-    reference: Members
+    reference: MemberEmbeddings
     nearest: np.ndarray
     stage: np.ndarray
     training: np.ndarray
@@ -66,10 +66,10 @@ class TrainingData:
         found: np.ndarray = rows[order]
         return found
 
-    def terms(self, student: Members, rows: np.ndarray, method: Trainer) -> dict[str, Tensor]:
+    def terms(self, student: MemberEmbeddings, rows: np.ndarray, method: Trainer) -> dict[str, Tensor]:
         """Every term of the loss on some rows."""
         device = student.safe_text.device
-        reference = Members(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
+        reference = MemberEmbeddings(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
         if method is Trainer.SAFE_CLIP:
             return safe_clip_terms(student, reference)
         there = torch.from_numpy(self.nearest[rows])
@@ -97,7 +97,7 @@ def training_data(
     Raises:
         DataError: If the set is too small, or the reference has no embedding of an item.
     """
-    members = Members(
+    members = MemberEmbeddings(
         *(
             torch.from_numpy(part)
             for part in (embedded.safe_text, embedded.unsafe_text, embedded.safe_image, embedded.unsafe_image)

@@ -16,7 +16,7 @@ from uwm_deploy.edits.gradient import LOGIT_SCALE
 from uwm_deploy.errors import ContractError
 
 
-class Members(NamedTuple):
+class MemberEmbeddings(NamedTuple):
     """Embeddings of b quadruples, (b, d) each."""
 
     safe_text: Tensor
@@ -24,13 +24,13 @@ class Members(NamedTuple):
     safe_image: Tensor
     unsafe_image: Tensor
 
-    def rows(self, rows: Tensor) -> Members:
+    def rows(self, rows: Tensor) -> MemberEmbeddings:
         """Some of the quadruples, in an order."""
-        return Members(*(part[rows] for part in self))
+        return MemberEmbeddings(*(part[rows] for part in self))
 
-    def unit(self) -> Members:
+    def unit(self) -> MemberEmbeddings:
         """The same with rows of length 1, in float32."""
-        return Members(*(functional.normalize(part.float(), dim=1) for part in self))
+        return MemberEmbeddings(*(functional.normalize(part.float(), dim=1) for part in self))
 
 
 class Targets(NamedTuple):
@@ -57,7 +57,7 @@ def relative(query: Tensor, unsafe: Tensor, target: Tensor) -> Tensor:
     return functional.softplus((query * unsafe).sum(1) - (query * target).sum(1)).mean()
 
 
-def safe_clip_terms(student: Members, reference: Members) -> dict[str, Tensor]:
+def safe_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings) -> dict[str, Tensor]:
     """The eight terms of Safe-CLIP.
 
     Safe members stay where they are, unsafe ones go to their safe counterparts: in their own modality by cosine, in the
@@ -80,7 +80,7 @@ def safe_clip_terms(student: Members, reference: Members) -> dict[str, Tensor]:
     }
 
 
-def safer_clip_terms(student: Members, reference: Members, targets: Targets) -> dict[str, Tensor]:
+def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, targets: Targets) -> dict[str, Tensor]:
     """The six terms of SafeR-CLIP.
 
     Args:

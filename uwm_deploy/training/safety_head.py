@@ -30,7 +30,7 @@ WARM_UP_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class HeadSettings:
     """How a head is trained.
 
     Attributes:
@@ -109,7 +109,7 @@ def held_out(concepts: Sequence[str], share: int = 5) -> np.ndarray:
     return found
 
 
-def trained_head(features: Features, settings: Settings, progress: Progress, device: str = "cpu") -> Trained:
+def trained_head(features: Features, settings: HeadSettings, progress: Progress, device: str = "cpu") -> Trained:
     """Trains a head by AdamW on cross entropy of the category and binary cross entropy of the level.
 
     Args:

@@ -39,7 +39,7 @@ from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.towers.safety_head import token_graph, tokens_of
-from uwm_deploy.training.safety_head import Features, Settings, Trained, calibrate, held_out, rows_of, trained_head
+from uwm_deploy.training.safety_head import Features, HeadSettings, Trained, calibrate, held_out, rows_of, trained_head
 
 FEATURES = "head-features"
 """Folders of the run folder that keep tokens, one per set."""
@@ -65,7 +65,7 @@ class HeadRequest:
 
     build: Request
     out: Path
-    settings: Settings
+    settings: HeadSettings
     rates: Mapping[str, float]
     train_on: str | None = None
     validation: str | None = None
@@ -156,7 +156,7 @@ def _training_record(
     source: QuadrupleSource,
     other: QuadrupleSource | None,
     sets: tuple[Features, Features],
-    settings: Settings,
+    settings: HeadSettings,
     trained: Trained,
 ) -> HeadTraining:
     """How a head was trained.
@@ -309,7 +309,7 @@ _SETTINGS = ("width", "tokens", "heads", "epochs", "batch", "learning_rate", "se
 
 def run(as_json: bool, options: dict[str, Any]) -> int:
     """The command: options of the command line to a head, and what it came to on stdout."""
-    settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
+    settings = HeadSettings(**{name: options.pop(name) for name in _SETTINGS})
     rates = rates_of(*(options.pop(step.value) / 100 for step in STEPS))
     own = {name: options.pop(name) for name in ("train_on", "validation", "texts")}
     out, build = options.pop("out"), Request(**options)

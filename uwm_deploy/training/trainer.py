@@ -36,7 +36,7 @@ from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training.adapters import Adapters, Student
 from uwm_deploy.training.checkpoints import CHECKPOINT, State, moments_of, put_moments, read_state, write_state
 from uwm_deploy.training.data import TrainingData, total, training_data
-from uwm_deploy.training.losses import Members
+from uwm_deploy.training.losses import MemberEmbeddings
 from uwm_deploy.training.settings import settings_of
 
 _PACKAGES = ("torch", "transformers", "peft")
@@ -262,10 +262,10 @@ class _Run:
         for start in range(0, end, size * world):
             yield rows[start + rank * size : start + (rank + 1) * size]
 
-    def _embedded(self, student: torch.nn.Module, data: TrainingData, rows: np.ndarray) -> Members:
+    def _embedded(self, student: torch.nn.Module, data: TrainingData, rows: np.ndarray) -> MemberEmbeddings:
         lower = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
         with lower:
-            found: Members = student(*data.inputs(rows, self.device))
+            found: MemberEmbeddings = student(*data.inputs(rows, self.device))
         return found
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ class ImageEncoder(Protocol):
         """The same from an event loop."""
 
 
-class ZeroShot:
+class ZeroShotClassifier:
     """A classifier; `SafeEncoder.zero_shot` makes it, and computes the texts once.
 
     Attributes:
