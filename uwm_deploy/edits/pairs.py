@@ -20,7 +20,7 @@ MAX_LEFT_OUT_SHARE = 0.01
 """More pairs without a finite contribution are an error (method.md section 2)."""
 
 SHARD_PAIRS = 1024
-"""Pairs that are scored by one process in one go, whatever the number of processes (`stages.shards`)."""
+"""Pairs that are scored by one process in one go, whatever the number of processes (`edits.sharded_sums`)."""
 
 _NAMED_ITEMS = 5
 

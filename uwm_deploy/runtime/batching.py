@@ -31,7 +31,7 @@ class Observer(Protocol):
         """One call of the engine.
 
         Args:
-            found: Its embeddings; None if it failed.
+            found: Its embeddings (n, d) float32; None if it failed.
             waited_s: Per row, from arrival to the call.
             seconds: The call itself.
         """

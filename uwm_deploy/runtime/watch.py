@@ -42,7 +42,12 @@ class TowerWatch:
             prepare.observe(seconds / items)
 
     def answered(self, rows: Sequence[np.ndarray | Exception], seconds: float) -> None:
-        """A whole call came to its end."""
+        """A whole call came to its end.
+
+        Args:
+            rows: Of each item its embedding (d,) of length 1, or why it has none.
+            seconds: The whole call.
+        """
         label = self.tower.value
         self.metrics.request.labels(tower=label).observe(seconds)
         good = [row for row in rows if not isinstance(row, Exception)]

@@ -80,7 +80,7 @@ class EmbeddedSet:
         return all(bool(np.isfinite(rows).all()) for rows in parts)
 
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays for a safetensors file; ids and concepts as UTF-8 JSON bytes."""
+        """Arrays for a safetensors file: (n, d) embeddings, (n,) labels; ids and concepts as UTF-8 JSON, (bytes,) uint8."""
         names = json.dumps({"ids": self.ids, "concepts": self.concepts}).encode()
         tensors = {f"{prefix}.{name}": getattr(self, name) for name in _MEMBERS}
         tensors[f"{prefix}.names"] = np.frombuffer(names, dtype=np.uint8)

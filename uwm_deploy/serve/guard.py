@@ -175,7 +175,12 @@ def canary_file(tower: TowerName) -> str:
 
 
 def check_canaries(canaries: Canaries, found: np.ndarray, what: str) -> None:
-    """Whether embeddings of the canaries are those of the edited model.
+    """Checks that embeddings of the canaries are those of the edited model.
+
+    Args:
+        canaries: Of the tower.
+        found: (n, d) float32 embeddings of its inputs.
+        what: Names what gave them, for the message.
 
     Raises:
         IntegrityError: If one is not.

@@ -71,12 +71,12 @@ class Adapters:
         return sum(p.numel() for p in self.tensors.values())
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all of them, on the CPU."""
+        """A copy of all of them on the CPU: name to the adapter's tensor, (rank, in) or (out, rank)."""
         return {name: p.detach().cpu().clone() for name, p in self.tensors.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Puts a copy back."""
+        """Puts a copy back; see `state`."""
         for name, parameter in self.tensors.items():
             parameter.copy_(state[name])
 

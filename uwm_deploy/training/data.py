@@ -58,7 +58,7 @@ class TrainingData:
         return torch.from_numpy(ids).to(device), torch.from_numpy(pixels).to(device)
 
     def rows_of(self, epoch: int, settings: TrainingSettings) -> np.ndarray:
-        """Training rows of an epoch, counted from 1, in their order; the same whenever and wherever it is run."""
+        """Training rows (m,) int64 of an epoch, counted from 1, in their order; the same whenever and wherever it is run."""
         rows = self.training
         if settings.method is Trainer.SAFER_CLIP:
             rows = rows[self.stage[rows] < epoch]
@@ -67,7 +67,16 @@ class TrainingData:
         return found
 
     def terms(self, student: MemberEmbeddings, rows: np.ndarray, method: Trainer) -> dict[str, Tensor]:
-        """Every term of the loss on some rows."""
+        """Every term of the loss on some rows.
+
+        Args:
+            student: Unit embeddings (b, d) of the rows by the model that is trained.
+            rows: (b,) int64.
+            method: Whose terms.
+
+        Returns:
+            Name to scalar ().
+        """
         device = student.safe_text.device
         reference = MemberEmbeddings(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
         if method is Trainer.SAFE_CLIP:
@@ -78,7 +87,7 @@ class TrainingData:
 
 
 def total(terms: dict[str, Tensor], settings: TrainingSettings) -> Tensor:
-    """The loss: Safe-CLIP's normalised mean, SafeR-CLIP's sum."""
+    """The loss (): Safe-CLIP's normalised mean of the terms (), SafeR-CLIP's sum."""
     combine = normalised_mean if settings.method is Trainer.SAFE_CLIP else weighted_sum
     return combine(terms, settings.weights)
 

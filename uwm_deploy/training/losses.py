@@ -25,7 +25,7 @@ class MemberEmbeddings(NamedTuple):
     unsafe_image: Tensor
 
     def rows(self, rows: Tensor) -> MemberEmbeddings:
-        """Some of the quadruples, in an order."""
+        """Quadruples at some positions (m,) int64, in that order."""
         return MemberEmbeddings(*(part[rows] for part in self))
 
     def unit(self) -> MemberEmbeddings:
@@ -64,8 +64,8 @@ def safe_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings) -> d
     other by contrast within the batch.
 
     Args:
-        student: Unit embeddings of the model that is trained.
-        reference: Unit embeddings of the frozen one; only its safe members are used.
+        student: Unit embeddings (b, d) of the model that is trained.
+        reference: Unit embeddings (b, d) of the frozen one; only its safe members are used.
     """
     text, image = reference.safe_text, reference.safe_image
     return {
@@ -84,9 +84,9 @@ def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, tar
     """The six terms of SafeR-CLIP.
 
     Args:
-        student: Unit embeddings of the model that is trained.
-        reference: Unit embeddings of the frozen one.
-        targets: Unit embeddings of each unsafe caption's nearest safe caption, and of the image of that.
+        student: Unit embeddings (b, d) of the model that is trained.
+        reference: Unit embeddings (b, d) of the frozen one.
+        targets: Unit embeddings (b, d) of each unsafe caption's nearest safe caption, and of the image of that.
     """
     return {
         "text_relative": relative(student.unsafe_text, reference.unsafe_image, targets.image),
@@ -99,7 +99,7 @@ def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, tar
 
 
 def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted mean of the terms, divided by their number, as Safe-CLIP's script has it.
+    """Weighted mean () of the terms (), divided by their number, as Safe-CLIP's script has it.
 
     Raises:
         ContractError: If terms and weights are not of the same names.
@@ -108,7 +108,7 @@ def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted sum of the terms.
+    """Weighted sum () of the terms ().
 
     Raises:
         ContractError: If terms and weights are not of the same names.

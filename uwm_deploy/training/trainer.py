@@ -294,7 +294,8 @@ def recall_sum(
 ) -> float:
     """Sum of recall at 1, percent, both ways: safe texts and images, safe texts and unsafe images, the other way round.
 
-    That unsafe texts find unsafe images is not wanted, so it has no part.
+    All four are (n, d) float32 of length 1, row by row of one quadruple. That unsafe texts find unsafe images is not wanted,
+    so it has no part.
     """
     pairs = ((safe_text, safe_image), (safe_text, unsafe_image), (unsafe_text, safe_image))
     return sum(recalls(left, right)[1].value + recalls(right, left)[1].value for left, right in pairs)
