@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=7)
 
 
 def join(device: str = "auto") -> Ranks:
-    """Joins the group that ``torchrun`` made; without its environment variables this process is alone.
+    """Joins the group that ``torchrun`` made, once; without its environment variables this process is alone.
 
     Args:
         device: `cpu` uses gloo; otherwise nccl when there is a GPU for every local process.
@@ -41,6 +41,8 @@ def join(device: str = "auto") -> Ranks:
         raise InputError(f"RANK is {rank} of WORLD_SIZE {world}", fix="start with torchrun")
     if world == 1:
         return Ranks()
+    if distributed.is_initialized():
+        return ProcessGroup(rank, world)
     gpus = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= here
     if gpus:
         torch.cuda.set_device(local)
