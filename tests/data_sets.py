@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from uwm_deploy.data.source import QuadrupleSource, open_source
-from uwm_deploy.recipes.recipe import calibration_set_from_toml
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 
 
 def picture(number: int) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uwm_deploy.pipeline.request import Request, resolved_recipe
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 
 UWM = {"method": "uwm", "keep_mass": 0.9}
 """Of a `Request`."""

@@ -737,7 +737,7 @@ def evaluate(
       uwm-deploy evaluate --compare CLIP=demo --compare UWM=demo:uwm --zero-shot shape,colour --markdown
       uwm-deploy evaluate --compare none=demo --compare axis=demo:safety-axis --leave-out fire,smoke
     """
-    from uwm_deploy.data.zero_shot import names_from
+    from uwm_deploy.data.zero_shot_suite import names_from
     from uwm_deploy.errors import InputError
     from uwm_deploy.pipeline.request import Request
     from uwm_deploy.records.codec import json_from_record

@@ -6,7 +6,9 @@ lists them.
 
 from __future__ import annotations
 
+import importlib
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -75,3 +77,21 @@ class PrerequisiteError(UwmError):
 
 class BusyError(PrerequisiteError):
     """More work is on its way than may be, and none of it was done in time."""
+
+
+def imported(module: str, missing: str, *, fix: str) -> Any:
+    """A module of a package that not every installation has.
+
+    Args:
+        module: Its full name.
+        missing: What the user reads where it is missing.
+        fix: How to install it.
+
+    Raises:
+        PrerequisiteError: If it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        broken = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        raise PrerequisiteError(f"{missing}{broken}", fix=fix) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 
 LINE_BYTES = 1 << 20
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

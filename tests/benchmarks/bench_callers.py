@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 
 PICTURES = 256
 TOLERANCE = 1e-4

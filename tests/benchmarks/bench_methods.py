@@ -24,7 +24,7 @@ from uwm_deploy.edits.methods import needs_gradients, selects, with_method
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import scoring_order
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.edit import Method

@@ -69,7 +69,7 @@ def write_npy(path: Path, count: int) -> Path:
 
 def write_parts(folder: Path, count: int) -> Path:
     """Parts as `embed` writes them."""
-    from uwm_deploy.serve.embed import PartWriter
+    from uwm_deploy.serve.embed.parts import PartWriter
 
     for start in range(0, count, PART):
         n = min(PART, count - start)
@@ -107,8 +107,8 @@ def migrated(bundle: Path, stored: Path, out: Path) -> dict[str, float]:
 def embedded(bundle: Path, images: int) -> dict[str, float]:
     """Seconds of some images, decoding and preprocessing included, after a first batch."""
     from tests.benchmarks.bench_runtime import photographs
-    from uwm_deploy.runtime import SafeEncoder
     from uwm_deploy.runtime.cores import cores
+    from uwm_deploy.runtime.encoder import SafeEncoder
     from uwm_deploy.runtime.service import Serving
 
     warnings.simplefilter("ignore", UserWarning)  # random weights: nothing here is proven

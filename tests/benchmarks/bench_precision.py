@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from uwm_deploy.data.embedding import PreparedSet, prepare
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.graphs.achieved import achieved_precision
 from uwm_deploy.graphs.layers import linear_layers

@@ -30,8 +30,8 @@ from uwm_deploy.errors import UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.cores import cores
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.service import Serving
 

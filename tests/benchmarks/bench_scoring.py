@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from uwm_deploy.edits.saliency import STD_EPS, LayerScorer
-from uwm_deploy.recipes.recipe import EditSpec
+from uwm_deploy.recipes.edit_spec import EditSpec
 from uwm_deploy.records.edit import Rule
 from uwm_deploy.records.model import TextSpec, TowerName
 from uwm_deploy.stages.score.score import scoring

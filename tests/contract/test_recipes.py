@@ -9,8 +9,11 @@ import pytest
 from tests.uwm_edit import STEP, with_edit
 from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.compile_spec import BuilderSpec
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
+from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm
 from uwm_deploy.recipes.policy import policy_from_toml
-from uwm_deploy.recipes.recipe import AxisSpec, BuilderSpec, ClosedForm, calibration_set_from_toml, recipe_from_toml
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.graph import Target
 from uwm_deploy.records.strength import AxisSetting

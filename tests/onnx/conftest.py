@@ -13,7 +13,7 @@ from transformers import CLIPConfig
 
 from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
-from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact
 from uwm_deploy.records.model import TextSpec, TowerName

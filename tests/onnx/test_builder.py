@@ -15,7 +15,7 @@ from uwm_deploy.errors import PrerequisiteError, RecipeError
 from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
 from uwm_deploy.graphs.builder_settings import apply_settings
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
-from uwm_deploy.recipes.recipe import BuilderSpec
+from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target
 from uwm_deploy.runtime.tensorrt import gpu_reason, profile_for
 from uwm_deploy.stages.compile import engine_from_onnx

@@ -27,13 +27,14 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import AxisSpec, Recipe, StepSpec
+from uwm_deploy.recipes.edit_spec import AxisSpec, StepSpec
+from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord, Method, Placement
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
@@ -222,10 +223,7 @@ def check_graphs(made: Chain) -> None:
     """Both graphs in ONNX Runtime, alone and in batches, against the maps."""
     for name in TowerName:
         artifact = exported(made, name)
-        session = open_session(
-            Target.ONNXRUNTIME, (made.folder / artifact.file).read_bytes(), profile=PROFILE,
-            inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
-        )  # fmt: skip
+        session = open_graph(made.folder / artifact.file, artifact, max_batch=PROFILE.max)
         rows, wanted = made.inputs[name], made.wanted[name]
         for size in (1, 2, len(rows)):
             assert np.abs(session.run(rows[:size]) - wanted[:size]).max() < CLOSE

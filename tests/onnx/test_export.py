@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from uwm_deploy.errors import ContractError
-from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.recipes.compile_spec import ExportSpec
 
 STANDARD = {"", "ai.onnx"}
 

@@ -21,7 +21,7 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
 from uwm_deploy.graphs.write import ALIGNMENT, LARGE, weightless, write_graph
-from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName

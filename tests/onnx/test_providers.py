@@ -15,8 +15,8 @@ from uwm_deploy.errors import ContractError, PrerequisiteError
 from uwm_deploy.graphs.child import made_by_child
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.pipeline.refit_graphs import reason_against
+from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.recipes.policy import EvidenceRule
-from uwm_deploy.recipes.recipe import BuilderSpec
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
 from uwm_deploy.records.graph import (
     EXPORTED,

@@ -17,12 +17,12 @@ from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.edits.selection import selected_indices
-from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
@@ -82,10 +82,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
     )  # fmt: skip
     assert artifact.fingerprint.layers == len(tower.layers(recipe.entries.of(name).layers))
     assert not artifact.fingerprint.mismatches
-    session = open_session(
-        Target.ONNXRUNTIME, (folder / artifact.file).read_bytes(), profile=PROFILE,
-        inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
-    )  # fmt: skip
+    session = open_graph(folder / artifact.file, artifact, max_batch=PROFILE.max)
     batch = next(iter(pairs_of(model, name)))
     rows = np.concatenate([batch.safe, batch.unsafe])
     if name is TowerName.TEXT:

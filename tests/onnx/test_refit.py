@@ -27,7 +27,7 @@ from uwm_deploy.records.edit import EditRecord, Method
 from uwm_deploy.records.evidence import Evidence, VerifyReport
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.load import load_model
 

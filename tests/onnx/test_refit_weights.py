@@ -19,7 +19,8 @@ from tests.onnx.test_precision import PROFILE, convert, ranges_for
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.proof import promised_by
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
-from uwm_deploy.graphs.engine_builder import BuildFailed, logger_of, mark_refittable
+from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
+from uwm_deploy.graphs.engine_builder import mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.layout import mapped_weights, stored_tensors

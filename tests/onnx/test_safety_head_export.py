@@ -11,10 +11,9 @@ import torch
 from tests.families import FAMILIES, model_of, reduced
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.records.edit import TensorEdit
-from uwm_deploy.records.graph import Profile, Target
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, HeadShape
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.safety_head import SafetyHeadModule, tokens_of, with_head
@@ -54,10 +53,7 @@ def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None
         artifact = onnx_from_tower(
             subject, pixels[:2], recipe.export, weights_digest=DIGEST, edits=edits, patch=patch, folder=tmp_path / name
         )
-        session = open_session(
-            Target.ONNXRUNTIME, (tmp_path / name / artifact.file).read_bytes(), profile=Profile(min=1, opt=1, max=5),
-            inputs=artifact.inputs, outputs=artifact.outputs, device="cpu", optimisation="extended",
-        )  # fmt: skip
+        session = open_graph(tmp_path / name / artifact.file, artifact, max_batch=5)
         found.append((session.run_all(pixels.numpy()), session.run_all(pixels[:1].numpy())))
     (plain, plain_1), (headed, headed_1) = found
     assert list(headed) == [*plain, RISK_LOGITS, RISK_LEVEL]

@@ -20,7 +20,7 @@ from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import ExitCode
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.serve.client import AnswerError, open_client, wait_until_ready
 from uwm_deploy.serve.names import EMBEDDING, ENCODERS, ENSEMBLES, RAW
 

@@ -32,12 +32,12 @@ from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, Uwm
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.serve import guard
 from uwm_deploy.serve.client import AnswerError, open_client
-from uwm_deploy.serve.config import Layout, configs
-from uwm_deploy.serve.guard import Part, check_canaries, check_numpy, open_part
+from uwm_deploy.serve.config import ServerSettings, configs
+from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_part
 from uwm_deploy.serve.names import (  # fmt: skip
     EMBEDDING,
     ENCODERS,
@@ -141,13 +141,13 @@ def test_what_triton_cannot_serve_is_refused(bundle: Path, change: dict[str, Any
     manifest = open_bundle(bundle).manifest
     engines: tuple[EngineArtifact, ...] = tuple(dataclasses.replace(e, **change) for e in manifest.engines)
     with pytest.raises(InputError, match=message):
-        configs(dataclasses.replace(manifest, engines=engines), "d", VARIANT, Layout())
+        configs(dataclasses.replace(manifest, engines=engines), "d", VARIANT, ServerSettings())
 
 
 def test_a_server_of_another_space_is_named(bundle: Path) -> None:
     """The check of what is served has both ids in its answer."""
     manifest = open_bundle(bundle).manifest
-    wanted = configs(manifest, "d", VARIANT, Layout())["clip_image"]
+    wanted = configs(manifest, "d", VARIANT, ServerSettings())["clip_image"]
     served = type(wanted)()
     served.CopyFrom(wanted)
     served.parameters["uwm_space"].string_value = "space:sha256:other"
@@ -308,7 +308,7 @@ def test_signed_repositories_are_loaded_with_the_right_key_only(
 
 def test_canaries_tell_the_unedited_engine(repository: Path, unedited: Path) -> None:
     """Embeddings of the model without the edit are refused, whatever served them."""
-    part: Part = open_part(_args(repository, ENCODERS[TowerName.IMAGE]))
+    part: ModelPart = open_part(_args(repository, ENCODERS[TowerName.IMAGE]))
     canaries = part.canaries(TowerName.IMAGE)
     assert canaries is not None
     check_canaries(canaries, canaries.edited, "encoder")
@@ -602,7 +602,7 @@ def test_a_server_does_not_start_with_a_swapped_model_file(
 
 def test_a_server_without_gpu_does_not_start_where_one_is_asked_for(bundle: Path, tmp_path: Path) -> None:
     """`--place gpu` is never the CPU instead."""
-    write_repository(open_bundle(bundle), tmp_path / "models", layout=Layout(place="gpu"))
+    write_repository(open_bundle(bundle), tmp_path / "models", settings=ServerSettings(place="gpu"))
     with started(tmp_path / "server", tmp_path / "models", settings={"CUDA_VISIBLE_DEVICES": ""}) as server:
         assert server.process.wait(60) == 1
         assert "KIND_GPU but no GPUs are available" in server.said()

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from tests.oracles import training_oracle as oracle
 from uwm_deploy.cli import cli
 from uwm_deploy.data.embedding import unit_rows
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import repaired
 from uwm_deploy.errors import DataError, InputError

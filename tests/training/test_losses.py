@@ -11,7 +11,7 @@ from uwm_deploy.data.nearest_captions import nearest_safe, stages_of
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.training.losses import (
-    Members,
+    MemberEmbeddings,
     Targets,
     normalised_mean,
     safe_clip_terms,
@@ -21,7 +21,7 @@ from uwm_deploy.training.losses import (
 from uwm_deploy.training.settings import PUBLISHED, settings_of
 from uwm_deploy.training.trainer import recall_sum
 
-MEMBERS = Members._fields
+MEMBERS = MemberEmbeddings._fields
 
 
 def _embeddings(seed: int, n: int = 7, d: int = 12) -> dict[str, np.ndarray]:
@@ -29,9 +29,9 @@ def _embeddings(seed: int, n: int = 7, d: int = 12) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(n, d)) * rng.uniform(0.5, 3.0, (n, 1)) for name in MEMBERS}
 
 
-def _unit(rows: dict[str, np.ndarray]) -> Members:
+def _unit(rows: dict[str, np.ndarray]) -> MemberEmbeddings:
     """Double precision, so that nothing but the formula can differ."""
-    return Members(*(torch.nn.functional.normalize(torch.from_numpy(rows[name]), dim=1) for name in MEMBERS))
+    return MemberEmbeddings(*(torch.nn.functional.normalize(torch.from_numpy(rows[name]), dim=1) for name in MEMBERS))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,7 +78,7 @@ def test_weights_of_other_terms_are_refused() -> None:
 
 def test_only_its_own_member_moves_a_term() -> None:
     """The gradient of a term reaches the member that it is about, and no other."""
-    student = Members(*(part.requires_grad_() for part in _unit(_embeddings(3))))
+    student = MemberEmbeddings(*(part.requires_grad_() for part in _unit(_embeddings(3))))
     reference = _unit(_embeddings(4))
     terms = safe_clip_terms(student, reference)
     owner = {

@@ -26,23 +26,26 @@ from uwm_deploy.bundle.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.data.embedding import bytes_of, encoded, objects, prepare
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.embedding import encoded, prepare
+from uwm_deploy.data.encoded import bytes_of, objects
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.attest import attest_bundle
+from uwm_deploy.pipeline.folder import STAMP, stamp
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.refit import RefitRequest, refit
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import load_edited, run
-from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
-from uwm_deploy.records.files import STAMP, digest_of_bytes, digest_of_file, stamp
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.files import digest_of_bytes, digest_of_file
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, HeadShape
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
@@ -50,12 +53,12 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.report.inspection import describe
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.risk import risks_from
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import rates_of
-from uwm_deploy.serve.config import Layout
+from uwm_deploy.serve.config import ServerSettings
 from uwm_deploy.serve.names import CATEGORY, DECISION, EMBEDDING, PROBABILITY, RAW, RISK
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.stages.convert.convert import layer_names, lower, ranges_of
@@ -64,7 +67,7 @@ from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.verify.audit import audit_of_graph
 from uwm_deploy.studies.selftest.surgery import changed_graph, weights_where
 from uwm_deploy.towers.safety_head import FLOAT32, SafetyHeadModule, head_from_bytes, tokens_of, with_head
-from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, trained_head
+from uwm_deploy.training.safety_head import Features, HeadSettings, calibrate, held_out, trained_head
 from uwm_deploy.training.safety_head_folder import HeadRequest, HeadResult, train_safety_head
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy="demo",
         targets=("onnxruntime",), work=folder / "work", workers=0, out=folder / "bundle",
     )  # fmt: skip
-    settings = Settings(epochs=6, batch=16, width=32, tokens=4)
+    settings = HeadSettings(epochs=6, batch=16, width=32, tokens=4)
     asked = HeadRequest(build=request, out=folder / "head", settings=settings, rates=rates_of(0.2, 0.1, 0.05))
     trained = train_safety_head(asked, Reporter(quiet=True))
     request = dataclasses.replace(request, safety_head=folder / "head")
@@ -173,7 +176,7 @@ def _features(n: int, seed: int) -> Features:
 
 def test_training_learns_and_repeats() -> None:
     """Unsafe tokens are found wherever they stand; the same seed gives the same weights, another one does not."""
-    settings = Settings(epochs=12, batch=16, width=16, tokens=3, heads=2, learning_rate=1e-2)
+    settings = HeadSettings(epochs=12, batch=16, width=16, tokens=3, heads=2, learning_rate=1e-2)
     heads = [
         trained_head(_features(180, 0), dataclasses.replace(settings, seed=seed), lambda *_: None) for seed in (0, 0, 1)
     ]
@@ -195,7 +198,7 @@ def test_training_learns_and_repeats() -> None:
 
 def test_what_cannot_be_trained_is_refused() -> None:
     """A concept called safe, a width that does not divide, a validation concept that training never saw."""
-    settings = Settings(epochs=1, width=16, tokens=2, heads=2)
+    settings = HeadSettings(epochs=1, width=16, tokens=2, heads=2)
     features = _features(12, 0)
     with pytest.raises(DataError, match="safe"):
         trained_head(dataclasses.replace(features, concepts=("safe",) * 12), settings, lambda *_: None)
@@ -287,11 +290,12 @@ def test_embeddings_are_the_same_to_rounding_without_the_head(made: Made, tmp_pa
         found = []
         for work in (tmp_path / "work", made.folder / "work"):
             record = record_from_json(records, (work / stage / "image.json").read_bytes(), where="image.json")
-            session = open_session(
-                Target.ONNXRUNTIME, (work / stage / "image.onnx").read_bytes(), profile=Profile(min=1, opt=1, max=9),
-                inputs=record.inputs, outputs=record.outputs, device="cpu",
+            session = open_graph(
+                work / stage / "image.onnx",
+                record,
+                max_batch=9,
                 optimisation="extended" if stage == "export" else "done",
-            )  # fmt: skip
+            )
             found.append([session.run(pixels), session.run(pixels[:1])])
         for left, right in zip(*found, strict=True):
             np.testing.assert_allclose(left, right, atol=1e-6)
@@ -528,7 +532,7 @@ def test_second_training_takes_the_kept_tokens_and_gives_the_same_head(
     """Byte for byte, but for the time it took; a folder that is no head is never replaced."""
     request = HeadRequest(
         build=dataclasses.replace(made.request, safety_head=None), out=tmp_path / "head",
-        settings=Settings(epochs=6, batch=16, width=32, tokens=4), rates=rates_of(0.2, 0.1, 0.05),
+        settings=HeadSettings(epochs=6, batch=16, width=32, tokens=4), rates=rates_of(0.2, 0.1, 0.05),
     )  # fmt: skip
     again = train_safety_head(request, Reporter())
     assert "features   unchanged, reused" in capsys.readouterr().err
@@ -570,7 +574,7 @@ def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path)
     """By their pixels, whatever the sets are called; another head saw none of them."""
     request = dataclasses.replace(made.request, safety_head=None, work=made.folder / "work")
     asked = HeadRequest(
-        build=request, out=tmp_path / "head", settings=Settings(epochs=1, batch=32, width=8, tokens=2),
+        build=request, out=tmp_path / "head", settings=HeadSettings(epochs=1, batch=32, width=8, tokens=2),
         rates=rates_of(0.2, 0.1, 0.05), train_on=made.request.evaluation,
     )  # fmt: skip
     train_safety_head(asked, Reporter(quiet=True))
@@ -703,7 +707,7 @@ def test_triton_check_measures_the_served_head(made: Made, served: Server) -> No
 def served(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Triton that serves the bundle with its head."""
     folder = tmp_path_factory.mktemp("served")
-    write_repository(open_bundle(made.bundle), folder / "models", layout=Layout(place="cpu"))
+    write_repository(open_bundle(made.bundle), folder / "models", settings=ServerSettings(place="cpu"))
     with started(folder / "server", folder / "models") as server:
         yield wait(server)
 

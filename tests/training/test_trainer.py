@@ -26,7 +26,7 @@ from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training import trainer
 from uwm_deploy.training.adapters import Adapters, Student
 from uwm_deploy.training.checkpoints import CHECKPOINT, State, read_state, write_state
-from uwm_deploy.training.losses import Members, safe_clip_terms, weighted_sum
+from uwm_deploy.training.losses import MemberEmbeddings, safe_clip_terms, weighted_sum
 from uwm_deploy.training.settings import PUBLISHED, TARGETS, settings_of
 from uwm_deploy.training.trainer import train
 
@@ -47,7 +47,7 @@ def _inputs(model: LoadedModel, b: int = 3) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(ids), torch.from_numpy(rng.normal(size=(2 * b, 3, side, side)).astype(np.float32))
 
 
-def _step(model: LoadedModel, adapters: Adapters, reference: Members) -> Members:
+def _step(model: LoadedModel, adapters: Adapters, reference: MemberEmbeddings) -> MemberEmbeddings:
     """One step of Adam on the real loss; the embeddings after it."""
     student = Student(model).train()
     optimiser = torch.optim.Adam(adapters.tensors.values(), lr=1e-2)
@@ -57,7 +57,7 @@ def _step(model: LoadedModel, adapters: Adapters, reference: Members) -> Members
         torch.autograd.backward(weighted_sum(terms, PUBLISHED[Trainer.SAFE_CLIP].weights))
         optimiser.step()
     with torch.no_grad():
-        found: Members = student.eval()(*_inputs(model))
+        found: MemberEmbeddings = student.eval()(*_inputs(model))
     return found
 
 

@@ -21,7 +21,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.verdict import Baseline, Result, Verdict
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.safeground.embedded import flips_between, yardstick_of
 from uwm_deploy.safeground.retrieval import MEANS, PAIRED
 from uwm_deploy.stages.gate.gate import gate

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from tests.data_sets import png, put
 from uwm_deploy.cli import cli
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.table import set_of_manifest
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.data import MadeManifest

@@ -198,6 +198,7 @@ def test_a_caption_that_is_not_utf_8_is_a_broken_table(tmp_path: Path) -> None:
 def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base install is told what to install."""
     _parquet(tmp_path / "pairs.parquet", _rows())
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(PrerequisiteError, match=r"needs pyarrow; install it: pip install 'uwm-deploy\[build\]'"):
         open_set(tmp_path, source="manifest", manifest="pairs.parquet")

@@ -12,7 +12,7 @@ from tests.data_sets import open_manifest, pair
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError, RecipeError
-from uwm_deploy.recipes.recipe import calibration_set_from_toml
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 
 
 def _sample(concepts: list[str], /, **keys: object) -> list[int]:

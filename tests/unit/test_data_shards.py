@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.data_sets import members, open_set, png, put, write_shard
+from uwm_deploy.data.archive import expanded
 from uwm_deploy.data.reading import read_all
-from uwm_deploy.data.shards import _MOST_OPEN, expanded
+from uwm_deploy.data.shards import _MOST_OPEN
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.data_sets import png, put
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipes.resolve import calibration_set_of
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.test_examples import EXAMPLES, example
 from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.pipeline.attest import reference_of
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
@@ -23,7 +23,7 @@ from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.strength import FoldKind, StrengthChoice
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
 

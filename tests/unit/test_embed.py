@@ -27,9 +27,10 @@ from uwm_deploy.cli import cli
 from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime import SafeEncoder
-from uwm_deploy.serve.embed import EmbedBatch, PartWriter, finished_keys
+from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.serve.embed.batch import EmbedBatch
 from uwm_deploy.serve.embed.job import _batches
+from uwm_deploy.serve.embed.parts import PartWriter, finished_keys
 from uwm_deploy.serve.embed.sources import Item
 
 ROOT = Path(__file__).parents[2]
@@ -365,7 +366,8 @@ def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch
 
 def test_without_pyarrow_the_extra_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is opened or written."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     done = _embed(bundle, tmp_path, "--out", tmp_path / "out")
     assert done.exit_code == PrerequisiteError.exit_code
     assert "uwm-deploy[build]" in done.output

@@ -28,7 +28,8 @@ from uwm_deploy.edits.selection import entries_of_share, selected_indices
 from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, RecipeError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
-from uwm_deploy.recipes.recipe import EditSpecs, recipe_from_toml
+from uwm_deploy.recipes.edit_spec import EditSpecs
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.edit import CLOSED_FORM, Method, Pairing, Rule, ScoreRecord, Selection
@@ -36,7 +37,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.inspection import describe, method_line
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.edit.edit import edit_to_folder
 from uwm_deploy.stages.score import gradients as score_gradients

@@ -34,10 +34,10 @@ from uwm_deploy.errors import (
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.embedding_map import EmbeddingMap, Mapper
 from uwm_deploy.safeground.embedded import EmbeddedSet
-from uwm_deploy.serve.embed import PartWriter, stored_index, stored_npy
-from uwm_deploy.serve.embed.known import Evidence, evidence_of
+from uwm_deploy.serve.embed import stored_index, stored_npy
+from uwm_deploy.serve.embed.known import KnownEmbeddings, evidence_of
 from uwm_deploy.serve.embed.migrate import MigrateReport, Migration, migrate, open_stored
-from uwm_deploy.serve.embed.parts import METADATA
+from uwm_deploy.serve.embed.parts import METADATA, PartWriter
 from uwm_deploy.serve.embed.stored import Label
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +64,9 @@ def _wanted(rows: np.ndarray, map: EmbeddingMap | None = None) -> np.ndarray:
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
-def _evidence(count: int = 3, *, before: bool = True) -> Evidence:
+def _evidence(count: int = 3, *, before: bool = True) -> KnownEmbeddings:
     safe, unsafe = _unit_rows(count, 1), _unit_rows(count, 2)
-    return Evidence(
+    return KnownEmbeddings(
         rows={f"item-{n}": n for n in range(count)},
         before=(safe, unsafe) if before else None,
         after=(_wanted(safe), _wanted(unsafe)),

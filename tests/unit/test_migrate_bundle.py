@@ -30,8 +30,8 @@ from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
 from uwm_deploy.runtime.embedding_map import maps_of_bundle
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.serve.embed.migrate import cosine_min, migration_of
 

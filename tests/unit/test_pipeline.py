@@ -32,7 +32,7 @@ from uwm_deploy.records.evidence import Evidence, VerifyReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED

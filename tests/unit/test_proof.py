@@ -20,7 +20,7 @@ from uwm_deploy.edits.proof import (
     proof_of,
     with_closed_form,
 )
-from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpec, EditSpecs
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import (
     EditKind,

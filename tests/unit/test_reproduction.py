@@ -14,7 +14,7 @@ from tests.zero_shot_folders import make
 from uwm_deploy.cli import cli
 from uwm_deploy.data.demo import world
 from uwm_deploy.data.source import ROOT_VARIABLE
-from uwm_deploy.data.zero_shot import DEMO_SETS
+from uwm_deploy.data.zero_shot_suite import DEMO_SETS
 from uwm_deploy.data.zero_shot_table import NAMES
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.edit import Method

@@ -26,7 +26,7 @@ from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.stages.gate.gate import gate
 
 DESERIALISERS = {"onnxruntime", "safetensors", "tokenizers", "tensorrt", "tensorrt_rtx"}

@@ -24,7 +24,7 @@ from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.stages.gate.gate import gate
@@ -165,7 +165,7 @@ def test_many_asyncio_callers_share_batches_and_get_their_own_rows(built) -> Non
 def _batches(encoder: SafeEncoder) -> tuple[int, int]:
     """Calls of the image engine, and rows in them."""
     lines = dict(line.rsplit(" ", 1) for line in encoder.metrics().splitlines() if not line.startswith("#"))
-    return tuple(int(lines[f'uwm_batch_rows_{what}{{tower="image"}}']) for what in ("count", "sum"))  # type: ignore[return-value]
+    return tuple(int(float(lines[f'uwm_batch_rows_{what}{{tower="image"}}'])) for what in ("count", "sum"))  # type: ignore[return-value]
 
 
 def test_threads_get_their_own_rows(encoder: SafeEncoder) -> None:
@@ -205,7 +205,7 @@ def test_the_event_loop_is_never_blocked(built) -> None:
             return late[0]
 
         assert asyncio.run(scene()) < 0.5
-        assert 'uwm_items_on_their_way{tower="image"} 0' in encoder.metrics()
+        assert 'uwm_items_on_their_way{tower="image"} 0.0' in encoder.metrics()
 
 
 class Gate:
@@ -305,7 +305,7 @@ def test_who_finds_no_place_in_time_is_told(slow) -> None:
         return await asyncio.gather(*calls)
 
     assert all(rows.ok.all() for rows in asyncio.run(scene()))
-    assert 'uwm_refused_total{tower="image"} 2' in encoder.metrics()
+    assert 'uwm_refused_total{tower="image"} 2.0' in encoder.metrics()
     assert encoder.encode_image(_image(5)).ok.all()
 
 
@@ -323,7 +323,7 @@ def test_a_caller_that_goes_away_gives_its_place_back(slow) -> None:
     asyncio.run(scene())
     gate.open.set()
     assert encoder.encode_image([_image(n) for n in range(9)]).ok.all()
-    assert 'uwm_items_on_their_way{tower="image"} 0' in encoder.metrics()
+    assert 'uwm_items_on_their_way{tower="image"} 0.0' in encoder.metrics()
 
 
 def test_an_iterable_that_fails_hangs_nobody(encoder: SafeEncoder) -> None:
@@ -345,7 +345,7 @@ def test_the_selftest_is_on_the_served_path(encoder: SafeEncoder) -> None:
     assert set(result.ratios) == {"image", "text"}
     assert max(result.ratios.values()) < 0.01
     text = encoder.metrics()
-    assert "uwm_canary_ok 1" in text
+    assert "uwm_canary_ok 1.0" in text
     assert 'uwm_canary_ratio{tower="text"}' in text
     assert f'variant="{VARIANT}"' in text
 
@@ -381,7 +381,7 @@ def test_the_wrong_model_is_not_served(built, tmp_path: Path) -> None:
         SafeEncoder.open(path)
     with SafeEncoder.open(path, allow_unsafe=True) as encoder:
         assert not encoder.selftest().ok
-        assert "uwm_canary_ok 0" in encoder.metrics()
+        assert "uwm_canary_ok 0.0" in encoder.metrics()
 
 
 def test_evidence_of_other_files_proves_nothing(built, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_drift_is_compared_with_the_evidence(built, caplog: pytest.LogCaptureFix
         encoder.encode_image([_image(3, 48)] * 1100)
         with caplog.at_level(logging.WARNING, "uwm_deploy.runtime"):
             assert encoder.drift()["image"].alert
-            assert 'uwm_drift_alert{tower="image"} 1' in encoder.metrics()
+            assert 'uwm_drift_alert{tower="image"} 1.0' in encoder.metrics()
         assert sum(message.startswith("drift ") for message in caplog.messages) == 1
         assert not encoder.drift()["text"].alert
 

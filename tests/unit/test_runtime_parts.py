@@ -1,4 +1,4 @@
-"""The parts of the runtime that need no bundle: queue, batches, tokens, pixels, metrics, drift, lanes of TensorRT."""
+"""The parts of the runtime that need no bundle: queue, batches, tokens, pixels, drift, lanes of TensorRT."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from uwm_deploy.errors import BusyError, ContractError, DataError, InputError, P
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Profile, TensorSpec
 from uwm_deploy.records.model import ImageSpec, TextSpec
-from uwm_deploy.runtime.batching import HOLD, Batcher, Places
+from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
+from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
-from uwm_deploy.runtime.lane import Cuda, Lane
 from uwm_deploy.runtime.logs import JsonFormatter, event
-from uwm_deploy.runtime.metrics import Family, Metrics
 from uwm_deploy.runtime.results import Embeddings, ItemError, Predictions, joined
 from uwm_deploy.runtime.tensorrt import buckets_of
 from uwm_deploy.runtime.tokenizer import MAX_CHARACTERS, Tokenizer
@@ -139,7 +138,7 @@ def test_a_closed_batcher_finishes_and_then_refuses() -> None:
 
 def test_places_are_bounded_fair_and_never_lost() -> None:
     """Who comes first is served first, all its places at once; who leaves or is too late takes none with it."""
-    places = Places(4)
+    places = AdmissionQueue(4)
     places.take(3, None)
     large, small = places.ask(3), places.ask(1)
     assert not large.done()
@@ -159,7 +158,7 @@ def test_places_are_bounded_fair_and_never_lost() -> None:
 
 def test_places_under_many_threads() -> None:
     """No more than the capacity is ever inside, and all are free at the end."""
-    places, inside, most, lock = Places(8), [0], [0], threading.Lock()
+    places, inside, most, lock = AdmissionQueue(8), [0], [0], threading.Lock()
 
     def work(count: int) -> None:
         for _ in range(50):
@@ -184,7 +183,7 @@ def test_a_cancelled_wait_takes_no_place() -> None:
     """A task that is cancelled in line leaves it, and the next one comes in."""
 
     async def scene() -> None:
-        places = Places(1)
+        places = AdmissionQueue(1)
         places.take(1, None)
         ticket = places.ask(1)
         waiting = asyncio.wrap_future(ticket)
@@ -343,36 +342,6 @@ def test_predictions_have_no_label_for_what_has_no_embedding() -> None:
     assert found.probabilities()[0, 1] > 0.99
 
 
-def test_metrics_are_prometheus_text() -> None:
-    """Counters, gauges and histograms are written as the format asks, labels escaped, buckets adding up."""
-    metrics = Metrics(
-        (
-            Family("a_total", "counter", "A."),
-            Family("b", "gauge", "B."),
-            Family("c_seconds", "histogram", "C.", (0.1, 1.0)),
-        )
-    )
-    metrics.add("a_total", 2, kind='x"\\\n')
-    metrics.add("a_total", kind='x"\\\n')
-    metrics.set("b", 0.5)
-    metrics.observe("c_seconds", [0.1, 0.5, 9.0], tower="image")
-    assert metrics.text().splitlines() == [
-        "# HELP a_total A.",
-        "# TYPE a_total counter",
-        'a_total{kind="x\\"\\\\\\n"} 3',
-        "# HELP b B.",
-        "# TYPE b gauge",
-        "b 0.5",
-        "# HELP c_seconds C.",
-        "# TYPE c_seconds histogram",
-        'c_seconds_bucket{tower="image",le="0.1"} 1',
-        'c_seconds_bucket{tower="image",le="1"} 2',
-        'c_seconds_bucket{tower="image",le="+Inf"} 3',
-        'c_seconds_sum{tower="image"} 9.6',
-        'c_seconds_count{tower="image"} 3',
-    ]
-
-
 def test_drift_is_seen_and_calm_is_not() -> None:
     """Rows like the evidence's raise no alert, other rows and rows that are all the same do, but not before a window."""
     rng = np.random.default_rng(0)
@@ -529,7 +498,7 @@ def test_a_lane_fills_up_batches_and_records_graphs(capturable: bool) -> None:
     api = HostCuda()
     source = TensorSpec(name="x", dtype="float32", shape=("batch", 3))
     target = TensorSpec(name="y", dtype="float32", shape=("batch", 1))
-    lane = Lane(Cuda(api), HostEngine(api, 3, capturable), None, source, (target,), (1, 2, 4), lambda _: 0)
+    lane = EngineStream(Cuda(api), HostEngine(api, 3, capturable), None, source, (target,), (1, 2, 4), lambda _: 0)
     rng = np.random.default_rng(0)
     for _ in range(4):
         for size in (1, 3, 2, 4):

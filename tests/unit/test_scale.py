@@ -20,7 +20,7 @@ from tests.uwm_edit import UWM, UWM_OPTIONS, entries
 from uwm_deploy.cli import cli
 from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.data.ranks import Ranks
-from uwm_deploy.data.torchrun import join
+from uwm_deploy.data.torchrun import ProcessGroup, join
 from uwm_deploy.edits import sharded_sums as shards
 from uwm_deploy.edits.methods import needs_gradients, with_method
 from uwm_deploy.edits.pair_stream import PairStream
@@ -33,7 +33,7 @@ from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, ScoreRecord
 from uwm_deploy.records.model import TowerName
@@ -226,6 +226,15 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert join("cpu") == Ranks()
     assert not torch.distributed.is_initialized()
     assert Ranks().dealt(5, 2) == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_a_group_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks again, such as a training run inside a command that joined, is given the group that is there."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined twice"))
+    assert join("cpu") == ProcessGroup(1, 2)
 
 
 def test_batches_are_dealt_and_put_back_in_order() -> None:

@@ -386,7 +386,7 @@ def test_without_cryptography_the_runtime_works_and_says_when_it_is_needed(place
 
 def test_the_encoder_refuses_another_key_and_an_older_bundle(place: Place) -> None:
     """What serves asks for the signature and the version before it reads anything else."""
-    from uwm_deploy.runtime import SafeEncoder
+    from uwm_deploy.runtime.encoder import SafeEncoder
 
     with pytest.raises(IntegrityError, match="sign"):
         SafeEncoder.open(place.bundle, public_key=place.other_public)

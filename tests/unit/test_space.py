@@ -20,7 +20,7 @@ from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.graph import Target
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 
 VARIANT = "onnxruntime-fp32"
 

@@ -25,7 +25,7 @@ from uwm_deploy.records.strength import (
 )
 from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.preference import decisions
-from uwm_deploy.safeground.zero_shot import top1
+from uwm_deploy.safeground.top_one import top1
 
 IMAGE, TEXT = TowerName.IMAGE, TowerName.TEXT
 SETTINGS = (

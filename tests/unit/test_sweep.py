@@ -22,7 +22,8 @@ from uwm_deploy.records.metrics import Proportion, SafetyReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import SweepPoint
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.studies.sweep import edited_points, factors_of, keep_masses_of, pareto, pick
+from uwm_deploy.safeground.tradeoff import pareto
+from uwm_deploy.studies.sweep import edited_points, factors_of, keep_masses_of, pick
 
 PIECES = """format = 1
 name = "few-{split}"

@@ -22,7 +22,7 @@ from uwm_deploy.pipeline.save import save_as
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.towers.formats import LAYOUTS, write_layout
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel

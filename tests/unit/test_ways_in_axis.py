@@ -21,7 +21,8 @@ from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm, recipe_from_toml
+from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.edit import Method, Placement
 from uwm_deploy.records.model import TowerName

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from uwm_deploy.errors import InputError
-from uwm_deploy.records.files import is_current, locked, stamp, whole_folder, write_atomic
+from uwm_deploy.pipeline.folder import current, stamp
+from uwm_deploy.records.files import locked, whole_folder, write_atomic
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -61,10 +62,10 @@ def test_reuse_needs_equal_inputs_and_equal_files(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "stage") as folder:
         (folder / "a").write_text("1")
         stamp(folder, {"weights": "x"})
-    assert is_current(tmp_path / "stage", {"weights": "x"})
-    assert not is_current(tmp_path / "stage", {"weights": "y"})
+    assert current(tmp_path / "stage", {"weights": "x"})
+    assert not current(tmp_path / "stage", {"weights": "y"})
     (tmp_path / "stage" / "a").write_text("2")
-    assert not is_current(tmp_path / "stage", {"weights": "x"})
+    assert not current(tmp_path / "stage", {"weights": "x"})
 
 
 def test_an_added_file_ends_reuse(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_an_added_file_ends_reuse(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "stage") as folder:
         stamp(folder, {})
     (tmp_path / "stage" / "extra").write_text("")
-    assert not is_current(tmp_path / "stage", {})
+    assert not current(tmp_path / "stage", {})
 
 
 def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:

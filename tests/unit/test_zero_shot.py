@@ -12,16 +12,17 @@ from PIL import Image
 
 from tests.zero_shot_folders import MAKERS, WORDNET, caltech101, food101, imagenet, imagenet_v2, label_in, make, write
 from uwm_deploy.cli import cli
+from uwm_deploy.data.recognition import recognise
 from uwm_deploy.data.source import ROOT_VARIABLE
-from uwm_deploy.data.zero_shot import fingerprint_of, names_from, open_suite, recognise
 from uwm_deploy.data.zero_shot_readers import BrokenItemError
+from uwm_deploy.data.zero_shot_suite import fingerprint_of, names_from, open_suite
 from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED, PublishedSet
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.zero_shot import mean_over_sets, together, top1
+from uwm_deploy.safeground.top_one import mean_over_sets, together, top1
 from uwm_deploy.studies.evaluate import Subject, open_encoders
 
 PROMPTS = {

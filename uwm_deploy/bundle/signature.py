@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import InputError, IntegrityError, imported
 from uwm_deploy.records.model import Digest
 
 if TYPE_CHECKING:
@@ -132,12 +132,8 @@ def need_cryptography() -> None:
     Raises:
         PrerequisiteError: If the package `cryptography` is missing.
     """
-    try:
-        import cryptography  # noqa: F401 -- only whether it is there
-    except ImportError as error:
-        raise PrerequisiteError(
-            "signatures need the package cryptography, which is not installed", fix="pip install cryptography"
-        ) from error
+    missing = "signatures need the package cryptography, which is not installed"
+    imported("cryptography", missing, fix="pip install cryptography")
 
 
 def _envelope(signature: bytes) -> tuple[bytes, bytes, str]:

@@ -144,7 +144,7 @@ def safe_clip(as_json: bool, **options: Any) -> int:
     """Safe-CLIP: LoRA on both towers; unsafe members go to their safe counterparts, safe ones stay.
 
     The frozen reference is a model of its own. A run that was stopped goes on after its last whole epoch. Several GPUs:
-    `accelerate launch --multi_gpu -m uwm_deploy.cli train safe-clip ...`.
+    `torchrun --standalone --nproc-per-node 8 -m uwm_deploy.cli train safe-clip ...`.
 
     \b
     Example:

@@ -15,7 +15,7 @@ from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.verdict import Check
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.summary import print_rows, print_verdict
-from uwm_deploy.serve.config import Layout, Place
+from uwm_deploy.serve.config import Place, ServerSettings
 from uwm_deploy.serve.names import FILES
 from uwm_deploy.serve.repository import write_backends, write_repository
 
@@ -44,7 +44,7 @@ def run_write(
         opened(bundle),
         repository,
         variant=variant,
-        layout=Layout(place=place, instances=instances, preparing=preparing, max_delay_ms=max_delay_ms),
+        settings=ServerSettings(place=place, instances=instances, preparing=preparing, max_delay_ms=max_delay_ms),
         further=[opened(path) for path in further],
         force=force,
     )

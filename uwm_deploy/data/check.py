@@ -14,10 +14,11 @@ import numpy as np
 
 from uwm_deploy.data.embedding import content_digest
 from uwm_deploy.data.files import NAMED_LEFT_OUT
+from uwm_deploy.data.open import open_source
 from uwm_deploy.data.reading import Progress, read_all
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import DataReport, LeftOut, Overlap, SameContent
 
 _NAMED_IN_A_LINE = 3

@@ -61,7 +61,7 @@ class CropStore:
         self._used_bytes = 0
 
     def rows(self, n: int) -> PixelRows:
-        """Room for n images, writable through `crops`, also by processes forked later.
+        """Room for n images, (n, crop, crop, 3) uint8, writable through `crops`, also by processes forked later.
 
         Raises:
             PrerequisiteError: If the disk has no room.

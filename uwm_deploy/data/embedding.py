@@ -244,7 +244,7 @@ def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: in
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float32; a zero or broken row becomes NaN, which nothing downstream counts."""
+    """Rows (n, d) at length 1, float32; a zero or broken row becomes NaN, which nothing downstream counts."""
     with np.errstate(invalid="ignore", divide="ignore"):
         result: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32, copy=False)
     return result

@@ -17,9 +17,9 @@ from PIL import Image
 
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
-from uwm_deploy.data.zero_shot import open_suite
+from uwm_deploy.data.zero_shot_suite import open_suite
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     missing: tuple[str, str] = ("", "")
 
 
-class Members(Protocol):
+class MemberReader(Protocol):
     """Members by row, as they lie in the files; both methods raise DataError when one cannot be read."""
 
     def texts(self, row: int) -> Texts:
@@ -176,7 +176,7 @@ class FileSource:
         base: Folder of its TOML file.
     """
 
-    def __init__(self, spec: CalibrationSet, index: Index, members: Members, base: Path | None) -> None:
+    def __init__(self, spec: CalibrationSet, index: Index, members: MemberReader, base: Path | None) -> None:
         self.ids, self.concepts = index.ids, index.concepts
         self.has_images, self.has_texts = index.has_images, index.has_texts
         suite = open_suite(spec.zero_shot, base=base, limit=spec.zero_shot_limit)

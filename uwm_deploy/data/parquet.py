@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.rows import Row
-from uwm_deploy.errors import DataError, PrerequisiteError
+from uwm_deploy.errors import DataError, imported
 
 _SCAN_ROWS = 1024
 _IMAGE_ROWS = 16
@@ -32,20 +32,14 @@ def parquet_module(path: Path) -> Any:
     Raises:
         PrerequisiteError: If it is not installed.
     """
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no annotations
-    except ImportError as error:
-        raise PrerequisiteError(
-            f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'"
-        ) from error
-    return parquet
+    return imported("pyarrow.parquet", f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'")
 
 
-class Embedded:
+class UnreadImage:
     """Stands for image bytes that a scan did not read."""
 
 
-EMBEDDED = Embedded()
+UNREAD_IMAGE = UnreadImage()
 
 
 class ParquetRows:
@@ -80,11 +74,11 @@ class ParquetRows:
         return self._ends[-1] if self._ends else 0
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """See `rows.Rows`; image bytes are only announced, by `EMBEDDED`."""
+        """See `rows.Rows`; image bytes are only announced, by `UNREAD_IMAGE`."""
         for name in columns:
             if name not in self.columns:
                 raise missing_column(self.path.name, name, self.columns)
-        announced = {name: EMBEDDED for name in columns if name in self._whole}
+        announced = {name: UNREAD_IMAGE for name in columns if name in self._whole}
         read = [name for name in columns if name not in announced]
         number = 0
         for batch in self._batches(read):
@@ -123,7 +117,7 @@ class ParquetRows:
     def _scanned(self, column: Any, name: str) -> list[Any]:
         """Values, with bytes announced instead of copied."""
         if name in self._bytes:
-            return [EMBEDDED if valid else None for valid in column.is_valid().to_pylist()]
+            return [UNREAD_IMAGE if valid else None for valid in column.is_valid().to_pylist()]
         if name in self._structs:
             return _announced(column)
         values: list[Any] = column.to_pylist()
@@ -184,7 +178,7 @@ def missing_column(where: str, name: str, have: Sequence[str]) -> DataError:
 
 
 def _types() -> Any:
-    from pyarrow import types
+    from pyarrow import types  # type: ignore[import-untyped]  # it has no annotations
 
     return types
 
@@ -207,4 +201,4 @@ def _announced(column: Any) -> list[Any]:
     there = column.is_valid().to_pylist()
     embedded = column.field("bytes").is_valid().to_pylist() if "bytes" in fields else nothing
     paths = column.field("path").to_pylist() if "path" in fields else nothing
-    return [(EMBEDDED if e else path) if t else None for t, e, path in zip(there, embedded, paths, strict=True)]
+    return [(UNREAD_IMAGE if e else path) if t else None for t, e, path in zip(there, embedded, paths, strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 
 
 def sample_of(n: int, spec: CalibrationSet, concept_of: Callable[[int], str]) -> list[int]:

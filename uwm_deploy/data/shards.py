@@ -15,7 +15,7 @@ from typing import Any
 from uwm_deploy.data.archive import expanded, key_and_ending, members
 from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index_of
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.runtime.image import MAX_BYTES
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")

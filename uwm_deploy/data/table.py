@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index_of
-from uwm_deploy.data.parquet import Embedded, ParquetRows, missing_column
+from uwm_deploy.data.parquet import ParquetRows, UnreadImage, missing_column
 from uwm_deploy.data.patterns import Pattern, path_below
 from uwm_deploy.data.rows import ManyFiles, Row, Rows, rows_of_text
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import CalibrationSet, Columns
+from uwm_deploy.recipes.data_set import CalibrationSet, Columns
 from uwm_deploy.recipes.strict_toml import FORMAT
 
 _MANIFEST = Columns(
@@ -148,8 +148,8 @@ class _Table:
         columns = self._there([name for choices in self._images for choice in choices for name in _columns_of(choice)])
         values = self._rows.get(row, columns) if columns else {}
         safe, unsafe = (self._image(choices, values, row, f"row {row + 1}", look=True) for choices in self._images)
-        assert not isinstance(safe, Embedded)
-        assert not isinstance(unsafe, Embedded)
+        assert not isinstance(safe, UnreadImage)
+        assert not isinstance(unsafe, UnreadImage)
         return safe, unsafe
 
     def _entry(self, number: int, row: Row, where: str) -> Entry | None:
@@ -195,14 +195,14 @@ class _Table:
 
     def _image(
         self, choices: list[Pattern | str], row: Row, number: int, where: str, *, look: bool
-    ) -> Path | bytes | Embedded | None:
+    ) -> Path | bytes | UnreadImage | None:
         """The first alternative whose file is there, if one may look; else the first one that is named."""
         named: list[Path] = []
         for choice in choices:
             value = self._value(choice, row, number)
             if isinstance(value, dict):  # {bytes, path}, as Hugging Face writes an image
                 value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-            if isinstance(value, bytes | Embedded):
+            if isinstance(value, bytes | UnreadImage):
                 return value
             if value is None or value == "":
                 continue
@@ -225,7 +225,7 @@ class _Table:
         _refuse_unknown(row, where)
 
 
-def _absent(image: Path | bytes | Embedded | None) -> str:
+def _absent(image: Path | bytes | UnreadImage | None) -> str:
     """The path of an image that is no file."""
     return str(image) if isinstance(image, Path) and not os.path.isfile(image) else ""
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from uwm_deploy.data.ranks import Ranks, StoppedError
 from uwm_deploy.errors import ExitCode, InputError, UwmError
@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=7)
 
 
 def join(device: str = "auto") -> Ranks:
-    """Joins the group that ``torchrun`` made; without its environment variables this process is alone.
+    """Joins the group that ``torchrun`` made, once; without its environment variables this process is alone.
 
     Args:
         device: `cpu` uses gloo; otherwise nccl when there is a GPU for every local process.
@@ -41,6 +41,8 @@ def join(device: str = "auto") -> Ranks:
         raise InputError(f"RANK is {rank} of WORLD_SIZE {world}", fix="start with torchrun")
     if world == 1:
         return Ranks()
+    if distributed.is_initialized():
+        return ProcessGroup(rank, world)
     gpus = device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= here
     if gpus:
         torch.cuda.set_device(local)
@@ -48,7 +50,7 @@ def join(device: str = "auto") -> Ranks:
         distributed.init_process_group("nccl" if gpus else "gloo", timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the processes cannot meet: {error}", fix="start with torchrun") from error
-    return Group(rank, world)
+    return ProcessGroup(rank, world)
 
 
 def leave(*, in_order: bool) -> None:
@@ -66,7 +68,7 @@ def leave(*, in_order: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Group(Ranks):
+class ProcessGroup(Ranks):
     """Several processes.
 
     Before anything is exchanged all of them meet and say whether they are well. A process that failed says so at its next
@@ -122,6 +124,22 @@ def add_in_order(ranks: Ranks, total: Tensor, others: int) -> None:
             total.add_(received.to(total.device))
     elif ranks.rank <= others:
         distributed.send(total.to(wire), dst=0)
+
+
+def with_averaged_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """A module whose backward pass ends with the mean of the gradients of all processes, in each of them.
+
+    Args:
+        module: The same in every process, where it is to stay; the first one's parameters are what all start from.
+        ranks: The group; one process gets the module itself.
+    """
+    return module if ranks.world == 1 else nn.parallel.DistributedDataParallel(module)
+
+
+def in_this_process(module: nn.Module) -> nn.Module:
+    """The module inside `with_averaged_gradients`, which speaks to no other process."""
+    inside: nn.Module = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    return inside
 
 
 def _wire(total: Tensor) -> torch.device:

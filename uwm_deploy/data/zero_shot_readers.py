@@ -5,7 +5,6 @@ Nothing is downloaded, ever: images and class names come from the user's folders
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from PIL import Image
 
 from uwm_deploy.data.source import LabelledImage, ZeroShotSet
 from uwm_deploy.data.zero_shot_table import IMAGENET, PublishedSet
-from uwm_deploy.errors import DataError, PrerequisiteError
+from uwm_deploy.errors import DataError, PrerequisiteError, imported
 from uwm_deploy.runtime.image import image_from
 
 NAMES_FILE = "classnames.txt"
@@ -167,10 +166,8 @@ def _images_below(folder: Path) -> list[str]:
 
 
 def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSet:
-    try:
-        kind = getattr(importlib.import_module("torchvision.datasets"), spec.torchvision)
-    except ImportError as error:
-        raise PrerequisiteError("torchvision is not installed", fix="install the extra [build]") from error
+    sets = imported("torchvision.datasets", "torchvision is not installed", fix="install the extra [build]")
+    kind = getattr(sets, spec.torchvision)
     try:
         parts = tuple(kind(str(root), **arguments) for arguments in spec.arguments)
         parts[0][0]  # some sets import what they need only here
@@ -307,12 +304,9 @@ def _names_of_synsets(file: Path) -> dict[str, str]:
         return _names_in(file)
     if file.name.endswith(".txt"):
         return {key: name.split(",")[0] for key, name in _names_in(file).items()}
+    fix = f"write {NAMES_FILE} beside {_short(file)}"
+    sets = imported("torchvision.datasets.imagenet", "torchvision is not installed", fix=fix)
     try:
-        load = importlib.import_module("torchvision.datasets.imagenet").load_meta_file
-        return {str(key): str(names[0]) for key, names in load(file.parent)[0].items()}
-    except ImportError as error:
-        raise PrerequisiteError(
-            "torchvision is not installed", fix=f"write {NAMES_FILE} beside {_short(file)}"
-        ) from error
+        return {str(key): str(names[0]) for key, names in sets.load_meta_file(file.parent)[0].items()}
     except Exception as error:  # torch raises many kinds for a broken file
         raise DataError(f"{_short(file)} cannot be read: {error}", fix="restore it") from error

@@ -18,7 +18,7 @@ from uwm_deploy.edits.fold import folded_into_bias, folded_into_norm, with_bias
 from uwm_deploy.edits.leace import leace_maps
 from uwm_deploy.edits.moments import Moments
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipes.recipe import ClosedForm, only_embeddings
+from uwm_deploy.recipes.edit_spec import ClosedForm, only_embeddings
 from uwm_deploy.records.edit import MAP_NAMES, EditStep, Method, Placement
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting

@@ -15,7 +15,8 @@ from uwm_deploy.edits.patch import Patch, flip_bits
 from uwm_deploy.edits.proof import Expected, Parameters, expected_trained, expected_weights, with_closed_form
 from uwm_deploy.edits.selected import selected_entries
 from uwm_deploy.edits.solving import limits_of, solved_again
-from uwm_deploy.recipes.recipe import AxisSpec, Recipe
+from uwm_deploy.recipes.edit_spec import AxisSpec
+from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.records.edit import ClosedFormRecord, EditKind, EditRecord, LayerScore, Method, ScoreRecord
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.records.training import TrainingRecord

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from uwm_deploy.edits.axis import require_valid
 from uwm_deploy.errors import InputError
-from uwm_deploy.recipes.recipe import AxisSpec, EditSpec, EditSpecs, StepSpec, check_steps
+from uwm_deploy.recipes.edit_spec import AxisSpec, EditSpec, EditSpecs, StepSpec, check_steps
 from uwm_deploy.records.edit import CLOSED_FORM, Method, Pairing, Rule, Selection, methods_name
 from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.records.strength import AxisSetting

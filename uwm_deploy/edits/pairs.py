@@ -12,7 +12,7 @@ import numpy as np
 from uwm_deploy.data.source import PairBatch, Quadruple, QuadrupleSource
 from uwm_deploy.edits.methods import needs_gradients
 from uwm_deploy.errors import DataError
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import TowerName
 
@@ -20,7 +20,7 @@ MAX_LEFT_OUT_SHARE = 0.01
 """More pairs without a finite contribution are an error (method.md section 2)."""
 
 SHARD_PAIRS = 1024
-"""Pairs that are scored by one process in one go, whatever the number of processes (`stages.shards`)."""
+"""Pairs that are scored by one process in one go, whatever the number of processes (`edits.sharded_sums`)."""
 
 _NAMED_ITEMS = 5
 

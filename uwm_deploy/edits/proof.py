@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uwm_deploy.edits.patch import Patch, multiply_entries
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.edit import EditKind, EditRecord, LayerScore, ScoreRecord
 from uwm_deploy.records.evidence import EditProof
 from uwm_deploy.records.model import Digest

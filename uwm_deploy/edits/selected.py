@@ -12,7 +12,7 @@ from torch import Tensor
 from uwm_deploy.edits.methods import PRESETS, pairing_of, rule_of, selects
 from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpec, EditSpecs
 from uwm_deploy.records.edit import (
     LayerScore,
     ScoreRecord,

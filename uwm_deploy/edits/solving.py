@@ -14,7 +14,7 @@ from uwm_deploy.edits.fit_files import read_features, read_fit, read_sums
 from uwm_deploy.edits.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures
 from uwm_deploy.edits.strength import choose_strength, chosen_setting
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm
+from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm
 from uwm_deploy.records.edit import ClosedFormRecord, EditStep, FitRecord, Method
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import FoldKind, StrengthChoice, StrengthLimits

@@ -35,7 +35,7 @@ from uwm_deploy.records.strength import (
 )
 from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.preference import BASIC, decisions
-from uwm_deploy.safeground.zero_shot import top1
+from uwm_deploy.safeground.top_one import top1
 
 _IMAGE, _TEXT = TowerName.IMAGE, TowerName.TEXT
 _NO_ROWS = np.zeros(0, dtype=np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 from uwm_deploy.errors import RecipeError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of
-from uwm_deploy.recipes.recipe import CURRENT_GPU, BuilderSpec
+from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.graph import Profile
 
 _MIB = 1 << 20

@@ -24,7 +24,7 @@ from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, set
 from uwm_deploy.graphs.layout import mapped_weights
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
-from uwm_deploy.recipes.recipe import BuilderSpec
+from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
 from uwm_deploy.records.graph import Profile, Target
 from uwm_deploy.runtime.tensorrt import MODULES, device_name

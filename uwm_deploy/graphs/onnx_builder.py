@@ -12,7 +12,7 @@ import onnx
 
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
-from uwm_deploy.recipes.recipe import BuilderSpec
+from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import Profile, Provider
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 

@@ -49,7 +49,8 @@ from uwm_deploy.pipeline.shipping import (
     note_signature,
 )
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import AxisSpec, ClosedForm, EditSpecs, recipe_from_toml
+from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm, EditSpecs
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.edit import EditKind, EditRecord, Method, ScoreRecord
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.recipes.recipe import only_embeddings
+from uwm_deploy.recipes.edit_spec import only_embeddings
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord, EditStep, Placement

@@ -8,11 +8,10 @@ from pathlib import Path
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.sign import Seal
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.pipeline.cards import card_of_bundle
-from uwm_deploy.recipes.recipe import (
-    calibration_set_from_toml,
-)
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import record_from_json

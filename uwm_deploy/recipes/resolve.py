@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
-from uwm_deploy.recipes.recipe import (
-    CalibrationSet,
-    Recipe,
-    calibration_set_from_toml,
-    recipe_from_toml,
-)
+from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
 from uwm_deploy.records.files import (
     digest_of_plain,
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 from uwm_deploy.errors import IntegrityError, RecipeError
 from uwm_deploy.records.codec import record_from_plain
+from uwm_deploy.records.shape import Items, Options, Record, Shape, fields_of
 
 FORMAT = 1
 """Version of the TOML formats."""
@@ -42,24 +42,26 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
         raise RecipeError(error.what, fix=f"see {docs}") from error
 
 
-def _refuse_unknown_keys(kind: Any, body: Mapping[str, Any], where: str, docs: str) -> None:
-    hints = get_type_hints(kind)
+def _refuse_unknown_keys(kind: type, body: Mapping[str, Any], where: str, docs: str) -> None:
+    fields = fields_of(kind)
     for key, value in body.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, list(hints), n=1, cutoff=0.3)
+        if key not in fields.shapes:
+            near = difflib.get_close_matches(key, list(fields.shapes), n=1, cutoff=0.3)
             raise RecipeError(
-                f"{where}: unknown key {key!r}", fix=f"did you mean {near[0]!r}?" if near else f"valid: {sorted(hints)}"
+                f"{where}: unknown key {key!r}",
+                fix=f"did you mean {near[0]!r}?" if near else f"valid: {sorted(fields.shapes)}",
             )
-        inner = next((kind for kind in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(kind)), None)
+        inner = _record_in(fields.shapes[key])
         tables = value if isinstance(value, list) else [value]
         for number, table in enumerate(tables):
             if isinstance(table, dict) and inner:
                 name = f"{key}[{number}]" if isinstance(value, list) else key
                 _refuse_unknown_keys(inner, table, f"{where}: {name}", docs)
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in body
-    ]
-    if missing:
+    if missing := [name for name in fields.required if name not in body]:
         raise RecipeError(f"{where}: missing key {missing[0]!r}", fix=f"see {docs}")
+
+
+def _record_in(shape: Shape) -> type | None:
+    """The record that a table under a key, or each of several, is for."""
+    parts = shape.parts if isinstance(shape, Options | Items) else (shape,)
+    return next((part.kind for part in parts if isinstance(part, Record)), None)

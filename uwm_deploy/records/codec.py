@@ -5,15 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.model import SCHEMA_VERSION
+from uwm_deploy.records.shape import (
+    Choice,
+    Enumeration,
+    Items,
+    Options,
+    Record,
+    Scalar,
+    Shape,
+    Table,
+    fields_of,
+    shape_of,
+)
 
 R = TypeVar("R")
 
@@ -69,7 +79,7 @@ def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
         )
     if kind != cls.__name__:
         raise IntegrityError(f"{where} holds a {kind!r}, not a {cls.__name__}", fix="pass the right file")
-    result: R = _decode(cls, body, where)
+    result: R = _decode(shape_of(cls), body, where)
     return result
 
 
@@ -98,97 +108,94 @@ def write_record(path: Path, record: Any) -> None:
 
 def record_from_plain(cls: type[R], body: Mapping[str, Any], *, where: str) -> R:
     """Builds a record from plain data; see `record_from_json`."""
-    result: R = _decode(cls, dict(body), where)
+    result: R = _decode(shape_of(cls), dict(body), where)
     return result
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin = get_origin(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_record(kind, value, where)
-    if origin in (Union, types.UnionType):
-        return _decode_union(get_args(kind), value, where)
-    if origin is tuple:
-        return _decode_tuple(get_args(kind), value, where)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise _mismatch(where, "an object", value)
-        return {key: _decode(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise _mismatch(where, f"one of {get_args(kind)}", value)
-        return value
-    return _decode_scalar(kind, value, where)
+def _decode(shape: Shape, value: Any, where: str) -> Any:
+    return _DECODERS[type(shape)](shape, value, where)
 
 
-def _decode_record(kind: type, value: Any, where: str) -> Any:
+def _decode_record(shape: Record, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise _mismatch(where, kind.__name__, value)
-    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(value) - set(fields))
-    required = {
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(value))
+        raise _mismatch(where, shape.name, value)
+    fields = fields_of(shape.kind)
+    shapes = fields.shapes
+    unknown = sorted(name for name in value if name not in shapes)
+    missing = sorted(name for name in fields.required if name not in value)
     if unknown or missing:
         raise IntegrityError(f"{where}: unknown fields {unknown}, missing fields {missing}", fix="build again")
-    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    return shape.kind(**{name: _decode(shapes[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields; finding them out again for each record would take most of the time of opening a bundle."""
-    return get_type_hints(kind)
-
-
-def _decode_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in options:
+def _decode_options(shape: Options, value: Any, where: str) -> Any:
+    if value is None and shape.nullable:
         return None
-    records = [option for option in options if dataclasses.is_dataclass(option)]
-    if isinstance(value, dict) and len(records) == 1:  # its own error names the field
-        return _decode(records[0], value, where)
-    for option in (o for o in options if o is not type(None)):
+    if shape.record is not None and isinstance(value, dict):  # its own error names the field
+        return _decode_record(shape.record, value, where)
+    for option in shape.options:
         try:
             return _decode(option, value, where)
         except IntegrityError:
             continue
-    raise _mismatch(where, " or ".join(_named(o) for o in options if o is not type(None)), value)
+    raise _mismatch(where, " or ".join(map(_named, shape.options)), value)
 
 
-def _named(option: Any) -> str:
+def _named(option: Shape) -> str:
     """What a reader of a file calls a type."""
-    if dataclasses.is_dataclass(option):
-        return f"a table with {', '.join(f.name for f in dataclasses.fields(option))}"
-    return str(getattr(option, "__name__", option))
+    return f"a table with {', '.join(fields_of(option.kind).shapes)}" if isinstance(option, Record) else option.name
 
 
-def _decode_tuple(options: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _decode_items(shape: Items, value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _mismatch(where, "a list", value)
-    if len(options) == 2 and options[1] is Ellipsis:
-        return tuple(_decode(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if len(options) != len(value):
-        raise _mismatch(where, f"{len(options)} items", value)
+    if shape.repeated:
+        return tuple(_decode(shape.parts[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(shape.parts) != len(value):
+        raise _mismatch(where, f"{len(shape.parts)} items", value)
     return tuple(
-        _decode(option, item, f"{where}[{i}]") for i, (option, item) in enumerate(zip(options, value, strict=True))
+        _decode(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(zip(shape.parts, value, strict=True))
     )
 
 
-def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        try:
-            return kind(value)
-        except ValueError as error:
-            raise _mismatch(where, f"one of {[m.value for m in kind]}", value) from error
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _decode_table(shape: Table, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _mismatch(where, "an object", value)
+    return {key: _decode(shape.item, item, f"{where}.{key}") for key, item in value.items()}
+
+
+def _decode_choice(shape: Choice, value: Any, where: str) -> Any:
+    if value not in shape.values:
+        raise _mismatch(where, f"one of {shape.values}", value)
+    return value
+
+
+def _decode_enumeration(shape: Enumeration, value: Any, where: str) -> Enum:
+    try:
+        return shape.kind(value)
+    except ValueError as error:
+        raise _mismatch(where, f"one of {shape.values}", value) from error
+
+
+def _decode_scalar(shape: Scalar, value: Any, where: str) -> Any:
+    if shape.kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind:
-        raise _mismatch(where, getattr(kind, "__name__", str(kind)), value)
-    if kind is float and not math.isfinite(value):
+    if type(value) is not shape.kind:
+        raise _mismatch(where, shape.name, value)
+    if isinstance(value, float) and not math.isfinite(value):
         raise _mismatch(where, "a finite number", value)
     return value
+
+
+_DECODERS: Mapping[type, Callable[[Any, Any, str], Any]] = {
+    Record: _decode_record,
+    Options: _decode_options,
+    Items: _decode_items,
+    Table: _decode_table,
+    Choice: _decode_choice,
+    Enumeration: _decode_enumeration,
+    Scalar: _decode_scalar,
+}
 
 
 def _mismatch(where: str, expected: str, value: Any) -> IntegrityError:

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import platform
-import shutil
-import subprocess
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +23,7 @@ from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.report.findings import result_words
+from uwm_deploy.runtime.machine import gpus, processor
 
 _PACKAGES = (
     "torch",
@@ -187,7 +186,7 @@ def machine_rows() -> list[dict[str, Any]]:
     rows = [
         _row("uwm-deploy", True, __version__),
         _row("python", True, platform.python_version()),
-        _row("cpu", True, f"{os.cpu_count()} cores, {platform.machine()}"),
+        _row("cpu", True, f"{os.cpu_count()} cores, {processor()}"),
         _gpu_row(),
     ]
     for package in _PACKAGES:
@@ -204,16 +203,8 @@ def _row(name: str, ok: bool, detail: str) -> dict[str, Any]:
 
 
 def _gpu_row() -> dict[str, Any]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return _row("gpu", False, "no NVIDIA driver found")
-    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 -- fixed words
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return _row("gpu", False, f"nvidia-smi does not answer: {error}")
-    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-    return _row("gpu", result.returncode == 0 and bool(lines), "; ".join(lines) or "nvidia-smi lists no GPU")
+    lines, reason = gpus("name,compute_cap,driver_version")
+    return _row("gpu", bool(lines), "; ".join(lines) or reason)
 
 
 def _target_row(target: Target) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from uwm_deploy.data.zero_shot_table import PUBLISHED
 from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.metrics import Proportion, SafetyReport
 from uwm_deploy.safeground.preference import METRICS
-from uwm_deploy.safeground.zero_shot import ZeroShotMean, mean_over_sets
+from uwm_deploy.safeground.top_one import ZeroShotMean, mean_over_sets
 
 MEAN = "zero-shot"
 """Column of the mean over the zero-shot sets."""

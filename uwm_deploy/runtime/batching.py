@@ -31,14 +31,14 @@ class Observer(Protocol):
         """One call of the engine.
 
         Args:
-            found: Its embeddings; None if it failed.
+            found: Its embeddings (n, d) float32; None if it failed.
             waited_s: Per row, from arrival to the call.
             seconds: The call itself.
         """
 
 
 @dataclass(slots=True)
-class Places:
+class AdmissionQueue:
     """A bounded number of items that are on their way; who comes when it is full waits in line, first come first served.
 
     Attributes:

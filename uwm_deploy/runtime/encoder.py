@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import warnings
 import weakref
@@ -17,36 +16,35 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from prometheus_client import CollectorRegistry
 
 from uwm_deploy.bundle.head import PLACE, TEXTS, texts_from
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
-from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
+from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
-from uwm_deploy.runtime.drift import DriftMonitor, DriftState
-from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
+from uwm_deploy.runtime.drift import DriftState
+from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.logs import event
-from uwm_deploy.runtime.metrics import Metrics
-from uwm_deploy.runtime.results import Embeddings, Kind, joined
-from uwm_deploy.runtime.risk import SafetyPolicy, risks_from, run_with_risk
-from uwm_deploy.runtime.selection import Candidate, Selection, candidates, take
-from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
-from uwm_deploy.runtime.service import Answer, Prepare, Serving, TowerService
+from uwm_deploy.runtime.monitor import Monitor
+from uwm_deploy.runtime.preprocessing import Preprocessing
+from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
+from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
+from uwm_deploy.runtime.selftest import SelfTest
+from uwm_deploy.runtime.service import Answer, Serving, TowerService
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
-from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
-from uwm_deploy.runtime.watch import FAMILIES, TowerWatch, tested
-from uwm_deploy.runtime.zero_shot import TEMPLATE, ZeroShot, prompts_of, weights_from
-from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT, Canaries
+from uwm_deploy.runtime.tokenizer import SpecialTokens
+from uwm_deploy.runtime.variants import Candidate, VariantChoice, candidates, take
+from uwm_deploy.safeground.canaries import CANARIES
 
 OnError = Literal["keep", "raise"]
 """A broken item among several: its row says so (`Embeddings.errors`), or the call fails and names it."""
-
-SELFTEST_SECONDS = 60.0
-"""A self-test that takes longer has failed: whoever asks wants to know whether requests are answered."""
 
 
 class SafeEncoder:
@@ -60,20 +58,15 @@ class SafeEncoder:
     """
 
     def __init__(
-        self, bundle: Bundle, selection: Selection, sessions: Mapping[TowerName, Session], serving: Serving
+        self, bundle: Bundle, selection: VariantChoice, sessions: Mapping[TowerName, Session], serving: Serving
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant = selection.taken.variant
-        self._bundle, self._metrics = bundle, Metrics(FAMILIES)
-        self._tokenizer_json = bundle.read("tokenizer.json")
-        self._tokenizer: Tokenizer | None = None
-        self._lock = threading.Lock()
-        self._means: dict[TowerName, np.ndarray | None] = {}
-        self._canaries, self._head = canaries_of(bundle), bundle.manifest.head
+        self._bundle, self._head = bundle, bundle.manifest.head
+        self._preprocessing = Preprocessing(self.manifest.model, bundle.read("tokenizer.json"))
+        self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
+        self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")
-        self._watches = {
-            tower: TowerWatch(tower, self._metrics, DriftMonitor(self.manifest.model.embed_dim)) for tower in sessions
-        }
         self._services = {
             tower: TowerService(
                 tower,
@@ -81,14 +74,14 @@ class SafeEncoder:
                 self._pool,
                 together=1 if tower is TowerName.IMAGE else session.max_batch,
                 serving=serving,
-                watch=self._watches[tower],
-                **self._with_head(tower, session),
+                watch=self._monitor.watches[tower],
+                **_with_head(self.manifest.model, self._head, tower, session),
             )
             for tower, session in sessions.items()
         }
         # For who forgets to close; it must not hold the encoder itself.
         self._abandoned = weakref.finalize(self, _abandon, self._pool, list(self._services.values()))
-        self._metrics.set("uwm_info", 1, **self._identity())
+        self._monitor.begin(self._services)
 
     @classmethod
     def open(
@@ -134,9 +127,14 @@ class SafeEncoder:
         if chosen not in bundle.manifest.verdict.proven:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
         encoder = cls(bundle, selection, sessions, limits)
-        encoder._test_at_load(allow_unsafe)
+        try:
+            # Not to be left out where the evidence is from another kind of device.
+            encoder._monitor.check_at_load(limits.selftest_rows or (4 if selection.taken.note else 0), allow_unsafe)
+        except IntegrityError:
+            encoder.close()
+            raise
         seconds = round(time.monotonic() - started, 3)
-        event(logging.INFO, "opened", seconds=seconds, why=str(selection), **encoder._identity())
+        event(logging.INFO, "opened", seconds=seconds, why=str(selection), **encoder._identity)
         return encoder
 
     @property
@@ -182,7 +180,7 @@ class SafeEncoder:
         self._check_head(risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
-        answers = self._services[TowerName.IMAGE].encode(items, self._pixels)
+        answers = self._services[TowerName.IMAGE].encode(items, self._preprocessing.pixels)
         return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     async def aencode_image(
@@ -197,7 +195,7 @@ class SafeEncoder:
         self._check_head(risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
-        answers = await self._services[TowerName.IMAGE].aencode(items, self._pixels)
+        answers = await self._services[TowerName.IMAGE].aencode(items, self._preprocessing.pixels)
         return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     def encode_text(
@@ -226,7 +224,7 @@ class SafeEncoder:
         """
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
-        answers = self._services[TowerName.TEXT].encode(items, self._ids(special_tokens))
+        answers = self._services[TowerName.TEXT].encode(items, self._preprocessing.ids(special_tokens))
         return self._result(answers, "text", dtype, "raise" if single else on_error)
 
     async def aencode_text(
@@ -240,7 +238,7 @@ class SafeEncoder:
         """The same from an event loop, which stays free; texts of all callers share batches."""
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
-        answers = await self._services[TowerName.TEXT].aencode(items, self._ids(special_tokens))
+        answers = await self._services[TowerName.TEXT].aencode(items, self._preprocessing.ids(special_tokens))
         return self._result(answers, "text", dtype, "raise" if single else on_error)
 
     def safety_policy(
@@ -267,7 +265,7 @@ class SafeEncoder:
         product: np.ndarray = np.asarray(left, dtype=np.float32) @ np.asarray(right, dtype=np.float32).T
         return product
 
-    def zero_shot(self, labels: Sequence[str], template: str | Sequence[str] = TEMPLATE) -> ZeroShot:
+    def zero_shot(self, labels: Sequence[str], template: str | Sequence[str] = TEMPLATE) -> ZeroShotClassifier:
         """A classifier for some classes.
 
         Args:
@@ -279,7 +277,7 @@ class SafeEncoder:
         """
         templates = [template] if isinstance(template, str) else list(template)
         prompts = self.encode_text(prompts_of(labels, templates))
-        return ZeroShot(self, labels, weights_from(prompts, len(labels)))
+        return ZeroShotClassifier(self, labels, weights_from(prompts, len(labels)))
 
     def selftest(self, rows: int = CANARIES) -> SelfTest:
         """Runs the canaries through the served path; for liveness probes.
@@ -287,35 +285,23 @@ class SafeEncoder:
         Args:
             rows: Canaries per edited tower, at most those that there are.
         """
-        started, ratios, error = time.monotonic(), {}, ""
-        try:
-            for tower, canaries in self._canaries.items():
-                some = Canaries(canaries.inputs[:rows], canaries.original[:rows], canaries.edited[:rows])
-                ratios[tower.value] = some.worst(self._services[tower].run_rows(some.inputs, SELFTEST_SECONDS))
-        except Exception as failure:  # whatever it is, the answer to the probe is no
-            error = str(failure) or type(failure).__name__
-        if not self._canaries:
-            error = "the bundle has no canaries"
-        result = SelfTest(ratios, RATIO_LIMIT, error, time.monotonic() - started)
-        tested(self._metrics, result)
-        return result
+        return self._monitor.selftest(rows)
 
     def metrics(self) -> str:
         """All metrics in the text format of Prometheus (content type ``text/plain; version=0.0.4``)."""
-        for service in self._services.values():
-            service.told()
-        self.drift()
-        return self._metrics.text()
+        return self._monitor.metrics.text()
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The same metrics as a registry of `prometheus_client`, which is this encoder's own.
+
+        ``prometheus_client.REGISTRY.register(encoder.registry)`` puts them beside the host's until they are unregistered.
+        """
+        return self._monitor.metrics.registry
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
-        found = {}
-        for tower, watch in self._watches.items():
-            mean = self._mean(tower)
-            if mean is not None:
-                found[tower.value] = watch.drift.state(mean)
-                watch.drifted(found[tower.value])
-        return found
+        return self._monitor.drift()
 
     def session(self, tower: TowerName) -> Session:
         """The session of one tower, for inputs that are preprocessed already."""
@@ -338,69 +324,6 @@ class SafeEncoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _test_at_load(self, allow_unsafe: bool) -> None:
-        """The canaries; not to be left out where the evidence is from another kind of device."""
-        rows = self.serving.selftest_rows or (4 if self.selection.taken.note else 0)
-        if not rows:
-            return
-        result = self.selftest(rows)
-        if not result.ok and not allow_unsafe:
-            self.close()
-            told = result.error or ", ".join(f"{tower} {ratio:.3g}" for tower, ratio in result.ratios.items())
-            raise IntegrityError(
-                f"variant {self.variant} does not answer like the edited model (canaries: {told}; limit {RATIO_LIMIT})",
-                fix="build the bundle again; do not serve it",
-            )
-
-    def _identity(self) -> dict[str, str]:
-        taken = self.selection.taken
-        where = self._services[TowerName.IMAGE].session.where
-        return {
-            "bundle": self.manifest.name,
-            "manifest": self.digest,
-            "edited_weights": self.manifest.edit.edited_weights_digest,
-            "variant": taken.variant,
-            "space": self.space,
-            "device": where.get("device", taken.device),
-            "provider": where.get("provider", ""),
-        }
-
-    def _mean(self, tower: TowerName) -> np.ndarray | None:
-        """Of the evidence; read when first asked for, since it can be large."""
-        with self._lock:
-            if tower not in self._means:
-                try:
-                    self._means[tower] = reference_mean(self._bundle, tower)
-                except UwmError as error:  # changed on disk since it was checked: no reason to stop counting
-                    event(logging.ERROR, "no-reference", tower=tower.value, error=str(error))
-                    self._means[tower] = None
-            return self._means[tower]
-
-    def _pixels(self, images: Sequence[ImageLike]) -> list[Answer]:
-        return [_pixels_or_error(self, image) for image in images]
-
-    def _ids(self, special_tokens: SpecialTokens) -> Prepare:
-        def prepare(texts: Sequence[object]) -> list[Answer]:
-            problems = [problem_of(text) for text in texts]
-            good = [text for text, problem in zip(texts, problems, strict=True) if not problem]
-            rows = iter(self._opened_tokenizer().encode(good, special_tokens) if good else ())  # type: ignore[arg-type]
-            return [DataError(f"it {problem}") if problem else next(rows) for problem in problems]
-
-        return prepare
-
-    def _opened_tokenizer(self) -> Tokenizer:
-        """Read when first needed: a large vocabulary takes longer to open than a small model."""
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = Tokenizer(self._tokenizer_json, self.manifest.model.text, "neutral")
-            return self._tokenizer
-
-    def _with_head(self, tower: TowerName, session: Session) -> dict[str, Any]:
-        """What the service of the image tower is given beyond its session, where the bundle has a safety head."""
-        if tower is not TowerName.IMAGE or self._head is None:
-            return {}
-        return {"run": partial(run_with_risk, session), "width": self.manifest.model.embed_dim}
-
     def _check_head(self, risk: bool) -> None:
         if risk and self._head is None:
             raise InputError(
@@ -414,25 +337,33 @@ class SafeEncoder:
         width = self.manifest.model.embed_dim
         found = joined([row if isinstance(row, Exception) else row[:width] for row in answers], width, dtype)
         if risk and self._head is not None:
-            count = len(self._head.categories) + 1
-            beside = joined([row if isinstance(row, Exception) else row[width:] for row in answers], count, "float32")
-            rows = np.asarray(beside)
-            found.risk = risks_from(self._head, rows[:, :-1], rows[:, -1])
+            found.risk = risks_beside(self._head, answers, width)
             for decision, number in Counter(found.risk.decisions).items():
-                self._metrics.add("uwm_risk_decisions_total", number, decision=decision.value)
-        if on_error == "raise" and found.errors:
-            first = found.errors[0]
-            if not isinstance(first.error, UwmError):
-                raise first.error
-            raise type(first.error)(f"{what} {first.position}: {first.error.what}", fix=first.error.fix)
+                self._monitor.metrics.risk_decisions.labels(decision=decision.value).inc(number)
+        if on_error == "raise":
+            raise_first(found, what)
         return found
 
 
-def _pixels_or_error(encoder: SafeEncoder, image: ImageLike) -> Answer:
-    try:
-        return pixels_from_image(image_from(image), encoder.manifest.model.image)
-    except UwmError as error:
-        return error
+def _identity_of(encoder: SafeEncoder, where: Mapping[str, str]) -> dict[str, str]:
+    """What says of a log line and of metrics which bundle and variant they are about, and where it runs."""
+    taken = encoder.selection.taken
+    return {
+        "bundle": encoder.manifest.name,
+        "manifest": encoder.digest,
+        "edited_weights": encoder.manifest.edit.edited_weights_digest,
+        "variant": taken.variant,
+        "space": encoder.space,
+        "device": where.get("device", taken.device),
+        "provider": where.get("provider", ""),
+    }
+
+
+def _with_head(model: ModelRef, head: SafetyHead | None, tower: TowerName, session: Session) -> dict[str, Any]:
+    """What the service of the image tower is given beyond its session, where the bundle has a safety head."""
+    if tower is not TowerName.IMAGE or head is None:
+        return {}
+    return {"run": partial(run_with_risk, session), "width": model.embed_dim}
 
 
 def _is_image(images: object) -> bool:

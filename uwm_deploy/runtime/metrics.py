@@ -1,15 +1,17 @@
-"""Counters, gauges and histograms in the text format of Prometheus, without its client library."""
+"""What a serving process counts, in the classes of `prometheus_client`, one registry per encoder.
+
+Nothing is put into the registry of the host by itself: encoders of one process, and the host's own metrics, never meet
+unless the host registers one with the other (docs/runtime.md).
+"""
 
 from __future__ import annotations
 
-import math
 import threading
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
-Labels = tuple[tuple[str, str], ...]
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of histograms of time."""
@@ -17,112 +19,120 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 """Upper bounds of histograms of batch sizes."""
 
+TOWER = ("tower",)
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric with all its labels.
+CONTENT_TYPE: Final = "text/plain; version=0.0.4"
+"""Of `Metrics.text`."""
 
-    Attributes:
-        name: Full name, its unit last; counters end in ``_total``.
-        meaning: One line.
-        bounds: Of a histogram, in order.
+_LIVE: Final = "liveall"
+"""A gauge is of the process that set it, and goes with it; read in the multiprocess mode of `prometheus_client` only."""
+
+
+class Registry(CollectorRegistry):
+    """A registry that brings its gauges up to date before it is read, and that is a collector itself.
+
+    Args:
+        refresh: Sets the gauges that are computed when they are asked for.
     """
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    meaning: str
-    bounds: Sequence[float] = ()
+    def __init__(self, refresh: Callable[[], None]) -> None:
+        super().__init__()
+        self._refresh = refresh
+        self._shown: set[Gauge] = set()
+        self._showing = threading.Lock()
+
+    def describe(self) -> list[Metric]:
+        """Names for the registry that this one is registered with; nothing is computed."""
+        return list(super().collect())
+
+    def collect(self) -> Iterable[Metric]:
+        """Every metric; without the times at which counters were made, which `prometheus_client` adds."""
+        self._refresh()
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+    def show(self, *gauges: Gauge) -> None:
+        """Registers gauges that are not yet registered; from any thread."""
+        with self._showing:
+            for gauge in set(gauges) - self._shown:
+                self.register(gauge)
+            self._shown |= set(gauges)
 
 
-@dataclass(slots=True)
-class _Histogram:
-    counts: list[int]
-    total: float = 0.0
-
-
-@dataclass(slots=True)
 class Metrics:
-    """Every metric of one process; any thread may add to it.
+    """Every metric of one encoder; any thread may change one.
+
+    Args:
+        identity: Labels of ``uwm_info``: which bundle and variant is served, and where.
+        refresh: Sets the gauges that are computed when they are asked for.
 
     Attributes:
-        families: What may be counted, in the order in which it is written.
+        registry: Holds all of them; register it with the host's, or pass it to ``generate_latest``.
     """
 
-    families: Sequence[Family]
-    _values: dict[tuple[str, Labels], float] = field(default_factory=dict)
-    _histograms: dict[tuple[str, Labels], _Histogram] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, identity: Mapping[str, str], refresh: Callable[[], None]) -> None:
+        self.registry = registry = Registry(refresh)
 
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """Raises a counter."""
-        key = (name, tuple(sorted(labels.items())))
-        with self._lock:
-            self._values[key] = self._values.get(key, 0.0) + amount
+        def counter(name: str, meaning: str, labels: tuple[str, ...]) -> Counter:
+            return Counter(name, meaning, labels, registry=registry)
 
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """Sets a gauge."""
-        with self._lock:
-            self._values[name, tuple(sorted(labels.items()))] = value
+        def gauge(name: str, meaning: str, labels: tuple[str, ...] = TOWER) -> Gauge:
+            return Gauge(name, meaning, labels, registry=registry, multiprocess_mode=_LIVE)
 
-    def observe(self, name: str, values: Sequence[float], **labels: str) -> None:
-        """Puts values into a histogram."""
-        key = (name, tuple(sorted(labels.items())))
-        bounds = self._family(name).bounds
-        with self._lock:
-            histogram = self._histograms.get(key)
-            if histogram is None:
-                histogram = self._histograms[key] = _Histogram([0] * (len(bounds) + 1))
-            for value in values:
-                histogram.counts[bisect_left(bounds, value)] += 1
-                histogram.total += value
+        def histogram(name: str, meaning: str, bounds: tuple[float, ...] = SECONDS) -> Histogram:
+            return Histogram(name, meaning, TOWER, registry=registry, buckets=bounds)
 
-    def value(self, name: str, **labels: str) -> float:
-        """A counter or gauge; 0 before it was touched."""
-        return self._values.get((name, tuple(sorted(labels.items()))), 0.0)
+        info = gauge("uwm_info", "Which bundle and variant this process serves; always 1.", tuple(sorted(identity)))
+        info.labels(**identity).set(1)
+        self.items = counter(
+            "uwm_items_total", "Items that were answered, by outcome (ok, or the kind of error).", ("tower", "outcome")
+        )
+        self.refused = counter("uwm_refused_total", "Calls refused because the queue was full for too long.", TOWER)
+        self.request = histogram("uwm_request_seconds", "Whole calls of the encoder.")
+        self.prepare = histogram("uwm_prepare_seconds", "Decoding and preprocessing, or tokenising, per item.")
+        self.queue = histogram("uwm_queue_seconds", "From prepared to the start of the engine's call, per item.")
+        self.engine = histogram("uwm_engine_seconds", "Calls of the engine.")
+        self.rows = histogram("uwm_batch_rows", "Rows per call of the engine.", ROWS)
+        self.on_their_way = gauge("uwm_items_on_their_way", "Items that were let in and not answered yet.")
+        self.in_line = gauge("uwm_items_in_line", "Items of callers that wait to be let in.")
+        # Registered by the first self-test: without a label they are 0 from the start, which would be an alarm.
+        self.canary_ok = Gauge(
+            "uwm_canary_ok", "1 if the last self-test found the edited model, 0 if not.",
+            registry=None, multiprocess_mode=_LIVE,
+        )  # fmt: skip
+        self.canary_limit = Gauge(
+            "uwm_canary_limit", "Largest ratio that is fine.", registry=None, multiprocess_mode=_LIVE
+        )
+        self.canary_ratio = gauge(
+            "uwm_canary_ratio", "Worst canary of the last self-test; above uwm_canary_limit it is the wrong model."
+        )
+        self.selftests = counter("uwm_selftests_total", "Self-tests, by outcome.", ("outcome",))
+        self.risk_decisions = counter(
+            "uwm_risk_decisions_total", "Images whose risk was asked for, by decision.", ("decision",)
+        )
+        self.drift_rows = gauge("uwm_drift_rows", "Embeddings seen by the drift monitor.")
+        self.drift_shift = gauge(
+            "uwm_drift_shift", "Distance of the running mean from the evidence's, in its standard deviations."
+        )
+        self.drift_spread = gauge("uwm_drift_spread", "Running standard deviation divided by the evidence's.")
+        self.drift_alert = gauge("uwm_drift_alert", "1 if shift or spread is beyond its limit.")
+
+    def tested(self, ok: bool, limit: float, ratios: Mapping[str, float]) -> None:
+        """A self-test was carried out.
+
+        Args:
+            ok: Whether it found the edited model.
+            limit: Largest ratio that is fine.
+            ratios: Of each edited tower's worst canary.
+        """
+        self.canary_ok.set(float(ok))
+        self.canary_limit.set(limit)
+        for tower, ratio in ratios.items():
+            self.canary_ratio.labels(tower=tower).set(ratio)
+        self.selftests.labels(outcome="ok" if ok else "failed").inc()
+        self.registry.show(self.canary_ok, self.canary_limit)
 
     def text(self) -> str:
-        """Everything in the text format, version 0.0.4; the content type is ``text/plain; version=0.0.4``."""
-        with self._lock:
-            lines = []
-            for family in self.families:
-                lines += [f"# HELP {family.name} {family.meaning}", f"# TYPE {family.name} {family.kind}"]
-                lines += self._histogram_lines(family) if family.kind == "histogram" else self._lines(family)
-        return "\n".join(lines) + "\n"
-
-    def _family(self, name: str) -> Family:
-        return next(family for family in self.families if family.name == name)
-
-    def _lines(self, family: Family) -> list[str]:
-        found = sorted((labels, value) for (name, labels), value in self._values.items() if name == family.name)
-        return [f"{family.name}{_braces(labels)} {_number(value)}" for labels, value in found]
-
-    def _histogram_lines(self, family: Family) -> list[str]:
-        lines = []
-        for (name, labels), histogram in sorted(self._histograms.items(), key=lambda item: item[0]):
-            if name != family.name:
-                continue
-            below = 0
-            for bound, count in zip((*family.bounds, math.inf), histogram.counts, strict=True):
-                below += count
-                lines.append(f"{name}_bucket{_braces((*labels, ('le', _number(bound))))} {below}")
-            lines += [
-                f"{name}_sum{_braces(labels)} {_number(histogram.total)}",
-                f"{name}_count{_braces(labels)} {below}",
-            ]
-        return lines
-
-
-def _braces(labels: Labels) -> str:
-    if not labels:
-        return ""
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels) + "}"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
-    return str(int(value)) if value == int(value) else repr(float(value))
+        """Everything in the text format of Prometheus; see `CONTENT_TYPE`."""
+        return generate_latest(self.registry).decode()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from uwm_deploy.runtime.risk import Risks
+from uwm_deploy.errors import UwmError
+from uwm_deploy.records.head import Action
 
 Kind = Literal["float32", "float16"]
 """Element type of what is given back."""
@@ -109,3 +109,69 @@ def joined(rows: Sequence[np.ndarray | Exception], width: int, dtype: Kind) -> E
         else:
             found[position] = row
     return Embeddings(found, errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """What is said of one image.
+
+    Attributes:
+        category: ``"safe"`` where it is allowed, else its most probable concept; empty for an image that cannot be read.
+        probability: Of that category.
+        level: Probability that the image is unsafe.
+        decision: What the level asks for.
+    """
+
+    category: str
+    probability: float
+    level: float
+    decision: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Risks:
+    """What is said of some images.
+
+    Attributes:
+        names: The categories.
+        probabilities: (n, categories); NaN for an image that cannot be read.
+        levels: (n,), likewise.
+        categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
+        decisions: Of each image; one that cannot be read is blocked.
+    """
+
+    names: tuple[str, ...]
+    probabilities: np.ndarray
+    levels: np.ndarray
+    categories: np.ndarray
+    decisions: tuple[Action, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.decisions)
+
+    def __getitem__(self, row: int) -> Risk:
+        """Of one image."""
+        at = int(self.categories[row])
+        known = at >= 0
+        return Risk(
+            category=self.names[at] if known else "",
+            probability=float(self.probabilities[row, at]) if known else float("nan"),
+            level=float(self.levels[row]),
+            decision=self.decisions[row],
+        )
+
+
+def raise_first(found: Embeddings, what: str) -> None:
+    """Raises the error of the first item that has no embedding, with its position.
+
+    Args:
+        found: Embeddings; nothing happens where all were made.
+        what: What the items are, such as ``"image"``.
+    """
+    if not found.errors:
+        return
+    first = found.errors[0]
+    if not isinstance(first.error, UwmError):
+        raise first.error
+    raise type(first.error)(f"{what} {first.position}: {first.error.what}", fix=first.error.fix)

@@ -10,60 +10,9 @@ import numpy as np
 
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, Action, SafetyHead
-from uwm_deploy.runtime.results import Embeddings
+from uwm_deploy.runtime.results import Embeddings, Risk, Risks, joined
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.risk import ACTIONS, STEPS, categories_of, ranks_of, softmax
-
-
-@dataclass(frozen=True, slots=True)
-class Risk:
-    """What is said of one image.
-
-    Attributes:
-        category: ``"safe"`` where it is allowed, else its most probable concept; empty for an image that cannot be read.
-        probability: Of that category.
-        level: Probability that the image is unsafe.
-        decision: What the level asks for.
-    """
-
-    category: str
-    probability: float
-    level: float
-    decision: Action
-
-
-@dataclass(frozen=True, slots=True)
-class Risks:
-    """What is said of some images.
-
-    Attributes:
-        names: The categories.
-        probabilities: (n, categories); NaN for an image that cannot be read.
-        levels: (n,), likewise.
-        categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
-        decisions: Of each image; one that cannot be read is blocked.
-    """
-
-    names: tuple[str, ...]
-    probabilities: np.ndarray
-    levels: np.ndarray
-    categories: np.ndarray
-    decisions: tuple[Action, ...]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.decisions)
-
-    def __getitem__(self, row: int) -> Risk:
-        """Of one image."""
-        at = int(self.categories[row])
-        known = at >= 0
-        return Risk(
-            category=self.names[at] if known else "",
-            probability=float(self.probabilities[row, at]) if known else float("nan"),
-            level=float(self.levels[row]),
-            decision=self.decisions[row],
-        )
 
 
 def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks:
@@ -86,6 +35,19 @@ def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks
     return Risks(head.categories, shares, level, categories, tuple(ACTIONS[rank] for rank in ranks))
 
 
+def risks_beside(head: SafetyHead, answers: Sequence[np.ndarray | Exception], width: int) -> Risks:
+    """Decides on rows of `run_with_risk`.
+
+    Args:
+        head: Of the bundle.
+        answers: Per image (d + categories + 1,) float32, or why there is none.
+        width: d.
+    """
+    beside = [row if isinstance(row, Exception) else row[width:] for row in answers]
+    rows = np.asarray(joined(beside, len(head.categories) + 1, "float32"))
+    return risks_from(head, rows[:, :-1], rows[:, -1])
+
+
 def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
     """Embedding, risk logits and risk level of each row, side by side: (n, d + categories + 1)."""
     found = session.run_all(batch)
@@ -97,7 +59,7 @@ def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PolicyOutcome:
     """What a policy gives for one image.
 
     Attributes:
@@ -146,7 +108,7 @@ class SafetyPolicy:
         self.texts, self._embed = tuple(texts), embed
         self._embeds: np.ndarray | None = None
 
-    def apply(self, found: Embeddings) -> list[Outcome]:
+    def apply(self, found: Embeddings) -> list[PolicyOutcome]:
         """What becomes of each image of ``encode_image(..., risk=True)``.
 
         Raises:
@@ -160,13 +122,13 @@ class SafetyPolicy:
         ranks = ranks_of(risks.levels, self.thresholds)
         return [self._outcome(ACTIONS[int(rank)], rows[i], risks[i]) for i, rank in enumerate(ranks)]
 
-    def _outcome(self, decision: Action, row: np.ndarray, risk: Risk) -> Outcome:
+    def _outcome(self, decision: Action, row: np.ndarray, risk: Risk) -> PolicyOutcome:
         if decision is Action.BLOCK:
-            return Outcome(decision, None, "", risk)
+            return PolicyOutcome(decision, None, "", risk)
         if decision is Action.REDIRECT:
             at, embeds = self.nearest(row)
-            return Outcome(decision, embeds, self.texts[at], risk)
-        return Outcome(decision, row, "", risk)
+            return PolicyOutcome(decision, embeds, self.texts[at], risk)
+        return PolicyOutcome(decision, row, "", risk)
 
     def nearest(self, row: np.ndarray) -> tuple[int, np.ndarray]:
         """Position and embedding of the safe text that is most alike a row (d,) of length 1."""

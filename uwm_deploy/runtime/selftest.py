@@ -42,18 +42,24 @@ def canaries_of(bundle: Bundle) -> dict[TowerName, Canaries]:
     """Canaries of each edited tower.
 
     Raises:
-        IntegrityError: If there are none, or they cannot be read.
+        IntegrityError: If an edited tower has none, or they cannot be read.
     """
-    listed = {file.path for file in bundle.manifest.files}
-    found = {}
-    for tower in TowerName:
-        name = f"evidence/canaries-{tower.value}.safetensors"
-        if name in listed:
-            found[tower] = _canaries(bundle.read(name), name)
+    found = stored_canaries(bundle)
     edited = {tower for tower in TowerName if any(tensor.changed for tensor in bundle.manifest.edit.of(tower))}
     if missing := sorted(edited - set(found)):
         raise IntegrityError(f"the bundle has no canaries of its {missing[0].value} tower", fix="build it again")
     return found
+
+
+def stored_canaries(bundle: Bundle) -> dict[TowerName, Canaries]:
+    """Canaries that a bundle holds, per tower; whether an edited tower lacks them is for the caller to judge.
+
+    Raises:
+        IntegrityError: If they cannot be read.
+    """
+    listed = {file.path for file in bundle.manifest.files}
+    names = {tower: f"evidence/canaries-{tower.value}.safetensors" for tower in TowerName}
+    return {tower: _canaries(bundle.read(name), name) for tower, name in names.items() if name in listed}
 
 
 def reference_mean(bundle: Bundle, tower: TowerName) -> np.ndarray | None:

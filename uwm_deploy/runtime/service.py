@@ -14,7 +14,7 @@ import numpy as np
 
 from uwm_deploy.errors import BusyError, InputError
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.batching import HOLD, Batcher, Places, Run, closed
+from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher, Run, closed
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.runtime.watch import TowerWatch
 
@@ -116,7 +116,7 @@ class TowerService:
         self._together, self._width = min(together, batch), width
         # Rows that wait for a full batch hold places: with fewer than two batches of them nobody might ever fill it.
         calls = serving.calls_of(session)
-        self._places = Places(max(serving.queue_items or 4 * batch, 2 * batch * calls))
+        self._places = AdmissionQueue(max(serving.queue_items or 4 * batch, 2 * batch * calls))
         self._batcher = Batcher(
             run or session.run, max_batch=batch, threads=calls, observer=watch, name=tower.value,
             width=width or 0,

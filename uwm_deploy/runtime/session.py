@@ -6,12 +6,13 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records.graph import EngineArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -107,6 +108,56 @@ def open_engine(
         optimisation=optimisation_of(engine),
         threads=threads,
     )
+
+
+def open_graph(
+    model: Path | bytes,
+    graph: OnnxArtifact | EngineArtifact,
+    *,
+    max_batch: int,
+    external_data: Mapping[str, bytes] | None = None,
+    device: Device = "cpu",
+    optimisation: Optimisation = "extended",
+) -> Session:
+    """Opens an ONNX graph in ONNX Runtime, by default on the CPU, where a graph is compared with its model.
+
+    Args:
+        model: Its file, or its bytes.
+        graph: Record with its inputs and outputs.
+        max_batch: Largest batch of one call; more rows are split.
+        external_data: Content of external data files by their name in the graph. By default the one that the record
+            names, beside the file; bytes have none.
+        device: Where it must run.
+        optimisation: How far ONNX Runtime optimises it now.
+
+    Raises:
+        PrerequisiteError: If this machine cannot run it.
+    """
+    if external_data is None and isinstance(model, Path):
+        external_data = external_data_of(model.parent, graph.external_data)
+    return open_session(
+        Target.ONNXRUNTIME,
+        model.read_bytes() if isinstance(model, Path) else model,
+        profile=Profile(min=1, opt=1, max=max_batch),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        external_data=external_data,
+        device=device,
+        optimisation=optimisation,
+    )
+
+
+def external_data_of(folder: Path, name: str) -> dict[str, bytes]:
+    """Content of a graph's external data file by its name in the graph.
+
+    Args:
+        folder: Where the graph lies.
+        name: The file's name as a record has it; empty where the graph holds its weights itself.
+
+    Returns:
+        Empty without a name, and where the file is not there: ONNX Runtime then says what it misses.
+    """
+    return {name: (folder / name).read_bytes()} if name and (folder / name).is_file() else {}
 
 
 _WHEN: Mapping[str, Optimisation] = {

@@ -15,7 +15,7 @@ import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import Profile, Target, TensorSpec
-from uwm_deploy.runtime.lane import Cuda, Lane
+from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
@@ -137,7 +137,7 @@ class TensorRTSession:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         profiles = profiles_of(self._engine, inputs[0].name)
         self._lanes = [
-            Lane(
+            EngineStream(
                 self._cuda,
                 self._engine,
                 strategy,
@@ -148,7 +148,7 @@ class TensorRTSession:
             )
             for _ in range(self.concurrency)
         ]
-        self._free: SimpleQueue[Lane] = SimpleQueue()
+        self._free: SimpleQueue[EngineStream] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)
         self.where = self._describe(target)

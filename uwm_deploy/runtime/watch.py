@@ -11,33 +11,8 @@ import numpy as np
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.logs import event
-from uwm_deploy.runtime.metrics import ROWS, SECONDS, Family, Metrics
+from uwm_deploy.runtime.metrics import Metrics
 from uwm_deploy.runtime.selftest import SelfTest
-
-FAMILIES = (
-    Family("uwm_info", "gauge", "Which bundle and variant this process serves; always 1."),
-    Family("uwm_items_total", "counter", "Items that were answered, by outcome (ok, or the kind of error)."),
-    Family("uwm_refused_total", "counter", "Calls refused because the queue was full for too long."),
-    Family("uwm_request_seconds", "histogram", "Whole calls of the encoder.", SECONDS),
-    Family("uwm_prepare_seconds", "histogram", "Decoding and preprocessing, or tokenising, per item.", SECONDS),
-    Family("uwm_queue_seconds", "histogram", "From prepared to the start of the engine's call, per item.", SECONDS),
-    Family("uwm_engine_seconds", "histogram", "Calls of the engine.", SECONDS),
-    Family("uwm_batch_rows", "histogram", "Rows per call of the engine.", ROWS),
-    Family("uwm_items_on_their_way", "gauge", "Items that were let in and not answered yet."),
-    Family("uwm_items_in_line", "gauge", "Items of callers that wait to be let in."),
-    Family("uwm_canary_ok", "gauge", "1 if the last self-test found the edited model, 0 if not."),
-    Family(
-        "uwm_canary_ratio", "gauge", "Worst canary of the last self-test; above uwm_canary_limit it is the wrong model."
-    ),
-    Family("uwm_canary_limit", "gauge", "Largest ratio that is fine."),
-    Family("uwm_selftests_total", "counter", "Self-tests, by outcome."),
-    Family("uwm_risk_decisions_total", "counter", "Images whose risk was asked for, by decision."),
-    Family("uwm_drift_rows", "gauge", "Embeddings seen by the drift monitor."),
-    Family("uwm_drift_shift", "gauge", "Distance of the running mean from the evidence's, in its standard deviations."),
-    Family("uwm_drift_spread", "gauge", "Running standard deviation divided by the evidence's."),
-    Family("uwm_drift_alert", "gauge", "1 if shift or spread is beyond its limit."),
-)
-"""Every metric of the runtime."""
 
 
 @dataclass(slots=True)
@@ -47,63 +22,70 @@ class TowerWatch:
     tower: TowerName
     metrics: Metrics
     drift: DriftMonitor
+    _alert: bool = False
 
     def batch(self, found: np.ndarray | None, waited_s: Sequence[float], seconds: float) -> None:
         """See `batching.Observer.batch`."""
         label = self.tower.value
-        self.metrics.observe("uwm_engine_seconds", [seconds], tower=label)
-        self.metrics.observe("uwm_batch_rows", [len(waited_s)], tower=label)
-        self.metrics.observe("uwm_queue_seconds", waited_s, tower=label)
+        self.metrics.engine.labels(tower=label).observe(seconds)
+        self.metrics.rows.labels(tower=label).observe(len(waited_s))
+        queue = self.metrics.queue.labels(tower=label)
+        for waited in waited_s:
+            queue.observe(waited)
         if found is None:
             event(logging.ERROR, "engine-failed", tower=label, rows=len(waited_s))
 
     def prepared(self, seconds: float, items: int) -> None:
         """So many items were prepared together."""
-        self.metrics.observe("uwm_prepare_seconds", [seconds / items] * items, tower=self.tower.value)
+        prepare = self.metrics.prepare.labels(tower=self.tower.value)
+        for _ in range(items):
+            prepare.observe(seconds / items)
 
     def answered(self, rows: Sequence[np.ndarray | Exception], seconds: float) -> None:
-        """A whole call came to its end."""
+        """A whole call came to its end.
+
+        Args:
+            rows: Of each item its embedding (d,) of length 1, or why it has none.
+            seconds: The whole call.
+        """
         label = self.tower.value
-        self.metrics.observe("uwm_request_seconds", [seconds], tower=label)
+        self.metrics.request.labels(tower=label).observe(seconds)
         good = [row for row in rows if not isinstance(row, Exception)]
         if good:
-            self.metrics.add("uwm_items_total", len(good), tower=label, outcome="ok")
+            self.metrics.items.labels(tower=label, outcome="ok").inc(len(good))
             self.drift.add(np.stack(good))
         for position, row in enumerate(rows):
             if isinstance(row, Exception):
-                self.metrics.add("uwm_items_total", tower=label, outcome=type(row).__name__)
+                self.metrics.items.labels(tower=label, outcome=type(row).__name__).inc()
                 event(logging.WARNING, "item-failed", tower=label, position=position, error=str(row))
 
     def refused(self) -> None:
         """A call found no place in time."""
-        self.metrics.add("uwm_refused_total", tower=self.tower.value)
+        self.metrics.refused.labels(tower=self.tower.value).inc()
         event(logging.WARNING, "refused", tower=self.tower.value)
 
     def queue(self, on_their_way: int, in_line: int) -> None:
         """How full it is now."""
-        self.metrics.set("uwm_items_on_their_way", on_their_way, tower=self.tower.value)
-        self.metrics.set("uwm_items_in_line", in_line, tower=self.tower.value)
+        self.metrics.on_their_way.labels(tower=self.tower.value).set(on_their_way)
+        self.metrics.in_line.labels(tower=self.tower.value).set(in_line)
 
     def drifted(self, state: DriftState) -> None:
         """What the drift monitor finds; an alert is logged when it begins and when it ends."""
         label = self.tower.value
-        if state.alert != bool(self.metrics.value("uwm_drift_alert", tower=label)):
+        if state.alert != self._alert:
+            self._alert = state.alert
             level = logging.WARNING if state.alert else logging.INFO
             name = "drift" if state.alert else "drift-over"
             event(level, name, tower=label, rows=state.n, shift=round(state.shift, 4), spread=round(state.spread, 4))
-        self.metrics.set("uwm_drift_rows", state.n, tower=label)
-        self.metrics.set("uwm_drift_shift", state.shift, tower=label)
-        self.metrics.set("uwm_drift_spread", state.spread, tower=label)
-        self.metrics.set("uwm_drift_alert", float(state.alert), tower=label)
+        self.metrics.drift_rows.labels(tower=label).set(state.n)
+        self.metrics.drift_shift.labels(tower=label).set(state.shift)
+        self.metrics.drift_spread.labels(tower=label).set(state.spread)
+        self.metrics.drift_alert.labels(tower=label).set(float(state.alert))
 
 
-def tested(metrics: Metrics, result: SelfTest) -> None:
+def record_selftest(metrics: Metrics, result: SelfTest) -> None:
     """A self-test was carried out."""
-    metrics.set("uwm_canary_ok", float(result.ok))
-    metrics.set("uwm_canary_limit", result.limit)
-    for tower, ratio in result.ratios.items():
-        metrics.set("uwm_canary_ratio", ratio, tower=tower)
-    metrics.add("uwm_selftests_total", outcome="ok" if result.ok else "failed")
+    metrics.tested(result.ok, result.limit, result.ratios)
     level = logging.INFO if result.ok else logging.CRITICAL
     ratios = {tower: round(ratio, 6) for tower, ratio in result.ratios.items()}
     event(level, "selftest", ok=result.ok, ratios=ratios, limit=result.limit, error=result.error)

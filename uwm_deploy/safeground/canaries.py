@@ -34,7 +34,7 @@ class Canaries:
     edited: np.ndarray
 
     def worst(self, found: np.ndarray) -> float:
-        """Largest of the `ratios` of an artifact's embeddings; `FAR` if it is infinite: reports hold numbers."""
+        """Largest of the `ratios` of an artifact's embeddings (n, d); `FAR` if it is infinite: reports hold numbers."""
         return min(float(ratios(found, self.original, self.edited).max()), FAR)
 
 

@@ -18,7 +18,7 @@ from uwm_deploy.safeground.interval import flips
 from uwm_deploy.safeground.outcomes import item_outcomes, mask_of
 from uwm_deploy.safeground.preference import BASIC, METRICS, Decisions, decisions, proportions, proportions_per_concept
 from uwm_deploy.safeground.retrieval import ITEMS, SAFE, Retrieved, retrieval_flips, retrieved
-from uwm_deploy.safeground.zero_shot import TopOne, top1
+from uwm_deploy.safeground.top_one import TopOne, top1
 
 WORST = 10
 """Quadruples that a report names, the worst first."""
@@ -80,7 +80,7 @@ class EmbeddedSet:
         return all(bool(np.isfinite(rows).all()) for rows in parts)
 
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays for a safetensors file; ids and concepts as UTF-8 JSON bytes."""
+        """Arrays for a safetensors file: (n, d) embeddings, (n,) labels; ids and concepts as UTF-8 JSON, (bytes,) uint8."""
         names = json.dumps({"ids": self.ids, "concepts": self.concepts}).encode()
         tensors = {f"{prefix}.{name}": getattr(self, name) for name in _MEMBERS}
         tensors[f"{prefix}.names"] = np.frombuffer(names, dtype=np.uint8)

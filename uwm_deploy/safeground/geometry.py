@@ -10,6 +10,7 @@ import numpy as np
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Estimate, Geometry
+from uwm_deploy.safeground.interval import Z95
 from uwm_deploy.safeground.retrieval import similarities
 
 NEAREST = 10
@@ -23,8 +24,6 @@ SPREADS = ("image", "text")
 
 _NOTHING = 1e-6
 """Spread that is no more than rounding of float32 embeddings of length 1."""
-
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +119,5 @@ def _overlap(before: np.ndarray, after: np.ndarray) -> Estimate:
     shared = (before[:, :, None] == after[:, None, :]).sum((1, 2))
     overlaps = shared / (2 * NEAREST - shared)
     mean, n = float(overlaps.mean()), len(overlaps)
-    half = _Z95 * float(overlaps.std(ddof=1)) / math.sqrt(n)
+    half = Z95 * float(overlaps.std(ddof=1)) / math.sqrt(n)
     return Estimate(value=mean, n=n, low=max(0.0, mean - half), high=min(1.0, mean + half))

@@ -10,7 +10,9 @@ import numpy as np
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Flips, Proportion
 
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
+"""A two-sided 95% interval reaches this many standard errors to each side."""
+
 _LISTED_IDS = 50
 
 
@@ -22,9 +24,9 @@ def wilson(successes: int, n: int, ties: int = 0) -> Proportion:
     """
     if n <= 0:
         raise DataError("a proportion of no items was asked for", fix="evaluate at least one item")
-    share, z2 = successes / n, _Z95**2
+    share, z2 = successes / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Proportion(value=100 * share, n=n, low=100 * low, high=100 * high, ties=ties)
@@ -64,7 +66,7 @@ def flips(reference: np.ndarray, candidate: np.ndarray, ids: Sequence[str]) -> F
     lost, gained = len(lost_at), len(gained_at)
     size, b, c = n + 2, gained + 0.5, lost + 0.5
     centre = (b - c) / size
-    half = _Z95 * math.sqrt(max(0.0, (b + c) / size - centre**2) / size)
+    half = Z95 * math.sqrt(max(0.0, (b + c) / size - centre**2) / size)
     return Flips(
         n=n,
         lost=lost,
@@ -102,7 +104,7 @@ def mean_flips(reference: np.ndarray, candidate: np.ndarray, ids: Sequence[str])
     lost_at, gained_at = np.flatnonzero(change < 0), np.flatnonzero(change > 0)
     size, total = n + 2, float(change.sum())
     centre = total / size
-    half = _Z95 * math.sqrt(max(0.0, (float((change**2).sum()) + 1) / size - centre**2) / size)
+    half = Z95 * math.sqrt(max(0.0, (float((change**2).sum()) + 1) / size - centre**2) / size)
     return Flips(
         n=n,
         lost=len(lost_at),

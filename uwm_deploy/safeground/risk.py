@@ -12,7 +12,7 @@ import numpy as np
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.head import Action, SafetyHead
 from uwm_deploy.records.metrics import CategoryRisk, Estimate, Proportion, RiskReport
-from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.interval import Z95, wilson
 
 SAFE = "safe"
 """First category of every head."""
@@ -29,7 +29,6 @@ STOPS = Action.REDIRECT
 BINS = 15
 """Of the expected calibration error."""
 
-_Z95 = 1.959963984540054
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -71,7 +70,7 @@ class RiskSet:
         return all(part.is_finite() for part in (self.safe, self.unsafe, *self.zero_shot.values()))
 
     def to_tensors(self) -> dict[str, np.ndarray]:
-        """Arrays for a safetensors file; concepts as UTF-8 JSON bytes."""
+        """Arrays for a safetensors file: logits (n, c), levels (n,); concepts as UTF-8 JSON, (bytes,) uint8."""
         parts = {"safe": self.safe, "unsafe": self.unsafe}
         parts |= {f"zero_shot.{name}": part for name, part in self.zero_shot.items()}
         tensors = {"concepts": np.frombuffer(json.dumps(self.concepts).encode(), dtype=np.uint8)}
@@ -122,7 +121,7 @@ def categories_of(logits: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Rows of probabilities, float64."""
+    """Logits (n, c) to probabilities (n, c) float64."""
     values = logits.astype(np.float64)
     powers = np.exp(values - values.max(axis=1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
@@ -161,7 +160,7 @@ def thresholds_for(benign: np.ndarray, rates: Mapping[str, float]) -> dict[str, 
     """Threshold of each action, by its false-positive rate.
 
     Args:
-        benign: See `threshold_for`.
+        benign: (n,) levels; see `threshold_for`.
         rates: Action to share; a stricter action needs a smaller one.
 
     Raises:
@@ -221,12 +220,22 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def level_error(safe: np.ndarray, unsafe: np.ndarray) -> float:
-    """`calibration_error` of the risk level."""
+    """`calibration_error` of the risk level, percentage points.
+
+    Args:
+        safe: (n,) levels of safe images, 0 to 1.
+        unsafe: (m,) levels of unsafe ones.
+    """
     return calibration_error(np.concatenate([safe, unsafe]), np.repeat([False, True], [len(safe), len(unsafe)]))
 
 
 def category_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """`calibration_error` of the most probable category."""
+    """`calibration_error` of the most probable category, percentage points.
+
+    Args:
+        logits: (n, c).
+        labels: (n,) int64 categories.
+    """
     shares = softmax(logits)
     return calibration_error(shares.max(axis=1), shares.argmax(axis=1) == labels)
 
@@ -261,7 +270,7 @@ def auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_items: np.ndarray, safe_i
     if error == 0:  # told apart without an exception, which few items show less well than many
         edge = wilson(round(value * len(unsafe)), len(unsafe))
         return Estimate(value=100 * value, n=len(unsafe), low=edge.low, high=edge.high)
-    low, high = max(0.0, value - _Z95 * error), min(1.0, value + _Z95 * error)
+    low, high = max(0.0, value - Z95 * error), min(1.0, value + Z95 * error)
     return Estimate(value=100 * value, n=len(unsafe), low=100 * low, high=100 * high)
 
 

@@ -77,10 +77,19 @@ class Client(Protocol):
         """What was counted until now; None where a server counts nothing."""
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """One output of a model; bytes are arrays of objects."""
+        """One output of a model.
+
+        Args:
+            model: Its name.
+            inputs: Name to (n, ...), of the types that the model's metadata names; bytes are (n,) objects.
+            output: Name of the output.
+
+        Returns:
+            (n, ...), of the output's type.
+        """
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Several outputs of one call."""
+        """Several outputs of one call, by name, (n, ...) each; see `infer`."""
 
     def close(self) -> None:
         """Closes connections."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from uwm_deploy.bundle.space import space_of
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError, imported
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
@@ -59,7 +59,7 @@ _GRAPH_LEVEL = {"done": "2", "basic": "-1", "extended": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ServerSettings:
     """What the owner of a server chooses.
 
     Attributes:
@@ -122,7 +122,7 @@ def configs(
     manifest: Manifest,
     digest: Digest,
     variant: str,
-    layout: Layout,
+    settings: ServerSettings,
     plans: Mapping[TowerName, Sequence[Plan]] | None = None,
 ) -> dict[str, Message]:
     """Configuration of every model by its name.
@@ -131,7 +131,7 @@ def configs(
         manifest: Of the bundle.
         digest: Of the manifest's file.
         variant: What is served.
-        layout: The owner's choices.
+        settings: The owner's choices.
         plans: Per tower, one engine per compute capability, for a variant of TensorRT.
 
     Raises:
@@ -149,15 +149,15 @@ def configs(
     }
     found: dict[str, Message] = {}
     for tower, engine in engines.items():
-        encoder = _encoder(engine, layout, (plans or {}).get(tower, ()))
-        prepare = _python(PREPARES[tower], layout, engine.profile.max)
+        encoder = _encoder(engine, settings, (plans or {}).get(tower, ()))
+        prepare = _python(PREPARES[tower], settings, engine.profile.max)
         _tensor(prepare.input, RAW[tower], "TYPE_STRING", [1])
         _spec(prepare.output, engine.inputs[0])
         _name_plans(prepare, (plans or {}).get(tower, ()))
         found |= {one.name: one for one in (encoder, prepare, _ensemble(engine))}
-    found[ZERO_SHOT] = _zero_shot(layout)
+    found[ZERO_SHOT] = _zero_shot(settings)
     if manifest.head is not None:
-        decide = _decide(engines[TowerName.IMAGE], layout)
+        decide = _decide(engines[TowerName.IMAGE], settings)
         found |= {DECIDE: decide, RISK: _ensemble(engines[TowerName.IMAGE], decide)}
     for config in found.values():
         config.version_policy.specific.versions.append(version_of(manifest))
@@ -166,7 +166,7 @@ def configs(
     return found
 
 
-def _encoder(engine: EngineArtifact, layout: Layout, plans: Sequence[Plan]) -> Message:
+def _encoder(engine: EngineArtifact, settings: ServerSettings, plans: Sequence[Plan]) -> Message:
     pb = protobuf()
     backend = backend_of(engine)
     config = pb.ModelConfig(
@@ -183,8 +183,8 @@ def _encoder(engine: EngineArtifact, layout: Layout, plans: Sequence[Plan]) -> M
     _spec(config.input, engine.inputs[0])
     for spec in engine.outputs:
         _spec(config.output, spec)
-    _batching(config, layout, engine.profile)
-    _instances(config, engine, layout)
+    _batching(config, settings, engine.profile)
+    _instances(config, engine, settings)
     _warm_up(config, engine)
     if backend == "tensorrt":
         config.optimization.cuda.graphs = True
@@ -200,21 +200,21 @@ def _name_plans(config: Message, plans: Sequence[Plan]) -> None:
         config.parameters[f"{ENGINE}_{plan.compute_capability}"].string_value = plan.digest
 
 
-def _batching(config: Message, layout: Layout, profile: Profile) -> None:
-    config.dynamic_batching.max_queue_delay_microseconds = round(layout.max_delay_ms * 1000)
+def _batching(config: Message, settings: ServerSettings, profile: Profile) -> None:
+    config.dynamic_batching.max_queue_delay_microseconds = round(settings.max_delay_ms * 1000)
     config.dynamic_batching.preferred_batch_size.extend(sorted({profile.opt, profile.max}))
 
 
-def _instances(config: Message, engine: EngineArtifact, layout: Layout) -> None:
+def _instances(config: Message, engine: EngineArtifact, settings: ServerSettings) -> None:
     """How many, and where: what can run in one place only says so, so that the server refuses any other."""
-    group = config.instance_group.add(count=layout.instances)
+    group = config.instance_group.add(count=settings.instances)
     made_for = provider_of(engine)
     needs_gpu = engine.target is Target.TENSORRT or made_for not in ("any", "cpu")
-    if needs_gpu and layout.place == "cpu":
+    if needs_gpu and settings.place == "cpu":
         raise InputError(f"{engine.variant} cannot run on the CPU", fix="choose another --variant")
-    if made_for == "cpu" and layout.place == "gpu":
+    if made_for == "cpu" and settings.place == "gpu":
         raise InputError(f"{engine.variant} was made for the CPU", fix="choose another --variant")
-    place = "gpu" if needs_gpu else "cpu" if made_for == "cpu" else layout.place
+    place = "gpu" if needs_gpu else "cpu" if made_for == "cpu" else settings.place
     group.kind = group.Kind.Value(f"KIND_{place.upper()}")
     if engine.target is Target.TENSORRT:
         group.profile.append("0")
@@ -230,18 +230,18 @@ def _warm_up(config: Message, engine: EngineArtifact) -> None:
         warm.inputs[spec.name].zero_data = True
 
 
-def _python(name: str, layout: Layout, max_batch: int) -> Message:
+def _python(name: str, settings: ServerSettings, max_batch: int) -> Message:
     pb = protobuf()
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=max_batch, default_model_filename="model.py")
-    config.instance_group.add(count=layout.preparing, kind=pb.ModelInstanceGroup.KIND_CPU)
+    config.instance_group.add(count=settings.preparing, kind=pb.ModelInstanceGroup.KIND_CPU)
     if max_batch:  # requests of several callers are prepared together, in as many threads as there are cores
         config.dynamic_batching.SetInParent()
     return config
 
 
-def _decide(engine: EngineArtifact, layout: Layout) -> Message:
+def _decide(engine: EngineArtifact, settings: ServerSettings) -> Message:
     """What the head gives, and what its thresholds make of it."""
-    config = _python(DECIDE, layout, engine.profile.max)
+    config = _python(DECIDE, settings, engine.profile.max)
     for spec in _risk_specs(engine):
         _spec(config.input, spec)
     for name, kind in _RISKS.items():
@@ -281,9 +281,9 @@ def _risk_specs(engine: EngineArtifact) -> list[TensorSpec]:
     return [spec for spec in engine.outputs if spec.name in (RISK_LOGITS, RISK_LEVEL)]
 
 
-def _zero_shot(layout: Layout) -> Message:
+def _zero_shot(settings: ServerSettings) -> Message:
     """Images and classes have sizes of their own, so there is no batch dimension."""
-    config = _python(ZERO_SHOT, layout, 0)
+    config = _python(ZERO_SHOT, settings, 0)
     _tensor(config.input, RAW[TowerName.IMAGE], "TYPE_STRING", [-1])
     _tensor(config.input, LABELS, "TYPE_STRING", [-1])
     _tensor(config.input, TEMPLATE, "TYPE_STRING", [-1])
@@ -328,13 +328,8 @@ def protobuf() -> Message:
     Raises:
         PrerequisiteError: If it is not installed.
     """
-    try:
-        from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise PrerequisiteError(
-            f"package tritonclient is missing or incomplete: {error}", fix="pip install 'uwm-deploy[triton]'"
-        ) from error
-    return model_config_pb2
+    missing, fix = "package tritonclient is missing or incomplete", "pip install 'uwm-deploy[triton]'"
+    return imported("tritonclient.grpc.model_config_pb2", missing, fix=fix)
 
 
 def text_of(config: Message) -> str:

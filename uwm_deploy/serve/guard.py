@@ -38,7 +38,7 @@ _FIRST_FIXED = (2, 52)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """One model of a repository, with the part of the bundle that lies beside it.
 
     Attributes:
@@ -127,7 +127,7 @@ class Part:
         return dict(zip(names, digests, strict=True))
 
 
-def open_part(args: Mapping[str, str]) -> Part:
+def open_part(args: Mapping[str, str]) -> ModelPart:
     """Checks what lies beside a model, before anything of it is used.
 
     Args:
@@ -155,7 +155,7 @@ def open_part(args: Mapping[str, str]) -> Part:
         raise IntegrityError(f"{folder.name}: {variant} has no passing verdict", fix="build again")
     if parameters.get(SPACE) != space_of(manifest, variant):
         raise IntegrityError(f"{folder.name}: config.pbtxt names another embedding space", fix=_AGAIN)
-    return Part(Bundle(kept, manifest), variant, folder, args["model_version"], config)
+    return ModelPart(Bundle(kept, manifest), variant, folder, args["model_version"], config)
 
 
 def _parameters(config: Mapping[str, Any]) -> dict[str, str]:
@@ -175,7 +175,12 @@ def canary_file(tower: TowerName) -> str:
 
 
 def check_canaries(canaries: Canaries, found: np.ndarray, what: str) -> None:
-    """Whether embeddings of the canaries are those of the edited model.
+    """Checks that embeddings of the canaries are those of the edited model.
+
+    Args:
+        canaries: Of the tower.
+        found: (n, d) float32 embeddings of its inputs.
+        what: Names what gave them, for the message.
 
     Raises:
         IntegrityError: If one is not.

@@ -13,6 +13,8 @@ import triton_python_backend_utils as pb_utils
 from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.classifier import TEMPLATE as DEFAULT_TEMPLATE
+from uwm_deploy.runtime.classifier import prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.results import Embeddings
@@ -20,10 +22,8 @@ from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.tensorrt import compute_capability
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.runtime.zero_shot import TEMPLATE as DEFAULT_TEMPLATE
-from uwm_deploy.runtime.zero_shot import prompts_of, weights_from
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.serve.guard import Part, check_canaries, check_numpy, open_part
+from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_part
 from uwm_deploy.serve.names import (
     CATEGORY,
     DECISION,
@@ -256,12 +256,12 @@ class ZeroShot:
         return _called(ENSEMBLES[tower], RAW[tower], EMBEDDING, rows, most).astype(np.float32, copy=False)
 
 
-def _opened(args: Args) -> Part:
+def _opened(args: Args) -> ModelPart:
     check_numpy(np.__version__, os.environ.get("TRITON_SERVER_VERSION", ""))
     return open_part(args)
 
 
-def _file_of(part: Part) -> str:
+def _file_of(part: ModelPart) -> str:
     """Name of the engine's file for this machine."""
     files: Any = part.config.get("cc_model_filenames") or {}
     return str(files.get(compute_capability(), part.config["default_model_filename"]))

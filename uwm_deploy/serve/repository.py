@@ -13,9 +13,9 @@ from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.files import digest_of_bytes, whole_folder
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import Digest, TowerName
-from uwm_deploy.runtime.selection import Place as Kind
-from uwm_deploy.runtime.selection import measured_where, proven_variants, reason_unproven
-from uwm_deploy.serve.config import Layout, Plan, configs, text_of, version_of
+from uwm_deploy.runtime.variants import Place as Kind
+from uwm_deploy.runtime.variants import measured_where, proven_variants, reason_unproven
+from uwm_deploy.serve.config import Message, Plan, ServerSettings, configs, text_of, version_of
 from uwm_deploy.serve.guard import canary_file
 from uwm_deploy.serve.names import DECIDE, ENCODERS, ENSEMBLES, EVIDENCE, FILES, PREPARES, RISK, ZERO_SHOT, plan_file
 
@@ -60,7 +60,7 @@ def write_repository(
     path: Path,
     *,
     variant: str | None = None,
-    layout: Layout | None = None,
+    settings: ServerSettings | None = None,
     further: Sequence[Bundle] = (),
     force: bool = False,
 ) -> Written:
@@ -70,7 +70,7 @@ def write_repository(
         bundle: Opened as for serving: it has a passing verdict.
         path: Folder of the repository.
         variant: A certain variant; else the first proven one that Triton has a backend for.
-        layout: The owner's choices.
+        settings: The owner's choices.
         further: Bundles of the same edited model whose plans are for other GPUs.
         force: Replace a repository that is there.
 
@@ -80,8 +80,8 @@ def write_repository(
         PrerequisiteError: If the package `tritonclient` is missing.
     """
     _check_free(path, force)
-    layout = layout or Layout()
-    chosen = variant or _best(bundle, layout)
+    settings = settings or ServerSettings()
+    chosen = variant or _best(bundle, settings)
     if reason := reason_unproven(bundle, chosen):
         raise IntegrityError(
             f"variant {chosen} is {reason}", fix="run `uwm-deploy attest` on a machine that can execute it"
@@ -92,23 +92,16 @@ def write_repository(
     sources = _by_capability(bundle, further, chosen) if _is_plan(engines) else {}
     plans = {tower: [_plan(source, cc, chosen, tower) for cc, source in sources.items()] for tower in engines}
     digest = _digest(bundle)
-    made = configs(bundle.manifest, digest, chosen, layout, plans)
+    made = configs(bundle.manifest, digest, chosen, settings, plans)
     version = version_of(bundle.manifest)
     with whole_folder(path) as folder:
-        for name, config in made.items():
-            (folder / name / str(version)).mkdir(parents=True)
-            (folder / name / "config.pbtxt").write_text(text_of(config))
-            if name in _CLASSES:
-                (folder / name / str(version) / "model.py").write_text(_MODEL.format(name=_CLASSES[name]))
+        _write_models(folder, made, str(version))
         for tower, engine in engines.items():
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
             _write_evidence(folder / ENCODERS[tower], [canary_file(tower)], bundle, sources)
             _write_evidence(folder / PREPARES[tower], [canary_file(tower), *_PREPARED_BY[tower]], bundle, sources)
         for name in {ZERO_SHOT, DECIDE} & set(made):
             _write_evidence(folder / name, [], bundle, {})
-        for name in {*ENSEMBLES.values(), RISK} & set(made):
-            # An object store knows no empty folder, and without one the ensemble has no version.
-            (folder / name / str(version) / "ensemble").write_text("of the models beside it\n")
     return Written(
         repository=str(path),
         bundle=digest,
@@ -117,6 +110,18 @@ def write_repository(
         models=tuple(made),
         compute_capabilities=tuple(sources),
     )
+
+
+def _write_models(folder: Path, made: Mapping[str, Message], version: str) -> None:
+    """Folder, configuration and, where it runs in Python, the code of every model."""
+    for name, config in made.items():
+        (folder / name / version).mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(text_of(config))
+        if name in _CLASSES:
+            (folder / name / version / "model.py").write_text(_MODEL.format(name=_CLASSES[name]))
+        if name in {*ENSEMBLES.values(), RISK}:
+            # An object store knows no empty folder, and without one the ensemble has no version.
+            (folder / name / version / "ensemble").write_text("of the models beside it\n")
 
 
 def write_backends(path: Path) -> None:
@@ -144,16 +149,16 @@ def _check_free(path: Path, force: bool) -> None:
         raise InputError(f"{path} is no repository of this command", fix="choose another folder")
 
 
-def _best(bundle: Bundle, layout: Layout) -> str:
+def _best(bundle: Bundle, settings: ServerSettings) -> str:
     """Of what is proven, the first in the runtime's order that Triton can serve in that place."""
     orders: list[tuple[Target, Kind]] = []
-    if layout.place != "cpu":
+    if settings.place != "cpu":
         orders.append((Target.TENSORRT, "cuda"))
-    orders.append((Target.ONNXRUNTIME, "cuda" if layout.place == "gpu" else "cpu"))
+    orders.append((Target.ONNXRUNTIME, "cuda" if settings.place == "gpu" else "cpu"))
     found = [name for target, place in orders for name in proven_variants(bundle, target, place)]
     if not found:
         raise IntegrityError(
-            f"{bundle.path.name} has no proven variant that Triton serves{' on the CPU' if layout.place == 'cpu' else ''}",
+            f"{bundle.path.name} has no proven variant that Triton serves{' on the CPU' if settings.place == 'cpu' else ''}",
             fix="build one for onnxruntime or tensorrt",
         )
     return found[0]

@@ -17,11 +17,11 @@ from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SafetyHead
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Check, Result, statement
 from uwm_deploy.runtime.risk import risks_from
-from uwm_deploy.runtime.selection import reason_unproven
 from uwm_deploy.runtime.selftest import canaries_of
+from uwm_deploy.runtime.variants import reason_unproven
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 from uwm_deploy.serve.client import AnswerError, Client, Counts
-from uwm_deploy.serve.config import Layout, Message, configs, version_of
+from uwm_deploy.serve.config import Message, ServerSettings, configs, version_of
 from uwm_deploy.serve.names import (
     BUNDLE,
     CATEGORY,
@@ -186,7 +186,7 @@ def identity_of(client: Client, bundle: Bundle, digest: Digest) -> Identity:
     reason = _reason_no_variant(bundle, variant)
     checks.append(statement("served variant", "server", not reason, reason))
     if not reason:
-        wanted = configs(bundle.manifest, digest, variant, Layout())
+        wanted = configs(bundle.manifest, digest, variant, ServerSettings())
         checks += [_as_written(model, config, wanted[model], digest) for model, config in found.items()]
         checks += [_engine(found, bundle, tower, variant) for tower in TowerName if ENCODERS[tower] in found]
     return Identity(f"{name} {version}", variant, tuple(checks), _where(f"{name} {version}", found))

@@ -19,7 +19,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source,
 from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.recipes.recipe import CURRENT_GPU, BuilderSpec
+from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.codec import plain_from_record, read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name

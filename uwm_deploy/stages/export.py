@@ -21,7 +21,7 @@ from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
 from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
-from uwm_deploy.recipes.recipe import ExportSpec
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, TensorSpec

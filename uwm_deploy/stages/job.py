@@ -12,11 +12,13 @@ from typing import Literal, Protocol, TypeVar
 
 from uwm_deploy.bundle.head import HeadFiles, read_head
 from uwm_deploy.bundle.layout import RunFolder
+from uwm_deploy.data.open import open_source
 from uwm_deploy.data.ranks import ALONE, Ranks
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.recipes import shipped
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.policy import Policy
-from uwm_deploy.recipes.recipe import CalibrationSet, ModelSource, Recipe
+from uwm_deploy.recipes.recipe import ModelSource, Recipe
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import VerifyReport

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from uwm_deploy.data.zero_shot import zero_shot_digests
+from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.methods import needs_gradients, selects
 from uwm_deploy.errors import PrerequisiteError, UwmError
 from uwm_deploy.records.codec import plain_from_record

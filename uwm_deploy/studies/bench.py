@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +23,8 @@ from uwm_deploy.records.graph import EngineArtifact, Precision, TensorSpec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import BenchReport, BenchSubject, ColdStart, Latency
 from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.runtime.machine import clocks, machine
 from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
-from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
 CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yellow triangle beside a grey wall")
@@ -303,50 +300,6 @@ def latency_of(
         ratio_low=float(min(ratios)),
         ratio_high=float(max(ratios)),
     )
-
-
-def machine() -> dict[str, str]:
-    """What does not change during a run: processor, cores, versions of what executes, GPU."""
-    lines = _lines(Path("/proc/cpuinfo"))
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    found = {
-        "cpu": model or platform.processor() or platform.machine(),
-        "cpus": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-    if not gpu_reason():
-        found["gpu"] = _nvidia("name,driver_version,clocks.max.sm,clocks.max.mem,power.limit")
-    return found
-
-
-def clocks() -> dict[str, str]:
-    """What may change during a run: clocks of the processor and the GPU, and how busy the machine is."""
-    rates = [float(line.partition(":")[2]) for line in _lines(Path("/proc/cpuinfo")) if line.startswith("cpu MHz")]
-    found = {"load": " ".join(f"{value:.2f}" for value in os.getloadavg())}
-    if rates:
-        found["cpu_mhz"] = f"{min(rates):.0f} to {max(rates):.0f}"
-    if not gpu_reason():
-        found["gpu"] = _nvidia("clocks.sm,clocks.mem,temperature.gpu,clocks_throttle_reasons.active")
-    return found
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _nvidia(fields: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 -- fixed words
-    except (OSError, subprocess.TimeoutExpired):
-        return "nvidia-smi does not answer"
-    return "; ".join(done.stdout.split("\n")).strip("; ")
 
 
 def rows_of(report: BenchReport) -> list[dict[str, str]]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -17,8 +16,8 @@ from typing import Any
 
 import click
 
-from uwm_deploy.data.source import open_source
-from uwm_deploy.data.zero_shot import names_from
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.zero_shot_suite import names_from
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request, resolved_recipe
@@ -38,6 +37,7 @@ from uwm_deploy.records.studies import ComparedMethod, MethodComparison, MethodC
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.paper_table import COLUMNS, PRICE_COLUMNS, cell, markdown_table, notes, price_cell
+from uwm_deploy.runtime.machine import machine
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.preference import METRICS
@@ -63,7 +63,7 @@ _MARKS = "os^Dv*Pp"
 """Shapes in the picture: nothing is told by colour alone."""
 
 _COST = "cost.json"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "pillow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ def compare(request: CompareRequest, reporter: Reporter) -> MethodComparison:
         measured_on=ground.name,
         n=len(ground.source) if ground.source else 0,
         rows=tuple(rows),
-        machine=_machine(),
+        machine=machine(),
         versions=versions(_PACKAGES),
     )
     with whole_folder(request.out) as folder:
@@ -384,14 +384,6 @@ def _measured(made: _Made, evaluator: Evaluator, reporter: Reporter, first: Any)
 
 def _without_ids(part: Flips) -> Flips:
     return dataclasses.replace(part, lost_ids=(), gained_ids=())
-
-
-def _machine() -> dict[str, str]:
-    found = {"cpu": f"{os.cpu_count()} cores, {platform.machine()}", "threads": os.environ.get("OMP_NUM_THREADS", "")}
-    import torch
-
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
 
 
 # --- what a person reads ------------------------------------------------------------------------------------------------

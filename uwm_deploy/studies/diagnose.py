@@ -16,21 +16,21 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
-from uwm_deploy.data.source import open_source
+from uwm_deploy.data.open import open_source
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array, digest_of_onnx
 from uwm_deploy.graphs.walk import Difference, Graph, WalkedValue, differences, walk
-from uwm_deploy.pipeline.attest import canaries_of
-from uwm_deploy.recipes.recipe import calibration_set_from_toml
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import Evidence
-from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.image import pixels_from_image
-from uwm_deploy.runtime.session import Session, open_engine, open_session
+from uwm_deploy.runtime.selftest import stored_canaries
+from uwm_deploy.runtime.session import Session, external_data_of, open_engine, open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 
@@ -175,7 +175,7 @@ def _of_bundle(bundle: Bundle) -> _Place:
         failed=manifest.verdict.failed,
         converted=lambda _: None,
         engine_file=lambda engine: bundle.path / engine_path(engine),
-        canaries=lambda tower: canaries_of(bundle, tower),
+        canaries=stored_canaries(bundle).get,
         rows=rows,
         model=None,
     )
@@ -222,17 +222,7 @@ def _exported(place: _Place, tower: TowerName) -> StageWalk:
     canaries = place.canaries(tower)
     ratio = None
     if canaries is not None:
-        session = open_session(
-            Target.ONNXRUNTIME,
-            file.read_bytes(),
-            profile=Profile(min=1, opt=1, max=16),
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            external_data=_external(file, graph.external_data),
-            device="cpu",
-            optimisation="extended",
-        )
-        ratio = _ratio(session, canaries)
+        ratio = _ratio(open_graph(file, graph, max_batch=16), canaries)
     return StageWalk(
         variant=EXPORTED,
         tower=tower,
@@ -301,7 +291,9 @@ def _variant(place: _Place, engine: EngineArtifact, folder: Path) -> Iterator[St
     file = place.engine_file(engine)
     ratio = None
     if canaries is not None:
-        ratio = _ratio(open_engine(engine, file.read_bytes(), _external(file, engine.external_data)), canaries)
+        ratio = _ratio(
+            open_engine(engine, file.read_bytes(), external_data_of(file.parent, engine.external_data)), canaries
+        )
     note = _note(file, engine.external_data, engine.digest)
     yield _walked(place, engine, "compile", precision, base, file, folder, note, ratio)
 
@@ -368,10 +360,6 @@ def _ratio(session: Session, canaries: Canaries) -> float:
         return min(canaries.worst(session.run(canaries.inputs)), 1e9)
     finally:
         session.close()
-
-
-def _external(file: Path, name: str) -> dict[str, bytes]:
-    return {name: (file.parent / name).read_bytes()} if name else {}
 
 
 def _note(file: Path, external: str, digest: str) -> str:

@@ -14,16 +14,18 @@ from pathlib import Path
 
 from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
 from uwm_deploy.data.embedding import Encode, PreparedSet, embed, prepare
+from uwm_deploy.data.open import open_source
 from uwm_deploy.data.ranks import ALONE, Ranks, StoppedError
-from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
-from uwm_deploy.data.zero_shot import Suite, open_suite, recognise
+from uwm_deploy.data.recognition import recognise
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.zero_shot_readers import BrokenItemError
+from uwm_deploy.data.zero_shot_suite import Suite, open_suite
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport
@@ -32,7 +34,7 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, safety_report, yardstick_of
 from uwm_deploy.safeground.outcomes import bits_of
-from uwm_deploy.safeground.zero_shot import TopOne
+from uwm_deploy.safeground.top_one import TopOne
 
 NOTHING = Method.NONE.value
 """Name of the method that edits nothing."""

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from uwm_deploy.data.source import QuadrupleSource, open_source
-from uwm_deploy.data.zero_shot import DEMO_SETS, open_suite
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.data.zero_shot_suite import DEMO_SETS, open_suite
 from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.recipes import shipped as resources
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from uwm_deploy.data.embedding import prepare
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.closed_form import Solved, put, tensors_of
 from uwm_deploy.edits.fit_files import read_sums
 from uwm_deploy.edits.methods import selects
@@ -25,7 +26,7 @@ from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline.plan import plan_of
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import Run
-from uwm_deploy.recipes.recipe import ClosedForm, EditSpecs
+from uwm_deploy.recipes.edit_spec import ClosedForm, EditSpecs
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import EditStep, FitRecord, Method, ScoreRecord

@@ -14,7 +14,7 @@ from uwm_deploy.records.model import Digest
 from uwm_deploy.records.training import TrainingSettings
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.protocol import LoadedModel
-from uwm_deploy.training.losses import Members
+from uwm_deploy.training.losses import MemberEmbeddings
 
 FAMILIES = ("hf-clip",)
 """Families whose modules have the published names."""
@@ -29,11 +29,11 @@ class Student(nn.Module):
         super().__init__()
         self.text, self.image = model.text.graph_module(), model.image.graph_module()
 
-    def forward(self, texts: Tensor, images: Tensor) -> Members:
+    def forward(self, texts: Tensor, images: Tensor) -> MemberEmbeddings:
         """(2b, L) ids and (2b, 3, H, W) pixels, the safe half first, to unit embeddings."""
         safe_text, unsafe_text = self.text(texts).chunk(2)
         safe_image, unsafe_image = self.image(images).chunk(2)
-        return Members(safe_text, unsafe_text, safe_image, unsafe_image).unit()
+        return MemberEmbeddings(safe_text, unsafe_text, safe_image, unsafe_image).unit()
 
 
 class Adapters:
@@ -71,12 +71,12 @@ class Adapters:
         return sum(p.numel() for p in self.tensors.values())
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all of them, on the CPU."""
+        """A copy of all of them on the CPU: name to the adapter's tensor, (rank, in) or (out, rank)."""
         return {name: p.detach().cpu().clone() for name, p in self.tensors.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Puts a copy back."""
+        """Puts a copy back; see `state`."""
         for name, parameter in self.tensors.items():
             parameter.copy_(state[name])
 

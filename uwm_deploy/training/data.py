@@ -15,7 +15,7 @@ from uwm_deploy.records.model import TextSpec
 from uwm_deploy.records.training import Trainer, TrainingSettings
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.training.losses import (
-    Members,
+    MemberEmbeddings,
     Targets,
     normalised_mean,
     safe_clip_terms,
@@ -43,7 +43,7 @@ class TrainingData:
 
     prepared: PreparedSet
     text: TextSpec
-    reference: Members
+    reference: MemberEmbeddings
     nearest: np.ndarray
     stage: np.ndarray
     training: np.ndarray
@@ -58,7 +58,7 @@ class TrainingData:
         return torch.from_numpy(ids).to(device), torch.from_numpy(pixels).to(device)
 
     def rows_of(self, epoch: int, settings: TrainingSettings) -> np.ndarray:
-        """Training rows of an epoch, counted from 1, in their order; the same whenever and wherever it is run."""
+        """Training rows (m,) int64 of an epoch, counted from 1, in their order; the same whenever and wherever it is run."""
         rows = self.training
         if settings.method is Trainer.SAFER_CLIP:
             rows = rows[self.stage[rows] < epoch]
@@ -66,10 +66,19 @@ class TrainingData:
         found: np.ndarray = rows[order]
         return found
 
-    def terms(self, student: Members, rows: np.ndarray, method: Trainer) -> dict[str, Tensor]:
-        """Every term of the loss on some rows."""
+    def terms(self, student: MemberEmbeddings, rows: np.ndarray, method: Trainer) -> dict[str, Tensor]:
+        """Every term of the loss on some rows.
+
+        Args:
+            student: Unit embeddings (b, d) of the rows by the model that is trained.
+            rows: (b,) int64.
+            method: Whose terms.
+
+        Returns:
+            Name to scalar ().
+        """
         device = student.safe_text.device
-        reference = Members(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
+        reference = MemberEmbeddings(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
         if method is Trainer.SAFE_CLIP:
             return safe_clip_terms(student, reference)
         there = torch.from_numpy(self.nearest[rows])
@@ -78,7 +87,7 @@ class TrainingData:
 
 
 def total(terms: dict[str, Tensor], settings: TrainingSettings) -> Tensor:
-    """The loss: Safe-CLIP's normalised mean, SafeR-CLIP's sum."""
+    """The loss (): Safe-CLIP's normalised mean of the terms (), SafeR-CLIP's sum."""
     combine = normalised_mean if settings.method is Trainer.SAFE_CLIP else weighted_sum
     return combine(terms, settings.weights)
 
@@ -97,7 +106,7 @@ def training_data(
     Raises:
         DataError: If the set is too small, or the reference has no embedding of an item.
     """
-    members = Members(
+    members = MemberEmbeddings(
         *(
             torch.from_numpy(part)
             for part in (embedded.safe_text, embedded.unsafe_text, embedded.safe_image, embedded.unsafe_image)

@@ -16,7 +16,7 @@ from uwm_deploy.edits.gradient import LOGIT_SCALE
 from uwm_deploy.errors import ContractError
 
 
-class Members(NamedTuple):
+class MemberEmbeddings(NamedTuple):
     """Embeddings of b quadruples, (b, d) each."""
 
     safe_text: Tensor
@@ -24,13 +24,13 @@ class Members(NamedTuple):
     safe_image: Tensor
     unsafe_image: Tensor
 
-    def rows(self, rows: Tensor) -> Members:
-        """Some of the quadruples, in an order."""
-        return Members(*(part[rows] for part in self))
+    def rows(self, rows: Tensor) -> MemberEmbeddings:
+        """Quadruples at some positions (m,) int64, in that order."""
+        return MemberEmbeddings(*(part[rows] for part in self))
 
-    def unit(self) -> Members:
+    def unit(self) -> MemberEmbeddings:
         """The same with rows of length 1, in float32."""
-        return Members(*(functional.normalize(part.float(), dim=1) for part in self))
+        return MemberEmbeddings(*(functional.normalize(part.float(), dim=1) for part in self))
 
 
 class Targets(NamedTuple):
@@ -57,15 +57,15 @@ def relative(query: Tensor, unsafe: Tensor, target: Tensor) -> Tensor:
     return functional.softplus((query * unsafe).sum(1) - (query * target).sum(1)).mean()
 
 
-def safe_clip_terms(student: Members, reference: Members) -> dict[str, Tensor]:
+def safe_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings) -> dict[str, Tensor]:
     """The eight terms of Safe-CLIP.
 
     Safe members stay where they are, unsafe ones go to their safe counterparts: in their own modality by cosine, in the
     other by contrast within the batch.
 
     Args:
-        student: Unit embeddings of the model that is trained.
-        reference: Unit embeddings of the frozen one; only its safe members are used.
+        student: Unit embeddings (b, d) of the model that is trained.
+        reference: Unit embeddings (b, d) of the frozen one; only its safe members are used.
     """
     text, image = reference.safe_text, reference.safe_image
     return {
@@ -80,13 +80,13 @@ def safe_clip_terms(student: Members, reference: Members) -> dict[str, Tensor]:
     }
 
 
-def safer_clip_terms(student: Members, reference: Members, targets: Targets) -> dict[str, Tensor]:
+def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, targets: Targets) -> dict[str, Tensor]:
     """The six terms of SafeR-CLIP.
 
     Args:
-        student: Unit embeddings of the model that is trained.
-        reference: Unit embeddings of the frozen one.
-        targets: Unit embeddings of each unsafe caption's nearest safe caption, and of the image of that.
+        student: Unit embeddings (b, d) of the model that is trained.
+        reference: Unit embeddings (b, d) of the frozen one.
+        targets: Unit embeddings (b, d) of each unsafe caption's nearest safe caption, and of the image of that.
     """
     return {
         "text_relative": relative(student.unsafe_text, reference.unsafe_image, targets.image),
@@ -99,7 +99,7 @@ def safer_clip_terms(student: Members, reference: Members, targets: Targets) -> 
 
 
 def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted mean of the terms, divided by their number, as Safe-CLIP's script has it.
+    """Weighted mean () of the terms (), divided by their number, as Safe-CLIP's script has it.
 
     Raises:
         ContractError: If terms and weights are not of the same names.
@@ -108,7 +108,7 @@ def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted sum of the terms.
+    """Weighted sum () of the terms ().
 
     Raises:
         ContractError: If terms and weights are not of the same names.

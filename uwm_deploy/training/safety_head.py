@@ -30,7 +30,7 @@ WARM_UP_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class HeadSettings:
     """How a head is trained.
 
     Attributes:
@@ -61,7 +61,7 @@ class Features:
         concepts: n concepts.
         safe: (n, T, width) float16.
         unsafe: (n, T, width) float16.
-        pairs: `runtime.head.digest_of_pair` of each.
+        pairs: `bundle.head.digest_of_pair` of each.
     """
 
     ids: tuple[str, ...]
@@ -75,7 +75,7 @@ class Features:
         return len(self.ids)
 
     def rows(self, rows: np.ndarray) -> Features:
-        """Some of the pairs."""
+        """Pairs at some positions (m,) int64."""
         return Features(
             ids=tuple(self.ids[i] for i in rows),
             concepts=tuple(self.concepts[i] for i in rows),
@@ -109,7 +109,7 @@ def held_out(concepts: Sequence[str], share: int = 5) -> np.ndarray:
     return found
 
 
-def trained_head(features: Features, settings: Settings, progress: Progress, device: str = "cpu") -> Trained:
+def trained_head(features: Features, settings: HeadSettings, progress: Progress, device: str = "cpu") -> Trained:
     """Trains a head by AdamW on cross entropy of the category and binary cross entropy of the level.
 
     Args:
@@ -245,7 +245,7 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def rows_of(module: SafetyHeadModule, tokens: np.ndarray, batch: int = 256) -> RiskRows:
-    """What a head says of some tokens, as its graph gives it."""
+    """What a head says of tokens (n, T, width) float16, as its graph gives it: logits (n, c), levels (n,), float32."""
     found = [module(torch.from_numpy(part).float()) for part in _parts(tokens, batch)]
     logits, level = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     return RiskRows(logits, level[:, 0])

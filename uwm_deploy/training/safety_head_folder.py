@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError, InputError
 from uwm_deploy.pipeline.folder import current, stamp
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
-from uwm_deploy.recipes.recipe import CalibrationSet
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, whole_folder
@@ -39,7 +40,7 @@ from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.towers.safety_head import token_graph, tokens_of
-from uwm_deploy.training.safety_head import Features, Settings, calibrate, held_out, rows_of, trained_head
+from uwm_deploy.training.safety_head import Features, HeadSettings, Trained, calibrate, held_out, rows_of, trained_head
 
 FEATURES = "head-features"
 """Folders of the run folder that keep tokens, one per set."""
@@ -65,7 +66,7 @@ class HeadRequest:
 
     build: Request
     out: Path
-    settings: Settings
+    settings: HeadSettings
     rates: Mapping[str, float]
     train_on: str | None = None
     validation: str | None = None
@@ -106,57 +107,82 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     work = request.build.work or Path(".uwm") / recipe.name
     texts = _texts(request.texts, source)
     everything = _features(model, source, spec, request.build, work, reporter)
+    other = None
     if request.validation:
         other, other_spec = _set(request.validation)
         training, validation = everything, _features(model, other, other_spec, request.build, work, reporter)
         _refuse_shared(training, validation)
     else:
-        other = None
-        apart = held_out(everything.concepts)
-        trained_on = {pair for pair, out in zip(everything.pairs, apart, strict=True) if not out}
-        # A pair that is in the set twice would be validated on what was learned by heart; it only trains.
-        twice = np.array([pair in trained_on for pair in everything.pairs])
-        training, validation = (everything.rows(np.flatnonzero(part)) for part in (~apart, apart & ~twice))
+        training, validation = _apart(everything)
     device = resolve_device(request.build.device)
     with reporter.stage("train", f"safety head, {len(training)} pairs, {request.settings.epochs} passes"):
         trained = trained_head(training, request.settings, reporter.progress, device)
     calibration = calibrate(trained, validation)
     safe, unsafe = (rows_of(trained.module, part) for part in (validation.safe, validation.unsafe))
-    thresholds = thresholds_for(safe.level, request.rates)
-    weights, listed = trained.module.to_bytes(), json.dumps(texts, indent=0, ensure_ascii=False).encode()
-    items = json.dumps(sorted({*training.pairs, *validation.pairs}), indent=0).encode()
-    settings = request.settings
+    files = {
+        WEIGHTS: trained.module.to_bytes(),
+        TEXTS: json.dumps(texts, indent=0, ensure_ascii=False).encode(),
+        ITEMS: json.dumps(sorted({*training.pairs, *validation.pairs}), indent=0).encode(),
+    }
     head = SafetyHead(
         shape=trained.module.shape,
         categories=trained.categories,
         edited_weights_digest=model.ref.weights_digest,
-        weights_digest=digest_of_bytes(weights),
-        texts_digest=digest_of_bytes(listed),
-        items_digest=digest_of_bytes(items),
-        thresholds=thresholds,
+        weights_digest=digest_of_bytes(files[WEIGHTS]),
+        texts_digest=digest_of_bytes(files[TEXTS]),
+        items_digest=digest_of_bytes(files[ITEMS]),
+        thresholds=thresholds_for(safe.level, request.rates),
         false_positive_rates={action: 100 * rate for action, rate in request.rates.items()},
         calibration=calibration,
-        training=HeadTraining(
-            data=source.record,
-            validation=other.record if other else None,
-            pairs=len(training),
-            validation_pairs=len(validation),
-            epochs=settings.epochs,
-            batch=settings.batch,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-            loss_first=trained.losses[0],
-            loss_last=trained.losses[-1],
-            seconds=round(trained.seconds, 3),
-        ),
+        training=_training_record(source, other, (training, validation), request.settings, trained),
     )
     with whole_folder(request.out) as folder:
-        (folder / WEIGHTS).write_bytes(weights)
-        (folder / TEXTS).write_bytes(listed)
-        (folder / ITEMS).write_bytes(items)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         write_record(folder / RECORD, head)
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
     return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
+
+
+def _apart(everything: Features) -> tuple[Features, Features]:
+    """What is trained on, and what is held out, of one set."""
+    apart = held_out(everything.concepts)
+    trained_on = {pair for pair, out in zip(everything.pairs, apart, strict=True) if not out}
+    # A pair that is in the set twice would be validated on what was learned by heart; it only trains.
+    twice = np.array([pair in trained_on for pair in everything.pairs])
+    return everything.rows(np.flatnonzero(~apart)), everything.rows(np.flatnonzero(apart & ~twice))
+
+
+def _training_record(
+    source: QuadrupleSource,
+    other: QuadrupleSource | None,
+    sets: tuple[Features, Features],
+    settings: HeadSettings,
+    trained: Trained,
+) -> HeadTraining:
+    """How a head was trained.
+
+    Args:
+        source: What it was trained on.
+        other: What it was validated on, where that is a set of its own.
+        sets: Training and validation pairs.
+        settings: Of the training.
+        trained: What came of it.
+    """
+    training, validation = sets
+    return HeadTraining(
+        data=source.record,
+        validation=other.record if other else None,
+        pairs=len(training),
+        validation_pairs=len(validation),
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        loss_first=trained.losses[0],
+        loss_last=trained.losses[-1],
+        seconds=round(trained.seconds, 3),
+    )
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -284,7 +310,7 @@ _SETTINGS = ("width", "tokens", "heads", "epochs", "batch", "learning_rate", "se
 
 def run(as_json: bool, options: dict[str, Any]) -> int:
     """The command: options of the command line to a head, and what it came to on stdout."""
-    settings = Settings(**{name: options.pop(name) for name in _SETTINGS})
+    settings = HeadSettings(**{name: options.pop(name) for name in _SETTINGS})
     rates = rates_of(*(options.pop(step.value) / 100 for step in STEPS))
     own = {name: options.pop(name) for name in ("train_on", "validation", "texts")}
     out, build = options.pop("out"), Request(**options)

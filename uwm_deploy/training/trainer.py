@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 
 from uwm_deploy.data.embedding import prepare
-from uwm_deploy.data.source import QuadrupleSource, check_own_pairs, open_source
-from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
+from uwm_deploy.data.torchrun import in_this_process, join, with_averaged_gradients
+from uwm_deploy.errors import ContractError, InputError, imported
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import Recipe, TrainSpec
@@ -35,10 +36,10 @@ from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.training.adapters import Adapters, Student
 from uwm_deploy.training.checkpoints import CHECKPOINT, State, moments_of, put_moments, read_state, write_state
 from uwm_deploy.training.data import TrainingData, total, training_data
-from uwm_deploy.training.losses import Members
+from uwm_deploy.training.losses import MemberEmbeddings
 from uwm_deploy.training.settings import settings_of
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate")
+_PACKAGES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,7 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainingRecord:
         ContractError: If the reference or a weight without adapter changed, or a loss is not finite.
         PrerequisiteError: If a package is missing.
     """
-    for package in ("peft", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise PrerequisiteError(f"package {package} is not installed", fix="pip install 'uwm-deploy[train]'")
+    imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
     there = read_training(request.out)
     if there is None and request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
         raise InputError(f"{request.out} exists and holds no trained model", fix="choose another --out or remove it")
@@ -96,8 +95,6 @@ class _Run:
     """One training run: resolved inputs, the two models, the state."""
 
     def __init__(self, request: TrainRequest, reporter: Reporter) -> None:
-        from accelerate import Accelerator
-
         self.request, self.reporter = request, reporter
         if read_training(Path(request.model)) is not None:
             raise InputError(f"{request.model} was trained already", fix="train from the model it was made from")
@@ -113,8 +110,8 @@ class _Run:
         self.spec, _, base = calibration_set_of(self.recipe.data.calibration)
         check_own_pairs(self.spec)  # `safer-clip` looks for the nearest itself
         self.source: QuadrupleSource = open_source(dataclasses.replace(self.spec, zero_shot=()), base=base)
-        self.accelerator: Any = Accelerator(cpu=resolve_device(request.device) == "cpu", mixed_precision="no")
-        self.device = torch.device(self.accelerator.device)
+        self.ranks = join(request.device)
+        self.device = torch.device(resolve_device(request.device))
         self.work = request.work or Path(".uwm") / self.recipe.name / f"train-{self.settings.method.value}"
         self.reference = self._load()
 
@@ -123,30 +120,25 @@ class _Run:
         folder = resources.checkpoint_folder(source.repo, source.revision)
         return load_model(self.recipe, folder=folder, device=str(self.device))
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files."""
-        return bool(self.accelerator.is_main_process)
-
     def made(self, there: TrainingRecord) -> bool:
         """Whether a trained model is what this run would make."""
         return (there.settings, there.base.weights_digest, there.calibration, there.processes) == (
             self.settings,
             self.reference.ref.weights_digest,
             self.source.record,
-            self.accelerator.num_processes,
+            self.ranks.world,
         )
 
     @property
     def key(self) -> Digest:
         """Digest of everything that the weights after an epoch depend on."""
         parts = [self.settings, self.source.record]
-        processes = self.accelerator.num_processes
+        processes = self.ranks.world
         return digest_of_plain([*map(plain_from_record, parts), self.reference.ref.weights_digest, processes])
 
     def trained(self) -> TrainingRecord:
         """Trains and writes the result."""
-        if not self.first:
+        if not self.ranks.first:
             return self._trained()
         with locked(self.work), self.reporter.stage("train", f"{self.recipe.name}, {self.settings.method.value}"):
             return self._trained()
@@ -179,20 +171,20 @@ class _Run:
             parameters=parameters,
             examples_seen=sum(epoch.n for epoch in state.epochs),
             seconds=sum(epoch.seconds for epoch in state.epochs),
-            processes=self.accelerator.num_processes,
+            processes=self.ranks.world,
             device=self.device.type,
             peak_gpu_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             versions=versions(_PACKAGES),
             recipe=self.recipe_text,
         )
-        if self.first:
-            with whole_folder(self.request.out) as folder:
-                model.save(folder)
-                write_record(folder / TRAINING, record)
-            (self.work / CHECKPOINT).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self.ranks.first_only(lambda: self._write(model, record))
         return record
+
+    def _write(self, model: LoadedModel, record: TrainingRecord) -> None:
+        with whole_folder(self.request.out) as folder:
+            model.save(folder)
+            write_record(folder / TRAINING, record)
+        (self.work / CHECKPOINT).unlink(missing_ok=True)
 
     def _data(self) -> TrainingData:
         reference = self.reference
@@ -216,12 +208,12 @@ class _Run:
             adapters.load(state.adapters)
             put_moments(optimiser, adapters.tensors, state.moments)
             self.reporter.line(f"           going on after epoch {len(state.epochs)}")
-        student = self.accelerator.prepare_model(Student(model))
+        student = with_averaged_gradients(Student(model), self.ranks)
         while len(state.epochs) < self.settings.epochs and state.waited < self.settings.patience:
             result = self._epoch(len(state.epochs) + 1, student, optimiser, data)
             _take(state, result, self.settings, adapters)
             state.adapters, state.moments = adapters.state(), moments_of(optimiser, adapters.tensors)
-            if self.first:
+            if self.ranks.first:
                 write_state(path, state)
             self.reporter.line(_line(result, state.best_epoch == result.epoch))
         return state
@@ -231,9 +223,7 @@ class _Run:
     ) -> EpochResult:
         started = time.perf_counter()
         # Of the epoch, not of what came before it: a run that goes on draws the same dropout.
-        torch.manual_seed(
-            int(np.random.default_rng([self.settings.seed, epoch, self.accelerator.process_index]).integers(2**62))
-        )
+        torch.manual_seed(int(np.random.default_rng([self.settings.seed, epoch, self.ranks.rank]).integers(2**62)))
         student.train()
         sums: dict[str, float] = {}
         batches = list(self._batches(data.rows_of(epoch, self.settings)))
@@ -243,7 +233,7 @@ class _Run:
             if not bool(loss.isfinite()):
                 raise ContractError(f"the loss is {float(loss.detach())} in epoch {epoch}", fix="use a lower --rate")
             optimiser.zero_grad(set_to_none=True)
-            self.accelerator.backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]  # it has no annotations
             optimiser.step()
             values = {name: float(term.detach()) for name, term in {**terms, "": loss}.items()}
             sums = {name: sums.get(name, 0.0) + value / len(batches) for name, value in values.items()}
@@ -253,7 +243,7 @@ class _Run:
         validation, recall = self._validation(student, data)
         return EpochResult(
             epoch=epoch,
-            n=sum(map(len, batches)) * self.accelerator.num_processes,
+            n=sum(map(len, batches)) * self.ranks.world,
             terms={name: value for name, value in sums.items() if name},
             loss=sums[""],
             validation_loss=validation,
@@ -263,7 +253,7 @@ class _Run:
 
     def _batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """This process's batches; with several, what does not fill a batch of each is left out of this epoch."""
-        world, rank, size = self.accelerator.num_processes, self.accelerator.process_index, self.settings.batch
+        world, rank, size = self.ranks.world, self.ranks.rank, self.settings.batch
         end = len(rows) if world == 1 else len(rows) // (size * world) * (size * world)
         if not end:
             raise InputError(
@@ -272,16 +262,16 @@ class _Run:
         for start in range(0, end, size * world):
             yield rows[start + rank * size : start + (rank + 1) * size]
 
-    def _embedded(self, student: torch.nn.Module, data: TrainingData, rows: np.ndarray) -> Members:
+    def _embedded(self, student: torch.nn.Module, data: TrainingData, rows: np.ndarray) -> MemberEmbeddings:
         lower = torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
         with lower:
-            found: Members = student(*data.inputs(rows, self.device))
+            found: MemberEmbeddings = student(*data.inputs(rows, self.device))
         return found
 
     @torch.no_grad()
     def _validation(self, student: torch.nn.Module, data: TrainingData) -> tuple[float, float]:
         """Loss and sum of six recalls at 1, percent, on what is held out; every process comes to the same."""
-        plain = self.accelerator.unwrap_model(student).eval()
+        plain = in_this_process(student).eval()
         rows, size = data.validation, self.settings.batch
         loss, parts = 0.0, []
         for start in range(0, len(rows), size):
@@ -304,7 +294,8 @@ def recall_sum(
 ) -> float:
     """Sum of recall at 1, percent, both ways: safe texts and images, safe texts and unsafe images, the other way round.
 
-    That unsafe texts find unsafe images is not wanted, so it has no part.
+    All four are (n, d) float32 of length 1, row by row of one quadruple. That unsafe texts find unsafe images is not wanted,
+    so it has no part.
     """
     pairs = ((safe_text, safe_image), (safe_text, unsafe_image), (unsafe_text, safe_image))
     return sum(recalls(left, right)[1].value + recalls(right, left)[1].value for left, right in pairs)

@@ -15,7 +15,7 @@ from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityErr
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
-from uwm_deploy.runtime import SafeEncoder
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.results import Embeddings, Kind
 from uwm_deploy.runtime.session import Device
 

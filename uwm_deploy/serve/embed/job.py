@@ -13,7 +13,7 @@ from uwm_deploy.data.parquet import parquet_module
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.records.files import locked
 from uwm_deploy.serve.embed.batch import Columns, EmbedBatch
-from uwm_deploy.serve.embed.keys import Keys
+from uwm_deploy.serve.embed.keys import SeenKeys
 from uwm_deploy.serve.embed.parts import PartWriter, keys_of, parts_of
 from uwm_deploy.serve.embed.sources import Content, Item, Naming, files_of, items_of
 
@@ -105,7 +105,7 @@ def embed(
     parquet_module(out)
     files, naming = files_of(source), Naming(kind=run.kind, key=key, column=column or run.column)
     with locked(out):
-        encoder, keys = run.encoder(), Keys()
+        encoder, keys = run.encoder(), SeenKeys()
         identity = run.identity() | {"variant": encoder.variant, "space": encoder.space}
         report = EmbedReport(bundle=run.digest, variant=encoder.variant, space=encoder.space)
         for part in parts_of(out):
@@ -125,7 +125,7 @@ def embed(
     return report
 
 
-def _new_items(files: Sequence[Path], naming: Naming, keys: Keys, report: EmbedReport) -> Iterator[Item]:
+def _new_items(files: Sequence[Path], naming: Naming, keys: SeenKeys, report: EmbedReport) -> Iterator[Item]:
     """Items without a row yet; what cannot be read on is noted, and its other files are read."""
     for path in files:
         items = items_of(path, naming)

@@ -11,7 +11,7 @@ from uwm_deploy.errors import DataError
 _CACHE_KIB = 64 << 10
 
 
-class Keys:
+class SeenKeys:
     """Keys that were embedded by earlier runs, and those met in this one."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ _SIDES = ("safe", "unsafe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class KnownEmbeddings:
     """Embeddings of the evaluation set by one tower, in PyTorch float32.
 
     Attributes:
@@ -104,20 +104,20 @@ class Evidence:
 
 def evidence_of(
     edited: EmbeddedSet, original: EmbeddedSet | None, tower: TowerName, cosine_min: float = COSINE_MIN
-) -> Evidence:
+) -> KnownEmbeddings:
     """What is recorded of one tower.
 
     Args:
         edited: By the edited model.
         original: By the model before the map; None where that is not recorded.
         tower: Which one.
-        cosine_min: See `Evidence`.
+        cosine_min: See `KnownEmbeddings`.
     """
 
     def members(part: EmbeddedSet) -> tuple[np.ndarray, ...]:
         return tuple(getattr(part, f"{side}_{tower.value}") for side in _SIDES)
 
-    return Evidence(
+    return KnownEmbeddings(
         rows={item: row for row, item in enumerate(edited.ids)},
         after=members(edited),
         before=None if original is None else members(original),

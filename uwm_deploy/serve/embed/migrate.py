@@ -18,9 +18,9 @@ from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.embedding_map import EmbeddingMap, Mapper, maps_of_bundle
-from uwm_deploy.runtime.selection import reason_unproven
+from uwm_deploy.runtime.variants import reason_unproven
 from uwm_deploy.safeground.embedded import EmbeddedSet
-from uwm_deploy.serve.embed.known import COSINE_MIN, Evidence, evidence_of
+from uwm_deploy.serve.embed.known import COSINE_MIN, KnownEmbeddings, evidence_of
 from uwm_deploy.serve.embed.stored import Label, Moved, Progress, Stored
 
 _REPORT = "reports/verify.json"
@@ -41,7 +41,7 @@ class Migration:
 
     map: EmbeddingMap
     label: Label
-    evidence: Evidence
+    evidence: KnownEmbeddings
 
 
 @dataclass(slots=True, kw_only=True)
@@ -231,7 +231,7 @@ def _other_space(label: Label, wanted: SpaceId) -> EvidenceError:
     )
 
 
-def _evidence(bundle: Bundle, tower: TowerName, least: float) -> Evidence:
+def _evidence(bundle: Bundle, tower: TowerName, least: float) -> KnownEmbeddings:
     """What is recorded of the evaluation set; the original is the model before all steps, not before the last."""
     try:
         tensors = load(bundle.read(_REFERENCE))

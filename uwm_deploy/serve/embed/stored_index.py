@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from uwm_deploy.errors import DataError, InputError, PrerequisiteError
+from uwm_deploy.errors import DataError, InputError, imported
 from uwm_deploy.records.files import whole_file, write_atomic
 from uwm_deploy.runtime.embedding_map import Mapper
 from uwm_deploy.serve.embed.stored import (
@@ -37,13 +37,7 @@ def faiss_module(path: Path) -> Any:
     Raises:
         PrerequisiteError: If it is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise PrerequisiteError(
-            f"{path} is an index of FAISS, which is not installed", fix="pip install faiss-cpu"
-        ) from error
-    return faiss
+    return imported("faiss", f"{path} is an index of FAISS, which is not installed", fix="pip install faiss-cpu")
 
 
 class FlatIndex:

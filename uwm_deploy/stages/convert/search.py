@@ -17,7 +17,7 @@ from uwm_deploy.data.embedding import Inputs, PreparedSet, unit_rows
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.write import write_graph
-from uwm_deploy.recipes.recipe import AutoSpec
+from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.graph import LayerSensitivity, OnnxArtifact, PrecisionPlan, PrecisionStep
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.preference import BASIC, Decisions, decisions

@@ -9,7 +9,7 @@ from uwm_deploy.edits.applied import select_and_apply, step_of, tensor_edit
 from uwm_deploy.edits.closed_form import Solve, last_tensors, put
 from uwm_deploy.edits.patch import Patch, replaced
 from uwm_deploy.errors import ContractError
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.edit import (
     CLOSED_FORM,

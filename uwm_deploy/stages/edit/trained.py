@@ -17,7 +17,7 @@ from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.closed_form import Solve, put
 from uwm_deploy.edits.patch import Patch, TensorPatch, replaced
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.edit import EditKind, EditRecord, EditStep, Method, ScoreRecord, TensorEdit
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.training import TrainingRecord

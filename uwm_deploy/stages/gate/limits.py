@@ -8,9 +8,10 @@ import math
 from uwm_deploy.errors import RecipeError
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.verdict import Check, Result
+from uwm_deploy.safeground.interval import Z95
 from uwm_deploy.stages.gate.measured import Measured, Metrics
 
-_Z_POWER = 1.959963984540054 + 1.2815515655446004
+_Z_POWER = Z95 + 1.2815515655446004
 """Two-sided 95% interval, 90% power."""
 
 

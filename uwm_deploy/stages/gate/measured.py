@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.metrics import Estimate, Flips, Proportion, RiskReport, SafetyReport
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
-from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.interval import Z95, wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
 from uwm_deploy.safeground.preference import BASIC
 from uwm_deploy.safeground.retrieval import HARD, MEANS, PAIRED, UNIONS
 from uwm_deploy.safeground.risk import STOPS
-
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ def category_metrics(risk: RiskReport) -> dict[str, Metrics]:
 
 
 def _estimate(found: Estimate) -> Callable[[], Measured]:
-    spread = (found.high - found.low) / 2 / _Z95 * math.sqrt(found.n)
+    spread = (found.high - found.low) / 2 / Z95 * math.sqrt(found.n)
     return lambda: Measured(found.value, found.n, found.low, found.high, spread)
 
 
@@ -177,7 +175,7 @@ def _delta(f: Flips) -> Callable[[], Measured]:
 
 def _mean_of_directions(f: Flips) -> Callable[[], Measured]:
     """An item counts half where one direction of two changed, so its counts say less of the spread than its interval."""
-    spread = (f.delta_high - f.delta_low) / 2 / _Z95 * math.sqrt(f.n)
+    spread = (f.delta_high - f.delta_low) / 2 / Z95 * math.sqrt(f.n)
     return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
 
 
@@ -187,7 +185,7 @@ def _mean_delta(effects: Mapping[str, Flips]) -> Measured:
     if not sets:
         return Measured(float("nan"), 0, difference=True)
     value = sum(f.delta for f in sets) / len(sets)
-    error = math.sqrt(sum(((f.delta_high - f.delta_low) / 2 / _Z95) ** 2 for f in sets)) / len(sets)
+    error = math.sqrt(sum(((f.delta_high - f.delta_low) / 2 / Z95) ** 2 for f in sets)) / len(sets)
     n = sum(f.n for f in sets)
-    half = _Z95 * error
+    half = Z95 * error
     return Measured(value, n, value - half, value + half, error * math.sqrt(n), difference=True)

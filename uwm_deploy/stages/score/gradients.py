@@ -18,7 +18,7 @@ from uwm_deploy.edits.methods import PRESETS, gradient_batch
 from uwm_deploy.edits.pairs import PairsOf, Tally
 from uwm_deploy.edits.sharded_sums import Part
 from uwm_deploy.errors import ContractError
-from uwm_deploy.recipes.recipe import EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.memory import Notice

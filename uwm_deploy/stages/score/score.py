@@ -20,7 +20,7 @@ from uwm_deploy.edits.saliency import STD_EPS, LayerScorer, score_from_sums
 from uwm_deploy.edits.selection import selected_indices
 from uwm_deploy.edits.sharded_sums import Dtype, Part, Scale, Shard, shards_of, totals
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.recipes.recipe import EditSpec, EditSpecs
+from uwm_deploy.recipes.edit_spec import EditSpec, EditSpecs
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import LayerScore, MaskAgreement, Pairing, ScorePart, ScoreRecord

@@ -10,7 +10,7 @@ from uwm_deploy.bundle.head import digest_of_pair
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.ranks import ALONE
-from uwm_deploy.data.zero_shot import zero_shot_digests
+from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.expected import MadeFrom, expected_edit
 from uwm_deploy.edits.patch import Patch

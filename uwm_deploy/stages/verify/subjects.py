@@ -14,7 +14,14 @@ from uwm_deploy.records.evidence import GraphAudit
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.providers import COMPILING
-from uwm_deploy.runtime.session import Session, open_engine, open_session, provider_of, reason_not_executable
+from uwm_deploy.runtime.session import (
+    Session,
+    external_data_of,
+    open_engine,
+    open_graph,
+    provider_of,
+    reason_not_executable,
+)
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.verify.verify import Subject
 from uwm_deploy.towers.protocol import LoadedModel
@@ -81,7 +88,7 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[Subject]:
         EXPORTED,
         Precision.FP32,
         {tower: graph.digest for tower, (graph, _) in exported.items()},
-        {tower: _open_graph(graph, file, batch) for tower, (graph, file) in exported.items()},
+        {tower: open_graph(file, graph, max_batch=batch.max) for tower, (graph, file) in exported.items()},
         "",
         partial(_audit_graphs, artifacts, edited),
     )
@@ -104,25 +111,8 @@ def _opened(engines: Engines) -> tuple[Mapping[TowerName, Session] | None, str]:
         return None, error.what
 
 
-def _open_graph(graph: OnnxArtifact, file: Path, profile: Profile) -> Session:
-    return open_session(
-        Target.ONNXRUNTIME,
-        file.read_bytes(),
-        profile=profile,
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        external_data=_external(file.parent, graph.external_data),
-        device="cpu",
-        optimisation="extended",
-    )
-
-
 def _open_engine(engine: EngineArtifact, file: Path) -> Session:
-    return open_engine(engine, file.read_bytes(), _external(file.parent, engine.external_data))
-
-
-def _external(folder: Path, name: str) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes()} if name and (folder / name).is_file() else {}
+    return open_engine(engine, file.read_bytes(), external_data_of(file.parent, engine.external_data))
 
 
 def _audit_graphs(artifacts: Artifacts, edited: LoadedModel) -> dict[str, GraphAudit]:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from uwm_deploy.data.crops import PixelRows
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
-from uwm_deploy.data.source import QuadrupleSource, open_source
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.applied import select_and_apply
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.expected import MadeFrom, expected_edit

@@ -1,38 +1,26 @@
-"""Which zero-shot sets were asked for, which of them are here, and how well a pair of encoders recognises one."""
+"""Which zero-shot sets were asked for, and which of them are here."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from uwm_deploy.data.embedding import Encode, unit_rows
-from uwm_deploy.data.ranks import ALONE, Ranks
-from uwm_deploy.data.reading import Progress, read_all
 from uwm_deploy.data.source import ROOT_VARIABLE, LabelledImage, QuadrupleSource, ZeroShotSet
 from uwm_deploy.data.zero_shot_readers import folder_set, published_set
 from uwm_deploy.data.zero_shot_table import NAMES, PHOTO, PUBLISHED
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
 from uwm_deploy.records.files import digest_of_plain
-from uwm_deploy.records.model import Digest, ImageSpec
-from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops
-from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.zero_shot import TopOne, together, top1
+from uwm_deploy.records.model import Digest
 
 DEMO_SETS = ("shape", "colour", "background")
 """The drawn world's sets."""
 
 FOLDER_PREFIX = "imagefolder:"
 """`imagefolder:PATH` or `imagefolder:PATH::TEMPLATE` is any folder with one folder of images per class."""
-
-Batch = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +169,7 @@ def _folder_and_template(text: str) -> tuple[Path, str]:
 
 def _open(text: str, root: Path | None, base: Path, demo_split: str) -> ZeroShotSet:
     if text in DEMO_SETS:
-        from uwm_deploy.data.demo.source import demo_zero_shot
+        from uwm_deploy.data.demo.labelled import demo_zero_shot
 
         return demo_zero_shot(text, demo_split)
     if text.startswith(FOLDER_PREFIX):
@@ -193,60 +181,3 @@ def _open(text: str, root: Path | None, base: Path, demo_split: str) -> ZeroShot
             fix="see docs/zero-shot.md",
         )
     return published_set(next(part for part in PUBLISHED if part.name == text), root)
-
-
-# --- recognition --------------------------------------------------------------------------------------------------------
-
-
-def recognise(
-    part: ZeroShotSet,
-    image: ImageSpec,
-    tokenizer: Tokenizer,
-    encode_image: Encode,
-    encode_text: Encode,
-    *,
-    batch: int,
-    workers: int,
-    progress: Progress,
-    ranks: Ranks = ALONE,
-) -> TopOne:
-    """Top-1 of every item. Prompts are embedded once; images pass through in batches, so memory does not grow.
-
-    Several processes take every so many-th batch each, and all get all of it.
-
-    Args:
-        part: The set.
-        image: The model's preprocessing.
-        tokenizer: The model's.
-        encode_image: (b, 3, H, W) to (b, d).
-        encode_text: (b, L) ids to (b, d).
-        batch: Rows per call.
-        workers: Decoding processes; 0 decodes here.
-        progress: Called as it goes on.
-        ranks: The processes that share the work.
-
-    Raises:
-        DataError: If an item cannot be read, or an embedding is not finite: an evaluation leaves nothing out.
-    """
-
-    def found() -> list[TopOne]:
-        ids = tokenizer.encode([part.template.format(label) for label in part.labels])
-        classes = unit_rows(np.concatenate([encode_text(ids[i : i + batch]) for i in range(0, len(ids), batch)]))
-        mine = [row for rows in ranks.dealt(len(part), batch) for row in rows]
-        items = read_all(partial(_item, part, image, mine), len(mine), workers, f"zero-shot {part.name}", progress)
-        batches = _batches(items, batch, image)
-        return [top1(unit_rows(encode_image(pixels)), labels, classes) for pixels, labels in batches]
-
-    return together(ranks.in_turn(ranks.together(found)))
-
-
-def _item(part: ZeroShotSet, image: ImageSpec, rows: Sequence[int], place: int) -> tuple[np.ndarray, int]:
-    item = part.read(rows[place])
-    return crop_from_image(item.image, image), item.label
-
-
-def _batches(rows: Iterator[tuple[np.ndarray, int]], batch: int, image: ImageSpec) -> Iterator[Batch]:
-    """Pixels (b, 3, H, W) and labels (b,)."""
-    while some := list(islice(rows, batch)):
-        crops, labels = zip(*some, strict=True)
-        yield pixels_from_crops(np.stack(crops), image), np.array(labels, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -11,14 +11,21 @@ from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.results import Embeddings, Predictions
 
-if TYPE_CHECKING:
-    from uwm_deploy.runtime.encoder import SafeEncoder
-
 TEMPLATE = "a photo of a {}."
 """CLIP's own."""
 
 
-class ZeroShot:
+class ImageEncoder(Protocol):
+    """What a classifier needs of `SafeEncoder`."""
+
+    def encode_image(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
+        """Embeds images, (n, d) of length 1."""
+
+    async def aencode_image(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
+        """The same from an event loop."""
+
+
+class ZeroShotClassifier:
     """A classifier; `SafeEncoder.zero_shot` makes it, and computes the texts once.
 
     Attributes:
@@ -26,7 +33,7 @@ class ZeroShot:
         weights: (classes, d) float32 of length 1.
     """
 
-    def __init__(self, encoder: SafeEncoder, labels: Sequence[str], weights: np.ndarray) -> None:
+    def __init__(self, encoder: ImageEncoder, labels: Sequence[str], weights: np.ndarray) -> None:
         self._encoder, self.labels, self.weights = encoder, tuple(labels), weights
 
     def classify(self, images: ImageLike | Iterable[ImageLike]) -> Predictions:

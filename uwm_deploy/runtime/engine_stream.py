@@ -40,7 +40,7 @@ class Cuda:
         return values[0] if values else None
 
 
-class Lane:
+class EngineStream:
     """Runs one batch at a time.
 
     A captured graph is bound to the shape and the context it was captured with, so there is a context for each batch size;

@@ -62,7 +62,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class VariantChoice:
     """What runs, and what became of the others.
 
     Attributes:
@@ -137,7 +137,7 @@ def measured_where(bundle: Bundle, variant: str) -> Mapping[str, str]:
     return found.where if found else {}
 
 
-def take(found: Sequence[Candidate], attempt: Callable[[Candidate], T], *, asked: bool) -> tuple[Selection, T]:
+def take(found: Sequence[Candidate], attempt: Callable[[Candidate], T], *, asked: bool) -> tuple[VariantChoice, T]:
     """Opens the first candidate that can be opened.
 
     Args:
@@ -160,12 +160,12 @@ def take(found: Sequence[Candidate], attempt: Callable[[Candidate], T], *, asked
             failed[one] = f"it could not be opened: {error.what}"
             event(logging.WARNING, "variant-not-opened", variant=one.variant, device=one.device, reason=error.what)
         else:
-            return _selection(found, one, failed), opened
+            return _choice(found, one, failed), opened
     reasons = "; ".join(str(replace(one, refused=failed.get(one, one.refused))) for one in found) or "it has none"
     raise PrerequisiteError(f"no proven variant runs here ({reasons})", fix="see `uwm-deploy doctor`")
 
 
-def _selection(found: Iterable[Candidate], taken: Candidate, failed: Mapping[Candidate, str]) -> Selection:
+def _choice(found: Iterable[Candidate], taken: Candidate, failed: Mapping[Candidate, str]) -> VariantChoice:
     """The record of a choice; of those after the one taken, the reason is that they come after it."""
     said, after = [], False
     for one in found:
@@ -174,7 +174,7 @@ def _selection(found: Iterable[Candidate], taken: Candidate, failed: Mapping[Can
         if after and one != taken and not reason:
             reason = f"{taken.variant} on {taken.device} comes first"
         said.append(replace(one, refused=reason))
-    return Selection(taken, tuple(said))
+    return VariantChoice(taken, tuple(said))
 
 
 def _evidence(bundle: Bundle) -> dict[str, ArtifactEvidence]:

@@ -1,0 +1,115 @@
+"""Whether an encoder still serves the edited model, and what it is given still looks like the evidence; and its metrics."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.errors import IntegrityError, UwmError
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.drift import DriftMonitor, DriftState
+from uwm_deploy.runtime.logs import event
+from uwm_deploy.runtime.metrics import Metrics
+from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
+from uwm_deploy.runtime.service import TowerService
+from uwm_deploy.runtime.watch import TowerWatch, record_selftest
+from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
+
+SELFTEST_SECONDS = 60.0
+"""A self-test that takes longer has failed: whoever asks wants to know whether requests are answered."""
+
+
+class Monitor:
+    """Self-tests, drift and metrics of one encoder.
+
+    Args:
+        bundle: Which holds the canaries and the evidence.
+        identity: See `Metrics`.
+
+    Attributes:
+        metrics: Of the encoder.
+        watches: What counts for each tower.
+    """
+
+    def __init__(self, bundle: Bundle, identity: Mapping[str, str]) -> None:
+        self._bundle, self._canaries, self._variant = bundle, canaries_of(bundle), identity["variant"]
+        self.metrics = Metrics(identity, self._refresh)
+        width = bundle.manifest.model.embed_dim
+        self.watches = {tower: TowerWatch(tower, self.metrics, DriftMonitor(width)) for tower in TowerName}
+        self._services: Mapping[TowerName, TowerService] = {}
+        self._means: dict[TowerName, np.ndarray | None] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, services: Mapping[TowerName, TowerService]) -> None:
+        """The towers are at work."""
+        self._services = services
+
+    def selftest(self, rows: int) -> SelfTest:
+        """Runs the canaries through the served path.
+
+        Args:
+            rows: Canaries per edited tower, at most those that there are.
+        """
+        started, ratios, error = time.monotonic(), {}, ""
+        try:
+            for tower, canaries in self._canaries.items():
+                some = Canaries(canaries.inputs[:rows], canaries.original[:rows], canaries.edited[:rows])
+                ratios[tower.value] = some.worst(self._services[tower].run_rows(some.inputs, SELFTEST_SECONDS))
+        except Exception as failure:  # whatever it is, the answer to the probe is no
+            error = str(failure) or type(failure).__name__
+        if not self._canaries:
+            error = "the bundle has no canaries"
+        result = SelfTest(ratios, RATIO_LIMIT, error, time.monotonic() - started)
+        record_selftest(self.metrics, result)
+        return result
+
+    def check_at_load(self, rows: int, allow_unsafe: bool) -> None:
+        """The self-test before the first caller is let in.
+
+        Args:
+            rows: See `selftest`; 0 leaves it out.
+            allow_unsafe: Whether what does not answer like the edited model is let pass.
+
+        Raises:
+            IntegrityError: If it does not.
+        """
+        if not rows:
+            return
+        result = self.selftest(rows)
+        if not result.ok and not allow_unsafe:
+            told = result.error or ", ".join(f"{tower} {ratio:.3g}" for tower, ratio in result.ratios.items())
+            raise IntegrityError(
+                f"variant {self._variant} does not answer like the edited model (canaries: {told}; limit {RATIO_LIMIT})",
+                fix="build the bundle again; do not serve it",
+            )
+
+    def drift(self) -> dict[str, DriftState]:
+        """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
+        found = {}
+        for tower in self._services:
+            mean, watch = self._mean(tower), self.watches[tower]
+            if mean is not None:
+                found[tower.value] = watch.drift.state(mean)
+                watch.drifted(found[tower.value])
+        return found
+
+    def _refresh(self) -> None:
+        for service in self._services.values():
+            service.told()
+        self.drift()
+
+    def _mean(self, tower: TowerName) -> np.ndarray | None:
+        """Of the evidence; read when first asked for, since it can be large."""
+        with self._lock:
+            if tower not in self._means:
+                try:
+                    self._means[tower] = reference_mean(self._bundle, tower)
+                except UwmError as error:  # changed on disk since it was checked: no reason to stop counting
+                    event(logging.ERROR, "no-reference", tower=tower.value, error=str(error))
+                    self._means[tower] = None
+            return self._means[tower]

@@ -1,0 +1,58 @@
+"""What callers pass, images and texts, as rows of the engines' inputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from uwm_deploy.errors import DataError, UwmError
+from uwm_deploy.records.model import ModelRef
+from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
+from uwm_deploy.runtime.service import Answer, Prepare
+from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
+
+
+class Preprocessing:
+    """Preprocessing and tokenisation of one model; any thread may call it.
+
+    Args:
+        model: Whose.
+        tokenizer_json: Content of its ``tokenizer.json``.
+    """
+
+    def __init__(self, model: ModelRef, tokenizer_json: bytes) -> None:
+        self._model, self._tokenizer_json = model, tokenizer_json
+        self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()
+
+    def pixels(self, images: Sequence[ImageLike]) -> list[Answer]:
+        """Pixels (3, H, W) float32 of each image, or why it has none."""
+        return [self._pixels_or_error(image) for image in images]
+
+    def ids(self, special_tokens: SpecialTokens) -> Prepare:
+        """What gives the ids (L,) int64 of each text, or why it has none.
+
+        Args:
+            special_tokens: What the name of a special token inside a text is.
+        """
+
+        def prepare(texts: Sequence[object]) -> list[Answer]:
+            problems = [problem_of(text) for text in texts]
+            good = [text for text, problem in zip(texts, problems, strict=True) if not problem]
+            rows = iter(self._opened_tokenizer().encode(good, special_tokens) if good else ())  # type: ignore[arg-type]
+            return [DataError(f"it {problem}") if problem else next(rows) for problem in problems]
+
+        return prepare
+
+    def _pixels_or_error(self, image: ImageLike) -> Answer:
+        try:
+            return pixels_from_image(image_from(image), self._model.image)
+        except UwmError as error:
+            return error
+
+    def _opened_tokenizer(self) -> Tokenizer:
+        """Read when first needed: a large vocabulary takes longer to open than a small model."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = Tokenizer(self._tokenizer_json, self._model.text, "neutral")
+            return self._tokenizer
