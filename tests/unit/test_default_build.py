@@ -11,10 +11,10 @@ import pytest
 from tests.unit.test_examples import EXAMPLES, example
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.data.open import open_source
-from uwm_deploy.pipeline.attest import reference_of
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
+from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord, Placement

@@ -10,11 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.replace import lock_of_bundle
@@ -22,29 +19,21 @@ from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.data.embedding import Inputs, PreparedSet, prepare
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.judge import judge_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
+from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, measured, stored_in
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
 from uwm_deploy.records.files import digest_of_bytes, locked
-from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import EXPORTED, Precision, Profile
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Verdict
-from uwm_deploy.runtime.session import Session, open_engine, open_session, reason_not_executable
+from uwm_deploy.runtime.session import Session, open_engine, open_graph, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
-from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.stages.job import Notes
-from uwm_deploy.stages.verify.executed import RiskReference, executed
-
-SINGLE_ROWS = 8
-"""Rows compared one at a time."""
-
-RISKS = "evidence/risks.safetensors"
-"""What the safety head says of the evaluation set on the edited model."""
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
 Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
@@ -92,48 +81,16 @@ def attest(
         raise PrerequisiteError(
             f"nothing to attest here ({why})", fix="run it on a machine that can execute the variant"
         )
-    reference = reference_of(bundle)
     tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
     if prepared is None:
         prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
-    risk = risk_reference_of(bundle)
-    yardstick = yardstick_of(reference_of(bundle, "original"))
-    fresh = {variant: _evidence(bundle, variant, prepared, reference, yardstick, risk, progress) for variant in here}
+    stored = stored_in(bundle)
+    fresh = {variant: _evidence(bundle, variant, prepared, stored, progress) for variant in here}
     updated = dataclasses.replace(report, artifacts=tuple(fresh.get(a.variant, a) for a in report.artifacts))
     content = json_from_record(updated).encode()
     verdict = judge(updated, digest_of_bytes(content))
     _rewrite(bundle, content, verdict, write)
     return verdict
-
-
-def reference_of(bundle: Bundle, whose: Literal["original", "edited"] = "edited") -> EmbeddedSet:
-    """Embeddings of the evaluation set by the source model in PyTorch, edited or not."""
-    try:
-        tensors = load(bundle.read("evidence/reference.safetensors"))
-    except SafetensorError as error:
-        raise IntegrityError(f"evidence/reference.safetensors cannot be read: {error}", fix="build again") from error
-    return EmbeddedSet.from_tensors(tensors, whose)
-
-
-def risk_reference_of(bundle: Bundle) -> RiskReference | None:
-    """The safety head and its outputs on the edited model; None without a head."""
-    if (head := bundle.manifest.head) is None:
-        return None
-    try:
-        return RiskReference(head, RiskSet.from_tensors(load(bundle.read(RISKS))))
-    except SafetensorError as error:
-        raise IntegrityError(f"{RISKS} cannot be read: {error}", fix="build again") from error
-
-
-def canaries_of(bundle: Bundle, tower: TowerName) -> Canaries | None:
-    """Canaries of a tower; None when it is not edited."""
-    name = f"evidence/canaries-{tower.value}.safetensors"
-    if all(file.path != name for file in bundle.manifest.files):
-        return None
-    try:
-        return Canaries(**load(bundle.read(name)))
-    except (SafetensorError, TypeError) as error:
-        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
 
 
 def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
@@ -145,61 +102,51 @@ def open_variant(bundle: Bundle, variant: str) -> dict[TowerName, Session]:
 
 
 def _evidence(
-    bundle: Bundle,
-    variant: str,
-    prepared: PreparedSet,
-    reference: EmbeddedSet,
-    yardstick: Yardstick,
-    risk: RiskReference | None,
-    progress: Progress,
+    bundle: Bundle, variant: str, prepared: PreparedSet, stored: Stored, progress: Progress
 ) -> ArtifactEvidence:
-    engines: Mapping[TowerName, EngineArtifact | OnnxArtifact]
-    if variant == EXPORTED:
-        engines = {graph.tower: graph for graph in bundle.manifest.onnx}
-        largest, precision = max(engine.profile.max for engine in bundle.manifest.engines), Precision.FP32
-        optimal = max(engine.profile.opt for engine in bundle.manifest.engines)
-        sessions = {tower: _open_exported(bundle, tower, largest) for tower in TowerName}
-    else:
-        engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
-        built = bundle.engines(variant)[TowerName.IMAGE]
-        largest, optimal, precision = built.profile.max, built.profile.opt, Precision(built.precision)
-    inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
-    wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
-
-    def measured() -> list[OutputParity]:
-        found = [
-            stored_parity(tower, engines[tower].outputs[0].name, sessions[tower], inputs[tower], wanted[tower], batch)
-            for tower in TowerName
-            for batch in sorted({1, largest})
-        ]
-        for tower in TowerName if variant != EXPORTED else ():
-            found += _further_parity(bundle, tower, sessions[tower], inputs[tower][: 2 * SINGLE_ROWS])
-        return found
-
-    evidence = ArtifactEvidence(
-        variant=variant,
-        precision=precision,
-        evidence=Evidence.EXECUTED,
-        reason="",
-        where=dict(sessions[TowerName.IMAGE].where),
-        artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
-    )
-    canaries = {tower: part for tower in TowerName if (part := canaries_of(bundle, tower)) is not None}
-    evidence = executed(
-        evidence,
-        sessions,
-        reference,
-        prepared,
-        canaries,
-        measured,
-        sizes=(optimal, largest),
-        progress=progress,
-        risk=risk,
-        yardstick=yardstick,
-    )
-    for session in sessions.values():
+    """Executes one variant here."""
+    running = _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+    evidence = measured(running, stored, prepared, progress)
+    for session in running.sessions.values():
         session.close()
     return evidence
+
+
+def _exported(bundle: Bundle) -> Running:
+    profiles = [engine.profile for engine in bundle.manifest.engines]
+    profile = Profile(min=1, opt=max(p.opt for p in profiles), max=max(p.max for p in profiles))
+    graphs = {graph.tower: graph for graph in bundle.manifest.onnx}
+    sessions = {tower: _open_exported(bundle, tower, profile.max) for tower in TowerName}
+    return Running(
+        variant=EXPORTED,
+        precision=Precision.FP32,
+        profile=profile,
+        sessions=sessions,
+        outputs={tower: graph.outputs[0].name for tower, graph in graphs.items()},
+        digests={tower: graph.digest for tower, graph in graphs.items()},
+        where=dict(sessions[TowerName.IMAGE].where),
+    )
+
+
+def _engines(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
+    engines, sessions = bundle.engines(variant), open_variant(bundle, variant)
+    built = engines[TowerName.IMAGE]
+    inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
+
+    def further() -> list[OutputParity]:
+        rows = {tower: inputs[tower][: 2 * SINGLE_ROWS] for tower in TowerName}
+        return [part for tower in TowerName for part in _further_parity(bundle, tower, sessions[tower], rows[tower])]
+
+    return Running(
+        variant=variant,
+        precision=Precision(built.precision),
+        profile=built.profile,
+        sessions=sessions,
+        outputs={tower: engine.outputs[0].name for tower, engine in engines.items()},
+        digests={tower: engine.digest for tower, engine in engines.items()},
+        where=dict(sessions[TowerName.IMAGE].where),
+        further=further,
+    )
 
 
 def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np.ndarray) -> list[OutputParity]:
@@ -225,25 +172,8 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
 def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
     """An exported graph on the CPU."""
     graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
-    return open_session(
-        Target.ONNXRUNTIME,
-        bundle.read(f"onnx/{graph.file}"),
-        profile=Profile(min=1, opt=1, max=max_batch),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        external_data={graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {},
-        device="cpu",
-        optimisation="extended",
-    )
-
-
-def stored_parity(
-    tower: TowerName, output: str, session: Session, inputs: Inputs, wanted: np.ndarray, batch: int
-) -> OutputParity:
-    """Embeddings of length 1 against the stored reference."""
-    n = min(len(inputs), SINGLE_ROWS if batch == 1 else 2 * batch)
-    rows = np.concatenate([session.run(inputs[i : min(i + batch, n)]) for i in range(0, n, batch)])
-    return parity(tower, output, batch, wanted[:n], rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    external = {graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {}
+    return open_graph(bundle.read(f"onnx/{graph.file}"), graph, max_batch=max_batch, external_data=external)
 
 
 def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> None:

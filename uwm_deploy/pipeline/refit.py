@@ -31,7 +31,7 @@ from uwm_deploy.edits.patch import Patch, replaced
 from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.stored import Replacement
-from uwm_deploy.pipeline.attest import SINGLE_ROWS, attest, reference_of
+from uwm_deploy.pipeline.attest import attest
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle
 from uwm_deploy.pipeline.refit_graphs import (
     Swap,
@@ -48,6 +48,7 @@ from uwm_deploy.pipeline.shipping import (
     evaluation_source_of,
     note_signature,
 )
+from uwm_deploy.pipeline.stored import SINGLE_ROWS, reference_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm, EditSpecs
 from uwm_deploy.recipes.recipe import recipe_from_toml

@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
-from uwm_deploy.data.embedding import Inputs, PreparedSet, encoded
+from uwm_deploy.data.embedding import PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
-from uwm_deploy.pipeline.attest import Judge, reference_of, risk_reference_of, stored_parity
-from uwm_deploy.pipeline.judge import judge_of_bundle, report_of_bundle
+from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import evaluation_source_of
+from uwm_deploy.pipeline.stored import Running, measured, stored_in
 from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity
+from uwm_deploy.records.evidence import ArtifactEvidence, OutputParity
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime.selftest import canaries_of
-from uwm_deploy.safeground.embedded import parity, yardstick_of
+from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.serve.client import Client, Counts, open_client
 from uwm_deploy.serve.names import EMBEDDING
 from uwm_deploy.serve.served import (
@@ -36,7 +35,7 @@ from uwm_deploy.serve.served import (
     models_of,
     settled_counts,
 )
-from uwm_deploy.stages.verify.executed import RiskReference, executed
+from uwm_deploy.stages.verify.executed import RiskReference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,41 +203,19 @@ def _evidence(
     reporter: Reporter,
 ) -> ArtifactEvidence:
     """The served path measured as `attest` measures an engine, on what users send instead of prepared rows."""
-    reference, engines = reference_of(bundle), bundle.engines(identity.variant)
+    stored, engines = stored_in(bundle), bundle.engines(identity.variant)
     built = engines[TowerName.IMAGE]
-    inputs: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.safe_pixels, TowerName.TEXT: prepared.safe_ids}
-    wanted = {TowerName.IMAGE: reference.safe_image, TowerName.TEXT: reference.safe_text}
-
-    risk = risk_reference_of(bundle)
-
-    def measured() -> list[OutputParity]:
-        found = [
-            stored_parity(tower, EMBEDDING, towers[tower], inputs[tower], wanted[tower], batch)
-            for tower in TowerName
-            for batch in sorted({1, built.profile.max})
-        ]
-        return found + (_risk_parity(risk, towers[TowerName.IMAGE], prepared) if risk else [])
-
-    evidence = ArtifactEvidence(
+    running = Running(
         variant=identity.variant,
         precision=Precision(built.precision),
-        evidence=Evidence.EXECUTED,
-        reason="",
+        profile=built.profile,
+        sessions=towers,
+        outputs=dict.fromkeys(TowerName, EMBEDDING),
+        digests={tower: engine.digest for tower, engine in engines.items()},
         where=dict(identity.where),
-        artifact_digests={tower.value: engine.digest for tower, engine in engines.items()},
+        further=lambda: _risk_parity(stored.risk, towers[TowerName.IMAGE], prepared) if stored.risk else [],
     )
-    return executed(
-        evidence,
-        towers,
-        reference,
-        prepared,
-        canaries_of(bundle),
-        measured,
-        sizes=(built.profile.opt, built.profile.max),
-        progress=reporter.progress,
-        risk=risk,
-        yardstick=yardstick_of(reference_of(bundle, "original")),
-    )
+    return measured(running, stored, prepared, reporter.progress)
 
 
 def _risk_parity(risk: RiskReference, served: ServedTower, prepared: PreparedSet) -> list[OutputParity]:

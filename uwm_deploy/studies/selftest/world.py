@@ -20,6 +20,7 @@ from uwm_deploy.data.crops import PixelRows
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.applied import select_and_apply
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.expected import MadeFrom, expected_edit
@@ -41,29 +42,26 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import EditRecord, Placement, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Target
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Target, variant_name
 from uwm_deploy.records.model import Digest, ImageSpec, TowerName
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.image import pixels_from_image
-from uwm_deploy.runtime.session import open_session
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
-    flips_between,
-    hard_safe_worst,
-    safety_report,
-    worst_items,
     yardstick_of,
 )
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 from uwm_deploy.stages.gate.gate import gate
-from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.verify.goldens import goldens_of
-from uwm_deploy.stages.verify.verify import Subject, embed_model, evidence_of
+from uwm_deploy.stages.verify.report import Known, report_of
+from uwm_deploy.stages.verify.subjects import Artifacts, subjects_of
+from uwm_deploy.stages.verify.verify import embed_model, evidence_of
 from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
@@ -129,6 +127,7 @@ UWM = MadeBy(method="uwm", keep_mass=0.9)
 FOLDED = MadeBy(method="uwm+safety-axis", keep_mass=0.9, placement=Placement.WEIGHTS, axis=_SETTING)
 MAPPED = MadeBy(method="safety-axis", placement=Placement.EMBEDDING, axis=_SETTING)
 
+A = TypeVar("A", OnnxArtifact, EngineArtifact)
 R = TypeVar("R")
 Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -333,30 +332,28 @@ class World:
         model = build.edited
         library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
         artifacts, yardstick = [], yardstick_of(original)
-        for subject in self._subjects(build):
+        for subject in subjects_of(self._artifacts(build), build.edited):
             evidence = evidence_of(
                 subject, build.edited, edited, build.prepared, canaries, _silent, yardstick=yardstick
             )
             artifacts.append(evidence)
             for session in (subject.sessions or {}).values():
                 session.close()
-        return dataclasses.replace(
-            self.report,
+        known = Known(
             model=build.original.ref,
             edited_weights_digest=model.ref.weights_digest,
             evaluation=build.evaluation,
             calibration_overlap=build.overlap,
-            original=safety_report("original", original, with_items=True, yardstick=yardstick),
-            edited=safety_report("edited", edited, with_items=True, yardstick=yardstick),
-            edit_effect=flips_between(original, edited, yardstick),
-            edit_worst=worst_items("edited", original, edited),
-            hard_safe=yardstick.hard_ids(),
-            hard_safe_worst=hard_safe_worst(yardstick, edited),
+            zero_shot_digests=zero_shot_digests(self.source),
             edit_proof=proof_of(expected, model.named_parameters()),
             goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
             data=data_health(original, build.calibrated),
-            artifacts=tuple(artifacts),
+            versions=versions(BUILD_PACKAGES + RUN_PACKAGES),
+            head_digest="",
+            risk=None,
+            head_overlap=0,
         )
+        return report_of(known, original, edited, tuple(artifacts))
 
     def _honest(self) -> Build:
         exported = {tower: self.work / "export" / graph.file for tower, graph in self.onnx.items()}
@@ -396,52 +393,29 @@ class World:
         found = {tower: read_canaries(folder, tower) for tower in TowerName}
         return {tower: part for tower, part in found.items() if part is not None and len(part.inputs)}
 
-    def _subjects(self, build: Build) -> list[Subject]:
-        """The exported graphs and the engines, opened as a build opens them."""
-        edits = {tower: build.edit.of(tower) for tower in TowerName}
-        towers = {tower: build.edited.tower(tower).graph_module() for tower in TowerName}
-        audits = {
-            EXPORTED: lambda: {
-                tower.value: audit_of_graph(path, towers[tower], edits[tower], build.patch)
-                for tower, path in build.exported.items()
-            },
-            VARIANT: lambda: {
-                tower.value: audit_of_engine(path, build.sources[tower], build.precision, edits[tower], build.patch)
-                for tower, path in build.engines.items()
-            },
-        }
-        batch = self.recipe.compile.profile
-        found = []
-        for variant, files in ((EXPORTED, build.exported), (VARIANT, build.engines)):
-            precision = Precision.FP32 if variant == EXPORTED else build.precision
-            name = variant if variant == EXPORTED else f"onnxruntime-{precision.value}"
-            sessions = {
-                tower: open_session(
-                    Target.ONNXRUNTIME,
-                    path.read_bytes(),
-                    profile=batch,
-                    inputs=self.onnx[tower].inputs,
-                    outputs=self.onnx[tower].outputs,
-                    device="cpu",
-                    optimisation="extended",
-                )
-                for tower, path in files.items()
-            }
-            found.append(
-                Subject(
-                    variant=name,
-                    precision=precision,
-                    digests={tower.value: digest_of_onnx(path, "") for tower, path in files.items()},
-                    sessions=sessions,
-                    reason="",
-                    outputs={tower: self.onnx[tower].outputs for tower in TowerName},
-                    normalised=self.recipe.export.normalise,
-                    max_batch=batch.max,
-                    opt_batch=batch.opt,
-                    audit=audits[variant],
-                )
+    def _artifacts(self, build: Build) -> Artifacts:
+        """Graphs and engines of a build, each with the record that belongs to its bytes."""
+        exported = {tower: (_renamed(self.onnx[tower], path), path) for tower, path in build.exported.items()}
+        engines = {
+            tower: (
+                dataclasses.replace(
+                    _renamed(self.engines[tower], path),
+                    precision=build.precision.value,
+                    onnx_digest=digest_of_onnx(build.sources[tower], ""),
+                ),
+                path,
             )
-        return found
+            for tower, path in build.engines.items()
+        }
+        return Artifacts(
+            exported=exported,
+            engines={variant_name(Target.ONNXRUNTIME, build.precision): engines},
+            compiled_from={digest_of_onnx(path, ""): path for path in build.sources.values()},
+            edit=build.edit,
+            patch=build.patch,
+            normalised=self.recipe.export.normalise,
+            profile=self.recipe.compile.profile,
+        )
 
 
 class Worlds:
@@ -464,6 +438,11 @@ class Worlds:
         if made_by not in self._made:
             self._made[made_by] = World(self._folder / f"world-{len(self._made)}", made_by)
         return self._made[made_by]
+
+
+def _renamed(record: A, path: Path) -> A:
+    """The record of another file in the place of one."""
+    return dataclasses.replace(record, file=path.name, external_data="", digest=digest_of_onnx(path, ""))
 
 
 def as_rows(pixels: np.ndarray | PixelRows) -> np.ndarray:
