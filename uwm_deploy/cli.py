@@ -612,8 +612,8 @@ def refit(as_json: bool, **options: Any) -> int:
       uwm-deploy refit dist/demo-mild --patch dist/demo
       uwm-deploy refit dist/demo --revert --out dist/demo-original
     """
-    from uwm_deploy.pipeline.refit import RefitRequest
     from uwm_deploy.pipeline.refit import refit as run_refit
+    from uwm_deploy.pipeline.refitting import RefitRequest
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.summary import print_refitted

@@ -18,7 +18,8 @@ from uwm_deploy.cli import cli
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.fingerprint import digest_of_array
 from uwm_deploy.graphs.stored import named_weights
-from uwm_deploy.pipeline.refit import RefitRequest, refit
+from uwm_deploy.pipeline.refit import refit
+from uwm_deploy.pipeline.refitting import RefitRequest
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources

@@ -36,7 +36,8 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.attest import attest_bundle
 from uwm_deploy.pipeline.folder import STAMP, stamp
 from uwm_deploy.pipeline.outcome import Outcome
-from uwm_deploy.pipeline.refit import RefitRequest, refit
+from uwm_deploy.pipeline.refit import refit
+from uwm_deploy.pipeline.refitting import RefitRequest
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import load_edited, run
 from uwm_deploy.recipes.compile_spec import AutoSpec

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from uwm_deploy.edits.patch import Patch, replaced
-from uwm_deploy.pipeline.refit import _canaries
+from uwm_deploy.pipeline.refit_bundle import _canaries
 from uwm_deploy.pipeline.refit_graphs import reverted
 from uwm_deploy.records.edit import EditKind, EditRecord, EditStep, Method, TensorEdit
 from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
