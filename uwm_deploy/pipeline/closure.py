@@ -74,24 +74,22 @@ def _packages_around(module: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _named(tree: ast.AST) -> Iterator[str]:
-    """Names that may be modules, types that only the type checker sees left out."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and _is_type_checking(node.test):
-            for other in node.orelse:
-                yield from _named(other)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from modules
-            if any(file_of(name) is None for name in modules):
-                yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Constant):
-            if isinstance(node.value, str) and node.value.startswith(f"{PACKAGE}."):
-                yield node.value
-        else:
-            yield from _named(node)
+def _named(node: ast.AST) -> Iterator[str]:
+    """Names that may be modules; imports for the type checker are left out."""
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from modules
+        if any(file_of(name) is None for name in modules):
+            yield node.module
+    elif isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.Constant):
+        if isinstance(node.value, str) and node.value.startswith(f"{PACKAGE}."):
+            yield node.value
+    else:
+        inner = node.orelse if isinstance(node, ast.If) and _is_type_checking(node.test) else ast.iter_child_nodes(node)
+        for part in inner:
+            yield from _named(part)
 
 
 def _is_type_checking(test: ast.expr) -> bool:

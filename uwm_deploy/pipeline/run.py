@@ -111,6 +111,7 @@ class Run:
     def job(self, stage: Stage, variant: Variant, key: str = "") -> Job:
         """What a stage's function is given for one of its folders."""
         return Job(
+            stage=stage.name,
             plan=self.plan,
             variant=variant,
             inputs={name: self._read(name, variant) for name in stage.reads},

@@ -199,6 +199,7 @@ class Job:
     """What a stage's `make` is given.
 
     Attributes:
+        stage: Name of the stage.
         plan: What the run is made from.
         variant: Which of the stage's folders is made.
         inputs: What the stages that it reads left, by stage.
@@ -209,6 +210,7 @@ class Job:
         kept: Objects that the stages of a run share, one of a type.
     """
 
+    stage: str = ""
     plan: Plan
     variant: Variant = ONLY
     inputs: Mapping[str, tuple[Made, ...]] = dataclasses.field(default_factory=dict)

@@ -305,7 +305,7 @@ STAGES: tuple[Stage, ...] = (
         says=_says_compile,
         each=_variants,
         leaves_out=_without_package,
-        libraries=(*_ORT, "onnx", "onnx-ir", "tensorrt_rtx", "tensorrt"),
+        libraries=(*_ORT, "numpy", "onnx", "onnx-ir", "tensorrt_rtx", "tensorrt"),
         skips=(PrerequisiteError,),
         needs_one=True,
     ),
