@@ -16,6 +16,9 @@ from tests import toy_stages
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
 from uwm_deploy.pipeline import closure
 from uwm_deploy.pipeline.closure import digest_of_sources, root, sources_of
+from uwm_deploy.pipeline.plan import foreseen, plan_of
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.stages.table import NAMES, SOURCES, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -245,3 +248,49 @@ def test_libraries_whose_versions_matter_are_named(stage: object) -> None:
             for name in names:
                 if known := _DISTRIBUTIONS.get(name.partition(".")[0]):
                     assert known in stage.libraries, (path, name)  # type: ignore[attr-defined]
+
+
+# --- what is known before the first stage --------------------------------------------------------------------------
+
+
+def _set(folder: Path, limit: int, more: str = "") -> str:
+    path = folder / f"set-{limit}.toml"
+    path.write_text(
+        f'format = 1\nname = "tiny"\nsource = "demo"\nsplit = "test"\nlimit = {limit}\n{more}', encoding="utf-8"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"policy": "defualt"}, InputError),
+        ({"evaluation": "demo-tset"}, InputError),
+        ({"calibration": "nowhere.toml"}, InputError),
+        ({"out": "taken"}, InputError),
+        ({"baseline": Path("nowhere")}, InputError),
+        ({"safety_head": Path("nowhere")}, InputError),
+    ],
+)
+def test_what_can_be_refused_at_once_is_refused_before_anything_is_made(
+    tmp_path: Path, asked: dict[str, object], error: type[Exception]
+) -> None:
+    """Scoring takes hours; a wrong name is found before it."""
+    if asked.get("out"):
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "mine.txt").write_text("", encoding="utf-8")
+        asked = {"out": tmp_path / "taken"}
+    request = Request(work=tmp_path / "work", **{"out": tmp_path / "out", **asked})  # type: ignore[arg-type]
+    with pytest.raises(error):
+        run(request, until="package", reporter=toy_stages.Log())
+    assert not [p for p in (tmp_path / "work").glob("*") if p.name != ".lock"]
+
+
+def test_checks_that_cannot_pass_are_told_beforehand(tmp_path: Path) -> None:
+    """Too few quadruples for the policy, and no zero-shot set where it limits zero-shot."""
+    few = plan_of(Request(evaluation=_set(tmp_path, 20), work=tmp_path, out=tmp_path / "out"))
+    assert [("200" in line, "zero-shot" in line) for line in foreseen(few)] == [(True, False), (False, True)]
+    enough = plan_of(
+        Request(evaluation=_set(tmp_path, 300, 'zero_shot = ["colour"]\n'), work=tmp_path, out=tmp_path / "out")
+    )
+    assert foreseen(enough) == []

@@ -90,6 +90,30 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
         refuse_foreign_folder(plan.out)
 
 
+def foreseen(plan: Plan) -> list[str]:
+    """Lines about checks of the policy that cannot pass on this evaluation set, known before anything is computed."""
+    source, limits = plan.evaluation_source, [*plan.policy.edit, *plan.policy.artifact]
+    lines = []
+    of_quadruples = [limit for limit in limits if not limit.metric.startswith(_OF_OTHER_ITEMS)]
+    wanted = max((limit.min_n for limit in of_quadruples), default=0)
+    if len(source) < wanted:
+        lines.append(
+            f"note: policy {plan.policy.name} asks for {wanted} quadruples, {plan.evaluation.name} has {len(source)}: "
+            "the verdict cannot pass"
+        )
+    if not source.zero_shot_names and any(limit.metric.startswith("zero_shot") for limit in limits):
+        missing = ", ".join(sorted(source.zero_shot_missing)) or "it names none"
+        lines.append(
+            f"note: policy {plan.policy.name} limits zero-shot, {plan.evaluation.name} has no zero-shot set here "
+            f"({missing}): the verdict cannot pass"
+        )
+    return lines
+
+
+_OF_OTHER_ITEMS = ("zero_shot", "hard_safe", "hard-safe")
+"""Metrics that are not counted in quadruples."""
+
+
 def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
     """The recipe with the base as its source model.
 

@@ -16,7 +16,7 @@ from uwm_deploy.pipeline.cards import card
 from uwm_deploy.pipeline.closure import digest_of_sources
 from uwm_deploy.pipeline.folder import current, stamp
 from uwm_deploy.pipeline.outcome import Outcome
-from uwm_deploy.pipeline.plan import check_first, plan_of
+from uwm_deploy.pipeline.plan import check_first, foreseen, plan_of
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.files import digest_of_plain, locked, whole_folder
 from uwm_deploy.records.model import Digest
@@ -83,6 +83,9 @@ class Run:
         """Refuses what can be known to fail before the first stage runs; see `check_first`."""
         names = frozenset(self._needed(until))
         self.ranks.together(lambda: check_first(self.plan, names))
+        if self.ranks.first and "gate" in names:
+            for line in foreseen(self.plan):
+                self._notes.line(line)
 
     def get(self, name: str) -> tuple[Made, ...]:
         """The folders of a stage, made or reused, after those of the stages that it reads.
