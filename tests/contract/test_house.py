@@ -19,8 +19,6 @@ _NOT_YET = {
     "uwm_deploy/cli.py:pipeline_options",
     "uwm_deploy/pipeline/refit.py",
     "uwm_deploy/pipeline/refit.py:_Refit",
-    "uwm_deploy/pipeline/run.py",
-    "uwm_deploy/pipeline/run.py:_Build",
     "uwm_deploy/stages/compile.py:engine_from_onnx",
     "uwm_deploy/stages/convert/convert.py:converted",
     "uwm_deploy/stages/export.py:onnx_from_tower",
