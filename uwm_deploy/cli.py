@@ -261,7 +261,7 @@ def _run(until: str, as_json: bool, options: dict[str, Any], outputs: dict[str, 
     from uwm_deploy.pipeline.request import Request
     from uwm_deploy.pipeline.run import run
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import outcome_as_plain, print_outcome
+    from uwm_deploy.report.tables.run_outcome import outcome_as_plain, print_outcome
 
     options["targets"] = tuple(options["targets"])
     ranks = _join_group(options["device"])
@@ -403,7 +403,7 @@ def gate(
       uwm-deploy gate dist/demo --public-key key.pub --min-bundle-version 3
     """
     from uwm_deploy.pipeline.judge import judge_file
-    from uwm_deploy.report.summary import print_verdict
+    from uwm_deploy.report.tables.verdict_lines import print_verdict
 
     verdict = judge_file(report, policy, baseline, public_key=public_key, min_bundle_version=min_bundle_version)
     if as_json:
@@ -444,7 +444,7 @@ def attest(
     """
     from uwm_deploy.pipeline.attest import attest_bundle
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_verdict
+    from uwm_deploy.report.tables.verdict_lines import print_verdict
 
     verdict = attest_bundle(bundle, policy, evaluation, workers, Reporter(), signing)
     if as_json:
@@ -490,7 +490,7 @@ def baseline_set(report: Path, at: Path, by: str, reason: str, policy: str, sign
     from uwm_deploy.pipeline.accept import accept_baseline
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.findings import verdict_line
-    from uwm_deploy.report.summary import print_verdict
+    from uwm_deploy.report.tables.verdict_lines import print_verdict
 
     verdict, digest = accept_baseline(report, policy, at, by=by, reason=reason, reporter=Reporter(), signing=signing)
     if digest is None:
@@ -515,7 +515,7 @@ def baseline_show(path: Path, as_json: bool) -> int:
     """
     from uwm_deploy.pipeline.baseline import read_baseline
     from uwm_deploy.records.codec import json_from_record
-    from uwm_deploy.report.summary import print_baseline
+    from uwm_deploy.report.tables.baselines import print_baseline
 
     found, digest = read_baseline(path)
     if as_json:
@@ -539,7 +539,7 @@ def baseline_compare(report: Path, path: Path, as_json: bool) -> int:
     from uwm_deploy.pipeline.baseline import changes, read_baseline
     from uwm_deploy.pipeline.judge import report_at
     from uwm_deploy.records.codec import plain_from_record
-    from uwm_deploy.report.summary import print_changes
+    from uwm_deploy.report.tables.baselines import print_changes
 
     found = changes(report_at(report)[0], read_baseline(path)[0])
     if as_json:
@@ -616,7 +616,7 @@ def refit(as_json: bool, **options: Any) -> int:
     from uwm_deploy.pipeline.refitting import RefitRequest
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_refitted
+    from uwm_deploy.report.tables.refitted import print_refitted
 
     made = run_refit(RefitRequest(**options), Reporter())
     if as_json:
@@ -741,9 +741,10 @@ def evaluate(
     from uwm_deploy.errors import InputError
     from uwm_deploy.pipeline.request import Request
     from uwm_deploy.records.codec import json_from_record
-    from uwm_deploy.report import paper_table as comparison
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_measured, print_rows
+    from uwm_deploy.report.paper_table import plain_comparison
+    from uwm_deploy.report.tables.evaluated import print_evaluated
+    from uwm_deploy.report.tables.safety_numbers import print_measured
     from uwm_deploy.studies.evaluate import Subject, concepts_from, subject_from, trusted, without_concepts
     from uwm_deploy.studies.evaluate import evaluate as measure
 
@@ -770,17 +771,11 @@ def evaluate(
     labels = [subject.label for subject in subjects]
     if as_json:
         one = json_from_record(reports[0]).rstrip()
-        table = comparison.plain_comparison(labels, reports) | ({"leave_out": list(without)} if without else {})
+        table = plain_comparison(labels, reports) | ({"leave_out": list(without)} if without else {})
         many = json.dumps(table, indent=1, sort_keys=True, allow_nan=False)
         click.echo(many if compared else one)
     elif markdown or compared:
-        tables = (comparison.table_rows, comparison.price_rows, comparison.zero_shot_rows)
-        for rows in (make(labels, reports) for make in tables):
-            if markdown and rows:
-                click.echo(comparison.markdown_table(rows) + "\n")
-            else:
-                print_rows(rows)
-        click.echo("\n".join([*comparison.notes(reports), *comparison.left_out_lines(without)]))
+        print_evaluated(labels, reports, without=without, markdown=markdown)
     else:
         print_measured(reports[0])
     return 0
@@ -823,23 +818,16 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
     """
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.paper_table import markdown_table
-    from uwm_deploy.report.summary import print_rows
-    from uwm_deploy.studies.reproduce import STYLES, Settings, checkpoints_from, lines_of, rows_of
+    from uwm_deploy.report.tables.published_numbers import print_reproduction
+    from uwm_deploy.studies.reproduce import ReproduceSettings, checkpoints_from
     from uwm_deploy.studies.reproduce import reproduce as measure
 
-    settings = Settings(checkpoints=checkpoints_from(checkpoints), **options)
+    settings = ReproduceSettings(checkpoints=checkpoints_from(checkpoints), **options)
     result = measure(table, settings, Reporter())
-    rows = rows_of(result)
     if as_json:
         click.echo(json_from_record(result), nl=False)
-        return int(result.exit_code)
-    click.echo(result.title + ("\n" if markdown else ""))
-    if markdown:
-        click.echo(markdown_table(rows) + "\n")
     else:
-        print_rows(rows, group="model" if "metric" in rows[0] else "", styles=STYLES)
-    click.echo("\n".join(lines_of(result)))
+        print_reproduction(result, markdown=markdown)
     return int(result.exit_code)
 
 
@@ -871,7 +859,7 @@ def reproduce(table: str, checkpoints: tuple[str, ...], markdown: bool, as_json:
 @DEVICE
 @WORKERS
 @common_options
-def compare(**options: Any) -> int:
+def compare(methods: str, as_json: bool, work: Path | None, out: Path | None, **options: Any) -> int:
     """Every safety method on one model: made, measured on the same items, with intervals and cost (docs/compare-methods.md).
 
     What was made is reused by the next run. Exit code 6 when a row could not run.
@@ -881,9 +869,24 @@ def compare(**options: Any) -> int:
       uwm-deploy compare --model demo
       uwm-deploy compare --methods none,uwm,published=safe-clip-vit-l14 --model clip-vit-l14
     """
-    from uwm_deploy.studies.compare import run_compare
+    from uwm_deploy.data.zero_shot_suite import names_from
+    from uwm_deploy.pipeline.request import Request, resolved_recipe
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.tables.compared_methods import print_compared
+    from uwm_deploy.studies.compare import compare as measure
+    from uwm_deploy.studies.compare import exit_code_of_comparison
+    from uwm_deploy.studies.comparison_rows import CompareRequest, rows_from
 
-    return run_compare(**options)
+    options["zero_shot"] = names_from(options["zero_shot"]) if options["zero_shot"] else None
+    work = work or Path(".uwm") / resolved_recipe(Request(model=options["model"])).name / "compare"
+    folder = out or work / "report"
+    result = measure(CompareRequest(rows=rows_from(methods), work=work, out=folder, **options), Reporter())
+    if as_json:
+        click.echo(json_from_record(result), nl=False)
+    else:
+        print_compared(result, folder)
+    return exit_code_of_comparison(result)
 
 
 @cli.command()
@@ -947,7 +950,8 @@ def bench(
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.report.drawings import draw_bench
+    from uwm_deploy.report.tables.latencies import bench_csv, print_bench
     from uwm_deploy.studies import bench as engine_bench
 
     opened = open_bundle(bundle, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
@@ -967,14 +971,13 @@ def bench(
             opened, contenders, not_run, batches=batches, seconds=seconds, progress=reporter.progress
         )
     if table is not None:
-        write_atomic(table, engine_bench.csv_of(report))
+        write_atomic(table, bench_csv(report))
     if picture is not None:
-        engine_bench.draw(report, picture)
+        draw_bench(report, picture)
     if as_json:
         click.echo(json_from_record(report), nl=False)
     else:
-        print_rows(engine_bench.rows_of(report))
-        click.echo("\n".join(engine_bench.lines_of(report)))
+        print_bench(report)
     return 0
 
 
@@ -1087,9 +1090,9 @@ def sweep(
     from uwm_deploy.pipeline.request import Request, resolved_recipe
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_rows
-    from uwm_deploy.studies.sweep import factors_of, keep_masses_of, losses_of, rows
+    from uwm_deploy.report.tables.sweep_points import print_sweep
     from uwm_deploy.studies.sweep import sweep as run_sweep
+    from uwm_deploy.studies.sweep_values import factors_of, keep_masses_of, losses_of
 
     request = Request(**options)
     folder = out or (request.work or Path(".uwm") / resolved_recipe(request).name) / "sweep"
@@ -1106,10 +1109,7 @@ def sweep(
     if as_json:
         click.echo(json_from_record(report), nl=False)
     else:
-        print_rows(rows(report))
-        if max_drop is not None:
-            click.echo(f"picked: {report.rule}" if report.picked is not None else f"nothing picked: {report.rule}")
-        click.echo(f"table and picture: {folder}")
+        print_sweep(report, folder)
     return 0
 
 
@@ -1148,7 +1148,7 @@ def data_check(name: str, against: tuple[str, ...], workers: int, as_json: bool)
     from uwm_deploy.recipes.resolve import calibration_set_of
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_data_report
+    from uwm_deploy.report.tables.data_sets import print_data_report
 
     def set_of(text: str) -> Checked:
         if is_manifest(text):
@@ -1191,7 +1191,7 @@ def data_make(folder: Path, out: Path, embed: bool, drop_unpaired: bool, force: 
     """
     from uwm_deploy.data.make import make_manifest
     from uwm_deploy.records.codec import json_from_record
-    from uwm_deploy.report.summary import print_made_manifest
+    from uwm_deploy.report.tables.data_sets import print_made_manifest
 
     made = make_manifest(folder, out, embed=embed, drop_unpaired=drop_unpaired, force=force)
     if as_json:
@@ -1465,16 +1465,14 @@ def diagnose(path: Path, variant: str | None, as_json: bool) -> int:
       uwm-deploy diagnose .uwm/demo --variant onnxruntime-int8
     """
     from uwm_deploy.records.codec import json_from_record
-    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.report.tables.diagnoses import print_diagnosis
     from uwm_deploy.studies.diagnose import diagnose as look
-    from uwm_deploy.studies.diagnose import rows
 
     found = look(path, variant)
     if as_json:
         click.echo(json_from_record(found), nl=False)
     else:
-        print_rows(rows(found), group="artifact")
-        click.echo("\n".join(found.findings))
+        print_diagnosis(found)
     return 0
 
 
@@ -1501,7 +1499,7 @@ def selftest(names: tuple[str, ...], rebuilds: int, peers: bool, markdown: Path 
     from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.console import Reporter
-    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.report.terminal import print_rows
     from uwm_deploy.studies.selftest import run
 
     with tempfile.TemporaryDirectory(prefix="uwm-deploy-") as folder:
@@ -1540,10 +1538,11 @@ def models(as_json: bool) -> int:
     Example:
       uwm-deploy models
     """
-    from uwm_deploy.report.inspection import recipe_rows
-    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.report.inspection import shipped_recipes
+    from uwm_deploy.report.tables.shipped_recipes import recipe_rows
+    from uwm_deploy.report.terminal import print_rows
 
-    rows = recipe_rows()
+    rows = recipe_rows(shipped_recipes())
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:
@@ -1560,10 +1559,11 @@ def doctor(as_json: bool) -> int:
     Example:
       uwm-deploy doctor --json
     """
-    from uwm_deploy.report.inspection import machine_rows
-    from uwm_deploy.report.summary import print_rows
+    from uwm_deploy.report.doctor import capabilities
+    from uwm_deploy.report.tables.capabilities import capability_rows
+    from uwm_deploy.report.terminal import print_rows
 
-    rows = machine_rows()
+    rows = capability_rows(capabilities())
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:

@@ -29,6 +29,7 @@ from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.score.score import score_to_folder
 from uwm_deploy.towers.load import load_model
@@ -109,9 +110,8 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     bare = statistics.median(seconds.pop("forward"))
     print(f"{len(source)} pairs, {torch.get_num_threads()} threads, median of {arguments.rounds}; forward {bare:.2f} s")
-    print("| method | scoring / bare forward |\n|---|---:|")
-    for name, values in seconds.items():
-        print(f"| {name} | {statistics.median(values) / bare:.2f} |")
+    ratios = {name: statistics.median(values) / bare for name, values in seconds.items()}
+    print(markdown_table([{"method": name, "scoring / bare forward": f"{r:.2f}"} for name, r in ratios.items()]))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.convert.convert import ranges_of
 from uwm_deploy.stages.convert.search import Layer, Search, Source, search
@@ -117,10 +118,17 @@ def main() -> None:
         measured[name] = measuring.steps
     counts = ", ".join(f"{len(part.ids)} {name}" for name, part in sets.items())
     print(f"Quadruples: {counts}; flips are percent of the worst metric's decisions.\n")
-    print("| kept in float32 | layers | % of multiplications in INT8 | flips, calibration | flips, test |")
-    print("|---|---:|---:|---:|---:|")
-    for one, other in zip(measured["calibration"], measured["test"], strict=True):
-        print(f"| {one.what} | {one.kept} | {100 * one.low_share:.1f} | {one.flips:.2f} | {other.flips:.2f} |")
+    rows_of_plans = [
+        {
+            "kept in float32": one.what,
+            "layers": one.kept,
+            "% of multiplications in INT8": f"{100 * one.low_share:.1f}",
+            "flips, calibration": f"{one.flips:.2f}",
+            "flips, test": f"{other.flips:.2f}",
+        }
+        for one, other in zip(measured["calibration"], measured["test"], strict=True)
+    ]
+    print(markdown_table(rows_of_plans))
     if rule is None:
         print("\nAutoCast and modelopt's graphs: not run, package nvidia-modelopt is not installed")
         return
@@ -136,17 +144,19 @@ def main() -> None:
         for method in methods:
             label = f"{kind}, {f'modelopt, {method}' if method else 'built-in'}"
             graphs.append((label, Precision(kind), modelopt_rules.quantised(sources, rows, kind, method, work)))
-    print("| graphs | linear layers in low precision | flips, calibration | flips, test |")
-    print("|---|---:|---:|---:|")
     plain = {tower: source.path for tower, source in sources.items()}
     wanted = {name: modelopt_rules.decided(sources, plain, Precision.FP32, part) for name, part in sets.items()}
+    rows_of_graphs = []
     for label, precision, paths in graphs:
         found_flips = [
             modelopt_rules.flips(modelopt_rules.decided(sources, paths, precision, part), wanted[name])
             for name, part in sets.items()
         ]
         counts_low = [achieved_precision(ir.load(path))["linear"].get(precision.value, 0) for path in paths.values()]
-        print(f"| {label} | {sum(counts_low)} | {found_flips[0]:.2f} | {found_flips[1]:.2f} |")
+        numbers = (sum(counts_low), f"{found_flips[0]:.2f}", f"{found_flips[1]:.2f}")
+        heads = ("linear layers in low precision", "flips, calibration", "flips, test")
+        rows_of_graphs.append({"graphs": label, **dict(zip(heads, numbers, strict=True))})
+    print(markdown_table(rows_of_graphs))
 
 
 def shown(layers: frozenset[Layer]) -> str:

@@ -27,16 +27,18 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.diagnosis import StageWalk
 from uwm_deploy.records.edit import EditRecord, EditStep, Method
 from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
 from uwm_deploy.records.verdict import Result, Verdict
+from uwm_deploy.report.tables.diagnoses import diagnosis_rows, leaves_reference
 from uwm_deploy.stages.canaries import canaries_to_folder
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import converted, ranges_of
-from uwm_deploy.studies.diagnose import TOLERANCE, StageWalk, diagnose, rows
+from uwm_deploy.studies.diagnose import TOLERANCE, diagnose
 
 PROFILE = Profile(min=1, opt=2, max=4)
 PREFIX = {TowerName.IMAGE: "vision_model.encoder.layers", TowerName.TEXT: "text_model.encoder.layers"}
@@ -162,7 +164,7 @@ def first_of(walk: StageWalk) -> str:
 def test_nothing_is_found_in_healthy_artifacts(healthy: Path, precision: Precision) -> None:
     """Own errors lie far within the tolerance, no file differs beyond rounding, and the last value is the embedding."""
     found = diagnose(healthy, f"onnxruntime-{precision.value}")
-    assert all(not w.leaves and not w.note for w in found.walks), found.findings
+    assert all(not leaves_reference(w) and not w.note for w in found.walks), found.findings
     for w in (w for w in found.walks if w.stage != "export"):
         assert w.evidence is Evidence.EXECUTED
         assert max(v.own for v in w.values) < TOLERANCE[precision] / 1.5
@@ -210,7 +212,7 @@ def test_a_broken_scale_is_named_with_its_stage(run_folder: Path) -> None:
     name = f"{layer('self_attn.out_proj', 0)}.weight.scale"
     plant(run_folder / "convert-int8" / f"{TOWER.value}.onnx", on_tensor(name, lambda scale: scale * 4))
     found = diagnose(run_folder, "onnxruntime-int8")
-    wrong = [w for w in found.walks if w.leaves]
+    wrong = [w for w in found.walks if leaves_reference(w)]
     assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "convert")]
     assert first_of(wrong[0]) == layer("self_attn.out_proj", 0)
     assert [d.layer for d in wrong[0].differences] == [layer("self_attn.out_proj", 0)]
@@ -276,7 +278,7 @@ def test_a_fault_of_the_export_is_named_before_what_was_made_of_it(run_folder: P
     unedited = case.weights()[case.edits[0].name].numpy()
     plant(run_folder / "export" / f"{TOWER.value}.onnx", on_tensor(name, lambda _: unedited))
     found = diagnose(run_folder, "onnx")
-    wrong = [w for w in found.walks if w.leaves]
+    wrong = [w for w in found.walks if leaves_reference(w)]
     assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "export")]
     assert [d.what for d in wrong[0].differences] == [name]
     assert f"{case.edits[0].selected} of {unedited.size} entries" in wrong[0].differences[0].detail
@@ -324,7 +326,7 @@ def test_bfloat16_is_compared_as_a_file(run_folder: Path) -> None:
     plant(folder / graph.file, on_tensor(f"{layer('mlp.fc2')}.weight", lambda w: -w))
     found = walked(run_folder, "tensorrt-bf16", "convert")
     assert [d.layer for d in found.differences] == [layer("mlp.fc2")]
-    assert found.leaves
+    assert leaves_reference(found)
 
 
 def test_a_bundle_is_walked_on_its_canaries_or_its_test_set(healthy: Path, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_bundle_is_walked_on_its_canaries_or_its_test_set(healthy: Path, tmp_p
     assert (walks[TowerName.TEXT].inputs, walks[TowerName.IMAGE].inputs) == (16, 16)
     assert walks[TowerName.IMAGE].canary_ratio is None
     assert walks[TowerName.TEXT].canary_ratio is not None
-    assert not any(w.leaves for w in walks.values())
+    assert not any(leaves_reference(w) for w in walks.values())
     with (bundle / "engines" / "onnxruntime-fp32" / "text.onnx").open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(IntegrityError):
@@ -432,7 +434,7 @@ def test_command_prints_the_layer_and_gives_json(run_folder: Path) -> None:
     body = json.loads(done.output)
     assert body["record"] == "Diagnosis"
     assert {w["stage"] for w in body["walks"]} == {"export", "compile"}
-    assert sum(mark[""] == "<- first" for mark in rows(diagnose(run_folder, "onnxruntime-fp32"))) == 1
+    assert sum(mark[""] == "<- first" for mark in diagnosis_rows(diagnose(run_folder, "onnxruntime-fp32"))) == 1
 
 
 def test_bad_usage_is_one_line(healthy: Path, tmp_path: Path) -> None:

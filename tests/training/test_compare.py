@@ -27,12 +27,14 @@ from uwm_deploy.records.studies import MethodComparison
 from uwm_deploy.records.training import Trainer, TrainingRecord
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.methods import compared
+from uwm_deploy.report.tables.compared_methods import findings
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED
 from uwm_deploy.stages.score.nearest import nearest_partners
 from uwm_deploy.stages.verify.verify import encode_with
-from uwm_deploy.studies import compare as comparison
-from uwm_deploy.studies.evaluate import Subject, ground_of
+from uwm_deploy.studies.compare import compare
+from uwm_deploy.studies.comparison_rows import CompareRequest, rows_from
+from uwm_deploy.studies.evaluate import Subject, open_evaluation_sets
 
 QUIET = Reporter(quiet=True)
 Models = dict[Trainer, tuple[Path, TrainingRecord]]
@@ -49,13 +51,13 @@ Models = dict[Trainer, tuple[Path, TrainingRecord]]
 )
 def test_a_row_is_an_edit_a_training_or_both(text: str, trainer: Trainer | None, method: str) -> None:
     """The label is what was written."""
-    (row,) = comparison.wanted_from(text)
+    (row,) = rows_from(text)
     assert (row.label, row.trainer, row.method, row.subject) == (text, trainer, method, None)
 
 
 def test_a_row_may_be_a_model_that_is_there() -> None:
     """Published weights, or a bundle, under a label of their own."""
-    row = comparison.wanted_from("none, theirs=safe-clip-vit-l14:uwm")[1]
+    row = rows_from("none, theirs=safe-clip-vit-l14:uwm")[1]
     assert row.subject is not None
     assert (row.label, row.subject.model, row.subject.method) == ("theirs", "safe-clip-vit-l14", "uwm")
 
@@ -64,7 +66,7 @@ def test_a_row_may_be_a_model_that_is_there() -> None:
 def test_a_row_that_means_nothing_is_refused(text: str) -> None:
     """Before anything is made."""
     with pytest.raises(InputError, match="--methods"):
-        comparison.wanted_from(text)
+        rows_from(text)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +151,12 @@ def test_a_second_run_makes_nothing_and_keeps_the_cost(made: tuple[Path, list[st
 
 def test_methods_are_not_measured_on_what_they_were_made_on(small_set: str, tmp_path: Path) -> None:
     """Common items are an error, before anything is made."""
-    rows = comparison.wanted_from("none")
-    request = comparison.CompareRequest(
+    rows = rows_from("none")
+    request = CompareRequest(
         rows=rows, work=tmp_path, out=tmp_path / "out", calibration=small_set, evaluation=small_set
     )
     with pytest.raises(InputError, match="share 48 items"):
-        comparison.compare(request, QUIET)
+        compare(request, QUIET)
 
 
 def test_the_words_below_say_whether_the_paper_s_finding_shows(made: tuple[Path, list[str], Result]) -> None:
@@ -167,7 +169,7 @@ def test_the_words_below_say_whether_the_paper_s_finding_shows(made: tuple[Path,
     for high, wanted in ((-0.5, "shows for safe-clip"), (0.5, "does not show")):
         ps |= {"delta": -2.0, "delta_low": -4.0, "delta_high": high}
         changed = record_from_json(MethodComparison, json.dumps(body | {"rows": [body["rows"][0], taught]}), where="x")
-        assert comparison.findings(changed)[-1] == f"training lowers safety on safe inputs (PS): {wanted}"
+        assert findings(changed)[-1] == f"training lowers safety on safe inputs (PS): {wanted}"
 
 
 def test_nearest_safe_pairs_are_those_of_plain_cosines(small_set: str, tmp_path: Path) -> None:
@@ -208,4 +210,4 @@ def test_safeground_is_measured_on_counterparts_only(small_set: str, tmp_path: P
     with pytest.raises(DataError, match="which is for scoring"):
         run(Request(evaluation=near, work=tmp_path / "e"), until="score", reporter=QUIET)
     with pytest.raises(DataError, match="which is for scoring"):
-        ground_of(near, None, data=None, default=Subject(label="x", model="demo"))
+        open_evaluation_sets(near, None, data=None, default=Subject(label="x", model="demo"))

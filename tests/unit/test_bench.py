@@ -24,10 +24,11 @@ from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.graph import LayerSensitivity, Precision, PrecisionPlan, PrecisionStep
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.records.studies import BenchReport
+from uwm_deploy.records.studies import WARM_ROUNDS, BenchReport
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.inspection import machine_rows
-from uwm_deploy.report.summary import print_plan
+from uwm_deploy.report.doctor import capabilities
+from uwm_deploy.report.tables.latencies import bench_csv, bench_lines
+from uwm_deploy.report.tables.precision_plan import print_plan
 from uwm_deploy.runtime import probe
 from uwm_deploy.runtime.tensorrt import gpu_reason
 from uwm_deploy.studies import bench as engine_bench
@@ -87,7 +88,7 @@ def test_every_executable_variant_is_measured_and_labelled(report: BenchReport) 
     }
     assert all(row.batch == 1 and row.open_ms > 0 and row.first_call_ms > 0 for row in report.cold)
     for row in report.warm:
-        assert row.calls >= engine_bench.ROUNDS
+        assert row.calls >= WARM_ROUNDS
         assert 0 < row.ratio_low <= row.ratio <= row.ratio_high
         assert row.throughput_per_s > 0
         if row.subject == report.against:
@@ -104,7 +105,7 @@ def test_what_cannot_run_here_is_not_run(report: BenchReport, bundle: Path) -> N
     assert set(report.not_run) == {"tensorrt-rtx-fp32", "tensorrt-rtx-int8"}
     assert all(gpu_reason() in reason for reason in report.not_run.values())
     assert not {row.subject for row in report.warm} & set(report.not_run)
-    lines = engine_bench.lines_of(report)
+    lines = bench_lines(report)
     assert f"tensorrt-rtx-fp32: not run: {gpu_reason()}" in lines
     with pytest.raises(PrerequisiteError, match="nothing can be measured"):
         measured(bundle, ("tensorrt-rtx-fp32",))
@@ -150,7 +151,7 @@ def test_too_few_calls_have_no_percentile() -> None:
 def test_report_survives_json_and_csv_has_every_row(report: BenchReport) -> None:
     """Nothing is lost on the way to machines; an unknown percentile is an empty cell."""
     assert record_from_json(BenchReport, json_from_record(report), where="x") == report
-    rows = list(csv.DictReader(io.StringIO(engine_bench.csv_of(report))))
+    rows = list(csv.DictReader(io.StringIO(bench_csv(report))))
     assert [(row["variant"], row["tower"], int(row["batch"])) for row in rows] == [
         (row.subject, row.tower.value, row.batch) for row in report.warm
     ]
@@ -203,19 +204,19 @@ def test_probe_graphs_are_valid(precision: Precision) -> None:
 
 def test_doctor_lists_every_precision_and_what_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ONNX Runtime executes was tried; without a GPU the engines, refit and CUDA are not run, never omitted."""
-    rows = {row["what"]: row for row in machine_rows()}
+    found = {one.what: one for one in capabilities()}
     expected = {f"{target} {p.value}" for target in ("onnxruntime", "tensorrt", "tensorrt-rtx") for p in probe.PROBED}
-    assert expected <= set(rows)
-    assert {p.value for p in probe.PROBED if rows[f"onnxruntime {p.value}"]["ok"] == "yes"} >= {"fp32", "int8"}
-    assert rows["onnxruntime bf16"]["ok"] == "no"
+    assert expected <= set(found)
+    assert {p.value for p in probe.PROBED if found[f"onnxruntime {p.value}"].ok} >= {"fp32", "int8"}
+    assert not found["onnxruntime bf16"].ok
     if gpu_reason():
-        needs = [name for name in rows if name.startswith(("tensorrt ", "tensorrt-rtx "))]
+        needs = [name for name in found if name.startswith(("tensorrt ", "tensorrt-rtx "))]
         assert {"tensorrt refit", "tensorrt-rtx refit", "tensorrt-rtx fp8"} <= set(needs)
         for name in [*needs, "onnxruntime CUDA provider"]:
-            assert rows[name]["ok"] == "no"
-            assert "not run" in rows[name]["detail"]
+            assert not found[name].ok
+            assert "not run" in found[name].detail
     monkeypatch.setattr(probe, "probe_graph", lambda _: b"broken")
-    assert {row["ok"] for row in machine_rows() if row["what"] == "onnxruntime fp32"} == {"no"}
+    assert [one.ok for one in capabilities() if one.what == "onnxruntime fp32"] == [False]
 
 
 def test_plan_is_printed_with_its_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,10 @@ from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.metrics import Estimate, Geometry, Proportion, SafetyReport
+from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.report.paper_table import (
     COLUMNS,
     PRICE_COLUMNS,
-    markdown_table,
     missing_lines,
     price_rows,
     table_rows,

@@ -36,7 +36,8 @@ from uwm_deploy.records.edit import CLOSED_FORM, Method, Pairing, Rule, ScoreRec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.inspection import describe, method_line
+from uwm_deploy.report.edit_words import method_line
+from uwm_deploy.report.inspection import describe
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.edit.edit import edit_to_folder

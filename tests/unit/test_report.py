@@ -585,7 +585,7 @@ def test_counts_of_a_histogram_are_complete() -> None:
     random = np.random.default_rng(0)
     before, after = random.normal(size=500), random.normal(size=500)
     after[:5] = 0.0
-    found = charts.counted(before, after)
+    found = charts.histogram_of(before, after)
     assert found.original.sum() == 500
     assert (found.same + found.lost + found.gained).sum() == 500
     assert 0.0 in found.edges
@@ -609,7 +609,7 @@ def test_one_point_and_equal_values_are_drawn() -> None:
     """Degenerate input makes no division by zero: one point at the origin, all margins 0, no layer edited."""
     assert "<path" in charts.scatter("t", "d", [Point(x=0.0, y=0.0, label="p", series=0)], "x", "y")
     zeros = np.zeros(3)
-    assert "<svg" in charts.histogram("t", "d", charts.counted(zeros, zeros), [])
+    assert "<svg" in charts.histogram("t", "d", charts.histogram_of(zeros, zeros), [])
     assert "NaN" not in charts.bars("t", "d", [Group(head="", bars=[Bar(label="a", value=0.0, shown="0")])], 0.0)
     assert charts.heat_map("t", "d", [], [], [])
 

@@ -22,7 +22,7 @@ from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_ver
 from uwm_deploy.report.junit import junit_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
-from uwm_deploy.report.summary import print_verdict
+from uwm_deploy.report.tables.verdict_lines import print_verdict
 from uwm_deploy.stages.gate.gate import gate
 
 TODAY = date(2026, 6, 1)

@@ -23,7 +23,9 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import SweepPoint
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.safeground.tradeoff import pareto
-from uwm_deploy.studies.sweep import edited_points, factors_of, keep_masses_of, pick
+from uwm_deploy.studies.sweep import pick
+from uwm_deploy.studies.sweep_values import factors_of, keep_masses_of
+from uwm_deploy.studies.swept_edits import edited_points
 
 PIECES = """format = 1
 name = "few-{split}"

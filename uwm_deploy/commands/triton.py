@@ -14,7 +14,8 @@ from uwm_deploy.pipeline.served import Request, Served, check_served
 from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.verdict import Check
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.summary import print_rows, print_verdict
+from uwm_deploy.report.tables.verdict_lines import print_verdict
+from uwm_deploy.report.terminal import print_rows
 from uwm_deploy.serve.config import Place, ServerSettings
 from uwm_deploy.serve.names import FILES
 from uwm_deploy.serve.repository import write_backends, write_repository

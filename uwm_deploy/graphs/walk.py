@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.write import INLINE_BYTES
+from uwm_deploy.records.diagnosis import Difference, WalkedValue
 
 VALUES = 32
 """Values that are watched at a time."""
@@ -36,46 +37,6 @@ _MASK = 1e30
 
 _ENDLESS = 1e9
 """Relative error of a value that is not finite, or that should be 0 and is not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WalkedValue:
-    """One intermediate value.
-
-    Attributes:
-        value: Its name in both graphs.
-        op: Operator that makes it in the reference.
-        layer: Module path of the weight that enters there; empty when none does.
-        after: Nearest layer before it.
-        own: Relative error (of the Euclidean norm) when the part before it is given the reference's values.
-        whole: Relative error in the graph as a whole.
-        max_abs: Largest absolute difference in the graph as a whole.
-        finite: Whether it is finite wherever the reference is.
-    """
-
-    value: str
-    op: str
-    layer: str
-    after: str
-    own: float
-    whole: float
-    max_abs: float
-    finite: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """Something that differs in the files themselves.
-
-    Attributes:
-        layer: Module path, or the nearest layer before it.
-        what: Name of the weight or attribute.
-        detail: How it differs.
-    """
-
-    layer: str
-    what: str
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)

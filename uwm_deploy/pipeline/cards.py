@@ -9,7 +9,7 @@ from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.card import card_of
-from uwm_deploy.report.inspection import method_line
+from uwm_deploy.report.edit_words import method_line
 
 
 def card(

@@ -217,6 +217,10 @@ class ColdStart:
     rounds: int
 
 
+WARM_ROUNDS = 5
+"""Turns of every subject in the warm calls; a ratio is a median over them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
     """Warm calls of one tower at one batch.

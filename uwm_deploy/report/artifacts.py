@@ -8,10 +8,11 @@ from typing import Any
 
 from uwm_deploy.records.graph import PrecisionPlan
 from uwm_deploy.report import charts
-from uwm_deploy.report.blocks import executed, figure, folded, marked, section, table
+from uwm_deploy.report.blocks import figure, folded, marked, section, table
 from uwm_deploy.report.charts import Bar, Group
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import NOTHING, TIMES, Child, Html, tag
+from uwm_deploy.report.measured_subjects import executed_artifacts
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 
 _BLOCK_PARTS = 2
@@ -77,7 +78,7 @@ def parity(dossier: Dossier) -> Html:
         c.subject: c.limit for c in (dossier.verdict.checks if dossier.verdict else ()) if c.name == "parity.max_abs"
     }
     groups, rows = [], []
-    for artifact, _ in executed(dossier.verify):
+    for artifact, _ in executed_artifacts(dossier.verify):
         drawn = []
         for p in artifact.parity:
             label = f"{p.output} {TIMES} {p.batch}"
@@ -114,7 +115,7 @@ def canaries(dossier: Dossier) -> Html:
     """Differential canaries."""
     report = dossier.verify
     groups, rows = [], []
-    for artifact, _ in executed(report):
+    for artifact, _ in executed_artifacts(report):
         drawn = [
             Bar(label=tower, tone="engine", value=value, shown=f"{value:.1e}" if value < 0.01 else f"{value:.2f}")
             for tower, value in artifact.canaries.items()

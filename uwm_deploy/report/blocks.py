@@ -1,12 +1,9 @@
-"""What every section of a report page is put together from: headings, figures, tables, and whom the numbers are of."""
+"""What every section of a report page is put together from: headings, figures and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
-from uwm_deploy.records.metrics import SafetyReport
-from uwm_deploy.report.charts import Tone
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import NOTHING, Child, Html, tag
 
@@ -24,7 +21,7 @@ def figure(head: str, drawn: Html, legend: Sequence[Html], rows: Sequence[Mappin
 
 
 def folded(words: str, inner: Html, *, printed: bool = False) -> Html:
-    """Something that opens on a click; in print it is as the reader left it, or open."""
+    """Something that opens on a click; print shows it as the reader left it, with `printed` always open."""
     return tag("details", {"class": "printed" if printed else None}, tag("summary", {}, words), inner)
 
 
@@ -49,19 +46,6 @@ def _is_number(value: Child) -> bool:
     return not text or text[0] in "0123456789+-\N{MINUS SIGN}" or text == NOTHING
 
 
-def executed(report: VerifyReport) -> list[tuple[ArtifactEvidence, SafetyReport]]:
-    """Artifacts with numbers."""
-    return [(a, a.safety) for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
-
-
-def subjects(report: VerifyReport) -> Iterator[tuple[str, Tone, SafetyReport]]:
-    """Original, edited and what was executed, in that order."""
-    yield "original", "original", report.original
-    yield "edited", "edited", report.edited
-    for artifact, safety in executed(report):
-        yield artifact.variant, "engine", safety
-
-
 def marked(label: str, dossier: Dossier) -> str:
-    """A variant that failed is marked wherever it is drawn."""
+    """The label of a subject, with a sign before that of a variant that failed."""
     return f"✕ {label}" if dossier.verdict and label in dossier.verdict.failed else label

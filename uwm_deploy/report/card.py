@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uwm_deploy.records.data import CalibrationRecord
@@ -14,6 +14,9 @@ from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.metrics import Proportion, RiskReport, SafetyReport
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
+from uwm_deploy.report.intervals import share_text
+from uwm_deploy.report.markdown_table import markdown_of_cells
+from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
 from uwm_deploy.safeground.risk import STEPS
 
 CARD = "README.md"
@@ -192,8 +195,8 @@ def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
 
 
 def _numbers(report: VerifyReport) -> str:
-    executed = [a for a in report.artifacts if a.evidence is Evidence.EXECUTED and a.safety is not None]
-    subjects: list[SafetyReport] = [report.original, report.edited, *(a.safety for a in executed if a.safety)]
+    executed = [artifact for artifact, _ in executed_artifacts(report)]
+    subjects = [safety for _, _, safety in measured_subjects(report)]
     lines = [
         "## Numbers",
         "",
@@ -201,19 +204,7 @@ def _numbers(report: VerifyReport) -> str:
         "percent with 95% Wilson intervals. Higher is safer, or for zero-shot and retrieval better; of unsafe-first less is "
         "better. Hard safe are the safe items that look most unsafe to the original model.",
         "",
-        f"| | {' | '.join(s.subject for s in subjects)} |",
-        f"|---|{'---|' * len(subjects)}",
-    ]
-    for name, meaning in _METRICS.items():
-        lines.append(f"| {name}: {meaning} | {' | '.join(_percent(s.preference[name]) for s in subjects)} |")
-    lines += [
-        f"| zero-shot {name} | {' | '.join(_percent(s.zero_shot[name]) for s in subjects)} |"
-        for name in report.edited.zero_shot
-    ]
-    lines += [
-        f"| {name}: {meaning} | {' | '.join(_percent(s.retrieval[name]) for s in subjects)} |"
-        for name, meaning in _RETRIEVAL.items()
-        if all(name in s.retrieval for s in subjects)
+        _table(subjects),
     ]
     lines += ["", "Edited minus original, on the same items:", ""]
     retrieval = [name for name in _RETRIEVAL_CHANGES if name in report.edit_effect]
@@ -223,6 +214,23 @@ def _numbers(report: VerifyReport) -> str:
     if executed:
         lines += ["", *(_parity(artifact) for artifact in executed)]
     return "\n".join(lines)
+
+
+def _table(subjects: Sequence[SafetyReport]) -> str:
+    """One column per subject, one row per metric; zero-shot sets are those of the edited model, the second subject."""
+    rows = [
+        [f"{name}: {meaning}", *(share_text(s.preference[name]) for s in subjects)]
+        for name, meaning in _METRICS.items()
+    ]
+    rows += [
+        [f"zero-shot {name}", *(share_text(s.zero_shot[name]) for s in subjects)] for name in subjects[1].zero_shot
+    ]
+    rows += [
+        [f"{name}: {meaning}", *(share_text(s.retrieval[name]) for s in subjects)]
+        for name, meaning in _RETRIEVAL.items()
+        if all(name in s.retrieval for s in subjects)
+    ]
+    return markdown_of_cells(["", *(s.subject for s in subjects)], rows, tight=True)
 
 
 def _head(risk: RiskReport) -> str:
@@ -235,14 +243,10 @@ def _head(risk: RiskReport) -> str:
         f"- AUROC: {risk.auroc.value:.1f} ({risk.auroc.low:.1f} to {risk.auroc.high:.1f})",
     ]
     for step in STEPS:
-        unsafe, safe = _percent(risk.recall[step.value]), _percent(risk.benign[step.value])
+        unsafe, safe = share_text(risk.recall[step.value]), share_text(risk.benign[step.value])
         lines.append(f"- at least {step.value}: {unsafe} of unsafe images, {safe} of safe images")
     lines.append(f"- calibration error of the level: {risk.ece:.1f} points")
     return "\n".join(lines)
-
-
-def _percent(p: Proportion) -> str:
-    return f"{p.value:.1f} ({p.low:.1f} to {p.high:.1f})"
 
 
 def _parity(artifact: ArtifactEvidence) -> str:

@@ -208,10 +208,15 @@ class Histogram:
     gained: np.ndarray
 
 
-def counted(original: np.ndarray, edited: np.ndarray, bins: int = 32) -> Histogram:
-    """Counts (n,) margins of both models in bins of one width, with a border at 0.
+def histogram_of(original: np.ndarray, edited: np.ndarray, bins: int = 32) -> Histogram:
+    """Counts the margins of both models in bins of one width, with a border at 0.
 
-    An exact tie is a failure, so a bin to the left of 0 includes it.
+    An exact tie is a failure, so the bin to the left of 0 includes it.
+
+    Args:
+        original: (n,) margins, differences of cosines.
+        edited: (n,) margins of the same items.
+        bins: Number of bins, about.
     """
     both = np.concatenate([original, edited])
     width = max(float(both.max() - both.min()) / bins, 1e-9)

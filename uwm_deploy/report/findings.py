@@ -6,7 +6,7 @@ from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Blame, Check, Result, Verdict, WaiverState
 
 SHOWN, NOT_SHOWN = "shown safer", "not shown safer"
-"""The words for an edit; what equals the edited model is faithful, whatever the edit is worth."""
+"""The words for an edit. Of a variant they say nothing: one that equals the edited model is faithful either way."""
 
 _ORDER = {Result.FAIL: 0, Result.NOT_RUN: 1, Result.INCONCLUSIVE: 2, Result.PASS: 3}
 
@@ -18,7 +18,7 @@ def findings(verdict: Verdict) -> list[Check]:
 
 
 def _rank(check: Check) -> tuple[object, ...]:
-    follows = check.rule == "min_proven"  # from the others, so it is no news
+    follows = check.rule == "min_proven"  # it fails because other checks do, so they are named first
     return (not check.blocks, follows, _ORDER[check.result], -_excess(check), check.subject, check.name, check.concept)
 
 
@@ -62,6 +62,19 @@ def gap_text(check: Check) -> str:
         compared = check.low if check.direction == "at_least" else check.high
     gap = check.limit - compared if check.direction == "at_least" else compared - check.limit
     return f"{gap:.4g}" if gap > 0 else ""
+
+
+def finding_cells(check: Check) -> dict[str, str]:
+    """A row of the table of what does not pass: column to text."""
+    return {
+        "result": f"{check.result.value}{' (waived)' if check.waiver else ''}",
+        "subject": check.subject,
+        "check": name_of(check),
+        "measured": measured_text(check),
+        "limit": limit_text(check),
+        "missed by": gap_text(check) if check.blocks else "",
+        "n": str(check.n or ""),
+    }
 
 
 def line_of(check: Check) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import Estimate, Proportion, RiskReport
 from uwm_deploy.report import charts
-from uwm_deploy.report.blocks import executed, figure, marked, section, table
+from uwm_deploy.report.blocks import figure, marked, section, table
 from uwm_deploy.report.charts import Bar, Group, Tone
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import Child, Html, tag
+from uwm_deploy.report.measured_subjects import executed_artifacts
 from uwm_deploy.safeground.risk import STEPS, STOPS
 
 _LEGEND = (
@@ -38,7 +39,7 @@ def safety_head(dossier: Dossier) -> Html | None:
 def _subjects(dossier: Dossier) -> Iterator[tuple[str, Tone, RiskReport]]:
     if dossier.verify.risk is not None:
         yield "edited", "edited", dossier.verify.risk
-    for artifact, _ in executed(dossier.verify):
+    for artifact, _ in executed_artifacts(dossier.verify):
         if artifact.risk is not None:
             yield marked(artifact.variant, dossier), "engine", artifact.risk
 
@@ -78,7 +79,7 @@ def _categories(dossier: Dossier, risk: RiskReport) -> Html:
 
 def _table(dossier: Dossier) -> Html:
     rows: list[dict[str, Child]] = []
-    flips = {artifact.variant: artifact.risk_flips for artifact, _ in executed(dossier.verify)}
+    flips = {artifact.variant: artifact.risk_flips for artifact, _ in executed_artifacts(dossier.verify)}
     for label, tone, risk in _subjects(dossier):
         changed = flips.get(label.removeprefix("✕ ")) if tone == "engine" else None
         rows.append(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.errors import InputError
@@ -17,11 +15,12 @@ from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report import artifacts, blocks, charts, heads, sections
 from uwm_deploy.report.charts import signed
+from uwm_deploy.report.edit_words import method_line
 from uwm_deploy.report.evidence import Dossier
-from uwm_deploy.report.findings import cause_line, result_words, safer_line, variants_by_word
-from uwm_deploy.report.inspection import method_line
+from uwm_deploy.report.findings import cause_line, name_of, result_words, safer_line, variants_by_word
 from uwm_deploy.report.latency import latency
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.report.measured_subjects import executed_artifacts
 from uwm_deploy.report.methods import compared
 from uwm_deploy.report.strength import strength
 from uwm_deploy.safeground.preference import BASIC
@@ -163,10 +162,8 @@ def _sentence(dossier: Dossier) -> str:
 def _failed(check: Check) -> Html:
     """One check that does not pass: what, by how much, against which limit."""
     words = {"at_least": "at least", "at_most": "at most", "equals": "exactly"}[check.direction]
-    further = plain_from_record(check)  # what a newer gate says beyond the numbers
-    concept = f" in {further['concept']}" if further.get("concept") else ""
-    waived = ", waived" if further.get("waiver") else ""
-    reason = check.detail.partition(f"(n = {check.n}) ")[2] or check.detail  # the numbers are said once
+    waived = ", waived" if check.waiver else ""
+    reason = check.detail.partition(f"(n = {check.n}) ")[2] or check.detail  # without the numbers, which stand above it
     numbers = None
     if check.measured is not None and check.limit is not None:
         over = abs(check.measured - check.limit)
@@ -178,10 +175,10 @@ def _failed(check: Check) -> Html:
         "li",
         {"class": _KIND[check.result]},
         tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}{waived}"),
-        tag("strong", {}, f"{check.subject}: {check.name}{concept}"),
+        tag("strong", {}, f"{check.subject}: {name_of(check)}"),
         numbers,
         tag("span", {"class": "detail"}, reason) if reason else None,
-        tag("span", {"class": "detail"}, "Try: ", further["advice"]) if further.get("advice") else None,
+        tag("span", {"class": "detail"}, "Try: ", check.advice) if check.advice else None,
     )
 
 
@@ -199,11 +196,11 @@ def _check_row(check: Check) -> dict[str, Child]:
 
 
 def _waivers(verdict: Verdict) -> Html | None:
-    """Waived checks, where the gate knows of any."""
-    found: Sequence[Mapping[str, Any]] = plain_from_record(verdict).get("waivers") or ()
-    if not found:
+    """Waivers of the policy; nothing without any."""
+    if not verdict.waivers:
         return None
-    rows: list[dict[str, Child]] = [{key: str(value) for key, value in waiver.items()} for waiver in found]
+    plain = map(plain_from_record, verdict.waivers)
+    rows: list[dict[str, Child]] = [{key: str(value) for key, value in waiver.items()} for waiver in plain]
     return tag("div", {"class": "waivers"}, tag("h2", {}, f"Waived: {len(rows)}"), blocks.table(rows))
 
 
@@ -224,7 +221,7 @@ def _tiles(dossier: Dossier) -> Html:
         sets = f"{len(known)} sets" + (f", {missing} not run" if missing else "")
         mean = sum(p.value for p in report.edited.zero_shot.values()) / len(report.edited.zero_shot)
         tiles.append(_tile("Zero-shot mean", f"{mean:.1f}%", f"{signed(sum(known) / len(known))} points, {sets}"))
-    ran = blocks.executed(report)
+    ran = executed_artifacts(report)
     if ran:
         flips = {a.variant: sum(f.lost + f.gained for m, f in a.flips.items() if m in BASIC) for a, _ in ran}
         worst = max(flips, key=lambda name: flips[name])

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Check, Verdict
 from uwm_deploy.report.findings import (
     cause_line,
+    finding_cells,
     findings,
-    gap_text,
-    limit_text,
-    measured_text,
     name_of,
     safer_line,
     variants_by_word,
     verdict_line,
     waiver_line,
 )
+from uwm_deploy.report.markdown_table import cell_text, markdown_of_cells
 
 SUMMARY_BYTES = 1_000_000
 """GitHub drops a step summary above 1 MiB as a whole."""
@@ -32,73 +32,67 @@ def markdown_from_verdict(verdict: Verdict, *, limit_bytes: int = SUMMARY_BYTES)
         limit_bytes: Largest size; what does not fit is cut at a line, and it says so.
     """
     found = findings(verdict)
-    lines = [f"### {_cell(verdict_line(verdict))}", "", f"**{_cell(_capital(safer_line(verdict)))}**", ""]
+    lines = [f"### {_line(verdict_line(verdict))}", "", f"**{_line(_capital(safer_line(verdict)))}**", ""]
     lines += _list("Cause, the first first", [cause_line(blame) for blame in verdict.causes])
-    lines += _table(found[:_ROWS])
+    lines += _checks(found[:_ROWS])
     if len(found) > _ROWS:
         lines += [f"... and {len(found) - _ROWS} more", ""]
     lines += _list("Try", dict.fromkeys(f"{c.subject}: {name_of(c)}: {c.advice}" for c in found[:_ROWS] if c.advice))
-    if verdict.worst:
-        lines += [
-            "**Worst quadruples**",
-            "",
-            "| subject | id | concept | decision | margin | was |",
-            "|---|---|---|---|---:|---:|",
-        ]
-        lines += [
-            f"| {_cell(w.subject)} | `{_cell(w.id)}` | {_cell(w.concept)} | {w.metric}{' (lost)' if w.lost else ''} "
-            f"| {w.margin:+.4f} | {w.reference_margin:+.4f} |"
-            for w in verdict.worst
-        ]
-        lines.append("")
+    lines += _worst(verdict.worst)
     lines += _list("Waivers", [waiver_line(waiver) for waiver in verdict.waivers])
     lines += _list("Notes", verdict.notes)
     for word, names in variants_by_word(verdict).items():
-        lines += [f"{_capital(word)}: {', '.join(_cell(name) for name in names)}", ""]
+        lines += [f"{_capital(word)}: {', '.join(_line(name) for name in names)}", ""]
     lines += [f"<details><summary>All {len(verdict.checks)} checks</summary>", ""]
-    lines += [*_table(list(verdict.checks)), "</details>", ""]
+    lines += [*_checks(verdict.checks), "</details>", ""]
     lines.append(f"policy `{verdict.policy_digest[:19]}`, report `{verdict.report_digest[:19]}`")
     return _cut("\n".join(lines) + "\n", limit_bytes)
 
 
-def _table(checks: Sequence[Check]) -> list[str]:
+def _checks(checks: Sequence[Check]) -> list[str]:
+    """A table of checks and a blank line; nothing without checks."""
     if not checks:
         return []
-    rows = [f"| {' | '.join(_cell(cell) for cell in _cells(check))} |" for check in checks]
-    return [
-        "| result | subject | check | measured | limit | missed by | n |",
-        "|---|---|---|---|---|---:|---:|",
-        *rows,
-        "",
+    cells = [finding_cells(check) for check in checks]
+    rows = [[_inert(text) for text in row.values()] for row in cells]
+    return [markdown_of_cells(list(cells[0]), rows, right=(5, 6), tight=True), ""]
+
+
+def _worst(items: Sequence[WorstItem]) -> list[str]:
+    """A table of the worst quadruples and a blank line; nothing without any."""
+    if not items:
+        return []
+    rows = [
+        [
+            _inert(item.subject),
+            f"`{_inert(item.id)}`",
+            _inert(item.concept),
+            f"{item.metric}{' (lost)' if item.lost else ''}",
+            f"{item.margin:+.4f}",
+            f"{item.reference_margin:+.4f}",
+        ]
+        for item in items
     ]
-
-
-def _cells(check: Check) -> tuple[str, ...]:
-    result = f"{check.result.value}{' (waived)' if check.waiver else ''}"
-    gap = gap_text(check) if check.blocks else ""
-    numbers = (measured_text(check), limit_text(check), gap, str(check.n or ""))
-    return (result, check.subject, name_of(check), *numbers)
+    head = ("subject", "id", "concept", "decision", "margin", "was")
+    return ["**Worst quadruples**", "", markdown_of_cells(head, rows, right=(4, 5), tight=True), ""]
 
 
 def _list(title: str, lines: Sequence[str] | dict[str, None]) -> list[str]:
-    return [f"**{title}**", "", *(f"- {_cell(line)}" for line in lines), ""] if lines else []
+    return [f"**{title}**", "", *(f"- {_line(line)}" for line in lines), ""] if lines else []
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _cell(text: str) -> str:
-    """Text that cannot end its cell, start HTML or mention anybody."""
-    for old, new in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        ("|", "\\|"),
-        ("`", "'"),
-        ("@", "@\u200b"),
-        ("\n", " "),
-        ("\r", " "),
-    ):
+def _line(text: str) -> str:
+    """Text outside of a table, on one line."""
+    return cell_text(_inert(text))
+
+
+def _inert(text: str) -> str:
+    """Text that cannot start HTML, end a code span or mention anybody."""
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("`", "'"), ("@", "@\u200b")):
         text = text.replace(old, new)
     return text
 

@@ -9,11 +9,13 @@ from uwm_deploy.records.studies import ComparedMethod, MethodComparison
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, folded, section, table
 from uwm_deploy.report.charts import Point, signed
+from uwm_deploy.report.intervals import share_text
 from uwm_deploy.report.markup import NOTHING, Child, Html
+from uwm_deploy.report.method_changes import zero_shot_change
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.retrieval import HARD, SAFE, UNIONS
-from uwm_deploy.safeground.tradeoff import pareto, zero_shot_mean
+from uwm_deploy.safeground.tradeoff import pareto
 
 _RETRIEVAL = (*(f"{name}@1" for name in SAFE), *(name for name in HARD if name.endswith("@10")), *UNIONS)
 _CHANGES = ("PS", "PU", "GS")
@@ -24,7 +26,7 @@ def compared(report: MethodComparison | None) -> Html | None:
     if report is None:
         return None
     ran = [row for row in report.rows if row.safety is not None]
-    kept, gained = [_kept(ran[0], row) for row in ran], [_gain(row) for row in ran]
+    kept, gained = [zero_shot_change(ran[0], row) for row in ran], [_gain(row) for row in ran]
     known = not any(math.isnan(value) for value in kept)
     xs = kept if known else [0.0] * len(ran)
     front = set(pareto(list(zip(xs, gained, strict=True))))
@@ -55,12 +57,6 @@ def _absent(report: MethodComparison) -> str:
     return f" Not run: {'; '.join(absent)}." if absent else ""
 
 
-def _kept(first: ComparedMethod, row: ComparedMethod) -> float:
-    assert first.safety is not None
-    assert row.safety is not None
-    return zero_shot_mean(row.safety) - zero_shot_mean(first.safety)
-
-
 def _gain(row: ComparedMethod) -> float:
     return row.change["GS"].delta if row.change else 0.0
 
@@ -70,14 +66,13 @@ def _change(first: ComparedMethod, row: ComparedMethod) -> dict[str, Child]:
     for name in _CHANGES:
         f = row.change.get(name)
         found[name] = f"{signed(f.delta)} ({signed(f.delta_low)} to {signed(f.delta_high)})" if f else NOTHING
-    kept = _kept(first, row)
+    kept = zero_shot_change(first, row)
     return {**found, "zero-shot mean": NOTHING if math.isnan(kept) else signed(kept)}
 
 
 def _numbers(row: ComparedMethod) -> dict[str, Child]:
     assert row.safety is not None
-    shares = {name: row.safety.preference[name] for name in METRICS}
-    return {"method": row.label, **{m: f"{p.value:.1f} ({p.low:.1f} to {p.high:.1f})" for m, p in shares.items()}}
+    return {"method": row.label, **{name: share_text(row.safety.preference[name]) for name in METRICS}}
 
 
 def _retrieval(row: ComparedMethod) -> dict[str, Child]:

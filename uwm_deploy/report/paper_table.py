@@ -1,9 +1,8 @@
-"""The paper's table layout of any list of reports: text cells, Markdown and plain data."""
+"""The paper's table layout of any list of reports: rows of text, notes below them, and plain data."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from uwm_deploy.data.zero_shot_table import PUBLISHED
@@ -141,19 +140,6 @@ def missing_lines(reports: Sequence[SafetyReport]) -> list[str]:
     for name, reason in {item for report in reports for item in report.zero_shot_missing.items()}:
         names.setdefault(reason, []).append(name)
     return [f"zero-shot not run: {', '.join(sorted(some))}: {reason}" for reason, some in sorted(names.items())]
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table, numbers to the right."""
-    head = list(rows[0])
-    rule = ["---:" if is_numeric(rows, key) else "---" for key in head]
-    lines = [head, rule, *([str(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-
-
-def is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether a column holds numbers, or a dash where there is none."""
-    return all(re.match(r"[+-]?\d|-$", str(row[key])) for row in rows)
 
 
 def plain_comparison(labels: Sequence[str], reports: Sequence[SafetyReport]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange
 from uwm_deploy.records.studies import SweepReport
 from uwm_deploy.report import charts
-from uwm_deploy.report.blocks import executed, figure, folded, marked, section, subjects, table
+from uwm_deploy.report.blocks import figure, folded, marked, section, table
 from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
+from uwm_deploy.report.edit_words import axis_words
 from uwm_deploy.report.evidence import Dossier, Margins
-from uwm_deploy.report.inspection import axis_words
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
 from uwm_deploy.safeground.retrieval import HARD, PAIRED
@@ -63,14 +64,16 @@ def safeground(dossier: Dossier) -> Html:
             Group(
                 head=name,
                 note=MEANING[name],
-                bars=[_bar(marked(who, dossier), tone, s.preference[name]) for who, tone, s in subjects(report)],
+                bars=[
+                    _bar(marked(who, dossier), tone, s.preference[name]) for who, tone, s in measured_subjects(report)
+                ],
             )
             for name in names
         ]
         about = "Percent of quadruples, higher is safer, for the original model, the edited model and each artifact."
         rows: list[dict[str, Child]] = []
         for name in names:
-            for label, _, safety in subjects(report):
+            for label, _, safety in measured_subjects(report):
                 p = safety.preference[name]
                 rows.append({"metric": name, "of": label, **_cells(p), "ties": str(p.ties)})
         return figure(head, charts.bars(head, about, groups, 100.0), _LEGEND, rows)
@@ -121,7 +124,7 @@ def concepts(report: VerifyReport) -> Html:
     head = "Edited minus original, percentage points"
     rows: list[dict[str, Child]] = []
     for concept in names:
-        for label, _, safety in subjects(report):
+        for label, _, safety in measured_subjects(report):
             found = safety.per_concept.get(concept, {})
             cells: dict[str, Child] = {m: f"{found[m].value:.1f}" if m in found else "not run" for m in METRICS}
             rows.append({"concept": concept, "of": label, "n": str(after[concept]["GS"].n), **cells})
@@ -162,9 +165,9 @@ def margins(dossier: Dossier) -> Html:
 
 def _margin(name: str, found: Margins, where: Mapping[str, int], report: VerifyReport) -> Html:
     before, after = found.original.margins[name], found.edited.margins[name]
-    count = charts.counted(before, after)
+    count = charts.histogram_of(before, after)
     marks: list[tuple[float, Literal["lost", "gained"], str]] = []
-    for artifact, _ in executed(report):
+    for artifact, _ in executed_artifacts(report):
         flips = artifact.flips.get(name)
         kinds: tuple[tuple[Literal["lost", "gained"], tuple[str, ...]], ...] = (
             ("lost", flips.lost_ids if flips else ()),
@@ -198,7 +201,7 @@ def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html
     """Decisions that artifacts change, by id, the clearest ones first: near a tie a flip is rounding."""
     rows: list[dict[str, Child]] = []
     counts: list[dict[str, Child]] = []
-    for artifact, _ in executed(dossier.verify):
+    for artifact, _ in executed_artifacts(dossier.verify):
         counts += _flip_rows(
             artifact.variant, {m: f for m, f in artifact.flips.items() if m not in PAIRED and f.lost + f.gained}
         )
@@ -212,7 +215,9 @@ def _flipped(dossier: Dossier, found: Margins, where: Mapping[str, int]) -> Html
             {"quadruple": item, "of": artifact.variant, "metric": name, "kind": kind, "margin": signed(value, 4)}
             for value, item, name, kind in clear[:_WORST]
         ]
-    total = sum(f.lost + f.gained for a, _ in executed(dossier.verify) for m, f in a.flips.items() if m in BASIC)
+    total = sum(
+        f.lost + f.gained for a, _ in executed_artifacts(dossier.verify) for m, f in a.flips.items() if m in BASIC
+    )
     inner = join(table(counts), tag("h3", {}, "The clearest ones"), table(rows)) if rows else table(counts)
     return folded(f"Decisions that an artifact changes: {total}", inner, printed=bool(total))
 
@@ -222,7 +227,9 @@ def zero_shot(dossier: Dossier) -> Html:
     report = dossier.verify
     groups, rows = [], []
     for name in report.edited.zero_shot:
-        found = [(label, tone, s.zero_shot[name]) for label, tone, s in subjects(report) if name in s.zero_shot]
+        found = [
+            (label, tone, s.zero_shot[name]) for label, tone, s in measured_subjects(report) if name in s.zero_shot
+        ]
         groups.append(Group(head=name, bars=[_bar(marked(label, dossier), tone, p) for label, tone, p in found]))
         rows += [{"set": name, "of": label, **_cells(p)} for label, _, p in found]
     for name, reason in report.edited.zero_shot_missing.items():
@@ -245,7 +252,9 @@ def retrieval(dossier: Dossier) -> Html:
     report = dossier.verify
     groups, rows = [], []
     for name, (short, meaning) in RETRIEVAL.items():
-        found = [(label, tone, s.retrieval[name]) for label, tone, s in subjects(report) if name in s.retrieval]
+        found = [
+            (label, tone, s.retrieval[name]) for label, tone, s in measured_subjects(report) if name in s.retrieval
+        ]
         bars = [_bar(marked(label, dossier), tone, p) for label, tone, p in found]
         groups += [Group(head=short, note=meaning, bars=bars)] if bars else []
         rows += [{"query and answer": name, "of": label, **_cells(p)} for label, _, p in found]
@@ -254,7 +263,7 @@ def retrieval(dossier: Dossier) -> Html:
     every: list[dict[str, Child]] = [
         {"query and answer": name, "of": label, **_cells(p), "ties": str(p.ties)}
         for name in sorted(report.edited.retrieval)
-        for label, _, safety in subjects(report)
+        for label, _, safety in measured_subjects(report)
         for p in [safety.retrieval.get(name)]
         if p is not None
     ]
@@ -284,7 +293,7 @@ def _fallen_row(item: RankChange) -> dict[str, Child]:
 
 def _shape(report: VerifyReport) -> list[Html]:
     """Neighbours and spread of safe embeddings."""
-    found = [(label, safety.geometry) for label, _, safety in subjects(report) if safety.geometry is not None]
+    found = [(label, safety.geometry) for label, _, safety in measured_subjects(report) if safety.geometry is not None]
     rows = [_shape_row(label, part) for label, part in found]
     words = "Neighbours kept (share of the ten nearest safe ones) and spread (ratio), against the original model"
     return [folded(words, table(rows))] if rows else []
@@ -302,7 +311,7 @@ def _shape_row(label: str, part: Geometry) -> dict[str, Child]:
 
 def _changes(report: VerifyReport) -> list[Html]:
     """Paired changes of retrieval: the edit's, and every artifact's against the edited model."""
-    effects = [("edited", report.edit_effect), *((a.variant, a.flips) for a, _ in executed(report))]
+    effects = [("edited", report.edit_effect), *((a.variant, a.flips) for a, _ in executed_artifacts(report))]
     rows: list[dict[str, Child]] = [
         {
             "query and answer": name,

@@ -7,7 +7,7 @@ from uwm_deploy.records.strength import FoldKind, StrengthCandidate, StrengthCho
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, folded, section, table
 from uwm_deploy.report.charts import Point
-from uwm_deploy.report.inspection import axis_words
+from uwm_deploy.report.edit_words import axis_words
 from uwm_deploy.report.markup import NOTHING, Child, Html
 from uwm_deploy.safeground.tradeoff import pareto
 

@@ -5,11 +5,9 @@ Needs no torch: the reference in PyTorch is one more contender that a caller may
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -18,10 +16,9 @@ import numpy as np
 
 from uwm_deploy.bundle.open import Bundle, engine_path
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.records.files import write_atomic
 from uwm_deploy.records.graph import EngineArtifact, Precision, TensorSpec
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.records.studies import BenchReport, BenchSubject, ColdStart, Latency
+from uwm_deploy.records.studies import WARM_ROUNDS, BenchReport, BenchSubject, ColdStart, Latency
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.machine import clocks, machine
 from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
@@ -32,9 +29,6 @@ CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yello
 
 COLD_ROUNDS = 3
 """Sessions that are opened one after another to measure a cold start."""
-
-ROUNDS = 5
-"""Turns of every contender in the warm calls."""
 
 PAUSE_SECONDS = 0.05
 """Before each turn: threads of the one before wait for work in a busy loop for a while, and would take its cores."""
@@ -65,7 +59,7 @@ def contenders_of(bundle: Bundle, variants: Sequence[str], threads: int = 0) -> 
     Args:
         bundle: An opened bundle.
         variants: Those that are asked for; all when empty.
-        threads: Of a session on the CPU; 0 leaves the number to the runtime.
+        threads: Of a session on the CPU; with 0 the runtime chooses the number.
 
     Raises:
         InputError: If the bundle has no such variant.
@@ -125,32 +119,13 @@ def bench(
         InputError: If a batch is larger than the profile allows.
         PrerequisiteError: If nothing can be executed here.
     """
-    sizes = _batches(bundle, batches)
-    inputs = {tower: inputs_of(bundle, tower, max(sizes)) for tower in TowerName}
-    before, skipped = clocks(), dict(not_run)
-    subjects: dict[str, BenchSubject] = {}
-    cold: list[ColdStart] = []
-    warm: list[Latency] = []
-    running = list(contenders)
+    sizes, before = _batches(bundle, batches), clocks()
+    tried = _Tried(running=list(contenders), not_run=dict(not_run))
     for tower in TowerName:
-        measured, failed = _cold(running, tower, inputs[tower][: sizes[0]], progress)
-        skipped |= failed
-        running = [one for one in running if one.subject.name not in failed]
-        sessions: dict[str, Session] = {}
-        try:
-            for one in running:
-                session, where = _opened(one, tower)
-                sessions[one.subject.name] = session
-                subjects[one.subject.name] = replace(one.subject, where=where)
-            for size in sizes:
-                warm += _warm(sessions, tower, inputs[tower][:size], seconds, progress)
-        finally:
-            for session in sessions.values():
-                session.close()
-        cold += measured
-    names = [one.subject.name for one in running]
+        _measure_tower(tried, tower, inputs_of(bundle, tower, max(sizes)), sizes, seconds, progress)
+    names = [one.subject.name for one in tried.running]
     if not names:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in tried.not_run.items())
         raise PrerequisiteError(f"nothing can be measured here ({reasons})", fix="see `uwm-deploy doctor`")
     manifest = bundle.manifest
     return BenchReport(
@@ -163,11 +138,58 @@ def bench(
         clocks_after=clocks(),
         against=names[0],
         seconds=seconds,
-        subjects=tuple(subjects[name] for name in names),
-        cold=tuple(row for row in cold if row.subject in names),
-        warm=tuple(row for row in warm if row.subject in names),
-        not_run=skipped,
+        subjects=tuple(tried.subjects[name] for name in names),
+        cold=tuple(row for row in tried.cold if row.subject in names),
+        warm=tuple(row for row in tried.warm if row.subject in names),
+        not_run=tried.not_run,
     )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tried:
+    """What was measured so far.
+
+    Attributes:
+        running: Contenders that could be opened in every tower so far.
+        not_run: Reasons for the others.
+        subjects: By name, with where they ran.
+    """
+
+    running: list[Contender]
+    not_run: dict[str, str]
+    subjects: dict[str, BenchSubject] = field(default_factory=dict)
+    cold: list[ColdStart] = field(default_factory=list)
+    warm: list[Latency] = field(default_factory=list)
+
+
+def _measure_tower(
+    tried: _Tried, tower: TowerName, inputs: np.ndarray, sizes: Sequence[int], seconds: float, progress: Progress
+) -> None:
+    """Cold starts, then warm calls of all that started.
+
+    Args:
+        tried: Is added to.
+        tower: Which tower.
+        inputs: (n, ...), at least as many rows as the largest batch.
+        sizes: Batches, the smallest first.
+        seconds: See `bench`.
+        progress: See `bench`.
+    """
+    cold, failed = _cold(tried.running, tower, inputs[: sizes[0]], progress)
+    tried.cold += cold
+    tried.not_run |= failed
+    tried.running = [one for one in tried.running if one.subject.name not in failed]
+    sessions: dict[str, Session] = {}
+    try:
+        for one in tried.running:
+            session, where = _opened(one, tower)
+            sessions[one.subject.name] = session
+            tried.subjects[one.subject.name] = replace(one.subject, where=where)
+        for size in sizes:
+            tried.warm += _warm(sessions, tower, inputs[:size], seconds, progress)
+    finally:
+        for session in sessions.values():
+            session.close()
 
 
 def _batches(bundle: Bundle, asked: Sequence[int]) -> tuple[int, ...]:
@@ -181,7 +203,10 @@ def _batches(bundle: Bundle, asked: Sequence[int]) -> tuple[int, ...]:
 
 
 def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
-    """Noise, or captions; the time does not depend on what they show or say."""
+    """Rows for a tower: noise (rows, 3, height, width), or ids of captions (rows, positions), in the dtype of its input.
+
+    The time does not depend on what they show or say.
+    """
     spec: TensorSpec = next(engine.inputs[0] for engine in bundle.manifest.engines if engine.tower is tower)
     if tower is TowerName.IMAGE:
         side = [int(d) for d in spec.shape[1:]]
@@ -247,11 +272,11 @@ def _warm(
     """Some calls of one after some calls of the other, in random order, several times."""
     names, order = list(sessions), np.random.default_rng(0)
     taken: dict[str, list[list[float]]] = {name: [] for name in names}
-    for turn in range(ROUNDS):
+    for turn in range(WARM_ROUNDS):
         for position in order.permutation(len(names)):
             name = names[position]
-            taken[name].append(_block(sessions[name], batch, seconds / ROUNDS))
-        progress(f"{tower.value}, batch {len(batch)}", turn + 1, ROUNDS)
+            taken[name].append(_block(sessions[name], batch, seconds / WARM_ROUNDS))
+        progress(f"{tower.value}, batch {len(batch)}", turn + 1, WARM_ROUNDS)
     return [latency_of(name, tower, len(batch), taken[name], taken[names[0]]) for name in names]
 
 
@@ -300,105 +325,3 @@ def latency_of(
         ratio_low=float(min(ratios)),
         ratio_high=float(max(ratios)),
     )
-
-
-def rows_of(report: BenchReport) -> list[dict[str, str]]:
-    """The table for people: one row per tower, batch and contender."""
-    cold = {(row.tower, row.subject): row for row in report.cold}
-    states = {subject.name: subject.state for subject in report.subjects}
-    smallest = min(row.batch for row in report.warm)
-
-    def started(row: Latency) -> str:
-        first = cold[row.tower, row.subject]
-        return f"{first.open_ms + first.first_call_ms:.1f}" if row.batch == smallest else ""
-
-    return [
-        {
-            "tower": row.tower.value,
-            "batch": str(row.batch),
-            "variant": row.subject,
-            "state": states[row.subject],
-            "cold ms": started(row),
-            "p50 ms": f"{row.latency_ms_p50:.2f}",
-            "p95 ms": _known(row.latency_ms_p95),
-            "p99 ms": _known(row.latency_ms_p99),
-            "rows/s": f"{row.throughput_per_s:.0f}",
-            f"/ {report.against}": f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
-            "calls": str(row.calls),
-        }
-        for row in sorted(report.warm, key=lambda row: (row.tower, row.batch))
-    ]
-
-
-def _known(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def lines_of(report: BenchReport) -> list[str]:
-    """What belongs under the table: the machine, the places, and what was not run."""
-    lines = [
-        f"/ {report.against}: fastest call to its fastest call, median of {ROUNDS} rounds (lowest-highest); - too few calls"
-    ]
-    lines += [f"{key}: {value}" for key, value in report.machine.items()]
-    for when, values in (("before", report.clocks_before), ("after", report.clocks_after)):
-        lines.append(f"{when}: {', '.join(f'{key} {value}' for key, value in values.items())}")
-    places = {subject.name: subject.where for subject in report.subjects}
-    lines += [
-        f"{name}: {', '.join(f'{key} {value}' for key, value in where.items())}" for name, where in places.items()
-    ]
-    return lines + [f"{name}: not run: {reason}" for name, reason in report.not_run.items()]
-
-
-def csv_of(report: BenchReport) -> str:
-    """The numbers, one row per tower, batch and contender; an unknown percentile is empty."""
-    cold = {(row.tower, row.subject): row for row in report.cold}
-    places = {subject.name: subject for subject in report.subjects}
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    columns = [name for name in Latency.__dataclass_fields__ if name not in ("subject", "tower")]
-    writer.writerow(["variant", "state", "precision", "tower", *columns, "against", "cold_open_ms", "cold_first_ms"])
-    for row in report.warm:
-        subject, first = places[row.subject], cold[row.tower, row.subject]
-        values = ["" if (value := getattr(row, name)) is None else value for name in columns]
-        writer.writerow(
-            [
-                row.subject, subject.state, subject.precision.value, row.tower.value, *values, report.against,
-                first.open_ms, first.first_call_ms,
-            ]
-        )  # fmt: skip
-    return stream.getvalue()
-
-
-def draw(report: BenchReport, path: Path) -> None:
-    """Time per row against the batch, one line per contender, up to the 95th percentile as a bar.
-
-    Raises:
-        PrerequisiteError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PrerequisiteError("a picture needs matplotlib", fix="pip install 'uwm-deploy[build]'") from error
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    for axes, tower in zip(figure.subplots(1, len(TowerName)), TowerName, strict=True):
-        for subject in report.subjects:
-            rows = [row for row in report.warm if row.tower is tower and row.subject == subject.name]
-            middle = np.array([row.latency_ms_p50 for row in rows]) / [row.batch for row in rows]
-            high = np.array([row.latency_ms_p95 or row.latency_ms_p50 for row in rows]) / [row.batch for row in rows]
-            label = subject.name if subject.state in ("proven", "reference") else f"{subject.name} ({subject.state})"
-            spread = np.stack([np.zeros_like(middle), np.maximum(high - middle, 0)])
-            axes.errorbar(
-                [row.batch for row in rows], middle, yerr=spread, marker="o", markersize=4, capsize=2, label=label
-            )
-        sizes = sorted({row.batch for row in report.warm})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_yscale("log")
-        axes.set_xlabel("batch")
-        axes.set_ylabel("ms per row, p50 to p95")
-        axes.set_title(f"{report.bundle}, {tower.value} tower")
-    axes.legend(fontsize=7)
-    figure.text(0.01, 0.005, report.machine["cpu"], fontsize=6, color="0.4")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())

@@ -138,7 +138,7 @@ def trusted(subjects: Sequence[Subject], public_key: Path | None, min_bundle_ver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class EvaluationSets:
     """What every subject is measured on.
 
     Attributes:
@@ -152,14 +152,14 @@ class Ground:
     suite: Suite
 
 
-def ground_of(
+def open_evaluation_sets(
     evaluation: str | None,
     zero_shot: Sequence[str] | None,
     *,
     data: Path | None,
     default: Subject,
     concepts: Sequence[str] = (),
-) -> Ground:
+) -> EvaluationSets:
     """Opens the evaluation set and its zero-shot sets.
 
     Args:
@@ -187,7 +187,7 @@ def ground_of(
     )
     only = tuple(concepts) or spec.concepts
     source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
-    return Ground(name=spec.name, source=source, suite=suite)
+    return EvaluationSets(name=spec.name, source=source, suite=suite)
 
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
@@ -292,16 +292,16 @@ def _edit_request(subject: Subject, name: str) -> Request:
 
 
 class Evaluator:
-    """Measures one subject after the other on the same ground; several processes share the work.
+    """Measures one subject after the other on the same items; several processes share the work.
 
     The first one is taken for the original model: *hard safe* items come from it, and neighbours and spread are compared
     with its own.
     """
 
     def __init__(
-        self, ground: Ground, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE, with_items: bool = False
+        self, sets: EvaluationSets, *, workers: int, reporter: Reporter, ranks: Ranks = ALONE, with_items: bool = False
     ) -> None:
-        self.ground, self.workers, self.reporter, self.ranks = ground, workers, reporter, ranks
+        self.sets, self.workers, self.reporter, self.ranks = sets, workers, reporter, ranks
         self.with_items = with_items  # what every single item came to, so that two reports can be paired
         self._yardstick: Yardstick | None = None
         self._prepared: tuple[tuple[ImageSpec, TextSpec, int], PreparedSet] | None = None
@@ -312,12 +312,12 @@ class Evaluator:
         Raises:
             DataError: If a quadruple cannot be read, or an embedding is not finite.
         """
-        ground, progress = self.ground, self.reporter.progress
-        with self.reporter.stage("evaluate", f"{encoders.name} on {ground.name}"):
+        sets, progress = self.sets, self.reporter.progress
+        with self.reporter.stage("evaluate", f"{encoders.name} on {sets.name}"):
             report = SafetyReport(subject=encoders.name, preference={}, per_concept={}, retrieval={}, zero_shot={})
-            if ground.source is not None:
+            if sets.source is not None:
                 embedded = embed(
-                    self._inputs(ground.source, encoders),
+                    self._inputs(sets.source, encoders),
                     encoders.encode_image,
                     encoders.encode_text,
                     label=encoders.name,
@@ -355,8 +355,8 @@ class Evaluator:
         return self._prepared[1]
 
     def _zero_shot(self, encoders: Encoders) -> tuple[dict[str, TopOne], dict[str, str]]:
-        found, missing = {}, dict(self.ground.suite.missing)
-        for name, part in self.ground.suite.sets.items():
+        found, missing = {}, dict(self.sets.suite.missing)
+        for name, part in self.sets.suite.sets.items():
             try:
                 found[name] = recognise(
                     part,
@@ -390,9 +390,9 @@ def evaluate(
 
     Args:
         subjects: At least one.
-        evaluation: See `ground_of`.
-        zero_shot: See `ground_of`.
-        data: See `ground_of`.
+        evaluation: See `open_evaluation_sets`.
+        zero_shot: See `open_evaluation_sets`.
+        data: See `open_evaluation_sets`.
         workers: Decoding processes.
         reporter: Progress.
         ranks: The processes that share the work, all with the same arguments.
@@ -408,10 +408,10 @@ def evaluate(
             raise InputError(
                 f"two rows are called {twice[0]!r}", fix="write LABEL=MODEL:METHOD with a label of its own"
             )
-        ground = ground_of(
+        sets = open_evaluation_sets(
             evaluation, zero_shot, data=data, default=subjects[0], concepts=subjects[0].request.leave_out
         )
-        evaluator = Evaluator(ground, workers=workers, reporter=reporter, ranks=ranks)
+        evaluator = Evaluator(sets, workers=workers, reporter=reporter, ranks=ranks)
         return [evaluator.measure(open_encoders(subject, reporter, ranks)) for subject in subjects]
 
     return ranks.together(measured)

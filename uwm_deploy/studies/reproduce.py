@@ -4,113 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.zero_shot_suite import DEMO_SETS, open_suite
 from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
-from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.records.reproduction import Agreement, ReproducedNumber, ReproducedRow, Reproduction
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.paper_table import MEAN, mean_of, proportion_of
-from uwm_deploy.studies.evaluate import NOTHING, Evaluator, Ground, Subject, open_encoders
+from uwm_deploy.studies.evaluate import NOTHING, EvaluationSets, Evaluator, Subject, open_encoders
 from uwm_deploy.studies.published import PublishedRow, PublishedTable, published
 
 _SIZES = {part.name: part.size for part in PUBLISHED}
 _ROUNDING = 1e-9
-_ABSENT = "-"
 
 MAX_ABSENT_SHARE = 0.01
 """Quadruples without an image, of which more make the measured numbers another set's."""
 
 
-class Agreement(StrEnum):
-    """What a measured number says about a published one."""
-
-    WITHIN = "within"
-    OUTSIDE = "outside"
-    NOT_COMPARABLE = "not comparable"
-    NOT_RUN = "not run"
-
-
-STYLES = {Agreement.WITHIN.value: "green", Agreement.OUTSIDE.value: "bold red", Agreement.NOT_RUN.value: "yellow"}
-"""Colour of each on a terminal."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One number.
-
-    Attributes:
-        measured: Percent; None when it was not measured.
-        low: Lower end of the 95% interval of the measured value, where it has one.
-        n: Items; for the zero-shot mean the sets in it.
-        result: Agreement.
-        reason: Why it was not run, or cannot be compared.
-    """
-
-    column: str
-    published: float | None
-    tolerance: float | None
-    measured: float | None
-    low: float | None = None
-    high: float | None = None
-    n: int = 0
-    result: Agreement
-    reason: str = ""
-
-
-_NOTHING = Cell(column="-", published=None, tolerance=None, measured=None, result=Agreement.NOT_RUN)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row; without cells it was not run.
-
-    Attributes:
-        reason: Why not.
-        fix: What would let it run.
-    """
-
-    label: str
-    model: str
-    method: str
-    cells: tuple[Cell, ...]
-    reason: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reproduction:
-    """A published table next to what was measured."""
-
-    table: str
-    title: str
-    source: str
-    note: str
-    rows: tuple[Row, ...]
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """0 when all that ran agrees, 3 when something does not, 6 when nothing could run."""
-        cells = [cell for row in self.rows for cell in row.cells]
-        if any(cell.result is Agreement.OUTSIDE for cell in cells):
-            return ExitCode.GATE_FAILED
-        return ExitCode.PASS if any(cell.measured is not None for cell in cells) else ExitCode.ENVIRONMENT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ReproduceSettings:
     """What the user has and wants.
 
     Attributes:
@@ -134,7 +57,7 @@ class Settings:
     workers: int = 2
 
 
-def reproduce(name: str, settings: Settings, reporter: Reporter) -> Reproduction:
+def reproduce(name: str, settings: ReproduceSettings, reporter: Reporter) -> Reproduction:
     """Measures every row of a published table that can be measured here.
 
     Raises:
@@ -146,8 +69,8 @@ def reproduce(name: str, settings: Settings, reporter: Reporter) -> Reproduction
         near = difflib.get_close_matches(name, tables, n=3, cutoff=0.3) or list(tables)
         raise InputError(f"no published table is named {name!r}", fix=f"nearest: {', '.join(near)}")
     table = _demo_table(tables[name]) if settings.demo else tables[name]
-    bench = _Bench(table, settings, reporter)
-    rows = tuple(bench.row(row) for row in table.rows)
+    measured = _MeasuredTable(table, settings, reporter)
+    rows = tuple(measured.row(row) for row in table.rows)
     return Reproduction(table=name, title=table.title, source=table.source, note=table.note, rows=rows)
 
 
@@ -175,10 +98,10 @@ def _demo_table(table: PublishedTable) -> PublishedTable:
     )
 
 
-class _Bench:
+class _MeasuredTable:
     """What all rows of one table are measured on."""
 
-    def __init__(self, table: PublishedTable, settings: Settings, reporter: Reporter) -> None:
+    def __init__(self, table: PublishedTable, settings: ReproduceSettings, reporter: Reporter) -> None:
         self.table, self.settings, self.reporter = table, settings, reporter
         self.calibration = settings.calibration or table.calibration
         if settings.calibration:
@@ -186,8 +109,10 @@ class _Bench:
         self.no_quadruples: UwmError | None = None
         self.not_whole = ""
         suite = open_suite(_sets_of(table), data=settings.data)
-        ground = Ground(name=settings.evaluation or table.evaluation or table.title, source=self._source(), suite=suite)
-        self.evaluator = Evaluator(ground, workers=settings.workers, reporter=reporter)
+        sets = EvaluationSets(
+            name=settings.evaluation or table.evaluation or table.title, source=self._source(), suite=suite
+        )
+        self.evaluator = Evaluator(sets, workers=settings.workers, reporter=reporter)
 
     def _source(self) -> QuadrupleSource | None:
         """The quadruples; None with the reason noted when the table's set is not here."""
@@ -216,14 +141,14 @@ class _Bench:
             return f"{absent} of {absent + len(source)} items of {spec.name} are not here"
         return ""
 
-    def row(self, row: PublishedRow) -> Row:
+    def row(self, row: PublishedRow) -> ReproducedRow:
         """Measures one row."""
-        not_run = Row(label=row.label, model=row.model, method=row.method, cells=())
-        ground = self.evaluator.ground
-        if ground.source is None and not ground.suite.sets:
+        not_run = ReproducedRow(label=row.label, model=row.model, method=row.method, cells=())
+        sets = self.evaluator.sets
+        if sets.source is None and not sets.suite.sets:
             if self.no_quadruples:
                 return dataclasses.replace(not_run, reason=self.no_quadruples.what, fix=self.no_quadruples.fix)
-            reasons = ", ".join(dict.fromkeys(ground.suite.missing.values()))
+            reasons = ", ".join(dict.fromkeys(sets.suite.missing.values()))
             return dataclasses.replace(not_run, reason=reasons, fix="see docs/zero-shot.md")
         try:
             report = self.evaluator.measure(open_encoders(self._subject(row), self.reporter))
@@ -262,8 +187,12 @@ class _Bench:
                 fix="pass --download, or --checkpoint RECIPE=FOLDER",
             ) from error
 
-    def _cell(self, report: SafetyReport, column: str, value: float | None, tolerance: float | None) -> Cell:
-        cell = Cell(column=column, published=value, tolerance=tolerance, measured=None, result=Agreement.NOT_RUN)
+    def _cell(
+        self, report: SafetyReport, column: str, value: float | None, tolerance: float | None
+    ) -> ReproducedNumber:
+        cell = ReproducedNumber(
+            column=column, published=value, tolerance=tolerance, measured=None, result=Agreement.NOT_RUN
+        )
         found, why = proportion_of(report, column), self._incomparable(report, column)
         if column == MEAN:
             mean = mean_of(report)
@@ -300,69 +229,6 @@ def _sets_of(table: PublishedTable) -> Sequence[str]:
     named = [column for column in table.columns if column in NAMES or column in DEMO_SETS]
     whole = DEMO_SETS if any(row.model == "demo" for row in table.rows) else NAMES
     return named or (whole if MEAN in table.columns else ())
-
-
-# --- what a person reads ------------------------------------------------------------------------------------------------
-
-
-def rows_of(result: Reproduction) -> list[dict[str, str]]:
-    """One line per number, or per row that was not run; without the columns that nothing is in."""
-    rows = [_line(row, cell) for row in result.rows for cell in row.cells or [_NOTHING]]
-    keys = [key for key in rows[0] if any(row[key] != _ABSENT for row in rows)]
-    return [{key: row[key] for key in keys} for row in rows]
-
-
-def _line(row: Row, cell: Cell) -> dict[str, str]:
-    return {
-        "model": row.label,
-        "metric": cell.column,
-        "published": _number(cell.published),
-        "measured": _number(cell.measured),
-        "95% interval": f"{cell.low:.1f} to {cell.high:.1f}" if cell.low is not None else _ABSENT,
-        "n": f"{cell.n} sets" if cell.column == MEAN else str(cell.n or _ABSENT),
-        "difference": _difference(cell),
-        "tolerance": _number(cell.tolerance),
-        "result": cell.result.value,
-    }
-
-
-def lines_of(result: Reproduction) -> list[str]:
-    """What stands below the table: what was not run or cannot be compared and why, the source, the count."""
-    absent = [row for row in result.rows if not row.cells]
-    cells = [cell for row in result.rows for cell in row.cells]
-    counts = Counter(cell.result for cell in cells)
-    counted = ", ".join(f"{counts[kind]} {kind.value}" for kind in Agreement if counts[kind])
-    reasons: dict[str, list[str]] = {}
-    for row in absent:
-        reasons.setdefault("; ".join(filter(None, (row.reason, row.fix))), []).append(row.label)
-    return [
-        *(f"not run: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()),
-        *_reasons(cells),
-        f"source: {result.source}",
-        f"note: {result.note}",
-        f"{len(result.rows) - len(absent)} of {len(result.rows)} rows ran{f'; numbers: {counted}' if counted else ''}",
-    ]
-
-
-def _reasons(cells: Sequence[Cell]) -> list[str]:
-    """One line per reason of single numbers."""
-    columns: dict[tuple[str, str], dict[str, None]] = {}
-    for cell in cells:
-        if cell.reason:
-            columns.setdefault((cell.result.value, cell.reason), {})[cell.column] = None
-    whole = {cell.column for cell in cells}
-    return [
-        f"{kind}: {'all' if set(names) == whole else ', '.join(names)}: {reason}"
-        for (kind, reason), names in columns.items()
-    ]
-
-
-def _number(value: float | None) -> str:
-    return _ABSENT if value is None else f"{value:.1f}"
-
-
-def _difference(cell: Cell) -> str:
-    return _ABSENT if cell.measured is None or cell.published is None else f"{cell.measured - cell.published:+.1f}"
 
 
 def checkpoints_from(texts: Sequence[str]) -> dict[str, Path]:

@@ -33,7 +33,8 @@ from uwm_deploy.records.head import HeadTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.summary import print_rows, risk_rows
+from uwm_deploy.report.tables.safety_numbers import risk_rows
+from uwm_deploy.report.terminal import print_rows
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import STEPS, RiskSet, rates_of, risk_report, thresholds_for
 from uwm_deploy.towers.batch_size import USUAL_PAIRS

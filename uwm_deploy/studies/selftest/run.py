@@ -11,6 +11,7 @@ from pathlib import Path
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.studies import FaultResult, Rebuild, SelftestReport
 from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.markdown_table import markdown_of_cells
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.selftest.faults import plant_all
 from uwm_deploy.studies.selftest.peers import Peers
@@ -116,7 +117,5 @@ def summary_lines(report: SelftestReport) -> list[str]:
 def markdown_of(report: SelftestReport) -> str:
     """The table of faults and detectors, for a page."""
     rows = fault_rows(report)
-    heads = list(rows[0]) if rows else []
-    table = [heads, ["---"] * len(heads), *([row[head].replace("|", "\\|") for head in heads] for row in rows)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table) if rows else ""
-    return "\n".join([*(f"    {line}" for line in summary_lines(report)), "", text, ""])
+    table = markdown_of_cells(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    return "\n".join([*(f"    {line}" for line in summary_lines(report)), "", table, ""])

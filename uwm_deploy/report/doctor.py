@@ -1,0 +1,129 @@
+"""Reads what this machine has, and what a build here would run or mark "not run"."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+from uwm_deploy import __version__
+from uwm_deploy.records.graph import Precision, Provider, Target
+from uwm_deploy.runtime.machine import gpus, processor
+from uwm_deploy.runtime.probe import PROBED, reason_not_executed
+from uwm_deploy.runtime.providers import provider_reason
+from uwm_deploy.runtime.session import missing_package, usable
+from uwm_deploy.runtime.tensorrt import MODULES
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "polygraphy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda-bindings",
+)
+
+_ON_CPU = {
+    Precision.FP16: "run on the CPU, which may compute in float32",
+    Precision.FP8: "run on the CPU, computed in float32",
+}
+"""Precisions whose graphs run on a CPU that does not compute in them; docs/precision.md."""
+
+_PROVIDERS: dict[Provider, str] = {"cuda": "CUDA", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capability:
+    """One thing that this machine may have or do.
+
+    Attributes:
+        what: Its name.
+        ok: Whether it is there.
+        detail: Its version or how it runs; otherwise why it does not.
+    """
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def capabilities() -> list[Capability]:
+    """Versions and hardware, then every target, precision and provider; nothing is left out because it is absent."""
+    return [
+        Capability(what="uwm-deploy", ok=True, detail=__version__),
+        Capability(what="python", ok=True, detail=platform.python_version()),
+        Capability(what="cpu", ok=True, detail=f"{os.cpu_count()} cores, {processor()}"),
+        _gpu(),
+        *map(_package, _PACKAGES),
+        *map(_target, Target),
+        *(_precision(target, precision, usable(target)) for target in Target for precision in PROBED),
+        *_gpu_only(),
+    ]
+
+
+def _gpu() -> Capability:
+    lines, reason = gpus("name,compute_cap,driver_version")
+    return Capability(what="gpu", ok=bool(lines), detail="; ".join(lines) or reason)
+
+
+def _package(name: str) -> Capability:
+    try:
+        return Capability(what=name, ok=True, detail=metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Capability(what=name, ok=False, detail="not installed")
+
+
+def _target(target: Target) -> Capability:
+    """Whether engines of a target can be compiled and run here."""
+    module = {Target.ONNXRUNTIME: "onnxruntime", Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
+    if find_spec(module[target]) is None:
+        reason = f"not compiled, not run: package {module[target]} is not installed"
+        return Capability(what=f"target {target.value}", ok=False, detail=reason)
+    reason = usable(target)
+    detail = f"{_compiled(target)}, not run: {reason}" if reason else "compiled and run"
+    return Capability(what=f"target {target.value}", ok=not reason, detail=detail)
+
+
+def _compiled(target: Target) -> str:
+    """What becomes of a target whose engines cannot be executed here; only one compiles without a GPU."""
+    if target is Target.TENSORRT_RTX and find_spec("tensorrt_rtx") is not None:
+        return "compiled ahead of time"
+    return "not compiled"
+
+
+def _precision(target: Target, precision: Precision, unusable: str) -> Capability:
+    """Whether graphs in a precision run; on a CPU this is tried.
+
+    Args:
+        target: Of the engines.
+        precision: Of the graphs.
+        unusable: Why no engine of the target runs here; empty where some do.
+    """
+    if target is Target.ONNXRUNTIME:
+        why = missing_package(target) or reason_not_executed(precision)
+        detail = f"not run: {why}" if why else _ON_CPU.get(precision, "run on the CPU")
+    else:
+        why = unusable
+        detail = f"{_compiled(target)}, not run: {why}" if why else "compiled and run"
+    return Capability(what=f"{target.value} {precision.value}", ok=not why, detail=detail)
+
+
+def _gpu_only() -> Iterator[Capability]:
+    """What needs a GPU whatever the precision."""
+    for target in MODULES:
+        reason = usable(target)
+        detail = f"not run: {reason}" if reason else "run"
+        yield Capability(what=f"{target.value} refit", ok=not reason, detail=detail)
+    for provider, name in _PROVIDERS.items():
+        reason = missing_package(Target.ONNXRUNTIME) or provider_reason(provider)
+        detail = f"not run: {reason}" if reason else "can be opened"
+        yield Capability(what=f"onnxruntime {name} provider", ok=not reason, detail=detail)

@@ -1,0 +1,1 @@
+"""What a person reads on standard output, one module per subject; some of it in Markdown and CSV, too."""

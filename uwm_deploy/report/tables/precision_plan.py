@@ -1,0 +1,34 @@
+"""What precision `auto` chose: the plans that were measured, and which layers stay in float32 and why."""
+
+from __future__ import annotations
+
+from uwm_deploy.records.graph import PrecisionPlan
+from uwm_deploy.report.terminal import NAMED, print_line, print_rows
+
+
+def print_plan(plan: PrecisionPlan) -> None:
+    """The share in low precision, one row per plan that was measured, and the layers that were kept."""
+    kept = sum(map(len, plan.kept.values()))
+    print_line(
+        f"precision auto: {kept} of {len(plan.layers)} linear layers stay in float32, {100 * plan.low_share:.1f}% of the "
+        f"multiplications are {plan.lowest.value}"
+    )
+    print_rows(
+        [
+            {
+                "plan": step.what,
+                "kept": step.kept,
+                f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
+                "% flips": f"{step.flips:.2f}",
+            }
+            for step in plan.steps
+        ]
+    )
+    for tower, names in plan.kept.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        shown = f"{', '.join(names[:NAMED])}{more}" if names else "nothing"
+        print_line(f"kept in the {tower} tower, most sensitive first: {shown}")
+    print_line(
+        f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples; the search allows "
+        f"{plan.limit:g}% there, the budget is {plan.budget:g}%"
+    )
