@@ -72,18 +72,30 @@ def engine_from_onnx(
     if reason := missing_package(target):
         raise PrerequisiteError(f"{target.value}: {reason}", fix=f"pip install 'uwm-deploy[{target.value}]'")
     _check_source(graph, onnx_folder)
-    source = onnx_folder / graph.file
-    asked, lowered = precision_of(graph)
+    source, (_, lowered) = onnx_folder / graph.file, precision_of(graph)
+    parts = tuple(profiles) or (profile,)
     if target is Target.ONNXRUNTIME:
         if reason := provider_reason(provider):
             raise PrerequisiteError(f"{target.value} with {provider}: {reason}", fix=_OTHER_PROVIDER)
-        wanted = Wanted(provider, tuple(profiles) or (profile,), builder)
-        file, external, details = _onnxruntime(graph, source, lowered, edits, folder, wanted)
+        built = _onnxruntime(graph, source, lowered, edits, folder, Wanted(provider, parts, builder))
     else:
         _check_machine(target, refittable, builder)
         names = [edit.name for edit in edits] if refittable else []
-        file, details = _tensorrt(graph, source, target, lowered, profiles or (profile,), folder, names, builder)
-        external = ""
+        file, details = _tensorrt(graph, source, target, lowered, parts, folder, names, builder)
+        built = (file, "", details)
+    return _record(graph, target, provider, profile, folder, built)
+
+
+def _record(
+    graph: OnnxArtifact,
+    target: Target,
+    provider: Provider,
+    profile: Profile,
+    folder: Path,
+    built: tuple[str, str, dict[str, Any]],
+) -> EngineArtifact:
+    """The record of an engine, from its file, its external data and what its builder said."""
+    (file, external, details), (asked, lowered) = built, precision_of(graph)
     runnable = not usable(target)
     return EngineArtifact(
         variant=variant_name(target, asked, provider),

@@ -47,6 +47,20 @@ class _Graph(nn.Module):
         return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
 
 
+def _traced(tower: Tower, sample: Tensor, spec: ExportSpec) -> ir.Model:
+    """The lean graph of a tower, in which every weight has its name."""
+    sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
+    _check_pooling(tower, sample)
+    with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
+        model = graph_from_module(
+            _Graph(tower.graph_module(), spec).eval(), sample,
+            opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
+        )  # fmt: skip
+    _restore_names(model)
+    simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
+    return model
+
+
 def onnx_from_tower(
     tower: Tower,
     sample: Tensor,
@@ -76,15 +90,7 @@ def onnx_from_tower(
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
             the tower does not pool at the end token.
     """
-    sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
-    _check_pooling(tower, sample)
-    with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
-        model = graph_from_module(
-            _Graph(tower.graph_module(), spec).eval(), sample,
-            opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
-        )  # fmt: skip
-    _restore_names(model)
-    simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
+    model = _traced(tower, sample, spec)
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
     external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""

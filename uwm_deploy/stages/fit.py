@@ -66,8 +66,7 @@ def fit_to_folder(
         pairs: Stream of pairs for a tower, in the order of the set.
         concepts: Item id to concept.
         zero_shot: Sets whose accuracy a choice may not lose; needed in the first process only.
-        method: Of the step.
-        placement: Of the step.
+        method, placement: Of the step.
         folder: Where the files go.
         scale: The processes that share the work, and where totals wait for a killed run; without it this one alone.
 
@@ -77,13 +76,11 @@ def fit_to_folder(
     Raises:
         DataError: If more than 1% of the pairs have features that are not finite, or there are none.
     """
-    scale = scale or Scale()
-    weights = fitted_weights(model, placement)
+    scale, weights = scale or Scale(), fitted_weights(model, placement)
     sums: dict[str, np.ndarray] = {}
     rows: dict[TowerName, dict[str, np.ndarray]] = {}
     tallies, seconds = {name: Tally(name) for name in TowerName}, {}
-    ids = [str(item) for item in pairs(TowerName.TEXT).ids]
-    kept = [ids[i] for i in np.linspace(0, len(ids) - 1, min(KEPT, len(ids))).round().astype(int)] if ids else []
+    kept = _kept_ids(pairs(TowerName.TEXT).ids)
     for name in TowerName:
         started = time.perf_counter()
         moments, rows[name] = _tower(model, original, pairs(name), weights[name], kept, placement, tallies[name], scale)
@@ -92,18 +89,7 @@ def fit_to_folder(
     if not scale.ranks.first:
         return None
     save_file(sums, folder / SUMS)
-    there = rows[TowerName.IMAGE]["there"] & rows[TowerName.TEXT]["there"]
-    features = {
-        f"{tower.value}.{part}": np.ascontiguousarray(rows[tower][part][there])
-        for tower in TowerName
-        for part in rows[tower]
-        if part != "there"
-    }
-    names = [item for item, present in zip(kept, there, strict=True) if present]
-    features["names"] = _as_bytes({"ids": names, "concepts": [concepts[item] for item in names]})
-    for set_name, part in zero_shot.items():
-        features |= _zero_shot(model, original, set_name, part, placement)
-    save_file(features, folder / FEATURES)
+    names = _save_features(model, original, rows, kept, concepts, zero_shot, placement, folder)
     record = FitRecord(
         model=(original or model).ref,
         calibration=calibration,
@@ -119,6 +105,52 @@ def fit_to_folder(
     )
     write_record(folder / RECORD, record)
     return record
+
+
+def _save_features(
+    model: LoadedModel,
+    original: LoadedModel | None,
+    rows: Mapping[TowerName, Mapping[str, np.ndarray]],
+    kept: Sequence[str],
+    concepts: Mapping[str, str],
+    zero_shot: Mapping[str, PreparedZeroShot],
+    placement: Placement,
+    folder: Path,
+) -> list[str]:
+    """Saves what a choice of the strength is made from; the ids of the items in it."""
+    features, names = _kept_features(rows, kept, concepts)
+    for set_name, part in zero_shot.items():
+        features |= _zero_shot(model, original, set_name, part, placement)
+    save_file(features, folder / FEATURES)
+    return names
+
+
+def _kept_ids(ids: Sequence[object]) -> list[str]:
+    """At most `KEPT` of the ids, evenly spaced."""
+    places = np.linspace(0, max(0, len(ids) - 1), min(KEPT, len(ids))).round().astype(int)
+    return [str(ids[i]) for i in places]
+
+
+def _kept_features(
+    rows: Mapping[TowerName, Mapping[str, np.ndarray]], kept: Sequence[str], concepts: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Features of the items that both towers have, by name, and their ids.
+
+    Args:
+        rows: By tower and part (n, m) float32, and under ``there`` (n,) bool.
+        kept: n item ids.
+        concepts: Item id to concept.
+    """
+    there = rows[TowerName.IMAGE]["there"] & rows[TowerName.TEXT]["there"]
+    features = {
+        f"{tower.value}.{part}": np.ascontiguousarray(rows[tower][part][there])
+        for tower in TowerName
+        for part in rows[tower]
+        if part != "there"
+    }
+    names = [item for item, present in zip(kept, there, strict=True) if present]
+    features["names"] = _as_bytes({"ids": names, "concepts": [concepts[item] for item in names]})
+    return features, names
 
 
 def _as_bytes(value: object) -> np.ndarray:

@@ -21,7 +21,16 @@ from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
-from uwm_deploy.records.graph import ActivationCoverage, Conversion, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import (
+    ActivationCoverage,
+    Conversion,
+    Fingerprint,
+    OnnxArtifact,
+    Precision,
+    Profile,
+    Target,
+)
+from uwm_deploy.records.model import Digest
 from uwm_deploy.runtime.session import open_session
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 
@@ -128,6 +137,50 @@ def lower(
     return model, 0
 
 
+def _fingerprint(
+    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision
+) -> tuple[Fingerprint, int]:
+    """The edit, looked up in the weights of the new graph, and the number of edited entries that became 0.
+
+    Raises:
+        ContractError: If the edit is lost.
+    """
+    fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.tensors)
+    if fingerprint.mismatches:
+        raise ContractError(
+            f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
+        )
+    refuse_zeroed(zeroed, edits, lowered)
+    return fingerprint, zeroed
+
+
+def _worst_canary(
+    graph: OnnxArtifact, file: Path, lowered: Precision, canaries: Canaries | None, external: str
+) -> float | None:
+    """Largest distance ratio of a canary; None where there is none, or it cannot be executed.
+
+    Raises:
+        ContractError: If the graph may be the original model.
+    """
+    if canaries is None or lowered not in EXECUTABLE:
+        return None
+    worst = canaries.worst(embed_with(graph, file, lowered, [canaries.inputs], external))
+    if worst >= RATIO_LIMIT:
+        raise ContractError(
+            f"{graph.tower.value} in {lowered.value} is {worst:.2f} times as far from the edited model as from the "
+            "original one on its worst canary",
+            fix="keep more layers in float32, or use --precision auto",
+        )
+    return worst
+
+
+def _written(model: ir.Model, file: Path, external: str) -> Digest:
+    """Writes a graph that is valid."""
+    digest = write_graph(model, file, external)
+    onnx.checker.check_model(weightless(model), full_check=True)
+    return digest
+
+
 def converted(
     graph: OnnxArtifact,
     source_folder: Path,
@@ -151,9 +204,7 @@ def converted(
         folder: Where the new one goes.
         precision: What was asked for; `auto` comes with the layers that a search chose.
         lowered: Precision of what is not kept.
-        patterns: See `lower`.
-        layers: See `lower`.
-        ranges: See `lower`.
+        patterns, layers, ranges: See `lower`.
         edits: Edited layers of this tower.
         patch: Patch of the model.
         canaries: None when the tower is not edited.
@@ -168,23 +219,9 @@ def converted(
     achieved = achieved_precision(model)
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
-    digest = write_graph(model, folder / graph.file, external)
-    onnx.checker.check_model(weightless(model), full_check=True)
-    fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.tensors)
-    if fingerprint.mismatches:
-        raise ContractError(
-            f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
-        )
-    refuse_zeroed(zeroed, edits, lowered)
-    worst = None
-    if canaries is not None and lowered in EXECUTABLE:
-        worst = canaries.worst(embed_with(graph, folder / graph.file, lowered, [canaries.inputs], external))
-        if worst >= RATIO_LIMIT:
-            raise ContractError(
-                f"{graph.tower.value} in {lowered.value} is {worst:.2f} times as far from the edited model as from the "
-                "original one on its worst canary",
-                fix="keep more layers in float32, or use --precision auto",
-            )
+    digest = _written(model, folder / graph.file, external)
+    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered)
+    worst = _worst_canary(graph, folder / graph.file, lowered, canaries, external)
     return dataclasses.replace(
         graph,
         external_data=external,

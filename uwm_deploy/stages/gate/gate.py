@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime
 
 from uwm_deploy.errors import InputError, IntegrityError
@@ -35,6 +35,22 @@ from uwm_deploy.stages.gate.waivers import states_of, waiver_of
 _WORST = 10
 
 
+def _head_was_measured(report: VerifyReport) -> Iterator[Check]:
+    """A safety head that is in the graph must have been measured."""
+    if report.head_digest:
+        told = report.risk is not None
+        yield statement("the safety head was measured", EDITED, told, "the report has no risks; verify again")
+
+
+def _executed(report: VerifyReport) -> set[str]:
+    return {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
+
+
+def _notes_on_data(report: VerifyReport) -> Iterator[str]:
+    if report.data and (absent := sorted(absent_concepts(report.data, report))):
+        yield f"data: calibrated concepts that no item measures: {', '.join(absent)}"
+
+
 def gate(
     report: VerifyReport,
     policy: Policy,
@@ -51,12 +67,10 @@ def gate(
     Args:
         report: What was measured.
         policy: The limits.
-        policy_digest: Digest of the policy's text, recorded.
-        report_digest: Digest of the report's file, recorded.
+        policy_digest, report_digest: Of the policy's text and of the report's file, recorded.
         baseline: The accepted report; limits since the baseline are "not run" without it.
         baseline_digest: Digest of its file, recorded, and compared with the policy's.
-        earlier: The verdict that the bundle carries: one by a policy of this name that was another then, and let pass what
-            this one does not, is named.
+        earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
 
     Raises:
@@ -66,28 +80,21 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *limited]
-    if report.head_digest:
-        told = report.risk is not None
-        general.append(statement("the safety head was measured", EDITED, told, "the report has no risks; verify again"))
-    if report.data and (absent := sorted(absent_concepts(report.data, report))):
-        judge.notes.append(f"data: calibrated concepts that no item measures: {', '.join(absent)}")
-    variants = {a.variant: judge.artifact(a) for a in report.artifacts}
+    general = [*sound, *limited, *_head_was_measured(report)]
+    judge.notes += _notes_on_data(report)
+    variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     required = [*judge.required(), *judge.missing_evidence()]
-    executed = {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
     faithful = tuple(v for v in good if v != EXPORTED)
     undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
-    enough = _enough(len(faithful), len(undecided), len(variants), policy.min_proven)
     judged = [found for variant in variants for found in variants[variant]]
-    checks = [*general, *judged, *required, enough]
+    checks = [*general, *judged, *required, _enough(len(faithful), len(undecided), len(variants), policy.min_proven)]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
     checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in with_causes(checks, report)]
     return Verdict(
         result=_overall(checks),
         checks=tuple(checks),
-        # What equals an edited model that does not pass is faithful, and no more.
-        proven=faithful if not _any_blocks([*general, *required]) else (),
+        proven=faithful if not _any_blocks([*general, *required]) else (),  # else it equals a model that does not pass
         unproven=tuple(v for v in variants if v not in executed),
         failed=tuple(v for v in variants if v in executed and v not in good),
         policy=policy.name,

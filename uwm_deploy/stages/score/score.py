@@ -40,6 +40,43 @@ Group = tuple[str, dict[str, Tensor], int]
 """Concept, or nothing when all pairs make one score; scores by layer, on the CPU; pairs in them."""
 
 
+def _all_scores(
+    model: LoadedModel,
+    pairs: PairsOf,
+    edits: EditSpecs,
+    concepts: Mapping[str, str] | None,
+    tallies: Mapping[TowerName, Tally],
+    towers: Sequence[TowerName],
+    scale: Scale,
+    folder: Path,
+) -> tuple[dict[str, Tensor], list[ScorePart], dict[str, float]]:
+    """Scores of all pairs by layer, the saved scores of single concepts, and the seconds of each tower."""
+    seconds: dict[str, float] = {}
+    whole: dict[str, Tensor] = {}
+    parts: list[ScorePart] = []
+    for name in towers:
+        started = time.perf_counter()
+        for concept, scores, count in _groups(model, pairs, edits, concepts, tallies[name], scale):
+            if concept:
+                parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
+            else:
+                whole |= scores
+        seconds[name] = time.perf_counter() - started
+    return whole, parts, seconds
+
+
+def _scored_towers(edits: EditSpecs) -> list[TowerName]:
+    """Towers that are scored, in order; none where the method selects nothing."""
+    order = (TowerName.TEXT, TowerName.IMAGE)
+    return [name for name in order if name in edits.towers] if selects(edits.method) else []
+
+
+def _gradient_batches(edits: EditSpecs, scored: Sequence[TowerName], model: LoadedModel) -> dict[str, int]:
+    """Items per gradient of each tower, for the methods that have gradients."""
+    with_gradients = scored if needs_gradients(edits.method) else []
+    return {name: gradient_batch(edits.of(name), name, model.ref) for name in with_gradients}
+
+
 def score_to_folder(
     model: LoadedModel,
     calibration: CalibrationRecord,
@@ -68,28 +105,14 @@ def score_to_folder(
         ContractError: If an edited layer was never reached by the forward pass.
     """
     tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
-    scored = [name for name in tallies if name in edits.towers] if selects(edits.method) else []
+    scored, scale = _scored_towers(edits), scale or Scale()
     pairing = _common_pairing(edits, scored)
-    scale = scale or Scale()
     _check_dtype(edits, scale)
-    seconds: dict[str, float] = {}
-    agreement: dict[str, MaskAgreement] = {}
-    whole: dict[str, Tensor] = {}
-    parts: list[ScorePart] = []
-    for name in scored:
-        started = time.perf_counter()
-        for concept, scores, count in _groups(model, pairs, edits, concepts, tallies[name], scale):
-            if concept:
-                parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
-            else:
-                whole |= scores
-        seconds[name] = time.perf_counter() - started
-        if scale.dtype == "bfloat16" and scale.ranks.first:
-            agreement[name] = bfloat16_agreement(model.tower(name), pairs(name), edits, scale)
+    whole, parts, seconds = _all_scores(model, pairs, edits, concepts, tallies, scored, scale, folder)
     if not scale.ranks.first:
         return None
+    agreeing = scored if scale.dtype == "bfloat16" else []
     save_file(whole, folder / SCORES)
-    with_gradients = scored if needs_gradients(edits.method) else []
     record = ScoreRecord(
         model=model.ref,
         calibration=calibration,
@@ -103,9 +126,9 @@ def score_to_folder(
         device=str(next(model.source.parameters()).device),
         seconds=seconds,
         method=edits.method,
-        gradient_batch={name: gradient_batch(edits.of(name), name, model.ref) for name in with_gradients},
+        gradient_batch=_gradient_batches(edits, scored, model),
         parts=tuple(parts),
-        agreement=agreement,
+        agreement={name: bfloat16_agreement(model.tower(name), pairs(name), edits, scale) for name in agreeing},
     )
     write_record(folder / RECORD, record)
     return record

@@ -87,12 +87,26 @@ def executed(
         risk_parity=tuple(part for part in measured if part.output in RISK_OUTPUTS),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
     )
+    return _on_the_set(evidence, sessions, reference, prepared, sizes[-1], progress, risk, yardstick)
+
+
+def _on_the_set(
+    evidence: ArtifactEvidence,
+    sessions: Sessions,
+    reference: EmbeddedSet,
+    prepared: PreparedSet,
+    batch: int,
+    progress: Progress,
+    risk: RiskReference | None,
+    yardstick: Yardstick | None,
+) -> ArtifactEvidence:
+    """The evidence with decisions and risks on the whole evaluation set."""
     embedded = embed(
         prepared,
         sessions[TowerName.IMAGE].run,
         sessions[TowerName.TEXT].run,
         label=f"evaluation, {evidence.variant}",
-        batch=sizes[-1],
+        batch=batch,
         progress=progress,
     )
     if not embedded.is_finite():
@@ -100,7 +114,7 @@ def executed(
     if risk is not None:
         label = f"risks, {evidence.variant}"
         run = sessions[TowerName.IMAGE].run_all
-        found = risks(prepared, run, label=label, batch=sizes[-1], progress=progress)
+        found = risks(prepared, run, label=label, batch=batch, progress=progress)
         if not found.is_finite():
             return dataclasses.replace(evidence, broken="risks of the evaluation set hold NaN or infinity")
         evidence = dataclasses.replace(

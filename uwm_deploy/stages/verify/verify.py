@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,14 +116,7 @@ def evidence_of(
         yardstick: Of the original model.
     """
     if subject.sessions is None:
-        return ArtifactEvidence(
-            variant=subject.variant,
-            precision=subject.precision,
-            evidence=Evidence.NOT_RUN,
-            reason=subject.reason,
-            where={},
-            artifact_digests=dict(subject.digests),
-        )
+        return _known_of(subject, Evidence.NOT_RUN, {})
     sessions = subject.sessions
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
 
@@ -134,14 +128,8 @@ def evidence_of(
             for part in _parity(subject, name, edited.tower(name), sessions[name], rows[name], batch)
         ]
 
-    evidence = ArtifactEvidence(
-        variant=subject.variant,
-        precision=subject.precision,
-        evidence=Evidence.EXECUTED,
-        reason="",
-        where=dict(sessions[TowerName.IMAGE].where),
-        artifact_digests=dict(subject.digests),
-        audit=dict(subject.audit()),
+    evidence = dataclasses.replace(
+        _known_of(subject, Evidence.EXECUTED, sessions[TowerName.IMAGE].where), audit=dict(subject.audit())
     )
     sizes = (subject.opt_batch, subject.max_batch)
     return executed(
@@ -155,6 +143,18 @@ def evidence_of(
         progress=progress,
         risk=risk,
         yardstick=yardstick,
+    )
+
+
+def _known_of(subject: Subject, evidence: Evidence, where: Mapping[str, str]) -> ArtifactEvidence:
+    """What is known of an artifact before anything is measured."""
+    return ArtifactEvidence(
+        variant=subject.variant,
+        precision=subject.precision,
+        evidence=evidence,
+        reason=subject.reason,
+        where=dict(where),
+        artifact_digests=dict(subject.digests),
     )
 
 
