@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +13,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
+
+from tests import skips
+from tests.made_once import changed_since
+
+pytest_plugins = ["pytester"]
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where all tests must run, a skip is no success."""
+    skips.register(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,3 +37,62 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="not run: this machine has no NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay to the end, so the garbage collector need not look through them after every export."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Libraries that some test has imported are told to share the machine, and to look things up once."""
+    if "onnxruntime" in sys.modules and WORKER:
+        _one_thread_per_session()
+    if "torch.onnx._internal.exporter._registration" in sys.modules:
+        _operators_are_read_once()
+
+
+@functools.cache
+def _one_thread_per_session() -> None:
+    """ONNX Runtime takes every core by default, and its threads wait for work by spinning."""
+    import onnxruntime
+
+    class OneThread(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: object, sess_options: object = None, *more: object, **named: object) -> None:
+            options = sess_options or onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.intra_op_num_threads or 1
+            super().__init__(model, options, *more, **named)
+
+    onnxruntime.InferenceSession = OneThread
+
+
+@functools.cache
+def _operators_are_read_once() -> None:
+    """The exporter parses the source of some 500 operators for every graph, which is half of the time that it takes."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What tests share is as it was made, else none of them is believed."""
+    if hasattr(session.config, "workerinput"):
+        return
+    factory = session.config._tmp_path_factory
+    session.config.stash[_CHANGED] = found = changed_since(factory.getbasetemp())
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+_CHANGED = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Names what was changed."""
+    found = config.stash.get(_CHANGED, [])
+    if found:
+        terminalreporter.section("tests changed what they share", red=True)
+    for name in found:
+        terminalreporter.line(name)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.made_once import copy_of, made_once
 from tests.uwm_edit import UWM
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
@@ -19,25 +17,15 @@ from uwm_deploy.report.console import Reporter
 def build_small(factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
     """A build into a folder of its own: 96 quadruples to calibrate, 240 and 210 images to measure.
 
-    The work is done once per run of the tests: whoever comes first leaves its stages for the others, which take them over.
+    Its stages are made once per run of the tests and taken over here.
     """
-    folder, shared = factory.mktemp("build"), _shared(factory) / "small-build"
-    with (shared.parent / "small-build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not shared.exists():
-            making = shared.with_name("small-build.making")
-            making.mkdir()
-            run(_request(making), until="package", reporter=Reporter(quiet=True))
-            making.rename(shared)
-    shutil.copytree(shared / "work", folder / "work")
+    made = made_once(
+        factory, "small-build", lambda to: run(_request(to), until="package", reporter=Reporter(quiet=True))
+    )
+    folder = factory.mktemp("build")
+    copy_of(made / "work", folder / "work")
     request = _request(folder)
     return request, run(request, until="package", reporter=Reporter(quiet=True))
-
-
-def _shared(factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run of the tests; its workers have one each, side by side."""
-    own = factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def _request(folder: Path) -> Request:

@@ -36,7 +36,8 @@ from uwm_deploy.towers.protocol import LoadedModel
 PAIRS = 6
 AGREEMENT = 0.9995
 LOWERED = ("clip-vit-b32", "siglip-base", "coca-vit-b32")
-"""Recipes that are taken through the precisions."""
+"""Recipes that are taken through the precisions; all but the first where slow tests are asked for."""
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LOWERED[1:]]
 
 PROFILE = Profile(min=1, opt=2, max=5)
 
@@ -53,9 +54,19 @@ def pairs_of(model: LoadedModel, name: TowerName) -> PairStream:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", dict.fromkeys((*LOWERED, *FAMILIES)))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
     """Scores, edits, saves, loads, exports with its fingerprint; ONNX Runtime embeds as PyTorch does."""
+    from_score_to_onnx_runtime(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", [LOWERED[0], *SLOW])
+def test_lower_precisions_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
+    """The same, and each exported graph in fp16 and in 8 bits, which is executed and compiled."""
+    from_score_to_onnx_runtime(name, tmp_path, lowered=True)
+
+
+def from_score_to_onnx_runtime(name: str, tmp_path: Path, *, lowered: bool = False) -> None:
     recipe = reduced(name)
     model = load_model(recipe, folder=None, device="cpu")
     before = {n: p.detach().clone() for n, p in model.source.named_parameters()}
@@ -70,10 +81,14 @@ def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, before[parameter])
     assert all(tensor.selected for tensor in edit.tensors if tensor.tower in recipe.entries.towers)
     for tower in TowerName:
-        check_export(edited, tower, recipe, edit, patch, tmp_path)
+        graph, rows = check_export(edited, tower, recipe, edit, patch, tmp_path)
+        if lowered:
+            check_lowered(graph, edit.of(tower), patch, rows, tmp_path)
 
 
-def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, patch: Patch, folder: Path) -> None:
+def check_export(
+    model: LoadedModel, name: TowerName, recipe: Any, edit: Any, patch: Patch, folder: Path
+) -> tuple[OnnxArtifact, np.ndarray]:
     tower, ref = model.tower(name), model.ref
     shape = (3, ref.image.crop, ref.image.crop) if name is TowerName.IMAGE else (ref.text.context_length,)
     artifact = onnx_from_tower(
@@ -97,8 +112,7 @@ def check_export(model: LoadedModel, name: TowerName, recipe: Any, edit: Any, pa
         assert tuple(found) == tower.output_names
         for output, expected in zip(found.values(), wanted, strict=True):
             assert np.abs(output - expected[:size]).max() < 1e-5 * max(1.0, float(np.abs(expected).max()))
-    if recipe.name in LOWERED:
-        check_lowered(artifact, edit.of(name), patch, rows, folder)
+    return artifact, rows
 
 
 @pytest.mark.parametrize("tower", list(TowerName))
@@ -144,7 +158,7 @@ def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, 
         assert (chosen == wanted).mean() >= AGREEMENT
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", [LOWERED[0], *SLOW])
 def test_fused_attention_is_one_node_per_layer(name: str, tmp_path: Path) -> None:
     """Opset 23: the same embeddings in ONNX Runtime, and an engine of TensorRT-RTX, which takes the node apart."""
     model, ref = model_of(name), model_of(name).ref

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from tests.made_once import made_once
 from uwm_deploy.cli import cli
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError, IntegrityError
@@ -36,14 +37,17 @@ Models = dict[Trainer, tuple[Path, TrainingRecord]]
 @pytest.fixture(scope="session")
 def measured_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A small evaluation set, and the policy without what so few items and epochs cannot support."""
-    folder = tmp_path_factory.mktemp("measured")
-    (folder / "eval.toml").write_text('format = 1\nname = "eval"\nsource = "demo"\nsplit = "test"\nlimit = 64\n')
-    text = (ROOT / "ci" / "policy.toml").read_text()
-    head, _, rest = text.partition("[[edit]]")
-    artifact = rest[rest.index("[[artifact]]") :]
-    limits = [part for part in artifact.split("\n\n") if "zero_shot" not in part and "[[concept]]" not in part]
-    text = head + "edit = []\n" + "\n\n".join(limits)
-    (folder / "policy.toml").write_text(text.replace("min_n = 200", "min_n = 32"))
+
+    def write(folder: Path) -> None:
+        (folder / "eval.toml").write_text('format = 1\nname = "eval"\nsource = "demo"\nsplit = "test"\nlimit = 64\n')
+        text = (ROOT / "ci" / "policy.toml").read_text()
+        head, _, rest = text.partition("[[edit]]")
+        artifact = rest[rest.index("[[artifact]]") :]
+        limits = [part for part in artifact.split("\n\n") if "zero_shot" not in part and "[[concept]]" not in part]
+        text = head + "edit = []\n" + "\n\n".join(limits)
+        (folder / "policy.toml").write_text(text.replace("min_n = 200", "min_n = 32"))
+
+    folder = made_once(tmp_path_factory, "measured-on", write)
     return str(folder / "eval.toml"), str(folder / "policy.toml")
 
 
@@ -138,7 +142,7 @@ def test_the_patch_of_trained_weights_can_not_be_applied(bundled: dict[str, tupl
     assert out is not None
     patch = Patch.from_file(out / "patch.safetensors")
     name = next(iter(patch.tensors))
-    base = load_file(ROOT / "uwm_deploy" / "demo" / "model" / "model.safetensors")
+    base = load_file(ROOT / "uwm_deploy" / "data" / "demo" / "model" / "model.safetensors")
     with pytest.raises(IntegrityError, match="not what the patch promises"):
         Patch({name: patch.tensors[name]}).apply({name: base[name].clone()})
     result = CliRunner().invoke(cli, ["refit", str(out), "--revert", "--out", str(out.parent / "back")])
@@ -176,7 +180,7 @@ def test_weights_that_were_trained_elsewhere_need_no_record(
     model = tmp_path / "model"
     shutil.copytree(trained[Trainer.SAFE_CLIP][0], model)
     (model / "training.json").unlink()
-    base = ROOT / "uwm_deploy" / "demo" / "model"
+    base = ROOT / "uwm_deploy" / "data" / "demo" / "model"
     request = _request(model, tmp_path, small_set, measured_on, method="trained", original=base)
     outcome = run(request, until="edit", reporter=QUIET)
     assert outcome.edit is not None
@@ -205,7 +209,7 @@ def test_a_trained_model_s_record_lists_every_tensor_that_differs(
     for name in CHANGED:
         weights[name] += 0.01
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    base = ROOT / "uwm_deploy" / "demo" / "model"
+    base = ROOT / "uwm_deploy" / "data" / "demo" / "model"
     request = _request(model, tmp_path, small_set, measured_on, method="trained", original=base)
     outcome = run(request, until="gate", reporter=QUIET)
     assert outcome.edit is not None

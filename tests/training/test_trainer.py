@@ -240,11 +240,13 @@ def test_two_processes_train_one_model(small_set: str, tmp_path: Path) -> None:
     """Two processes on the CPU: one writes and speaks, each sees half of the quadruples, their gradients are averaged."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"batch": 8}).items()]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "uwm_deploy.cli", "train", "safe-clip", "--calibration", small_set, "--device", "cpu", "--workers", "0",
+        sys.executable, "-m", "tests.forked_ranks", str(tmp_path), "train", "safe-clip", "--calibration", small_set,
+        "--device", "cpu", "--workers", "0",
         "--epochs", "1", *options, "--out", str(tmp_path / "model"), "--work", str(tmp_path / "work"), "--json",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     body = json.loads(done.stdout[done.stdout.index("{") :])
     assert body["processes"] == 2

@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, distributed, nn
 
+from tests.forked_ranks import two_ranks
 from uwm_deploy.data import torchrun
 from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.data.source import PairBatch, QuadrupleSource
@@ -172,20 +173,10 @@ def test_a_part_that_memory_does_not_hold_counts_once(demo, wanted, tmp_path: Pa
     assert_same(found, wanted[Placement.WEIGHTS])
 
 
-CHILD = f"""
-import sys
-from uwm_deploy.edits import sharded_sums as shards
-shards.SHARD_PAIRS = {SHARD}
-from uwm_deploy.cli import main
-main(sys.argv[1:])
-"""
-
-
 def test_two_processes_fit_what_one_fits(tmp_path: Path, monkeypatch) -> None:
-    """Under torchrun every sum and every kept feature is the same number, after another step too."""
+    """Every sum and every kept feature is the same number, after another step too."""
     text = f'format = 1\nname = "cal"\nsource = "demo"\nsplit = "calibration"\nlimit = {PAIRS}\n'
     (tmp_path / "cal.toml").write_text(text)
-    (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.setattr(shards, "SHARD_PAIRS", SHARD)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as each of two processes has
@@ -198,12 +189,10 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, monkeypatch) -> None:
     finally:
         torch.set_num_threads(threads)
     axis = ",".join(f"{name}={getattr(SETTING, name)}" for name in ("g", "o", "kappa", "a", "tau"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "child.py"), "edit", "--method", "uwm+safety-axis", "--axis", axis, "--device", "cpu"]
-    command += ["--calibration", str(tmp_path / "cal.toml"), "--work", str(tmp_path / "two"), "--workers", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ["edit", "--method", "uwm+safety-axis", "--axis", axis, "--device", "cpu", "--workers", "0"]
+    command += ["--calibration", str(tmp_path / "cal.toml"), "--work", str(tmp_path / "two")]
+    first, other = two_ranks(tmp_path, command)
+    assert (first.code, other.code) == (0, 0), first.errors + other.errors
     for file in (SUMS, FEATURES):
         one, two = (load_file(tmp_path / name / "fit" / file) for name in ("one", "two"))
         assert one.keys() == two.keys()

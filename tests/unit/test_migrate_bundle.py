@@ -14,7 +14,8 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.numpy import load, load_file, save
 
-from tests.data_sets import put, toml
+from tests.data_sets import put
+from tests.small_build import build_small
 from tests.unit.test_examples import example
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.bundle.space import space_before, space_of
@@ -38,49 +39,40 @@ from uwm_deploy.serve.embed.migrate import cosine_min, migration_of
 FP32, FP16 = "onnxruntime-fp32", "onnxruntime-fp16"
 
 
-def _built(folder: Path, method: str, **options: Any) -> Path:
-    """A small bundle of the demo; scores are made once for all."""
-    for name, split, limit in (("cal", "calibration", 96), ("eval", "test", 240)):
-        more = {"zero_shot": ["colour"], "zero_shot_limit": 210} if name == "eval" else {}
-        put(folder / f"{name}.toml", toml(name=name, source="demo", split=split, limit=limit, **more))
-    request = Request(
-        method=method,
-        calibration=str(folder / "cal.toml"),
-        evaluation=str(folder / "eval.toml"),
-        policy="demo",
-        targets=("onnxruntime",),
-        out=folder / method,
-        work=folder / "work",
-        **options,
-    )
-    run(request, until="package", reporter=Reporter(quiet=True))
+def _built(request: Request, method: str, **options: Any) -> Path:
+    """A bundle by another method, from the scores of the small build."""
+    folder = request.work.parent
+    changed = dataclasses.replace(request, method=method, targets=("onnxruntime",), out=folder / method, **options)
+    run(changed, until="package", reporter=Reporter(quiet=True))
     return folder / method
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("migrate")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """The small build, in a folder of its own that other methods go on in."""
+    return build_small(tmp_path_factory)[0]
 
 
 AXIS: dict[str, Any] = {"placement": "embedding", "axis": AxisSetting(g=0.7, o=0.5, kappa=0.4, a=1.0, tau=0.0)}
 
 
 @pytest.fixture(scope="module")
-def axis(folder: Path) -> Path:
+def axis(small: Request) -> Path:
     """One step, which maps embeddings."""
-    return _built(folder, "safety-axis", precisions=("fp32", "fp16"), **AXIS)
+    return _built(small, "safety-axis", keep_mass=None, precisions=("fp32", "fp16"), **AXIS)
 
 
 @pytest.fixture(scope="module")
-def uwm(folder: Path) -> Path:
+def uwm(small: Request) -> Path:
     """One step, which changes weights."""
-    return _built(folder, "uwm")
+    assert small.out is not None
+    return small.out
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path, uwm: Path) -> Path:
+def both(small: Request) -> Path:
     """The two, one after the other."""
-    return _built(folder, "uwm+safety-axis", **AXIS)
+    return _built(small, "uwm+safety-axis", **AXIS)
 
 
 def _evidence(bundle: Path, whose: str) -> EmbeddedSet:

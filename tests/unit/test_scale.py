@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.forked_ranks import Ended, two_ranks
 from tests.uwm_edit import UWM, UWM_OPTIONS, entries
 from uwm_deploy.cli import cli
 from uwm_deploy.data.demo.source import DemoSource
@@ -146,32 +146,13 @@ def test_only_the_first_process_speaks(together, folder: Path) -> None:
     assert {name for name in two if name.startswith(".")} == {".lock"}
 
 
-def two_processes(folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each of two processes that no torchrun watches over."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in ("0", "1"):
-        group = environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        command = [sys.executable, str(folder / "child.py"), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=group, **pipes))
-    try:
-        ended = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
-
-
 def test_evaluate_is_shared(alone: Outcome, folder: Path) -> None:
     """The saved edited model measured by two processes gives the report that one has written."""
     model = str(folder / "one" / "edit" / "model")
     arguments = ["evaluate", "--model", model, "--evaluation", str(folder / "eval.toml"), "--json", "--workers", "0"]
-    (code, text, _), (other_code, other_text, other_errors) = two_processes(folder, *arguments)
-    assert (code, other_code, other_text, other_errors) == (0, 0, "", "")
-    report = json.loads(text)
+    first, other = two_ranks(folder, arguments)
+    assert (first.code, other) == (0, Ended(code=0, output="", errors="")), first.errors
+    report = json.loads(first.output)
     wanted = json.loads((folder / "one" / "verify" / "verify.json").read_text())["edited"]
     for part in ("preference", "per_concept", "zero_shot"):
         assert report[part] == wanted[part]
@@ -180,7 +161,7 @@ def test_evaluate_is_shared(alone: Outcome, folder: Path) -> None:
     assert both[0] == both[1]
 
 
-def test_a_failure_of_one_process_ends_all(tmp_path: Path) -> None:
+def test_a_failure_of_one_process_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only the second process meets is told once, by the first; both end with its exit code, none hangs."""
     pairs = [{"id": f"i{n}", "safe_text": f"a red thing {n}", "unsafe_text": f"a fire {n}"} for n in range(2 * SHARD)]
     for n, row in enumerate(pairs):
@@ -193,11 +174,12 @@ def test_a_failure_of_one_process_ends_all(tmp_path: Path) -> None:
     text = 'format = 1\nname = "set"\nsource = "manifest"\nmanifest = "pairs.jsonl"\n'
     (tmp_path / "set.toml").write_text(text)
     arguments = ["score", "--calibration", str(tmp_path / "set.toml"), "--work", str(tmp_path / "work")]
-    (code, _, errors), (other_code, _, other_errors) = two_processes(tmp_path, *arguments, "--device", "cpu")
-    assert (code, other_code, other_errors) == (2, 2, "")
-    assert errors.count("error: process 1: ") == 1
-    assert "cannot be read" in errors
-    assert "Traceback" not in errors
+    monkeypatch.setattr(shards, "SHARD_PAIRS", SHARD)
+    first, other = two_ranks(tmp_path, [*arguments, "--workers", "0", "--device", "cpu"])
+    assert (first.code, other.code, other.errors) == (2, 2, "")
+    assert first.errors.count("error: process 1: ") == 1
+    assert "broken.png" in first.errors
+    assert "Traceback" not in first.errors
     assert not (tmp_path / "work" / "score").exists()
 
 
@@ -205,10 +187,10 @@ def test_a_failure_of_the_first_process_ends_all(tmp_path: Path) -> None:
     """Also where the others wait: a run folder that is no folder."""
     arguments = sets_in(tmp_path)
     (tmp_path / "work").write_text("in the way")
-    ended = two_processes(tmp_path, "score", *arguments, "--work", str(tmp_path / "work"), "--device", "cpu")
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert "is in the way" in ended[0][2]
-    assert ended[1][1:] == ("", "")
+    first, other = two_ranks(tmp_path, ["score", *arguments, "--work", str(tmp_path / "work"), "--device", "cpu"])
+    assert first.code == 2
+    assert str(tmp_path / "work") in first.errors
+    assert other == Ended(code=2, output="", errors="")
 
 
 @pytest.mark.parametrize(("rank", "world"), [("x", "2"), ("2", "2"), ("-1", "2")])
