@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout, RunFolder
 from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
 from uwm_deploy.data.embedding import Encode, PreparedSet, embed, prepare
 from uwm_deploy.data.open import open_source
@@ -192,8 +193,8 @@ def open_evaluation_sets(
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
     if subject.is_bundle:
-        text = _opened(subject).read("evaluation.toml").decode()
-        return calibration_set_from_toml(text, where="evaluation.toml"), None
+        text = _opened(subject).read(BundleLayout.EVALUATION).decode()
+        return calibration_set_from_toml(text, where=BundleLayout.EVALUATION), None
     return calibration_set_of(recipe_of(subject.model)[0].data.evaluation)[::2]
 
 
@@ -252,7 +253,7 @@ def _bundle_encoders(subject: Subject) -> Encoders:
         weights_digest=bundle.manifest.edit.edited_weights_digest,
         image=ref.image,
         text=ref.text,
-        tokenizer=Tokenizer(bundle.read("tokenizer.json"), ref.text),
+        tokenizer=Tokenizer(bundle.read(BundleLayout.TOKENIZER), ref.text),
         encode_image=images.run,
         encode_text=texts.run,
         batch=images.max_batch,
@@ -269,7 +270,7 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
         folder = subject.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
     else:
         outcome = run(_edit_request(subject, recipe.name), until="edit", reporter=reporter, ranks=ranks)
-        folder = outcome.work / "edit" / "model"
+        folder = RunFolder(outcome.work).edited_model
     with reporter.stage("load", subject.label):
         model = load_model(recipe, folder=folder, device=subject.request.device)
     return Encoders(
