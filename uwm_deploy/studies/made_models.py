@@ -19,8 +19,8 @@ from uwm_deploy.records.studies import MethodCost
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.comparison_rows import CompareRequest, MethodRow
-from uwm_deploy.studies.evaluate import NOTHING, Subject
 from uwm_deploy.studies.own_process import Usage, run_measured
+from uwm_deploy.studies.subjects import NOTHING, Subject
 
 _COST = "cost.json"
 
