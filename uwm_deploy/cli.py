@@ -745,8 +745,8 @@ def evaluate(
     from uwm_deploy.report.paper_table import plain_comparison
     from uwm_deploy.report.tables.evaluated import print_evaluated
     from uwm_deploy.report.tables.safety_numbers import print_measured
-    from uwm_deploy.studies.evaluate import Subject, concepts_from, subject_from, trusted, without_concepts
     from uwm_deploy.studies.evaluate import evaluate as measure
+    from uwm_deploy.studies.subjects import Subject, concepts_from, subject_from, trusted, without_concepts
 
     if sum(map(bool, (model, bundle, compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")

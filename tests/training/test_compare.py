@@ -34,7 +34,8 @@ from uwm_deploy.stages.score.nearest import nearest_partners
 from uwm_deploy.stages.verify.verify import encode_with
 from uwm_deploy.studies.compare import compare
 from uwm_deploy.studies.comparison_rows import CompareRequest, rows_from
-from uwm_deploy.studies.evaluate import Subject, open_evaluation_sets
+from uwm_deploy.studies.evaluation_sets import open_evaluation_sets
+from uwm_deploy.studies.subjects import Subject
 
 QUIET = Reporter(quiet=True)
 Models = dict[Trainer, tuple[Path, TrainingRecord]]

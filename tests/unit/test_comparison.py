@@ -25,8 +25,8 @@ from uwm_deploy.report.paper_table import (
     zero_shot_rows,
 )
 from uwm_deploy.safeground.preference import METRICS
-from uwm_deploy.studies.evaluate import subject_from
 from uwm_deploy.studies.published import published
+from uwm_deploy.studies.subjects import subject_from
 
 
 def _proportion(value: float, n: int = 1000) -> Proportion:

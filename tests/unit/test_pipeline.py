@@ -36,7 +36,8 @@ from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.retrieval import PAIRED
-from uwm_deploy.studies.evaluate import evaluate, subject_from
+from uwm_deploy.studies.evaluate import evaluate
+from uwm_deploy.studies.subjects import subject_from
 
 ROOT = Path(__file__).parents[2]
 DEMO = resources.checkpoint_folder("shipped:demo", "")

@@ -23,7 +23,8 @@ from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.top_one import mean_over_sets, together, top1
-from uwm_deploy.studies.evaluate import Subject, open_encoders
+from uwm_deploy.studies.encoders import open_encoders
+from uwm_deploy.studies.subjects import Subject
 
 PROMPTS = {
     "imagenet": ["a photo of a tench.", "a photo of a goldfish.", "a photo of a great white shark."],

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
@@ -119,16 +120,16 @@ def _of_bundle(path: Path) -> Dossier:
     def record(cls: type[R], name: str) -> R:
         return record_from_json(cls, bundle.read(name), where=name)
 
-    reference = "evidence/reference.safetensors"
+    reference = BundleLayout.REFERENCE
     return Dossier(
         name=manifest.name,
         kind="bundle",
         created=f"{manifest.created} by uwm-deploy {manifest.tool_version}",
-        verify=record(VerifyReport, "reports/verify.json"),
+        verify=record(VerifyReport, BundleLayout.REPORT),
         verdict=manifest.verdict,
         edit=manifest.edit,
-        score=record(ScoreRecord, "reports/score.json"),
-        plan=record(PrecisionPlan, "reports/plan.json") if "reports/plan.json" in listed else None,
+        score=record(ScoreRecord, BundleLayout.SCORE),
+        plan=record(PrecisionPlan, BundleLayout.PLAN) if BundleLayout.PLAN in listed else None,
         onnx=manifest.onnx,
         converted=manifest.converted,
         engines=manifest.engines,
@@ -139,27 +140,27 @@ def _of_bundle(path: Path) -> Dossier:
 
 
 def _of_run(path: Path) -> Dossier:
-    report = path / "verify" / "verify.json"
+    run = RunFolder(path)
+    report = run.report
     if not report.is_file():
         raise InputError(
             f"{path} is neither a bundle nor a run folder that was verified", fix="pass what `build` or `verify` wrote"
         )
     verify, digest = read_record(VerifyReport, report), digest_of_file(report)
-    judged = path / "gate" / "verdict.json"
+    judged = run.verdict
     verdict = read_record(Verdict, judged) if judged.is_file() else None
     if verdict is not None and verdict.report_digest != digest:
         verdict, judged = None, report  # the verdict of an earlier report says nothing about this one
-    engines, folders = _engines(path, verify)
+    engines, folders = _engines(run, verify)
     converted = [
-        read_record(OnnxArtifact, path / f"convert-{name}" / f"{tower.value}.json")
+        read_record(OnnxArtifact, file)
         for name in dict.fromkeys(engine.variant.rpartition("-")[2] for engine in engines)
         for tower in TowerName
-        if (path / f"convert-{name}" / f"{tower.value}.json").is_file()
+        if (file := tower_record(run.stage("convert", name), tower)).is_file()
     ]
-    plan = path / "convert-auto" / "plan.json"
-    reference = path / "verify" / "reference.safetensors"
-    files = [path / "score" / "score.json", path / "edit" / "edit.json", path / "edit" / "patch.safetensors"]
-    files += [*sorted((path / "export").glob("*.onnx*")), *(f for folder in folders for f in folder)]
+    plan, reference = run.precision_plan, run.reference
+    files = [run.score_record, run.edit_record, run.patch]
+    files += [*sorted(run.export.glob("*.onnx*")), *(f for folder in folders for f in folder)]
     files += [report, reference, *([judged] if verdict else [])]
     return Dossier(
         name=path.resolve().name,
@@ -167,10 +168,10 @@ def _of_run(path: Path) -> Dossier:
         created="",
         verify=verify,
         verdict=verdict,
-        edit=read_record(EditRecord, path / "edit" / "edit.json"),
-        score=read_record(ScoreRecord, path / "score" / "score.json"),
+        edit=read_record(EditRecord, run.edit_record),
+        score=read_record(ScoreRecord, run.score_record),
         plan=read_record(PrecisionPlan, plan) if plan.is_file() and any("auto" in e.variant for e in engines) else None,
-        onnx=tuple(read_record(OnnxArtifact, path / "export" / f"{tower.value}.json") for tower in TowerName),
+        onnx=tuple(read_record(OnnxArtifact, tower_record(run.export, tower)) for tower in TowerName),
         converted=tuple(converted),
         engines=tuple(engines),
         files=tuple(_listed(path, file) for file in dict.fromkeys(files) if file.is_file()),
@@ -178,12 +179,12 @@ def _of_run(path: Path) -> Dossier:
     )
 
 
-def _engines(path: Path, verify: VerifyReport) -> tuple[list[EngineArtifact], list[list[Path]]]:
+def _engines(run: RunFolder, verify: VerifyReport) -> tuple[list[EngineArtifact], list[list[Path]]]:
     """Engines that the report is about, and their files; a run folder may hold older ones too."""
     engines, files = [], []
     for artifact in verify.artifacts:
         for tower, digest in artifact.artifact_digests.items():
-            record = path / f"compile-{artifact.variant}" / f"{tower}.json"
+            record = tower_record(run.engines(artifact.variant), TowerName(tower))
             if not record.is_file():
                 continue
             engine = read_record(EngineArtifact, record)

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.signature import SIGNATURE
 from uwm_deploy.errors import InputError
@@ -40,7 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
     manifest = open_bundle(path, allow_failed=True).manifest
-    file = path / "reports" / "training.json"
+    file = path / BundleLayout.TRAINING
     training = record_from_json(TrainingRecord, file.read_bytes(), where=file.name) if file.is_file() else None
     return described_bundle(manifest, signed=(path / SIGNATURE).exists(), training=training)
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, Precision, TensorSpec
@@ -211,7 +212,7 @@ def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
     if tower is TowerName.IMAGE:
         side = [int(d) for d in spec.shape[1:]]
         return np.random.default_rng(0).normal(size=(rows, *side)).astype(spec.dtype)
-    tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text)
+    tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text)
     return tokenizer.encode([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)]).astype(spec.dtype)
 
 

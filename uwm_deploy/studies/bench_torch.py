@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
@@ -96,7 +97,7 @@ def torch_contender(bundle: Bundle, model: str | None, threads: int = 0) -> Cont
 
 def _recipe(bundle: Bundle, model: str | None) -> Recipe:
     if model is None:
-        return recipe_from_toml(bundle.read("recipe.toml").decode(), where="recipe.toml")
+        return recipe_from_toml(bundle.read(BundleLayout.RECIPE).decode(), where=BundleLayout.RECIPE)
     return recipe_of(model)[0]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
 from uwm_deploy.data.open import open_source
 from uwm_deploy.edits.canary_files import read_canaries
@@ -87,7 +88,9 @@ def _files_of_bundle(bundle: Bundle) -> BuildFiles:
     manifest = bundle.manifest
     return BuildFiles(
         name=manifest.name,
-        exported={graph.tower: GraphFile(bundle.path / "onnx" / graph.file, graph) for graph in manifest.onnx},
+        exported={
+            graph.tower: GraphFile(bundle.path / BundleLayout.onnx(graph.file), graph) for graph in manifest.onnx
+        },
         engines=manifest.engines,
         edit=manifest.edit,
         failed=manifest.verdict.failed,
@@ -101,21 +104,21 @@ def _files_of_bundle(bundle: Bundle) -> BuildFiles:
 
 def _inputs(bundle: Bundle, tower: TowerName) -> np.ndarray:
     """Some items of the evaluation set, preprocessed: pixels (n, 3, height, width) or token ids (n, positions)."""
-    spec = calibration_set_from_toml(bundle.read("evaluation.toml").decode(), where="evaluation.toml")
+    spec = calibration_set_from_toml(bundle.read(BundleLayout.EVALUATION).decode(), where=BundleLayout.EVALUATION)
     source, model = open_source(spec, base=None), bundle.manifest.model
     some = [source.read(i) for i in range(min(_QUADRUPLES, len(source)))]
     if tower is TowerName.IMAGE:
         images = [image for q in some for image in (q.safe_image, q.unsafe_image) if image is not None]
         return np.stack([pixels_from_image(image, model.image) for image in images])
     texts = [words for q in some for words in (q.safe_text, q.unsafe_text) if words is not None]
-    return Tokenizer(bundle.read("tokenizer.json"), model.text).encode(texts)
+    return Tokenizer(bundle.read(BundleLayout.TOKENIZER), model.text).encode(texts)
 
 
 def _files_of_run(path: Path) -> BuildFiles:
-    if not all((path / "export" / f"{tower.value}.json").is_file() for tower in TowerName):
+    run = RunFolder(path)
+    if not all(tower_record(run.export, tower).is_file() for tower in TowerName):
         raise InputError(f"{path} is neither a bundle nor a run folder with exported graphs", fix="run `export` first")
     records = sorted(path.glob("compile-*/image.json")) + sorted(path.glob("compile-*/text.json"))
-    judged = path / "gate" / "verdict.json"
 
     def no_inputs(tower: TowerName) -> np.ndarray:
         raise InputError(
@@ -124,23 +127,23 @@ def _files_of_run(path: Path) -> BuildFiles:
 
     return BuildFiles(
         name=path.resolve().name,
-        exported={tower: _recorded_graph(path / "export", tower) for tower in TowerName},
+        exported={tower: _recorded_graph(run.export, tower) for tower in TowerName},
         engines=tuple(read_record(EngineArtifact, record) for record in records),
-        edit=read_record(EditRecord, path / "edit" / "edit.json"),
-        failed=read_record(Verdict, judged).failed if judged.is_file() else (),
-        converted=lambda engine: _converted(path, engine),
-        engine_file=lambda engine: GraphFile(path / f"compile-{engine.variant}" / engine.file, engine),
-        canaries=lambda tower: read_canaries(path / "canaries", tower),
+        edit=read_record(EditRecord, run.edit_record),
+        failed=read_record(Verdict, run.verdict).failed if run.verdict.is_file() else (),
+        converted=lambda engine: _converted(run, engine),
+        engine_file=lambda engine: GraphFile(run.engines(engine.variant) / engine.file, engine),
+        canaries=lambda tower: read_canaries(run.canaries, tower),
         inputs=no_inputs,
-        model=model if (model := path / "edit" / "model").is_dir() else None,
+        model=run.edited_model if run.edited_model.is_dir() else None,
     )
 
 
-def _converted(path: Path, engine: EngineArtifact) -> GraphFile | None:
-    folder = path / f"convert-{engine.variant.rpartition('-')[2]}"
-    return _recorded_graph(folder, engine.tower) if (folder / f"{engine.tower.value}.json").is_file() else None
+def _converted(run: RunFolder, engine: EngineArtifact) -> GraphFile | None:
+    folder = run.stage("convert", engine.variant.rpartition("-")[2])
+    return _recorded_graph(folder, engine.tower) if tower_record(folder, engine.tower).is_file() else None
 
 
 def _recorded_graph(folder: Path, tower: TowerName) -> GraphFile:
-    record = read_record(OnnxArtifact, folder / f"{tower.value}.json")
+    record = read_record(OnnxArtifact, tower_record(folder, tower))
     return GraphFile(folder / record.file, record)

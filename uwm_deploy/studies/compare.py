@@ -19,8 +19,11 @@ from uwm_deploy.runtime.machine import machine
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.studies.comparison_rows import CompareRequest
-from uwm_deploy.studies.evaluate import Evaluator, Subject, open_encoders, open_evaluation_sets
+from uwm_deploy.studies.encoders import open_encoders
+from uwm_deploy.studies.evaluate import Evaluator
+from uwm_deploy.studies.evaluation_sets import open_evaluation_sets
 from uwm_deploy.studies.made_models import MadeModel, ModelMaker
+from uwm_deploy.studies.subjects import Subject
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "pillow")
 

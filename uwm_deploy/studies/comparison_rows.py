@@ -10,7 +10,7 @@ from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.edit import CLOSED_FORM, Method, Placement
 from uwm_deploy.records.training import Trainer
-from uwm_deploy.studies.evaluate import NOTHING, Subject, subject_from
+from uwm_deploy.studies.subjects import NOTHING, Subject, subject_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

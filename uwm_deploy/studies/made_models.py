@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.errors import UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.recipes.resolve import read_training
@@ -18,8 +19,8 @@ from uwm_deploy.records.studies import MethodCost
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.comparison_rows import CompareRequest, MethodRow
-from uwm_deploy.studies.evaluate import NOTHING, Subject
 from uwm_deploy.studies.own_process import Usage, run_measured
+from uwm_deploy.studies.subjects import NOTHING, Subject
 
 _COST = "cost.json"
 
@@ -92,16 +93,15 @@ class ModelMaker:
         work = self.request.work / row.label
         place = ["--placement", row.placement] if row.placement else []
         usage = self._run(row.label, ["edit", *self._source(below), "--method", row.method, *place], work)
-        score = read_record(ScoreRecord, work / "score" / "score.json")
-        edit = read_record(EditRecord, work / "edit" / "edit.json")
+        made = RunFolder(work)
+        score = read_record(ScoreRecord, made.score_record)
+        edit = read_record(EditRecord, made.edit_record)
         fitted = [step.axis.n_pairs for step in edit.steps if step.axis is not None]
         seen = sum(max(part.values(), default=0) for part in (score.n_pairs, *fitted))
         cost = _kept(work / _COST, _cost(usage, data_seen=seen), edit.edited_weights_digest)
         if below is not None and below.cost is not None:
             cost = _together(below.cost, cost, below.label)
-        return MadeModel(
-            label=row.label, subject=Subject(label=row.label, model=str(work / "edit" / "model")), cost=cost
-        )
+        return MadeModel(label=row.label, subject=Subject(label=row.label, model=str(made.edited_model)), cost=cost)
 
     def _source(self, below: MadeModel | None = None) -> list[str]:
         """Options that say which model a command starts from, and on which set."""

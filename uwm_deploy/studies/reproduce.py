@@ -22,8 +22,11 @@ from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.reproduction import Agreement, ReproducedNumber, ReproducedRow, Reproduction
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.paper_table import MEAN, mean_of, proportion_of
-from uwm_deploy.studies.evaluate import NOTHING, EvaluationSets, Evaluator, Subject, open_encoders
+from uwm_deploy.studies.encoders import open_encoders
+from uwm_deploy.studies.evaluate import Evaluator
+from uwm_deploy.studies.evaluation_sets import EvaluationSets
 from uwm_deploy.studies.published import PublishedRow, PublishedTable, published
+from uwm_deploy.studies.subjects import NOTHING, Subject
 
 _SIZES = {part.name: part.size for part in PUBLISHED}
 _ROUNDING = 1e-9
