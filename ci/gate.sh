@@ -11,7 +11,7 @@ report=${1:?usage: ci/gate.sh REPORT [OUTPUT_FOLDER]}
 out=${2:-gate-reports}
 mkdir -p "$out"
 
-options=(--policy "${UWM_POLICY:-policy}")
+options=(--policy "${UWM_POLICY:-default}")
 if [ -n "${UWM_BASELINE:-}" ]; then
   options+=(--baseline "$UWM_BASELINE")
 fi

@@ -40,7 +40,7 @@ def measured_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
     def write(folder: Path) -> None:
         (folder / "eval.toml").write_text('format = 1\nname = "eval"\nsource = "demo"\nsplit = "test"\nlimit = 64\n')
-        text = (ROOT / "ci" / "policy.toml").read_text()
+        text = (ROOT / "ci" / "default.toml").read_text()
         head, _, rest = text.partition("[[edit]]")
         artifact = rest[rest.index("[[artifact]]") :]
         limits = [part for part in artifact.split("\n\n") if "zero_shot" not in part and "[[concept]]" not in part]

@@ -499,7 +499,7 @@ def _names(path: Path) -> list[str]:
 
 def test_reports_without_risks_of_their_head_fail(made: Made) -> None:
     """A head that was not measured does not pass; without a head no limit on one applies."""
-    policy, digest = policy_of("policy")
+    policy, digest = policy_of("default")
     report: VerifyReport = made.outcome.report
 
     def judged(report: VerifyReport) -> dict[str, Result]:

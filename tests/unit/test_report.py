@@ -102,7 +102,7 @@ class Made:
     onnx: tuple[OnnxArtifact, ...]
     plan: PrecisionPlan
 
-    def verdict(self, policy: str = "policy") -> Verdict:
+    def verdict(self, policy: str = "default") -> Verdict:
         limits, named = policy_of(policy)
         text = json_from_record(self.verify).encode()
         return gate(self.verify, limits, policy_digest=named, report_digest=digest_of_bytes(text))

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tests.families import model_of
-from uwm_deploy.cli import cli, save
+from uwm_deploy.cli import cli
+from uwm_deploy.commands.ship import save
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request

@@ -1,57 +1,112 @@
-"""What `uwm-deploy embed` does with its options, and what it prints."""
+"""The command `embed`: images or texts into embeddings."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
-from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.commands.fields import PATH, option, takes_options
+from uwm_deploy.commands.options import TrustOptions
+from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.errors import ExitCode
-from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.report.console import Reporter
-from uwm_deploy.runtime.results import Kind
-from uwm_deploy.runtime.session import Device
-from uwm_deploy.serve.embed.batch import EmbedBatch, ItemKind
-from uwm_deploy.serve.embed.job import EmbedReport, embed
+
+if TYPE_CHECKING:
+    from uwm_deploy.runtime.results import Kind
+    from uwm_deploy.runtime.session import Device
+    from uwm_deploy.serve.embed.batch import ItemKind
+    from uwm_deploy.serve.embed.job import EmbedReport
 
 
-def run_embed(
-    bundle: Path,
-    source: str,
-    *,
-    out: Path,
-    kind: ItemKind,
-    dtype: Kind,
-    key: str,
-    column: str,
-    batch: int,
-    part_rows: int,
-    variant: str | None,
-    device: Device,
-    public_key: Path | None,
-    min_bundle_version: int,
-    as_json: bool,
-) -> int:
-    """Runs the job and prints its report; see `job.embed`."""
-    digest = ""
-    if public_key is not None or min_bundle_version:
-        # Whatever process opens the bundle later must find the manifest that was signed.
-        manifest = open_bundle(bundle, public_key=public_key, min_bundle_version=min_bundle_version).manifest
-        digest = digest_of_bytes(json_from_record(manifest).encode())
-    run = EmbedBatch(bundle, kind=kind, dtype=dtype, variant=variant, device=device, digest=digest)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedOptions:
+    """What the source holds, and how and where it is embedded."""
+
+    out: Path = option(
+        "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of Parquet parts."
+    )
+    kind: str = option("--kind", default="images", type=click.Choice(["images", "texts"]), help="Of SOURCE.")
+    dtype: str = option(
+        "--dtype", default="float32", type=click.Choice(["float32", "float16"]), help="Of the embeddings."
+    )
+    key: str = option("--key", default="key", help="Column of a table with the items' keys.")
+    column: str = option(
+        "--column", default="", help="Column of a table with images or texts. [default: image or text]"
+    )
+    batch: int = option("--batch", default=256, type=click.IntRange(1, 65536), help="Items at a time.")
+    part_rows: int = option(
+        "--part-rows",
+        default=8192,
+        type=click.IntRange(1, 1 << 20),
+        help="Rows per part; a killed run loses at most these.",
+    )
+    variant: str | None = option("--variant", help="A certain variant. [default: the best one for this machine]")
+    device: str = option(
+        "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it must run."
+    )
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.argument("source")
+@takes_options
+@prints
+def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -> Shown:
+    """Embeds images or texts with a bundle.
+
+    Embeddings go into Parquet parts; the same command goes on after it was stopped. SOURCE is a folder, WebDataset shards
+    (a .tar, wildcards or a brace range), or a .parquet or .jsonl table. Broken items are rows with an error. The exit code
+    is 2 when a whole shard or table is broken: the others are embedded all the same.
+
+    \b
+    Example:
+      uwm-deploy embed dist/demo pictures --out embeddings
+      uwm-deploy embed dist/demo 'shards/{00000..00099}.tar' --out embeddings --dtype float16
+      uwm-deploy embed dist/demo captions.parquet --kind texts --key id --column caption --out captions
+    """
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.serve.embed.batch import EmbedBatch
+    from uwm_deploy.serve.embed.job import embed as run
+
+    batch = EmbedBatch(
+        bundle,
+        kind=cast("ItemKind", asked.kind),
+        dtype=cast("Kind", asked.dtype),
+        variant=asked.variant,
+        device=cast("Device", asked.device),
+        digest=_signed_digest(bundle, trust),
+    )
     reporter = Reporter()
     with reporter.stage("embed", source):
-        report = embed(
-            run, source, out, key=key, column=column, batch=batch, part_rows=part_rows, progress=reporter.progress
+        report = run(
+            batch,
+            source,
+            asked.out,
+            key=asked.key,
+            column=asked.column,
+            batch=asked.batch,
+            part_rows=asked.part_rows,
+            progress=reporter.progress,
         )
     for line in report.broken_files:
         click.echo(f"broken: {line}", err=True)
-    click.echo(json.dumps(dataclasses.asdict(report), indent=1) if as_json else _told(report, out))
-    return int(ExitCode.BAD_INPUT if report.broken_files else ExitCode.PASS)
+    code = ExitCode.BAD_INPUT if report.broken_files else ExitCode.PASS
+    return Shown(data=dataclasses.asdict(report), text=_told(report, asked.out), code=code)
+
+
+def _signed_digest(bundle: Path, trust: TrustOptions) -> str:
+    """Digest of the manifest that was signed, which every process that opens the bundle later must find; or empty."""
+    if trust.public_key is None and not trust.min_bundle_version:
+        return ""
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.records.codec import json_from_record
+    from uwm_deploy.records.files import digest_of_bytes
+
+    opened = open_bundle(bundle, public_key=trust.public_key, min_bundle_version=trust.min_bundle_version)
+    return digest_of_bytes(json_from_record(opened.manifest).encode())
 
 
 def _told(report: EmbedReport, out: Path) -> str:

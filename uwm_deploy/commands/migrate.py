@@ -1,42 +1,75 @@
-"""What `uwm-deploy migrate` does with its options, and what it prints."""
+"""The command `migrate`: stored embeddings of the unedited model into those of a bundle."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.commands.fields import PATH, option, takes_options
+from uwm_deploy.commands.options import TrustOptions
+from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.report.console import Reporter
-from uwm_deploy.serve.embed.migrate import MigrateReport, migrate, migration_of, open_stored
-from uwm_deploy.serve.embed.stored import Stored
+
+if TYPE_CHECKING:
+    from uwm_deploy.serve.embed.migrate import MigrateReport
+    from uwm_deploy.serve.embed.stored import Stored
 
 
-def run_migrate(
-    stored: Path,
-    *,
-    bundle: Path,
-    out: Path,
-    tower: str | None,
-    variant: str | None,
-    keys: Path | None,
-    public_key: Path | None,
-    min_bundle_version: int,
-    as_json: bool,
-) -> int:
-    """Migrates and prints the report; see `migrate.migrate`."""
-    opened = open_bundle(bundle, public_key=public_key, min_bundle_version=min_bundle_version)
-    source = open_stored(stored, keys)
-    migration = migration_of(opened, _tower(source, tower), source.space, variant)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrateOptions:
+    """Whose embeddings they are, and whose they are to become."""
+
+    bundle: Path = option("--bundle", required=True, type=PATH, help="Whose embeddings they are to become.")
+    out: Path = option("--out", required=True, type=PATH, help="New store, of the same kind as STORED.")
+    tower: str | None = option(
+        "--tower",
+        type=click.Choice(["image", "text"]),
+        help="Whose embeddings they are, where STORED does not say it.",
+    )
+    variant: str | None = option(
+        "--variant", help="Whose embeddings they are to lie beside. [default: a proven one in float32]"
+    )
+    keys: Path | None = option(
+        "--keys",
+        type=PATH,
+        help="Text file with the key of each row, one per line; those that the bundle's evidence has are compared.",
+    )
+
+
+@click.command()
+@click.argument("stored", type=PATH)
+@takes_options
+@prints
+def migrate(stored: Path, asked: MigrateOptions, trust: TrustOptions) -> Shown:
+    """Turns stored embeddings into those of a bundle.
+
+    STORED embeddings are of the unedited model; nothing is embedded again. This is for bundles that were built with
+    --placement embedding (docs/migrate.md). STORED is the folder that `embed` wrote, a .npy file, or a flat index of FAISS.
+    The same command goes on after it was stopped.
+
+    \b
+    Example:
+      uwm-deploy migrate embeddings --bundle dist/demo --out safe-embeddings
+      uwm-deploy migrate images.npy --tower image --keys images.txt --bundle dist/demo --out safe-images.npy
+      uwm-deploy migrate images.index --tower image --bundle dist/demo --out safe-images.index
+    """
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.serve.embed.migrate import migrate as run
+    from uwm_deploy.serve.embed.migrate import migration_of, open_stored
+
+    opened = open_bundle(asked.bundle, public_key=trust.public_key, min_bundle_version=trust.min_bundle_version)
+    source = open_stored(stored, asked.keys)
+    migration = migration_of(opened, _tower(source, asked.tower), source.space, asked.variant)
     reporter = Reporter()
     with reporter.stage("migrate", str(stored)):
-        report = migrate(source, out, migration, progress=reporter.progress)
-    click.echo(json.dumps(dataclasses.asdict(report), indent=1) if as_json else _told(report, out))
-    return 0
+        report = run(source, asked.out, migration, progress=reporter.progress)
+    return Shown(data=dataclasses.asdict(report), text=_told(report, asked.out))
 
 
 def _tower(stored: Stored, asked: str | None) -> TowerName:

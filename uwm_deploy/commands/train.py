@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from uwm_deploy.commands.command_line import (
-    CALIBRATION,
-    CHECKPOINT,
-    DEVICE,
-    MODEL,
-    REVISION,
-    WORKERS,
-    PipelineGroup,
-    common_options,
-    with_options,
-)
+from uwm_deploy.commands.fields import PATH, filled, option, takes_options
+from uwm_deploy.commands.group import InOrder
+from uwm_deploy.commands.options import DataOptions, DeviceOptions, ModelOptions, WorkerOptions
+from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.train_safety_head import safety_head
 from uwm_deploy.records.training import Trainer
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-@click.group(cls=PipelineGroup)
+@click.group(cls=InOrder)
 def train() -> None:
-    """Trains other systems of the field on a calibration set, for `build` and `compare` (docs/training.md).
+    """Trains other systems of the field, or a safety head.
+
+    They are trained on a calibration set, for `build` and `compare` (docs/training.md).
 
     \b
     Example:
@@ -36,114 +29,94 @@ def train() -> None:
     """
 
 
-train.add_command(safety_head)
+_ABOVE_0 = click.FloatRange(0, min_open=True)
 
 
-def source_options(command: F) -> F:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainFolders:
+    """Where the trained model goes."""
+
+    out: Path = option("--out", required=True, type=PATH, help="Folder for the result.")
+    work: Path | None = option(
+        "--work",
+        type=PATH,
+        help="Run folder; a run that was stopped goes on there. [default: .uwm/MODEL/train-METHOD]",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSource:
     """Which model, which data, where to."""
-    options = [
-        MODEL,
-        CHECKPOINT,
-        REVISION,
-        CALIBRATION,
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the result."),
-        click.option(
-            "--work",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="Run folder; a run that was stopped goes on there. [default: .uwm/MODEL/train-METHOD]",
-        ),
-        DEVICE,
-        WORKERS,
-    ]
-    return with_options(command, options)
+
+    model: ModelOptions
+    data: DataOptions
+    folders: TrainFolders
+    device: DeviceOptions
+    workers: WorkerOptions
 
 
-def settings_options(command: F) -> F:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedSettings:
     """What a user may change of the published settings."""
-    above_0 = click.FloatRange(0, min_open=True)
-    options = [
-        click.option(
-            "--epochs",
-            default=None,
-            type=click.IntRange(1),
-            help="At most so many. [default: the recipe's or published]",
-        ),
-        click.option(
-            "--batch",
-            default=None,
-            type=click.IntRange(2),
-            help="Quadruples per step. [default: the recipe's or published]",
-        ),
-        click.option(
-            "--rate", default=None, type=above_0, help="Learning rate of Adam. [default: the recipe's or published]"
-        ),
-        click.option(
-            "--rank", default=None, type=click.IntRange(1), help="Of the adapters. [default: the recipe's or 16]"
-        ),
-        click.option(
-            "--alpha", default=None, type=above_0, help="Adapters count alpha / rank. [default: the recipe's or 1]"
-        ),
-        click.option(
-            "--patience",
-            default=None,
-            type=click.IntRange(1),
-            help="Epochs without a better loss or recall before it ends. [default: 5]",
-        ),
-        click.option(
-            "--validation-share",
-            default=None,
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Share of the set that is held out to choose the best epoch. [default: 0.125]",
-        ),
-        click.option(
-            "--best",
-            default=None,
-            type=click.Choice(["loss", "recall"]),
-            help="What the best epoch is chosen by, on what is held out. [default: loss]",
-        ),
-        click.option(
-            "--precision",
-            default=None,
-            type=click.Choice(["fp32", "bf16"]),
-            help="Of the forward passes; weights stay float32. [default: fp32]",
-        ),
-        click.option("--seed", default=None, type=click.IntRange(0), help="[default: 0]"),
-    ]
-    return with_options(command, options)
+
+    epochs: int | None = option(
+        "--epochs", type=click.IntRange(1), help="At most so many. [default: the recipe's or published]"
+    )
+    batch: int | None = option(
+        "--batch", type=click.IntRange(2), help="Quadruples per step. [default: the recipe's or published]"
+    )
+    rate: float | None = option(
+        "--rate", type=_ABOVE_0, help="Learning rate of Adam. [default: the recipe's or published]"
+    )
+    rank: int | None = option("--rank", type=click.IntRange(1), help="Of the adapters. [default: the recipe's or 16]")
+    alpha: float | None = option(
+        "--alpha", type=_ABOVE_0, help="Adapters count alpha / rank. [default: the recipe's or 1]"
+    )
+    patience: int | None = option(
+        "--patience",
+        type=click.IntRange(1),
+        help="Epochs without a better loss or recall before it ends. [default: 5]",
+    )
+    validation_share: float | None = option(
+        "--validation-share",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Share of the set that is held out to choose the best epoch. [default: 0.125]",
+    )
+    best: str | None = option(
+        "--best",
+        type=click.Choice(["loss", "recall"]),
+        help="What the best epoch is chosen by, on what is held out. [default: loss]",
+    )
+    precision: str | None = option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16"]),
+        help="Of the forward passes; weights stay float32. [default: fp32]",
+    )
+    seed: int | None = option("--seed", type=click.IntRange(0), help="Of adapters and order. [default: 0]")
 
 
-_SETTINGS = ("epochs", "batch", "rate", "rank", "alpha", "patience", "validation_share", "best", "precision", "seed")
-
-
-def _train(method: Trainer, as_json: bool, options: dict[str, Any]) -> int:
+def _trained(method: Trainer, source: TrainSource, settings: PublishedSettings) -> Shown:
     from uwm_deploy.data.ranks import speaks
-    from uwm_deploy.records.codec import json_from_record
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.training.trainer import TrainRequest, summary_of
     from uwm_deploy.training.trainer import train as run
 
-    changed = {name: options.pop(name) for name in _SETTINGS}
-    record = run(TrainRequest(method=method, changed=changed, **options), Reporter(quiet=not speaks()))
+    request = filled(TrainRequest, source, method=method, changed=dataclasses.asdict(settings))
+    record = run(request, Reporter(quiet=not speaks()))
     if not speaks():
-        return 0
-    if as_json:
-        click.echo(json_from_record(record), nl=False)
-        return 0
-    for name, value in summary_of(record).items():
-        click.echo(f"{name:<20} {value}")
-    click.echo(f"{'trained model':<20} {options['out']}")
-    return 0
+        return Shown()
+    lines = [f"{name:<20} {value}" for name, value in {**summary_of(record), "trained model": request.out}.items()]
+    return Shown(data=record, text="\n".join(lines))
 
 
 @train.command("safe-clip")
-@source_options
-@settings_options
-@common_options
-def safe_clip(as_json: bool, **options: Any) -> int:
-    """Safe-CLIP: LoRA on both towers; unsafe members go to their safe counterparts, safe ones stay.
+@takes_options
+@prints
+def safe_clip(source: TrainSource, settings: PublishedSettings) -> Shown:
+    """Trains Safe-CLIP, with LoRA on both towers.
 
-    The frozen reference is a model of its own. A run that was stopped goes on after its last whole epoch. Several GPUs:
+    Unsafe members go to their safe counterparts, safe ones stay. The frozen reference is a model of its own. A run that
+    was stopped goes on after its last whole epoch. Several GPUs:
     `torchrun --standalone --nproc-per-node 8 -m uwm_deploy.cli train safe-clip ...`.
 
     \b
@@ -151,18 +124,22 @@ def safe_clip(as_json: bool, **options: Any) -> int:
       uwm-deploy train safe-clip --model demo --calibration demo --out trained/safe-clip
       uwm-deploy build --model trained/safe-clip
     """
-    return _train(Trainer.SAFE_CLIP, as_json, options)
+    return _trained(Trainer.SAFE_CLIP, source, settings)
 
 
 @train.command("safer-clip")
-@source_options
-@settings_options
-@common_options
-def safer_clip(as_json: bool, **options: Any) -> int:
-    """SafeR-CLIP: unsafe members go to the nearest safe caption and its image; easy pairs come first.
+@takes_options
+@prints
+def safer_clip(source: TrainSource, settings: PublishedSettings) -> Shown:
+    """Trains SafeR-CLIP, which goes to the nearest safe pair.
+
+    Unsafe members go to the nearest safe caption and its image; easy pairs come first.
 
     \b
     Example:
       uwm-deploy train safer-clip --model demo --calibration demo --out trained/safer-clip
     """
-    return _train(Trainer.SAFER_CLIP, as_json, options)
+    return _trained(Trainer.SAFER_CLIP, source, settings)
+
+
+train.add_command(safety_head)

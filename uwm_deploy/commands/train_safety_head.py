@@ -2,106 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from uwm_deploy.commands.command_line import (
-    CALIBRATION,
-    CHECKPOINT,
-    DEVICE,
-    MODEL,
-    REVISION,
-    WORKERS,
-    common_options,
-    edit_options,
-    with_options,
+from uwm_deploy.commands.fields import FILE, PATH, filled, option, takes_options
+from uwm_deploy.commands.names import DATA_SETS
+from uwm_deploy.commands.options import (
+    DataOptions,
+    DeviceOptions,
+    EntryOptions,
+    MethodOptions,
+    ModelOptions,
+    SelectionOptions,
+    StrengthOptions,
+    TowerOptions,
+    WorkerOptions,
 )
+from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.commands.until import request_of
 
-F = TypeVar("F", bound=Callable[..., Any])
+_RATE = click.FloatRange(0, 50, min_open=True)
+_SOME = click.IntRange(min=1)
 
 
-def build_options(command: F) -> F:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOptions:
+    """Where tokens are kept."""
+
+    work: Path | None = option(
+        "--work", type=PATH, help="Run folder, the build's own; it keeps the tokens. [default: .uwm/MODEL]"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedModel:
     """Which edited model the head is for: what `build` takes, too."""
-    options = [
-        MODEL,
-        CHECKPOINT,
-        REVISION,
-        CALIBRATION,
-        edit_options,
-        click.option(
-            "--work",
-            default=None,
-            type=click.Path(path_type=Path),
-            help="Run folder, the build's own; it keeps the tokens. [default: .uwm/MODEL]",
-        ),
-        DEVICE,
-        WORKERS,
-    ]
-    return with_options(command, options)
+
+    model: ModelOptions
+    data: DataOptions
+    method: MethodOptions
+    selection: SelectionOptions
+    towers: TowerOptions
+    entries: EntryOptions
+    strength: StrengthOptions
+    work: TokenOptions
+    device: DeviceOptions
+    workers: WorkerOptions
 
 
-def head_options(command: F) -> F:
-    """What a safety head is made from, and of."""
-    rate = click.FloatRange(0, 50, min_open=True)
-    some = click.IntRange(min=1)
-    options = [
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the head."),
-        click.option(
-            "--train-on", default=None, help="Set that the head is trained on. [default: the calibration set]"
-        ),
-        click.option(
-            "--validation",
-            default=None,
-            help="Set that temperatures and thresholds are from. [default: every fifth pair of the other one]",
-        ),
-        click.option("--flag", default=10.0, show_default=True, type=rate, help="Percent of safe images to flag."),
-        click.option("--redirect", default=5.0, show_default=True, type=rate, help="The same, to redirect."),
-        click.option("--block", default=1.0, show_default=True, type=rate, help="The same, to block."),
-        click.option(
-            "--safe-texts",
-            "texts",
-            default=None,
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Texts to redirect to, one a line; they go into the bundle. [default: safe captions of the set]",
-        ),
-        click.option("--epochs", default=20, show_default=True, type=some, help="Passes over the pairs."),
-        click.option("--batch", default=64, show_default=True, type=some, help="Pairs per step."),
-        click.option(
-            "--rate",
-            "learning_rate",
-            default=2e-3,
-            show_default=True,
-            type=click.FloatRange(0, min_open=True),
-            help="Learning rate of AdamW at its peak.",
-        ),
-        click.option("--width", default=64, show_default=True, type=some, help="Of the safety projector."),
-        click.option("--tokens", default=8, show_default=True, type=some, help="Learned safety tokens."),
-        click.option("--heads", default=4, show_default=True, type=some, help="Of the attention."),
-        click.option(
-            "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of first weights and order."
-        ),
-    ]
-    return with_options(command, options)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadData:
+    """What the head is trained and calibrated on, and where it goes."""
+
+    out: Path = option("--out", required=True, type=PATH, help="Folder for the head.")
+    train_on: str | None = option(
+        "--train-on",
+        shell_complete=DATA_SETS,
+        help="Set that the head is trained on. [default: the calibration set]",
+    )
+    validation: str | None = option(
+        "--validation",
+        shell_complete=DATA_SETS,
+        help="Set that temperatures and thresholds are from. [default: every fifth pair of the other one]",
+    )
+    texts: Path | None = option(
+        "--safe-texts",
+        type=FILE,
+        help="Texts to redirect to, one a line; they go into the bundle. [default: safe captions of the set]",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRates:
+    """Percent of safe images that each action is for."""
+
+    flag: float = option("--flag", default=10.0, type=_RATE, help="Percent of safe images to flag.")
+    redirect: float = option("--redirect", default=5.0, type=_RATE, help="The same, to redirect.")
+    block: float = option("--block", default=1.0, type=_RATE, help="The same, to block.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTrainingOptions:
+    """How the head is made and trained."""
+
+    epochs: int = option("--epochs", default=20, type=_SOME, help="Passes over the pairs.")
+    batch: int = option("--batch", default=64, type=_SOME, help="Pairs per step.")
+    learning_rate: float = option(
+        "--rate",
+        default=2e-3,
+        type=click.FloatRange(0, min_open=True),
+        help="Learning rate of AdamW at its peak.",
+    )
+    width: int = option("--width", default=64, type=_SOME, help="Of the safety projector.")
+    tokens: int = option("--tokens", default=8, type=_SOME, help="Learned safety tokens.")
+    heads: int = option("--heads", default=4, type=_SOME, help="Of the attention.")
+    seed: int = option(
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of first weights and order."
+    )
 
 
 @click.command("safety-head")
-@build_options
-@head_options
-@common_options
-def safety_head(as_json: bool, **options: Any) -> int:
-    """A safety head on the tokens of the edited image tower, which stays as it is (docs/safety-head.md).
+@takes_options
+@prints
+def safety_head(edited: EditedModel, data: HeadData, rates: HeadRates, settings: HeadTrainingOptions) -> Shown:
+    """Trains a safety head on the edited image tower.
 
-    Options of `build` say which edited model: give both the same ones. Tokens are kept in the run folder, so another run
-    takes seconds; one that was interrupted begins again after them.
+    The tower stays as it is (docs/safety-head.md). Options of `build` say which edited model: give both the same ones.
+    Tokens are kept in the run folder, so another run takes seconds; one that was interrupted begins again after them.
 
     \b
     Example:
       uwm-deploy train safety-head --model demo --calibration demo --out head
       uwm-deploy build --model demo --safety-head head
     """
-    from uwm_deploy.training.safety_head_folder import run
+    from uwm_deploy.records.codec import plain_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.tables.safety_heads import print_trained_head
+    from uwm_deploy.safeground.risk import rates_of
+    from uwm_deploy.training.safety_head import HeadSettings
+    from uwm_deploy.training.safety_head_folder import HeadRequest, train_safety_head
 
-    return run(as_json, options)
+    request = filled(
+        HeadRequest,
+        data,
+        build=request_of(edited),
+        settings=filled(HeadSettings, settings),
+        rates=rates_of(*(percent / 100 for percent in (rates.flag, rates.redirect, rates.block))),
+    )
+    made = train_safety_head(request, Reporter())
+    found = {name: plain_from_record(getattr(made, name)) for name in ("head", "validation")}
+    return Shown(
+        data=found | {"out": str(made.out)},
+        text=lambda: print_trained_head(made.head, made.validation, texts=made.texts, out=made.out),
+    )

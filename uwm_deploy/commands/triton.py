@@ -1,112 +1,174 @@
-"""What `uwm-deploy triton` does with its options, and what it prints."""
+"""Commands about Triton: a bundle as its model repository, and what a running server serves."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.pipeline.served import Request, Served, check_served
-from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.verdict import Check
-from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.tables.verdict_lines import print_verdict
-from uwm_deploy.report.terminal import print_rows
-from uwm_deploy.serve.config import Place, ServerSettings
-from uwm_deploy.serve.names import FILES
-from uwm_deploy.serve.repository import write_backends, write_repository
+from uwm_deploy.commands.fields import PATH, filled, flag, option, repeated, takes_options
+from uwm_deploy.commands.group import InOrder
+from uwm_deploy.commands.options import BundleEvaluationOptions, PolicyOptions, TrustOptions, WorkerOptions
+from uwm_deploy.commands.shown import Shown, prints
+
+if TYPE_CHECKING:
+    from uwm_deploy.bundle.open import Bundle
+    from uwm_deploy.serve.config import Place
 
 
-def run_write(
-    bundle: Path,
-    repository: Path,
-    *,
-    variant: str | None,
-    place: Place,
-    instances: int,
-    preparing: int,
-    max_delay_ms: float,
-    further: tuple[Path, ...],
-    public_key: Path | None,
-    min_bundle_version: int,
-    force: bool,
-    as_json: bool,
-) -> int:
-    """Writes a repository and says what is in it."""
+class DefaultGroup(InOrder):
+    """A group whose first command need not be named: `triton BUNDLE REPO` is `triton write BUNDLE REPO`."""
 
-    def opened(path: Path) -> Any:
-        return open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Puts the first command before what names none."""
+        known = args and (args[0] in self.commands)
+        return super().resolve_command(ctx, args if known else [next(iter(self.commands)), *args])
+
+
+@click.group(cls=DefaultGroup, context_settings={"ignore_unknown_options": True})
+def triton() -> None:
+    """Writes a bundle for Triton, or checks a running server.
+
+    docs/triton.md explains both.
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryOptions:
+    """What is in the repository, and how the server runs it."""
+
+    variant: str | None = option(
+        "--variant", help="A certain variant. [default: the first proven one that Triton serves]"
+    )
+    place: str = option(
+        "--place",
+        default="auto",
+        type=click.Choice(["auto", "cpu", "gpu"]),
+        help="Of the encoders; auto leaves it to the server, gpu makes it refuse to start without one.",
+    )
+    instances: int = option("--instances", default=1, type=click.IntRange(1, 64), help="Of each encoder, per device.")
+    preparing: int = option("--preparing", default=2, type=click.IntRange(1, 256), help="Processes that decode images.")
+    max_delay_ms: float = option(
+        "--max-delay-ms",
+        default=2.0,
+        type=click.FloatRange(0, 1000),
+        help="Longest wait of a row for others to fill a batch with.",
+    )
+    further: tuple[Path, ...] = repeated(
+        "--further",
+        type=PATH,
+        help="Bundle of the same edited model, with TensorRT plans for another compute capability; repeatable.",
+    )
+    force: bool = flag("--force", help="Replace a repository that is there.")
+
+
+@triton.command("write")
+@click.argument("bundle", type=PATH)
+@click.argument("repository", type=PATH)
+@takes_options
+@prints
+def triton_write(bundle: Path, repository: Path, asked: RepositoryOptions, trust: TrustOptions) -> Shown:
+    """Writes the model repository of a bundle that passes.
+
+    REPOSITORY is the new folder, of BUNDLE. `write` need not be said.
+
+    \b
+    Example:
+      uwm-deploy triton dist/demo models
+      uwm-deploy triton write dist/demo models --variant onnxruntime-fp32 --place cpu --force
+    """
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.serve.config import ServerSettings
+    from uwm_deploy.serve.repository import write_repository
+
+    def opened(path: Path) -> Bundle:
+        return open_bundle(path, public_key=trust.public_key, min_bundle_version=trust.min_bundle_version)
 
     made = write_repository(
         opened(bundle),
         repository,
-        variant=variant,
-        settings=ServerSettings(place=place, instances=instances, preparing=preparing, max_delay_ms=max_delay_ms),
-        further=[opened(path) for path in further],
-        force=force,
+        variant=asked.variant,
+        settings=ServerSettings(
+            place=cast("Place", asked.place),
+            instances=asked.instances,
+            preparing=asked.preparing,
+            max_delay_ms=asked.max_delay_ms,
+        ),
+        further=[opened(path) for path in asked.further],
+        force=asked.force,
     )
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(made), indent=1))
-    else:
-        plans = f", plans for {', '.join(made.compute_capabilities)}" if made.compute_capabilities else ""
-        click.echo(f"{made.repository}: {made.variant}{plans}, version {made.version}, bundle {made.bundle}")
-        click.echo(f"models: {', '.join(made.models)}")
-    return 0
+    plans = f", plans for {', '.join(made.compute_capabilities)}" if made.compute_capabilities else ""
+    text = f"{made.repository}: {made.variant}{plans}, version {made.version}, bundle {made.bundle}"
+    return Shown(data=dataclasses.asdict(made), text=f"{text}\nmodels: {', '.join(made.models)}")
 
 
-def run_backends(folder: Path, *, as_json: bool) -> int:
-    """Writes the backends and names them."""
+@triton.command("backends")
+@click.argument("folder", type=PATH)
+@prints
+def triton_backends(folder: Path) -> Shown:
+    """Writes backends in Python for a server without its own.
+
+    They go into FOLDER, in place of those for ONNX Runtime and TensorRT.
+
+    \b
+    Example:
+      uwm-deploy triton backends tritonserver/backends
+    """
+    from uwm_deploy.serve.names import FILES
+    from uwm_deploy.serve.repository import write_backends
+
     write_backends(folder)
     names = [str(folder / name) for name in FILES]
-    click.echo(json.dumps({"backends": names}) if as_json else "\n".join(names))
-    return 0
+    return Shown(data={"backends": names}, text="\n".join(names))
 
 
-def run_check(url: str, *, as_json: bool, **options: Any) -> int:
-    """Checks a server and prints everything that was found."""
-    found = check_served(Request(url=url, **options), Reporter())
-    if as_json:
-        click.echo(json.dumps(plain_from_record(found) | {"exit_code": int(found.exit_code)}, indent=1, sort_keys=True))
-    else:
-        _print(found)
-    return int(found.exit_code)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What the server should serve, and how it is asked."""
+
+    bundle: Path = option("--bundle", required=True, type=PATH, help="What it should serve.")
+    protocol: str = option(
+        "--protocol", default="grpc", type=click.Choice(["grpc", "http"]), help="How the server is asked."
+    )
+    timeout_s: float = option("--timeout", default=60.0, type=click.FloatRange(0.1, 3600), help="Of a call, in s.")
 
 
-def _print(found: Served) -> None:
-    click.echo(f"{found.server} at {found.url} ({found.protocol}): {found.variant or 'no known variant'}")
-    print_rows([_row(check) for check in found.checks])
-    if found.counts:
-        print_rows(
-            [
-                {
-                    "model": name,
-                    "rows": counts.inferences,
-                    "calls": counts.executions,
-                    "failures": counts.failures,
-                    "largest batch": max(counts.batches, default=0),
-                }
-                for name, counts in found.counts.items()
-            ]
-        )
-    if found.verdict is None:
-        click.echo("FAIL: it does not serve the bundle; SafeGround was not run")
-        return
-    print_verdict(found.verdict)
-    changed = {name: count for name, count in found.differ.items() if count}
-    told = ", ".join(f"{name} {count}" for name, count in changed.items()) or "none"
-    click.echo(f"decisions that differ from the bundle's own evidence: {told}")
+@triton.command("check")
+@click.argument("url")
+@takes_options
+@prints
+def triton_check(
+    url: str,
+    asked: ServerOptions,
+    policy: PolicyOptions,
+    measured_on: BundleEvaluationOptions,
+    trust: TrustOptions,
+    workers: WorkerOptions,
+) -> Shown:
+    """Checks what a running server serves, and judges it.
 
+    What the server at URL serves is read back; canaries and SafeGround go through it, and the policy judges. Exit codes: 0
+    it serves the bundle, and as safely as was proven; 3 or 4 the gate's; 5 it serves something else; 6 it cannot be
+    reached.
 
-def _row(check: Check) -> dict[str, str]:
-    measured = "" if check.measured is None or check.direction == "equals" else f"{check.measured:.3g}"
-    return {
-        "check": check.name,
-        "model": check.subject,
-        "result": check.result.value,
-        "measured": measured,
-        "detail": check.detail,
-    }
+    \b
+    Example:
+      uwm-deploy triton check localhost:8001 --bundle dist/demo
+      uwm-deploy triton check localhost:8000 --protocol http --bundle dist/demo --json
+    """
+    from uwm_deploy.pipeline.served import Request, check_served
+    from uwm_deploy.records.codec import plain_from_record
+    from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.tables.served_checks import print_served
+
+    found = check_served(filled(Request, asked, policy, measured_on, trust, workers, url=url), Reporter())
+    code = int(found.exit_code)
+    return Shown(data=plain_from_record(found) | {"exit_code": code}, text=lambda: print_served(found), code=code)

@@ -47,7 +47,7 @@ class RefitRequest:
     work: Path | None = None
     checkpoint: Path | None = None
     variants: tuple[str, ...] = ()
-    policy: str = "policy"
+    policy: str = "default"
     evaluation: str | None = None
     device: str = "auto"
     workers: int = 2

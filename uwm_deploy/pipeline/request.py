@@ -59,7 +59,7 @@ class Request:
     max_retrieval_loss: float | None = None
     axis: AxisSetting | None = None
     weights: str = "checkpoint"
-    policy: str = "policy"
+    policy: str = "default"
     baseline: Path | None = None
     out: Path | None = None
     work: Path | None = None

@@ -56,7 +56,7 @@ class Request:
     url: str
     bundle: Path
     protocol: str = "grpc"
-    policy: str = "policy"
+    policy: str = "default"
     evaluation: str | None = None
     public_key: Path | None = None
     min_bundle_version: int = 0

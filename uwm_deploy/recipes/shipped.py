@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Literal
 from uwm_deploy.errors import InputError
 
 Kind = Literal["export", "calibration", "ci"]
+
+WORDS: Mapping[Kind, str] = {"export": "recipe", "calibration": "data set", "ci": "policy"}
+"""What a user calls what lies in a folder."""
+
+_RENAMED: Mapping[tuple[Kind, str], str] = {("ci", "policy"): "default"}
+"""Names of earlier releases, to today's."""
 
 
 def folder(kind: Kind) -> Traversable:
@@ -33,20 +40,28 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
     Raises:
         InputError: With the nearest shipped names.
     """
+    word = WORDS[kind]
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise InputError(f"{kind} file {name_or_path} does not exist", fix="check the path")
+            raise InputError(f"{word} file {name_or_path} does not exist", fix="check the path")
         try:
             return path.read_text(encoding="utf-8"), name_or_path
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{kind} file {name_or_path} cannot be read: {error}", fix="check the file") from error
+            raise InputError(f"{word} file {name_or_path} cannot be read: {error}", fix="check the file") from error
     known = names(kind)
     if name_or_path not in known:
-        near = difflib.get_close_matches(name_or_path, known, n=3, cutoff=0.3) or list(known)
-        raise InputError(f"no {kind} file is named {name_or_path!r}", fix=f"nearest: {', '.join(near)}")
+        raise InputError(f"no {word} {name_or_path!r}", fix=_instead(kind, name_or_path, known))
     file = folder(kind).joinpath(f"{name_or_path}.toml")
     return file.read_text(encoding="utf-8"), f"{kind}/{name_or_path}.toml"
+
+
+def _instead(kind: Kind, name: str, known: Sequence[str]) -> str:
+    """What to write in place of a name that there is not."""
+    if today := _RENAMED.get((kind, name)):
+        return f"the shipped {WORDS[kind]} is called {today}"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}; or name a file that ends in .toml"
 
 
 def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> Path:

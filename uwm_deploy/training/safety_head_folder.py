@@ -10,9 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -33,10 +31,8 @@ from uwm_deploy.records.head import HeadTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.report.tables.safety_numbers import risk_rows
-from uwm_deploy.report.terminal import print_rows
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.safeground.risk import STEPS, RiskSet, rates_of, risk_report, thresholds_for
+from uwm_deploy.safeground.risk import RiskSet, risk_report, thresholds_for
 from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
@@ -304,41 +300,3 @@ def _computed(
         unsafe=np.concatenate(unsafe),
         pairs=tuple(digests),
     )
-
-
-_SETTINGS = ("width", "tokens", "heads", "epochs", "batch", "learning_rate", "seed")
-
-
-def run(as_json: bool, options: dict[str, Any]) -> int:
-    """The command: options of the command line to a head, and what it came to on stdout."""
-    settings = HeadSettings(**{name: options.pop(name) for name in _SETTINGS})
-    rates = rates_of(*(options.pop(step.value) / 100 for step in STEPS))
-    own = {name: options.pop(name) for name in ("train_on", "validation", "texts")}
-    out, build = options.pop("out"), Request(**options)
-    request = HeadRequest(build=build, out=out, settings=settings, rates=rates, **own)
-    result = train_safety_head(request, Reporter())
-    if as_json:
-        body = {"out": str(out), "head": plain_from_record(result.head)}
-        body["validation"] = plain_from_record(result.validation)
-        click.echo(json.dumps(body, indent=1, sort_keys=True))
-    else:
-        _print(result)
-    return 0
-
-
-def _print(result: HeadResult) -> None:
-    head, training = result.head, result.head.training
-    print_rows(risk_rows([("validation", result.validation)]))
-    for output, made in head.calibration.items():
-        click.echo(
-            f"{output}: temperature {made.temperature:.3f}, calibration error {made.ece_before:.2f} -> {made.ece_after:.2f} "
-            f"points (n = {made.n})"
-        )
-    for action, limit in head.thresholds.items():
-        click.echo(f"{action}: from level {limit:.4f} on, for {head.false_positive_rates[action]:g}% of safe images")
-    click.echo(
-        f"trained on {training.pairs} pairs in {training.seconds:.1f} s, loss {training.loss_first:.3f} -> "
-        f"{training.loss_last:.3f}; {training.validation_pairs} pairs for temperatures and thresholds"
-    )
-    click.echo("categories: " + ", ".join(head.categories))
-    click.echo(f"safe texts: {result.texts}\nhead: {result.out}")

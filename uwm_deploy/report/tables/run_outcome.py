@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.edit import EditKind, EditRecord, ScoreRecord
+from uwm_deploy.records.edit import EditKind, EditRecord, FitRecord, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, PrecisionPlan
 from uwm_deploy.records.verdict import Verdict
@@ -46,6 +46,10 @@ class RunOutcome(Protocol):
         """See `ScoreRecord`."""
 
     @property
+    def fit(self) -> FitRecord | None:
+        """See `FitRecord`."""
+
+    @property
     def edit(self) -> EditRecord | None:
         """See `EditRecord`."""
 
@@ -79,7 +83,7 @@ def outcome_as_plain(outcome: RunOutcome) -> dict[str, Any]:
         "reused": list(outcome.reused),
         "skipped": dict(outcome.skipped),
     }
-    for key in ("score", "edit", "onnx", "engines", "plan", "report", "verdict"):
+    for key in ("score", "fit", "edit", "onnx", "engines", "plan", "report", "verdict"):
         value = getattr(outcome, key)
         if value:
             body[key] = plain_from_record(value)
@@ -107,6 +111,8 @@ def _print_made(outcome: RunOutcome) -> None:
     if outcome.edit is not None:
         print_rows(edit_rows(outcome.edit))
         print_line(f"method: {method_line(outcome.edit)}")
+    elif outcome.fit is not None:
+        print_rows(fit_rows(outcome.fit))
     elif outcome.score is not None:
         print_rows(score_rows(outcome.score))
     print_rows([_graph_row(graph) for graph in outcome.onnx])
@@ -141,6 +147,21 @@ def score_rows(score: ScoreRecord) -> list[dict[str, object]]:
             "seconds": f"{score.seconds[tower]:.1f}",
         }
         for tower in score.n_pairs
+    ]
+
+
+def fit_rows(fit: FitRecord) -> list[dict[str, object]]:
+    """One row per tower whose features were summed for a closed-form step."""
+    return [
+        {
+            "tower": tower,
+            "method": fit.method.value,
+            "placement": fit.placement,
+            "pairs": fit.n_pairs[tower],
+            "left out": len(fit.left_out[tower]),
+            "seconds": f"{fit.seconds[tower]:.1f}",
+        }
+        for tower in fit.n_pairs
     ]
 
 

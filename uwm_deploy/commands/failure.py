@@ -1,0 +1,85 @@
+"""What a command says when it fails: one line on standard error, and with `--json` an object on standard output."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import click
+
+from uwm_deploy.data.ranks import StoppedError, speaks
+from uwm_deploy.errors import ExitCode, UwmError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+_LONGEST = 300
+"""Characters of an unexpected error's own message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a command ended without a result; docs/cli.md documents the JSON.
+
+    Attributes:
+        kind: Name of the error's type; `UsageError`, `InternalError` or `Interrupted` where it is no `UwmError`.
+        what: What is wrong, and where.
+        fix: How to fix it; may be empty.
+        exit_code: Of the process.
+    """
+
+    kind: str
+    what: str
+    fix: str
+    exit_code: int
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to say about anything that a command, or click before it, has raised."""
+    if isinstance(error, UwmError):
+        kind = error.kind if isinstance(error, StoppedError) else type(error).__name__
+        return Failure(kind=kind, what=error.what, fix=error.fix, exit_code=int(error.exit_code))
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        fix = f"see `{context.command_path} --help`" if context else ""
+        what = " ".join(error.format_message().split())
+        return Failure(kind="UsageError", what=what, fix=fix, exit_code=error.exit_code)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        fix = "finished stages are kept, the next run resumes after them"
+        return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
+    line = " ".join(str(error).split())[:_LONGEST]
+    return Failure(
+        kind="InternalError",
+        what=f"{type(error).__name__}: {line}",
+        fix="run again with --debug and report it",
+        exit_code=int(ExitCode.INTERNAL),
+    )
+
+
+def say(error: BaseException, *, as_json: bool) -> int:
+    """Says why a command failed, once for a group of processes.
+
+    Args:
+        error: What was raised.
+        as_json: The object goes to standard output, too.
+
+    Returns:
+        The exit code.
+    """
+    failure = failure_of(error)
+    if isinstance(error, StoppedError) and not speaks():
+        return failure.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+    else:
+        start = {"Interrupted": "", "InternalError": "internal error: "}.get(failure.kind, "error: ")
+        click.echo(f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}", err=True)
+    if as_json and speaks():
+        click.echo(json_of(failure))
+    return failure.exit_code
+
+
+def json_of(failure: Failure) -> str:
+    """The object for `--json`, with one key, `error`."""
+    body = {"kind": failure.kind, "what": failure.what, "fix": failure.fix, "exit_code": failure.exit_code}
+    return json.dumps({"error": body}, indent=1)

@@ -1,0 +1,89 @@
+"""Prints what a command found, as text or with `--json` as data, and ends the process with its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from uwm_deploy.commands.failure import say
+from uwm_deploy.data.ranks import StoppedError
+from uwm_deploy.errors import UwmError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a command says, and the exit code it ends with.
+
+    Attributes:
+        data: For `--json`: a record, or plain data; None prints nothing.
+        text: The same for people, or what prints it on standard output.
+        notes: Lines after either; beside data they go to standard error, so that the data is all of standard output.
+        code: Exit code.
+    """
+
+    data: Any = None
+    text: str | Callable[[], None] = ""
+    notes: tuple[str, ...] = ()
+    code: int = 0
+
+
+def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
+    """`--json` and `--debug`: prints the result of a command, or why there is none."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    @functools.wraps(command)
+    def printed(*, as_json: bool, debug: bool, **asked: Any) -> NoReturn:
+        try:
+            shown = command(**asked)
+            _print(shown, as_json)
+        except BrokenPipeError:  # whoever read has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except KeyboardInterrupt as error:
+            sys.exit(say(error, as_json=as_json))
+        except Exception as error:
+            if debug:
+                raise
+            code = say(error, as_json=as_json)
+            if isinstance(error, UwmError):
+                _leave_group(in_order=isinstance(error, StoppedError))
+            sys.exit(code)
+        _leave_group(in_order=True)
+        sys.exit(int(shown.code))
+
+    return printed
+
+
+def _print(shown: Shown, as_json: bool) -> None:
+    if not as_json and callable(shown.text):
+        shown.text()
+    elif not as_json and shown.text:
+        click.echo(shown.text)
+    elif as_json and shown.data is not None:
+        click.echo(_json(shown.data), nl=False)
+    for line in shown.notes:
+        click.echo(line, err=as_json)
+
+
+def _json(data: Any) -> str:
+    if dataclasses.is_dataclass(data):
+        from uwm_deploy.records.codec import json_from_record
+
+        return json_from_record(data)
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _leave_group(*, in_order: bool) -> None:
+    """Ends the group of processes, if this process joined one."""
+    if group := sys.modules.get("uwm_deploy.data.torchrun"):
+        sys.stdout.flush()  # torchrun ends the others as soon as one has ended with an error
+        group.leave(in_order=in_order)
