@@ -43,7 +43,7 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.edit.edit import edit_to_folder
 from uwm_deploy.stages.score import gradients as score_gradients
 from uwm_deploy.stages.score.score import score_to_folder
-from uwm_deploy.studies.sweep import edited_points
+from uwm_deploy.studies.swept_edits import edited_points
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel

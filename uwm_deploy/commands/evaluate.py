@@ -18,7 +18,7 @@ from uwm_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from uwm_deploy.records.metrics import SafetyReport
-    from uwm_deploy.studies.evaluate import Subject
+    from uwm_deploy.studies.subjects import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +74,8 @@ def evaluate(asked: MeasureOptions, workers: WorkerOptions, trust: TrustOptions)
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables.evaluated import print_evaluated
     from uwm_deploy.report.tables.safety_numbers import print_measured
-    from uwm_deploy.studies.evaluate import concepts_from
     from uwm_deploy.studies.evaluate import evaluate as measure
+    from uwm_deploy.studies.subjects import concepts_from
 
     if sum(map(bool, (asked.model, asked.bundle, asked.compared))) > 1:
         raise InputError("--model, --bundle and --compare are given together", fix="name every row with --compare")
@@ -103,7 +103,7 @@ def _subjects(
     asked: MeasureOptions, workers: WorkerOptions, trust: TrustOptions, without: tuple[str, ...]
 ) -> list[Subject]:
     """What is to be measured, with what is asked of every bundle among it."""
-    from uwm_deploy.studies.evaluate import Subject, subject_from, trusted, without_concepts
+    from uwm_deploy.studies.subjects import Subject, subject_from, trusted, without_concepts
 
     request = request_of(workers, leave_out=without)
     single = str(asked.bundle or asked.model or "demo")
