@@ -1,4 +1,4 @@
-"""What a fit does to the items that it did not see: decisions, retrieval, zero-shot (docs/safety-axis.md section 5)."""
+"""Outcomes of a fit on held-out items: decisions, retrieval, zero-shot (docs/safety-axis.md section 5)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _IMAGE, _TEXT = TowerName.IMAGE, TowerName.TEXT
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measured:
-    """What one setting does to the items of a fold, or of all folds together.
+    """Outcomes of one setting on the items of a fold, or of all folds together.
 
     Attributes:
-        chosen: (n, 4) bool: the decisions P_ts, P_tu, P_vs, P_vu.
-        ranks: (n, 2) of the right safe item, text to image and image to text; 0 is on top.
-        recognised: (z,) bool, zero-shot items of all sets one after the other.
+        chosen: (n, 4) bool, whether the safe member is chosen in the decisions P_ts, P_tu, P_vs, P_vu.
+        ranks: (n, 2) int64, rank of the right safe item, text to image and image to text; 0 is the first place.
+        recognised: (z,) bool, whether a zero-shot item gets its class; the sets follow each other.
     """
 
     chosen: np.ndarray
@@ -35,9 +35,9 @@ class ZeroShotSlice:
     """Items of one zero-shot set that are measured by one fold.
 
     Attributes:
-        images: (z, m).
-        labels: (z,).
-        classes: (c, m).
+        images: Rows of the z images.
+        labels: (z,) int64, rows of `classes`.
+        classes: Rows of the c classes.
     """
 
     images: SeenRows
@@ -46,13 +46,13 @@ class ZeroShotSlice:
 
 
 class HeldOut:
-    """One fold seen through its fit.
+    """One fold, and the fit that its items were held out of.
 
     Args:
-        fit: Of the items outside the fold.
-        kept: All of them; safe items of the others are candidates of a retrieval, too.
-        held: Rows that the fold holds out.
-        zero_shot_rows: Rows of each zero-shot set that this fold measures.
+        fit: Fit of the items outside the fold.
+        kept: All items; safe items outside the fold are candidates of a retrieval, too.
+        held: (h,) int64, rows of the items that the fold holds out.
+        zero_shot_rows: (z,) int64 by name of the zero-shot set, rows of the images that this fold measures.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class HeldOut:
         }
 
     def measured(self, settings: Sequence[AxisSetting]) -> Iterator[tuple[int, Measured]]:
-        """What each setting does, with its position; settings of one tau come together, since they share a matrix."""
+        """Outcomes of each setting, with its position; settings of one tau come together, since they share a matrix."""
         for tau in sorted({setting.tau for setting in settings}):
             content = self.safe[_IMAGE].content_at(tau)
             to_image = _inner(self.safe[_TEXT].content[self.held], content)
