@@ -64,7 +64,7 @@ class AxisMaps:
     spare: np.ndarray
 
     def constant_axis(self, tower: TowerName) -> np.ndarray:
-        """Axis that the other tower scores on, (d,) float64, length 1; the fold carries the constant along it (section 4)."""
+        """Axis that the other tower scores on, (d,) float64, length 1; the constant is folded along it (section 4)."""
         return self.spare[:, 1 - SCORE_AXIS[tower]]
 
 
