@@ -90,8 +90,8 @@ def fold_fit(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
-    """Rows of one tower under one setting.
+class EditedRows:
+    """Rows of one tower, edited with one setting, as coordinates.
 
     Attributes:
         own: (n,) float64, coordinate on the axis that the tower scores on.
@@ -119,17 +119,17 @@ class View:
             return np.column_stack([-self.spare, self.own, constant])
         return np.column_stack([self.spare, constant, self.own])
 
-    def at(self, rows: np.ndarray) -> View:
-        """A view of some of the rows.
+    def at(self, rows: np.ndarray) -> EditedRows:
+        """Some of the rows.
 
         Args:
             rows: (k,) int64, their numbers.
         """
-        return View(self.own[rows], self.constant, self.spare[rows], self.length[rows])
+        return EditedRows(self.own[rows], self.constant, self.spare[rows], self.length[rows])
 
 
 @dataclass(slots=True, eq=False)
-class SeenRows:
+class FittedRows:
     """Feature rows of one tower, to which the settings of a fit are applied.
 
     Attributes:
@@ -163,8 +163,8 @@ class SeenRows:
         """Content of the rows at a tau, B x, (n, d) float64."""
         return self.content if self.moved is None or not tau else self.content + tau * self.moved
 
-    def view(self, setting: AxisSetting) -> View:
-        """The rows under a setting; formula 3 in coordinates."""
+    def edited(self, setting: AxisSetting) -> EditedRows:
+        """The rows edited with a setting: formula 3 in coordinates."""
         moments, count = self.fit.moments[self.tower], spare_count(setting)
         spare = self._spare[0][:, :count]
         squares = self._squares[0]
@@ -177,7 +177,7 @@ class SeenRows:
         if axes := axes_of(setting, self.tower):
             gain = repel_of(setting, self.tower) * moments.mean_length
             square = square + gain**2 / axes * self._repel(setting.rho)[:, axes - 1]
-        return View(own, constant, spare, np.sqrt(np.maximum(square, np.finfo(np.float64).tiny)))
+        return EditedRows(own, constant, spare, np.sqrt(np.maximum(square, np.finfo(np.float64).tiny)))
 
     def _score(self, setting: AxisSetting) -> np.ndarray:
         key = (setting.a, setting.rho)

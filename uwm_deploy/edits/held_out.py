@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.edits.fold_fit import FoldFit, SeenRows, View, ranks
-from uwm_deploy.edits.kept import KeptFeatures
+from uwm_deploy.edits.features import KeptFeatures
+from uwm_deploy.edits.fold_fit import EditedRows, FittedRows, FoldFit, ranks
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
 
@@ -16,7 +16,7 @@ _IMAGE, _TEXT = TowerName.IMAGE, TowerName.TEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Measured:
+class SettingOutcomes:
     """Outcomes of one setting on the items of a fold, or of all folds together.
 
     Attributes:
@@ -40,9 +40,9 @@ class ZeroShotSlice:
         classes: Rows of the c classes.
     """
 
-    images: SeenRows
+    images: FittedRows
     labels: np.ndarray
-    classes: SeenRows
+    classes: FittedRows
 
 
 class HeldOut:
@@ -77,7 +77,7 @@ class HeldOut:
             for t, text in (("s", here[_TEXT]), ("u", away[_TEXT]))
         }
 
-    def measured(self, settings: Sequence[AxisSetting]) -> Iterator[tuple[int, Measured]]:
+    def measured(self, settings: Sequence[AxisSetting]) -> Iterator[tuple[int, SettingOutcomes]]:
         """Outcomes of each setting, with its position; settings of one tau come together, since they share a matrix."""
         for tau in sorted({setting.tau for setting in settings}):
             content = self.safe[_IMAGE].content_at(tau)
@@ -90,23 +90,23 @@ class HeldOut:
 
     def _measured(
         self, setting: AxisSetting, to_image: np.ndarray, to_text: np.ndarray, classes: list[np.ndarray]
-    ) -> Measured:
-        image, text = self.safe[_IMAGE].view(setting), self.safe[_TEXT].view(setting)
+    ) -> SettingOutcomes:
+        image, text = self.safe[_IMAGE].edited(setting), self.safe[_TEXT].edited(setting)
         images, texts = image.columns(_IMAGE), text.columns(_TEXT)
         both = [
             ranks(to_image, texts[self.held], images, image.length, self.held),
             ranks(to_text, images[self.held], texts, text.length, self.held),
         ]
         recognised = [_recognised(part, base, setting) for part, base in zip(self.zero_shot, classes, strict=True)]
-        return Measured(
+        return SettingOutcomes(
             chosen=self._chosen(setting, image.at(self.held), text.at(self.held)),
             ranks=np.stack(both, axis=1),
             recognised=np.concatenate([*recognised, np.zeros(0, dtype=bool)]),
         )
 
-    def _chosen(self, setting: AxisSetting, safe_image: View, safe_text: View) -> np.ndarray:
-        images = {"s": safe_image, "u": self.unsafe[_IMAGE].view(setting)}
-        texts = {"s": safe_text, "u": self.unsafe[_TEXT].view(setting)}
+    def _chosen(self, setting: AxisSetting, safe_image: EditedRows, safe_text: EditedRows) -> np.ndarray:
+        images = {"s": safe_image, "u": self.unsafe[_IMAGE].edited(setting)}
+        texts = {"s": safe_text, "u": self.unsafe[_TEXT].edited(setting)}
         cosine = {}
         for (i, t), (plain, moved) in self._pairs.items():
             added = (images[i].columns(_IMAGE) * texts[t].columns(_TEXT)).sum(axis=1)
@@ -122,9 +122,9 @@ class HeldOut:
         )
 
 
-def _seen(fit: FoldFit, tower: TowerName, features: np.ndarray) -> SeenRows:
+def _seen(fit: FoldFit, tower: TowerName, features: np.ndarray) -> FittedRows:
     rows = features.astype(np.float64)
-    return SeenRows(fit, tower, rows, rows @ fit.weights[tower].T)
+    return FittedRows(fit, tower, rows, rows @ fit.weights[tower].T)
 
 
 def _part(moved: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
@@ -146,7 +146,7 @@ def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _recognised(part: ZeroShotSlice, base: np.ndarray, setting: AxisSetting) -> np.ndarray:
     """(z,) bool: the right class is alone on top."""
-    image, text = part.images.view(setting), part.classes.view(setting)
+    image, text = part.images.edited(setting), part.classes.edited(setting)
     found = ranks(base, image.columns(_IMAGE), text.columns(_TEXT), text.length, part.labels)
     result: np.ndarray = found == 0
     return result

@@ -48,7 +48,7 @@ PairsOf = Callable[[TowerName], Pairs]
 
 
 @dataclass(slots=True)
-class Tally:
+class PairCounts:
     """Counts of the pairs of one tower: scored, left out as not finite, not read.
 
     Attributes:
@@ -74,8 +74,8 @@ class Tally:
         for item in items:
             self.unread.setdefault(item.id, item)
 
-    def add(self, other: Tally) -> None:
-        """Adds the counts of other pairs of the same tower, but not `count`, which `counted` adds once a score is whole."""
+    def add(self, other: PairCounts) -> None:
+        """Adds the counts of other pairs of the same tower; `count` stays, until `add_score` adds a whole score."""
         self.total += other.total
         self.leave_out(other.not_finite)
         self.not_read(other.unread.values())
@@ -99,7 +99,7 @@ class Tally:
                 fix="remove empty captions and constant images",
             )
 
-    def counted(self, count: int, concept: str) -> int:
+    def add_score(self, count: int, concept: str) -> int:
         """Adds the pairs of one score to `count`, and returns their number.
 
         Raises:

@@ -33,7 +33,7 @@ Parameters = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class ExpectedModel:
     """Weights that the edited model must have.
 
     Attributes:
@@ -60,7 +60,7 @@ def expected_weights(
     patch: Patch,
     edits: EditSpecs,
     select: Callable[[LayerScore], Tensor],
-) -> Expected:
+) -> ExpectedModel:
     """Makes the step that selects entries again, layer by layer, without touching the model.
 
     Args:
@@ -95,7 +95,7 @@ def expected_weights(
             problems.append(f"{name}: the patch edits other entries than the scores select")
         if layer.tower in score.rules and (part.factor != factor or recorded[name].factor != factor):
             problems.append(f"{name}: the patch has factor {part.factor:g}, the recipe {factor:g}")
-    return Expected(before=before, weights=before | weights, promised=promised_by(edit), problems=tuple(problems))
+    return ExpectedModel(before=before, weights=before | weights, promised=promised_by(edit), problems=tuple(problems))
 
 
 def _disagreements(edit: EditRecord, patch: Patch) -> list[str]:
@@ -111,7 +111,7 @@ def promised_by(edit: EditRecord) -> dict[str, Digest]:
     return {tensor.name: tensor.digest_after for tensor in edit.tensors}
 
 
-def with_closed_form(expected: Expected, solved: Mapping[str, Tensor], edit: EditRecord) -> Expected:
+def with_closed_form(expected: ExpectedModel, solved: Mapping[str, Tensor], edit: EditRecord) -> ExpectedModel:
     """Adds a closed-form step.
 
     Args:
@@ -131,7 +131,7 @@ def with_closed_form(expected: Expected, solved: Mapping[str, Tensor], edit: Edi
 
 
 @torch.no_grad()
-def proof_of(expected: Expected, edited: Parameters) -> EditProof:
+def proof_of(expected: ExpectedModel, edited: Parameters) -> EditProof:
     """Compares the edited model with what it must be, tensor by tensor.
 
     Args:
@@ -169,7 +169,7 @@ def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:
 
 def expected_trained(
     original: Parameters, trained: Parameters, edit: EditRecord, training: TrainingRecord | None
-) -> Expected:
+) -> ExpectedModel:
     """Weights that the saved model must have: the trained ones, and the base's wherever the training record names none.
 
     Args:
@@ -186,4 +186,4 @@ def expected_trained(
         found = (before.get(tensor.name), weights.get(tensor.name))
         if tensor.kind is EditKind.TRAINED and (tensor.digest_before, tensor.digest_after) != found:
             problems.append(f"{tensor.name}: the edit record has another weight")
-    return Expected(before=before, weights=weights, promised=promised_by(edit), problems=tuple(problems))
+    return ExpectedModel(before=before, weights=weights, promised=promised_by(edit), problems=tuple(problems))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from uwm_deploy.data.ranks import Ranks
 from uwm_deploy.data.torchrun import add_in_order
-from uwm_deploy.edits.pairs import SHARD_PAIRS, Tally
+from uwm_deploy.edits.pairs import SHARD_PAIRS, PairCounts
 from uwm_deploy.errors import ContractError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.files import disk_errors
@@ -74,7 +74,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class Part:
+class PartialSum:
     """Sum of one or more shards of a score.
 
     Attributes:
@@ -82,13 +82,13 @@ class Part:
             that keeps the total.
         divisors: Divisor of the sums by layer.
         count: Number of pairs in the sums.
-        tally: Counts of scored and left-out pairs.
+        counts: Counts of scored and left-out pairs.
     """
 
     sums: dict[str, list[Tensor]]
     divisors: dict[str, int]
     count: int
-    tally: Tally
+    counts: PairCounts
 
 
 def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multiple: int = 1) -> list[list[Shard]]:
@@ -118,11 +118,11 @@ def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multipl
 
 def totals(
     shards: Sequence[Sequence[Shard]],
-    compute: Callable[[Shard], Part],
-    check: Callable[[Tally], None],
+    compute: Callable[[Shard], PartialSum],
+    check: Callable[[PairCounts], None],
     tower: TowerName,
     scale: Scale,
-) -> Iterator[tuple[str, Part]]:
+) -> Iterator[tuple[str, PartialSum]]:
     """Total of each score, in order; only the first process has the sums.
 
     Args:
@@ -136,7 +136,7 @@ def totals(
         UwmError: Whatever `compute` and `check` raise, in every process.
     """
     ranks, several = scale.ranks, sum(map(len, shards)) > 1
-    before = Tally(tower)
+    before = PairCounts(tower)
     for number, group in enumerate(shards):
         path = scale.kept / f"{tower.value}-{number:04d}.safetensors" if scale.kept and several else None
         total = _Total(tower, path, scale.key)
@@ -145,14 +145,14 @@ def totals(
             scale.notice(f"{tower.value}: resumed after {done} of {len(group)} shards")
         for start in range(done, len(group), ranks.world):
             total.add(group[start : start + ranks.world], compute, ranks)
-            ranks.first_only(partial(check, _both(before, total.tally)))
+            ranks.first_only(partial(check, _both(before, total.counts)))
             ranks.first_only(partial(total.save, last=total.done == len(group)))
-        before = _both(before, total.tally)
+        before = _both(before, total.counts)
         yield group[0].concept, total.part
 
 
-def _both(left: Tally, right: Tally) -> Tally:
-    result = Tally(left.tower)
+def _both(left: PairCounts, right: PairCounts) -> PairCounts:
+    result = PairCounts(left.tower)
     result.add(left)
     result.add(right)
     return result
@@ -162,20 +162,20 @@ class _Total:
     """Running total of one score. Between rounds its sums lie in a file, or in host memory."""
 
     def __init__(self, tower: TowerName, path: Path | None, key: str) -> None:
-        self.part = Part(sums={}, divisors={}, count=0, tally=Tally(tower))
+        self.part = PartialSum(sums={}, divisors={}, count=0, counts=PairCounts(tower))
         self.done = 0
         self._path, self._saved = path, time.monotonic()
         self._about = {"format": _FORMAT, "key": key, "shard_pairs": str(SHARD_PAIRS)}
 
     @property
-    def tally(self) -> Tally:
+    def counts(self) -> PairCounts:
         """Counts of scored and left-out pairs so far."""
-        return self.part.tally
+        return self.part.counts
 
-    def add(self, shards: Sequence[Shard], compute: Callable[[Shard], Part], ranks: Ranks) -> None:
+    def add(self, shards: Sequence[Shard], compute: Callable[[Shard], PartialSum], ranks: Ranks) -> None:
         """Scores one shard in each process, and adds them to the total in order."""
 
-        def begun() -> Part | None:
+        def begun() -> PartialSum | None:
             if ranks.rank >= len(shards):
                 return None
             part = compute(shards[ranks.rank])
@@ -190,12 +190,12 @@ class _Total:
                     add_in_order(ranks, total, len(shards) - 1)
         if ranks.first and part:
             self.part.sums = part.sums
-        for found in ranks.gathered(part and (part.divisors, part.count, part.tally)):
+        for found in ranks.gathered(part and (part.divisors, part.count, part.counts)):
             if found:
-                divisors, count, tally = found
+                divisors, count, counts = found
                 self.part.divisors = {name: self.part.divisors.get(name, 0) + n for name, n in divisors.items()}
                 self.part.count += count
-                self.tally.add(tally)
+                self.counts.add(counts)
         self.done += len(shards)
 
     def restore(self, shards: int) -> int:
@@ -220,9 +220,9 @@ class _Total:
         except (OSError, SafetensorError):  # there is none, or it is not whole
             return 0
         self.done, self.part.count, self.part.divisors = state["done"], state["count"], state["divisors"]
-        self.tally.total = state["total"]
-        self.tally.leave_out(state["not_finite"])
-        self.tally.not_read(LeftOut(id=item, reason=reason) for item, reason in state["unread"])
+        self.counts.total = state["total"]
+        self.counts.leave_out(state["not_finite"])
+        self.counts.not_read(LeftOut(id=item, reason=reason) for item, reason in state["unread"])
         return self.done
 
     def save(self, *, last: bool) -> None:
@@ -253,14 +253,14 @@ class _Total:
                     total.add_(file.get_tensor(f"{name}#{number}").to(total.device))
 
     def _write(self, path: Path) -> None:
-        tally = self.tally
+        counts = self.counts
         state = {
             "done": self.done,
             "count": self.part.count,
             "divisors": self.part.divisors,
-            "total": tally.total,
-            "not_finite": list(tally.not_finite),
-            "unread": [[item.id, item.reason] for item in tally.unread.values()],
+            "total": counts.total,
+            "not_finite": list(counts.not_finite),
+            "unread": [[item.id, item.reason] for item in counts.unread.values()],
         }
         tensors = {f"{name}#{i}": total.cpu() for name, sums in self.part.sums.items() for i, total in enumerate(sums)}
         temporary = path.with_name(f".tmp-{path.name}")

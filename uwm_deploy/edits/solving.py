@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from uwm_deploy.edits.closed_form import Solve, Solved, fitted_weights, tensors_of
+from uwm_deploy.edits.features import KeptFeatures, TowerFeatures, ZeroShotFeatures
 from uwm_deploy.edits.fit_files import read_features, read_fit, read_sums
-from uwm_deploy.edits.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures
 from uwm_deploy.edits.strength import choose_strength, chosen_setting
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm

@@ -17,9 +17,9 @@ import numpy as np
 
 from uwm_deploy.edits.axis import axes_of, require_valid, spare_count
 from uwm_deploy.edits.candidates import candidates_of
+from uwm_deploy.edits.features import KeptFeatures, concept_folds, random_folds
 from uwm_deploy.edits.fold_fit import fold_fit, ranks
-from uwm_deploy.edits.held_out import HeldOut, Measured
-from uwm_deploy.edits.kept import KeptFeatures, concept_folds, random_folds
+from uwm_deploy.edits.held_out import HeldOut, SettingOutcomes
 from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.model import TowerName
@@ -55,10 +55,10 @@ class _Items:
     Attributes:
         original: Outcomes of the model before any step.
         hard: (h,) int64, rows of the hard safe items; None where no score tells which items are hard.
-        sets: Length of each zero-shot set, in the order of `Measured.recognised`.
+        sets: Length of each zero-shot set, in the order of `SettingOutcomes.recognised`.
     """
 
-    original: Measured
+    original: SettingOutcomes
     hard: np.ndarray | None
     sets: tuple[int, ...]
 
@@ -97,7 +97,7 @@ def choose_strengths(
     """
     began = time.perf_counter()
     kept.require_whole()
-    settings = _fitting(candidates if candidates is not None else candidates_of(seed), kept)
+    settings = _usable(candidates if candidates is not None else candidates_of(seed), kept)
     items, left_out = _items(kept), concept_folds(kept.concepts)
     outcomes = _outcomes(kept, settings, _folds(kept, left_out, seed), progress)
     original = _metrics(items.original, items)
@@ -145,7 +145,7 @@ def chosen_setting(choice: StrengthChoice) -> AxisSetting:
     )
 
 
-def _fitting(settings: Sequence[AxisSetting], kept: KeptFeatures) -> list[AxisSetting]:
+def _usable(settings: Sequence[AxisSetting], kept: KeptFeatures) -> list[AxisSetting]:
     """Settings for which the model has enough dimensions and features.
 
     Raises:
@@ -155,14 +155,14 @@ def _fitting(settings: Sequence[AxisSetting], kept: KeptFeatures) -> list[AxisSe
     features = min(part.safe.shape[1] for part in kept.towers.values())
     for setting in settings:
         require_valid(setting)
-    fitting = [
+    usable = [
         setting
         for setting in settings
         if spare_count(setting) < dimensions and max(axes_of(setting, tower) for tower in TowerName) <= features
     ]
-    if not fitting:
+    if not usable:
         raise InputError(f"no axis setting fits {dimensions} dimensions", fix="pass a setting with fewer axes")
-    return fitting
+    return usable
 
 
 def _folds(kept: KeptFeatures, left_out: Sequence[tuple[str, ...]], seed: int) -> dict[FoldKind, list[np.ndarray]]:
@@ -181,7 +181,7 @@ def _items(kept: KeptFeatures) -> _Items:
     parts = (image.original_safe, image.original_unsafe, text.original_safe, text.original_unsafe)
     decided = decisions(*parts)
     recognised = [top1(z.original_images, z.labels, z.original_classes).hits for z in kept.zero_shot.values()]
-    original = Measured(
+    original = SettingOutcomes(
         chosen=np.stack([decided.chosen[name] for name in BASIC], axis=1),
         ranks=np.stack([_plain_ranks(parts[2], parts[0]), _plain_ranks(parts[0], parts[2])], axis=1),
         recognised=np.concatenate([*recognised, np.zeros(0, dtype=bool)]),
@@ -198,7 +198,7 @@ def _plain_ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 def _outcomes(
     kept: KeptFeatures, settings: Sequence[AxisSetting], folds: Mapping[FoldKind, list[np.ndarray]], progress: Progress
-) -> dict[FoldKind, list[Measured]]:
+) -> dict[FoldKind, list[SettingOutcomes]]:
     """Outcomes of every setting on all items, each item held out once, by kind of fold."""
     total, done = sum(map(len, folds.values())), 0
     result = {}
@@ -219,7 +219,7 @@ def _measure(
     moments: Mapping[TowerName, Moments],
     held: np.ndarray,
     fold: tuple[int, int],
-    into: list[Measured],
+    into: list[SettingOutcomes],
 ) -> None:
     """Fits without one fold, and writes the outcomes of its items; zero-shot items are divided among the folds in turn."""
     weights = {tower: part.weight.astype(np.float64) for tower, part in kept.towers.items()}
@@ -234,9 +234,9 @@ def _measure(
         into[position].recognised[items] = measured.recognised
 
 
-def _empty(kept: KeptFeatures) -> Measured:
+def _empty(kept: KeptFeatures) -> SettingOutcomes:
     n, images = len(kept.ids), sum(len(part.labels) for part in kept.zero_shot.values())
-    return Measured(
+    return SettingOutcomes(
         chosen=np.zeros((n, len(BASIC)), dtype=bool),
         ranks=np.zeros((n, 2), dtype=np.int64),
         recognised=np.zeros(images, dtype=bool),
@@ -254,7 +254,7 @@ def _sum(parts: Sequence[Mapping[TowerName, Moments]]) -> dict[TowerName, Moment
 def _candidate(
     setting: AxisSetting,
     position: int,
-    outcomes: Mapping[FoldKind, list[Measured]],
+    outcomes: Mapping[FoldKind, list[SettingOutcomes]],
     items: _Items,
     limits: StrengthLimits,
 ) -> StrengthCandidate:
@@ -281,7 +281,7 @@ def _best(tried: Sequence[StrengthCandidate]) -> int | None:
     return max(keeping, key=lambda i: tried[i].objective) if keeping else None
 
 
-def _metrics(found: Measured, items: _Items) -> StrengthMetrics:
+def _metrics(found: SettingOutcomes, items: _Items) -> StrengthMetrics:
     basic = dict(zip(("p_ts", "p_tu", "p_vs", "p_vu"), 100 * found.chosen.mean(axis=0), strict=True))
     return StrengthMetrics(
         gs=100 * float(found.chosen.all(axis=1).mean()),
@@ -293,7 +293,7 @@ def _metrics(found: Measured, items: _Items) -> StrengthMetrics:
     )
 
 
-def _uses(found: Measured, items: _Items, limits: StrengthLimits, kind: FoldKind) -> list[LimitUse]:
+def _uses(found: SettingOutcomes, items: _Items, limits: StrengthLimits, kind: FoldKind) -> list[LimitUse]:
     """Losses and the limits on them; what was not measured has no limit."""
     original = items.original
     losses = {
@@ -312,19 +312,19 @@ def _uses(found: Measured, items: _Items, limits: StrengthLimits, kind: FoldKind
     ]
 
 
-def _ps(found: Measured) -> np.ndarray:
+def _ps(found: SettingOutcomes) -> np.ndarray:
     """(n,) float64: 1 where the safe queries of both towers choose their safe counterparts."""
     result: np.ndarray = (found.chosen[:, 0] & found.chosen[:, 2]).astype(np.float64)
     return result
 
 
-def _recall(found: Measured, k: int) -> np.ndarray:
+def _recall(found: SettingOutcomes, k: int) -> np.ndarray:
     """(n,) float64: share of the two directions in which the right safe item is among the first k."""
     result: np.ndarray = (found.ranks < k).mean(axis=1)
     return result
 
 
-def _per_set(found: Measured, items: _Items) -> list[np.ndarray]:
+def _per_set(found: SettingOutcomes, items: _Items) -> list[np.ndarray]:
     return [part.astype(np.float64) for part in np.split(found.recognised, np.cumsum(items.sets)[:-1])]
 
 

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
-from uwm_deploy.graphs.layout import mapped_weights
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
+from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.engine_builder import main
-from uwm_deploy.graphs.stored import EIGHT_BITS, in_type
+from uwm_deploy.graphs.stored_weights import EIGHT_BITS, in_type
 from uwm_deploy.records.files import write_atomic
 
 _KINDS = {

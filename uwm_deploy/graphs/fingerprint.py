@@ -99,8 +99,8 @@ def fingerprint_by_value(
     Args:
         arrays: Tensors of the graph, any dtype, any shape.
         edits: Edited tensors of this tower.
-        computed_away: Names of trained tensors that the graph need not hold, see `graphs.folded`; only the parity of
-            embeddings proves these.
+        computed_away: Names of trained tensors that the graph need not hold, see `graphs.constant_folding`; only the parity
+            of embeddings proves these.
     """
     wanted = list(edits)
     digests = _digests({str(number): array for number, array in enumerate(arrays)}, wanted)

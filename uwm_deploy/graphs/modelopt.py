@@ -13,12 +13,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from uwm_deploy.errors import ContractError, PrerequisiteError
-from uwm_deploy.graphs.child import made_by_child
+from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.layers import LINEAR, linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import Kind, rounded_weight
+from uwm_deploy.graphs.quantise import EightBitType, rounded_weight
 from uwm_deploy.graphs.write import write_graph
 
-Method = Literal["entropy", "max"]
+RangeMethod = Literal["entropy", "max"]
 
 _QUANTISER = "uwm_deploy.graphs.modelopt_quantiser"
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
@@ -30,7 +30,12 @@ def missing_modelopt() -> str:
 
 
 def quantised_by_modelopt(
-    source: Path, kind: Kind, method: Method, patterns: Sequence[str], rows: Iterable[np.ndarray], folder: Path
+    source: Path,
+    kind: EightBitType,
+    method: RangeMethod,
+    patterns: Sequence[str],
+    rows: Iterable[np.ndarray],
+    folder: Path,
 ) -> tuple[ir.Model, str]:
     """Quantises the linear layers of a graph.
 
@@ -104,7 +109,7 @@ def _excluded(model: ir.Model, layers: Set[str]) -> list[str]:
     return [f"^{re.escape(name)}$" for name in names]
 
 
-def fold_weights(model: ir.Model, kind: Kind) -> None:
+def fold_weights(model: ir.Model, kind: EightBitType) -> None:
     """Replaces float32 weights behind a Q and a DQ by 8-bit ones behind a DQ, in place; no two multiplications share a DQ.
 
     Raises:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 
-Kind = Literal["int8", "fp8"]
+EightBitType = Literal["int8", "fp8"]
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 _NUMPY = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -30,7 +30,7 @@ def input_names(model: ir.Model, layers: Set[str]) -> dict[str, str]:
     return {name: _input_of(layer).name or "" for name, layer in linear_layers(model).items() if name in layers}
 
 
-def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: Kind) -> None:
+def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: EightBitType) -> None:
     """Quantises layers in place; all others stay as they are.
 
     Args:
@@ -68,7 +68,7 @@ def _input_of(layer: LinearLayer) -> ir.Value:
 
 
 def _quantised_activation(
-    model: ir.Model, value: ir.Value, bound: float, kind: Kind
+    model: ir.Model, value: ir.Value, bound: float, kind: EightBitType
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Puts a Q behind a value, and gives the quantised value, its scale and its zero point."""
     scale = _initialiser(
@@ -86,7 +86,7 @@ def _quantised_activation(
     return quantised, scale, zero
 
 
-def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: Kind) -> None:
+def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: EightBitType) -> None:
     """8-bit weight in the orientation of the multiplication, under its own name, and a DQ behind it."""
     users = {node for node, _ in layer.weight.uses()}
     if len(users) > 1:
@@ -113,7 +113,7 @@ def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: Kind) -> None:
         model.graph.remove(layer.transpose, safe=True)
 
 
-def weight_scale(weight: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
+def weight_scale(weight: np.ndarray, axis: int, kind: EightBitType) -> np.ndarray:
     """Scales of a weight: the largest absolute value becomes the largest 8-bit number.
 
     Args:
@@ -131,7 +131,7 @@ def weight_scale(weight: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
     return scale
 
 
-def rounded_weight(weight: np.ndarray, scale: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
+def rounded_weight(weight: np.ndarray, scale: np.ndarray, axis: int, kind: EightBitType) -> np.ndarray:
     """A weight in 8 bits.
 
     Args:

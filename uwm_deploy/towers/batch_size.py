@@ -37,7 +37,7 @@ R = TypeVar("R", bound=_Rows)
 T = TypeVar("T")
 
 
-class Fitting:
+class BatchSplitter:
     """Runs batches, and splits them into smaller parts once one was too large for memory.
 
     Args:

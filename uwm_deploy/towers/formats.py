@@ -20,19 +20,19 @@ from uwm_deploy.towers import open_clip
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LoadedModel
 
-Layout = Literal["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LibraryLayout = Literal["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]
+LAYOUTS: tuple[LibraryLayout, ...] = get_args(LibraryLayout)
 
-_OWN: dict[str, Layout] = {
+_OWN: dict[str, LibraryLayout] = {
     "hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open-clip",
 }  # fmt: skip
-"""Layout of the folder that stage `edit` saves."""
+"""LibraryLayout of the folder that stage `edit` saves."""
 
 _TOLERANCE = 1e-4
 """Tolerance between two float32 implementations of one model, in the entries of embeddings of length 1."""
 
 
-def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path) -> None:
+def write_layout(model: LoadedModel, source: Path, layout: LibraryLayout, folder: Path) -> None:
     """Writes an edited model as another library's folder.
 
     Args:
@@ -56,7 +56,7 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
             fix=f"use --as {_OWN[family]}; the others are for Hugging Face CLIP models",
         )
     else:
-        writers: dict[Layout, Callable[[LoadedModel, Path, Path], None]] = {
+        writers: dict[LibraryLayout, Callable[[LoadedModel, Path, Path], None]] = {
             "open-clip": _write_open_clip,
             "sentence-transformers": _write_sentence_transformers,
             "diffusers-text-encoder": _write_text_encoder,
@@ -66,7 +66,7 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
         file.chmod(0o644)  # libraries save with the writer's private mode
 
 
-def _check_holds_maps(family: str, layout: Layout) -> None:
+def _check_holds_maps(family: str, layout: LibraryLayout) -> None:
     """Refuses layouts without a place for a map behind the embedding.
 
     Raises:
@@ -84,7 +84,7 @@ def _check_holds_maps(family: str, layout: Layout) -> None:
     raise InputError(what, fix=others.get(family, "use a bundle"))
 
 
-_WITH_MAPS: Layout = "sentence-transformers"
+_WITH_MAPS: LibraryLayout = "sentence-transformers"
 """The layout that has a place for a map behind the embedding."""
 
 

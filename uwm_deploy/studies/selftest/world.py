@@ -29,6 +29,7 @@ from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.proof import proof_of
+from uwm_deploy.edits.replay import MadeFrom, expected_edit
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.request import Request, resolved_recipe

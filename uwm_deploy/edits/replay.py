@@ -12,8 +12,8 @@ from torch import Tensor
 
 from uwm_deploy.edits.fit_files import read_fit
 from uwm_deploy.edits.patch import Patch, flip_bits
-from uwm_deploy.edits.proof import Expected, Parameters, expected_trained, expected_weights, with_closed_form
-from uwm_deploy.edits.selected import selected_entries
+from uwm_deploy.edits.proof import ExpectedModel, Parameters, expected_trained, expected_weights, with_closed_form
+from uwm_deploy.edits.score_files import selected_entries
 from uwm_deploy.edits.solving import limits_of, solved_again
 from uwm_deploy.recipes.edit_spec import AxisSpec
 from uwm_deploy.recipes.recipe import Recipe
@@ -47,7 +47,7 @@ class MadeFrom:
     training: TrainingRecord | None = None
 
 
-def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> Expected:
+def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> ExpectedModel:
     """Makes an edit again.
 
     Args:
@@ -117,7 +117,7 @@ def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
     return ", ".join(f"{name} {right[name]:g} for {left[name]:g}" for name in left if left[name] != right[name])
 
 
-def _of_another_source(expected: Expected, edit: EditRecord) -> list[str]:
+def _of_another_source(expected: ExpectedModel, edit: EditRecord) -> list[str]:
     """Tensors whose digest before the edit is not the source model's.
 
     Graphs are searched for unedited weights by these digests, so a wrong one would hide such a weight.

@@ -14,14 +14,14 @@ import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.cpu_integers import stored_forms
-from uwm_deploy.graphs.layout import StoredTensor, stored_tensors
-from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
+from uwm_deploy.graphs.quantise import EightBitType, rounded_weight, weight_scale
+from uwm_deploy.graphs.tensor_layout import StoredTensor, stored_tensors
 
 _HALF = {
     int(onnx.TensorProto.FLOAT16): np.dtype(np.float16),
     int(onnx.TensorProto.BFLOAT16): np.dtype(ml_dtypes.bfloat16),
 }
-_EIGHT_BITS: dict[int, Kind] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
+_EIGHT_BITS: dict[int, EightBitType] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
 FLOAT = int(onnx.TensorProto.FLOAT)
 TYPES = (FLOAT, *_HALF, *_EIGHT_BITS)
 """Element types that an edited weight may have, float32 first, then float16, bfloat16, INT8 and FP8."""
