@@ -22,8 +22,8 @@ from uwm_deploy.edits.closed_form import features_in_place, fitted_weights, plac
 from uwm_deploy.edits.fit_files import FEATURES, RECORD, SUMS
 from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally
-from uwm_deploy.edits.sharded_sums import Part, Scale, Shard, shards_of, totals
+from uwm_deploy.edits.pairs import PairCounts, Pairs, PairsOf
+from uwm_deploy.edits.sharded_sums import PartialSum, Scale, Shard, shards_of, totals
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import FitRecord, Method, Placement
@@ -31,7 +31,7 @@ from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
-from uwm_deploy.towers.batch_size import USUAL_PAIRS, Fitting
+from uwm_deploy.towers.batch_size import USUAL_PAIRS, BatchSplitter
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
