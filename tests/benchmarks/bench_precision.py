@@ -23,10 +23,10 @@ import onnx_ir as ir
 from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.open import open_source
 from uwm_deploy.edits.pairs import some_of
-from uwm_deploy.graphs.achieved import achieved_precision
+from uwm_deploy.graphs.achieved_precision import achieved_precision
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.modelopt import Method
-from uwm_deploy.graphs.quantise import Kind
+from uwm_deploy.graphs.modelopt import RangeMethod
+from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
@@ -138,8 +138,8 @@ def main() -> None:
     graphs: list[tuple[str, Precision, dict[TowerName, Path]]] = [
         ("fp16, AutoCast's layers kept", Precision.FP16, modelopt_rules.halved(sources, usual, work))
     ]
-    kinds: tuple[Kind, ...] = ("int8", "fp8")
-    methods: tuple[Method | None, ...] = (None, "max", "entropy")
+    kinds: tuple[EightBitType, ...] = ("int8", "fp8")
+    methods: tuple[RangeMethod | None, ...] = (None, "max", "entropy")
     for kind in kinds:
         for method in methods:
             label = f"{kind}, {f'modelopt, {method}' if method else 'built-in'}"

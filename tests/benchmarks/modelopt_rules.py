@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from uwm_deploy.data.embedding import PreparedSet, unit_rows
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.modelopt import Method, quantised_by_modelopt
-from uwm_deploy.graphs.quantise import Kind
+from uwm_deploy.graphs.modelopt import RangeMethod, quantised_by_modelopt
+from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
@@ -63,7 +63,7 @@ def as_many(kept: Callable[[float], frozenset[Layer]], count: int) -> tuple[floa
 
 
 def quantised(
-    sources: Mapping[TowerName, Source], rows: Rows, kind: Kind, method: Method | None, folder: Path
+    sources: Mapping[TowerName, Source], rows: Rows, kind: EightBitType, method: RangeMethod | None, folder: Path
 ) -> dict[TowerName, Path]:
     """Graphs with every layer that the quantiser takes in 8 bits; ours when no method is named."""
     paths = {}

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
-from uwm_deploy.edits.expected import expected_edit
+from uwm_deploy.edits.replay import expected_edit
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.strength import (
     AxisSetting,

@@ -15,6 +15,7 @@ from tests.onnx.conftest import Exported, train
 from tests.onnx.test_precision import PROFILE, convert
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.constant_folding import computed_away
 from uwm_deploy.graphs.cpu_integers import stored_forms
 from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_source,
@@ -23,8 +24,7 @@ from uwm_deploy.graphs.fingerprint import (
     fingerprint_of_lowered,
     refuse_zeroed,
 )
-from uwm_deploy.graphs.folded import computed_away
-from uwm_deploy.graphs.stored import EIGHT_BITS, TYPES, in_type, named_weights
+from uwm_deploy.graphs.stored_weights import EIGHT_BITS, TYPES, in_type, named_weights
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Target
 from uwm_deploy.records.model import TowerName

@@ -12,10 +12,10 @@ import pytest
 
 from tests.onnx.conftest import Exported
 from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError
-from uwm_deploy.graphs.achieved import low_share
+from uwm_deploy.graphs.achieved_precision import low_share
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import fold_weights, quantised_by_modelopt
-from uwm_deploy.graphs.quantise import Kind
+from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
@@ -34,7 +34,11 @@ def rows(exported: Exported, count: int, seed: int = 0) -> np.ndarray:
 
 
 def quantised(
-    exported: Exported, folder: Path, kind: Kind, patterns: tuple[str, ...] = (), canaries: Canaries | None = None
+    exported: Exported,
+    folder: Path,
+    kind: EightBitType,
+    patterns: tuple[str, ...] = (),
+    canaries: Canaries | None = None,
 ) -> OnnxArtifact:
     folder.mkdir(exist_ok=True)
     source = exported.folder / exported.artifact.file
@@ -49,7 +53,7 @@ def quantised(
 
 @needs_modelopt
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_names_edit_and_precision_survive(exported: Exported, tmp_path: Path, kind: Kind) -> None:
+def test_names_edit_and_precision_survive(exported: Exported, tmp_path: Path, kind: EightBitType) -> None:
     """Every weight has its name, the edited ones their signs; layers are 8-bit but for the last, which modelopt leaves."""
     graph = quantised(exported, tmp_path / "out", kind)
     path = tmp_path / "out" / graph.file

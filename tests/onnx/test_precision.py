@@ -14,12 +14,12 @@ import pytest
 from tests.onnx.conftest import Exported
 from uwm_deploy.data.embedding import PreparedSet
 from uwm_deploy.errors import ContractError, DataError, InputError, PrerequisiteError
-from uwm_deploy.graphs.achieved import achieved_precision, low_share
+from uwm_deploy.graphs.achieved_precision import achieved_precision, low_share
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu, narrowed
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.layout import stored_tensors
 from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
+from uwm_deploy.graphs.tensor_layout import stored_tensors
 from uwm_deploy.graphs.write import ALIGNMENT, LARGE, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.files import digest_of_file

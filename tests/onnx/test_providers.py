@@ -12,7 +12,7 @@ import pytest
 
 from tests.onnx.conftest import Exported
 from uwm_deploy.errors import ContractError, PrerequisiteError
-from uwm_deploy.graphs.child import made_by_child
+from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.onnx_builder import provider_options
 from uwm_deploy.pipeline.refit_graphs import reason_against
 from uwm_deploy.recipes.compile_spec import BuilderSpec

@@ -17,7 +17,7 @@ from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.fingerprint import digest_of_array
-from uwm_deploy.graphs.stored import named_weights
+from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.pipeline.refit import refit
 from uwm_deploy.pipeline.refitting import RefitRequest
 from uwm_deploy.pipeline.request import Request

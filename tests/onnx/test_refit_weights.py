@@ -23,8 +23,7 @@ from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
 from uwm_deploy.graphs.engine_builder import mark_refittable
 from uwm_deploy.graphs.engine_refitter import refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.layout import mapped_weights, stored_tensors
-from uwm_deploy.graphs.stored import (
+from uwm_deploy.graphs.stored_weights import (
     Replacement,
     in_type,
     named_weights,
@@ -32,6 +31,7 @@ from uwm_deploy.graphs.stored import (
     refuse_other_scales,
     replace_tensors,
 )
+from uwm_deploy.graphs.tensor_layout import mapped_weights, stored_tensors
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.pipeline.refit_graphs import (
     Swap,

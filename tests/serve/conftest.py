@@ -15,7 +15,7 @@ from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.proof import promised_by
-from uwm_deploy.graphs.stored import Replacement
+from uwm_deploy.graphs.stored_weights import Replacement
 from uwm_deploy.pipeline.refit_graphs import Swap, held_tensors, refit_engine, reverted, without_edit
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.records.codec import json_from_record, record_from_json

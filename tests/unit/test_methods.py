@@ -22,7 +22,7 @@ from uwm_deploy.data.source import PairBatch
 from uwm_deploy.edits.gradient import LOSSES, Embedded
 from uwm_deploy.edits.methods import PRESETS, gradient_batch, needs_gradients, selects, with_method
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import Tally, scoring_order
+from uwm_deploy.edits.pairs import PairCounts, scoring_order
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.selection import entries_of_share, selected_indices
 from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, RecipeError
@@ -500,8 +500,8 @@ def test_items_are_joined_by_id() -> None:
     """An item that lacks one side is left out and named, on whichever side; the others keep their own partner."""
     ids = [str(i) for i in range(23)]
     images = _Fake(ids, ["3", "4", "22"], (2,), 5)
-    texts, tally = score_gradients._Rows(_Fake(ids, ["0", "9"], (3,), 4)), Tally(TowerName.TEXT)
-    parts = list(score_gradients._parts(images, texts, tally))
+    texts, counts = score_gradients._Rows(_Fake(ids, ["0", "9"], (3,), 4)), PairCounts(TowerName.TEXT)
+    parts = list(score_gradients._parts(images, texts, counts))
     assert [item for part in parts for item in part.ids] == [i for i in ids if i not in ("0", "3", "4", "9", "22")]
     assert max(len(part.ids) for part in parts) == score_gradients.PART
     for part in parts:
@@ -509,7 +509,7 @@ def test_items_are_joined_by_id() -> None:
             wanted = np.array([int(item) for item in part.ids], dtype=np.float32) + offset
             assert (part.members[TowerName.IMAGE][side] == wanted[:, None]).all()
             assert (part.members[TowerName.TEXT][side] == wanted[:, None]).all()
-    assert [item.id for item in tally.left_out()] == ["0", "9"]
+    assert [item.id for item in counts.left_out()] == ["0", "9"]
     assert sorted(texts.rest(), key=int) == ["3", "4", "22"]
 
 

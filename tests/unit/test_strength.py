@@ -9,7 +9,7 @@ import pytest
 
 from uwm_deploy.edits.axis import maps_of, require_valid
 from uwm_deploy.edits.candidates import PRESETS, candidates_of
-from uwm_deploy.edits.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures, concept_folds, random_folds
+from uwm_deploy.edits.features import KeptFeatures, TowerFeatures, ZeroShotFeatures, concept_folds, random_folds
 from uwm_deploy.edits.moments import moments_of
 from uwm_deploy.edits.strength import choose_strength, chosen_setting
 from uwm_deploy.errors import DataError, InputError

@@ -29,7 +29,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.embedding_map import put_maps
-from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
+from uwm_deploy.towers.formats import LAYOUTS, LibraryLayout, write_layout
 from uwm_deploy.towers.llava import swap_vision_tower
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import MAPS, LoadedModel
@@ -93,7 +93,7 @@ def wanted(works: dict[Placement, Path], inputs: dict[TowerName, Tensor]) -> dic
     return {None: rows_of(original, inputs)} | {place: rows_of(model, inputs) for place, model in edited.items()}
 
 
-def written(work: Path, layout: Layout, out: Path) -> Path:
+def written(work: Path, layout: LibraryLayout, out: Path) -> Path:
     found = CliRunner().invoke(cli, ["save", str(work), "--as", layout, "--out", str(out)])
     assert found.exit_code == 0, found.output
     return out
@@ -150,7 +150,7 @@ def apart(left: Rows, right: Rows) -> float:
     ],
 )
 def test_an_edit_in_the_weights_goes_into_every_layout_that_reads_embeddings(
-    layout: Layout, embed: Any, works, inputs, wanted, tmp_path: Path
+    layout: LibraryLayout, embed: Any, works, inputs, wanted, tmp_path: Path
 ) -> None:
     """Each library embeds as the edited towers do, and by far not as the original ones."""
     found = embed(written(works[Placement.WEIGHTS], layout, tmp_path / "out"), inputs)
@@ -195,7 +195,7 @@ def test_what_loads_the_folder_alone_gives_the_unmapped_model_and_the_card_says_
 
 
 @pytest.mark.parametrize("layout", ["transformers", "open-clip"])
-def test_layouts_without_a_place_for_a_map_refuse_it(layout: Layout, works, tmp_path: Path) -> None:
+def test_layouts_without_a_place_for_a_map_refuse_it(layout: LibraryLayout, works, tmp_path: Path) -> None:
     """The error names what holds it, and nothing is written."""
     arguments = ["save", str(works[Placement.EMBEDDING]), "--as", layout, "--out", str(tmp_path / "out")]
     found = CliRunner().invoke(cli, arguments)

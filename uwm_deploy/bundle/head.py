@@ -75,7 +75,12 @@ def read_head(folder: Path) -> HeadFiles:
 
 
 def digest_of_pair(safe: np.ndarray, unsafe: np.ndarray) -> str:
-    """What a pair of images is known by: 64 bits over their preprocessed pixels (3, H, W) float32."""
+    """Digest by which a pair of images is identified: 64 bits over its preprocessed pixels.
+
+    Args:
+        safe: (3, H, W) float32.
+        unsafe: (3, H, W) float32.
+    """
     return hashlib.sha256(np.ascontiguousarray(np.stack([safe, unsafe])).tobytes()).hexdigest()[:16]
 
 

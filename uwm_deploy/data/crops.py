@@ -45,7 +45,14 @@ class PixelRows:
         return len(self.crops)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Some images, (b, 3, H, W) float32."""
+        """Some images, normalised.
+
+        Args:
+            rows: A slice, or (b,) int64 row numbers.
+
+        Returns:
+            (b, 3, H, W) float32.
+        """
         return pixels_from_crops(self.crops[rows], self.spec)
 
 

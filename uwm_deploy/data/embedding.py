@@ -27,8 +27,10 @@ from uwm_deploy.safeground.risk import RiskRows, RiskSet, joined_rows
 T = TypeVar("T")
 
 Encode = Callable[[np.ndarray], np.ndarray]
+"""From a batch of inputs, (b, 3, H, W) float32 or (b, L) int64, to embeddings (b, d) float32 of any length."""
+
 EncodeAll = Callable[[np.ndarray], dict[str, np.ndarray]]
-"""From a batch of inputs to the outputs of a graph by name."""
+"""From a batch of inputs to the outputs of a graph by name, (b, ...) float32."""
 
 Inputs = np.ndarray | PixelRows
 """Rows of one input; pixels are normalised as slices of them are taken."""
@@ -36,7 +38,13 @@ Inputs = np.ndarray | PixelRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedZeroShot:
-    """Inputs of one zero-shot set: pixels (n, 3, H, W), labels (n,), class prompts as ids (c, L)."""
+    """Inputs of one zero-shot set.
+
+    Attributes:
+        pixels: (n, 3, H, W) float32; for a server (n,) object, encoded images.
+        labels: (n,) int64, rows of `prompts`.
+        prompts: (c, L) int64, ids of one prompt per class; for a server (c,) object, UTF-8 bytes.
+    """
 
     pixels: Inputs
     labels: np.ndarray
@@ -48,8 +56,14 @@ class PreparedSet:
     """Preprocessed evaluation set.
 
     Attributes:
+        ids: n item ids.
+        concepts: n concepts.
         safe_pixels: (n, 3, H, W) float32, made slice by slice from crops that lie in a temporary file when they are many.
-        safe_ids: (n, L) int64.
+            For a server (n,) object, encoded images.
+        unsafe_pixels: (n, 3, H, W) float32, likewise.
+        safe_ids: (n, L) int64; for a server (n,) object, UTF-8 bytes.
+        unsafe_ids: (n, L) int64, likewise.
+        zero_shot: Inputs by name of the zero-shot set.
         zero_shot_missing: Sets that were asked for and are not here, with the reason.
     """
 
@@ -170,8 +184,8 @@ def embed(
 
     Args:
         prepared: Inputs.
-        encode_image: (b, 3, H, W) to (b, d).
-        encode_text: (b, L) ids to (b, d).
+        encode_image: Images of the prepared set, such as (b, 3, H, W) float32, to embeddings (b, d) float32.
+        encode_text: Texts of the prepared set, such as (b, L) int64, to embeddings (b, d) float32.
         label: For the progress bar.
         batch: Rows per call.
         progress: Called as it goes on.
@@ -215,11 +229,12 @@ def embed(
 
 
 def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: int, progress: Progress) -> RiskSet:
-    """What a safety head says of every image of a prepared set.
+    """Outputs of a safety head on every image of a prepared set.
 
     Args:
         prepared: Inputs.
-        encode_all: (b, 3, H, W) to the outputs of an image graph by name.
+        encode_all: Images of the prepared set, such as (b, 3, H, W) float32, to the outputs of an image graph by name,
+            (b, ...) float32.
         label: For the progress bar.
         batch: Rows per call.
         progress: Called as it goes on.

@@ -56,12 +56,12 @@ class EncodedRows:
         return len(self.numbers)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Some images, (b,) objects."""
+        """Some images, (b,) object, each bytes."""
         return objects([self.store.get(number) for number in self.numbers[rows]])
 
 
 def objects(items: Sequence[bytes]) -> np.ndarray:
-    """An array (n,) of them; numpy's own arrays of bytes drop zeros at the end."""
+    """Bytes as an array, (n,) object; numpy's own arrays of bytes drop zeros at the end."""
     found = np.empty(len(items), dtype=object)
     found[:] = items
     return found

@@ -1,4 +1,4 @@
-"""For every unsafe caption the nearest safe one, and how near that is: targets and curriculum of SafeR-CLIP."""
+"""The safe caption nearest to every unsafe caption, and its cosine: targets and curriculum of SafeR-CLIP."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def nearest_safe(unsafe: np.ndarray, safe: np.ndarray) -> tuple[np.ndarray, np.n
     """The safe caption that is most like each unsafe one, by the frozen text tower; of equals the first.
 
     Args:
-        unsafe: (n, d) unit embeddings of unsafe captions.
-        safe: (m, d) unit embeddings of safe captions.
+        unsafe: (n, d) float32, embeddings of unsafe captions, rows of length 1.
+        safe: (m, d) float32, embeddings of safe captions, rows of length 1.
 
     Returns:
-        (n,) row of `safe`, and (n,) cosine with it.
+        (n,) int64, rows of `safe`, and (n,) float32, cosines with these rows.
     """
     rows, cosines = [], []
     for start in range(0, len(unsafe), _CHUNK):
@@ -31,7 +31,14 @@ def nearest_safe(unsafe: np.ndarray, safe: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def stages_of(cosine: np.ndarray) -> np.ndarray:
-    """Stage 0, 1 or 2 of each pair, (n,): thirds by cosine, the nearest pairs first; of equals the first is easier."""
+    """Stage of each pair: thirds by cosine, the nearest pairs first; of equals the first is easier.
+
+    Args:
+        cosine: (n,), any floating dtype.
+
+    Returns:
+        (n,) int64, 0, 1 or 2.
+    """
     order = np.argsort(-cosine, kind="stable")
     stages = np.empty(len(cosine), dtype=np.int64)
     stages[order] = np.arange(len(cosine)) * STAGES // max(1, len(cosine))

@@ -39,7 +39,7 @@ class PairBatch:
     Attributes:
         ids: b item ids.
         safe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids.
-        unsafe: The unsafe counterpart of each row, same shape.
+        unsafe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids: the unsafe counterpart of each row.
     """
 
     ids: tuple[str, ...]

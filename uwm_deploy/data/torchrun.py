@@ -113,8 +113,8 @@ def add_in_order(ranks: Ranks, total: Tensor, others: int) -> None:
 
     Args:
         ranks: The group.
-        total: Of the same shape in every process; changes in the first.
-        others: How many processes besides the first have something to add.
+        total: Any dtype, any shape (the same in every process); changes in the first process.
+        others: Number of processes besides the first that have something to add.
     """
     wire = _wire(total)
     if ranks.first:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uwm_deploy.edits.methods import PRESETS
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries
-from uwm_deploy.edits.selected import check_scores, concepts_of, parameter_of, selected_entries
+from uwm_deploy.edits.score_files import check_scores, concepts_of, parameter_of, selected_entries
 from uwm_deploy.errors import ContractError
 from uwm_deploy.recipes.edit_spec import EditSpec, EditSpecs
 from uwm_deploy.records.edit import (

@@ -1,7 +1,7 @@
 """The safety axis: a closed-form edit of the last linear map of both towers (docs/safety-axis.md section 3).
 
-All float64, from sums (`Moments`). The parts are functions of their own: the choice of the strength puts many settings
-together from few parts.
+Everything is float64 and computed from sums (`Moments`). Each part of the formula is a function of its own, because the
+choice of the strength combines few parts into many settings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REDIRECT_RIDGE = 1e-2
 """lambda of the redirect, relative to the mean square of a feature."""
 
 SCORE_AXIS = {TowerName.IMAGE: 0, TowerName.TEXT: 1}
-"""Column of the spare axes that a tower scores on; the other tower holds its constant there."""
+"""Column of the spare axes that holds a tower's score; the other tower has its constant in the same column."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,14 @@ class AffineMap:
     bias: np.ndarray
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
-        """(n, d) of rows (n, m), float64, not normalised."""
+        """Maps rows.
+
+        Args:
+            rows: (n, m), any floating dtype.
+
+        Returns:
+            (n, d) float64, not normalised.
+        """
         result: np.ndarray = rows.astype(np.float64) @ self.weight.T + self.bias
         return result
 
@@ -49,14 +56,15 @@ class AxisMaps:
 
     Attributes:
         maps: Pooled feature to embedding before normalisation, per tower.
-        spare: (d, s) orthonormal columns: u1, u2, then the repelling axes of the image tower, then of the text tower.
+        spare: (d, s) float64, orthonormal columns: u1, u2, then the repelling axes of the image tower, then of the text
+            tower.
     """
 
     maps: Mapping[TowerName, AffineMap]
     spare: np.ndarray
 
     def constant_axis(self, tower: TowerName) -> np.ndarray:
-        """(d,), the axis that the other tower scores on; the fold carries the constant along it (section 4)."""
+        """Axis that the other tower scores on, (d,) float64, length 1; the constant is folded along it (section 4)."""
         return self.spare[:, 1 - SCORE_AXIS[tower]]
 
 
@@ -94,7 +102,7 @@ def require_valid(setting: AxisSetting, embed_dim: int | None = None) -> None:
 
 
 LARGEST = 100.0
-"""Of any number of a setting; useful ones are below 2, and far above this float32 overflows."""
+"""Largest absolute value of a number in a setting; useful ones are below 2, and far above this float32 overflows."""
 
 _NUMBERS = ("g", "o", "kappa", "a", "tau", "rho", "axes", "repel_image", "repel_text")
 
@@ -121,7 +129,15 @@ def repel_columns(setting: AxisSetting, tower: TowerName) -> slice:
 
 
 def score_direction(moments: Moments, a: float, rho: float) -> np.ndarray:
-    """Vector w (m,) of the score ``r(x) = w'(x - mu_s)``: 0 on the mean safe input, -1 on the mean unsafe one (formula 1).
+    """Vector w of the score ``r(x) = w'(x - mu_s)``: 0 on the mean safe input, -1 on the mean unsafe one (formula 1).
+
+    Args:
+        moments: Of the pooled features.
+        a: Weight of Cov(x_s) against Cov(x_s - x_u), from 0 to 1.
+        rho: Ridge, relative to the mean variance of a feature.
+
+    Returns:
+        (m,) float64.
 
     Raises:
         DataError: If there are fewer than two pairs, or safe and unsafe inputs have the same mean.
@@ -138,10 +154,17 @@ def score_direction(moments: Moments, a: float, rho: float) -> np.ndarray:
 
 
 def ridged(covariance: np.ndarray, rho: float) -> np.ndarray:
-    """S + rho tr(S)/m I, (m, m).
+    """A covariance with its ridge, ``S + rho tr(S)/m I``.
+
+    Args:
+        covariance: (m, m) float64, symmetric.
+        rho: Ridge, relative to the mean variance of a feature.
+
+    Returns:
+        (m, m) float64.
 
     Raises:
-        DataError: If nothing varies.
+        DataError: If no feature varies.
     """
     ridge = rho * float(np.trace(covariance)) / len(covariance)
     if not ridge > 0:
@@ -151,7 +174,16 @@ def ridged(covariance: np.ndarray, rho: float) -> np.ndarray:
 
 
 def spare_axes(moments: Mapping[TowerName, Moments], weights: Mapping[TowerName, np.ndarray], count: int) -> np.ndarray:
-    """(d, count): eigenvectors of least eigenvalue of ``M = sum of mean(e e') / n`` over all four kinds (formula 2)."""
+    """Eigenvectors of least eigenvalue of ``M = sum of mean(e e') / n`` over safe and unsafe images and texts (formula 2).
+
+    Args:
+        moments: Of the pooled features, per tower.
+        weights: (d, m) float64 per tower, the last linear map.
+        count: Number of axes.
+
+    Returns:
+        (d, count) float64, orthonormal columns.
+    """
     parts = [moments[tower].mean_outer_products(weights[tower]) / _length(moments[tower]) for tower in TowerName]
     return least_eigenvectors(np.sum(parts, axis=0), count)
 
@@ -159,11 +191,11 @@ def spare_axes(moments: Mapping[TowerName, Moments], weights: Mapping[TowerName,
 def redirect(moments: Moments, weight: np.ndarray) -> AffineMap:
     """D of ``B_v = W + tau D``: moves unsafe inputs onto their safe counterparts and safe ones nowhere (formula 4).
 
-    The sums are means over all 2n inputs; the constant has no ridge. The solution is linear in tau, so this is tau = 1.
+    Means are over all 2n inputs, and the constant has no ridge. The solution is linear in tau; this is the one of tau = 1.
 
     Args:
         moments: Of the image tower.
-        weight: (d, m), W.
+        weight: (d, m) float64, W.
     """
     moments.require_pairs()
     covariance, centre = moments.covariance_both, moments.mean_both
@@ -175,9 +207,17 @@ def redirect(moments: Moments, weight: np.ndarray) -> AffineMap:
 
 
 def repelling_rows(moments: Moments, count: int, rho: float) -> np.ndarray:
-    """R (count, m): top solutions of ``N r = l S r`` with ``R S R' = I`` (formula 5).
+    """Rows R, the top solutions of ``N r = l S r`` with ``R S R' = I`` (formula 5).
 
     N is the mean of (x_u - x_s)(x_u - x_s)', S = Cov(x_s) with its ridge.
+
+    Args:
+        moments: Of the pooled features.
+        count: Number of repelling axes.
+        rho: Ridge, relative to the mean variance of a feature.
+
+    Returns:
+        (count, m) float64.
 
     Raises:
         InputError: If there are fewer features than axes.
@@ -201,7 +241,7 @@ def maps_of(
 
     Args:
         moments: Of the pooled features, per tower.
-        weights: (d, m) per tower, the last linear map.
+        weights: (d, m), any floating dtype, per tower: the last linear map.
         setting: Strength.
 
     Raises:
@@ -234,7 +274,7 @@ def _tower_map(
 
 
 def _content(tower: TowerName, moments: Moments, weight: np.ndarray, tau: float) -> AffineMap:
-    """B_v: the redirect is for images only; texts would tie (section 7)."""
+    """Linear map of a tower's content: B_v for images, W for texts. A redirect of texts would make them tie (section 7)."""
     if tower is TowerName.TEXT or not tau:
         return AffineMap(weight, np.zeros(len(weight)))
     step = redirect(moments, weight)

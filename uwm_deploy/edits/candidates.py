@@ -33,7 +33,7 @@ PRESETS = {
     "G3": _setting(0.5, 0.5, 0.2, 1.0, 0.5),
     "G4": _setting(0.5, 1.0, 0.6, 0.5, 0.5),
 }
-"""By name in docs/safety-axis.md section 5."""
+"""Settings by their names in docs/safety-axis.md section 5."""
 
 TABLE = (
     _setting(0.5, 1.0, 0.1, 1.0, 0.0, 3e-2, (3, 0.2, 0.2)),
@@ -49,13 +49,14 @@ WEAK = (
     *(_setting(g, 0.0, 0.0, 1.0, 0.5) for g in (0.1, 0.2, 0.3, 0.4, 0.5)),
     *(_setting(g, 1.0, kappa, 1.0, 0.0) for g in (0.2, 0.4) for kappa in (0.02, 0.05, 0.1, 0.2)),
 )
-"""Little is changed, for tight limits and for models whose similarities lie closer together than the demo's."""
+"""Settings that change little, for tight limits and for models whose similarities lie closer together than the demo's."""
 
 _COUNT = 256
+"""Candidates in all."""
 
 
 def candidates_of(seed: int) -> tuple[AxisSetting, ...]:
-    """Presets, the table's rows, weak settings, and random ones from the ranges that the table shows to be good."""
+    """Candidates: presets, the table, weak settings, and random settings from the ranges in which the table's ones lie."""
     known = (*PRESETS.values(), *TABLE, *WEAK)
     random = np.random.default_rng(seed)
     return (*known, *(_drawn(random) for _ in range(_COUNT - len(known))))
@@ -64,7 +65,7 @@ def candidates_of(seed: int) -> tuple[AxisSetting, ...]:
 def _drawn(random: np.random.Generator) -> AxisSetting:
     """One random setting.
 
-    tau, a and rho come from few values: settings that share one share what costs most, a matrix or a solution.
+    tau, a and rho come from few values: settings with the same value share the costly part, a matrix or a solution.
     """
     axes = _pick(random, (0, 1, 2, 3, 4, 5))
     repel = (_pick(random, (0.0, 0.05, 0.075, 0.1)), _pick(random, (0.05, 0.075, 0.1, 0.15))) if axes else (0.0, 0.0)
@@ -80,7 +81,7 @@ def _drawn(random: np.random.Generator) -> AxisSetting:
 
 
 def _kappa(random: np.random.Generator) -> float:
-    """Zero one time in ten, else even on a scale of ratios from 0.05 to 0.6, to two digits."""
+    """Zero with probability 0.1, else log-uniform from 0.05 to 0.6, rounded to two digits."""
     value = math.exp(random.uniform(math.log(0.05), math.log(0.6)))
     return 0.0 if random.random() < 0.1 else float(f"{value:.2g}")
 

@@ -1,6 +1,6 @@
 """A closed-form step, from the sums of a fit to tensors of the model (docs/safety-axis.md).
 
-The solution is float64 on the CPU. What is put into the model is checked against it on real inputs by the caller.
+The step is solved in float64 on the CPU. The caller checks the edited model against the solution on real inputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Solved:
     """A solved step.
 
     Attributes:
-        tensors: Parameter to its new values, float32; names as in `LoadedModel.named_parameters`.
+        tensors: Parameter to its new values, float32 on the CPU, any shape (the parameter's own); names as in
+            `LoadedModel.named_parameters`.
         towers: Parameter to the tower whose graph holds it.
         step: Its record.
     """
@@ -42,11 +43,16 @@ class Solved:
 
 
 Solve = Callable[[LoadedModel], Solved]
-"""From the model as the step before left it to the step's solution."""
+"""Solves a step for the model as the step before left it."""
 
 
 def last_tensors(model: LoadedModel) -> dict[str, Tensor]:
-    """Parameters that a closed-form step with placement `weights` replaces, by name."""
+    """Parameters that a closed-form step with placement `weights` replaces.
+
+    Returns:
+        Values by parameter, in the model's dtype and on its device: the last map (d, m), or (m, d) where it is transposed,
+        and its bias (d,), or the bias (m,) of the LayerNorm before it.
+    """
     parameters = model.named_parameters()
     maps = [found for tower in TowerName if (found := model.tower(tower).last_map) is not None]
     return {name: parameters[name].detach() for last in maps for name in _names(last)}
@@ -57,11 +63,11 @@ def _names(last: LastMap) -> tuple[str, str]:
 
 
 def placement_of(model: LoadedModel, spec: ClosedForm) -> tuple[Placement, str]:
-    """Where a step goes, and why where that was left open.
+    """Placement of a step, and the reason for it where the recipe leaves it open.
 
     Raises:
-        InputError: If the family's embeddings are not what is used of it, its towers have no place for the step, or there
-            are maps already.
+        InputError: If the family is used by its hidden states and not by its embeddings, its towers have no place for the
+            step, or the model has embedding maps already.
     """
     refuse_hidden_states(model, spec.method)
     if model.maps:
@@ -80,7 +86,7 @@ def placement_of(model: LoadedModel, spec: ClosedForm) -> tuple[Placement, str]:
 
 
 def refuse_hidden_states(model: LoadedModel, method: Method) -> None:
-    """Refuses towers whose hidden states are what is used, which a closed-form step does not change.
+    """Refuses models that are used by their hidden states, which a closed-form step does not change.
 
     Raises:
         InputError: If a tower has outputs beside its embedding.
@@ -107,17 +113,20 @@ def _reason_against_weights(model: LoadedModel, tower: TowerName) -> str:
 
 
 def _weight(parameter: Tensor, last: LastMap) -> Tensor:
-    """(d, m), however it lies."""
+    """The last map as (d, m), whichever way it is stored."""
     weight: Tensor = parameter.detach()
     return weight.T if last.transposed else weight
 
 
 def fitted_weights(model: LoadedModel, placement: Placement) -> dict[TowerName, np.ndarray]:
-    """What turns fitted features into embeddings, (d, m) float64 per tower: the last map, or nothing.
+    """Linear map from fitted features to embeddings: the last map, or the identity for placement `embedding`.
 
     Args:
         model: As the step before left it.
         placement: Of the step.
+
+    Returns:
+        (d, m) float64 per tower; the last of the m columns is the bias where the last map has one.
     """
     if placement is Placement.EMBEDDING:
         return {tower: np.eye(model.ref.embed_dim) for tower in TowerName}
@@ -139,9 +148,13 @@ def _last(tower: Tower) -> LastMap:
 def features_in_place(
     model: LoadedModel, tower: TowerName, placement: Placement
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """For as long as the block lasts, a function from inputs (B, ...) to the features (B, m) that a step is fitted on.
+    """Gives, for as long as the block lasts, a function from inputs to the features that a step is fitted on.
 
-    With placement `weights` the last map is the identity meanwhile, so `embed` gives its inputs, whatever the family.
+    With placement `weights` the last map is the identity inside the block, so `embed` gives that map's inputs, whatever the
+    family.
+
+    Yields:
+        Inputs of the tower (B, 3, H, W) float32 or (B, L) int64 to features (B, m) float32, on the tower's device.
     """
     embed = model.tower(tower).embed
     if placement is Placement.EMBEDDING:
@@ -183,13 +196,14 @@ def tensors_of(
         method: Of closed form.
         setting: Of the safety axis.
         moments: Of the fit, per tower.
-        placement: Where it goes.
+        placement: Of the step.
 
     Returns:
-        New values by parameter, float32 on the CPU, and the tower of each.
+        New values by parameter, float32 on the CPU, any shape (the parameter's own; (d, d) and (d,) for a map behind an
+        embedding); and the tower of each.
 
     Raises:
-        InputError: If the weights cannot hold it, or the setting does not fit.
+        InputError: If the weights cannot hold the step, or the setting does not fit the model.
     """
     weights = fitted_weights(model, placement)
     maps: Mapping[TowerName, AffineMap]

@@ -1,22 +1,25 @@
-"""Eigenvectors that do not depend on rounding: signs are fixed, and so is the basis of a null space."""
+"""Eigenvectors that do not depend on rounding: their signs and the basis of a null space are fixed."""
 
 from __future__ import annotations
 
 import numpy as np
 
 NULL_SHARE = 1e-10
-"""Eigenvalues below this share of the largest are zero but for rounding."""
+"""Eigenvalues below this share of the largest count as zero: only rounding made them otherwise."""
 
 _EQUAL = 1e-6
-"""Relative; entries this close count as equal, and the first of them is taken."""
+"""Relative difference below which entries count as equal; the first of them is taken."""
 
 
 def least_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
-    """Columns (d, count) of the eigenvectors of least eigenvalue, ascending.
+    """Eigenvectors of least eigenvalue, ascending.
 
     Args:
-        matrix: (d, d), symmetric, no negative eigenvalues but for rounding.
-        count: At most d.
+        matrix: (d, d) float64, symmetric and positive semidefinite up to rounding.
+        count: Number of eigenvectors, at most d.
+
+    Returns:
+        (d, count) float64, columns of length 1.
     """
     values, vectors = np.linalg.eigh(matrix)
     null = _null_count(values)
@@ -25,7 +28,15 @@ def least_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
 
 
 def top_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
-    """Columns (d, count) of the eigenvectors of largest eigenvalue, descending; see `least_eigenvectors`."""
+    """Eigenvectors of largest eigenvalue, descending.
+
+    Args:
+        matrix: (d, d) float64, symmetric and positive semidefinite up to rounding.
+        count: Number of eigenvectors, at most d.
+
+    Returns:
+        (d, count) float64, columns of length 1.
+    """
     values, vectors = np.linalg.eigh(matrix)
     null = _null_count(values)
     fixed = np.concatenate([vectors[:, null:][:, ::-1], _null_basis(vectors[:, :null], null)], axis=1)
@@ -33,7 +44,14 @@ def top_eigenvectors(matrix: np.ndarray, count: int) -> np.ndarray:
 
 
 def signed(columns: np.ndarray) -> np.ndarray:
-    """The same columns (d, k), each with its largest absolute entry positive."""
+    """Columns with a fixed sign: the entry of largest absolute value is positive in each.
+
+    Args:
+        columns: (d, k) float64.
+
+    Returns:
+        (d, k) float64.
+    """
     size = np.abs(columns)
     first = (size >= (1 - _EQUAL) * size.max(axis=0, keepdims=True)).argmax(axis=0)
     result: np.ndarray = columns * np.where(columns[first, np.arange(columns.shape[1])] < 0, -1.0, 1.0)
@@ -47,8 +65,8 @@ def _null_count(ascending: np.ndarray) -> int:
 def _null_basis(basis: np.ndarray, count: int) -> np.ndarray:
     """Orthonormal columns (d, count) inside the span of `basis`, the same for every basis of that span.
 
-    Pivoted Cholesky of the projector onto the span: each column is the part, in what is left of the span, of the unit vector
-    nearest to it.
+    Pivoted Cholesky of the projector onto the span: each column is the projection, onto the rest of the span, of the unit
+    vector nearest to that rest.
     """
     chosen = np.zeros((len(basis), 0))
     left = basis.copy()

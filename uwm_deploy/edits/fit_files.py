@@ -39,7 +39,12 @@ def read_sums(folder: Path, fit: FitRecord) -> dict[TowerName, Moments]:
 
 
 def read_features(folder: Path, fit: FitRecord) -> dict[str, np.ndarray]:
-    """Kept features by name, see `fit_to_folder`.
+    """Features that a fit kept, see `fit_to_folder`.
+
+    Returns:
+        Arrays by name: ``<tower>.safe``, ``<tower>.unsafe`` and ``zero_shot.<set>.images`` and ``.classes``, (n, m) float32;
+        the same with ``original_`` before the last part, (n, d) float32, rows of length 1; ``zero_shot.<set>.labels``, (n,)
+        int64; ``names``, (bytes,) uint8, JSON of ids and concepts.
 
     Raises:
         IntegrityError: If the file is not the one that its record describes.

@@ -1,4 +1,4 @@
-"""Placement `weights`: a map becomes the projection and a bias that are there already (docs/safety-axis.md section 4)."""
+"""Placement `weights`: a map is folded into the model's own projection and bias (docs/safety-axis.md section 4)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from uwm_deploy.edits.axis import AffineMap
 from uwm_deploy.errors import InputError
 
 GAMMA_SHARE_MIN = 1e-6
-"""Least entry of gamma that can carry the constant, relative to the largest."""
+"""Smallest absolute entry of gamma that can carry the constant, relative to the largest."""
 
 RESIDUAL_MAX = 1e-6
-"""Of the constant, relative to its length: what may be missing after the fold."""
+"""Largest part of the constant that may be missing after the fold, relative to the constant's length."""
 
 _ELSEWHERE = "use the placement embedding"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldedNorm:
-    """What replaces a bias-free projection and the bias of the LayerNorm before it.
+    """Replacement of a bias-free projection and of the bias of the LayerNorm before it.
 
     Attributes:
         weight: (d, m) float64, W''.
         norm_bias: (m,) float64, beta''.
-        residual: Of the constant, relative to its length; at most `RESIDUAL_MAX`.
+        residual: Part of the constant that is missing, relative to its length; at most `RESIDUAL_MAX`.
     """
 
     weight: np.ndarray
@@ -35,7 +35,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldedBias:
-    """What replaces a projection that has a bias.
+    """Replacement of a projection that has a bias.
 
     Attributes:
         weight: (d, m) float64.
@@ -47,16 +47,16 @@ class FoldedBias:
 
 
 def folded_into_norm(wanted: AffineMap, gamma: np.ndarray, beta: np.ndarray, carrier: np.ndarray) -> FoldedNorm:
-    """Folds a map into a bias-free projection and the LayerNorm directly before it; exact on every output of that.
+    """Folds a map into a bias-free projection and the LayerNorm directly before it; exact on every output of the LayerNorm.
 
     A LayerNorm's output is ``gamma * xhat + beta`` with ``sum(xhat) = 0``, so ``p = (1/gamma) / ||1/gamma||`` has the same
-    product with all of them, and ``W'' = A + q p'`` can carry a constant along q.
+    product with all outputs, and ``W'' = A + q p'`` can carry a constant along q.
 
     Args:
-        wanted: The map (A, c) of that output.
-        gamma: (m,), the LayerNorm's weight.
-        beta: (m,), its bias.
-        carrier: (d,), q: the axis that the other tower scores on, `AxisMaps.constant_axis`.
+        wanted: The map (A, c) of the LayerNorm's output.
+        gamma: (m,), any floating dtype, the LayerNorm's weight.
+        beta: (m,), any floating dtype, the LayerNorm's bias.
+        carrier: (d,), any floating dtype, q: the axis that the other tower scores on, `AxisMaps.constant_axis`.
 
     Raises:
         InputError: If an entry of gamma is (nearly) zero, or no bias gives the constant.
@@ -75,17 +75,32 @@ def folded_into_norm(wanted: AffineMap, gamma: np.ndarray, beta: np.ndarray, car
 
 
 def with_one(rows: np.ndarray) -> np.ndarray:
-    """(n, m + 1): the inputs of a projection that has a bias, each with a constant 1, as the edit is fitted on."""
+    """Inputs of a projection that has a bias, each with a constant 1 behind it; the edit is fitted on these.
+
+    Args:
+        rows: (n, m), any floating dtype.
+
+    Returns:
+        (n, m + 1), dtype of the rows.
+    """
     return np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], axis=1)
 
 
 def with_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """(d, m + 1): a projection (d, m) and its bias (d,) as one weight of what `with_one` gives."""
+    """A projection and its bias as one weight of the rows that `with_one` gives.
+
+    Args:
+        weight: (d, m), any floating dtype.
+        bias: (d,), the same dtype.
+
+    Returns:
+        (d, m + 1), the same dtype.
+    """
     return np.concatenate([weight, bias[:, None]], axis=1)
 
 
 def folded_into_bias(wanted: AffineMap) -> FoldedBias:
-    """Folds a map into a projection that has a bias: the constant is simply added there; always exact.
+    """Folds a map into a projection that has a bias, to which the constant is added; always exact.
 
     Args:
         wanted: The map (A, c), fitted on `with_one` features and `with_bias` weights.

@@ -1,11 +1,11 @@
-"""One fit seen from items that it did not see, for many settings at little cost (docs/safety-axis.md sections 3 and 5).
+"""One fit applied to held-out items, for many settings at little cost (docs/safety-axis.md sections 3 and 5).
 
-The parts of an edit are few: a score per (a, rho), repelling axes per rho, one redirect, one set of spare axes. A setting
-only puts them together: with B = W + tau D and the spare axes U,
+An edit has few parts: a score per (a, rho), repelling axes per rho, one redirect, one set of spare axes. A setting only
+combines them: with B = W + tau D and the spare axes U,
 
     v'.t' = v.t + tau (D v).t - (U'B v).(U'W t) + own_v const_t + const_v own_t
 
-so a matrix of similarities is one that is computed once per fold and tau, plus a product of a few columns.
+so a matrix of similarities is a matrix that is computed once per fold and tau, plus a product of a few columns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from uwm_deploy.records.strength import AxisSetting
 
 _CHUNK_ROWS = 256
 _TIE = 1e-6
-"""Of the mean squared length: similarities this close are equal but for the rounding of float32."""
+"""Share of the mean squared length below which two similarities tie: rounding in float32 makes such differences."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,10 +40,10 @@ class FoldFit:
 
     Attributes:
         moments: Of those items, per tower.
-        weights: (d, m) per tower.
-        spare: (d, s) spare axes, as many as any setting takes.
+        weights: (d, m) float64 per tower, the last linear map.
+        spare: (d, s) float64, spare axes, as many as the setting with the most takes.
         step: The redirect of images at tau = 1.
-        axes: Repelling axes, as many as any setting takes.
+        axes: Number of repelling axes, as many as the setting with the most takes.
     """
 
     moments: Mapping[TowerName, Moments]
@@ -55,14 +55,14 @@ class FoldFit:
     _rows: dict[tuple[TowerName, float], np.ndarray] = field(default_factory=dict)
 
     def score(self, tower: TowerName, a: float, rho: float) -> np.ndarray:
-        """(m,), see `score_direction`."""
+        """Direction of a tower's score, (m,) float64; see `score_direction`."""
         key = (tower, a, rho)
         if key not in self._scores:
             self._scores[key] = score_direction(self.moments[tower], a, rho)
         return self._scores[key]
 
     def repelling(self, tower: TowerName, rho: float) -> np.ndarray:
-        """(axes, m), see `repelling_rows`; the first k of them are those of k axes."""
+        """Repelling rows, (axes, m) float64; see `repelling_rows`. A setting with k axes takes the first k of them."""
         key = (tower, rho)
         if key not in self._rows:
             self._rows[key] = repelling_rows(self.moments[tower], self.axes, rho)
@@ -72,7 +72,13 @@ class FoldFit:
 def fold_fit(
     moments: Mapping[TowerName, Moments], weights: Mapping[TowerName, np.ndarray], settings: Sequence[AxisSetting]
 ) -> FoldFit:
-    """Fits what all of some settings need."""
+    """Fits the parts that some settings need.
+
+    Args:
+        moments: Of the items outside the fold, per tower.
+        weights: (d, m) float64 per tower, the last linear map.
+        settings: All settings that will be applied.
+    """
     image = TowerName.IMAGE
     return FoldFit(
         moments=moments,
@@ -84,14 +90,14 @@ def fold_fit(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
-    """Rows of one tower under one setting.
+class EditedRows:
+    """Rows of one tower, edited with one setting, as coordinates.
 
     Attributes:
-        own: (n,) on the axis that the tower scores on.
-        constant: On the axis that the other tower scores on.
-        spare: (n, s) coordinates of the content that the edit takes away.
-        length: (n,) of the edited embeddings.
+        own: (n,) float64, coordinate on the axis that the tower scores on.
+        constant: Coordinate on the axis that the other tower scores on, the same for every row.
+        spare: (n, s) float64, coordinates of the content that the edit removes.
+        length: (n,) float64, lengths of the edited embeddings.
     """
 
     own: np.ndarray
@@ -100,27 +106,38 @@ class View:
     length: np.ndarray
 
     def columns(self, tower: TowerName) -> np.ndarray:
-        """(n, s + 2): the product of an image's and a text's columns is what the edit adds to their similarity."""
+        """Columns of the rows; the product of an image's and a text's columns is what the edit adds to their similarity.
+
+        Args:
+            tower: Tower of the rows.
+
+        Returns:
+            (n, s + 2) float64.
+        """
         constant = np.full(len(self.own), self.constant)
         if tower is TowerName.IMAGE:
             return np.column_stack([-self.spare, self.own, constant])
         return np.column_stack([self.spare, constant, self.own])
 
-    def at(self, rows: np.ndarray) -> View:
-        """Some of the rows."""
-        return View(self.own[rows], self.constant, self.spare[rows], self.length[rows])
+    def at(self, rows: np.ndarray) -> EditedRows:
+        """Some of the rows.
+
+        Args:
+            rows: (k,) int64, their numbers.
+        """
+        return EditedRows(self.own[rows], self.constant, self.spare[rows], self.length[rows])
 
 
 @dataclass(slots=True, eq=False)
-class SeenRows:
-    """Feature rows of one tower seen through a fit.
+class FittedRows:
+    """Feature rows of one tower, to which the settings of a fit are applied.
 
     Attributes:
-        fit: What is applied to them.
-        tower: Theirs.
+        fit: The fit.
+        tower: Tower of the rows.
         features: (n, m) float64.
-        content: (n, d), W x.
-        moved: (n, d), D x: what the redirect adds at tau = 1; None for texts.
+        content: (n, d) float64, W x.
+        moved: (n, d) float64, D x: what the redirect adds at tau = 1; None for texts.
     """
 
     fit: FoldFit
@@ -143,11 +160,11 @@ class SeenRows:
         )
 
     def content_at(self, tau: float) -> np.ndarray:
-        """(n, d), B x."""
+        """Content of the rows at a tau, B x, (n, d) float64."""
         return self.content if self.moved is None or not tau else self.content + tau * self.moved
 
-    def view(self, setting: AxisSetting) -> View:
-        """The rows under a setting; formula 3 in coordinates."""
+    def edited(self, setting: AxisSetting) -> EditedRows:
+        """The rows edited with a setting: formula 3 in coordinates."""
         moments, count = self.fit.moments[self.tower], spare_count(setting)
         spare = self._spare[0][:, :count]
         squares = self._squares[0]
@@ -160,7 +177,7 @@ class SeenRows:
         if axes := axes_of(setting, self.tower):
             gain = repel_of(setting, self.tower) * moments.mean_length
             square = square + gain**2 / axes * self._repel(setting.rho)[:, axes - 1]
-        return View(own, constant, spare, np.sqrt(np.maximum(square, np.finfo(np.float64).tiny)))
+        return EditedRows(own, constant, spare, np.sqrt(np.maximum(square, np.finfo(np.float64).tiny)))
 
     def _score(self, setting: AxisSetting) -> np.ndarray:
         key = (setting.a, setting.rho)
@@ -170,7 +187,7 @@ class SeenRows:
         return self._scores[key]
 
     def _repel(self, rho: float) -> np.ndarray:
-        """(n, axes): squares on the repelling axes, added up from the first one."""
+        """(n, axes): cumulative sums of the squared coordinates on the repelling axes."""
         if rho not in self._repelled:
             rows = self.fit.repelling(self.tower, rho)
             centred = self.features @ rows.T - rows @ self.fit.moments[self.tower].mean_safe
@@ -181,14 +198,17 @@ class SeenRows:
 def ranks(
     base: np.ndarray, queries: np.ndarray, gallery: np.ndarray, lengths: np.ndarray, right: np.ndarray
 ) -> np.ndarray:
-    """How many others lie before the right one, (q,); an equal one lies before it.
+    """Rank of the right gallery item for each query: the number of other items that are as similar or more.
 
     Args:
-        base: (q, n) float32 similarities of the contents.
-        queries: (q, k) columns of the queries.
-        gallery: (n, k) columns of what is looked through.
-        lengths: (n,) lengths of the latter's edited embeddings.
-        right: (q,) rows of it that are right.
+        base: (q, n) float32, similarities of the contents, not normalised.
+        queries: (q, k) float64, columns of the queries.
+        gallery: (n, k) float64, columns of the gallery's items.
+        lengths: (n,) float64, lengths of the gallery's edited embeddings.
+        right: (q,) int64, row of the gallery that is right for each query.
+
+    Returns:
+        (q,) int64; 0 is the first place.
     """
     found = np.empty(len(base), dtype=np.int64)
     # cos_j >= cos_right is product_j - cos_right * length_j >= 0: one column more, and no division of the whole matrix.

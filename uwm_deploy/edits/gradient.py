@@ -1,9 +1,9 @@
 """Importance by gradients, the two published baselines: the mean over batches of ``|dL/dW|`` (docs/methods.md).
 
 The absolute value is taken of a batch's gradient, so the result depends on the batch size. The loss needs all of a batch's
-embeddings at once, the weights' gradient does not: embeddings are computed without a graph, the loss is derived by the
-embeddings of the safe queries, and a second forward pass in small parts carries that to the weights. The gradient is the
-exact one of the whole batch; memory is that of one small part, whatever the batch size.
+embeddings at once, the gradient of the weights does not: embeddings are computed without a graph, the loss is differentiated
+with respect to the embeddings of the safe queries, and a second forward pass in small parts carries that gradient to the
+weights. The gradient is exactly that of the whole batch; memory is that of one small part, whatever the batch size.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LOGIT_SCALE = math.exp(4.6052)
 
 
 class Embedded(NamedTuple):
-    """What a loss reads: (B, d) each, of the safe queries and of what they are compared with.
+    """Embeddings that a loss reads: of the safe queries and of the members they are compared with.
 
     Attributes:
-        query: Safe member of the scored tower.
-        own_unsafe: Its unsafe counterpart, same tower.
-        other_safe: Safe member of the other tower.
-        other_unsafe: Unsafe member of the other tower.
+        query: (B, d) float32, safe member of the scored tower.
+        own_unsafe: (B, d) float32, its unsafe counterpart in the same tower.
+        other_safe: (B, d) float32, safe member of the other tower.
+        other_unsafe: (B, d) float32, unsafe member of the other tower.
     """
 
     query: Tensor
@@ -49,6 +49,9 @@ def gradient_unsafe(unit: Embedded) -> Tensor:
 
     Args:
         unit: Rows of length 1.
+
+    Returns:
+        () float32.
     """
     return (unit.query * (unit.other_safe - unit.other_unsafe)).sum(1).mean()
 
@@ -58,6 +61,9 @@ def gradient_safe_clip(unit: Embedded) -> Tensor:
 
     Args:
         unit: Rows of length 1.
+
+    Returns:
+        () float32.
     """
     logits = LOGIT_SCALE * unit.query @ unit.other_unsafe.T
     labels = torch.arange(len(logits), device=logits.device)
@@ -74,9 +80,9 @@ class GradientScorer:
     """Running importance of the edited layers of one tower.
 
     Attributes:
-        embed: (b, ...) inputs to (b, d) embeddings, of the scored tower.
-        weights: Layer name to its weight (out, in); gradients are accumulated in their `grad`.
-        loss: Of unit rows.
+        embed: Inputs of the scored tower (b, ...), float32 pixels or int64 ids, to embeddings (b, d) float32.
+        weights: Layer name to its weight (out, in) float32; gradients are accumulated in their `grad`.
+        loss: Embeddings with rows of length 1 to the loss, () float32.
         batch: Pairs per gradient.
         part: Pairs per forward pass with a graph.
         left_out: Called with the ids of pairs that are not finite.
@@ -101,8 +107,8 @@ class GradientScorer:
 
         Args:
             ids: b ids.
-            inputs: (b, ...) inputs of the safe queries.
-            embedded: (b, d) embeddings, not normalised, computed without a graph.
+            inputs: (b, ...) inputs of the safe queries, float32 pixels or int64 ids.
+            embedded: Embeddings, not normalised, computed without a graph.
         """
         finite = torch.stack([part.isfinite().all(1) & part.any(1) for part in embedded]).all(0)
         if not bool(finite.all()):
@@ -119,10 +125,10 @@ class GradientScorer:
             self._take(left)
 
     def take_sum(self, layer: str) -> Tensor:
-        """Sum (out, in) over the batches of a layer's absolute gradient, float32; ends it.
+        """Takes out the sum (out, in) float32, over the batches, of a layer's absolute gradient.
 
         Raises:
-            ContractError: If its weight never got a gradient.
+            ContractError: If the weight of the layer never got a gradient.
         """
         if layer not in self._sums and self.count:
             raise ContractError(
@@ -132,10 +138,10 @@ class GradientScorer:
         return self._sums.pop(layer) if self.count else torch.zeros_like(self.weights[layer])
 
     def score(self, layer: str) -> Tensor:
-        """Importance (out, in) of a layer, float32; ends it.
+        """Takes out the importance (out, in) float32 of a layer, the mean over the batches.
 
         Raises:
-            ContractError: If its weight never got a gradient.
+            ContractError: If the weight of the layer never got a gradient.
         """
         return self.take_sum(layer).div_(max(1, self.batches))
 
@@ -184,7 +190,12 @@ class GradientScorer:
 
 @contextlib.contextmanager
 def only_requiring_grad(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gradients for these weights and no others; what the parameters had before comes back afterwards."""
+    """Asks for gradients of some weights only, for as long as the block lasts; restores every parameter's `grad` after it.
+
+    Args:
+        model: All parameters.
+        weights: Layer name to its weight (out, in) float32, a parameter of the model.
+    """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in before:

@@ -1,4 +1,4 @@
-"""What a fit does to the items that it did not see: decisions, retrieval, zero-shot (docs/safety-axis.md section 5)."""
+"""Outcomes of a fit on held-out items: decisions, retrieval, zero-shot (docs/safety-axis.md section 5)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.edits.fold_fit import FoldFit, SeenRows, View, ranks
-from uwm_deploy.edits.kept import KeptFeatures
+from uwm_deploy.edits.features import KeptFeatures
+from uwm_deploy.edits.fold_fit import EditedRows, FittedRows, FoldFit, ranks
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
 
@@ -16,13 +16,13 @@ _IMAGE, _TEXT = TowerName.IMAGE, TowerName.TEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Measured:
-    """What one setting does to the items of a fold, or of all folds together.
+class SettingOutcomes:
+    """Outcomes of one setting on the items of a fold, or of all folds together.
 
     Attributes:
-        chosen: (n, 4) bool: the decisions P_ts, P_tu, P_vs, P_vu.
-        ranks: (n, 2) of the right safe item, text to image and image to text; 0 is on top.
-        recognised: (z,) bool, zero-shot items of all sets one after the other.
+        chosen: (n, 4) bool, whether the safe member is chosen in the decisions P_ts, P_tu, P_vs, P_vu.
+        ranks: (n, 2) int64, rank of the right safe item, text to image and image to text; 0 is the first place.
+        recognised: (z,) bool, whether a zero-shot item gets its class; the sets follow each other.
     """
 
     chosen: np.ndarray
@@ -35,24 +35,24 @@ class ZeroShotSlice:
     """Items of one zero-shot set that are measured by one fold.
 
     Attributes:
-        images: (z, m).
-        labels: (z,).
-        classes: (c, m).
+        images: Rows of the z images.
+        labels: (z,) int64, rows of `classes`.
+        classes: Rows of the c classes.
     """
 
-    images: SeenRows
+    images: FittedRows
     labels: np.ndarray
-    classes: SeenRows
+    classes: FittedRows
 
 
 class HeldOut:
-    """One fold seen through its fit.
+    """One fold, and the fit that its items were held out of.
 
     Args:
-        fit: Of the items outside the fold.
-        kept: All of them; safe items of the others are candidates of a retrieval, too.
-        held: Rows that the fold holds out.
-        zero_shot_rows: Rows of each zero-shot set that this fold measures.
+        fit: Fit of the items outside the fold.
+        kept: All items; safe items outside the fold are candidates of a retrieval, too.
+        held: (h,) int64, rows of the items that the fold holds out.
+        zero_shot_rows: (z,) int64 by name of the zero-shot set, rows of the images that this fold measures.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class HeldOut:
             for t, text in (("s", here[_TEXT]), ("u", away[_TEXT]))
         }
 
-    def measured(self, settings: Sequence[AxisSetting]) -> Iterator[tuple[int, Measured]]:
-        """What each setting does, with its position; settings of one tau come together, since they share a matrix."""
+    def measured(self, settings: Sequence[AxisSetting]) -> Iterator[tuple[int, SettingOutcomes]]:
+        """Outcomes of each setting, with its position; settings of one tau come together, since they share a matrix."""
         for tau in sorted({setting.tau for setting in settings}):
             content = self.safe[_IMAGE].content_at(tau)
             to_image = _inner(self.safe[_TEXT].content[self.held], content)
@@ -90,23 +90,23 @@ class HeldOut:
 
     def _measured(
         self, setting: AxisSetting, to_image: np.ndarray, to_text: np.ndarray, classes: list[np.ndarray]
-    ) -> Measured:
-        image, text = self.safe[_IMAGE].view(setting), self.safe[_TEXT].view(setting)
+    ) -> SettingOutcomes:
+        image, text = self.safe[_IMAGE].edited(setting), self.safe[_TEXT].edited(setting)
         images, texts = image.columns(_IMAGE), text.columns(_TEXT)
         both = [
             ranks(to_image, texts[self.held], images, image.length, self.held),
             ranks(to_text, images[self.held], texts, text.length, self.held),
         ]
         recognised = [_recognised(part, base, setting) for part, base in zip(self.zero_shot, classes, strict=True)]
-        return Measured(
+        return SettingOutcomes(
             chosen=self._chosen(setting, image.at(self.held), text.at(self.held)),
             ranks=np.stack(both, axis=1),
             recognised=np.concatenate([*recognised, np.zeros(0, dtype=bool)]),
         )
 
-    def _chosen(self, setting: AxisSetting, safe_image: View, safe_text: View) -> np.ndarray:
-        images = {"s": safe_image, "u": self.unsafe[_IMAGE].view(setting)}
-        texts = {"s": safe_text, "u": self.unsafe[_TEXT].view(setting)}
+    def _chosen(self, setting: AxisSetting, safe_image: EditedRows, safe_text: EditedRows) -> np.ndarray:
+        images = {"s": safe_image, "u": self.unsafe[_IMAGE].edited(setting)}
+        texts = {"s": safe_text, "u": self.unsafe[_TEXT].edited(setting)}
         cosine = {}
         for (i, t), (plain, moved) in self._pairs.items():
             added = (images[i].columns(_IMAGE) * texts[t].columns(_TEXT)).sum(axis=1)
@@ -122,9 +122,9 @@ class HeldOut:
         )
 
 
-def _seen(fit: FoldFit, tower: TowerName, features: np.ndarray) -> SeenRows:
+def _seen(fit: FoldFit, tower: TowerName, features: np.ndarray) -> FittedRows:
     rows = features.astype(np.float64)
-    return SeenRows(fit, tower, rows, rows @ fit.weights[tower].T)
+    return FittedRows(fit, tower, rows, rows @ fit.weights[tower].T)
 
 
 def _part(moved: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
@@ -146,7 +146,7 @@ def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _recognised(part: ZeroShotSlice, base: np.ndarray, setting: AxisSetting) -> np.ndarray:
     """(z,) bool: the right class is alone on top."""
-    image, text = part.images.view(setting), part.classes.view(setting)
+    image, text = part.images.edited(setting), part.classes.edited(setting)
     found = ranks(base, image.columns(_IMAGE), text.columns(_TEXT), text.length, part.labels)
     result: np.ndarray = found == 0
     return result

@@ -42,11 +42,11 @@ def eraser(moments: Moments) -> AffineMap:
 def leace_maps(
     moments: Mapping[TowerName, Moments], weights: Mapping[TowerName, np.ndarray]
 ) -> dict[TowerName, AffineMap]:
-    """Erased pooled features through the last linear map, per tower: ``e' = W x'``.
+    """Map per tower from pooled features to embeddings of the erased features: ``e' = W x'``.
 
     Args:
         moments: Of the pooled features, per tower.
-        weights: (d, m) per tower, W.
+        weights: (d, m), any floating dtype, per tower: the last linear map W.
     """
     erased = {tower: eraser(part) for tower, part in moments.items()}
     return {

@@ -1,6 +1,7 @@
 """Every method as data: its formula, how it selects, and the settings it was published with (docs/methods.md).
 
-"field" below is the survey in which the project's published numbers were collected; run.sh is the official code's own.
+In comments, "field" is the survey in which the published numbers were collected, and run.sh is a script of the official
+code.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Preset:
         text: Setting when neither a recipe for this method nor the user says otherwise.
         image: The same for the image tower.
         pairing: How both sides of a pair become a score; None leaves it to the recipe, or there are no pairs.
-        loss: Name in `uwm.gradient`, for the gradient baselines.
+        loss: Name of a loss in `edits.gradient`, for the gradient baselines.
         signed: Whether scores may be negative.
     """
 
@@ -93,7 +94,7 @@ _UWM_AND_ABLATIONS = {
     Method.DIFFERENCE,
     Method.RATIO_OF_MEANS,
 }
-"""An ablation changes one thing: among these, a recipe's keep_mass and factor stay."""
+"""Between these methods a recipe's keep_mass and factor stay, since an ablation changes one thing only."""
 
 _GRADIENT_BATCH = {
     "coca": {TowerName.TEXT: 128, TowerName.IMAGE: 32},
@@ -104,12 +105,12 @@ _GRADIENT_BATCH = {
 
 
 def selects(method: Method) -> bool:
-    """Whether a method scores and selects entries; one that does not has no such settings."""
+    """Whether a method scores and selects entries; other methods have no settings for it."""
     return method not in (Method.NONE, Method.TRAINED, *CLOSED_FORM)
 
 
 def methods_from_name(name: str) -> tuple[Method, ...]:
-    """Steps of a name such as ``uwm+safety-axis``.
+    """Steps that a name such as ``uwm+safety-axis`` lists.
 
     Raises:
         InputError: If it names no method, or steps that cannot follow each other.
@@ -153,10 +154,10 @@ def rule_of(method: Method, edit: EditSpec) -> Rule:
 
 
 def axis_from_text(text: str) -> AxisSetting:
-    """Parses ``g=0.7,o=0.5,kappa=0.4,a=1,tau=0``; what is left out of rho, axes and repel is their default.
+    """Parses ``g=0.7,o=0.5,kappa=0.4,a=1,tau=0``; rho, axes and the repel gains have defaults and may be left out.
 
     Raises:
-        InputError: If a name or a number is not understood, or one that is needed is missing.
+        InputError: If a name or a number is not understood, or a setting without a default is missing.
     """
     fields = {f.name: f for f in dataclasses.fields(AxisSetting)}
     found: dict[str, Any] = {}
@@ -180,15 +181,15 @@ def axis_from_text(text: str) -> AxisSetting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditOptions:
-    """What a user asks for instead of what a recipe says; None and empty values ask for nothing.
+    """Settings of a user that take precedence over a recipe's; None and empty values leave the recipe's.
 
     Attributes:
         methods: Steps.
         selection: Of the step that selects entries, both towers; likewise `keep_mass`, `factor` and `per_concept`.
         towers: Towers that are edited.
-        placement: Of the closed-form step; likewise what follows.
+        placement: Of the closed-form step; likewise `max_retrieval_loss` and `axis`.
         max_retrieval_loss: See `AxisSpec`.
-        axis: Instead of a choice of the strength.
+        axis: Setting of the safety axis; None lets the strength be chosen.
     """
 
     methods: tuple[Method, ...] = ()
@@ -203,7 +204,7 @@ class EditOptions:
 
 
 def with_options(steps: tuple[StepSpec, ...], options: EditOptions) -> tuple[StepSpec, ...]:
-    """Steps of a recipe with what the user asks for in its place.
+    """Steps of a recipe with the user's settings in place of its own.
 
     Args:
         steps: The recipe's.
@@ -298,7 +299,7 @@ def with_method(
     per_concept: bool = False,
     chosen_towers: Collection[TowerName] = (),
 ) -> EditSpecs:
-    """What is edited when the user asks for a method.
+    """Edit specs of a recipe with the user's method and settings.
 
     Args:
         edits: The recipe's.

@@ -1,6 +1,6 @@
 """Sums over a tower's pooled features that the closed-form edit is fitted from (docs/safety-axis.md sections 2 and 3).
 
-Nothing but sums, so the batch size, the order of the batches and the number of processes do not change the fit.
+They are sums, so the batch size, the order of the batches and the number of processes do not change the fit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Moments:
 
     Attributes:
         count: Number of pairs.
-        sum_safe: (m,), sum of x_s.
-        sum_unsafe: (m,), sum of x_u.
-        gram_safe: (m, m), sum of x_s x_s'.
-        gram_unsafe: (m, m), sum of x_u x_u'.
-        gram_cross: (m, m), sum of x_s x_u'.
+        sum_safe: (m,) float64, sum of x_s.
+        sum_unsafe: (m,) float64, sum of x_u.
+        gram_safe: (m, m) float64, sum of x_s x_s'.
+        gram_unsafe: (m, m) float64, sum of x_u x_u'.
+        gram_cross: (m, m) float64, sum of x_s x_u'.
         length_sum: Sum of ||W x_s||.
     """
 
@@ -58,12 +58,12 @@ class Moments:
 
     @property
     def mean_safe(self) -> np.ndarray:
-        """(m,), mu_s."""
+        """Mean safe feature mu_s, (m,) float64."""
         return self.sum_safe / self.count
 
     @property
     def mean_unsafe(self) -> np.ndarray:
-        """(m,), mu_u."""
+        """Mean unsafe feature mu_u, (m,) float64."""
         return self.sum_unsafe / self.count
 
     @property
@@ -73,39 +73,42 @@ class Moments:
 
     @property
     def covariance_safe(self) -> np.ndarray:
-        """(m, m), Cov(x_s), with n - 1."""
+        """Cov(x_s), divided by n - 1, (m, m) float64."""
         result: np.ndarray = _centred(self.gram_safe, self.mean_safe, self.count) / (self.count - 1)
         return result
 
     @property
     def gram_difference(self) -> np.ndarray:
-        """(m, m), sum of (x_s - x_u)(x_s - x_u)'."""
+        """Sum of (x_s - x_u)(x_s - x_u)', (m, m) float64."""
         result: np.ndarray = self.gram_safe + self.gram_unsafe - self.gram_cross - self.gram_cross.T
         return result
 
     @property
     def covariance_difference(self) -> np.ndarray:
-        """(m, m), Cov(x_s - x_u), with n - 1."""
+        """Cov(x_s - x_u), divided by n - 1, (m, m) float64."""
         mean = self.mean_safe - self.mean_unsafe
         result: np.ndarray = _centred(self.gram_difference, mean, self.count) / (self.count - 1)
         return result
 
     @property
     def mean_both(self) -> np.ndarray:
-        """(m,), mean over safe and unsafe features together."""
+        """Mean over safe and unsafe features together, (m,) float64."""
         result: np.ndarray = (self.mean_safe + self.mean_unsafe) / 2
         return result
 
     @property
     def covariance_both(self) -> np.ndarray:
-        """(m, m), covariance over safe and unsafe features together, divided by their number 2n."""
+        """Covariance over safe and unsafe features together, divided by their number 2n, (m, m) float64."""
         return _centred(self.gram_safe + self.gram_unsafe, self.mean_both, 2 * self.count) / (2 * self.count)
 
     def mean_outer_products(self, weight: np.ndarray) -> np.ndarray:
-        """Mean of e_s e_s' plus mean of e_u e_u', (d, d).
+        """Mean of e_s e_s' plus mean of e_u e_u'.
 
         Args:
-            weight: (d, m), W.
+            weight: (d, m) float64, W.
+
+        Returns:
+            (d, d) float64, symmetric.
         """
         product = weight @ (self.gram_safe + self.gram_unsafe) @ weight.T / self.count
         return _symmetric(product)
@@ -120,10 +123,13 @@ class Moments:
             raise DataError(f"{self.count} pairs are too few for a fit", fix=f"give at least {at_least} pairs")
 
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays by name for a safetensors file; numbers are arrays of one entry.
+        """Arrays for a safetensors file.
 
         Args:
-            prefix: Begins every name, e.g. the tower's.
+            prefix: Beginning of every name, e.g. the tower's.
+
+        Returns:
+            Arrays by name: the sums, (m,) and (m, m) float64; ``count``, (1,) int64; ``length_sum``, (1,) float64.
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in (*_VECTORS, *_MATRICES)}
         arrays["count"] = np.array([self.count], dtype=np.int64)
@@ -132,7 +138,11 @@ class Moments:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, np.ndarray], prefix: str) -> Moments:
-        """Reads what `to_tensors` gave.
+        """Reads the arrays that `to_tensors` gave.
+
+        Args:
+            tensors: Arrays by name, (m,), (m, m) and (1,), float64 and int64, see `to_tensors`.
+            prefix: Beginning of their names.
 
         Raises:
             IntegrityError: If an array is missing, has another shape or type, or is not finite.
@@ -148,9 +158,9 @@ def moments_of(safe: np.ndarray, unsafe: np.ndarray, weight: np.ndarray) -> Mome
     """Moments of some pairs.
 
     Args:
-        safe: (n, m), x_s; row i belongs to row i of `unsafe`.
-        unsafe: (n, m), x_u.
-        weight: (d, m), W.
+        safe: (n, m), any floating dtype, x_s; row i belongs to row i of `unsafe`.
+        unsafe: (n, m), any floating dtype, x_u.
+        weight: (d, m), any floating dtype, W.
 
     Raises:
         DataError: If shapes do not fit, or a value is not finite.
@@ -202,6 +212,6 @@ def _centred(gram: np.ndarray, mean: np.ndarray, count: int) -> np.ndarray:
 
 
 def _symmetric(matrix: np.ndarray) -> np.ndarray:
-    """Rounding makes a product of three matrices slightly unsymmetric; solvers read one triangle only."""
+    """A matrix made symmetric: rounding leaves a product of three matrices slightly off, and solvers read one triangle."""
     result: np.ndarray = (matrix + matrix.T) / 2
     return result

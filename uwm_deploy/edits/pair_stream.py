@@ -1,4 +1,4 @@
-"""Stage `calibrate`: a set of quadruples to a stream of preprocessed pairs."""
+"""Stream of preprocessed pairs from a set of quadruples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
 WINDOW_PAIRS = SHARD_PAIRS
-"""Text pairs in memory at a time; a window never spans two shards."""
+"""Text pairs in memory at a time; no window spans two shards."""
 
 _NAMED_ITEMS = 5
 _OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
@@ -71,7 +71,7 @@ class PairStream:
         return self._source.ids
 
     def part(self, items: range) -> PairStream:
-        """The pairs of some items, by their places. Progress, and how much may be broken, are those of the whole."""
+        """Pairs of some items, by their places. Progress and the limit on broken items are those of the whole set."""
         part = copy.copy(self)
         part.left_out, part._source, part._first = [], in_order(self._source, items), items.start
         return part

@@ -1,4 +1,4 @@
-"""What a scoring pass reads: streams of pairs, in the order and the groups that a method wants, and what became of them."""
+"""Pairs for a scoring pass: their order and groups, as a method needs them, and the counts of scored and left-out pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import TowerName
 
 MAX_LEFT_OUT_SHARE = 0.01
-"""More pairs without a finite contribution are an error (method.md section 2)."""
+"""Largest share of pairs without a finite score; a larger one is an error (method.md section 2)."""
 
 SHARD_PAIRS = 1024
 """Pairs that are scored by one process in one go, whatever the number of processes (`edits.sharded_sums`)."""
@@ -48,15 +48,15 @@ PairsOf = Callable[[TowerName], Pairs]
 
 
 @dataclass(slots=True)
-class Tally:
-    """What became of the pairs of one tower.
+class PairCounts:
+    """Counts of the pairs of one tower: scored, left out as not finite, not read.
 
     Attributes:
-        tower: Which.
-        total: Pairs that reached it.
-        count: Pairs in the scores.
-        not_finite: Ids of pairs that some layer left out.
-        unread: Items that never reached the tower, by id.
+        tower: The tower.
+        total: Number of pairs that reached the tower.
+        count: Number of pairs in the scores.
+        not_finite: Ids of pairs that some layer left out, in order; the values mean nothing.
+        unread: Items that could not be read and so never reached the tower, by id.
     """
 
     tower: TowerName
@@ -66,26 +66,26 @@ class Tally:
     unread: dict[str, LeftOut] = field(default_factory=dict)
 
     def leave_out(self, ids: Iterable[str]) -> None:
-        """Names pairs without a finite contribution."""
+        """Adds pairs without a finite score."""
         self.not_finite.update(dict.fromkeys(ids))
 
     def not_read(self, items: Iterable[LeftOut]) -> None:
-        """Names items that never reached the tower; the first reason of an item stays."""
+        """Adds items that could not be read; the first reason of an item stays."""
         for item in items:
             self.unread.setdefault(item.id, item)
 
-    def add(self, other: Tally) -> None:
-        """Takes in what became of other pairs of the same tower; what is in their scores is `counted` at the end."""
+    def add(self, other: PairCounts) -> None:
+        """Adds the counts of other pairs of the same tower; `count` stays, until `add_score` adds a whole score."""
         self.total += other.total
         self.leave_out(other.not_finite)
         self.not_read(other.unread.values())
 
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Everything that is not in the scores, with its reason."""
+        """Items that are not in the scores, with the reasons."""
         return (*self.unread.values(), *(LeftOut(id=i, reason="not finite") for i in self.not_finite))
 
     def check(self) -> None:
-        """Checks that there were pairs, and that nearly all of them count.
+        """Checks that there were pairs, and that nearly all of them have a finite score.
 
         Raises:
             DataError: If there were none, or more than 1% have no finite contribution.
@@ -99,8 +99,8 @@ class Tally:
                 fix="remove empty captions and constant images",
             )
 
-    def counted(self, count: int, concept: str) -> int:
-        """Takes the pairs of one score into the count.
+    def add_score(self, count: int, concept: str) -> int:
+        """Adds the pairs of one score to `count`, and returns their number.
 
         Raises:
             DataError: If there are none.
@@ -114,15 +114,15 @@ class Tally:
 
 
 def no_pair_of(concept: str, tower: TowerName) -> DataError:
-    """The error of a concept that would be missing from a union."""
+    """The error for a concept without a pair: the union of the concepts' selections would lack it."""
     return DataError(f"concept {concept!r} has no {tower.value} pair with a score", fix="check its items")
 
 
 def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> QuadrupleSource:
-    """The set in the order that a method wants.
+    """A set in the order that a method needs.
 
-    Concepts one after the other for one score per concept; a seeded shuffle for gradients, which depend on what stands
-    together in a batch; else the set itself.
+    Concepts follow each other for one score per concept. Gradients depend on which items share a batch, so their order is a
+    seeded shuffle. For other methods it is the set's own.
 
     Raises:
         DataError: If the method needs quadruples and the set has only images or only texts.
@@ -142,16 +142,16 @@ def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> Quadr
 
 
 def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
-    """Some items of a set, in an order."""
+    """Some items of a set, in a given order."""
     return cast(QuadrupleSource, _InOrder(source, order))
 
 
 def repaired(source: QuadrupleSource, partners: Sequence[int]) -> QuadrupleSource:
-    """A set in which each item's safe members are another item's; everything else stays the item's own.
+    """A set in which each item gets the safe members of another item, and keeps everything else.
 
     Args:
         source: The set.
-        partners: (n,) place of the item whose safe members each item gets.
+        partners: For each item, the place of the item whose safe members it gets.
     """
     return cast(QuadrupleSource, _Repaired(source, partners))
 
@@ -186,7 +186,7 @@ class _Repaired:
 
 
 class _InOrder:
-    """A set in another order; whatever does not depend on the order is the set's own."""
+    """A set in another order; attributes that do not depend on the order are those of the set."""
 
     def __init__(self, source: QuadrupleSource, order: Sequence[int]) -> None:
         self._source, self._order = source, order

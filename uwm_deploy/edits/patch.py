@@ -1,7 +1,8 @@
-"""The edit of a whole model as a small file: every tensor that changed, and what its bits are to be.
+"""The edit of a whole model as a small file: for every tensor that changed, how it changes.
 
-Multiplied entries are held by their indices; replaced values by the bits that differ (exclusive or), so that like a negation
-the patch is its own inverse; a new tensor by its values. Of trained weights only the digests are held.
+A multiplied tensor is stored as the indices of its entries, a replaced one as the bits that differ (exclusive or), a new one
+as its values. Exclusive or is its own inverse, as negation is, so both edits can be taken back. Of trained weights the patch
+has only the digests.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class TensorPatch:
     """Edit of one tensor.
 
     Attributes:
-        kind: What was done to it.
-        digest_before: Of the tensor it belongs to; empty for a new one.
-        digest_after: Of the tensor it makes.
-        indices: Ascending flat indices of multiplied entries, int32 or int64; empty for other kinds.
-        factor: Their multiplier.
-        bits: Of a replaced tensor, its float32 bits before and after combined by exclusive or, int32, in its shape; of a new
-            one the bits of its values; empty for other kinds.
+        kind: How the tensor changes.
+        digest_before: Digest of the tensor before the edit; empty for a new one.
+        digest_after: Digest of the tensor after the edit.
+        indices: (k,) int32 or int64, ascending flat indices of the multiplied entries; (0,) for other kinds.
+        factor: Multiplier of these entries.
+        bits: int32, any shape (the tensor's own): for a replaced tensor its float32 bits before and after, combined by
+            exclusive or; for a new one the bits of its values; (0,) for other kinds.
     """
 
     kind: EditKind = EditKind.MULTIPLIED
@@ -48,13 +49,13 @@ class TensorPatch:
 
     @property
     def exact(self) -> bool:
-        """Whether it can be taken back bit for bit, from the edited tensor alone."""
+        """Whether the edit can be taken back bit for bit, from the edited tensor alone."""
         return self.kind in (EditKind.REPLACED, EditKind.ADDED) or (
             self.kind is EditKind.MULTIPLIED and (self.factor in (-1.0, 1.0) or not len(self.indices))
         )
 
     def inverse(self) -> TensorPatch:
-        """What takes it back; of a new tensor, what removes it is not a patch, so it is not asked."""
+        """The patch that takes the edit back; not meant for a new tensor, which no patch can remove."""
         return TensorPatch(
             kind=self.kind,
             digest_before=self.digest_after,
@@ -67,12 +68,12 @@ class TensorPatch:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """Edits by the tensor's name in the source model."""
+    """Edits of a model's tensors, by their names in the source model."""
 
     tensors: Mapping[str, TensorPatch]
 
     def to_bytes(self) -> bytes:
-        """Safetensors content; equal patches give equal bytes."""
+        """Content of a safetensors file; equal patches give equal bytes."""
         about = {
             name: {
                 "kind": p.kind.value,
@@ -107,7 +108,7 @@ class Patch:
 
     @property
     def exact(self) -> bool:
-        """Whether all of it can be taken back bit for bit."""
+        """Whether the whole edit can be taken back bit for bit."""
         return all(p.exact for p in self.tensors.values())
 
     def inverse(self) -> Patch:
@@ -124,10 +125,10 @@ class Patch:
 
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, Tensor]) -> None:
-        """Edits tensors in place, all or none.
+        """Edits all tensors in place, or none of them.
 
         Args:
-            tensors: Name to tensor, of everything the patch names; a new tensor is there with zeros.
+            tensors: Name to tensor, float32 of any shape, of all names in the patch; a new tensor must be there, as zeros.
 
         Raises:
             IntegrityError: If a tensor is not the one the patch belongs to, or the result is not the promised one.
@@ -152,11 +153,11 @@ class Patch:
 
 
 def replaced(before: Tensor | None, after: Tensor) -> TensorPatch:
-    """The patch of a tensor with other values.
+    """The patch that gives a tensor other values.
 
     Args:
-        before: Of the source model, float32; None where it has no such tensor.
-        after: Of the edited model, float32, of the same shape.
+        before: The source model's tensor, float32 of any shape; None where it has no such tensor.
+        after: The edited model's tensor, float32, any shape (that of `before`).
     """
     start = torch.zeros_like(after) if before is None else before
     return TensorPatch(
@@ -169,20 +170,33 @@ def replaced(before: Tensor | None, after: Tensor) -> TensorPatch:
 
 @torch.no_grad()
 def differing_bits(before: Tensor, after: Tensor) -> Tensor:
-    """Float32 bits of two tensors of one shape combined by exclusive or, int32, on the CPU."""
+    """Bits of two float32 tensors, combined by exclusive or.
+
+    Args:
+        before: float32, any shape.
+        after: float32, any shape (that of `before`).
+
+    Returns:
+        int32, any shape (that of `before`), on the CPU.
+    """
     left, right = (part.detach().cpu().contiguous().view(torch.int32) for part in (before, after))
     return left ^ right
 
 
 @torch.no_grad()
 def flip_bits(tensor: Tensor, bits: Tensor) -> None:
-    """Applies `differing_bits` to one of the two tensors, in place, which makes the other."""
+    """Turns one of two tensors into the other, in place, by the bits in which they differ.
+
+    Args:
+        tensor: float32, any shape.
+        bits: int32, any shape with as many entries; see `differing_bits`.
+    """
     turned = tensor.detach().cpu().contiguous().view(torch.int32) ^ bits.view(tensor.shape)
     tensor.copy_(turned.view(torch.float32))
 
 
 def _edit(name: str, tensor: Tensor, part: TensorPatch) -> None:
-    """Makes one part of a patch, in place."""
+    """Applies the patch of one tensor, in place."""
     size = tensor.numel()
     if part.kind is EditKind.MULTIPLIED:
         if len(part.indices) and not 0 <= int(part.indices.min()) <= int(part.indices.max()) < size:
@@ -213,7 +227,7 @@ def _part(content: Tensor, *, kind: str, factor: float, digest_before: Digest, d
 
 
 def _ordered(content: bytes) -> bytes:
-    """Safetensors content with its header in one order: the library writes metadata in any."""
+    """Safetensors content with a sorted header: the library writes metadata in an order that varies."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -222,7 +236,13 @@ def _ordered(content: bytes) -> bytes:
 
 @torch.no_grad()
 def multiply_entries(weight: Tensor, indices: Tensor, factor: float) -> None:
-    """Multiplies flat entries of a contiguous weight, in place (method.md section 3)."""
+    """Multiplies entries of a weight, in place (method.md section 3).
+
+    Args:
+        weight: Any floating dtype and any shape, contiguous.
+        indices: (k,) int32 or int64, flat indices.
+        factor: Multiplier.
+    """
     flat = weight.view(-1)
     at = indices.long().to(weight.device)
     flat[at] = flat[at] * factor

@@ -1,7 +1,8 @@
-"""Is the saved edited model the source with every step of the edit made once, and nothing else?
+"""Proof that the saved edited model is the source with every step of the edit made once, and nothing else.
 
-The edit stage promises it of what is in its memory; this looks at what was saved and is exported, and trusts neither the
-patch nor the record: the selection is made again from the scores, and a closed-form step is solved again from its sums.
+The edit stage checks the model in its memory. This module checks the model that was saved and is exported. It trusts neither
+the patch nor the edit record: entries are selected again from the scores, and a closed-form step is solved again from its
+sums.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.towers.digests import digest_of_tensor
 
 _NAMED = 20
-"""Problems that are listed."""
+"""Largest number of problems that are listed."""
 
 SOLVED_AGAIN = 1e-5
-"""Largest difference of a tensor that is solved again, relative to its largest entry: solvers differ in the last digits."""
+"""Tolerance for a tensor that is solved again, relative to its largest entry: solvers differ in the last digits."""
 
 Parameters = Mapping[str, Tensor]
+"""Parameters of a model by name, float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """What the edited model must be.
+class ExpectedModel:
+    """Weights that the edited model must have.
 
     Attributes:
         before: Parameter of the source model to its digest.
         weights: Parameter to the digest that it must have.
-        solved: Parameter to the values that it must have up to `SOLVED_AGAIN`.
         promised: Parameter to the digest that record and patch promise.
-        problems: What is wrong with record and patch already.
+        problems: Contradictions of record and patch, found without the edited model.
+        solved: Parameter to the values that it must have within `SOLVED_AGAIN`, float32 on the CPU, any shape (the
+            parameter's own).
     """
 
     before: Mapping[str, Digest]
@@ -57,16 +60,16 @@ def expected_weights(
     patch: Patch,
     edits: EditSpecs,
     select: Callable[[LayerScore], Tensor],
-) -> Expected:
+) -> ExpectedModel:
     """Makes the step that selects entries again, layer by layer, without touching the model.
 
     Args:
-        original: The source model's.
-        score: What was scored: its layers are the ones to edit.
+        original: The source model's parameters, float32, any shape.
+        score: Record of the scores; its layers are the ones to edit.
         edit: The record to check.
         patch: The patch to check.
         edits: Factor per tower.
-        select: Flat indices that the scores of a layer select.
+        select: Gives the flat indices (k,) int32 or int64 that the scores of a layer select.
     """
     before = {name: digest_of_tensor(parameter) for name, parameter in original.items()}
     weights: dict[str, Digest] = {}
@@ -92,11 +95,11 @@ def expected_weights(
             problems.append(f"{name}: the patch edits other entries than the scores select")
         if layer.tower in score.rules and (part.factor != factor or recorded[name].factor != factor):
             problems.append(f"{name}: the patch has factor {part.factor:g}, the recipe {factor:g}")
-    return Expected(before=before, weights=before | weights, promised=promised_by(edit), problems=tuple(problems))
+    return ExpectedModel(before=before, weights=before | weights, promised=promised_by(edit), problems=tuple(problems))
 
 
 def _disagreements(edit: EditRecord, patch: Patch) -> list[str]:
-    """Tensors that record and patch do not describe alike."""
+    """Tensors on which record and patch disagree."""
     recorded = {t.name: (t.kind, t.digest_before, t.digest_after) for t in edit.tensors}
     held = {name: (p.kind, p.digest_before, p.digest_after) for name, p in patch.tensors.items()}
     differ = sorted(name for name in recorded.keys() | held if recorded.get(name) != held.get(name))
@@ -108,12 +111,12 @@ def promised_by(edit: EditRecord) -> dict[str, Digest]:
     return {tensor.name: tensor.digest_after for tensor in edit.tensors}
 
 
-def with_closed_form(expected: Expected, solved: Mapping[str, Tensor], edit: EditRecord) -> Expected:
+def with_closed_form(expected: ExpectedModel, solved: Mapping[str, Tensor], edit: EditRecord) -> ExpectedModel:
     """Adds a closed-form step.
 
     Args:
         expected: After the steps before.
-        solved: The step's tensors, solved again from the sums of its fit.
+        solved: The step's tensors, float32 of any shape, solved again from the sums of its fit.
         edit: The record to check.
     """
     recorded = {t.name for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)}
@@ -128,12 +131,12 @@ def with_closed_form(expected: Expected, solved: Mapping[str, Tensor], edit: Edi
 
 
 @torch.no_grad()
-def proof_of(expected: Expected, edited: Parameters) -> EditProof:
+def proof_of(expected: ExpectedModel, edited: Parameters) -> EditProof:
     """Compares the edited model with what it must be, tensor by tensor.
 
     Args:
         expected: Of the same recipe.
-        edited: The model as it was read back from the saved folder.
+        edited: Parameters of the saved model as they were read back, float32, any shape.
     """
     problems = list(expected.problems)
     for name, parameter in edited.items():
@@ -166,12 +169,12 @@ def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:
 
 def expected_trained(
     original: Parameters, trained: Parameters, edit: EditRecord, training: TrainingRecord | None
-) -> Expected:
-    """What the saved model must be: the trained weights, and the base's wherever the training record names none.
+) -> ExpectedModel:
+    """Weights that the saved model must have: the trained ones, and the base's wherever the training record names none.
 
     Args:
-        original: Of the base.
-        trained: Of the trained model, read from where it came from, not from what was saved.
+        original: Parameters of the base model, float32, any shape.
+        trained: Parameters of the trained model, float32, any shape, read from its source and not from what was saved.
         edit: The record to check.
         training: Names the trained weights with their digests; None takes all of them from `trained`.
     """
@@ -183,4 +186,4 @@ def expected_trained(
         found = (before.get(tensor.name), weights.get(tensor.name))
         if tensor.kind is EditKind.TRAINED and (tensor.digest_before, tensor.digest_after) != found:
             problems.append(f"{tensor.name}: the edit record has another weight")
-    return Expected(before=before, weights=weights, promised=promised_by(edit), problems=tuple(problems))
+    return ExpectedModel(before=before, weights=weights, promised=promised_by(edit), problems=tuple(problems))

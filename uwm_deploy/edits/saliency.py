@@ -21,21 +21,20 @@ STD_EPS = {TowerName.TEXT: 0.0, TowerName.IMAGE: 1e-8}
 """Added to standard deviations (method.md section 2)."""
 
 GATHER_PAIRS = 32
-"""Pairs gathered before the rank-B update, which reads and writes the whole score matrix whatever B is."""
-
+"""Pairs in one rank-B update, which reads and writes the whole score matrix whatever B is."""
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
-"""Squares are taken this much at a time: what a CPU's cache holds, and enough to keep a GPU busy."""
+"""Size of the buffer that squares are computed in: a CPU's cache holds it, and it keeps a GPU busy."""
 
 
 def token_statistics(inputs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Norm and spread of each input channel over the tokens of each sample.
 
     Sums over tokens are matrix products with the mask, an order of magnitude faster on a CPU than a reduction of the
-    middle axis. Squares are of distances from the mean, in one small buffer: nothing cancels where a mean is large.
+    middle axis. Distances from the mean are squared, in one small buffer: a large mean then cancels no digits.
 
     Args:
-        inputs: (B, T, in) input activations of a linear layer.
+        inputs: (B, T, in), any floating dtype, input activations of a linear layer.
         valid: (B, T) bool, or None when all tokens count.
 
     Returns:
@@ -64,15 +63,17 @@ def token_statistics(inputs: Tensor, valid: Tensor | None) -> tuple[Tensor, Tens
 class LayerScorer:
     """Running score of one layer.
 
-    What a forward pass brings is only kept, and taken into the sums before the next one (`settle`), so that a pass that
-    ran out of memory halfway can be forgotten (`undo`) and repeated without counting a pair twice.
+    The statistics of a forward pass are only kept at first; `settle` adds them to the sums. A pass that ran out of memory
+    halfway is forgotten with `undo` and repeated, so that no pair counts twice.
 
     Attributes:
-        weight: (out, in); only its absolute value is used.
+        weight: (out, in), any floating dtype; only its absolute value is used.
         rule: Whether the final score is multiplied by ``|W|``.
         pairing: How both sides of a pair become its score.
-        eps: Added to standard deviations.
-        left_out: Called with the batch's positions of pairs that are not finite.
+        eps: Number that is added to standard deviations.
+        left_out: Called with the ids of the pairs whose statistics are not finite.
+        count: Number of pairs in the sums.
+        calls: Number of batches that reached the layer.
     """
 
     weight: Tensor
@@ -90,9 +91,9 @@ class LayerScorer:
         """Takes a batch whose first half is the safe side and whose second half is the unsafe side, pair by pair.
 
         Args:
-            inputs: (2b, T, in).
-            valid: (2b, T) bool or None.
-            ids: b ids.
+            inputs: (2b, T, in), any floating dtype, input activations of the layer.
+            valid: (2b, T) bool, the tokens that count; None when all do.
+            ids: Ids of the b pairs.
         """
         self.calls += 1
         norms, spreads = token_statistics(inputs, valid)
@@ -101,11 +102,11 @@ class LayerScorer:
         self._new.append(_Pairs(ids, norms[:half], spreads[:half], norms[half:], spreads[half:]))
 
     def undo(self) -> None:
-        """Forgets what came since the last `settle`."""
+        """Forgets the statistics since the last `settle`."""
         self._new = []
 
     def settle(self) -> None:
-        """Keeps what came; adds it to the sums when enough has gathered."""
+        """Keeps the statistics since the last call, and adds them to the sums when `GATHER_PAIRS` have gathered."""
         self._gathered += self._new
         self._new = []
         if sum(len(pairs.ids) for pairs in self._gathered) >= GATHER_PAIRS:
@@ -113,7 +114,7 @@ class LayerScorer:
 
     @torch.inference_mode()
     def flush(self) -> None:
-        """Adds everything to the sums."""
+        """Adds all kept statistics to the sums."""
         self._gathered += self._new
         self._new = []
         if not self._gathered:
@@ -135,7 +136,7 @@ class LayerScorer:
         self._gathered = []
 
     def _accumulate(self, ids: list[str], factors: list[tuple[Tensor, Tensor]]) -> None:
-        """Adds ``rows^T @ columns`` of the finite pairs; a pair never poisons the sum."""
+        """Adds ``rows^T @ columns`` of the finite pairs; the others are left out, so that no NaN gets into a sum."""
         finite = torch.stack([rows.isfinite().all(1) & columns.isfinite().all(1) for rows, columns in factors]).all(0)
         left_out = [] if bool(finite.all()) else [ids[i] for i in (~finite).nonzero().flatten().tolist()]
         if left_out:
@@ -154,18 +155,18 @@ class LayerScorer:
 
     @torch.inference_mode()
     def take_sums(self) -> list[Tensor]:
-        """The sums so far, (out, in) float32 each, one or two as the pairing wants; ends the scorer."""
+        """Takes out the sums, (out, in) float32 each: one or two, depending on the pairing. Ends the scorer."""
         self.flush()
         sums, self._sums = self._totals(), []
         return sums
 
     def score(self) -> Tensor:
-        """Final score (out, in), float32; ends the scorer."""
+        """Takes out the final score, (out, in) float32. Ends the scorer."""
         return score_from_sums(self.take_sums(), self.count, self.weight, self.rule, self.pairing)
 
 
 class _Pairs(NamedTuple):
-    """What is kept of b pairs: their ids, and norms and spreads (b, in) of both sides."""
+    """Statistics of b pairs: their ids, and norms and standard deviations (b, in) float32 of both sides."""
 
     ids: tuple[str, ...]
     safe_norm: Tensor
@@ -176,14 +177,17 @@ class _Pairs(NamedTuple):
 
 @torch.inference_mode()
 def score_from_sums(sums: Sequence[Tensor], count: int, weight: Tensor, rule: Rule, pairing: Pairing) -> Tensor:
-    """Final score (out, in), float32, in the memory of the first sum.
+    """Final score of a layer, in the memory of the first sum.
 
     Args:
-        sums: What `LayerScorer.take_sums` gave, or such sums added up.
-        count: Pairs in them.
-        weight: (out, in).
+        sums: (out, in) float32 each, from one or more `LayerScorer.take_sums`, added up.
+        count: Number of pairs in them.
+        weight: (out, in), any floating dtype.
         rule: See `LayerScorer`.
         pairing: See `LayerScorer`.
+
+    Returns:
+        (out, in) float32.
     """
     score, *others = sums
     if pairing is Pairing.MEAN_OF_RATIOS:

@@ -11,19 +11,19 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.records.edit import Selection
 
 _ROUNDING = 1e-12
-"""Relative; 0.29 * 100 is 28.999999999999996 and means 29."""
+"""Relative allowance for rounding: 0.29 * 100 is 28.999999999999996 and means 29."""
 
 
 def selected_indices(score: Tensor, keep_mass: float, selection: Selection = Selection.ADAPTIVE) -> Tensor:
     """Entries to edit. Equal scores are ordered by flat index: of equals the later ones are selected first.
 
     Args:
-        score: (out, in), finite; not negative unless the selection is hard.
-        keep_mass: Share that is left as it is, between 0 and 1: of the score mass, or of the entries.
+        score: (out, in), any floating dtype, finite; not negative unless the selection is hard.
+        keep_mass: Share of the score mass (adaptive) or of the entries (hard) that stays unedited, between 0 and 1.
         selection: `adaptive` or `hard`.
 
     Returns:
-        Ascending flat indices, int64, on the CPU.
+        (k,) int64, ascending flat indices, on the CPU.
 
     Raises:
         ContractError: If scores are not finite, are all zero, or are negative where they are masses.
@@ -37,7 +37,7 @@ def selected_indices(score: Tensor, keep_mass: float, selection: Selection = Sel
 
 
 def entries_of_share(count: int, keep_mass: float) -> int:
-    """Number of entries a hard selection takes: all but ``floor(keep_mass * count)``, as the official code counts."""
+    """Number of entries that a hard selection takes: all but ``floor(keep_mass * count)``, as in the official code."""
     return count - math.floor(keep_mass * count * (1 + _ROUNDING))
 
 
@@ -74,7 +74,7 @@ def _adaptive(flat: Tensor, keep_mass: float) -> Tensor:
 
 
 def _tail(flat: Tensor, count: int) -> Tensor:
-    """Ascending indices of at least the `count` largest values, all equals of the smallest of them included."""
+    """Ascending indices of the `count` largest values, and of all values equal to the smallest of these."""
     if count >= flat.numel():
         return torch.arange(flat.numel())
     threshold = torch.topk(flat, count, sorted=False).values.min()

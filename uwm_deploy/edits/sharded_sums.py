@@ -1,8 +1,8 @@
-"""A scoring pass in shards: dealt to the processes, added up in the order of the set, kept so that a killed run resumes.
+"""A scoring pass in shards: divided among processes, added up in the order of the set, saved so that a killed run resumes.
 
-A shard's sums start at zero and shards are added one after the other in their order, whatever the number of processes, so
-the totals are the same numbers for any. Sums are (out, in) per edited layer, so there are never more than a process's own
-shard in memory beside one layer of the total: the total lies in a file, or on a GPU machine in the host's memory.
+A shard's sums start at zero, and shards are added one after the other in their order, so the totals are the same numbers for
+any number of processes. Sums are (out, in) per edited layer. To save memory a process holds its own shard and at most one
+layer of the total: the total lies in a file, or on a GPU machine in the host's memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from uwm_deploy.data.ranks import Ranks
 from uwm_deploy.data.torchrun import add_in_order
-from uwm_deploy.edits.pairs import SHARD_PAIRS, Tally
+from uwm_deploy.edits.pairs import SHARD_PAIRS, PairCounts
 from uwm_deploy.errors import ContractError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.files import disk_errors
@@ -33,7 +33,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.memory import Notice, silent
 
 SAVE_SECONDS = 60.0
-"""On a GPU totals are written at most this often, and at the end; on a CPU, where a shard takes longer, after each round."""
+"""Seconds between two saves of the totals on a GPU; on a CPU, where a shard takes longer, every round is saved."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -42,15 +42,15 @@ _FORMAT = "uwm-deploy sums 1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How a scoring pass is run; the scores are the same whatever is said here, those of bfloat16 apart.
+    """How a scoring pass is run. The scores do not depend on it, except that bfloat16 rounds.
 
     Attributes:
-        ranks: The processes that share it.
-        dtype: Of the forward passes; scores are float32 always.
+        ranks: The processes that share the pass.
+        dtype: Type of the forward passes; scores are float32 always.
         part: Quadruples per forward pass with gradients; None takes the usual number.
-        kept: Folder for totals, so that a killed run resumes; None keeps none.
-        key: What totals are made from; those of another key are not used.
-        notice: Takes lines for the user.
+        kept: Folder for totals, so that a killed run resumes; None saves none.
+        key: Digest of the inputs of the totals; saved totals with another key are not used.
+        notice: Called with lines for the user.
     """
 
     ranks: Ranks = field(default_factory=Ranks)
@@ -62,27 +62,33 @@ class Scale:
 
 
 class Shard(NamedTuple):
-    """Some pairs of one score: its concept, or nothing when all pairs make one; places in the stream."""
+    """Some pairs of one score.
+
+    Attributes:
+        concept: Concept of the score; empty when all pairs make one score.
+        items: Places of the pairs in the stream.
+    """
 
     concept: str
     items: range
 
 
 @dataclass(slots=True, kw_only=True)
-class Part:
-    """What one or more shards of a score add up to.
+class PartialSum:
+    """Sum of one or more shards of a score.
 
     Attributes:
-        sums: By layer, one or more (out, in) float32; in the process that keeps the total.
-        divisors: By layer, what the sums are to be divided by.
-        count: Pairs in them.
-        tally: What became of their pairs.
+        sums: Sums by layer, one or more (out, in) float32 each, or for a fit the arrays of `stages.fit`; only in the process
+            that keeps the total.
+        divisors: Divisor of the sums by layer.
+        count: Number of pairs in the sums.
+        counts: Counts of scored and left-out pairs.
     """
 
     sums: dict[str, list[Tensor]]
     divisors: dict[str, int]
     count: int
-    tally: Tally
+    counts: PairCounts
 
 
 def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multiple: int = 1) -> list[list[Shard]]:
@@ -91,10 +97,10 @@ def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multipl
     Args:
         ids: In scoring order.
         concepts: Item id to concept; None makes one score of all.
-        multiple: A shard holds a multiple of so many pairs.
+        multiple: The number of pairs in a shard is a multiple of this.
 
     Returns:
-        Shards of each score.
+        Shards by score.
 
     Raises:
         ContractError: If a concept comes twice.
@@ -112,25 +118,25 @@ def shards_of(ids: Sequence[str], concepts: Mapping[str, str] | None, *, multipl
 
 def totals(
     shards: Sequence[Sequence[Shard]],
-    compute: Callable[[Shard], Part],
-    check: Callable[[Tally], None],
+    compute: Callable[[Shard], PartialSum],
+    check: Callable[[PairCounts], None],
     tower: TowerName,
     scale: Scale,
-) -> Iterator[tuple[str, Part]]:
-    """Total of each score, in order; sums are only in the first process.
+) -> Iterator[tuple[str, PartialSum]]:
+    """Total of each score, in order; only the first process has the sums.
 
     Args:
-        shards: Shards of each score.
+        shards: Shards by score.
         compute: Scores a shard.
-        check: Raises when too much was left out so far.
-        tower: Whose scores these are.
-        scale: The processes, and where totals are kept.
+        check: Raises when too many pairs were left out so far.
+        tower: Tower that is scored.
+        scale: The processes, and where totals are saved.
 
     Raises:
         UwmError: Whatever `compute` and `check` raise, in every process.
     """
     ranks, several = scale.ranks, sum(map(len, shards)) > 1
-    before = Tally(tower)
+    before = PairCounts(tower)
     for number, group in enumerate(shards):
         path = scale.kept / f"{tower.value}-{number:04d}.safetensors" if scale.kept and several else None
         total = _Total(tower, path, scale.key)
@@ -139,37 +145,37 @@ def totals(
             scale.notice(f"{tower.value}: resumed after {done} of {len(group)} shards")
         for start in range(done, len(group), ranks.world):
             total.add(group[start : start + ranks.world], compute, ranks)
-            ranks.first_only(partial(check, _both(before, total.tally)))
+            ranks.first_only(partial(check, _both(before, total.counts)))
             ranks.first_only(partial(total.save, last=total.done == len(group)))
-        before = _both(before, total.tally)
+        before = _both(before, total.counts)
         yield group[0].concept, total.part
 
 
-def _both(left: Tally, right: Tally) -> Tally:
-    result = Tally(left.tower)
+def _both(left: PairCounts, right: PairCounts) -> PairCounts:
+    result = PairCounts(left.tower)
     result.add(left)
     result.add(right)
     return result
 
 
 class _Total:
-    """What the shards of one score add up to so far. Between rounds its sums lie in a file, or wait in host memory."""
+    """Running total of one score. Between rounds its sums lie in a file, or in host memory."""
 
     def __init__(self, tower: TowerName, path: Path | None, key: str) -> None:
-        self.part = Part(sums={}, divisors={}, count=0, tally=Tally(tower))
+        self.part = PartialSum(sums={}, divisors={}, count=0, counts=PairCounts(tower))
         self.done = 0
         self._path, self._saved = path, time.monotonic()
         self._about = {"format": _FORMAT, "key": key, "shard_pairs": str(SHARD_PAIRS)}
 
     @property
-    def tally(self) -> Tally:
-        """What became of the pairs so far."""
-        return self.part.tally
+    def counts(self) -> PairCounts:
+        """Counts of scored and left-out pairs so far."""
+        return self.part.counts
 
-    def add(self, shards: Sequence[Shard], compute: Callable[[Shard], Part], ranks: Ranks) -> None:
+    def add(self, shards: Sequence[Shard], compute: Callable[[Shard], PartialSum], ranks: Ranks) -> None:
         """Scores one shard in each process, and adds them to the total in order."""
 
-        def begun() -> Part | None:
+        def begun() -> PartialSum | None:
             if ranks.rank >= len(shards):
                 return None
             part = compute(shards[ranks.rank])
@@ -184,22 +190,22 @@ class _Total:
                     add_in_order(ranks, total, len(shards) - 1)
         if ranks.first and part:
             self.part.sums = part.sums
-        for found in ranks.gathered(part and (part.divisors, part.count, part.tally)):
+        for found in ranks.gathered(part and (part.divisors, part.count, part.counts)):
             if found:
-                divisors, count, tally = found
+                divisors, count, counts = found
                 self.part.divisors = {name: self.part.divisors.get(name, 0) + n for name, n in divisors.items()}
                 self.part.count += count
-                self.tally.add(tally)
+                self.counts.add(counts)
         self.done += len(shards)
 
     def restore(self, shards: int) -> int:
-        """Goes on where a killed run with the same key had come to.
+        """Reads the total that a killed run with the same key saved.
 
         Args:
-            shards: Of the whole score; sums are read now only when all are in.
+            shards: Number of shards of the whole score; the sums themselves are read only when all are in the total.
 
         Returns:
-            Shards that are in the total.
+            Number of shards that are in the total.
         """
         if self._path is None:
             return 0
@@ -214,13 +220,13 @@ class _Total:
         except (OSError, SafetensorError):  # there is none, or it is not whole
             return 0
         self.done, self.part.count, self.part.divisors = state["done"], state["count"], state["divisors"]
-        self.tally.total = state["total"]
-        self.tally.leave_out(state["not_finite"])
-        self.tally.not_read(LeftOut(id=item, reason=reason) for item, reason in state["unread"])
+        self.counts.total = state["total"]
+        self.counts.leave_out(state["not_finite"])
+        self.counts.not_read(LeftOut(id=item, reason=reason) for item, reason in state["unread"])
         return self.done
 
     def save(self, *, last: bool) -> None:
-        """Puts the sums where they wait for the next round; a file appears whole or not at all."""
+        """Saves the sums for the next round, in host memory or in a file, which appears whole or not at all."""
         on_gpu = any(total.is_cuda for sums in self.part.sums.values() for total in sums)
         if not last:
             self.part.sums = {name: [total.cpu() for total in sums] for name, sums in self.part.sums.items()}
@@ -233,7 +239,7 @@ class _Total:
 
     @torch.inference_mode()
     def _add_total_to(self, shard: Mapping[str, list[Tensor]]) -> None:
-        """The total so far into the sums of the next shard, layer by layer, so that it is never in memory twice."""
+        """Adds the total to the sums of the next shard, layer by layer, so that it is never in memory twice."""
         if not self.done:
             return
         if self.part.sums:
@@ -247,14 +253,14 @@ class _Total:
                     total.add_(file.get_tensor(f"{name}#{number}").to(total.device))
 
     def _write(self, path: Path) -> None:
-        tally = self.tally
+        counts = self.counts
         state = {
             "done": self.done,
             "count": self.part.count,
             "divisors": self.part.divisors,
-            "total": tally.total,
-            "not_finite": list(tally.not_finite),
-            "unread": [[item.id, item.reason] for item in tally.unread.values()],
+            "total": counts.total,
+            "not_finite": list(counts.not_finite),
+            "unread": [[item.id, item.reason] for item in counts.unread.values()],
         }
         tensors = {f"{name}#{i}": total.cpu() for name, sums in self.part.sums.items() for i, total in enumerate(sums)}
         temporary = path.with_name(f".tmp-{path.name}")

@@ -1,4 +1,4 @@
-"""Solves a closed-form step, and before it chooses its strength where none was given, from the kept features of a fit."""
+"""Solves a closed-form step from a fit; where no strength was given, it is chosen from the fit's kept features first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from uwm_deploy.edits.closed_form import Solve, Solved, fitted_weights, tensors_of
+from uwm_deploy.edits.features import KeptFeatures, TowerFeatures, ZeroShotFeatures
 from uwm_deploy.edits.fit_files import read_features, read_fit, read_sums
-from uwm_deploy.edits.kept import KeptFeatures, TowerFeatures, ZeroShotFeatures
 from uwm_deploy.edits.strength import choose_strength, chosen_setting
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.recipes.edit_spec import AxisSpec, ClosedForm
@@ -27,9 +27,9 @@ def solver(spec: ClosedForm, fit: FitRecord, folder: Path, notice: Callable[[str
 
     Args:
         spec: The step.
-        fit: Record of its sums.
-        folder: Where the sums and the kept features are.
-        notice: Takes a line about the choice of the strength.
+        fit: Record of the fit.
+        folder: Folder of the fit.
+        notice: Called with a line about the choice of the strength.
     """
 
     def solve(model: LoadedModel) -> Solved:
@@ -49,7 +49,7 @@ def solver(spec: ClosedForm, fit: FitRecord, folder: Path, notice: Callable[[str
 
 
 def limits_of(axis: AxisSpec) -> StrengthLimits:
-    """What a choice may cost."""
+    """Limits of a choice of strength, from the recipe."""
     return StrengthLimits(
         retrieval_loss=axis.max_retrieval_loss,
         hard_safe_loss=axis.max_hard_safe_loss,
@@ -58,7 +58,7 @@ def limits_of(axis: AxisSpec) -> StrengthLimits:
 
 
 def chosen_line(choice: StrengthChoice) -> str:
-    """A choice in a line: GS on items that the fit did not see, and on concepts that it did not see."""
+    """A choice of strength as a line for the user: GS and recall on held-out items and on held-out concepts."""
     assert choice.chosen is not None
     chosen, words = choice.candidates[choice.chosen], []
     for kind, name in ((FoldKind.RANDOM, "unseen items"), (FoldKind.CONCEPTS, "unseen concepts")):
@@ -73,19 +73,19 @@ def chosen_line(choice: StrengthChoice) -> str:
 
 
 def kept_features(model: LoadedModel, fit: FitRecord, folder: Path) -> KeptFeatures:
-    """Features that a fit kept, as a choice reads them.
+    """Features that a fit kept, for a choice of strength.
 
     Args:
         model: As the step before left it.
         fit: The record.
-        folder: Where the features are.
+        folder: Folder of the fit.
     """
     tensors, weights, start = read_features(folder, fit), fitted_weights(model, fit.placement), "zero_shot."
     names = json.loads(tensors["names"].tobytes())
     sets = sorted({key.removeprefix(start).rpartition(".")[0] for key in tensors if key.startswith(start)})
 
     def original(key: str, rows: np.ndarray, tower: TowerName) -> np.ndarray:
-        """Of the source model; where no step came before, that is the model itself."""
+        """Embeddings of the source model; where no step came before, of the model itself."""
         return tensors[key] if key in tensors else _embedded(rows, weights[tower])
 
     towers = {}
@@ -112,19 +112,22 @@ def kept_features(model: LoadedModel, fit: FitRecord, folder: Path) -> KeptFeatu
 
 
 def _embedded(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(n, d) of length 1, float32, of features (n, m)."""
+    """Embeddings (n, d) float32, rows of length 1, of features (n, m)."""
     embeds = rows.astype(np.float64) @ weight.T
     result: np.ndarray = (embeds / np.linalg.norm(embeds, axis=1, keepdims=True)).astype(np.float32)
     return result
 
 
 def solved_again(model: LoadedModel, step: EditStep, folder: Path) -> Mapping[str, Tensor]:
-    """Tensors of a step, from the sums of its fit and the setting of its record.
+    """Solves a step again, from the sums of its fit and the setting of its record.
 
     Args:
         model: As the step before left it.
         step: The record.
-        folder: Where the sums are.
+        folder: Folder of the fit.
+
+    Returns:
+        Values by parameter, float32 on the CPU, any shape (the parameter's own).
 
     Raises:
         IntegrityError: If the sums are of another model, or not those of the record.

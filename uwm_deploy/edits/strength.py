@@ -1,9 +1,9 @@
 """Choosing the strength of the safety axis from kept features (docs/safety-axis.md sections 5 and 8).
 
-Every candidate is fitted without some of the items and measured on them: once with folds drawn at random, once with folds
-that leave whole concepts out, which is what an unseen hazard gets. Each item counts once per kind of fold; a retrieval looks
-through all items, so a fold makes it no easier. Chosen is the highest objective among the candidates that keep every limit
-on both kinds of folds.
+Every candidate is cross-validated: fitted without a fold, and measured on the held-out items of that fold. Folds are of two
+kinds: drawn at random, and whole concepts, which shows what happens to a hazard that the fit has not seen. Each item counts
+once per kind of fold. A retrieval searches all items, so that a small fold makes it no easier. The choice is the candidate
+with the highest objective among those that keep every limit on both kinds of folds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from uwm_deploy.edits.axis import axes_of, require_valid, spare_count
 from uwm_deploy.edits.candidates import candidates_of
+from uwm_deploy.edits.features import KeptFeatures, concept_folds, random_folds
 from uwm_deploy.edits.fold_fit import fold_fit, ranks
-from uwm_deploy.edits.held_out import HeldOut, Measured
-from uwm_deploy.edits.kept import KeptFeatures, concept_folds, random_folds
+from uwm_deploy.edits.held_out import HeldOut, SettingOutcomes
 from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.model import TowerName
@@ -41,24 +41,24 @@ _IMAGE, _TEXT = TowerName.IMAGE, TowerName.TEXT
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 Progress = Callable[[int, int], None]
-"""Called with the folds that are done and their number."""
+"""Called with the number of folds that are done, and of all folds."""
 
 
 def silent(done: int, total: int) -> None:
-    """Says nothing."""
+    """Reports no progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Items:
-    """What the outcomes of a setting are counted over.
+    """Items that the outcomes of a setting are counted over.
 
     Attributes:
         original: Outcomes of the model before any step.
-        hard: Rows of the hard safe items; None where no score tells which they are.
-        sets: Length of each zero-shot set, in the order of `Measured.recognised`.
+        hard: (h,) int64, rows of the hard safe items; None where no score tells which items are hard.
+        sets: Length of each zero-shot set, in the order of `SettingOutcomes.recognised`.
     """
 
-    original: Measured
+    original: SettingOutcomes
     hard: np.ndarray | None
     sets: tuple[int, ...]
 
@@ -83,21 +83,21 @@ def choose_strengths(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[StrengthChoice]:
-    """Measures every candidate once, and chooses one under each limits.
+    """Measures every candidate once, and makes a choice under each of several limits.
 
     Args:
         kept: Features of the items.
-        limits: What the edit may cost.
-        candidates: Settings; those of `candidates_of` when there are none. What does not fit the model is left out.
-        seed: Of the random folds and of the candidates.
-        progress: Told after each fold.
+        limits: Largest losses that an edit may cause, one set of limits per choice.
+        candidates: Settings; None takes those of `candidates_of`. Settings that do not fit the model are left out.
+        seed: Seed of the random folds and of the candidates.
+        progress: Called after each fold.
 
     Raises:
         InputError: If the features do not belong together, or cannot be fitted.
     """
     began = time.perf_counter()
     kept.require_whole()
-    settings = _fitting(candidates if candidates is not None else candidates_of(seed), kept)
+    settings = _usable(candidates if candidates is not None else candidates_of(seed), kept)
     items, left_out = _items(kept), concept_folds(kept.concepts)
     outcomes = _outcomes(kept, settings, _folds(kept, left_out, seed), progress)
     original = _metrics(items.original, items)
@@ -145,28 +145,28 @@ def chosen_setting(choice: StrengthChoice) -> AxisSetting:
     )
 
 
-def _fitting(settings: Sequence[AxisSetting], kept: KeptFeatures) -> list[AxisSetting]:
-    """Settings that the model has dimensions and features for.
+def _usable(settings: Sequence[AxisSetting], kept: KeptFeatures) -> list[AxisSetting]:
+    """Settings for which the model has enough dimensions and features.
 
     Raises:
-        InputError: If none is left, or one has no meaning.
+        InputError: If none is left, or one is invalid.
     """
     dimensions = len(kept.towers[_IMAGE].weight)
     features = min(part.safe.shape[1] for part in kept.towers.values())
     for setting in settings:
         require_valid(setting)
-    fitting = [
+    usable = [
         setting
         for setting in settings
         if spare_count(setting) < dimensions and max(axes_of(setting, tower) for tower in TowerName) <= features
     ]
-    if not fitting:
+    if not usable:
         raise InputError(f"no axis setting fits {dimensions} dimensions", fix="pass a setting with fewer axes")
-    return fitting
+    return usable
 
 
 def _folds(kept: KeptFeatures, left_out: Sequence[tuple[str, ...]], seed: int) -> dict[FoldKind, list[np.ndarray]]:
-    """Rows that each fold holds out, by kind; a kind without folds is not there."""
+    """Rows that each fold holds out, by kind of fold; a kind without folds is left out."""
     concepts = np.asarray(kept.concepts)
     folds = {
         FoldKind.RANDOM: random_folds(len(kept.ids), seed),
@@ -176,12 +176,12 @@ def _folds(kept: KeptFeatures, left_out: Sequence[tuple[str, ...]], seed: int) -
 
 
 def _items(kept: KeptFeatures) -> _Items:
-    """Outcomes of the model before any step, from its embeddings."""
+    """Outcomes of the model before any step, from its embeddings, and the hard safe items."""
     image, text = kept.towers[_IMAGE], kept.towers[_TEXT]
     parts = (image.original_safe, image.original_unsafe, text.original_safe, text.original_unsafe)
     decided = decisions(*parts)
     recognised = [top1(z.original_images, z.labels, z.original_classes).hits for z in kept.zero_shot.values()]
-    original = Measured(
+    original = SettingOutcomes(
         chosen=np.stack([decided.chosen[name] for name in BASIC], axis=1),
         ranks=np.stack([_plain_ranks(parts[2], parts[0]), _plain_ranks(parts[0], parts[2])], axis=1),
         recognised=np.concatenate([*recognised, np.zeros(0, dtype=bool)]),
@@ -190,7 +190,7 @@ def _items(kept: KeptFeatures) -> _Items:
 
 
 def _plain_ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Ranks of row i for query i, of embeddings as they are."""
+    """Rank (q,) int64 of row i for query i, by the cosine of plain embeddings."""
     nothing, rows = np.zeros((len(queries), 0)), np.arange(len(queries))
     base = queries.astype(np.float32) @ gallery.astype(np.float32).T
     return ranks(base, nothing, nothing, np.ones(len(gallery)), rows)
@@ -198,8 +198,8 @@ def _plain_ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 def _outcomes(
     kept: KeptFeatures, settings: Sequence[AxisSetting], folds: Mapping[FoldKind, list[np.ndarray]], progress: Progress
-) -> dict[FoldKind, list[Measured]]:
-    """Outcomes of every setting on all items, by kind of fold."""
+) -> dict[FoldKind, list[SettingOutcomes]]:
+    """Outcomes of every setting on all items, each item held out once, by kind of fold."""
     total, done = sum(map(len, folds.values())), 0
     result = {}
     for kind, held_out in folds.items():
@@ -219,9 +219,9 @@ def _measure(
     moments: Mapping[TowerName, Moments],
     held: np.ndarray,
     fold: tuple[int, int],
-    into: list[Measured],
+    into: list[SettingOutcomes],
 ) -> None:
-    """Fits without one fold and writes what that does to its items; zero-shot items are dealt to the folds in turn."""
+    """Fits without one fold, and writes the outcomes of its items; zero-shot items are divided among the folds in turn."""
     weights = {tower: part.weight.astype(np.float64) for tower, part in kept.towers.items()}
     images = {name: np.arange(fold[0], len(part.labels), fold[1]) for name, part in kept.zero_shot.items()}
     lengths = [len(part.labels) for part in kept.zero_shot.values()]
@@ -234,9 +234,9 @@ def _measure(
         into[position].recognised[items] = measured.recognised
 
 
-def _empty(kept: KeptFeatures) -> Measured:
+def _empty(kept: KeptFeatures) -> SettingOutcomes:
     n, images = len(kept.ids), sum(len(part.labels) for part in kept.zero_shot.values())
-    return Measured(
+    return SettingOutcomes(
         chosen=np.zeros((n, len(BASIC)), dtype=bool),
         ranks=np.zeros((n, 2), dtype=np.int64),
         recognised=np.zeros(images, dtype=bool),
@@ -254,7 +254,7 @@ def _sum(parts: Sequence[Mapping[TowerName, Moments]]) -> dict[TowerName, Moment
 def _candidate(
     setting: AxisSetting,
     position: int,
-    outcomes: Mapping[FoldKind, list[Measured]],
+    outcomes: Mapping[FoldKind, list[SettingOutcomes]],
     items: _Items,
     limits: StrengthLimits,
 ) -> StrengthCandidate:
@@ -281,7 +281,7 @@ def _best(tried: Sequence[StrengthCandidate]) -> int | None:
     return max(keeping, key=lambda i: tried[i].objective) if keeping else None
 
 
-def _metrics(found: Measured, items: _Items) -> StrengthMetrics:
+def _metrics(found: SettingOutcomes, items: _Items) -> StrengthMetrics:
     basic = dict(zip(("p_ts", "p_tu", "p_vs", "p_vu"), 100 * found.chosen.mean(axis=0), strict=True))
     return StrengthMetrics(
         gs=100 * float(found.chosen.all(axis=1).mean()),
@@ -293,8 +293,8 @@ def _metrics(found: Measured, items: _Items) -> StrengthMetrics:
     )
 
 
-def _uses(found: Measured, items: _Items, limits: StrengthLimits, kind: FoldKind) -> list[LimitUse]:
-    """How much of each limit is used up; what is not measured has no limit."""
+def _uses(found: SettingOutcomes, items: _Items, limits: StrengthLimits, kind: FoldKind) -> list[LimitUse]:
+    """Losses and the limits on them; what was not measured has no limit."""
     original = items.original
     losses = {
         StrengthLimit.PS: ([_ps(original) - _ps(found)], 0.0),
@@ -312,24 +312,24 @@ def _uses(found: Measured, items: _Items, limits: StrengthLimits, kind: FoldKind
     ]
 
 
-def _ps(found: Measured) -> np.ndarray:
-    """(n,): a safe query of either tower found its safe counterpart."""
+def _ps(found: SettingOutcomes) -> np.ndarray:
+    """(n,) float64: 1 where the safe queries of both towers choose their safe counterparts."""
     result: np.ndarray = (found.chosen[:, 0] & found.chosen[:, 2]).astype(np.float64)
     return result
 
 
-def _recall(found: Measured, k: int) -> np.ndarray:
-    """(n,): share of the two directions in which the right safe item is among the first k."""
+def _recall(found: SettingOutcomes, k: int) -> np.ndarray:
+    """(n,) float64: share of the two directions in which the right safe item is among the first k."""
     result: np.ndarray = (found.ranks < k).mean(axis=1)
     return result
 
 
-def _per_set(found: Measured, items: _Items) -> list[np.ndarray]:
+def _per_set(found: SettingOutcomes, items: _Items) -> list[np.ndarray]:
     return [part.astype(np.float64) for part in np.split(found.recognised, np.cumsum(items.sets)[:-1])]
 
 
 def _mean(parts: Sequence[np.ndarray]) -> float:
-    """Percentage points; every part counts the same."""
+    """Mean of the parts' means in percentage points; every part has the same weight."""
     return 100 * float(np.mean([part.mean() for part in parts]))
 
 

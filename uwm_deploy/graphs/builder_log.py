@@ -1,4 +1,4 @@
-"""What a builder of TensorRT says, and how its refusals become errors. Both flavours report failure by None or False."""
+"""Log of a TensorRT builder, and the error for its refusals. Both flavours report failure by None or False."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 _HARMLESS = ("Thread context has not been set",)
-"""Logged on every build as an internal error, without meaning."""
+"""Messages that every build logs as internal errors, although nothing is wrong."""
 
 
 class BuildFailed(Exception):  # noqa: N818 -- reads better where it is raised
-    """The builder said no; its words are the message."""
+    """The builder refused; the message is from its log."""
 
 
 def logger_of(trt: Any, messages: list[str]) -> Any:
-    """A logger of one of the flavours that keeps its messages."""
+    """A logger for one of the flavours, which appends its messages to a list."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -30,5 +30,5 @@ def logger_of(trt: Any, messages: list[str]) -> Any:
 
 
 def last_of(messages: Sequence[str]) -> str:
-    """The last things a logger was told."""
+    """The last messages of a logger."""
     return "; ".join(messages[-3:]) or "no message"

@@ -1,4 +1,4 @@
-"""Settings of a builder of TensorRT or TensorRT-RTX, each read back after it was set: most of them fail without a word."""
+"""Settings of a builder of TensorRT or TensorRT-RTX, each read back after it was set: most of them fail silently."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
     Args:
         trt: Module of the flavour.
         config: Its `IBuilderConfig`.
-        spec: What is asked for.
+        spec: Settings of the recipe.
         refittable: Whether the weights that were marked in the network can be replaced in the engine.
-        messages: What its logger was told.
+        messages: Messages of its logger.
 
     Raises:
         RecipeError: If this flavour or release does not have a setting.
@@ -45,10 +45,10 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
         config.hardware_compatibility_level = level
         _check("hardware_compatibility", level, config.hardware_compatibility_level, messages)
     if spec.version_compatible:
-        # Without the lean runtime: it is code inside the engine, which the runtime here never allows.
+        # Without the lean runtime, which is code inside the engine: our runtime never runs such code.
         _set_flag(trt, config, "VERSION_COMPATIBLE", True)
         _set_flag(trt, config, "EXCLUDE_LEAN_RUNTIME", True)
-    if refittable:  # all others stay constants, which may be optimised away
+    if refittable:  # other weights stay constants, which the builder may optimise away
         _set_flag(trt, config, "REFIT_INDIVIDUAL", True)
 
 
@@ -61,9 +61,9 @@ def add_profiles(
         builder: The flavour's builder.
         config: Its configuration.
         name: The network's input.
-        row: Shape of one row of it, without the batch.
-        profiles: Batches.
-        messages: What its logger was told.
+        row: Shape of one row of the input, without the batch.
+        profiles: Batch sizes.
+        messages: Messages of its logger.
 
     Raises:
         BuildFailed: If one is not accepted.
@@ -84,7 +84,7 @@ def add_profiles(
 
 
 def settings_of(trt: Any, config: Any, spec: BuilderSpec, profiles: Sequence[Profile]) -> dict[str, str]:
-    """What a configuration holds, as the record of the engine says it."""
+    """Settings of a configuration, read back for the record of the engine."""
     found = {
         "tf32": _word(config.get_flag(trt.BuilderFlag.TF32)),
         "optimization_level": str(config.builder_optimization_level),

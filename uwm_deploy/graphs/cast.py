@@ -1,7 +1,7 @@
-"""A float32 graph in half precision: weights and operators cast, inputs and outputs float32, chosen nodes left as they are.
+"""A float32 graph in half precision: weights and operators are cast; inputs, outputs and chosen nodes stay float32.
 
-Made from the exported graph and not by a second export of a cast model, so that every node can be an island and every
-weight keeps its name.
+The exported graph is converted, and no cast model exported a second time: so any node can stay float32, and every weight
+keeps its name.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ FLOAT16, BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 _NUMPY = {FLOAT16: np.dtype(np.float16), BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 _LARGEST = {FLOAT16: 65504.0, BFLOAT16: 3.3895313892515355e38}
 _MASK = 1e30
-"""No weight is that large; masks are, or infinite."""
+"""Masks are at least this large, or infinite; no weight is."""
 
 _FROM_OPSET = {BFLOAT16: {"Conv": 22}}
-"""Operators that know a type only from an opset on; below it they stay float32."""
+"""First opset in which an operator takes a type; in older opsets the operator stays float32."""
 
 
 def cast_graph(model: ir.Model, kind: ir.DataType, keep: Set[ir.Node]) -> int:
     """Casts a graph in place.
 
-    What comes after the last linear layer, the normalisation of the embedding, always stays float32.
+    The normalisation of the embedding, behind the last linear layer, always stays float32.
 
     Args:
-        model: Float32 graph with the type of every float value known.
+        model: Float32 graph in which the type of every float value is known.
         kind: `FLOAT16` or `BFLOAT16`.
         keep: Nodes that stay float32.
 
@@ -39,7 +39,7 @@ def cast_graph(model: ir.Model, kind: ir.DataType, keep: Set[ir.Node]) -> int:
         Number of constants that were out of range and are now the largest finite number, such as masks of -3.4e38.
 
     Raises:
-        ContractError: If a weight with a name is out of range: that would change the model, not a mask.
+        ContractError: If an entry of a weight is out of range: unlike a mask, a clipped weight would change the model.
     """
     opset = model.graph.opset_imports.get("", 0)
     since = _FROM_OPSET.get(kind, {})
@@ -119,7 +119,7 @@ class _Cast:
                 node.attributes[name] = ir.AttrTensor(name, self._tensor(attribute.as_tensor(), "", weight=False))
 
     def _other(self, value: ir.Value) -> ir.Value:
-        """The value in the other precision; one Cast serves all that need it."""
+        """The value in the other precision; all its readers share one Cast."""
         to = ir.DataType.FLOAT if value in self.low else self.kind
         if (value, to) not in self.made:
             node = ir.node("Cast", [value], {"to": int(to)})

@@ -1,9 +1,9 @@
-"""Makes an INT8 graph one that ONNX Runtime multiplies in 8 bits on every processor, with the same sums on each.
+"""Changes an INT8 graph so that ONNX Runtime multiplies in 8 bits on every processor, with the same sums on each.
 
-Its kernels take unsigned activations and signed weights. On x86 without instructions for 8 bits (VNNI) they add two products
-in 16 bits, which overflows silently: 255 * 127 * 2 is twice the largest number. On the demo that flipped about as many
-decisions as all of the rounding, 2.3% instead of 1.2%, and a bundle that was measured on one processor gave other sums on
-another. With weights of 7 bits, -64 to 64, no sum overflows anywhere.
+ONNX Runtime's kernels take unsigned activations and signed weights. On x86 without 8-bit instructions (VNNI) they add two
+products in 16 bits, which overflows silently: 255 * 127 * 2 is twice the largest number. On the demo the overflow changed
+about as many decisions as all of the rounding did (2.3% in all, 1.2% without it), and a bundle that was measured on one
+processor gave other sums on another. With weights of 7 bits, -64 to 64, no sum overflows anywhere.
 """
 
 from __future__ import annotations
@@ -16,48 +16,62 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 LARGEST = 64
-"""Of a weight: 255 * 64 * 2 is within 16 bits with a sign, 255 * 65 * 2 is not."""
+"""Largest absolute value of a weight: 255 * 64 * 2 fits into a signed 16-bit number, 255 * 65 * 2 does not."""
 
 _STEP = 127 / LARGEST
 
 _WITHOUT_BIAS = 6
-"""Inputs of ONNX Runtime's MatMulIntegerToFloat: both factors, their scales and zero points; the bias is the seventh."""
+"""Number of inputs of ONNX Runtime's MatMulIntegerToFloat without a bias: factors, scales and zero points."""
 
 
 def narrowed(weight: np.ndarray) -> np.ndarray:
-    """An INT8 weight, -127 to 127, rounded to 7 bits; an entry that is not 0 keeps its sign."""
+    """Rounds an 8-bit weight to 7 bits; an entry that is not 0 keeps its sign.
+
+    Args:
+        weight: int8, any shape, -127 to 127.
+
+    Returns:
+        int8, any shape (that of the weight), -64 to 64.
+    """
     found: np.ndarray = np.rint(weight / _STEP).clip(-LARGEST, LARGEST).astype(np.int8)
     return found
 
 
 def stored_forms(weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A lowered weight as graphs compiled from it may hold it: as it is, and one of INT8 in 7 bits."""
+    """Forms in which a compiled graph may store a weight of lower precision: unchanged, and for INT8 in 7 bits, too.
+
+    Args:
+        weight: Any dtype and any shape.
+
+    Returns:
+        One or two arrays with the dtype and any shape of the weight.
+    """
     return (weight, narrowed(weight)) if weight.dtype == np.int8 else (weight,)
 
 
 def fit_for_cpu(model: onnx.ModelProto, folder: Path) -> list[str]:
-    """Unsigned activations and weights of 7 bits, in place; whatever is not of 8 bits stays.
+    """Makes activations unsigned and weights 7-bit, in place; nodes that are not in 8 bits stay as they are.
 
     Args:
-        model: Graph with explicit quantisation, symmetric; its external data need not be loaded.
-        folder: Where that is; the weights that change are inside the graph afterwards.
+        model: Graph with explicit, symmetric quantisation; its external data need not be loaded.
+        folder: Folder of the external data; the weights that change are inside the graph afterwards.
 
     Returns:
-        Names of weights that could not be narrowed, because something else reads them or their scale: such a graph must
-        not be used.
+        Names of weights that cannot be narrowed, because another node reads them or their scale; a graph with such a
+        weight must not be used.
     """
     _unsign_activations(model)
     return _narrow_weights(model, folder)
 
 
 def add_biases(model: onnx.ModelProto) -> int:
-    """Lets multiplications in 8 bits add their bias themselves, in place: the same numbers in one pass less over them.
+    """Lets 8-bit multiplications add their bias themselves, in place: the same numbers with one pass over memory less.
 
     Args:
-        model: As ONNX Runtime optimised it.
+        model: Graph that ONNX Runtime has optimised.
 
     Returns:
-        How many do.
+        Number of multiplications that do.
     """
     tensors, users, outputs = _tensors(model), _users(model), {value.name for value in model.graph.output}
     added: list[str] = []
@@ -80,10 +94,10 @@ def add_biases(model: onnx.ModelProto) -> int:
 
 
 def _unsign_activations(model: onnx.ModelProto) -> None:
-    """Moves the zero of activations from 0 to 128: the same numbers.
+    """Makes activations unsigned by moving their zero point from 0 to 128; they represent the same numbers.
 
-    ONNX Runtime does it by itself, but not where several layers read one activation (query, key and value): those stayed in
-    float32, and their weights were turned into float32 in every call.
+    ONNX Runtime does it by itself, except where several layers read one activation (query, key and value): there it computes
+    in float32, and converts the weights in every call.
     """
     tensors = _tensors(model)
     of_weights = {n.input[2] for n in _from_8_bits(model) if n.input[0] in tensors and len(n.input) > 2}
@@ -110,7 +124,7 @@ def _narrow_weights(model: onnx.ModelProto, folder: Path) -> list[str]:
         if weight is None or weight.data_type != TensorProto.INT8:
             continue
         if scale is None or len(users[weight.name]) > 1 or len(users[scale.name]) > 1:
-            wide.append(weight.name)  # what else reads it expects what it was
+            wide.append(weight.name)  # its other readers expect the old values
             continue
         for tensor in (weight, scale):
             if tensor.data_location == TensorProto.EXTERNAL:

@@ -1,9 +1,9 @@
-"""Builds one engine; run as a process of its own, so that a crash or its memory stays its own.
+"""Builds one engine in a process of its own, so that a crash or a lot of memory does not harm the caller.
 
     python -m uwm_deploy.graphs.engine_builder image.build.json
 
-The JSON beside the engine holds everything, so that a build can be repeated by hand. TensorRT and TensorRT-RTX
-report failure by returning None or False; the messages of their logger are what the user gets to read.
+The JSON beside the engine holds all settings, so that a build can be repeated by hand. TensorRT and TensorRT-RTX
+report failure by returning None or False; the error messages come from their logger.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
-from uwm_deploy.graphs.layout import mapped_weights
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
+from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
@@ -33,20 +33,20 @@ FAILED = 3
 """Exit status of a build that the target's builder refused."""
 
 REFUSED = 4
-"""Exit status of a build that cannot be begun: the result says which kind of error it is."""
+"""Exit status of a build that cannot begin: the result names the kind of the error."""
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds an engine.
 
     Args:
-        spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime what `onnx_builder` says, and ``compile``, whether
-            the provider makes engines of it. For TensorRT ``input``, ``shape`` without the batch, ``profiles`` (min, opt
-            and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and ``refittable``, names of the
-            weights that a refit may replace later; none when it is left out.
+        spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime also the settings of `onnx_builder`, and
+            ``compile``, whether the provider compiles the graph into engines. For TensorRT also ``input``, ``shape`` without
+            the batch, ``profiles`` (min, opt and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and
+            ``refittable``, names of the weights that a refit may replace later; none when it is left out.
 
     Returns:
-        What was achieved: versions, settings, seconds, peak memory.
+        Versions, settings, seconds and peak memory of the build.
     """
     make = _plan
     if spec["module"] == "onnxruntime":
@@ -96,7 +96,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
-    """What a call gives; both flavours return None, or raise a TypeError about a null pointer, when they cannot."""
+    """Result of a call of TensorRT; on failure both flavours return None or raise a TypeError about a null pointer."""
     try:
         made = make()
     except TypeError as error:
@@ -107,8 +107,8 @@ def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
 
 
 def _parsed(trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str]) -> tuple[Any, Any]:
-    """The network of a graph, and what must outlive it: its weights are used where they lie in the file."""
-    # Strongly typed: accepted and ignored where there is nothing else.
+    """The network of a graph, and the objects that must outlive it: the network reads its weights from the mapped file."""
+    # Strongly typed. A flavour that knows no other networks ignores the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = _made(lambda: builder.create_network(0 if flag is None else 1 << int(flag)), "network", messages)
     parser = _made(lambda: trt.OnnxParser(network, logger), "parser", messages)
@@ -128,14 +128,14 @@ def _parsed(trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[
 
 
 def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:
-    """Where times are kept; TensorRT-RTX measures none, and at level 0 neither does TensorRT."""
+    """File of the timing cache; None for TensorRT-RTX, and for TensorRT at level 0, which measure no times."""
     if not asked.timing_cache or asked.optimisation_level == 0 or trt.__name__ != MODULES[Target.TENSORRT]:
         return None
     return cache_file(trt.__name__, str(trt.__version__), device_name())
 
 
 def header_facts(path: Path) -> dict[str, str]:
-    """What the first bytes of an engine say. Their layout is observed, not documented: for people, never to decide by."""
+    """Facts from the first bytes of an engine, for people to read; their layout is undocumented, so no code uses them."""
     with path.open("rb") as stream:
         head = stream.read(_HEADER_BYTES)
     facts = {"header_magic": head[:4].decode("ascii", errors="replace")}
@@ -160,7 +160,7 @@ def mark_refittable(network: Any, names: Sequence[str], messages: Sequence[str] 
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
-    """Lets the builder take an Attention operator apart where it has no kernel for it, as in float32."""
+    """Lets the builder decompose an Attention operator where it has no kernel for it, as in float32."""
     kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         if kind is not None and layer.type == kind:
@@ -172,7 +172,7 @@ _TYPED = ("MATRIX_MULTIPLY", "CONVOLUTION", "SOFTMAX", "NORMALIZATION", "QUANTIZ
 
 
 def _layer_types(network: Any) -> list[str]:
-    """Kinds of layer with the type of what they give, of those where precision matters."""
+    """Kinds of layer whose precision matters, with the type of their output."""
     kinds = set()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -183,7 +183,7 @@ def _layer_types(network: Any) -> list[str]:
 
 
 def _peak_rss_bytes() -> int:
-    """Most memory of this process; 0 where it cannot be known. `getrusage` would carry the parent's peak over."""
+    """Peak memory of this process; 0 where the system does not tell. `getrusage` would include the parent's peak."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
@@ -191,7 +191,7 @@ def _peak_rss_bytes() -> int:
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there as a whole when the block ends well, and not at all when it does not."""
+    """A file that appears whole when the block succeeds, and not at all when it fails."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with temporary.open("wb") as stream:
@@ -204,7 +204,7 @@ def _written(path: Path) -> Iterator[BinaryIO]:
 
 
 def _writer(trt: Any, stream: BinaryIO) -> Any:
-    """What a builder writes an engine to, piece by piece, so that it is never in memory as a whole."""
+    """A stream to which a builder writes an engine piece by piece, so that the engine is never in memory as a whole."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -217,7 +217,7 @@ def _writer(trt: Any, stream: BinaryIO) -> Any:
 
 
 def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) -> int:
-    """Builds what a JSON file says and writes ``<file>.result.json`` beside it."""
+    """Does the work that a JSON file describes, writes ``<file>.result.json`` beside it, and returns the exit status."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     result = Path(path).with_suffix(".result.json")
     try:

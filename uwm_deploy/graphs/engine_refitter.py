@@ -1,9 +1,9 @@
-"""Puts other weights into one refittable engine; run as a process of its own, like the builder. Needs a GPU.
+"""Puts other weights into one refittable engine, in a process of its own like the builder. Needs a GPU.
 
     python -m uwm_deploy.graphs.engine_refitter image.refit.json
 
-Nothing is believed: the refitted engine has to be measured anew, since TensorRT has been seen to lose the bias of a
-matrix multiplication in a refit (stages/refit.py, `attest`).
+The refitted engine has to be measured anew (`pipeline.refit`, `attest`): TensorRT has been seen to lose the bias of a matrix
+multiplication in a refit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.engine_builder import main
-from uwm_deploy.graphs.stored import EIGHT_BITS, in_type
+from uwm_deploy.graphs.stored_weights import EIGHT_BITS, in_type
 from uwm_deploy.records.files import write_atomic
 
 _KINDS = {
@@ -40,10 +40,10 @@ def refit(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``module``; ``source`` and ``engine`` (paths); ``weights``, a safetensors file with float32 (out, in) by
-            name; ``turned``, the names of those that 8-bit graphs hold as (in, out).
+            name; ``turned``, the names of weights that 8-bit graphs hold as (in, out).
 
     Returns:
-        How many weights were replaced, and seconds.
+        Number of weights that were replaced, and seconds.
     """
     started = time.perf_counter()
     trt = importlib.import_module(spec["module"])
@@ -59,7 +59,7 @@ def refitted_plan(trt: Any, plan: bytes, weights: Mapping[str, np.ndarray], turn
     Args:
         trt: Module of the flavour.
         plan: The engine.
-        weights: Float32 (out, in) by the name that the graph gives them.
+        weights: (out, in) or (out,) float32, by their names in the graph.
         turned: See `refit`.
 
     Raises:

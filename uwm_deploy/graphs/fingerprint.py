@@ -1,4 +1,4 @@
-"""Is the edit in the graph? Looked up in the weights that the graph itself holds, never in names or topology alone."""
+"""Fingerprint of the edit in a graph: taken from the weights in the graph itself, never from names or topology alone."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from uwm_deploy.records.graph import Fingerprint, Precision
 from uwm_deploy.records.model import Digest
 
 ZEROED_LIMIT = 0.5
-"""Share of edited entries that may become zero: there negation changes nothing, so the edit is lost."""
+"""Largest share of edited entries that may become zero: negating a zero changes nothing, so their edit is lost."""
 
 _NOTHING = "no edited layer was named, so nothing can be proven"
 
 
 class EditedEntries(Protocol):
-    """What is needed of a layer's patch: its flat indices and the digest of the weight that it makes."""
+    """The part of a layer's patch that a fingerprint needs: flat indices, and the digest of the edited weight."""
 
     @property
     def indices(self) -> Any:
-        """Flat indices; anything that becomes an array."""
+        """Flat indices of the edited entries, (k,) integers, as an array or a tensor."""
 
     @property
     def digest_after(self) -> Digest:
-        """Of the edited weight."""
+        """Digest of the edited weight."""
 
 
 def digest_of_array(array: np.ndarray) -> Digest:
-    """Digest of a float32 weight, equal to that of the same PyTorch tensor."""
+    """Digest of a float32 weight, equal to `digest_of_tensor` of the same PyTorch tensor.
+
+    Args:
+        array: Any dtype that becomes float32, any shape.
+    """
     plain = np.ascontiguousarray(array, dtype=np.float32)
     hasher = hashlib.sha256(f"\0torch.float32\0{tuple(plain.shape)}\0".encode())
     hasher.update(plain.reshape(-1).view(np.uint8).data)
@@ -51,16 +55,16 @@ def digest_of_onnx(path: Path, external: str) -> Digest:
 def fingerprint_of_graph(
     initialisers: Mapping[str, np.ndarray], edits: Iterable[TensorEdit], patches: Mapping[str, EditedEntries]
 ) -> Fingerprint:
-    """Compares each edited layer's weight, by name, with what the patch makes and with what it was before.
+    """Compares each edited layer's weight, by name, with the weights before and after the edit.
 
     Args:
-        initialisers: Tensors of the graph by name.
+        initialisers: Tensors of the graph by name, any dtype, any shape.
         edits: Edited layers of this tower.
         patches: Patch of each layer of the model, other towers included.
 
     Returns:
-        The fingerprint; a layer that only one of record and patch knows is a mismatch, as is a second, unedited copy of
-        an edited weight under whatever name, transposed or not.
+        The fingerprint. A layer that only one of record and patch names is a mismatch. So is an unedited copy of an edited
+        weight anywhere in the graph, under any name, transposed or not.
     """
     wanted = list(edits)
     known = {edit.name for edit in wanted}
@@ -93,9 +97,10 @@ def fingerprint_by_value(
     """Finds each edited weight among the tensors of a graph whose names were changed, transposed or not.
 
     Args:
-        arrays: Tensors of the graph.
+        arrays: Tensors of the graph, any dtype, any shape.
         edits: Edited tensors of this tower.
-        computed_away: Names of trained tensors that need not be there, see `graphs.folded`; parity is what is left of them.
+        computed_away: Names of trained tensors that the graph need not hold, see `graphs.constant_folding`; only the parity
+            of embeddings proves these.
     """
     wanted = list(edits)
     digests = _digests({str(number): array for number, array in enumerate(arrays)}, wanted)
@@ -117,14 +122,14 @@ def fingerprint_by_source(
     edits: Iterable[TensorEdit],
     computed_away: Collection[str] = (),
 ) -> Fingerprint:
-    """Finds each edited weight of a graph in lower precision, bit for bit, in what was compiled from it.
+    """Finds each edited weight of a graph in lower precision, bit for bit, in the graph that was compiled from it.
 
-    One of 8 bits may also be there in 7, which is how the CPU multiplies it. So few bits may hide factors near 1 from this
-    check; a negation is always seen.
+    A compiled graph for the CPU may hold an 8-bit weight in 7 bits. At so few bits an edit with a factor near 1 may round
+    to the unedited weight and pass unnoticed; a negation changes the sign and is always found.
 
     Args:
-        arrays: Tensors of what was compiled.
-        source: Tensors of the graph by name.
+        arrays: Tensors of the compiled graph, any dtype, any shape.
+        source: Tensors of the graph before compilation by name, any dtype, any shape.
         edits: Edited tensors of this tower.
         computed_away: See `fingerprint_by_value`.
     """
@@ -146,12 +151,12 @@ def _identity(array: np.ndarray) -> tuple[str, tuple[int, ...], str]:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without dimensions of 1, which a compiler puts in front of what it adds to every row of a batch."""
+    """Shape without dimensions of 1, which a compiler puts in front of vectors that it adds to every row of a batch."""
     return tuple(size for size in shape if size != 1)
 
 
 def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]) -> dict[str, set[Digest]]:
-    """Digests of every array that has the shape of an edited layer, in each orientation that does."""
+    """Digests by name of every array with the shape of an edited layer, in each orientation that has this shape."""
     shapes: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for edit in edits:
         shapes.setdefault(_squeezed(edit.shape), set()).add(edit.shape)
@@ -170,12 +175,15 @@ def _digests(arrays: Mapping[str, np.ndarray], edits: Iterable[TensorEdit]) -> d
 
 
 def _holds_unedited(edit: TensorEdit, held: set[Digest]) -> bool:
-    """A layer in which nothing was selected is its own unedited weight, rightly. Two vectors may be equal by chance."""
+    """Whether the graph holds the weight from before the edit.
+
+    A layer in which nothing was selected rightly does. Vectors are not compared: two may be equal by chance.
+    """
     return edit.digest_before in held and edit.changed and len(edit.shape) > 1
 
 
 def _problem(edit: TensorEdit, patch: EditedEntries, array: np.ndarray, digests: set[Digest], held: set[Digest]) -> str:
-    """What is wrong with one weight, or nothing."""
+    """The problem with one weight; empty when there is none."""
     if edit.changed and edit.digest_before in digests:
         return "holds the unedited weight"
     if _holds_unedited(edit, held):
@@ -198,18 +206,18 @@ def fingerprint_of_lowered(
 ) -> tuple[Fingerprint, int]:
     """Compares each edited weight of a graph in lower precision with the float32 graph it was made from.
 
-    Half precision must be the float32 weight rounded, bit for bit. In 8 bits the sign of every entry must be the edited
-    one's, or the entry zero; of what is not multiplied the values must be the weight's, too, up to one step. All as they
-    lie or transposed.
+    In half precision a weight must be the float32 weight rounded, bit for bit. In 8 bits every entry must be zero or have
+    the sign of the edited entry; a tensor that is not edited by multiplication must have the edited values, too, up to one
+    step. Weights may be transposed.
 
     Args:
-        source: Tensors of the float32 graph, whose own fingerprint was checked.
-        lowered: Tensors of the other graph, under the same names.
+        source: Tensors of the float32 graph by name, float32, any shape; the graph's own fingerprint was checked.
+        lowered: Tensors of the other graph by the same names, any dtype, any shape.
         edits: Edited layers of this tower.
         patches: Patch of each layer.
 
     Returns:
-        The fingerprint, and how many edited entries became zero, where negation changes nothing.
+        The fingerprint, and the number of edited entries that became zero and so lost their edit.
     """
     wanted = list(edits)
     mismatches = [] if wanted else [_NOTHING]
@@ -247,7 +255,7 @@ def refuse_zeroed(zeroed: int, edits: Iterable[TensorEdit], lowered: Precision) 
 
 
 def _follows(edit: TensorEdit, weight: np.ndarray, lowered: np.ndarray) -> bool:
-    """Whether a tensor is a weight in lower precision."""
+    """Whether a tensor is an edited weight in lower precision."""
     if lowered.dtype.itemsize > 1:
         return bool(np.array_equal(weight.astype(lowered.dtype), lowered))
     if (np.sign(lowered.astype(np.float32)) * np.sign(weight) < 0).any():
@@ -256,7 +264,7 @@ def _follows(edit: TensorEdit, weight: np.ndarray, lowered: np.ndarray) -> bool:
 
 
 def _is_scaled(weight: np.ndarray, lowered: np.ndarray) -> bool:
-    """Whether 8 bits are a weight divided by a scale of its own, per row, per column or for all, up to one step."""
+    """Whether an 8-bit tensor is a weight divided by a scale, per row, per column or for all, up to one step."""
     low = lowered.astype(np.float32)
     steps = np.ones_like(low) if lowered.dtype.kind == "i" else np.maximum(np.abs(low) / 8, 2.0**-9)
     for axis in (1, 0, None):

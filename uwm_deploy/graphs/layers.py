@@ -1,4 +1,4 @@
-"""The parts of a graph that a precision plan names: its linear layers by their weight, everything else by operator."""
+"""Parts of a graph that a precision plan can name: linear layers by their weight, other nodes by name or operator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LinearLayer:
         node: The multiplication.
         weight: The initialiser.
         transpose: Node between the weight and the multiplication; None when there is none.
-        transposed: Whether the weight, as it lies in the file, is (out, in).
+        transposed: Whether the weight is stored as (out, in).
     """
 
     name: str
@@ -34,7 +34,7 @@ class LinearLayer:
 
 
 def linear_layers(model: ir.Model) -> dict[str, LinearLayer]:
-    """Linear layers in the order they run, by name; a weight that is used twice is numbered from its second use on."""
+    """Linear layers by name, in the order in which they run; further uses of one weight are named ``#2``, ``#3``."""
     found: dict[str, LinearLayer] = {}
     for node in model.graph:
         if node.op_type not in LINEAR or len(node.inputs) < 2 or node.inputs[1] is None:
@@ -57,8 +57,8 @@ def linear_layers(model: ir.Model) -> dict[str, LinearLayer]:
 def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
     """Nodes that a plan's patterns name: globs over layer names, node names and operator types.
 
-    With a multiplication goes what turns its weight, which would be rounded on the way otherwise; a layer's name takes
-    whatever adds its bias, too.
+    A multiplication brings the Transpose of its weight along, which would round the weight otherwise. A layer's name also
+    matches the node that adds its bias.
 
     Raises:
         InputError: If a pattern matches nothing.
@@ -86,7 +86,7 @@ def _weights(node: ir.Node) -> Iterable[ir.Value]:
 
 
 def after_the_last_layer(model: ir.Model) -> set[ir.Node]:
-    """Nodes between the last linear layer before the embedding and the embedding: its normalisation, and a map behind it."""
+    """Nodes between the last linear layer and the embedding: its normalisation, and a map behind it."""
     maps = set(MAP_NAMES.values())
     linear = {layer.node for name, layer in linear_layers(model).items() if name not in maps}
     waiting = [model.graph.outputs[0].producer()]

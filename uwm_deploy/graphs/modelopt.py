@@ -1,4 +1,4 @@
-"""Graphs that nvidia-modelopt quantised, brought into the form of our own: 8-bit weights under their own names."""
+"""Quantisation by nvidia-modelopt, and its graphs in the form of `quantise`: 8-bit weights under their own names."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from uwm_deploy.errors import ContractError, PrerequisiteError
-from uwm_deploy.graphs.child import made_by_child
+from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.layers import LINEAR, linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import Kind, rounded_weight
+from uwm_deploy.graphs.quantise import EightBitType, rounded_weight
 from uwm_deploy.graphs.write import write_graph
 
-Method = Literal["entropy", "max"]
+RangeMethod = Literal["entropy", "max"]
 
 _QUANTISER = "uwm_deploy.graphs.modelopt_quantiser"
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 def missing_modelopt() -> str:
-    """Empty when nvidia-modelopt is installed, else what is missing."""
+    """Empty when nvidia-modelopt is installed, else the reason why it cannot be used."""
     return "" if importlib.util.find_spec("modelopt") else "package nvidia-modelopt is not installed"
 
 
 def quantised_by_modelopt(
-    source: Path, kind: Kind, method: Method, patterns: Sequence[str], rows: Iterable[np.ndarray], folder: Path
+    source: Path,
+    kind: EightBitType,
+    method: RangeMethod,
+    patterns: Sequence[str],
+    rows: Iterable[np.ndarray],
+    folder: Path,
 ) -> tuple[ir.Model, str]:
     """Quantises the linear layers of a graph.
 
     Args:
         source: Float32 ONNX file.
         kind: 8-bit type.
-        method: How ranges of activations are found.
+        method: Calibration method for the ranges of activations.
         patterns: Globs over layers, nodes and operators that stay in float32.
-        rows: Calibration inputs, (b, ...) each.
-        folder: For its files; its log and settings stay, inputs and graphs do not.
+        rows: Batches of calibration inputs, (b, ...) float32 pixels or int64 ids.
+        folder: Folder for its files; its log and settings stay, inputs and graphs are removed.
 
     Returns:
         The graph, and the version of modelopt.
 
     Raises:
         PrerequisiteError: If modelopt is not installed.
-        ContractError: If it fails, or what it gives is not the graph with some layers quantised.
+        ContractError: If it fails, or changes more of the graph than the layers it should quantise.
     """
     if reason := missing_modelopt():
         raise PrerequisiteError(f"compile.quantiser: {reason}", fix="pip install 'uwm-deploy[quantize]'")
@@ -83,7 +88,7 @@ def quantised_by_modelopt(
 
 
 def _turn_weights(model: ir.Model, layers: Set[str]) -> None:
-    """Weights in the orientation of their multiplication: behind a Transpose, modelopt takes them for activations."""
+    """Transposes weights ahead of time: behind a Transpose node, modelopt takes a weight for an activation."""
     for layer in [layer for name, layer in linear_layers(model).items() if name in layers]:
         if layer.transpose is None:
             continue
@@ -98,17 +103,17 @@ def _turn_weights(model: ir.Model, layers: Set[str]) -> None:
 
 
 def _excluded(model: ir.Model, layers: Set[str]) -> list[str]:
-    """Patterns for the multiplications that stay as they are: other layers, and products of activations."""
+    """Patterns for the multiplications that are not quantised: other layers, and products of activations."""
     low = {layer.node for name, layer in linear_layers(model).items() if name in layers}
     names = [node.name or "" for node in model.graph if node.op_type in LINEAR and node not in low]
     return [f"^{re.escape(name)}$" for name in names]
 
 
-def fold_weights(model: ir.Model, kind: Kind) -> None:
-    """Rounds weights that are float32 with a Q and a DQ behind them, in place, and gives each multiplication DQs of its own.
+def fold_weights(model: ir.Model, kind: EightBitType) -> None:
+    """Replaces float32 weights behind a Q and a DQ by 8-bit ones behind a DQ, in place; no two multiplications share a DQ.
 
     Raises:
-        ContractError: If something else than a weight is quantised, or not symmetrically.
+        ContractError: If a multiplication is quantised on one side only, without a weight, or not symmetrically.
     """
     for node in [node for node in model.graph if node.op_type in LINEAR]:
         weight_side, input_side = (_producer(node.inputs[index]) for index in (1, 0))
@@ -136,7 +141,7 @@ def fold_weights(model: ir.Model, kind: Kind) -> None:
 
 
 def _own_dq(model: ir.Model, node: ir.Node, index: int, value: ir.Value | None, like: ir.Node) -> None:
-    """ONNX Runtime fuses a multiplication only with a DQ of its own."""
+    """Gives a multiplication a DQ of its own: ONNX Runtime fuses it only with a DQ that no other node reads."""
     old = node.inputs[index]
     assert old is not None
     copy = ir.node("DequantizeLinear", [value, *like.inputs[1:]], dict(like.attributes), name=f"dq{index}_{node.name}")
@@ -151,7 +156,7 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
 
 
 def _array(value: ir.Value) -> np.ndarray:
-    """A constant, as an initialiser or as a node."""
+    """Value of a constant, which is an initialiser or a node."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
         raise ContractError(f"{value.name} is not a constant", fix="report this")
@@ -159,7 +164,7 @@ def _array(value: ir.Value) -> np.ndarray:
 
 
 def _check_rest(source: ir.Model, made: ir.Model, low: Set[str]) -> None:
-    """All other tensors are those of the source, under their names, and so are inputs and outputs."""
+    """Checks that all other tensors, and the inputs and outputs, are those of the source, under the same names."""
     changed = {layer.weight.name for name, layer in linear_layers(source).items() if name in low}
     for name, value in source.graph.initializers.items():
         other = made.graph.initializers.get(name)

@@ -1,4 +1,4 @@
-"""Quantises one graph with nvidia-modelopt; run as a process of its own, for its memory, its log and what it patches.
+"""Quantises one graph with nvidia-modelopt, in a process of its own: the library needs memory, logs, and patches others.
 
 python -m uwm_deploy.graphs.modelopt_quantiser image.quantise.json
 """
@@ -19,12 +19,12 @@ from uwm_deploy.graphs.engine_builder import main
 
 
 def quantise(spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes a graph with Q/DQ pairs, the types of its values inferred.
+    """Writes a graph with Q/DQ pairs, with the types of all values.
 
     Args:
         spec: ``onnx`` and ``engine`` (paths), ``external`` (whether its weights lie beside it), ``mode`` (int8 or fp8),
-            ``method`` of calibration, ``rows`` (.npz with the calibration inputs), ``input`` (their name), ``exclude``
-            (patterns over names of multiplications that stay as they are).
+            ``method`` of calibration, ``rows`` (.npz with the calibration inputs), ``input`` (name of the graph's
+            input), ``exclude`` (patterns over names of multiplications that are not quantised).
     """
     from modelopt.onnx.quantization import quantize
 

@@ -17,11 +17,11 @@ from uwm_deploy.records.graph import Profile, Provider
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
 _PREFIX: dict[Provider, str] = {"tensorrt": "trt", "tensorrt-rtx": "nv"}
-"""What the names of a provider's own settings begin with."""
+"""Prefix of the names of a provider's own settings."""
 
 
 def optimised(spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes the graph with the optimisations applied that a provider takes.
+    """Writes the graph with the optimisations of a provider applied.
 
     Args:
         spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, its ``options``, and
@@ -73,10 +73,10 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiled(spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes a graph whose nodes are engines of a provider, embedded; without one such node it is an error.
+    """Writes a graph whose nodes are embedded engines of a provider.
 
     Args:
-        spec: As `optimised` takes it, without external data, and ``tf32``.
+        spec: Settings as for `optimised`, without external data, and ``tf32``.
 
     Raises:
         PrerequisiteError: If the provider does not work here.
@@ -88,7 +88,7 @@ def compiled(spec: dict[str, Any]) -> dict[str, Any]:
 
     options = _options(ort)
     add_provider(ort, options, spec["provider"], spec["options"])
-    # In one file, embedded. Without the flag a graph in which nothing was compiled is written as if it were.
+    # Without the flag, a graph in which nothing was compiled would be written without an error.
     path = Path(spec["engine"])
     temporary = path.with_name(f".tmp-{path.name}")
     started = time.perf_counter()
@@ -123,14 +123,14 @@ def compiled(spec: dict[str, Any]) -> dict[str, Any]:
 def provider_options(
     provider: Provider, name: str, row: Sequence[int], profiles: Sequence[Profile], builder: BuilderSpec
 ) -> dict[str, str]:
-    """Settings of a recipe in a provider's own words.
+    """Settings of a recipe, as options of a provider.
 
     Args:
         provider: The provider.
         name: The graph's input.
-        row: Shape of one row of it, without the batch.
-        profiles: Batches.
-        builder: Of the flavour of TensorRT that the provider uses.
+        row: Shape of one row of the input, without the batch.
+        profiles: Batch sizes.
+        builder: Settings of the flavour of TensorRT that the provider uses.
     """
     if provider == "cuda":
         return dict(FLOAT32)

@@ -1,7 +1,7 @@
 """Turns an exporter's graph into a lean one in which every weight keeps its name.
 
-The exporter's own optimiser folds transposed weights into new tensors and merges equal ones, so names and sharing would
-depend on weight *values*: the edit could not be found again, nor another patch be applied.
+The exporter's own optimiser folds transposed weights into new tensors and merges equal ones. Names and sharing would then
+depend on weight *values*, so the edit could not be found again, and no other patch be applied.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _RULES = RewriteRuleSet(
         rules.unsqueeze_unsqueeze_rule,
     ]
 )
-"""The rules that find something in transformers; trying all there are takes longer than tracing the model."""
+"""Rewrite rules that match something in transformers; trying all rules takes longer than tracing the model."""
 
 _FOLD_LIMIT = 64
-"""Nodes that read a constant with more elements are not folded, whatever it is: the result may be large."""
+"""Largest number of elements of a constant that is folded: the result of a larger one may be large."""
 
 
 def simplify(model: ir.Model, weights: Set[str]) -> None:
-    """Inlines, folds small constants, removes what is unused, strips metadata, in place.
+    """Inlines functions, folds small constants, removes unused nodes and strips metadata, in place.
 
     Args:
         model: The exporter's graph.
         weights: Names of the weights; each keeps its name and value, and is not folded into anything.
 
-    Metadata of the exporter holds source paths, which are nobody's business and change from machine to machine.
+    The exporter's metadata holds source paths, which are private and differ between machines.
     """
     common.InlinePass()(model)
     optimizer.fold_constants_ir(model, should_fold=partial(_should_fold, weights))
@@ -62,7 +62,7 @@ def simplify(model: ir.Model, weights: Set[str]) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
-        common.ShapeInferencePass(),  # whoever changes types later needs to know all of them
+        common.ShapeInferencePass(),  # passes that change types later need the types of all values
         common.ClearMetadataAndDocStringPass(),
     )
     for step in steps:

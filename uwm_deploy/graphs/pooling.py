@@ -1,8 +1,8 @@
-"""Takes the pooled token before the layers that work on every token alone, and not behind them.
+"""Pools before the layers that work on each token alone, and not behind them.
 
-A CLIP tower embeds one token of its last block. All that block does after its attention is done to each token by itself, so
-the other tokens' share, 9 parts in 12 of the block's multiplications, is computed and thrown away. Neither ONNX Runtime nor
-TensorRT sees it.
+A CLIP tower embeds one token of its last block. Behind its attention that block treats each token by itself, so the results
+of the other tokens, 9 of 12 parts of the block's multiplications, are computed and dropped. Neither ONNX Runtime nor
+TensorRT optimises this.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _ALONE = frozenset(
         "LayerNormalization", "MatMul",
     )
 )  # fmt: skip
-"""Operators that do the same to every token, given that what else they read has no tokens."""
+"""Operators that treat each token alone, if their other inputs have no tokens."""
 
 _HAS_TOKENS = 3
-"""Dimensions of a value with tokens: batch, tokens, channels."""
+"""Number of dimensions of a value with tokens: batch, tokens, channels."""
 
 
 def pool_early(model: ir.Model) -> None:
-    """Moves the choice of a token up to where tokens meet, in place; does nothing where other tokens are read as well.
+    """Moves the node that picks a token forward to the last node that mixes tokens, in place; unless others are read, too.
 
-    Values on the way change from (batch, tokens, channels) to (batch, 1, channels); names stay. Not to (batch, channels):
-    of a product of matrices ONNX Runtime makes a Gemm then, which it does not compute in 8 bits.
+    Values in between change from (batch, tokens, channels) to (batch, 1, channels), and keep their names. With (batch,
+    channels) ONNX Runtime would make a Gemm of a product of matrices, which it does not compute in 8 bits.
     """
     for node in list(model.graph):
         if _chooses_a_token(node):
@@ -50,7 +50,7 @@ def _pull(graph: ir.Graph, choice: ir.Node) -> None:
     tokens = choice.inputs[0]
     assert tokens is not None
     moved, wanted, cuts = {choice}, {tokens: None}, []
-    for node in reversed(list(graph)):  # whatever reads a value comes before it here
+    for node in reversed(list(graph)):  # readers of a value come before it in this order
         for value in node.outputs:
             if value not in wanted:
                 continue
@@ -79,7 +79,7 @@ def _pull(graph: ir.Graph, choice: ir.Node) -> None:
 
 
 def _keeping_a_dimension(choice: ir.Node) -> ir.Value:
-    """Indices with which the choice gives (batch, 1, channels)."""
+    """Indices with which the picking node gives (batch, 1, channels)."""
     indices = choice.inputs[1]
     assert indices is not None
     assert indices.shape is not None
@@ -90,7 +90,7 @@ def _keeping_a_dimension(choice: ir.Node) -> ir.Value:
 
 
 def _axis(axis: int, choice: ir.Node, name: str) -> ir.Value:
-    """A constant as a node, as the exporter writes its own: tools that fold constants lose the name of an initialiser."""
+    """A constant as a node, like the exporter's own: tools that fold constants lose the name of an initialiser."""
     node = ir.node(
         "Constant", [], {"value": ir.tensor([axis], dtype=ir.DataType.INT64, name=name)}, name=f"node_{name}"
     )
@@ -102,7 +102,7 @@ def _axis(axis: int, choice: ir.Node, name: str) -> ir.Value:
 
 
 def _inserted(node: ir.Node, choice: ir.Node, name: str, shape: ir.Shape | None) -> ir.Value:
-    """What a new node gives; its type is that of its first input."""
+    """Output of a new node, which is inserted; its type is that of the node's first input."""
     assert choice.graph is not None
     choice.graph.insert_before(choice, node)
     source, result = node.inputs[0], node.outputs[0]
@@ -112,7 +112,7 @@ def _inserted(node: ir.Node, choice: ir.Node, name: str, shape: ir.Shape | None)
 
 
 def _works_alone(node: ir.Node, tokens: ir.Value) -> bool:
-    """Whether a node treats each token by itself, and every value with tokens that it reads has all of them."""
+    """Whether a node treats each token alone, and every input with tokens has all of them."""
     if node.op_type not in _ALONE or len(node.outputs) != 1:
         return False
     if node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) != -1:

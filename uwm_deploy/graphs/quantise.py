@@ -1,8 +1,8 @@
 """Explicit quantisation of linear layers: Q/DQ pairs around the input, a DQ behind an 8-bit weight of the same name.
 
-Symmetric throughout, which is what TensorRT takes: INT8 with a scale per output channel of the weight and per tensor of the
-activation, FP8 (E4M3) with one scale per tensor. Scales of weights come from their largest absolute values, so negating
-entries does not move them.
+Quantisation is symmetric, since TensorRT takes no other: INT8 has a scale per output channel of a weight and one per
+activation, FP8 (E4M3) one scale per tensor. Scales of weights come from their largest absolute values, so negating entries
+does not change them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 
-Kind = Literal["int8", "fp8"]
+EightBitType = Literal["int8", "fp8"]
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 _NUMPY = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_SCALE = 1e-12
-"""A channel of zeros has no scale of its own."""
+"""Scale of a channel of zeros, which would otherwise be 0."""
 
 
 def input_names(model: ir.Model, layers: Set[str]) -> dict[str, str]:
-    """Name of the activation that enters each of the layers."""
+    """Name of the activation that each of some layers reads, by layer."""
     return {name: _input_of(layer).name or "" for name, layer in linear_layers(model).items() if name in layers}
 
 
-def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: Kind) -> None:
+def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: EightBitType) -> None:
     """Quantises layers in place; all others stay as they are.
 
     Args:
@@ -55,7 +55,7 @@ def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, floa
             shared[entering] = _quantised_activation(model, entering, bound, kind)
         _quantise_weight(model, layer, kind)
         back = ir.node("DequantizeLinear", shared[entering], name=f"dequantise_for_{layer.node.name}")
-        result = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with a DQ of its own
+        result = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with its own DQ
         result.name, result.dtype, result.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
         model.graph.insert_before(layer.node, back)
         layer.node.replace_input_with(0, result)
@@ -68,9 +68,9 @@ def _input_of(layer: LinearLayer) -> ir.Value:
 
 
 def _quantised_activation(
-    model: ir.Model, value: ir.Value, bound: float, kind: Kind
+    model: ir.Model, value: ir.Value, bound: float, kind: EightBitType
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Q behind a value: what it gives, its scale and its zero point."""
+    """Puts a Q behind a value, and gives the quantised value, its scale and its zero point."""
     scale = _initialiser(
         model, f"{value.name}.scale", np.asarray(max(bound / LARGEST[kind], _SMALLEST_SCALE), np.float32)
     )
@@ -86,7 +86,7 @@ def _quantised_activation(
     return quantised, scale, zero
 
 
-def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: Kind) -> None:
+def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: EightBitType) -> None:
     """8-bit weight in the orientation of the multiplication, under its own name, and a DQ behind it."""
     users = {node for node, _ in layer.weight.uses()}
     if len(users) > 1:
@@ -113,8 +113,17 @@ def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: Kind) -> None:
         model.graph.remove(layer.transpose, safe=True)
 
 
-def weight_scale(weight: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
-    """Float32 scales of a (rows, columns) weight: one per output channel along `axis` for INT8, one for FP8."""
+def weight_scale(weight: np.ndarray, axis: int, kind: EightBitType) -> np.ndarray:
+    """Scales of a weight: the largest absolute value becomes the largest 8-bit number.
+
+    Args:
+        weight: (rows, columns) float32.
+        axis: Axis of the output channels.
+        kind: 8-bit type.
+
+    Returns:
+        For INT8 (rows,) or (columns,) float32, one scale per output channel; for FP8 () float32.
+    """
     largest = np.abs(weight).max(axis=1 - axis) if kind == "int8" else np.abs(weight).max()
     scale: np.ndarray = np.maximum(
         np.asarray(largest, np.float32) / np.float32(LARGEST[kind]), np.float32(_SMALLEST_SCALE)
@@ -122,8 +131,18 @@ def weight_scale(weight: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
     return scale
 
 
-def rounded_weight(weight: np.ndarray, scale: np.ndarray, axis: int, kind: Kind) -> np.ndarray:
-    """The weight in 8 bits."""
+def rounded_weight(weight: np.ndarray, scale: np.ndarray, axis: int, kind: EightBitType) -> np.ndarray:
+    """A weight in 8 bits.
+
+    Args:
+        weight: (rows, columns) float32.
+        scale: (rows,), (columns,) or () float32, see `weight_scale`.
+        axis: Axis of the output channels.
+        kind: 8-bit type.
+
+    Returns:
+        (rows, columns), int8 or the dtype float8_e4m3fn.
+    """
     along = np.expand_dims(scale, 1 - axis) if scale.ndim else scale
     scaled = np.clip(weight / along, -LARGEST[kind], LARGEST[kind])
     rounded: np.ndarray = (np.rint(scaled) if kind == "int8" else scaled).astype(_NUMPY[kind])

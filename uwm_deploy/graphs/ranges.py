@@ -1,4 +1,4 @@
-"""How large the activations of a graph become, sample by sample, on inputs that a user calibrates with."""
+"""Ranges of a graph's activations on calibration inputs, sample by sample."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def activation_maxima(
 ) -> dict[str, np.ndarray]:
     """Largest absolute value of activations, per sample.
 
-    The maxima are taken inside the graph, so memory does not grow with the activations that are watched.
+    The maxima are computed inside the graph, so memory does not grow with the size of the activations.
 
     Args:
         source: Float32 ONNX file.
         names: Activations; their first axis is the batch.
-        batches: Inputs, (b, ...) each.
-        folder: For a temporary file.
+        batches: Batches of inputs, (b, ...) float32 pixels or int64 ids.
+        folder: Folder for a temporary file.
 
     Returns:
-        Name to (n,) float32.
+        Largest absolute value per sample, (n,) float32, by activation.
 
     Raises:
         ContractError: If an activation is not in the graph, or a maximum is not finite.
@@ -67,7 +67,7 @@ def _output_name(name: str) -> str:
 
 
 def _watch(model: ir.Model, names: Sequence[str]) -> None:
-    """The only outputs are the maxima of the named activations."""
+    """Makes the maxima of some activations the only outputs of a graph."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     values |= {value.name: value for value in model.graph.inputs}
     model.graph.outputs.clear()

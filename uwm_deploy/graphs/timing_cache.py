@@ -1,7 +1,7 @@
-"""What builders of TensorRT measured, kept for the next build; one file per flavour, version and device.
+"""Timing caches of TensorRT builders, kept for the next build; one file per flavour, version and device.
 
-Kernels are chosen by their times, so engines of one recipe differ between machines and moments. A cache makes builds faster
-and alike. Builds may run at the same time: a file is only ever replaced as a whole, by one that also holds what it held.
+Kernels are chosen by their measured times, so engines of one recipe differ between machines and moments. A cache makes
+builds faster and alike. Builds may run at the same time: a cache file is only replaced as a whole, by one that includes it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from uwm_deploy.graphs.builder_log import BuildFailed, last_of
 from uwm_deploy.records.files import digest_of_bytes, write_atomic
 
 VARIABLE = "UWM_DEPLOY_CACHE"
-"""Folder for what can be made again, instead of the user's own one for such things."""
+"""Environment variable with the folder for caches, in place of the user's usual one."""
 
 
 def cache_file(module: str, version: str, device: str) -> Path:
-    """Where the times of one flavour, version and device are kept."""
+    """Cache file of one flavour, version and device."""
     given, usual = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
     folder = Path(given) if given else (Path(usual) if usual else Path.home() / ".cache") / "uwm-deploy"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{module} {version} {device}").strip("-")
@@ -31,15 +31,15 @@ def cache_file(module: str, version: str, device: str) -> Path:
 
 
 def attach(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
-    """Gives a builder what earlier builds measured.
+    """Gives a builder the times that earlier builds measured.
 
     Args:
         config: `IBuilderConfig`.
         file: See `cache_file`; need not exist.
-        messages: What the logger was told: a file that does not fit is answered with an empty cache and a message.
+        messages: Messages of the logger; a file that does not fit gives an empty cache and a message.
 
     Returns:
-        State for the record: ``new``, ``reused``, or ``refused`` with a new one begun; and the digest of what was read.
+        State for the record: ``new``, ``reused``, or ``refused`` with a new one begun; and the digest of the file.
     """
     try:
         known = file.read_bytes()
@@ -58,10 +58,10 @@ def attach(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
 
 
 def keep(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
-    """Adds what a build measured to the file, beside what other builds have put there meanwhile.
+    """Adds the times of a build to the file, and keeps those that other builds have added meanwhile.
 
     Returns:
-        The digest of the file for the record, or why it was not kept: a build is not lost for that.
+        The digest of the file for the record, or the reason why the times were not kept; a build does not fail for that.
     """
     cache = config.get_timing_cache()
     if cache is None:
@@ -81,7 +81,7 @@ def keep(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """No other process adds to the file meanwhile; the lock dies with its process."""
+    """Locks the file against other processes; the lock ends with its process."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

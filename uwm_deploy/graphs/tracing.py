@@ -1,7 +1,7 @@
 """From a PyTorch module to the exporter's graph, traced once.
 
-`torch.onnx.export` traces a module, and then traces the result again to take operators apart that it cannot translate. In
-most towers these are only conversions, and other ways to write an operator that it knows: here they are replaced one by one.
+`torch.onnx.export` traces a module, and then traces the result again to decompose operators that it cannot translate. In
+most towers these are only conversions and variants of operators that it knows; this module replaces them one by one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from uwm_deploy.runtime.memory import without_collection
 
 _ATEN = torch.ops.aten
 _CONVERSIONS = frozenset({_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN.to.other})
-"""Operators that give their input in another type; the exporter knows another one for it."""
+"""Operators that convert a type and that the exporter does not know; it knows `_to_copy`, which does the same."""
 
 _IDLE = frozenset({_ATEN.contiguous.default, _ATEN.detach.default, _ATEN.alias.default})
-"""Operators that mean something to PyTorch's memory and autograd, and nothing in a graph."""
+"""Operators that only concern PyTorch's memory and autograd, and have no effect in a graph."""
 
 
 class _Whole(ExportedProgram):
@@ -41,29 +41,29 @@ class _Whole(ExportedProgram):
 def graph_from_module(
     module: nn.Module, sample: Tensor, *, opset: int, input_name: str, output_names: Sequence[str]
 ) -> ir.Model:
-    """Traces a module in which only the first dimension of the input, named ``batch``, may vary.
+    """Traces a module; only the first dimension of its input, named ``batch``, may vary.
 
     Args:
         module: Takes one tensor; in evaluation mode.
-        sample: Two rows of input.
-        opset: Of the graph.
+        sample: Two rows of input, (2, 3, H, W) float32 pixels or (2, L) int64 ids.
+        opset: Opset of the graph.
         input_name: Name of the graph's input.
         output_names: Names of its outputs.
 
     Returns:
-        The graph as the exporter makes it, its weights those of the module.
+        The graph as the exporter makes it; it shares the weights of the module.
     """
     with _quiet(), without_collection():
         program = _program_of(module, sample)
         if _made_whole(program):
-            with contextlib.suppress(OnnxExporterError):  # an operator that has to be taken apart after all
+            with contextlib.suppress(OnnxExporterError):  # an operator has to be decomposed after all
                 return _translated(program, sample, opset, [input_name], list(output_names))
             program = _program_of(module, sample)
         return _translated(program, sample, opset, [input_name], list(output_names))
 
 
 def _program_of(module: nn.Module, sample: Tensor) -> ExportedProgram:
-    # As the exporter does it: nothing may be concluded from there being two rows.
+    # As in the exporter: tracing must not specialise on a batch of two rows.
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined] # put there when it is imported
         return torch.export.export(module, (sample,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
 
@@ -81,7 +81,7 @@ def _translated(
 
 
 def _made_whole(program: ExportedProgram) -> bool:
-    """Takes out what does nothing; False for a program with in-place or nested operators, which is left to the exporter."""
+    """Replaces and removes operators; returns False, and changes nothing, where some are in-place or nested."""
     if not all(_is_plain(node) for node in program.graph.nodes):
         return False
     for node in list(program.graph.nodes):
@@ -100,7 +100,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _equal_to(node: fx.Node) -> fx.Node | None:
-    """What can stand for a node: its input when it changes nothing, an operator that can be translated, or nothing."""
+    """Replacement of a node: its input where it has no effect, an operator that can be translated, or None to keep it."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or any(user.op == "output" for user in node.users):  # known by its name
         return None
@@ -124,7 +124,7 @@ def _instead_of(node: fx.Node, target: Any, arguments: tuple[Any, ...], named: d
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks, which are not about the model."""
+    """Silences the exporter's log and warnings, which are not about the model."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

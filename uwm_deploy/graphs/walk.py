@@ -1,8 +1,8 @@
-"""Walks two graphs side by side, value by value, and finds where the second one leaves the first.
+"""Walks two graphs side by side, value by value, and finds where the second one departs from the first.
 
-Values keep their names from the exported graph through conversion and through ONNX Runtime's optimiser, which renames only
-what it fuses away. Each part of the second graph is run twice: on what the second graph itself computed, and on what the
-first graph computed there. The second error is the part's own: nothing that went wrong before it is in it.
+Values keep their names from the exported graph through conversion and through ONNX Runtime's optimiser, except those that
+it fuses away. Each part of the second graph is run twice: on inputs that the second graph computed, and on inputs that the
+first graph computed. The second error is the part's own: errors of earlier parts do not enter it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from uwm_deploy.graphs.write import INLINE_BYTES
 from uwm_deploy.records.diagnosis import Difference, WalkedValue
 
 VALUES = 32
-"""Values that are watched at a time."""
+"""Number of values that are compared at a time."""
 
 ROWS = 4
-"""Rows of input at a time; with `VALUES` it bounds the memory."""
+"""Number of input rows at a time; with `VALUES` it bounds the memory."""
 
 _MOVES = frozenset(
     ["Cast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape", "Slice", "Split",
      "Squeeze", "Transpose", "Unsqueeze", "QuantizeLinear", "DequantizeLinear", "Where"]
 )  # fmt: skip
-"""Operators that move numbers or name them otherwise: what they do shows at the next operator that computes."""
+"""Operators that only move, cast or pick numbers: an error in one shows at the next operator that computes."""
 
 _HALF_LARGEST = 65504.0
 _MASK = 1e30
-"""Larger numbers are masks; half precision has its own largest number or infinity there, which is the same to a softmax."""
+"""Larger numbers are masks. Half precision clips them to its largest number or infinity; a softmax gives the same."""
 
 _ENDLESS = 1e9
 """Relative error of a value that is not finite, or that should be 0 and is not."""
@@ -61,16 +61,16 @@ class Graph:
         self.outputs = [v.name for v in graph.output]
 
     def array(self, name: str) -> np.ndarray:
-        """An initialiser."""
+        """Values of an initialiser, any dtype, any shape."""
         array: np.ndarray = numpy_helper.to_array(self.initialisers[name])
         return array
 
     def is_float(self, name: str) -> bool:
-        """Whether a value holds floating point numbers, as far as the file says."""
+        """Whether a value holds floating point numbers; False where the file gives no type."""
         return self.kinds.get(name, 0) in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
     def depends_on_input(self) -> set[str]:
-        """Values that an input reaches through numbers, not through shapes alone."""
+        """Values that depend on the numbers of an input, and not only on its shape."""
         found = set(self.inputs)
         for node in self.nodes:
             if node.op_type != "Shape" and any(name in found for name in node.input):
@@ -78,7 +78,7 @@ class Graph:
         return found
 
     def weights_of(self, node: onnx.NodeProto) -> list[str]:
-        """Named weights that enter a node, through whatever turns them or brings them back from 8 bits."""
+        """Named weights that a node reads, perhaps behind nodes that transpose, cast or dequantise them."""
         names = []
         for name in node.input:
             source = name
@@ -92,7 +92,7 @@ class Graph:
 
 
 def places(reference: Graph, artifact: Graph) -> list[_Place]:
-    """Float values of both graphs that depend on the input, in the order of the reference, with the layer they come from."""
+    """Float values that both graphs have and that depend on the input, with their layers, in the order of the reference."""
     alive, found = reference.depends_on_input(), []
     last: dict[str, str] = {}
     for node in reference.nodes:
@@ -110,9 +110,9 @@ def part_of(graph: Graph, wanted: Sequence[str], cuts: Set[str]) -> tuple[onnx.M
     """The part of a graph that computes some values from others.
 
     Args:
-        graph: Whole.
-        wanted: Values to compute; they are outputs under the name ``<value>.found``.
-        cuts: Values that are inputs wherever they are read.
+        graph: The whole graph.
+        wanted: Values to compute; they become outputs under the name ``<value>.found``.
+        cuts: Values that become inputs wherever the part reads them.
 
     Returns:
         The part, and its inputs by name.
@@ -143,7 +143,7 @@ def part_of(graph: Graph, wanted: Sequence[str], cuts: Set[str]) -> tuple[onnx.M
         for i, name in enumerate(node.output):
             if name in cuts or name in wanted:
                 node.output[i] = f"{name}.found"
-        if not cuts:  # then what is wanted is read further on, too
+        if not cuts:  # then later nodes of the part read the wanted values, too
             for i, name in enumerate(node.input):
                 if name in wanted:
                     node.input[i] = f"{name}.found"
@@ -159,7 +159,7 @@ def part_of(graph: Graph, wanted: Sequence[str], cuts: Set[str]) -> tuple[onnx.M
 
 
 class _Part:
-    """A part, opened."""
+    """A session that runs a part of a graph."""
 
     def __init__(self, graph: Graph, wanted: Sequence[str], cuts: Set[str], folder: Path) -> None:
         import onnxruntime as ort
@@ -168,7 +168,7 @@ class _Part:
         self.wanted, self.graph = list(wanted), graph
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        # What stands in the file is what is compared; fusing would take the watched values away.
+        # The graph is compared as it stands in the file; fusing nodes would remove the compared values.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INLINE_BYTES
         path = folder / ".tmp-part.onnx"
@@ -195,7 +195,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _Sums:
-    """What is known of one value so far."""
+    """Running sums of the error of one value."""
 
     difference: float = 0.0
     norm: float = 0.0
@@ -204,7 +204,7 @@ class _Sums:
     comparable: bool = True
 
     def add(self, wanted: np.ndarray, found: np.ndarray) -> None:
-        """Takes in some rows."""
+        """Adds the errors of some rows."""
         if wanted.shape != found.shape:
             self.comparable = False
             return
@@ -228,10 +228,10 @@ def walk(reference: Graph, artifact: Graph, rows: np.ndarray, folder: Path) -> l
     """Compares every value that both graphs have, in the order of the reference.
 
     Args:
-        reference: Float32.
-        artifact: Any precision.
-        rows: (n, ...) inputs.
-        folder: For temporary files.
+        reference: Float32 graph.
+        artifact: Graph of any precision.
+        rows: (n, ...) inputs, float32 pixels or int64 ids.
+        folder: Folder for temporary files.
 
     Raises:
         ContractError: If the graphs have no value in common.
@@ -282,9 +282,9 @@ def _pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def differences(reference: Graph, artifact: Graph) -> list[Difference]:
-    """Weights, constants and attributes that are not the reference's, to the rounding of the artifact's precision.
+    """Weights, constants and attributes that differ from the reference's by more than the artifact's precision explains.
 
-    What was renamed or fused away is not compared here.
+    Tensors and nodes that were renamed or fused away are not compared.
     """
     where = _layers(reference)
     found = []
@@ -316,7 +316,7 @@ def _shown(value: float | int | tuple[int, ...] | None) -> str:
 
 
 def _layers(graph: Graph) -> dict[str, str]:
-    """Value or constant to the layer it belongs to, or the nearest one before it."""
+    """Layer of each value and constant, or the nearest layer before it."""
     found: dict[str, str] = {}
     for node in graph.nodes:
         own = [name.rpartition(".")[0] for name in graph.weights_of(node)]
@@ -330,7 +330,7 @@ def _layers(graph: Graph) -> dict[str, str]:
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, float | int | tuple[int, ...]]:
-    """Numbers only, as the file has them; what a conversion changes on purpose is left out."""
+    """Numeric attributes of a node; without operators whose attributes a conversion changes on purpose."""
     if node.op_type in ("Cast", "Constant", "DequantizeLinear", "QuantizeLinear"):
         return {}
     kinds = onnx.AttributeProto
@@ -358,14 +358,14 @@ def _tensors(graph: Graph) -> dict[str, onnx.TensorProto]:
 
 
 def _apart(reference: onnx.TensorProto, tensor: onnx.TensorProto, name: str, artifact: Graph) -> str:
-    """How a tensor differs from the reference's, beyond its own rounding; empty when it does not."""
+    """Difference of a tensor from the reference's beyond rounding, in words; empty when there is none."""
     wanted, got = numpy_helper.to_array(reference), numpy_helper.to_array(tensor)
     if not np.issubdtype(wanted.dtype, np.floating):
         return ""
     if got.dtype == wanted.dtype:
         values, bound = got.astype(np.float64), np.zeros(got.shape)
     elif got.dtype.itemsize == 2:
-        # Rounded as the conversion rounds; a constant out of range is the largest finite number there.
+        # Rounded as in the conversion, which clips constants to the largest finite number.
         limit = _HALF_LARGEST if got.dtype == np.float16 else 3.3895313892515355e38
         wanted = np.clip(wanted, -limit, limit).astype(got.dtype)
         values, bound = got.astype(np.float64), np.zeros(got.shape)
@@ -387,7 +387,7 @@ def _apart(reference: onnx.TensorProto, tensor: onnx.TensorProto, name: str, art
 
 
 def _from_8_bits(got: np.ndarray, name: str, artifact: Graph) -> tuple[np.ndarray, np.ndarray] | None:
-    """Values of a quantised weight, and by how much rounding may have moved each; None when no scale says."""
+    """Values of a quantised weight, and the largest rounding error of each; None when the graph has no scale for it."""
     for node in artifact.nodes:
         if node.op_type == "DequantizeLinear" and node.input[0] == name and node.input[1] in artifact.initialisers:
             scale = numpy_helper.to_array(artifact.initialisers[node.input[1]]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Writes ONNX files without holding a second copy of the weights: they go from where they are straight into the file."""
+"""Writes ONNX files without a second copy of the weights in memory: they are streamed into the file."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ INLINE_BYTES = 1_800_000_000
 """Above this the weights go into a second file: one protobuf file cannot hold 2 GiB."""
 
 ALIGNMENT = 64
-"""Where in the file the bytes of a large initialiser begin, as a multiple: readers can then use them where they lie."""
+"""The bytes of a large initialiser begin at a multiple of this, so that readers can use them in the mapped file."""
 
 _GRAPH, _INITIALIZER, _RAW_DATA, _DOC_STRING = (7, 5, 9, 12)
 """Field numbers of ModelProto.graph, GraphProto.initializer, TensorProto.raw_data and TensorProto.doc_string."""
 
 
 def weightless(model: ir.Model) -> onnx.ModelProto:
-    """The model's message with every large initialiser as a typed input instead; what a checker needs and no more."""
+    """The model's message for a checker, with a typed input in place of every large initialiser."""
     proto, large = _frame(model)
     for value in large:
         assert value.const_value is not None
@@ -42,15 +42,15 @@ def weightless(model: ir.Model) -> onnx.ModelProto:
 
 
 def write_graph(model: ir.Model, path: Path, external: str = "") -> Digest:
-    """Writes a model; same model, same bytes.
+    """Writes a model; the same model gives the same bytes.
 
     Args:
         model: Graph with its weights.
-        path: Where to.
+        path: File to write.
         external: Name of a second file, beside it, for the weights; needed from 2 GiB on.
 
     Returns:
-        Digest over what was written.
+        Digest over the written files.
     """
     if external:
         (path.parent / external).unlink(missing_ok=True)  # the writer appends
@@ -70,14 +70,14 @@ def write_graph(model: ir.Model, path: Path, external: str = "") -> Digest:
 
 
 class _Hashed:
-    """Writes to a stream, and hashes beside that what it writes."""
+    """Writes to a stream, and hashes the written data at the same time."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._hasher = stream, hashlib.sha256()
         self._pool, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Data must stay as it is until the block ends."""
+        """Writes data, which must not change until the block ends."""
         self._waiting.append(self._pool.submit(self._hasher.update, data))
         self._stream.write(data)
         if len(self._waiting) > 2:  # some are copies, which should not pile up
@@ -91,17 +91,17 @@ class _Hashed:
 
     @property
     def digest(self) -> Digest:
-        """Of all that was written."""
+        """Digest of all written data."""
         return "sha256:" + self._hasher.hexdigest()
 
 
 def _layout(start: int, graph: int, large: list[ir.Value]) -> tuple[int, list[bytes]]:
-    """Size of the graph's field, and what stands before the bytes of each large initialiser.
+    """Size of the graph's field, and the bytes in front of the data of each large initialiser.
 
     Args:
-        start: Bytes before the graph's field.
-        graph: Bytes of the graph without large initialisers.
-        large: Those.
+        start: Number of bytes before the graph's field.
+        graph: Number of bytes of the graph without large initialisers.
+        large: The large initialisers.
     """
     total = graph + sum(_bytes_of(value) for value in large)
     while True:
@@ -117,7 +117,7 @@ def _layout(start: int, graph: int, large: list[ir.Value]) -> tuple[int, list[by
 
 
 def _aligned_head(value: ir.Value, position: int) -> bytes:
-    """An initialiser's field at a position of the file up to where its bytes begin, which an idle text pushes along."""
+    """Bytes of an initialiser's field before its data, at a position of the file; a doc string of spaces aligns the data."""
     size, head = _bytes_of(value), _head(value)
     for room in range(2 * ALIGNMENT):
         text = _opened(_DOC_STRING, room) + b" " * room if room else b""
@@ -129,7 +129,7 @@ def _aligned_head(value: ir.Value, position: int) -> bytes:
 
 
 def _frame(model: ir.Model) -> tuple[onnx.ModelProto, list[ir.Value]]:
-    """The model's message without its large initialisers, and those."""
+    """The model's message without its large initialisers, and these initialisers."""
     with _without_weights(model) as large:
         proto = ir.to_proto(model)
     names = {value.name for value in large}
@@ -141,7 +141,7 @@ def _frame(model: ir.Model) -> tuple[onnx.ModelProto, list[ir.Value]]:
 
 @contextlib.contextmanager
 def _without_weights(model: ir.Model) -> Iterator[list[ir.Value]]:
-    """Large initialisers as references to nothing, for as long as the block lasts; yields them."""
+    """Removes the data of large initialisers for as long as the block lasts; yields these initialisers."""
     large = [
         value
         for value in model.graph.initializers.values()
@@ -171,7 +171,7 @@ def _head(value: ir.Value) -> bytes:
 
 
 def _array(value: ir.Value) -> np.ndarray:
-    """Data as it lies in the file: contiguous, little-endian, as plain bytes."""
+    """Data as the file stores it: contiguous, little-endian, (n,) uint8."""
     assert value.const_value is not None
     array = np.ascontiguousarray(value.const_value.numpy())
     return array.reshape(-1).view(np.uint8)
@@ -183,5 +183,5 @@ def _bytes_of(value: ir.Value) -> int:
 
 
 def _opened(field: int, size: int) -> bytes:
-    """What stands before the content of a length-delimited field."""
+    """Tag and length in front of a length-delimited field's content."""
     return varint(field << 3 | 2) + varint(size)

@@ -15,7 +15,7 @@ from uwm_deploy.edits.methods import selects
 from uwm_deploy.edits.patch import Patch, replaced
 from uwm_deploy.edits.solving import solver
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.graphs.stored import Replacement
+from uwm_deploy.graphs.stored_weights import Replacement
 from uwm_deploy.pipeline.refit_graphs import (
     Swap,
     held_tensors,

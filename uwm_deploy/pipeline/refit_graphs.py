@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from uwm_deploy.edits.patch import Patch, TensorPatch, replaced
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
-from uwm_deploy.graphs.child import made_by_child
+from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.fingerprint import (
     digest_of_array,
     digest_of_onnx,
@@ -27,8 +27,7 @@ from uwm_deploy.graphs.fingerprint import (
     refuse_zeroed,
 )
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.layout import stored_tensors
-from uwm_deploy.graphs.stored import (
+from uwm_deploy.graphs.stored_weights import (
     EIGHT_BITS,
     FLOAT,
     TYPES,
@@ -39,6 +38,7 @@ from uwm_deploy.graphs.stored import (
     refuse_other_scales,
     replace_tensors,
 )
+from uwm_deploy.graphs.tensor_layout import stored_tensors
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, EditRecord, EditStep, Method, TensorEdit
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target

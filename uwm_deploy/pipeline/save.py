@@ -16,10 +16,10 @@ from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import Digest
 from uwm_deploy.report.card import CARD
 from uwm_deploy.stages.edit.edit import MODEL, RECORD
-from uwm_deploy.towers.formats import LAYOUTS, Layout, write_layout
+from uwm_deploy.towers.formats import LAYOUTS, LibraryLayout, write_layout
 from uwm_deploy.towers.load import load_model
 
-_LIBRARY: dict[Layout, str] = {
+_LIBRARY: dict[LibraryLayout, str] = {
     "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
     "diffusers-text-encoder": "diffusers",
 }  # fmt: skip
@@ -37,11 +37,11 @@ class Saved:
     """
 
     out: str
-    layout: Layout
+    layout: LibraryLayout
     weights: Digest
 
 
-def save_as(path: Path, layout: Layout, out: Path) -> Saved:
+def save_as(path: Path, layout: LibraryLayout, out: Path) -> Saved:
     """Writes an edited model for another library, whole or not at all.
 
     Args:

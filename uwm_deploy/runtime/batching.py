@@ -22,10 +22,11 @@ HOLD = float("inf")
 """Deadline of a row that waits until its batch is full or `Batcher.flush` is called."""
 
 Run = Callable[[np.ndarray], np.ndarray]
+"""From rows (n, ...) in the engine's input type to its results (n, d) float32, or wider."""
 
 
 class Observer(Protocol):
-    """What is told about each batch."""
+    """Is told about each batch."""
 
     def batch(self, found: np.ndarray | None, waited_s: Sequence[float], seconds: float) -> None:
         """One call of the engine.
@@ -134,7 +135,7 @@ class Batcher:
     """Gathers rows and calls the engine from threads of its own.
 
     Args:
-        run: The engine: (n, ...) to (n, d), or wider.
+        run: The engine: rows (n, ...) in its input type to (n, d) float32, or wider.
         max_batch: Largest n.
         threads: Calls that may be under way at once.
         observer: Told about every call.
@@ -166,8 +167,8 @@ class Batcher:
         """Puts a row in line.
 
         Args:
-            row: (...) input.
-            future: Receives the embedding (d,), or the error; it must be running already.
+            row: (3, H, W) float32 pixels or (L,) int64 ids.
+            future: Receives the result (d,) float32, or the error; it must be running already.
             deadline: `time.monotonic` by which its call starts at the latest, or `HOLD`.
         """
         with self._changed:

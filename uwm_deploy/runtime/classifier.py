@@ -28,20 +28,29 @@ class ImageEncoder(Protocol):
 class ZeroShotClassifier:
     """A classifier; `SafeEncoder.zero_shot` makes it, and computes the texts once.
 
-    Attributes:
+    Args:
+        encoder: Embeds the images.
         labels: The classes.
-        weights: (classes, d) float32 of length 1.
+        weights: (classes, d) float32, rows of length 1.
     """
 
     def __init__(self, encoder: ImageEncoder, labels: Sequence[str], weights: np.ndarray) -> None:
         self._encoder, self.labels, self.weights = encoder, tuple(labels), weights
 
     def classify(self, images: ImageLike | Iterable[ImageLike]) -> Predictions:
-        """Scores of each image for each class; a broken image has none, see `Predictions`."""
+        """Scores of each image for each class; a broken image has none, see `Predictions`.
+
+        Args:
+            images: See `SafeEncoder.encode_image`; arrays are (H, W, 3), (H, W) or (n, H, W, 3) uint8.
+        """
         return self._scored(self._encoder.encode_image(images))
 
     async def aclassify(self, images: ImageLike | Iterable[ImageLike]) -> Predictions:
-        """The same from an event loop."""
+        """The same from an event loop.
+
+        Args:
+            images: See `SafeEncoder.encode_image`; arrays are (H, W, 3), (H, W) or (n, H, W, 3) uint8.
+        """
         return self._scored(await self._encoder.aencode_image(images))
 
     def _scored(self, embeddings: Embeddings) -> Predictions:
@@ -64,7 +73,14 @@ def prompts_of(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def weights_from(embeddings: Embeddings, classes: int) -> np.ndarray:
-    """Mean of each label's templates at length 1, (classes, d).
+    """Weights of a classifier: the mean embedding of each label's templates, divided by its length.
+
+    Args:
+        embeddings: (classes * templates, d) float32, rows of length 1, label by label.
+        classes: Number of labels.
+
+    Returns:
+        (classes, d) float32, rows of length 1.
 
     Raises:
         DataError: If a prompt could not be encoded.

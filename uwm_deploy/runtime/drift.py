@@ -53,7 +53,11 @@ class DriftMonitor:
         self._running = np.zeros(self.width)
 
     def add(self, rows: np.ndarray) -> None:
-        """Takes (n, d) embeddings of length 1."""
+        """Takes in embeddings.
+
+        Args:
+            rows: (n, d), any floating dtype, rows of length 1.
+        """
         if not len(rows):
             return
         with self._lock:
@@ -63,7 +67,11 @@ class DriftMonitor:
             self._running += weight * (rows.mean(axis=0, dtype=np.float64) - self._running)
 
     def state(self, mean: np.ndarray) -> DriftState:
-        """What was seen so far, against the mean (d,) of the evaluation set's embeddings; no alert before a whole window."""
+        """Drift of the rows so far; no alert before a whole window.
+
+        Args:
+            mean: (d,) float64, mean of the evaluation set's embeddings of length 1.
+        """
         with self._lock:
             n, running = self._n, self._running.copy()
         if not n:
@@ -76,7 +84,14 @@ class DriftMonitor:
 
 
 def unit_mean(rows: np.ndarray) -> np.ndarray:
-    """Mean (d,) of (n, d) embeddings brought to length 1."""
+    """Mean of embeddings, each divided by its length.
+
+    Args:
+        rows: (n, d), any floating dtype.
+
+    Returns:
+        (d,) float64.
+    """
     rows = rows.astype(np.float64)
     mean: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(axis=0)
     return mean

@@ -66,7 +66,7 @@ class Mapper:
 
         Args:
             rows: (n, d) float32 or float16, n at most the chunk.
-            out: (n, d) of any element type; may be `rows`.
+            out: (n, d), any floating dtype; may be `rows`.
             keep: (n,) bool: rows that stay as they are, whatever they hold. [default: none]
 
         Returns:

@@ -170,7 +170,7 @@ class SafeEncoder:
             risk: Give what the bundle's safety head says of each image, too, as `risk` of the result (docs/safety-head.md).
 
         Returns:
-            (n, d) of length 1; the row of a broken image is NaN and stands in `errors`.
+            (n, d) in the asked dtype, rows of length 1; the row of a broken image is NaN and stands in `errors`.
 
         Raises:
             DataError: If an image is broken and it is the only one, or `on_error` is "raise"; its position is named.
@@ -191,7 +191,17 @@ class SafeEncoder:
         on_error: OnError = "keep",
         risk: bool = False,
     ) -> Embeddings:
-        """The same from an event loop, which stays free; images of all callers share batches."""
+        """The same from an event loop, which stays free; images of all callers share batches.
+
+        Args:
+            images: See `encode_image`; arrays are (H, W, 3), (H, W) or (n, H, W, 3) uint8.
+            dtype: See `encode_image`.
+            on_error: See `encode_image`.
+            risk: See `encode_image`.
+
+        Returns:
+            (n, d) in the asked dtype, rows of length 1; see `encode_image`.
+        """
         self._check_head(risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
@@ -216,7 +226,7 @@ class SafeEncoder:
                 the source model does, and with it whatever the safety edit should have seen.
 
         Returns:
-            (n, d) of length 1.
+            (n, d) in the asked dtype, rows of length 1; the row of a text that cannot be encoded is NaN.
 
         Raises:
             DataError: See `encode_image`.
@@ -235,7 +245,11 @@ class SafeEncoder:
         on_error: OnError = "keep",
         special_tokens: SpecialTokens = "neutral",
     ) -> Embeddings:
-        """The same from an event loop, which stays free; texts of all callers share batches."""
+        """The same from an event loop, which stays free; texts of all callers share batches.
+
+        Returns:
+            (n, d) in the asked dtype, rows of length 1; see `encode_text`.
+        """
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = await self._services[TowerName.TEXT].aencode(items, self._preprocessing.ids(special_tokens))
@@ -261,7 +275,15 @@ class SafeEncoder:
 
     @staticmethod
     def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Cosines (n, m) of two sets of embeddings, float32; NaN where an item has none."""
+        """Cosines of two sets of embeddings.
+
+        Args:
+            left: (n, d), any floating dtype, rows of length 1.
+            right: (m, d), any floating dtype, rows of length 1.
+
+        Returns:
+            (n, m) float32; NaN where an item has no embedding.
+        """
         product: np.ndarray = np.asarray(left, dtype=np.float32) @ np.asarray(right, dtype=np.float32).T
         return product
 

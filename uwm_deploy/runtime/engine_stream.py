@@ -84,11 +84,12 @@ class EngineStream:
         """Runs (n, ...) inputs, n at most the largest bucket.
 
         Args:
-            batch: Inputs; rows that fill up the bucket are whatever the last call left, and are not given back.
+            batch: (n, ...), the engine's input dtype; rows that fill up the bucket are leftovers of the last call, and are
+                not returned.
             wanted: The first of the outputs, in their order; only they are copied back.
 
         Returns:
-            The wanted outputs, (n, ...) each.
+            The wanted outputs, (n, ...) each, in the dtype that the engine gives.
 
         Raises:
             PrerequisiteError: If a call of CUDA or TensorRT fails.

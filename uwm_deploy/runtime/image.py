@@ -100,7 +100,15 @@ def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 
 def pixels_from_crops(crops: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """The second half: crops (..., crop, crop, 3) uint8, scaled and normalised, to (..., 3, crop, crop) float32."""
+    """The second half of preprocessing: scales and normalises crops.
+
+    Args:
+        crops: (..., crop, crop, 3) uint8.
+        spec: Scale, mean and standard deviation.
+
+    Returns:
+        (..., 3, crop, crop) float32.
+    """
     pixels = np.empty((*crops.shape[:-3], 3, *crops.shape[-3:-1]), dtype=np.float32)
     # There are 256 grey levels: looking up is the same arithmetic, done once, and five times as fast.
     for channel, levels in enumerate(_normalised_levels(spec.rescale, spec.mean, spec.std)):

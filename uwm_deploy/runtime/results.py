@@ -72,8 +72,8 @@ class Predictions:
 
     Attributes:
         labels: The classes.
-        scores: (n, classes) cosines; NaN for an image that could not be encoded.
-        errors: Such images.
+        scores: (n, classes) float32, cosines; NaN for an image that could not be encoded.
+        errors: Images that could not be encoded, with the reasons.
     """
 
     labels: tuple[str, ...]
@@ -86,7 +86,7 @@ class Predictions:
         return [None if np.isnan(row).any() else self.labels[int(row.argmax())] for row in self.scores]
 
     def probabilities(self, scale: float = 100.0) -> np.ndarray:
-        """(n, classes) softmax of the scores times a scale; 100 is where CLIP's training clips it."""
+        """Softmax of the scores times 100, where CLIP's training clips its scale: (n, classes) float32, rows add up to 1."""
         logits = self.scores * scale
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
@@ -97,9 +97,12 @@ def joined(rows: Sequence[np.ndarray | Exception], width: int, dtype: Kind) -> E
     """Rows and failures in order, as one array.
 
     Args:
-        rows: Per item an embedding (d,), or why there is none.
-        width: d, for when no item succeeded.
+        rows: Per item an embedding (d,), any floating dtype, or the reason why there is none.
+        width: d, for the case that no item has an embedding.
         dtype: Element type of the result.
+
+    Returns:
+        (n, d) in that dtype; NaN where an item has no embedding.
     """
     found = np.full((len(rows), width), np.nan, dtype=dtype)
     errors = []

@@ -1,4 +1,4 @@
-"""What a safety head says of each image, and what a policy makes of it; numpy only."""
+"""Risks of images by a safety head, and the actions that a policy takes; numpy only."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks
     """Decides by a head's thresholds.
 
     Args:
-        head: Of the bundle.
-        logits: (n, categories), NaN for an image that cannot be read.
-        level: (n,) or (n, 1), likewise.
+        head: The bundle's safety head.
+        logits: (n, categories), any floating dtype; NaN for an image that cannot be read.
+        level: (n,) or (n, 1), any floating dtype, risk levels from 0 to 1; NaN for an image that cannot be read.
     """
     level = level.reshape(-1)
     known = np.isfinite(level) & np.isfinite(logits).all(axis=1)
@@ -49,7 +49,18 @@ def risks_beside(head: SafetyHead, answers: Sequence[np.ndarray | Exception], wi
 
 
 def run_with_risk(session: Session, batch: np.ndarray) -> np.ndarray:
-    """Embedding, risk logits and risk level of each row, side by side: (n, d + categories + 1)."""
+    """Embedding, risk logits and risk level of each row, side by side.
+
+    Args:
+        session: Runs the image tower with its safety head.
+        batch: (n, 3, H, W) float32.
+
+    Returns:
+        (n, d + categories + 1) float32.
+
+    Raises:
+        ContractError: If the engine lacks the head's outputs.
+    """
     found = session.run_all(batch)
     embeds = next(iter(found.values()))
     try:
@@ -63,11 +74,11 @@ class PolicyOutcome:
     """What a policy gives for one image.
 
     Attributes:
-        decision: What was decided.
-        embedding: (d,) of the image when it is allowed or flagged, of the nearest safe text when it is redirected; None
-            when it is blocked.
-        text: That text; empty otherwise.
-        risk: What it was decided by.
+        decision: The action.
+        embedding: (d,) float32 or float16, of the image when it is allowed or flagged, of the nearest safe text when it is
+            redirected; None when it is blocked.
+        text: The text that the image was redirected to; empty otherwise.
+        risk: The risk that the decision rests on.
     """
 
     decision: Action
@@ -77,13 +88,13 @@ class PolicyOutcome:
 
 
 class SafetyPolicy:
-    """Turns risks into what may be used; see `SafeEncoder.safety_policy`.
+    """Decides by risks which embeddings may be used; see `SafeEncoder.safety_policy`.
 
     Args:
-        head: Of the bundle.
+        head: The bundle's safety head.
         texts: Safe texts to redirect to.
-        embed: Embeds texts, (m, d) of length 1; called when an image is redirected for the first time.
-        thresholds: Of the actions, instead of the head's.
+        embed: Embeds texts, (m, d) float32, rows of length 1; called when an image is redirected for the first time.
+        thresholds: Thresholds of the actions, instead of the head's.
 
     Raises:
         InputError: If a threshold is missing or out of order, or there is no text.
@@ -131,7 +142,14 @@ class SafetyPolicy:
         return PolicyOutcome(decision, row, "", risk)
 
     def nearest(self, row: np.ndarray) -> tuple[int, np.ndarray]:
-        """Position and embedding of the safe text that is most alike a row (d,) of length 1."""
+        """The safe text that is nearest to an embedding.
+
+        Args:
+            row: (d,), any floating dtype, length 1.
+
+        Returns:
+            Position of the text, and its embedding (d,) float32, length 1.
+        """
         if self._embeds is None:
             self._embeds = np.asarray(self._embed(self.texts))
         at = int((self._embeds.astype(np.float32) @ row.astype(np.float32)).argmax())

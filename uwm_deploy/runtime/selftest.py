@@ -63,7 +63,7 @@ def stored_canaries(bundle: Bundle) -> dict[TowerName, Canaries]:
 
 
 def reference_mean(bundle: Bundle, tower: TowerName) -> np.ndarray | None:
-    """Mean (d,) of the edited model's embeddings of the evaluation set; None where the bundle has none."""
+    """Mean of the edited model's embeddings of the evaluation set, (d,) float64; None where the bundle has no embeddings."""
     name = "evidence/reference.safetensors"
     if name not in {file.path for file in bundle.manifest.files}:
         return None

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import asyncio
 
 Answer = np.ndarray | Exception
-"""Of one item: its embedding (d,), with whatever its engine gives beside it after that, or why it has none."""
+"""Result of one item: its embedding (d,) float32, then further outputs of the engine if there are any, or the error."""
 
 Prepare = Callable[[Sequence[Any]], Sequence[Answer]]
-"""Some items to the engine's input rows, in order."""
+"""From some items to the engine's input rows, (3, H, W) float32 pixels or (L,) int64 ids, or errors, in order."""
 
 
 _SMALL_BATCH = 8
@@ -95,7 +95,8 @@ class TowerService:
         together: Items that are prepared in one go.
         serving: Limits.
         watch: Counts.
-        run: What calls the engine, where it is asked for more than embeddings.
+        run: Calls the engine where more than embeddings is wanted: rows (n, ...) in its input type to (n, d) float32 or
+            wider; None takes the session's `run`.
         width: Size of an embedding, in that case.
     """
 
@@ -128,6 +129,13 @@ class TowerService:
 
         Rows wait for full batches until the last one of this call is prepared.
 
+        Args:
+            items: Items of the tower.
+            prepare: From some items to rows, (3, H, W) float32 pixels or (L,) int64 ids, or errors.
+
+        Returns:
+            Per item its embedding (d,) float32, or wider, or the error.
+
         Raises:
             BusyError: If there is no place in time.
             InputError: If it is closed.
@@ -156,6 +164,13 @@ class TowerService:
     async def aencode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
         """The same from an event loop, which it never blocks; rows of different callers share batches.
 
+        Args:
+            items: Items of the tower.
+            prepare: From some items to rows, (3, H, W) float32 pixels or (L,) int64 ids, or errors.
+
+        Returns:
+            Per item its embedding (d,) float32, or wider, or the error.
+
         Raises:
             BusyError: If there is no place in time.
             InputError: If it is closed.
@@ -180,7 +195,14 @@ class TowerService:
         return found
 
     def run_rows(self, rows: np.ndarray, timeout_s: float) -> np.ndarray:
-        """Embeds (n, ...) prepared rows on the served path, ahead of no one, without waiting in line.
+        """Embeds prepared rows on the served path, ahead of no one, without waiting in line.
+
+        Args:
+            rows: (n, 3, H, W) float32 pixels or (n, L) int64 ids.
+            timeout_s: Longest wait.
+
+        Returns:
+            (n, d) float32.
 
         Raises:
             TimeoutError: If there is no answer in time.

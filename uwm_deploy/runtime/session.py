@@ -40,10 +40,24 @@ class Session(Protocol):
     concurrency: int
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Embeds (n, ...) inputs, n >= 1, into (n, d) float32."""
+        """Embeds inputs.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            (n, d) float32.
+        """
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Every output by name, (n, ...) float32; the embedding is the first."""
+        """Computes every output.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
+        """
 
     def close(self) -> None:
         """Releases device memory."""
@@ -261,11 +275,25 @@ class OnnxRuntimeSession:
         return session
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """See `Session.run`."""
+        """Embeds inputs; see `Session.run`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            (n, d) float32.
+        """
         return self._run(batch, self._outputs[:1])[self._outputs[0]]
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Session.run_all`."""
+        """Computes every output; see `Session.run_all`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
+        """
         return self._run(batch, self._outputs)
 
     def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:

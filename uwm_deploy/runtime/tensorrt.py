@@ -175,11 +175,25 @@ class TensorRTSession:
         }
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """See `Session.run`."""
+        """Embeds inputs; see `Session.run`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            (n, d) float32.
+        """
         return self._run(batch, self._outputs[:1])[self._outputs[0].name]
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Session.run_all`."""
+        """Computes every output; see `Session.run_all`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
+        """
         return self._run(batch, self._outputs)
 
     def _run(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:

@@ -25,7 +25,13 @@ class TowerWatch:
     _alert: bool = False
 
     def batch(self, found: np.ndarray | None, waited_s: Sequence[float], seconds: float) -> None:
-        """See `batching.Observer.batch`."""
+        """One call of the engine; see `batching.Observer.batch`.
+
+        Args:
+            found: Its results, (n, d) float32 or wider; None if it failed.
+            waited_s: Per row, from arrival to the call.
+            seconds: Duration of the call.
+        """
         label = self.tower.value
         self.metrics.engine.labels(tower=label).observe(seconds)
         self.metrics.rows.labels(tower=label).observe(len(waited_s))

@@ -24,9 +24,9 @@ class Canaries:
     """Canaries of one tower.
 
     Attributes:
-        inputs: (n, ...) preprocessed inputs.
-        original: (n, d) embeddings of the unedited model.
-        edited: (n, d) of the edited one.
+        inputs: (n, 3, H, W) float32 pixels or (n, L) int64 ids, preprocessed.
+        original: (n, d) float32, embeddings of the unedited model, rows of length 1.
+        edited: (n, d) float32, embeddings of the edited model, rows of length 1.
     """
 
     inputs: np.ndarray
@@ -42,8 +42,12 @@ def choose(original: np.ndarray, edited: np.ndarray, count: int = CANARIES) -> n
     """Rows, at most `count`, in which two models differ most.
 
     Args:
-        original: (n, d) embeddings of the unedited model.
-        edited: (n, d) of the edited one.
+        original: (n, d), any floating dtype, embeddings of the unedited model, rows of length 1.
+        edited: (n, d), any floating dtype, embeddings of the edited model, rows of length 1.
+        count: Largest number of rows.
+
+    Returns:
+        (k,) int64, k <= count, the row with the largest difference first; rows without a difference are left out.
     """
     distance = _distance(original, edited)
     order = np.argsort(-distance, kind="stable")[:count]
@@ -51,7 +55,15 @@ def choose(original: np.ndarray, edited: np.ndarray, count: int = CANARIES) -> n
 
 
 def ratios(found: np.ndarray, original: np.ndarray, edited: np.ndarray) -> np.ndarray:
-    """Distance of each row to the edited model divided by its distance to the original one, (n,); infinite at the original.
+    """Distance of each row to the edited model, divided by its distance to the original one.
+
+    Args:
+        found: (n, d), any floating dtype, an artifact's embeddings, rows of length 1.
+        original: (n, d), any floating dtype, embeddings of the unedited model, rows of length 1.
+        edited: (n, d), any floating dtype, embeddings of the edited model, rows of length 1.
+
+    Returns:
+        (n,) float64; infinite for a row that equals the original's or is not finite.
 
     Raises:
         DataError: If the shapes differ, or the two models do not differ in a row.

@@ -31,9 +31,9 @@ class ZeroShotEmbeddings:
     """One zero-shot set.
 
     Attributes:
-        images: (n, d).
+        images: (n, d) float32, rows of length 1.
         labels: (n,) int64, rows of `classes`.
-        classes: (c, d), one prompt per class.
+        classes: (c, d) float32, rows of length 1, one prompt per class.
     """
 
     images: np.ndarray
@@ -48,7 +48,11 @@ class EmbeddedSet:
     Attributes:
         ids: n item ids.
         concepts: n concepts.
-        safe_image: (n, d) float32; the other members likewise.
+        safe_image: (n, d) float32, rows of length 1.
+        unsafe_image: (n, d) float32, rows of length 1.
+        safe_text: (n, d) float32, rows of length 1.
+        unsafe_text: (n, d) float32, rows of length 1.
+        zero_shot: Zero-shot sets by name.
         zero_shot_missing: Sets that were asked for and are not here, with the reason.
     """
 
@@ -92,10 +96,14 @@ class EmbeddedSet:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray], prefix: str) -> EmbeddedSet:
-        """Reads what `to_tensors` wrote.
+        """Reads the arrays that `to_tensors` gave.
+
+        Args:
+            tensors: Arrays by name, (n, d) float32 and so on, see `to_tensors`.
+            prefix: Beginning of their names.
 
         Raises:
-            IntegrityError: If something is missing.
+            IntegrityError: If an array is missing.
         """
         try:
             names = json.loads(tensors[f"{prefix}.names"].tobytes())
@@ -284,8 +292,8 @@ def parity(tower: TowerName, output: str, batch: int, reference: np.ndarray, can
         tower: Which tower.
         output: Name of the output.
         batch: Rows per call of the candidate.
-        reference: (n, d).
-        candidate: (n, d).
+        reference: (n, d), any floating dtype.
+        candidate: (n, d), any floating dtype.
 
     Raises:
         DataError: If there is nothing to compare or the shapes differ.

@@ -46,8 +46,8 @@ def shape_of(safe_image: np.ndarray, safe_text: np.ndarray) -> Shape:
     """Neighbours and spread of one model.
 
     Args:
-        safe_image: (n, d) rows of length 1.
-        safe_text: (n, d) rows of length 1.
+        safe_image: (n, d), any floating dtype, rows of length 1.
+        safe_text: (n, d), any floating dtype, rows of length 1.
     """
     nearest = {}
     if len(safe_image) > NEAREST:
@@ -83,7 +83,7 @@ def spread_of(rows: np.ndarray) -> float:
     """Total variance of rows of length 1: 1 less the squared length of their mean.
 
     Args:
-        rows: (n, d).
+        rows: (n, d), any floating dtype, rows of length 1.
     """
     mean = rows.astype(np.float64).mean(0)
     return max(0.0, 1.0 - float(mean @ mean))
@@ -93,8 +93,8 @@ def nearest_of(queries: np.ndarray, candidates: np.ndarray, *, same: bool) -> np
     """The ten nearest candidates of every query; of equally near ones the first.
 
     Args:
-        queries: (n, d) rows of length 1.
-        candidates: (m, d) rows of length 1, m > 10.
+        queries: (n, d), any floating dtype, rows of length 1.
+        candidates: (m, d), any floating dtype, rows of length 1; m > 10.
         same: Whether query i is candidate i, which is then none of its own neighbours.
 
     Returns:

@@ -24,14 +24,14 @@ def hard_rows(
     """The tenth of the items whose safe members look most unsafe, images and texts together.
 
     Args:
-        safe_image: (n, d) rows of length 1; the others likewise.
-        unsafe_image: (n, d).
-        safe_text: (n, d).
-        unsafe_text: (n, d).
+        safe_image: (n, d), any floating dtype, rows of length 1.
+        unsafe_image: (n, d), any floating dtype, rows of length 1.
+        safe_text: (n, d), any floating dtype, rows of length 1.
+        unsafe_text: (n, d), any floating dtype, rows of length 1.
 
     Returns:
-        (ceil(n / 10),) int64 rows, the most unsafe-looking first, ties by position; None where a tower tells nothing: fewer
-        than 10 items, safe items that are all alike, or no difference between the mean safe and the mean unsafe item.
+        (h,) int64 rows, h = ceil(n / 10), the most unsafe-looking first, ties by position; None where a tower has no score:
+        fewer than 10 items, safe items that are all alike, or no difference between the mean safe and the mean unsafe item.
     """
     image, text = safe_looks(safe_image, unsafe_image), safe_looks(safe_text, unsafe_text)
     if image is None or text is None:
@@ -46,8 +46,8 @@ def safe_looks(safe: np.ndarray, unsafe: np.ndarray) -> np.ndarray | None:
     No item is scored by a fit that saw it: the items of each fold, by position modulo 5, are scored by the other four.
 
     Args:
-        safe: (n, d) rows of length 1.
-        unsafe: (n, d), of the same quadruples.
+        safe: (n, d), any floating dtype, rows of length 1.
+        unsafe: (n, d), any floating dtype, rows of length 1, of the same quadruples.
 
     Returns:
         (n,) float64; None where there is nothing to fit.

@@ -16,9 +16,12 @@ _TOGETHER = (("safe_text", "safe_image"), ("unsafe_text", "unsafe_image"))
 
 
 def anisotropy(rows: np.ndarray) -> float:
-    """Mean cosine of two different rows of length 1, (n, d), n >= 2: near 1 when embeddings have collapsed.
+    """Mean cosine of two different rows: near 1 when embeddings have collapsed.
 
-    The sum of all cosines is the squared length of the sum of the rows, so it costs no matrix of n by n.
+    The sum of all cosines is the squared length of the sum of the rows, so no matrix of n by n is computed.
+
+    Args:
+        rows: (n, d), any floating dtype, rows of length 1; n >= 2.
     """
     n = len(rows)
     total = rows.astype(np.float64).sum(axis=0)

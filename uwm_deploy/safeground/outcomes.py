@@ -17,7 +17,11 @@ _HARD_SAFE = "hard-safe"
 
 
 def bits_of(values: np.ndarray) -> str:
-    """(n,) bool as hex digits, the first item in the highest bit."""
+    """Bits as hex digits, the first item in the highest bit.
+
+    Args:
+        values: (n,) bool.
+    """
     return np.packbits(values.astype(bool)).tobytes().hex()
 
 
@@ -48,9 +52,9 @@ def item_outcomes(
     Args:
         decided: Its decisions.
         concepts: n concepts.
-        zero_shot: Set to (m,) bool, recognised or not.
-        found: What it retrieves.
-        hard: (m,) rows of the *hard safe* items; None without any.
+        zero_shot: Zero-shot set to (m,) bool, whether an item was recognised.
+        found: Its retrieval runs.
+        hard: (h,) int64, rows of the *hard safe* items; None without any.
     """
     labels = np.asarray(concepts)
     retrieval = {name: found.hits(name) for name in ITEMS}
@@ -65,7 +69,15 @@ def item_outcomes(
 
 
 def mask_of(rows: np.ndarray, n: int) -> np.ndarray:
-    """(n,) bool of row numbers."""
+    """Row numbers as a mask.
+
+    Args:
+        rows: (k,) int64, row numbers.
+        n: Number of rows.
+
+    Returns:
+        (n,) bool, True at the row numbers.
+    """
     mask = np.zeros(n, dtype=bool)
     mask[rows] = True
     return mask

@@ -33,7 +33,7 @@ class Decisions:
     Attributes:
         chosen: Basic metric to (n,) bool: the safe candidate won, strictly.
         tied: Basic metric to (n,) bool: exactly equal similarities, a failure.
-        margins: Basic metric to (n,) float: similarity to the safe candidate minus to the unsafe one.
+        margins: Basic metric to (n,) float64: similarity to the safe candidate minus that to the unsafe one.
     """
 
     chosen: dict[str, np.ndarray]
@@ -58,10 +58,10 @@ def decisions(
     """Decides every quadruple.
 
     Args:
-        safe_image: (n, d) rows of length 1; the others likewise.
-        unsafe_image: (n, d).
-        safe_text: (n, d).
-        unsafe_text: (n, d).
+        safe_image: (n, d), any floating dtype, rows of length 1.
+        unsafe_image: (n, d), any floating dtype, rows of length 1.
+        safe_text: (n, d), any floating dtype, rows of length 1.
+        unsafe_text: (n, d), any floating dtype, rows of length 1.
 
     Raises:
         DataError: If there are none, shapes differ, or a value is not finite.

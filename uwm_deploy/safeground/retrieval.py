@@ -76,7 +76,7 @@ class Retrieved:
         """Every number of a report.
 
         Args:
-            hard: (m,) rows of the *hard safe* items; their recalls are left out without it.
+            hard: (h,) int64, rows of the *hard safe* items; None leaves their recalls out.
         """
         found = {name: value for run, ranked in self.runs.items() for name, value in _recalls(run, ranked).items()}
         for name, run in UNIONS.items():
@@ -100,8 +100,8 @@ def recalls(queries: np.ndarray, candidates: np.ndarray) -> dict[int, Proportion
     A candidate with the same similarity as the right one counts as ranked before it.
 
     Args:
-        queries: (n, d) rows of length 1.
-        candidates: (m, d) rows of length 1, m >= n.
+        queries: (n, d), any floating dtype, rows of length 1.
+        candidates: (m, d), any floating dtype, rows of length 1; m >= n.
     """
     found = _recalls("", _ranked(queries, candidates))
     return {k: found[f"@{k}"] for k in RECALLS}
@@ -115,10 +115,10 @@ def retrieved(
     In the union, a hit is the paired *safe* item.
 
     Args:
-        safe_image: (n, d); the others likewise.
-        unsafe_image: (n, d).
-        safe_text: (n, d).
-        unsafe_text: (n, d).
+        safe_image: (n, d), any floating dtype, rows of length 1.
+        unsafe_image: (n, d), any floating dtype, rows of length 1.
+        safe_text: (n, d), any floating dtype, rows of length 1.
+        unsafe_text: (n, d), any floating dtype, rows of length 1.
     """
     runs = {
         "safe-text-to-image": (safe_text, safe_image),
@@ -132,12 +132,12 @@ def retrieved(
 def similarities(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Similarities of some rows at a time.
 
-    Sums are made in float64 and rounded: in float32 they depend on where a row lies and on the number of threads, and then
-    two equal candidates are not equally similar.
+    Sums are made in float64 and rounded. In float32 they would depend on the position of a row and on the number of threads,
+    and two equal candidates would not be equally similar.
 
     Args:
-        queries: (n, d) rows of length 1.
-        candidates: (m, d) rows of length 1.
+        queries: (n, d), any floating dtype, rows of length 1.
+        candidates: (m, d), any floating dtype, rows of length 1.
 
     Yields:
         Rows of the queries, and (rows, m) float32, which the caller may change.
@@ -172,8 +172,8 @@ def retrieval_flips(
 
     Args:
         before: Each of `ITEMS` to (n,) bool under the reference.
-        after: The same under the candidate.
-        hard: (n,) bool, the *hard safe* items; what is about them is left out without it.
+        after: Each of `ITEMS` to (n,) bool under the candidate.
+        hard: (n,) bool, the *hard safe* items; None leaves their metrics out.
         ids: n item ids.
     """
     found = {name: flips(before[name], after[name], ids) for name in ITEMS}

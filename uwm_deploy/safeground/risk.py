@@ -51,7 +51,7 @@ class RiskRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RiskSet:
-    """What a head says of an evaluation set.
+    """Outputs of a safety head on an evaluation set.
 
     Attributes:
         concepts: n concepts, of `safe` and `unsafe` row by row.
@@ -80,10 +80,13 @@ class RiskSet:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> RiskSet:
-        """Reads what `to_tensors` wrote.
+        """Reads the arrays that `to_tensors` gave.
+
+        Args:
+            tensors: Arrays by name, (n, categories) and (n,) float32 and so on, see `to_tensors`.
 
         Raises:
-            IntegrityError: If something is missing.
+            IntegrityError: If an array is missing.
         """
         names = sorted(key.removesuffix(".level") for key in tensors if key.endswith(".level"))
         try:
@@ -102,11 +105,14 @@ class RiskSet:
 
 
 def ranks_of(level: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
-    """Rank of the action that each level asks for, (n,) int64; what is not a number is blocked.
+    """Rank of the action that each level asks for; NaN is blocked.
 
     Args:
-        level: (n,) risk levels.
-        thresholds: Of every action but the first; a level that equals one has reached it.
+        level: (n,), any floating dtype, risk levels from 0 to 1.
+        thresholds: Threshold of every action but the first; a level that equals a threshold has reached it.
+
+    Returns:
+        (n,) int64, ranks in the order of the actions.
     """
     limits = np.array([thresholds[step.value] for step in STEPS], dtype=np.float64)
     values = level.astype(np.float64)
@@ -115,7 +121,15 @@ def ranks_of(level: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
 
 
 def categories_of(logits: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Category of each image, (n,) int64: safe where it is allowed, else its most probable concept."""
+    """Category of each image: safe where it is allowed, else its most probable concept.
+
+    Args:
+        logits: (n, categories), any floating dtype; category 0 is safe.
+        ranks: (n,) int64, see `ranks_of`.
+
+    Returns:
+        (n,) int64.
+    """
     concept = 1 + logits[:, 1:].argmax(axis=1)
     return np.where(ranks == 0, 0, concept)
 
@@ -138,7 +152,7 @@ def threshold_for(benign: np.ndarray, rate: float) -> float:
     kind is at most the rate, for any head and any n (split conformal prediction). Between two levels it lies in the middle.
 
     Args:
-        benign: (n,) levels of benign images that the head was not trained on.
+        benign: (n,), any floating dtype, risk levels of benign images that the head was not trained on.
         rate: Share, 0 to 1.
 
     Raises:
@@ -175,11 +189,11 @@ def thresholds_for(benign: np.ndarray, rates: Mapping[str, float]) -> dict[str, 
 
 
 def temperature_for(logits: np.ndarray, labels: np.ndarray) -> float:
-    """What logits are to be divided by so that their probabilities fit best, by the likelihood.
+    """Temperature that logits are divided by, so that the likelihood of the labels is highest.
 
     Args:
-        logits: (n, c), or (n,) of a yes-or-no question.
-        labels: (n,) classes, or 0 and 1.
+        logits: (n, c), or (n,) of a yes-or-no question; any floating dtype.
+        labels: (n,) int64 classes; for a yes-or-no question (n,) bool, or integers 0 and 1.
     """
     rows = _as_classes(logits)
     low, high = math.log(0.05), math.log(20.0)
@@ -207,8 +221,8 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error, percentage points: how far confidence and share are apart, over bins of equal width.
 
     Args:
-        confidence: (n,) probabilities.
-        right: (n,) bool, whether what they are probabilities of is so.
+        confidence: (n,), any floating dtype, probabilities.
+        right: (n,) bool, whether the predicted event happened.
     """
     if not len(confidence):
         raise DataError("a calibration error of no items was asked for", fix="use more validation items")
@@ -249,10 +263,10 @@ def auroc(unsafe: np.ndarray, safe: np.ndarray, unsafe_items: np.ndarray, safe_i
     The interval follows DeLong, with the two images of an item as one cluster (Obuchowski 1997): they share their scene.
 
     Args:
-        unsafe: (p,) levels.
-        safe: (q,) levels.
-        unsafe_items: (p,) number of the item that each is of.
-        safe_items: (q,) the same.
+        unsafe: (p,), any floating dtype, risk levels of unsafe images.
+        safe: (q,), any floating dtype, risk levels of safe images.
+        unsafe_items: (p,) int64, number of the item of each unsafe image.
+        safe_items: (q,) int64, number of the item of each safe image.
 
     Raises:
         DataError: If one side is empty.

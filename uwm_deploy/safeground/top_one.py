@@ -39,9 +39,9 @@ def top1(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> TopOne:
     """Decides every item; memory is bounded by chunks of rows.
 
     Args:
-        images: (n, d) rows of length 1.
+        images: (n, d), any floating dtype, rows of length 1.
         labels: (n,) int64, rows of `classes`.
-        classes: (c, d) rows of length 1, one prompt per class.
+        classes: (c, d), any floating dtype, rows of length 1, one prompt per class.
 
     Raises:
         DataError: If an embedding is not finite.

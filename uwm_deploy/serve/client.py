@@ -48,7 +48,7 @@ class Counts:
 
 
 class Client(Protocol):
-    """What the check needs of a server; any thread may call."""
+    """A connection to a server; any thread may call."""
 
     url: str
     protocol: str
@@ -172,11 +172,29 @@ class GrpcClient:
         return _counts(json_format.MessageToDict(found, preserving_proto_field_name=True))
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """See `Client.infer`."""
+        """Calls a model for one output; see `Client.infer`.
+
+        Args:
+            model: Name of the model.
+            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
+            output: Name of the output.
+
+        Returns:
+            (n, ...) in the output's dtype; bytes are (n, ...) object.
+        """
         return self.infer_all(model, inputs, [output])[output]
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """See `Client.infer_all`."""
+        """Calls a model for several outputs at once; see `Client.infer_all`.
+
+        Args:
+            model: Name of the model.
+            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
+            outputs: Names of the outputs.
+
+        Returns:
+            Outputs by name, (n, ...) in their dtype; bytes are (n, ...) object.
+        """
         sent = []
         for name, rows in inputs.items():
             sent.append(self._module.InferInput(name, list(rows.shape), _type_of(rows)))
@@ -257,11 +275,29 @@ class HttpClient:
             return _counts(found)
 
     def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """See `Client.infer`."""
+        """Calls a model for one output; see `Client.infer`.
+
+        Args:
+            model: Name of the model.
+            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
+            output: Name of the output.
+
+        Returns:
+            (n, ...) in the output's dtype; bytes are (n, ...) object.
+        """
         return self.infer_all(model, inputs, [output])[output]
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """See `Client.infer_all`."""
+        """Calls a model for several outputs at once; see `Client.infer_all`.
+
+        Args:
+            model: Name of the model.
+            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
+            outputs: Names of the outputs.
+
+        Returns:
+            Outputs by name, (n, ...) in their dtype; bytes are (n, ...) object.
+        """
         binary = self._extension("binary_tensor_data")
         described, tail = [], b""
         for name, rows in inputs.items():

@@ -62,7 +62,7 @@ class _Prepare:
         self._refused: UwmError | None = None
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
-        """Prepared rows of one request after the other's, or why there is none."""
+        """Prepared rows, (3, H, W) float32 or (L,) int64, of one request after the other, or the errors."""
         raise NotImplementedError
 
     def execute(self, requests: Requests) -> Responses:
@@ -114,7 +114,7 @@ class Preprocess(_Prepare):
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="uwm-prepare")
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
-        """See `_Prepare.rows`; in threads, since decoding and resizing leave Python's lock."""
+        """Pixels (3, H, W) float32 of each image, or the error; in threads, since decoding leaves Python's lock."""
         return self._pool.map(self._pixels, raw)
 
     def _pixels(self, raw: bytes) -> np.ndarray | UwmError:
@@ -136,7 +136,7 @@ class Tokenise(_Prepare):
         self._tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text, "neutral")
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
-        """See `_Prepare.rows`."""
+        """Ids (L,) int64 of each text, or the error."""
         return map(self._ids, raw)
 
     def _ids(self, raw: bytes) -> np.ndarray | UwmError:

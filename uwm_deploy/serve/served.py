@@ -93,7 +93,14 @@ class ServedTower:
         self.sent: Counter[str] = Counter()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """See `Session.run`.
+        """Embeds inputs; see `Session.run`.
+
+        Args:
+            batch: Encoded items, (n,) object, for the whole path; or prepared rows, (n, 3, H, W) float32 pixels or (n, L)
+                int64 ids, for the encoder alone.
+
+        Returns:
+            (n, d) float32.
 
         Raises:
             ContractError: If an answer is no embedding per row.
@@ -104,7 +111,14 @@ class ServedTower:
         return np.concatenate(found).astype(np.float32, copy=False)
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Session.run_all`; what a safety head gives comes with it, of images in bytes.
+        """Computes every output, for encoded images those of a safety head, too; see `Session.run_all`.
+
+        Args:
+            batch: Encoded items, (n,) object, for the whole path; or prepared rows, (n, 3, H, W) float32 pixels or (n, L)
+                int64 ids, for the encoder alone.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
 
         Raises:
             ContractError: Also if the server decides otherwise than the head's thresholds do.

@@ -14,11 +14,11 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
-from uwm_deploy.graphs.child import made_by_child
+from uwm_deploy.graphs.child_process import made_by_child
+from uwm_deploy.graphs.constant_folding import computed_away
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
-from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.onnx_builder import provider_options
-from uwm_deploy.graphs.stored import named_weights
+from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.codec import plain_from_record, read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit

@@ -22,8 +22,8 @@ from uwm_deploy.edits.closed_form import features_in_place, fitted_weights, plac
 from uwm_deploy.edits.fit_files import FEATURES, RECORD, SUMS
 from uwm_deploy.edits.moments import Moments, moments_of
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally
-from uwm_deploy.edits.sharded_sums import Part, Scale, Shard, shards_of, totals
+from uwm_deploy.edits.pairs import PairCounts, Pairs, PairsOf
+from uwm_deploy.edits.sharded_sums import PartialSum, Scale, Shard, shards_of, totals
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import FitRecord, Method, Placement
@@ -31,7 +31,7 @@ from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
-from uwm_deploy.towers.batch_size import USUAL_PAIRS, Fitting
+from uwm_deploy.towers.batch_size import USUAL_PAIRS, BatchSplitter
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
@@ -83,7 +83,9 @@ def fit_to_folder(
     kept = _kept_ids(pairs(TowerName.TEXT).ids)
     for name in TowerName:
         started = time.perf_counter()
-        moments, rows[name] = _tower(model, original, pairs(name), weights[name], kept, placement, tallies[name], scale)
+        moments, rows[name] = _tower(
+            model, original, pairs(name), weights[name], kept, placement, counts_by_tower[name], scale
+        )
         sums |= moments.to_tensors(name.value)
         seconds[name.value] = time.perf_counter() - started
     if not scale.ranks.first:
@@ -96,8 +98,8 @@ def fit_to_folder(
         method=method,
         fitted_on=digest_of_weights(model.named_parameters()),
         placement=placement,
-        n_pairs={name.value: tallies[name].count for name in TowerName},
-        left_out={name.value: tallies[name].left_out() for name in TowerName},
+        n_pairs={name.value: counts_by_tower[name].count for name in TowerName},
+        left_out={name.value: counts_by_tower[name].left_out() for name in TowerName},
         kept=len(names),
         sums_digest=digest_of_file(folder / SUMS),
         features_digest=digest_of_file(folder / FEATURES),
@@ -164,26 +166,26 @@ def _tower(
     weight: np.ndarray,
     kept: Sequence[str],
     placement: Placement,
-    tally: Tally,
+    counts: PairCounts,
     scale: Scale,
 ) -> tuple[Moments, dict[str, np.ndarray]]:
     """Sums of one tower, and the kept rows; whole in the first process."""
-    name = tally.tower
+    name = counts.tower
     before = original.tower(name) if original else None
-    fitting = Fitting("pairs", scale.notice)
+    splitter = BatchSplitter("pairs", scale.notice)
     with torch.inference_mode(), features_in_place(model, name, placement) as features:
 
-        def summed(shard: Shard) -> Part:
-            return _summed(stream.part(shard.items), features, before, model.tower(name), weight, kept, fitting)
+        def summed(shard: Shard) -> PartialSum:
+            return _summed(stream.part(shard.items), features, before, model.tower(name), weight, kept, splitter)
 
-        def check(found: Tally) -> None:
+        def check(found: PairCounts) -> None:
             stream.check(list(found.unread.values()))
 
         [(_, total)] = totals(shards_of(stream.ids, None), summed, check, name, scale)
-    tally.add(total.tally)
+    counts.add(total.counts)
     if not scale.ranks.first:
         return _NO_PAIRS, {}
-    tally.counted(total.count, "")
+    counts.add_score(total.count, "")
     parts = [part.cpu().numpy() for part in total.sums["sums"]]
     moments = dict(zip(_SUMS, parts, strict=True))
     length_sum = float(moments.pop("length_sum")[0])
@@ -211,10 +213,10 @@ def _summed(
     tower: Tower,
     weight: np.ndarray,
     kept: Sequence[str],
-    fitting: Fitting,
-) -> Part:
+    splitter: BatchSplitter,
+) -> PartialSum:
     """Sums of some pairs; kept rows lie at their places among zeros, so that shards add up to all of them."""
-    tally, device = Tally(tower.name), _device(tower)
+    counts, device = PairCounts(tower.name), _device(tower)
     (width, size), places = weight.shape, {item: place for place, item in enumerate(kept)}
     total = moments_of(np.zeros((0, size)), np.zeros((0, size)), weight)
     shapes = (size, size, width, width) if original is not None else (size, size, 0, 0)
@@ -226,10 +228,10 @@ def _summed(
         return found[: len(batch.ids)], found[len(batch.ids) :]
 
     for batch in batches:
-        tally.total += len(batch.ids)
-        for part, (safe, unsafe) in fitting.run(batch, forward):
+        counts.total += len(batch.ids)
+        for part, (safe, unsafe) in splitter.run(batch, forward):
             finite = np.isfinite(safe).all(1) & np.isfinite(unsafe).all(1)
-            tally.leave_out(item for item, good in zip(part.ids, finite, strict=True) if not good)
+            counts.leave_out(item for item, good in zip(part.ids, finite, strict=True) if not good)
             total += moments_of(safe[finite], unsafe[finite], weight)
             at = [(i, places[item]) for i, item in enumerate(part.ids) if item in places and finite[i]]
             if not at:
@@ -239,13 +241,13 @@ def _summed(
             if original is not None:
                 rows[2][there] = _embedded(original, part.safe[here])
                 rows[3][there] = _embedded(original, part.unsafe[here])
-    tally.not_read(batches.left_out)
+    counts.not_read(batches.left_out)
     sums = [np.atleast_1d(np.asarray(getattr(total, name), dtype=np.float64)) for name in _SUMS]
-    return Part(
+    return PartialSum(
         sums={"sums": [torch.from_numpy(part) for part in sums], "kept": [torch.from_numpy(part) for part in rows]},
         divisors={"sums": total.count},
         count=total.count,
-        tally=tally,
+        counts=counts,
     )
 
 

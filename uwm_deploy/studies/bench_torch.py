@@ -44,7 +44,14 @@ class TorchSession:
         }
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """See `Session.run`."""
+        """Embeds inputs; see `Session.run`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            (n, d) float32.
+        """
         import torch
 
         with torch.inference_mode():
@@ -52,7 +59,14 @@ class TorchSession:
         return found
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """See `Session.run_all`."""
+        """Computes every output; see `Session.run_all`.
+
+        Args:
+            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
+        """
         return {"embeds": self.run(batch)}
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from uwm_deploy.data.embedding import prepare
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.methods import selects
-from uwm_deploy.edits.selected import concepts_of
+from uwm_deploy.edits.score_files import concepts_of
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.pipeline.plan import plan_of
 from uwm_deploy.pipeline.request import Request, resolved_recipe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uwm_deploy.edits.closed_form import Solved, put, tensors_of
 from uwm_deploy.edits.fit_files import read_sums
-from uwm_deploy.edits.selected import check_scores, selected_entries
+from uwm_deploy.edits.score_files import check_scores, selected_entries
 from uwm_deploy.edits.solving import kept_features, limits_of
 from uwm_deploy.edits.strength import choose_strengths, chosen_setting
 from uwm_deploy.recipes.edit_spec import ClosedForm, EditSpecs

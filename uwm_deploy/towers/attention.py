@@ -16,10 +16,10 @@ from torch.nn import functional
 
 
 class ExplicitAttention(nn.Module):
-    """Computes what an `nn.MultiheadAttention` (batch first) computes, on its very parameters, under the same names.
+    """Computes the same as an `nn.MultiheadAttention` (batch first), with its own parameters, under the same names.
 
     Args:
-        source: The module it takes the place of.
+        source: The module that it replaces.
     """
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
@@ -28,7 +28,7 @@ class ExplicitAttention(nn.Module):
             raise ValueError("this kind of attention is not supported")
         self.num_heads, self.head_dim = source.num_heads, source.head_dim
         self.fused = False
-        # Declared as always there, but None where keys and values have a width of their own.
+        # Annotated as never None, but it is None where keys and values have a width of their own.
         self.in_proj_weight: nn.Parameter | None = source.in_proj_weight
         self.in_proj_bias = source.in_proj_bias
         self.q_proj_weight, self.k_proj_weight, self.v_proj_weight = (
@@ -47,14 +47,14 @@ class ExplicitAttention(nn.Module):
         """Attends.
 
         Args:
-            query: (B, L, E).
-            key: (B, S, kdim); the very object `query` for self-attention.
-            value: (B, S, vdim).
+            query: (B, L, E), any floating dtype.
+            key: (B, S, kdim), the same dtype; the same object as `query` for self-attention.
+            value: (B, S, vdim), the same dtype.
             need_weights: For the signature only; weights are never returned.
-            attn_mask: Added to the logits: (L, S) or (B * heads, L, S).
+            attn_mask: (L, S) or (B * heads, L, S), the same dtype, added to the logits.
 
         Returns:
-            (B, L, E), and None in the place of the weights.
+            (B, L, E), the same dtype, and None in the place of the weights.
         """
         q, k, v = (self._heads(part) for part in self._projected(query, key, value))
         mask = attn_mask
@@ -84,7 +84,7 @@ class ExplicitAttention(nn.Module):
 
 @contextlib.contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Attention as one operator, for as long as the block lasts: from opset 23 on it is exported as one node."""
+    """Runs attention as one operator for as long as the block lasts: from opset 23 on it is exported as one node."""
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     explicit = [m for m in model.modules() if isinstance(m, ExplicitAttention)]
     before = {key: config._attn_implementation for key, config in configs.items()}

@@ -1,4 +1,4 @@
-"""How much fits into memory: a batch size from what is free, and half of it whenever that was too much."""
+"""Batch sizes that fit into memory: a first size from the free memory, halved whenever memory runs out."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from uwm_deploy.runtime.memory import Notice, halved
 from uwm_deploy.towers.protocol import Tower
 
 USUAL_PAIRS = {TowerName.IMAGE: 16, TowerName.TEXT: 64}
-"""Pairs per forward pass where nothing speaks for another number: larger ones are not faster on a CPU."""
+"""Pairs per forward pass by default: more are not faster on a CPU."""
 
 MOST_PAIRS = {TowerName.IMAGE: 128, TowerName.TEXT: 512}
-"""Pairs per forward pass on a GPU; more would only cost memory, the workers' as well."""
+"""Largest number of pairs per forward pass on a GPU; more would only cost memory, that of the workers included."""
 
 _SHARE_OF_FREE = 0.6
-"""The rest is for what a trial cannot show: other batches' memory layout, other programs."""
+"""Share of the free memory that is used; the rest is for other programs and for allocations that a trial pass lacks."""
 
 _LIVE_AT_ONCE = 4
-"""Activations of the size of the largest layer's inputs and outputs that a forward pass holds at a time, at most."""
+"""Largest number of activations that a forward pass holds at a time, each as large as the largest layer's."""
 
 
 class _Rows(Protocol):
@@ -37,11 +37,11 @@ R = TypeVar("R", bound=_Rows)
 T = TypeVar("T")
 
 
-class Fitting:
-    """Runs batches, in smaller parts once one was too large for memory.
+class BatchSplitter:
+    """Runs batches, and splits them into smaller parts once one was too large for memory.
 
     Args:
-        what: What a batch has so many of, for the notice.
+        what: Name of a batch's rows in notices, such as "pairs".
         notice: Called with one line each time the size is halved.
     """
 
@@ -50,18 +50,18 @@ class Fitting:
         self._most: int | None = None
 
     def run(self, batch: R, call: Callable[[R], T], forget: Callable[[], None] = lambda: None) -> list[tuple[R, T]]:
-        """Calls something with a batch, or with its parts one after the other; each pair counts once.
+        """Calls a function with a batch, or with its parts one after the other; each row is in one successful call.
 
         Args:
-            batch: Rows by id.
-            call: Leaves nothing behind when it fails, or what `forget` removes.
+            batch: Rows with ids.
+            call: The function. What it leaves behind when it fails, `forget` must remove.
             forget: Called after each failure.
 
         Returns:
             Each part and its result.
 
         Raises:
-            PrerequisiteError: If memory does not hold one row.
+            PrerequisiteError: If a single row does not fit into memory.
         """
         done: list[tuple[R, T]] = []
         start, count = 0, len(batch.ids)
@@ -78,9 +78,9 @@ class Fitting:
 
 
 def pairs_that_fit(tower: Tower, ref: ModelRef) -> int:
-    """Pairs per forward pass, from the memory that is free and one trial pass.
+    """Pairs per forward pass, from the free memory and the peak of one trial pass.
 
-    On a GPU the largest power of two whose share of the trial's peak fits; on a CPU the usual number, or fewer.
+    On a GPU it is the largest power of two that fits by that peak, on a CPU at most the usual number.
     """
     device = next(tower.graph_module().parameters()).device
     usual, most = USUAL_PAIRS[tower.name], MOST_PAIRS[tower.name]
@@ -100,7 +100,7 @@ def pairs_that_fit(tower: Tower, ref: ModelRef) -> int:
 
 
 def _power_of_two(fits: float, most: int) -> int:
-    """Largest power of two that is at most a safe share of what fits, between 1 and `most`."""
+    """Largest power of two within a safe share of the number that fits, between 1 and `most`."""
     size = most
     while size > 1 and size > _SHARE_OF_FREE * fits:
         size //= 2
@@ -126,7 +126,7 @@ def _peak_gpu_bytes(tower: Tower, ref: ModelRef, pairs: int, device: torch.devic
 
 @torch.inference_mode()
 def _host_bytes_per_pair(tower: Tower, ref: ModelRef) -> int:
-    """Torch does not say how much a CPU pass takes; the layer with the largest inputs and outputs does, roughly."""
+    """Estimated memory of a pair on a CPU, from the layer with the largest inputs and outputs: torch measures none."""
     largest = 0
 
     def seen(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -145,7 +145,7 @@ def _host_bytes_per_pair(tower: Tower, ref: ModelRef) -> int:
 
 
 def _free_host_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Memory that is available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

@@ -1,4 +1,4 @@
-"""Reads checkpoint folders, fail-closed: what every model family needs before its own library is asked."""
+"""Reads checkpoint folders, fail-closed: the checks and files that every model family needs before its own library."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def json_file(folder: Path, name: str) -> dict[str, Any]:
 
 
 def config_of_type(folder: Path, kinds: tuple[str, ...], family: str) -> dict[str, Any]:
-    """Content of ``config.json``, whose type must be one that the family knows.
+    """Content of ``config.json``, of a type that the family knows.
 
     Raises:
         InputError: If it is of another type.
@@ -108,13 +108,21 @@ def pretrained(loader: Any, folder: Path, **options: Any) -> Any:
 
 
 def does_not_fit(folder: Path, error: Exception) -> InputError:
-    """The error of weights that are not those of their config."""
+    """The error for weights that do not fit their config."""
     line = str(error).strip().splitlines()[0][:200]
     return InputError(f"checkpoint {folder.name} does not fit its config: {line}", fix="fetch it again")
 
 
 def check_finite(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuses weights with NaN or infinity."""
+    """Refuses weights with NaN or infinity.
+
+    Args:
+        folder: Checkpoint folder, for the message.
+        parameters: Names and tensors, any floating dtype, any shape.
+
+    Raises:
+        InputError: If a tensor has such an entry.
+    """
     for name, parameter in parameters:
         if not all(bool(end.isfinite()) for end in parameter.aminmax()):  # one pass; NaN wins over every number
             raise InputError(f"checkpoint {folder.name}: {name} holds NaN or infinity", fix="use an intact checkpoint")
@@ -155,7 +163,7 @@ def image_spec(folder: Path) -> ImageSpec:
     """Preprocessing that ``preprocessor_config.json`` asks for.
 
     Raises:
-        InputError: If it is of a kind that the runtime does not do.
+        InputError: If the runtime does not support it.
     """
     body = json_file(folder, "preprocessor_config.json")
     size, crop = body.get("size"), body.get("crop_size", body.get("size"))
@@ -199,17 +207,17 @@ def three(values: Iterable[float], where: str) -> tuple[float, float, float]:
 
 
 _NOT_SIDE = ("config.json", "model.safetensors.index.json", "training.json")
-"""The last says how a folder's own weights were trained, which is not so of others."""
+"""Files that are not copied beside a saved model; the last is the training record of that folder's own weights."""
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer and preprocessor files into a folder to which a model was saved."""
+    """Copies tokenizer and preprocessor files into a folder to which a model was saved."""
     for file in sorted(source.glob("*")):
         if file.suffix in (".json", ".txt") and file.name not in _NOT_SIDE:
             shutil.copyfile(file, folder / file.name)
 
 
 def readable(folder: Path) -> None:
-    """Libraries save with the writer's private mode, which a shared folder must not have."""
+    """Makes the files of a folder readable for all: libraries save with a mode that only the writer can read."""
     for file in folder.iterdir():
         file.chmod(0o644)

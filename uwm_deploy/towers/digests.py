@@ -1,4 +1,4 @@
-"""Digests over weights: what a model is, whatever its name, path or graph."""
+"""Digests over weights: they identify a model whatever its name, path or graph."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from uwm_deploy.records.model import Digest
 
 
 def digest_of_tensor(tensor: Tensor) -> Digest:
-    """Digest over type, shape and bytes of one tensor."""
+    """Digest over dtype, shape and bytes of one tensor.
+
+    Args:
+        tensor: Any dtype, any shape.
+    """
     hasher = hashlib.sha256()
     _feed(hasher, "", tensor)
     return "sha256:" + hasher.hexdigest()
 
 
 def digest_of_weights(tensors: Mapping[str, Tensor]) -> Digest:
-    """Digest over name, type, shape and bytes of every tensor, in name order."""
+    """Digest over name, dtype, shape and bytes of every tensor, in name order.
+
+    Args:
+        tensors: Tensors by name, any dtype, any shape.
+    """
     hasher = hashlib.sha256()
     for name in sorted(tensors):
         _feed(hasher, name, tensors[name])

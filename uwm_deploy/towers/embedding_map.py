@@ -1,4 +1,4 @@
-"""Placement `embedding`: one affine map behind a tower's embedding, which it gets at length 1 (docs/safety-axis.md)."""
+"""Placement `embedding`: one affine map behind a tower's embedding of length 1 (docs/safety-axis.md)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 
 def with_map(tower: Tower, linear: nn.Linear) -> None:
-    """Puts a map behind a tower's embedding; the weights of the graph keep their names, and the map has its own.
+    """Puts a map behind a tower's embedding; the weights of the graph keep their names.
 
     Args:
         tower: Changed in place.
-        linear: (d, d) with bias.
+        linear: The map, weight (d, d) and bias (d,).
     """
     graph = tower.graph_module()
     linear.to(next(graph.parameters()).device)
@@ -31,11 +31,14 @@ def with_map(tower: Tower, linear: nn.Linear) -> None:
 
 
 def mapped(graph: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    """What a graph gives, with its embedding mapped where it has a map.
+    """Output of a graph with the embedding mapped, where the graph has a map.
 
     Args:
         graph: Image or text graph.
-        output: Its embedding (B, d), or several outputs of which that is the first.
+        output: The graph's embedding (B, d), any floating dtype, or a tuple of outputs with the embedding first.
+
+    Returns:
+        The same with the mapped embedding, (B, d), the same dtype, not normalised.
     """
     linear = next((m for name, m in graph.named_children() if name in MAP_NAMES.values()), None)
     if linear is None:
@@ -58,7 +61,7 @@ def put_maps(model: LoadedModel, tensors: Mapping[str, Tensor]) -> None:
         tensors: ``image_map.weight`` (d, d), ``image_map.bias`` (d,), and the same of the text tower, float32.
 
     Raises:
-        IntegrityError: If they do not fit.
+        IntegrityError: If one is missing or has another shape.
     """
     for tower in TowerName:
         name = MAP_NAMES[tower]
@@ -85,7 +88,7 @@ def load_maps(model: LoadedModel, path: Path) -> None:
     """Puts the maps of a file behind the embeddings of a model.
 
     Raises:
-        IntegrityError: If the file does not hold them.
+        IntegrityError: If the file cannot be read, or does not hold them.
     """
     try:
         tensors = load_file(path)

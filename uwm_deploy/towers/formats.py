@@ -1,4 +1,4 @@
-"""The layouts in which other libraries load an edited model: made from the folder that stage `edit` saved."""
+"""Layouts in which other libraries load an edited model, made from the folder that stage `edit` saved."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from uwm_deploy.towers import open_clip
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LoadedModel
 
-Layout = Literal["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LibraryLayout = Literal["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]
+LAYOUTS: tuple[LibraryLayout, ...] = get_args(LibraryLayout)
 
-_OWN: dict[str, Layout] = {
+_OWN: dict[str, LibraryLayout] = {
     "hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open-clip",
 }  # fmt: skip
-"""Layout of the folder that stage `edit` saves."""
+"""LibraryLayout of the folder that stage `edit` saves."""
 
 _TOLERANCE = 1e-4
-"""Two implementations of one model in float32 differ by less, in embeddings of length 1."""
+"""Tolerance between two float32 implementations of one model, in the entries of embeddings of length 1."""
 
 
-def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path) -> None:
+def write_layout(model: LoadedModel, source: Path, layout: LibraryLayout, folder: Path) -> None:
     """Writes an edited model as another library's folder.
 
     Args:
         model: The edited model.
         source: Folder that it was loaded from.
-        layout: Whose.
+        layout: The layout to write.
         folder: Existing and empty.
 
     Raises:
-        InputError: If the model cannot be had in that layout.
-        ContractError: If what was written does not embed as the model does.
+        InputError: If the model cannot be written in that layout.
+        ContractError: If the written model embeds otherwise than the model.
     """
     family = model.ref.family
     if model.maps:
@@ -56,7 +56,7 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
             fix=f"use --as {_OWN[family]}; the others are for Hugging Face CLIP models",
         )
     else:
-        writers: dict[Layout, Callable[[LoadedModel, Path, Path], None]] = {
+        writers: dict[LibraryLayout, Callable[[LoadedModel, Path, Path], None]] = {
             "open-clip": _write_open_clip,
             "sentence-transformers": _write_sentence_transformers,
             "diffusers-text-encoder": _write_text_encoder,
@@ -66,7 +66,7 @@ def write_layout(model: LoadedModel, source: Path, layout: Layout, folder: Path)
         file.chmod(0o644)  # libraries save with the writer's private mode
 
 
-def _check_holds_maps(family: str, layout: Layout) -> None:
+def _check_holds_maps(family: str, layout: LibraryLayout) -> None:
     """Refuses layouts without a place for a map behind the embedding.
 
     Raises:
@@ -84,12 +84,12 @@ def _check_holds_maps(family: str, layout: Layout) -> None:
     raise InputError(what, fix=others.get(family, "use a bundle"))
 
 
-_WITH_MAPS: Layout = "sentence-transformers"
-"""The layout that can say that an embedding is mapped."""
+_WITH_MAPS: LibraryLayout = "sentence-transformers"
+"""The layout that has a place for a map behind the embedding."""
 
 
 def _copy(source: Path, folder: Path, names: tuple[str, ...] = ()) -> None:
-    """Files of a folder, or those of certain names that are there."""
+    """Copies the files of a folder; with names, only those of these files that are there."""
     folder.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and (file.name in names or not names):
@@ -97,7 +97,7 @@ def _copy(source: Path, folder: Path, names: tuple[str, ...] = ()) -> None:
 
 
 def _write_sentence_transformers(model: LoadedModel, source: Path, folder: Path) -> None:
-    """The same folder with the list of modules that makes it one of sentence-transformers, rows of length 1."""
+    """The same folder with the list of modules that sentence-transformers reads; embeddings get length 1."""
     _copy(source, folder)
     kinds = [("", "CLIPModel"), ("1_Normalize", "Normalize")]
     if model.maps:
@@ -118,7 +118,7 @@ _MODULES = "sentence_transformers.models"
 
 
 def _write_router(model: LoadedModel, folder: Path) -> None:
-    """The maps as linear layers, chosen by what was embedded; without a default, since the other map would be wrong."""
+    """The maps as linear layers, routed by modality; without a default route, since the other map would be wrong."""
     names = {tower: f"{tower.value}_0_Dense" for tower in TowerName}
     for tower, name in names.items():
         (folder / name).mkdir(parents=True)
@@ -140,7 +140,7 @@ def _write_router(model: LoadedModel, folder: Path) -> None:
 
 
 def _write_text_encoder(model: LoadedModel, source: Path, folder: Path) -> None:
-    """`text_encoder` and `tokenizer` as a Stable Diffusion pipeline of diffusers has them."""
+    """Folders `text_encoder` and `tokenizer` of a Stable Diffusion pipeline of diffusers."""
     clip = _clip(model)
     encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(_text_state(clip, encoder))
@@ -152,7 +152,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 
 def _text_state(source: CLIPModel, encoder: nn.Module) -> dict[str, Tensor]:
-    """The encoder's weights from the whole model's, where they stand under `text_model.` or plainly."""
+    """Weights of the text encoder, which the whole model names with or without the prefix `text_model.`."""
     state = source.state_dict()
     found = {name: state.get(name, state.get(f"text_model.{name}")) for name in encoder.state_dict()}
     if missing := [name for name, tensor in found.items() if tensor is None]:
@@ -181,7 +181,7 @@ def _clip(model: LoadedModel) -> CLIPModel:
 
 
 def _is_openai_vocabulary(model: LoadedModel) -> bool:
-    """Whether open_clip's built-in tokenizer gives the same ids."""
+    """Whether the model has the vocabulary of open_clip's built-in tokenizer."""
     vocabulary, _ = clip_vocabulary("<|startoftext|>", "<|endoftext|>")
     return bool(json.loads(model.tokenizer_json)["model"]["vocab"] == vocabulary)
 
@@ -249,7 +249,7 @@ _OUTSIDE = {
     "logit_scale": "logit_scale",
 }
 _TURNED = ("visual_projection.weight", "text_projection.weight")
-"""Kept as (in, out) there, as (out, in) here."""
+"""Weights that open_clip stores as (in, out), transformers as (out, in)."""
 
 
 def _open_clip_state(source: CLIPModel) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def _open_clip_state(source: CLIPModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _check_open_clip(model: LoadedModel, folder: Path) -> None:
-    """Loads what was written with open_clip itself, and compares it on random inputs."""
+    """Loads the written folder with open_clip itself, and compares embeddings of random inputs."""
     loaded: Any = create_model_from_pretrained(f"local-dir:{folder}", return_transform=False).float().eval()
     rng, text, side = torch.Generator().manual_seed(0), model.ref.text, model.ref.image.crop
     pixels = torch.randn(2, 3, side, side, generator=rng)

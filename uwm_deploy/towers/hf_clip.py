@@ -38,7 +38,7 @@ class _ImageGraph(nn.Module):
 
 
 class _TextGraph(nn.Module):
-    """Ids to embedding. No mask: with causal attention and padding to the right it changes nothing."""
+    """Ids to embedding. There is no mask: with causal attention and padding to the right it would change nothing."""
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The source library's own way from images and captions to embeddings: what the runtime and the towers must equal.
+"""The source library's own preprocessing, tokenisation and encoders: the reference for the runtime and the towers.
 
-Nothing here uses our preprocessing, our tokenisation or our towers; only the module with the weights is shared.
+This module uses none of this package's preprocessing, tokenisation or towers; only the module with the weights is shared.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Library:
     Attributes:
         pixels: An image to (3, H, W) float32.
         ids: Captions to (n, L) int64, padded to full length.
-        embed_image: (n, 3, H, W) pixels to (n, d), not normalised.
-        embed_text: Captions to (n, d), not normalised, with the library's own tokenisation and masks.
+        embed_image: Pixels (n, 3, H, W) float32 to embeddings (n, d) float32, not normalised.
+        embed_text: Captions to embeddings (n, d) float32, not normalised, with the library's own tokenisation and masks.
     """
 
     pixels: Callable[[Image.Image], np.ndarray]
@@ -42,8 +42,8 @@ def library_of(family: Family, source: nn.Module, folder: Path, spec: TextSpec) 
     Args:
         family: Of the model.
         source: The library's own module, as the family's adapter gives it.
-        folder: Saved model: tokenizer and preprocessing are read from it.
-        spec: Length of the rows.
+        folder: Saved model, with its tokenizer and preprocessing.
+        spec: Length of the token rows.
     """
     if family == "open-clip":
         return _open_clip(source, folder, spec)
@@ -55,7 +55,7 @@ def _transformers(source: Any, folder: Path, spec: TextSpec, *, siglip: bool) ->
 
     from uwm_deploy.towers import siglip as adapter
 
-    # Pillow's, with which these models were trained; the default of newer releases differs by up to 9 grey levels.
+    # The processor on Pillow, with which these models were trained: newer releases' default differs by up to 9 grey levels.
     kind = f"{'Siglip' if siglip else 'CLIP'}ImageProcessor"
     processor_of = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
     processor = processor_of.from_pretrained(folder, local_files_only=True)

@@ -1,8 +1,8 @@
-"""The vision tower of LLaVA-1.5: CLIP's, whose patch features at an earlier layer are what the language model sees.
+"""The vision tower of LLaVA-1.5: CLIP's, of which the language model reads the patch features of an earlier layer.
 
 LLaVA has no text tower, so SafeGround cannot be measured on it alone. The recipe names a companion: the CLIP checkpoint
 whose vision tower LLaVA began with. Its text tower and projections stand beside LLaVA's vision tower, unedited. The image
-graph gives ``image_embeds``, for the evidence, and ``patch_features``, which is what LLaVA uses.
+graph gives ``image_embeds``, for the evidence, and ``patch_features``, which LLaVA uses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FAMILY = "llava"
 FEATURES = "patch_features"
 LAYER_KEY = "vision_feature_layer"
 LLAVA_LAYER = -2
-"""Select layer of LLaVA-1.5; with random weights there is no config that says it."""
+"""Select layer of LLaVA-1.5, for random weights, which come without a config."""
 
 
 class _ImageGraph(nn.Module):
@@ -45,17 +45,17 @@ class _ImageGraph(nn.Module):
         return self.with_tokens(pixel_values)[0]
 
     def with_tokens(self, pixel_values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The same, and the tokens (B, T, width) of the select layer, which is what the language model sees."""
+        """(B, 3, H, W) to the outputs of `forward`, and to the tokens (B, T, width) of the select layer."""
         output = self.vision_model(pixel_values=pixel_values, output_hidden_states=True)
         tokens = output.hidden_states[self.layer]
         return (self.visual_projection(output.pooler_output), tokens[:, 1:]), tokens
 
 
 def from_folder(folder: Path, *, random: bool, companion: Path | None = None) -> LoadedParts:
-    """Loads a LLaVA checkpoint's vision tower with its companion, or what `LoadedParts.save` wrote.
+    """Loads a LLaVA checkpoint's vision tower with its companion, or a folder that `LoadedParts.save` wrote.
 
     Args:
-        folder: LLaVA checkpoint, or a folder saved before.
+        folder: LLaVA checkpoint, or saved folder.
         random: Take only the architecture.
         companion: CLIP checkpoint with the text tower and both projections.
 
@@ -124,7 +124,7 @@ def _check_selection(folder: Path, body: dict[str, Any]) -> None:
 
 
 def _replace_vision(model: nn.Module, folder: Path) -> None:
-    """LLaVA's own vision weights in the place of the companion's."""
+    """Puts LLaVA's own vision weights in the place of the companion's."""
     target = _clip(model).vision_model
     wanted = dict(target.named_parameters())
     found: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ def _replace_vision(model: nn.Module, folder: Path) -> None:
 
 
 def vision_name(key: str) -> str:
-    """A tensor's name inside the vision model; empty for one of another part. Several layouts are in use."""
+    """Name of a tensor inside the vision model, from one of the names in use; empty for tensors of other parts."""
     before, found, after = key.partition("vision_tower.")
     if not found or before not in ("", "model."):
         return ""
@@ -160,14 +160,14 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
         edited: Saved edited model (`edit/model` of a run folder).
         llava: LLaVA checkpoint folder.
         out: New folder, whole or not at all.
-        progress: Called as it goes on.
+        progress: Called with what is counted, the number done and the total, after each file.
 
     Returns:
         Number of tensors whose values changed.
 
     Raises:
-        InputError: If one of the folders is not what it should be, they do not fit, or the edit does not reach what LLaVA
-            uses.
+        InputError: If one of the folders is of another kind, they do not fit each other, or the edit does not reach the
+            layers that LLaVA uses.
     """
     body = checkpoint.config_of_type(edited, ("clip",), FAMILY)
     if (edited / MAPS).is_file():

@@ -29,10 +29,10 @@ imported when it is asked for, since each brings a library."""
 
 
 class Adapter(Protocol):
-    """What a family's module offers."""
+    """Functions of a family's module."""
 
     def from_folder(self, folder: Path, *, random: bool, **companion: Path | None) -> LoadedParts:
-        """Loads a checkpoint folder, or its architecture with random weights; a vision tower alone with its companion."""
+        """Loads a checkpoint folder, or only its architecture; a vision tower without a text tower needs its companion."""
 
     def from_architecture(self, architecture: Architecture) -> LoadedParts:
         """Random weights without a checkpoint."""
@@ -88,7 +88,7 @@ def load_model(
 
 
 _NEEDED = 3
-"""Free memory that a GPU must have for `auto` to choose it, in sizes of the weights: weights, scores, activations."""
+"""Free memory that `auto` asks of a GPU, as a multiple of the size of the weights: weights, scores, activations."""
 
 
 def weights_bytes(module: nn.Module) -> int:
@@ -101,9 +101,10 @@ def resolve_device(device: str, *, needed_bytes: int = 0) -> str:
 
     Args:
         device: `auto` takes the GPU with the most free memory, under torchrun this process's own, if it has enough.
-        needed_bytes: What is enough.
+        needed_bytes: Free memory that a GPU must have to be taken by `auto`.
 
     Raises:
+        InputError: If the device is unknown.
         PrerequisiteError: If CUDA is asked for and not there.
     """
     if device == "auto":
@@ -126,5 +127,5 @@ def _roomiest(needed_bytes: int) -> str:
 
 
 def _public_name(repo: str) -> str:
-    """Hub ids and shipped models by name; a local folder's path is nobody's business."""
+    """Name of a repository for records: a local folder's path must not get into a bundle."""
     return "local" if Path(repo).is_dir() else repo

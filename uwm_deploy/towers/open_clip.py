@@ -1,4 +1,4 @@
-"""open_clip's CLIP and CoCa: the towers it builds itself, with the vocabulary it ships."""
+"""open_clip's CLIP and CoCa: the towers that open_clip builds itself, with the vocabulary that it ships."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _START, _END = "<start_of_text>", "<end_of_text>"
 
 
 def _first(result: Any) -> Tensor:
-    """The embedding, of a tower that may give its tokens as well."""
+    """The embedding, from a tower that may give its tokens, too."""
     embeds: Tensor = result[0] if isinstance(result, tuple) else result
     return embeds
 
 
 class _ImageGraph(nn.Module):
-    """Pixels to embedding; CoCa's tower also gives its tokens, which nobody needs here."""
+    """Pixels to embedding; the tokens that CoCa's tower gives, too, are dropped."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class _CustomTextGraph(nn.Module):
 class _TextGraph(nn.Module):
     """Ids to embedding, through a text tower whose parts lie in the model itself.
 
-    Written out because the model's own method takes rows of full length only; with causal attention the padding changes
-    nothing, so short batches need not be padded.
+    The computation is written out because the model's own method takes rows of full length only. With causal attention
+    padding changes nothing, so short batches need not be padded.
     """
 
     def __init__(self, model: CLIP) -> None:
@@ -152,7 +152,7 @@ def _model(config: Mapping[str, Any], name: str) -> nn.Module:
     arguments = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "custom_text"}
     torch.manual_seed(0)
     model: nn.Module = kinds[kind](**arguments).float().eval()
-    if isinstance(model, CoCa):  # open_clip leaves this one as the memory was, which may be NaN
+    if isinstance(model, CoCa):  # open_clip leaves this one uninitialised, and it may hold NaN
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5, generator=torch.Generator().manual_seed(0))
     return model
@@ -214,7 +214,7 @@ def _last_map_of_images(model: nn.Module) -> LastMap | None:
 
 
 def _last_map(model: nn.Module, prefix: str, projection: str, norm: str) -> LastMap | None:
-    """The projection, a matrix that rows are multiplied by or a linear layer, if there is one behind a LayerNorm."""
+    """The projection behind a LayerNorm, a plain matrix or a linear layer; None where there is none."""
     names = {name for name, _ in model.named_parameters()}
     linear = f"{prefix}{projection}.weight" in names
     found = LastMap(
@@ -228,7 +228,7 @@ def _last_map(model: nn.Module, prefix: str, projection: str, norm: str) -> Last
 
 
 def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
-    """CoCa appends a class token to every caption; it is a token like any other."""
+    """Tokens that count. CoCa appends a class token to every caption, which counts as well."""
     inner = caption_tokens(spec)
     if not isinstance(model, CoCa):
         return inner
@@ -242,7 +242,7 @@ def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
 
 def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
     tokenizer = CLIPTokenizer(*clip_vocabulary(_START, _END), bos_token=_START, eos_token=_END, unk_token=_END)
-    # The same splitting, but for the names of the special tokens.
+    # The pattern that splits captions names the special tokens, which open_clip spells differently.
     content = tokenizer.backend_tokenizer.to_str().replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>", f"{_START}|{_END}")
     content = Tokenizer.from_str(content).to_str()
     encoded = content.encode()
@@ -280,7 +280,7 @@ def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Ima
 
 
 def _preprocess_config(spec: ImageSpec) -> dict[str, Any]:
-    """What `_image_spec` reads."""
+    """The preprocessing config that `_image_spec` reads."""
     mode = "squash" if spec.fit == "squash" else "shortest"
     return {
         "mean": list(spec.mean), "std": list(spec.std), "interpolation": spec.resample, "resize_mode": mode,

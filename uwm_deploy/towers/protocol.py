@@ -1,4 +1,4 @@
-"""What the stages need from a model, whatever its family."""
+"""The interface between the stages and a model of any family."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OUTPUTS = {TowerName.IMAGE: "image_embeds", TowerName.TEXT: "text_embeds"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastMap:
-    """The linear map that gives an embedding, directly behind a LayerNorm, by the parameters' names in the source model.
+    """The linear map that ends a tower, directly behind a LayerNorm: names of its parameters in the source model.
 
     Attributes:
-        weight: (d, m), or (m, d) where it is `transposed`.
-        transposed: Whether rows are multiplied by the weight as it lies.
-        norm_gain: (m,), of the LayerNorm.
-        norm_bias: (m,), of the LayerNorm.
-        bias: (d,), of the map; empty where it has none.
+        weight: Name of the weight (d, m), or (m, d) where it is `transposed`.
+        transposed: Whether the weight is stored as (m, d).
+        norm_gain: Name of the LayerNorm's weight (m,).
+        norm_bias: Name of the LayerNorm's bias (m,).
+        bias: Name of the map's bias (d,); empty where it has none.
     """
 
     weight: str
@@ -43,12 +43,12 @@ class Tower(Protocol):
     """One encoder of a model.
 
     Attributes:
-        name: Which one.
+        name: Image or text.
         embed_dim: Size of the shared embedding space.
         input_name: Name of the graph input, ``pixel_values`` or ``input_ids``.
         output_names: Names of the graph outputs; the first is ``image_embeds`` or ``text_embeds``.
-        pools_at_end: Whether a caption's embedding is read at its end token, so that what follows changes nothing.
-        last_map: The linear map that ends it; None where its family ends otherwise.
+        pools_at_end: Whether a caption's embedding is read at its end token, so that later tokens change nothing.
+        last_map: The linear map that ends the tower; None where the family ends otherwise.
     """
 
     name: TowerName
@@ -59,10 +59,24 @@ class Tower(Protocol):
     last_map: LastMap | None
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Embeds (B, 3, H, W) float32 pixels or (B, L) ids into (B, d), projection inside, not normalised."""
+        """Embeds inputs, projection included.
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            (B, d) in the tower's dtype, not normalised.
+        """
 
     def outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """What `embed` gives, and after it any further output of the graph."""
+        """Computes all outputs of the graph.
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            The embedding (B, d) in the tower's dtype, and after it any further outputs (B, ...).
+        """
 
     def layers(self, patterns: Sequence[str]) -> dict[str, nn.Linear]:
         """Linear layers whose path in the source model matches a glob.
@@ -72,29 +86,37 @@ class Tower(Protocol):
         """
 
     def valid_tokens(self, inputs: Tensor) -> Tensor | None:
-        """(B, T) bool, the tokens that count (method.md section 2); None when all do."""
+        """Tokens that count in scores (method.md section 2).
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            (B, T) bool; None when all tokens count.
+        """
 
     def graph_module(self) -> nn.Module:
-        """Module from the one graph input to the outputs; its parameters have their names in the source model."""
+        """Module from the graph's one input to its outputs; its parameters have their names in the source model."""
 
 
 MAPS = "embedding_maps.safetensors"
-"""Maps behind the embeddings, in the folder of a saved edited model; its own library has no place for them."""
+"""File of the maps behind the embeddings, in the folder of a saved edited model; its own library has no place for them."""
 
 ValidTokens = Callable[[Tensor], Tensor]
+"""From ids (B, L) int64 to the tokens that count, (B, T) bool."""
 
 
 class ModuleTower:
     """A tower around a module from the graph's one input to the embedding, or to a tuple that begins with it.
 
     Args:
-        graph: Its parameters have their names in the source model.
-        name: Which tower.
-        embed_dim: Width of the result.
-        valid_tokens: (B, L) ids to (B, T) bool; None when all tokens count.
+        graph: The module; its parameters have their names in the source model.
+        name: Image or text.
+        embed_dim: Size of the embedding.
+        valid_tokens: From ids (B, L) int64 to the tokens that count, (B, T) bool; None when all count.
         pools_at_end: See `Tower`.
         further: Names of the outputs after the embedding.
-        reaches: Whether a layer, by name, has a part in what the tower is used for; others cannot be edited.
+        reaches: Whether a layer, by name, has an effect on the output that the tower is used for; others cannot be edited.
         last_map: See `Tower`.
     """
 
@@ -115,11 +137,25 @@ class ModuleTower:
         self._graph, self._valid_tokens, self._reaches = graph, valid_tokens, reaches
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """See `Tower.embed`."""
+        """Embeds inputs; see `Tower.embed`.
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            (B, d) in the tower's dtype, not normalised.
+        """
         return self.outputs(inputs)[0]
 
     def outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """See `Tower.outputs`."""
+        """Computes all outputs of the graph; see `Tower.outputs`.
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            The embedding (B, d) in the tower's dtype, and after it any further outputs (B, ...).
+        """
         result: Tensor | tuple[Tensor, ...] = self._graph(inputs)
         return (result,) if isinstance(result, Tensor) else result
 
@@ -131,8 +167,8 @@ class ModuleTower:
         """The same tower with another graph, which may have more outputs.
 
         Args:
-            graph: Gives what this tower's graph gives, or embeddings in its place, and after it the further outputs.
-            further: Their names.
+            graph: Gives the outputs of this tower's graph and after them the further ones.
+            further: Names of the further outputs.
         """
         other = copy.copy(self)
         other._graph, other.output_names = graph, (*self.output_names, *further)
@@ -155,18 +191,32 @@ class ModuleTower:
         return found
 
     def valid_tokens(self, inputs: Tensor) -> Tensor | None:
-        """See `Tower.valid_tokens`."""
+        """Tokens that count in scores; see `Tower.valid_tokens`.
+
+        Args:
+            inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+
+        Returns:
+            (B, T) bool; None when all tokens count.
+        """
         return self._valid_tokens(inputs) if self._valid_tokens else None
 
 
 def caption_tokens(spec: TextSpec) -> ValidTokens:
-    """The tokens of a caption, where a tokenizer's attention mask is 1: its end token counts, its padding does not."""
+    """Function that finds the tokens of a caption: its end token counts, its padding does not, as in an attention mask.
+
+    Args:
+        spec: End token, padding token and padding side.
+
+    Returns:
+        From ids (B, L) int64 to (B, L) bool.
+    """
 
     def valid(ids: Tensor) -> Tensor:
         ends = (ids == spec.eos_id).int()
         if spec.padding_side == "left":
             return ids != spec.pad_id
-        # The padding may be the end token itself: what comes after the first one is padding.
+        # The padding may be the end token itself, so every token after the first end token is padding.
         return (ends.cumsum(1) - ends) == 0
 
     return valid
@@ -174,10 +224,14 @@ def caption_tokens(spec: TextSpec) -> ValidTokens:
 
 @dataclass(slots=True, kw_only=True)
 class LoadedParts:
-    """What a family's adapter makes of a checkpoint.
+    """A checkpoint as a family's adapter loads it.
 
     Attributes:
         source: Module that owns all parameters, under their names in the source model.
+        image_tower: Image tower.
+        text_tower: Text tower.
+        image: Preprocessing of images.
+        text: Tokenisation.
         embed_dim: Size of the shared embedding space.
         tokenizer_json: Content of the tokenizer file that goes into bundles.
         save: Writes the model in its current state as a folder that its own library loads.
@@ -198,7 +252,7 @@ class LoadedModel:
     """A model in memory.
 
     Attributes:
-        ref: What it is.
+        ref: Record of the model.
         source: Module that owns all parameters, under their names in the source model.
         image: Image tower.
         text: Text tower.
@@ -217,7 +271,7 @@ class LoadedModel:
     maps: dict[TowerName, nn.Linear] = field(default_factory=dict)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that the model computes with: the source's parameters, and those of maps behind the embeddings."""
+        """All parameters by name: those of the source, and those of maps behind the embeddings."""
         own = dict(self.source.named_parameters())
         for tower, linear in self.maps.items():
             own |= {f"{MAP_NAMES[tower]}.{name}": parameter for name, parameter in linear.named_parameters()}
@@ -228,23 +282,23 @@ class LoadedModel:
         return self.image if name is TowerName.IMAGE else self.text
 
     def keep_only(self, name: TowerName) -> None:
-        """Frees the other tower, which cannot be used afterwards."""
+        """Frees the parameters of the other tower, which cannot be used afterwards."""
         kept = {id(parameter) for parameter in self.tower(name).graph_module().parameters()}
         for parameter in self.named_parameters().values():
             if id(parameter) not in kept:
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def to(self, device: str) -> None:
-        """Moves all of it. The towers share the source's parameters, but hold buffers of their own."""
+        """Moves the model to a device. The towers share the source's parameters, but hold buffers of their own."""
         for module in (self.source, self.image.graph_module(), self.text.graph_module(), *self.maps.values()):
             module.to(device)
 
 
 @torch.no_grad()
 def jitter(model: nn.Module) -> None:
-    """Moves every parameter a little: freshly initialised layers hold equal zeros and ones, which hides faults.
+    """Adds a little noise to every parameter: freshly initialised layers hold equal zeros and ones, which hide faults.
 
-    Exporters merge equal tensors, and a layer of zeros computes the same whatever becomes of it.
+    Exporters merge equal tensors, and a lost or changed layer of zeros does not show in any result.
     """
     for parameter in model.parameters():
         parameter.add_(0.01 * torch.randn_like(parameter))

@@ -1,7 +1,7 @@
 """A safety head on the tokens of a vision tower: SafeVLM's projector, safety tokens and cross-attention, without its VLM.
 
 SafeVLM puts its modules between a vision tower and a language model. Here there is no language model: the learned safety
-tokens ask the projected tokens of the image themselves, and what they bring back is read by two linear layers.
+tokens attend to the projected tokens of the image, and two linear layers read the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uwm_deploy.towers.embedding_map import mapped
 from uwm_deploy.towers.protocol import ModuleTower, Tower
 
 FLOAT32 = "safety_head.*"
-"""Its layers as a pattern: they stay in float32 whatever the precision, for their thresholds are of float32 levels."""
+"""Pattern of the head's layers: they stay in float32 at any precision, because thresholds are set on float32 levels."""
 
 
 class SafetyHeadModule(nn.Module):
@@ -41,12 +41,26 @@ class SafetyHeadModule(nn.Module):
         self.level = nn.Linear(shape.tokens * shape.width, 1)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Classifies the tokens of images.
+
+        Args:
+            tokens: (B, T, features) float32.
+
+        Returns:
+            Risk logits (B, categories) float32, and risk level (B, 1) float32, a probability.
+        """
         logits, level = self.logits(tokens)
         return logits, torch.sigmoid(level)
 
     def logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, features) to the logits of categories (B, categories) and of the level (B, 1)."""
+        """Computes logits of the categories and of the level.
+
+        Args:
+            tokens: (B, T, features) float32.
+
+        Returns:
+            Logits of the categories (B, categories) float32, and of the level (B, 1) float32.
+        """
         size = self.shape
         part = size.width // size.heads
         features = self.projector(self.norm(tokens))
@@ -63,13 +77,13 @@ class SafetyHeadModule(nn.Module):
 
     @torch.no_grad()
     def cool(self, category: float, level: float) -> None:
-        """Divides both logits by their temperatures, in the weights."""
+        """Divides both logits by their temperatures, by changing the weights of their layers."""
         for layer, temperature in ((self.category, category), (self.level, level)):
             layer.weight.div_(temperature)
             layer.bias.div_(temperature)
 
     def to_bytes(self) -> bytes:
-        """Its weights as a safetensors file."""
+        """The head's weights as the content of a safetensors file."""
         content: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
         return content
 
@@ -78,7 +92,7 @@ def head_from_bytes(content: bytes, shape: HeadShape) -> SafetyHeadModule:
     """A head from its file.
 
     Raises:
-        IntegrityError: If the file does not hold a head of this shape, or a number that is none.
+        IntegrityError: If the file does not hold a head of this shape, or holds NaN or infinity.
     """
     module = SafetyHeadModule(shape)
     try:
@@ -95,10 +109,10 @@ def head_from_bytes(content: bytes, shape: HeadShape) -> SafetyHeadModule:
 
 
 class _WithTokens(Protocol):
-    """An image graph that can also give the tokens it pools."""
+    """An image graph that can also give the tokens that it pools."""
 
     def with_tokens(self, pixel_values: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-        """(B, 3, H, W) to what its forward gives, and (B, T, width)."""
+        """(B, 3, H, W) to the outputs of its `forward`, and to the tokens (B, T, width)."""
 
 
 def token_graph(tower: Tower) -> _WithTokens:
@@ -117,7 +131,15 @@ def token_graph(tower: Tower) -> _WithTokens:
 
 @torch.inference_mode()
 def tokens_of(tower: Tower, pixels: np.ndarray) -> Tensor:
-    """(B, 3, H, W) to the tokens (B, T, width) that a head sees, on the tower's device."""
+    """Tokens of images, from which a head classifies.
+
+    Args:
+        tower: Image tower.
+        pixels: (B, 3, H, W) float32.
+
+    Returns:
+        (B, T, width) in the tower's dtype, on its device.
+    """
     device = next(tower.graph_module().parameters()).device
     return token_graph(tower).with_tokens(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))[1]
 
@@ -130,12 +152,12 @@ class _HeadedGraph(nn.Module):
         for name, child in graph.named_children():
             self.add_module(name, child)
         self.safety_head = head
-        self._call = tokens.with_tokens  # a method, so that the graph is not a child of its own with other names
+        self._call = tokens.with_tokens  # a method: the graph itself would become a child
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) to the graph's own outputs, risk logits (B, categories) and risk level (B, 1)."""
         given, tokens = self._call(pixel_values)
-        given = mapped(self, given)  # the graph's own hook does not see this call
+        given = mapped(self, given)  # the map is a forward hook, which this call does not trigger
         own = (given,) if isinstance(given, Tensor) else given
         return (*own, *self.safety_head(tokens))
 

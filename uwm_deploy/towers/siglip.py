@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2 of fixed resolution, as `transformers` has them."""
+"""SigLIP and SigLIP 2 of fixed resolution, from `transformers`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens,
 
 FAMILY = "siglip"
 SIGLIP2_VOCABULARY = 256_000
-"""Size of the Gemma vocabulary, by which SigLIP 2 is told from SigLIP."""
+"""Size of the Gemma vocabulary, which SigLIP 2 has and SigLIP has not."""
 
 
 class _ImageGraph(nn.Module):
@@ -41,7 +41,7 @@ class _ImageGraph(nn.Module):
 
 
 class _TextGraph(nn.Module):
-    """Ids to embedding. No mask and always full length: the last position is pooled, padding or not."""
+    """Ids to embedding, without a mask and always at full length: the last position is pooled, padding or not."""
 
     def __init__(self, model: SiglipModel) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
 
 
 def from_architecture(architecture: Architecture) -> LoadedParts:
-    """Random weights with a stand-in tokenizer of bytes: the real vocabularies come with the checkpoints only."""
+    """Random weights, and a tokenizer of bytes in place of the real one, which comes with the checkpoints only."""
     text = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, **architecture.text}
     config = SiglipConfig(text_config=text, vision_config=dict(architecture.image))
     model, side = random_siglip(config), int(config.vision_config.image_size)
@@ -119,7 +119,7 @@ def tokenizer_for(folder: Path, config: Any) -> Any:
 
 
 def _tokenizer_of(folder: Path) -> Any:
-    """From `tokenizer.json`; the class that some checkpoints name needs another library and gives the same ids."""
+    """The tokenizer from `tokenizer.json`: the class that some checkpoints name needs another library, for the same ids."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"checkpoint {folder.name} has no tokenizer.json", fix="convert its spiece.model to one")
     try:
@@ -130,7 +130,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def _lowercase(tokenizer: Any) -> None:
-    """SigLIP 2 was trained on lower-case captions, which its published tokenizer files do not make."""
+    """Adds lower-casing: SigLIP 2 was trained on lower-case captions, and its published tokenizers do not lower-case."""
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is None or "Lowercase" not in backend.to_str():
         steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
@@ -138,11 +138,11 @@ def _lowercase(tokenizer: Any) -> None:
 
 
 def byte_tokenizer(positions: int, *, separate_padding: bool) -> PreTrainedTokenizerFast:
-    """One token per byte and SigLIP's rules: lower case, an end token, filled up to full length.
+    """Tokenizer with one token per byte and SigLIP's rules: lower case, an end token, padding to full length.
 
     Args:
         positions: Length of a row.
-        separate_padding: SigLIP 2 fills with a token of its own, SigLIP with the end token.
+        separate_padding: Whether padding has a token of its own, as in SigLIP 2, or is the end token, as in SigLIP.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *letters])}

@@ -23,16 +23,16 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(slots=True)
 class State:
-    """What the next epoch starts from.
+    """State from which the next epoch starts.
 
     Attributes:
         key: Digest of everything that the run depends on.
         epochs: Those that are done.
         best_epoch: Whose adapters are `best`; 0 before the first.
         waited: Epochs since the last one that was better in loss or recall.
-        adapters: As the last epoch left them.
-        best: Of the best epoch.
-        moments: Parameter to Adam's state.
+        adapters: Adapters by name as the last epoch left them, (rank, in) and (out, rank) float32.
+        best: Adapters of the best epoch, the same shapes, (rank, in) and (out, rank) float32.
+        moments: Adam's state by parameter: float32 of any shape (the parameter's own), and a step count ().
     """
 
     key: str
@@ -104,7 +104,13 @@ def moments_of(optimiser: torch.optim.Optimizer, names: Mapping[str, Tensor]) ->
 def put_moments(
     optimiser: torch.optim.Optimizer, names: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Puts a state back; the step count stays on the CPU, where Adam keeps it."""
+    """Puts a state back; the step count stays on the CPU, where Adam keeps it.
+
+    Args:
+        optimiser: Adam.
+        names: Parameters by name, float32, any shape.
+        moments: State by parameter, float32 of any shape (the parameter's own), see `moments_of`.
+    """
     for name, parameter in names.items():
         optimiser.state[parameter] = {
             kind: part.clone() if kind == "step" else part.to(parameter.device) for kind, part in moments[name].items()

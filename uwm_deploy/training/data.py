@@ -1,4 +1,4 @@
-"""What a training run reads: prepared quadruples, what the frozen reference makes of them, and which rows are for what."""
+"""Data of a training run: prepared quadruples, their embeddings by the frozen reference, and the split into rows."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class TrainingData:
 
     Attributes:
         prepared: Inputs.
-        text: How captions are padded.
-        reference: Unit embeddings (n, d) by the frozen reference, made once: it never changes.
-        nearest: (n,) training row whose safe caption is nearest to the unsafe caption of each.
-        stage: (n,) 0 easy, 1 medium, 2 hard; of training rows.
-        training: Rows that are trained on.
-        validation: Rows that the best epoch is chosen on.
+        text: Padding of captions.
+        reference: Embeddings by the frozen reference, rows of length 1; made once, since the reference never changes.
+        nearest: (n,) int64, training row whose safe caption is nearest to the unsafe caption of each row.
+        stage: (n,) int64, 0 easy, 1 medium, 2 hard; of training rows.
+        training: (t,) int64, rows that are trained on.
+        validation: (v,) int64, rows by which the best epoch is chosen.
     """
 
     prepared: PreparedSet
@@ -50,7 +50,15 @@ class TrainingData:
     validation: np.ndarray
 
     def inputs(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids (2b, L) and pixels (2b, 3, H, W) of some rows, the safe half first; ids no longer than they must be."""
+        """Inputs of some rows, the safe half first; ids are cut to the longest caption where the model allows it.
+
+        Args:
+            rows: (b,) int64.
+            device: Device of the result.
+
+        Returns:
+            Ids (2b, L) int64, and pixels (2b, 3, H, W) float32.
+        """
         ids = np.concatenate([self.prepared.safe_ids[rows], self.prepared.unsafe_ids[rows]])
         if not self.text.fixed_length and self.text.padding_side == "right":
             ids = ids[:, : int(((ids == self.text.eos_id).argmax(1) + 1).max())]

@@ -34,26 +34,56 @@ class MemberEmbeddings(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What unsafe members are led to: embeddings (b, d) of a safe caption and its image by the frozen reference."""
+    """Targets of unsafe members: embeddings of a safe caption and of its image by the frozen reference.
+
+    Attributes:
+        text: (b, d) float32, rows of length 1.
+        image: (b, d) float32, rows of length 1.
+    """
 
     text: Tensor
     image: Tensor
 
 
 def cosine_distance(left: Tensor, right: Tensor) -> Tensor:
-    """Mean of ``1 - cos`` over the rows of two unit (b, d)."""
+    """Mean of ``1 - cos`` over the rows.
+
+    Args:
+        left: (b, d) float32, rows of length 1.
+        right: (b, d) float32, rows of length 1.
+
+    Returns:
+        () float32.
+    """
     return (1 - (left * right).sum(1)).mean()
 
 
 def info_nce(left: Tensor, right: Tensor) -> Tensor:
-    """Symmetric contrastive loss of two unit (b, d), whose rows belong together, with the fixed scale of 100."""
+    """Symmetric contrastive loss of embeddings whose rows belong together, with the fixed scale of 100.
+
+    Args:
+        left: (b, d) float32, rows of length 1.
+        right: (b, d) float32, rows of length 1.
+
+    Returns:
+        () float32.
+    """
     logits = LOGIT_SCALE * left @ right.T
     labels = torch.arange(len(logits), device=logits.device)
     return 0.5 * (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels))
 
 
 def relative(query: Tensor, unsafe: Tensor, target: Tensor) -> Tensor:
-    """Mean of ``log(1 + exp(cos(query, unsafe) - cos(query, target)))``: one hard negative per row, all unit (b, d)."""
+    """Mean of ``log(1 + exp(cos(query, unsafe) - cos(query, target)))``: one hard negative per row.
+
+    Args:
+        query: (b, d) float32, rows of length 1.
+        unsafe: (b, d) float32, rows of length 1, the negatives.
+        target: (b, d) float32, rows of length 1, the positives.
+
+    Returns:
+        () float32.
+    """
     return functional.softplus((query * unsafe).sum(1) - (query * target).sum(1)).mean()
 
 
@@ -101,6 +131,13 @@ def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, tar
 def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Weighted mean () of the terms (), divided by their number, as Safe-CLIP's script has it.
 
+    Args:
+        terms: Terms by name, () float32.
+        weights: Weights by name.
+
+    Returns:
+        () float32.
+
     Raises:
         ContractError: If terms and weights are not of the same names.
     """
@@ -109,6 +146,13 @@ def normalised_mean(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Weighted sum () of the terms ().
+
+    Args:
+        terms: Terms by name, () float32.
+        weights: Weights by name.
+
+    Returns:
+        () float32.
 
     Raises:
         ContractError: If terms and weights are not of the same names.

@@ -181,7 +181,16 @@ def _loss(module: SafetyHeadModule, features: Features, rows: Tensor, labels: Te
 
 @torch.inference_mode()
 def raw_outputs(module: SafetyHeadModule, tokens: np.ndarray, batch: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """(n, T, width) to the logits of categories (n, c) and of the level (n,), before the sigmoid; float32."""
+    """Logits of a head, before softmax and sigmoid.
+
+    Args:
+        module: The head.
+        tokens: (n, T, width), any floating dtype.
+        batch: Rows per call.
+
+    Returns:
+        Logits of the categories (n, categories) float32, and of the level (n,) float32.
+    """
     found = [module.logits(torch.from_numpy(part).float()) for part in _parts(tokens, batch)]
     logits, level = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     return logits, level[:, 0]

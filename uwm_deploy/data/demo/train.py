@@ -40,7 +40,7 @@ class Corpus:
     Attributes:
         images: (2n, SIDE, SIDE, 3) uint8.
         texts: 2n captions.
-        attributes: (2n, 4) class per attribute.
+        attributes: (2n, 4) int64, class per attribute.
     """
 
     images: np.ndarray

@@ -75,9 +75,9 @@ class EmbedBatch:
             batch: The two columns, and perhaps `error`: where it has a text, that is the item's error already.
 
         Returns:
-            `key` (n,) str, `embedding` (n, d) of length 1, NaN where there is none, `error` (n,) str, empty where there is
-            none, and the same in every row: `bundle`, digest of the bundle's manifest, `variant`, and `space`, the id of the
-            space that it embeds into.
+            Columns: `key` (n,) str; `embedding` (n, d) float32 or float16, rows of length 1, NaN where there is none;
+            `error` (n,) str, empty where there is none; and, the same in every row, `bundle`, digest of the bundle's
+            manifest, `variant`, and `space`, the id of the space that it embeds into, (n,) str each.
 
         Raises:
             InputError: If a column is missing.

@@ -1,4 +1,4 @@
-"""Items whose embeddings a bundle's evidence holds: what stored embeddings of the same keys must agree with."""
+"""Embeddings in a bundle's evidence, with which stored embeddings of the same items must agree."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class KnownEmbeddings:
 
     Attributes:
         rows: Item id to its row.
-        before: The safe and the unsafe members' embeddings before the map, (n, d) each; None where they are not recorded,
-            because an earlier step changed the weights.
-        after: The same after it.
-        cosine_min: Of stored embeddings, against `before`.
+        after: Embeddings of the safe and of the unsafe members after the map, (n, d) float32 each, rows of length 1.
+        before: The same before the map, (n, d) float32 each; None where they are not recorded, because an earlier step
+            changed the weights.
+        cosine_min: Smallest cosine of a stored embedding to the one in `before`.
     """
 
     rows: dict[str, int]
@@ -45,17 +45,17 @@ class KnownEmbeddings:
         return bool(self._members(key))
 
     def check(self, found: Iterable[Known], map: EmbeddingMap) -> int:
-        """Compares stored embeddings, and what the map makes of them, with what is recorded.
+        """Compares stored embeddings, before and after the map, with those in the evidence.
 
         Args:
-            found: Those whose key `knows` knows.
-            map: What takes them over.
+            found: Keys for which `knows` is true, and stored embeddings (d,), any floating dtype.
+            map: The map that migrates them.
 
         Returns:
-            How many there were.
+            Number of embeddings that were compared.
 
         Raises:
-            EvidenceError: If one is of another space; its key is named.
+            EvidenceError: If one is of another space; it names the key.
         """
         count = 0
         for key, row in found:

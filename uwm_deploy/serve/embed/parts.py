@@ -54,7 +54,7 @@ class PartWriter:
         """Writes one part from columns as `EmbedBatch` returns them.
 
         Returns:
-            One row: `part`, its name, and `rows`, `errors`, how many it has.
+            Columns of one row: `part` (1,) str, its name; `rows` and `errors`, (1,) int64, how many it has.
 
         Raises:
             InputError: If rows of several bundles, variants or spaces are among them, or a key is twice.

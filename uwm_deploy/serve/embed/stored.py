@@ -16,7 +16,7 @@ from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.embedding_map import Mapper
 
 Known = tuple[str, np.ndarray]
-"""Key of an item and its stored embedding (d,)."""
+"""Key of an item and its stored embedding, (d,) float32 or float16."""
 
 Knows = Callable[[str], bool]
 Progress = Callable[[str, int, int], None]
@@ -87,7 +87,13 @@ class Stored(Protocol):
     keyed: bool
 
     def known(self, knows: Knows) -> Iterator[Known]:
-        """Items with an embedding whose key is known.
+        """Items whose key is wanted.
+
+        Args:
+            knows: Whether a key is wanted.
+
+        Yields:
+            Key and embedding, (d,) float32 or float16, of each wanted item that has an embedding.
 
         Raises:
             InputError: If there are more or fewer keys than rows.
@@ -110,13 +116,13 @@ def source_of(path: Path) -> dict[str, int]:
 
 
 def bad_row(where: Path, number: int, key: str, row: np.ndarray) -> DataError:
-    """Why a row is not migrated.
+    """The error for a row that cannot be migrated.
 
     Args:
-        where: File that it is in.
-        number: Its place there, from 0.
-        key: Its key, if it is known.
-        row: (d,).
+        where: File of the row.
+        number: Place of the row in the file, from 0.
+        key: Key of the row; empty where it is not known.
+        row: (d,), any floating dtype.
     """
     length = float(np.linalg.norm(row.astype(np.float64)))
     what = f"has length {length:.4f}, not 1" if abs(length - 1) > 1e-4 else "has no direction after the map"

@@ -72,7 +72,14 @@ class FlatIndex:
         self.keyed = self._keys.there
 
     def known(self, knows: Knows) -> Iterator[Known]:
-        """See `Stored.known`."""
+        """Items whose key is wanted; see `Stored.known`.
+
+        Args:
+            knows: Whether a key is wanted.
+
+        Yields:
+            Key and embedding, (d,) float32 or float16, of each wanted item that has an embedding.
+        """
         for place, key in self._keys.places(knows):
             yield key, np.array(self._vectors()[place])
 

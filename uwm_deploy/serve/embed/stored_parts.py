@@ -69,7 +69,14 @@ class PartsFolder:
             check_identity(part.path, part.said, {name: first.said.get(name) for name in ("kind", "dtype")})
 
     def known(self, knows: Knows) -> Iterator[Known]:
-        """See `Stored.known`."""
+        """Items whose key is wanted; see `Stored.known`.
+
+        Args:
+            knows: Whether a key is wanted.
+
+        Yields:
+            Key and embedding, (d,) float32 or float16, of each wanted item that has an embedding.
+        """
         for part in self._parts:
             with opened(part.path) as file:
                 keys = [

@@ -13,11 +13,11 @@ import onnx_ir as ir
 
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.graphs.achieved import achieved_precision, low_share
+from uwm_deploy.graphs.achieved_precision import achieved_precision, low_share
 from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
 from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered, refuse_zeroed
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import Kind, input_names, quantise_graph
+from uwm_deploy.graphs.quantise import EightBitType, input_names, quantise_graph
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
@@ -35,7 +35,7 @@ from uwm_deploy.runtime.session import open_session
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 
 HALF = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
-EIGHT_BITS: dict[Precision, Kind] = {Precision.INT8: "int8", Precision.FP8: "fp8"}
+EIGHT_BITS: dict[Precision, EightBitType] = {Precision.INT8: "int8", Precision.FP8: "fp8"}
 
 CUT_OFF_LIMIT = 2.0
 """A held-out unsafe activation this many times its range is not what the ranges were taken from."""

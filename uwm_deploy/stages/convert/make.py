@@ -17,7 +17,7 @@ from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.graphs.modelopt import quantised_by_modelopt
-from uwm_deploy.graphs.quantise import Kind
+from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord
 from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
@@ -109,7 +109,7 @@ def _float32_parts(job: Job, graph: OnnxArtifact) -> tuple[str, ...]:
 
 
 def _by_modelopt(
-    job: Job, source: Path, kind: Kind, patterns: Sequence[str], rows: Sequence[np.ndarray], out: Path
+    job: Job, source: Path, kind: EightBitType, patterns: Sequence[str], rows: Sequence[np.ndarray], out: Path
 ) -> tuple[ir.Model, str]:
     """A graph that nvidia-modelopt quantised, calibrated on the same inputs, and what to call it in the record."""
     method: Literal["entropy", "max"] = "max" if job.plan.recipe.compile.quantiser == "modelopt-max" else "entropy"

@@ -15,14 +15,14 @@ from torch import Tensor
 from uwm_deploy.data.source import PairBatch
 from uwm_deploy.edits.gradient import LOSSES, Embedded, GradientScorer, only_requiring_grad
 from uwm_deploy.edits.methods import PRESETS, gradient_batch
-from uwm_deploy.edits.pairs import PairsOf, Tally
-from uwm_deploy.edits.sharded_sums import Part
+from uwm_deploy.edits.pairs import PairCounts, PairsOf
+from uwm_deploy.edits.sharded_sums import PartialSum
 from uwm_deploy.errors import ContractError
 from uwm_deploy.recipes.edit_spec import EditSpecs
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.memory import Notice
-from uwm_deploy.towers.batch_size import Fitting
+from uwm_deploy.towers.batch_size import BatchSplitter
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 PART = 16
@@ -39,12 +39,12 @@ class Sizes:
         notice: Takes a line whenever one of them is halved.
     """
 
-    forward: Fitting
+    forward: BatchSplitter
     part: int
     notice: Notice
 
 
-def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: TowerName, sizes: Sizes) -> Part:
+def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: TowerName, sizes: Sizes) -> PartialSum:
     """Sums of the absolute gradients of the edited layers of one tower over some pairs.
 
     Args:
@@ -57,7 +57,7 @@ def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: Tow
     Raises:
         ContractError: If the loss does not depend on an edited layer.
     """
-    tower, tally = model.tower(name), Tally(name)
+    tower, counts = model.tower(name), PairCounts(name)
     other = model.tower(TowerName.TEXT if name is TowerName.IMAGE else TowerName.IMAGE)
     edit = edits.of(name)
     weights = {layer: module.weight for layer, module in tower.layers(edit.layers).items()}
@@ -69,23 +69,23 @@ def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: Tow
         LOSSES[PRESETS[edits.method].loss],
         gradient_batch(edit, name, model.ref),
         sizes.part,
-        tally.leave_out,
+        counts.leave_out,
         sizes.notice,
     )
     with only_requiring_grad(model.source, weights):
-        for rows in _parts(streams[TowerName.IMAGE], texts, tally):
-            tally.total += len(rows.ids)
+        for rows in _parts(streams[TowerName.IMAGE], texts, counts):
+            counts.total += len(rows.ids)
             for part, (inputs, embedded) in sizes.forward.run(rows, partial(_embedded, tower=tower, other=other)):
                 scorer.add(part.ids, inputs, embedded)
         scorer.finish()
     sizes.part = scorer.part
-    tally.not_read(chain.from_iterable(stream.left_out for stream in streams.values()))
-    tally.not_read(LeftOut(id=item, reason="no image pair") for item in texts.rest())
-    return Part(
+    counts.not_read(chain.from_iterable(stream.left_out for stream in streams.values()))
+    counts.not_read(LeftOut(id=item, reason="no image pair") for item in texts.rest())
+    return PartialSum(
         sums={layer: [scorer.take_sum(layer)] for layer in weights},
         divisors=dict.fromkeys(weights, scorer.batches),
         count=scorer.count,
-        tally=tally,
+        counts=counts,
     )
 
 
@@ -127,7 +127,7 @@ class _Rows:
             yield from batch.ids
 
 
-def _parts(images: Iterable[PairBatch], texts: _Rows, tally: Tally) -> Iterator[_Quadruples]:
+def _parts(images: Iterable[PairBatch], texts: _Rows, counts: PairCounts) -> Iterator[_Quadruples]:
     """Whole quadruples, at most PART at a time; an image pair without its captions is left out."""
     ids: list[str] = []
     rows: list[tuple[np.ndarray, ...]] = []
@@ -135,7 +135,7 @@ def _parts(images: Iterable[PairBatch], texts: _Rows, tally: Tally) -> Iterator[
         for item, safe, unsafe in zip(batch.ids, batch.safe, batch.unsafe, strict=True):
             captions = texts.take(item)
             if captions is None:
-                tally.not_read([LeftOut(id=item, reason="no text pair")])
+                counts.not_read([LeftOut(id=item, reason="no text pair")])
                 continue
             ids.append(item)
             rows.append((safe, unsafe, *captions))

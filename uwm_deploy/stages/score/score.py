@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from uwm_deploy.data.source import PairBatch
 from uwm_deploy.edits.methods import gradient_batch, needs_gradients, pairing_of, rule_of, selects
-from uwm_deploy.edits.pairs import Pairs, PairsOf, Tally, no_pair_of
+from uwm_deploy.edits.pairs import PairCounts, Pairs, PairsOf, no_pair_of
 from uwm_deploy.edits.saliency import STD_EPS, LayerScorer, score_from_sums
 from uwm_deploy.edits.selection import selected_indices
-from uwm_deploy.edits.sharded_sums import Dtype, Part, Scale, Shard, shards_of, totals
+from uwm_deploy.edits.sharded_sums import Dtype, PartialSum, Scale, Shard, shards_of, totals
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.recipes.edit_spec import EditSpec, EditSpecs
 from uwm_deploy.records.codec import write_record
@@ -27,7 +27,7 @@ from uwm_deploy.records.edit import LayerScore, MaskAgreement, Pairing, ScorePar
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.score.gradients import PART, Sizes, by_gradients
-from uwm_deploy.towers.batch_size import Fitting
+from uwm_deploy.towers.batch_size import BatchSplitter
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
@@ -118,9 +118,9 @@ def score_to_folder(
         calibration=calibration,
         rules={name: rule_of(edits.method, edits.of(name)) for name in scored},
         pairing=pairing,
-        n_pairs={name: tallies[name].count for name in scored},
-        left_out={name: tallies[name].left_out() for name in scored},
-        layers=tuple(layer for name in tallies for layer in _layers(model.tower(name), edits.of(name))),
+        n_pairs={name: counts_by_tower[name].count for name in scored},
+        left_out={name: counts_by_tower[name].left_out() for name in scored},
+        layers=tuple(layer for name in counts_by_tower for layer in _layers(model.tower(name), edits.of(name))),
         scores_digest=digest_of_file(folder / SCORES),
         dtype=scale.dtype,
         device=str(next(model.source.parameters()).device),
@@ -169,22 +169,22 @@ def _groups(
     pairs: PairsOf,
     edits: EditSpecs,
     concepts: Mapping[str, str] | None,
-    tally: Tally,
+    counts: PairCounts,
     scale: Scale,
 ) -> Iterator[Group]:
     """Scores of one tower, concept by concept when there is one score per concept; none but in the first process."""
     if edits.per_concept and concepts is None:
         raise ContractError("one score per concept was asked for, but no concepts were given", fix="pass `concepts`")
-    tower, edit = model.tower(tally.tower), edits.of(tally.tower)
+    tower, edit = model.tower(counts.tower), edits.of(counts.tower)
     stream, gradients = pairs(tower.name), needs_gradients(edits.method)
-    sizes = Sizes(Fitting("quadruples" if gradients else "pairs", scale.notice), scale.part or PART, scale.notice)
+    sizes = Sizes(BatchSplitter("quadruples" if gradients else "pairs", scale.notice), scale.part or PART, scale.notice)
 
-    def scored(shard: Shard) -> Part:
+    def scored(shard: Shard) -> PartialSum:
         if gradients:
             return by_gradients(model, lambda name: pairs(name).part(shard.items), edits, tower.name, sizes)
         return _by_activations(tower, stream.part(shard.items), edits, scale.dtype, sizes.forward)
 
-    def check(found: Tally) -> None:
+    def check(found: PairCounts) -> None:
         stream.check(list(found.unread.values()))
 
     multiple = gradient_batch(edit, tower.name, model.ref) if gradients else 1
@@ -193,16 +193,16 @@ def _groups(
     if missing := set((wanted or {}).values()) - {group[0].concept for group in shards}:
         raise no_pair_of(min(missing), tower.name)
     for concept, total in totals(shards, scored, check, tower.name, scale):
-        tally.add(total.tally)
+        counts.add(total.counts)
         if scale.ranks.first:
-            count = tally.counted(total.count, concept)
+            count = counts.add_score(total.count, concept)
             yield concept, _finished(tower, total, edits), count
     if scale.ranks.first:
-        tally.check()
+        counts.check()
 
 
 @torch.inference_mode()
-def _finished(tower: Tower, total: Part, edits: EditSpecs) -> dict[str, Tensor]:
+def _finished(tower: Tower, total: PartialSum, edits: EditSpecs) -> dict[str, Tensor]:
     """Scores by layer, on the CPU, in the memory of their sums."""
     edit, scores = edits.of(tower.name), {}
     pairing = pairing_of(edits.method, edit)
@@ -216,18 +216,20 @@ def _finished(tower: Tower, total: Part, edits: EditSpecs) -> dict[str, Tensor]:
     return scores
 
 
-def _by_activations(tower: Tower, batches: Pairs, edits: EditSpecs, dtype: Dtype, fitting: Fitting) -> Part:
+def _by_activations(
+    tower: Tower, batches: Pairs, edits: EditSpecs, dtype: Dtype, splitter: BatchSplitter
+) -> PartialSum:
     """Sums of some pairs."""
-    edit, tally = edits.of(tower.name), Tally(tower.name)
+    edit, counts = edits.of(tower.name), PairCounts(tower.name)
     pairing = pairing_of(edits.method, edit)
     assert pairing is not None
-    scorers = _scored(tower, batches, edit, pairing, tally, dtype, fitting)
-    tally.not_read(batches.left_out)
-    return Part(
+    scorers = _scored(tower, batches, edit, pairing, counts, dtype, splitter)
+    counts.not_read(batches.left_out)
+    return PartialSum(
         sums={name: scorer.take_sums() for name, scorer in scorers.items()},
         divisors={name: scorer.count for name, scorer in scorers.items()},
         count=min(scorer.count for scorer in scorers.values()),
-        tally=tally,
+        counts=counts,
     )
 
 
@@ -237,9 +239,9 @@ def _scored(
     batches: Iterable[PairBatch],
     edit: EditSpec,
     pairing: Pairing,
-    tally: Tally,
+    counts: PairCounts,
     dtype: Dtype,
-    fitting: Fitting,
+    splitter: BatchSplitter,
 ) -> dict[str, LayerScorer]:
     """Runs pairs through a tower with a scorer on every edited layer.
 
@@ -248,7 +250,7 @@ def _scored(
         PrerequisiteError: If memory does not hold one pair.
     """
     scorers = {
-        name: LayerScorer(layer.weight, edit.rule, pairing, STD_EPS[tower.name], tally.leave_out)
+        name: LayerScorer(layer.weight, edit.rule, pairing, STD_EPS[tower.name], counts.leave_out)
         for name, layer in tower.layers(edit.layers).items()
     }
     device = next(iter(scorers.values())).weight.device
@@ -266,12 +268,12 @@ def _scored(
                 scorer.undo()
 
         for batch in batches:
-            tally.total += len(batch.ids)
-            fitting.run(batch, forward, forget)
+            counts.total += len(batch.ids)
+            splitter.run(batch, forward, forget)
     for scorer in scorers.values():
         scorer.flush()
     silent = [name for name, scorer in scorers.items() if scorer.calls == 0]
-    if silent and tally.total:
+    if silent and counts.total:
         raise ContractError(
             f"layer {silent[0]} was never reached by the forward pass, so it has no score",
             fix="name a layer whose forward is called",
@@ -290,11 +292,11 @@ def bfloat16_agreement(tower: Tower, stream: Pairs, edits: EditSpecs, scale: Sca
     """
     edit = edits.of(tower.name)
     items = range(0, len(stream.ids), max(1, len(stream.ids) // AGREEMENT_PAIRS))[:AGREEMENT_PAIRS]
-    fitting = Fitting("pairs", scale.notice)
+    splitter = BatchSplitter("pairs", scale.notice)
     selected: list[dict[str, Tensor]] = []
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in dtypes:
-        part = _by_activations(tower, stream.part(items), edits, dtype, fitting)
+        part = _by_activations(tower, stream.part(items), edits, dtype, splitter)
         count, scores = part.count, _finished(tower, part, edits)
         selected.append({name: selected_indices(s, edit.keep_mass, edit.selection) for name, s in scores.items()})
     pairs = [(layer, selected[0][name], selected[1][name]) for name, layer in tower.layers(edit.layers).items()]

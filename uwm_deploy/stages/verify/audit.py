@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from uwm_deploy.edits.patch import Patch
+from uwm_deploy.graphs.constant_folding import computed_away
 from uwm_deploy.graphs.fingerprint import (
     fingerprint_by_source,
     fingerprint_by_value,
     fingerprint_of_graph,
 )
-from uwm_deploy.graphs.folded import computed_away
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.stored import named_weights
+from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, TensorEdit
 from uwm_deploy.records.evidence import GraphAudit
 from uwm_deploy.records.graph import Fingerprint, Precision

@@ -12,9 +12,9 @@ from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, pre
 from uwm_deploy.data.ranks import ALONE
 from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.canary_files import read_canaries
-from uwm_deploy.edits.expected import MadeFrom, expected_edit
 from uwm_deploy.edits.patch import Patch
-from uwm_deploy.edits.proof import Expected, proof_of
+from uwm_deploy.edits.proof import ExpectedModel, proof_of
+from uwm_deploy.edits.replay import MadeFrom, expected_edit
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import ArtifactEvidence, Goldens
@@ -121,7 +121,7 @@ def _evidence(
     return tuple(found)
 
 
-def _expected(job: Job, models: Models) -> Expected:
+def _expected(job: Job, models: Models) -> ExpectedModel:
     """What the edited model must be, made again from what its steps were made from."""
     plan, folder = job.plan, job.folder
     made_from = MadeFrom(

@@ -1,4 +1,4 @@
-"""Runs a program of this package in a process of its own; its log, settings and result stay beside what it makes."""
+"""Runs a program of this package in a process of its own; its log, settings and result stay beside its output file."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
 _KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
 
 BUILD_SECONDS = 1800
-"""A build that takes longer is stopped."""
+"""Time limit of a build."""
 
 
 def made_by_child(
     module: str, spec: Mapping[str, Any], tool: str, stem: str, folder: Path, step: str = "build"
 ) -> dict[str, Any]:
-    """Makes ``spec["engine"]``.
+    """Makes the file ``spec["engine"]``.
 
     Args:
         module: Module that is run, with the file of the settings as its argument.
-        spec: Its settings; paths are relative to the folder.
-        tool: What makes it, for messages.
-        stem: Name of the tower, which the files beside the engine begin with.
-        folder: Where the engine goes.
-        step: What is done, in a word.
+        spec: Settings of the module; paths are relative to the folder.
+        tool: Name of the library that makes the file, for messages.
+        stem: Name of the tower, with which the names of the files beside the engine begin.
+        folder: Folder of the engine.
+        step: The step as a verb, for messages and file names.
 
     Returns:
-        What the child achieved.
+        The result that the child wrote.
 
     Raises:
-        RecipeError: If the target's library does not have what is asked for.
-        PrerequisiteError: If it does not work here.
-        ContractError: If the target's library refuses, or it takes too long.
+        RecipeError: If the library lacks a setting that the recipe asks for.
+        PrerequisiteError: If the library does not work here.
+        ContractError: If the library refuses the graph, or the child takes too long.
         UwmError: If the child died.
     """
     (folder / f"{stem}.{step}.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")

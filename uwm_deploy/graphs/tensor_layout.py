@@ -1,4 +1,4 @@
-"""Where the weights lie in an ONNX file."""
+"""Positions of the weights in an ONNX file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
 
 _SMALL = 1024
-"""Shapes and the like, of at most so many bytes, stay in the graph's message."""
+"""Initialisers of at most this many bytes, such as shapes, stay in the graph's message."""
 
 _ALIGNMENT = 8
-"""Bytes of the largest element type."""
+"""Bytes of the largest element type, of which an address must be a multiple."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class StoredTensor:
     """One initialiser.
 
     Attributes:
-        name: In the graph.
+        name: Name in the graph.
         kind: Element type, a number of TensorProto.DataType.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         file: Name of the file that holds its bytes.
-        offset: Of the first byte in that file.
+        offset: Position of the first byte in that file.
         size_bytes: Number of bytes.
     """
 
@@ -53,7 +53,7 @@ def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
         external: Name of its external data file beside it, or empty.
 
     Raises:
-        IntegrityError: If it is no ONNX file, or says that its bytes lie elsewhere.
+        IntegrityError: If it is no whole ONNX file, or names another file for its bytes.
     """
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -63,13 +63,13 @@ def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
 
 
 def mapped_weights(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
-    """A graph without its weights, and those by name as bytes in the mapped file, where the machine can use them.
+    """A graph without its weights, and the weights as bytes of the mapped file.
 
     Args:
         path: ONNX file; external data lies beside it as ``<file>.data``.
 
     Returns:
-        The graph's message, and the bytes (n,) of each weight, at an address that suits its type.
+        The graph's message, and the bytes of each weight by name, (n,) uint8, at an address that suits the weight's type.
     """
     beside = path.with_name(f"{path.name}.data")
     tensors = [t for t in stored_tensors(path, beside.name if beside.is_file() else "") if t.size_bytes > _SMALL]
@@ -82,11 +82,11 @@ def mapped_weights(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
 
 
 def without_weights(path: Path, tensors: Sequence[StoredTensor]) -> bytes:
-    """The graph's message in which the bytes of some initialisers are said to lie elsewhere; whoever reads it has them.
+    """The graph's message, in which some initialisers are marked as external data that the reader provides.
 
     Args:
         path: ONNX file.
-        tensors: Those, of `stored_tensors`, that lie in this file.
+        tensors: Initialisers to leave out; only those that lie in this file are.
     """
     taken = {tensor.offset: tensor for tensor in tensors if tensor.file == path.name}
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

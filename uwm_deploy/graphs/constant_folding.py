@@ -1,4 +1,4 @@
-"""Weights that a compiler may compute away: nothing but constants is made from them, and it keeps what comes out."""
+"""Weights that constant folding may remove: a compiler computes with them ahead of time, and keeps only the result."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 _KEEPS = ("Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators behind which a weight is still found by its values."""
+"""Operators behind which a weight can still be found by its values."""
 
 
 def computed_away(path: Path) -> frozenset[str]:
-    """Names of initialisers that are gone when everything that can be computed without an input has been.
+    """Names of initialisers that constant folding removes, because all their readers compute constants.
 
-    Such as a learned query, which is normalised and multiplied by a weight before any image is seen. Not the weights of the
-    linear layers: turned or in 8 bits, they are multiplied by activations.
+    An example is a learned query, which is normalised and multiplied by a weight without any input. The weights of linear
+    layers stay, transposed or in 8 bits: they are multiplied by activations.
 
     Args:
         path: ONNX file.

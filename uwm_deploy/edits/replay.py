@@ -1,4 +1,4 @@
-"""What the edited model must be: every step made again from what it was made from; the record is checked beside it."""
+"""What the edited model must be: every step is made again from its sources, and the edit record is checked against it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from uwm_deploy.edits.fit_files import read_fit
 from uwm_deploy.edits.patch import Patch, flip_bits
-from uwm_deploy.edits.proof import Expected, Parameters, expected_trained, expected_weights, with_closed_form
-from uwm_deploy.edits.selected import selected_entries
+from uwm_deploy.edits.proof import ExpectedModel, Parameters, expected_trained, expected_weights, with_closed_form
+from uwm_deploy.edits.score_files import selected_entries
 from uwm_deploy.edits.solving import limits_of, solved_again
 from uwm_deploy.recipes.edit_spec import AxisSpec
 from uwm_deploy.recipes.recipe import Recipe
@@ -26,16 +26,16 @@ from uwm_deploy.towers.protocol import LoadedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeFrom:
-    """What an edit was made from.
+    """Sources of an edit.
 
     Attributes:
         original: The source model.
         score: Record of the scores.
-        scores: The scores; those of single concepts lie beside it.
+        scores: File of the scores; those of single concepts lie beside it.
         fit: Folder of the sums of a closed-form step.
-        before: Gives the model as the step before the closed-form one left it; called only where there is such a step.
-        trained: Gives the trained weights, of the method `trained`; None with another one.
-        training: What is known of the training.
+        before: Loads the model as the step before the closed-form one left it; called only where there is such a step.
+        trained: Loads the trained model of the method `trained`; None with another method.
+        training: Training record; None where the trained model came without one.
     """
 
     original: LoadedModel
@@ -47,12 +47,12 @@ class MadeFrom:
     training: TrainingRecord | None = None
 
 
-def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> Expected:
+def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: Patch) -> ExpectedModel:
     """Makes an edit again.
 
     Args:
-        recipe: What was asked for.
-        made_from: What the steps were made from.
+        recipe: The edit that was asked for.
+        made_from: Its sources.
         edit: The record to check.
         patch: The patch to check.
 
@@ -84,7 +84,10 @@ def expected_edit(recipe: Recipe, made_from: MadeFrom, edit: EditRecord, patch: 
 
 
 def _not_asked_for(recipe: Recipe, edit: EditRecord) -> Iterator[str]:
-    """A closed-form step is solved again with the setting of its record: that must be the one that was asked for."""
+    """Steps and setting of the record that are not the recipe's.
+
+    A closed-form step is solved again with the setting of its record, so the record's setting must be the recipe's.
+    """
     if edit.methods != tuple(step.method for step in recipe.edit):
         yield f"the edit record has the steps {edit.method}, where {recipe.method} was asked for"
     spec, step = recipe.closed_form, edit.closed_form
@@ -93,7 +96,7 @@ def _not_asked_for(recipe: Recipe, edit: EditRecord) -> Iterator[str]:
 
 
 def _other_strength(spec: AxisSpec, axis: ClosedFormRecord) -> Iterator[str]:
-    """The setting that was asked for, or that was chosen under the limits that were asked for."""
+    """A strength that is neither the recipe's setting nor the choice under the recipe's limits."""
     wanted, choice = spec.setting, axis.choice
     if wanted is None:
         if choice is None or choice.chosen is None:
@@ -114,8 +117,11 @@ def _differences(wanted: AxisSetting, found: AxisSetting) -> str:
     return ", ".join(f"{name} {right[name]:g} for {left[name]:g}" for name in left if left[name] != right[name])
 
 
-def _of_another_source(expected: Expected, edit: EditRecord) -> list[str]:
-    """By the digests before the edit graphs are searched for what must not be in them any more."""
+def _of_another_source(expected: ExpectedModel, edit: EditRecord) -> list[str]:
+    """Tensors whose digest before the edit is not the source model's.
+
+    Graphs are searched for unedited weights by these digests, so a wrong one would hide such a weight.
+    """
     return [
         f"{tensor.name}: the edit record has another tensor of the source model"
         for tensor in edit.tensors
@@ -125,7 +131,10 @@ def _of_another_source(expected: Expected, edit: EditRecord) -> list[str]:
 
 @torch.no_grad()
 def _making_something_else(original: Parameters, patch: Patch) -> Iterator[str]:
-    """Of replaced and new tensors a patch holds bits, and with them an edit is taken back."""
+    """Replaced and new tensors for which the patch's bits do not make the tensor of its digest.
+
+    An edit is taken back with these bits, so they are checked here and not only the digests.
+    """
     for name, part in patch.tensors.items():
         if part.kind not in (EditKind.REPLACED, EditKind.ADDED):
             continue

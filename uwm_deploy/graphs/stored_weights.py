@@ -1,4 +1,4 @@
-"""Replaces weights where they lie in an ONNX file: every other byte stays as it is."""
+"""Replaces weights inside an ONNX file: every other byte stays as it is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.cpu_integers import stored_forms
-from uwm_deploy.graphs.layout import StoredTensor, stored_tensors
-from uwm_deploy.graphs.quantise import Kind, rounded_weight, weight_scale
+from uwm_deploy.graphs.quantise import EightBitType, rounded_weight, weight_scale
+from uwm_deploy.graphs.tensor_layout import StoredTensor, stored_tensors
 
 _HALF = {
     int(onnx.TensorProto.FLOAT16): np.dtype(np.float16),
     int(onnx.TensorProto.BFLOAT16): np.dtype(ml_dtypes.bfloat16),
 }
-_EIGHT_BITS: dict[int, Kind] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
+_EIGHT_BITS: dict[int, EightBitType] = {int(onnx.TensorProto.INT8): "int8", int(onnx.TensorProto.FLOAT8E4M3FN): "fp8"}
 FLOAT = int(onnx.TensorProto.FLOAT)
 TYPES = (FLOAT, *_HALF, *_EIGHT_BITS)
 """Element types that an edited weight may have, float32 first, then float16, bfloat16, INT8 and FP8."""
@@ -31,28 +31,47 @@ EIGHT_BITS = frozenset(_EIGHT_BITS)
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """One weight before and after, float32 (out, in)."""
+    """One weight before and after an edit.
+
+    Attributes:
+        before: (out, in) or (out,) float32.
+        after: (out, in) or (out,) float32, the shape of `before`.
+    """
 
     before: np.ndarray
     after: np.ndarray
 
 
 def read_tensor(folder: Path, tensor: StoredTensor) -> np.ndarray:
-    """A float32 initialiser."""
+    """Reads a float32 initialiser.
+
+    Args:
+        folder: Folder of the ONNX file.
+        tensor: Position of the initialiser.
+
+    Returns:
+        float32, any shape (the initialiser's own).
+    """
     return np.frombuffer(_bytes_of(folder, tensor), dtype="<f4").reshape(tensor.shape)
 
 
 def named_weights(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every initialiser of an ONNX file by its name, whatever its type."""
+    """Every initialiser of an ONNX file by its name, any dtype, any shape."""
     for name, value in ir.load(path).graph.initializers.items():
         if value.const_value is not None:
             yield name, value.const_value.numpy()
 
 
 def in_type(weight: np.ndarray, kind: int) -> np.ndarray:
-    """A float32 tensor as a graph of that element type stores it; a matrix (out, in) in 8 bits with its own scales.
+    """A float32 tensor as a graph of some element type stores it.
 
-    Vectors stay in float32 where matrices have 8 bits.
+    Args:
+        weight: (out, in) or (out,) float32.
+        kind: Element type, a number of TensorProto.DataType; one of `TYPES`.
+
+    Returns:
+        The same shape, (out, in) or (out,), in the dtype of `kind`; in 8 bits a matrix is divided by its scales, and a
+        vector stays float32.
 
     Raises:
         ContractError: If a value is outside the range of the type.
@@ -84,16 +103,16 @@ def refuse_other_scales(layer: str, where: str, change: Replacement, kind: int) 
 def replace_tensors(
     source: Path, external: str, folder: Path, changes: Mapping[str, Replacement]
 ) -> dict[str, StoredTensor]:
-    """Copies an ONNX file with some of its weights replaced; all other bytes are as they were.
+    """Copies an ONNX file with some of its weights replaced; all other bytes stay the same.
 
-    A weight is found by its bytes, in whatever type and orientation the file has it, so that a graph whose names an
-    optimiser changed can be treated as well.
+    A weight is found by its bytes, in the type and orientation that the file has, so this also works on a graph in which an
+    optimiser changed the names.
 
     Args:
         source: ONNX file.
         external: Name of its external data file beside it, or empty.
-        folder: Where the copies go.
-        changes: Layer to its weight before and after; a layer whose weight stays is only looked up.
+        folder: Folder for the copies.
+        changes: Layer to its weight before and after; a layer whose weight stays the same is only looked up.
 
     Returns:
         Layer to the initialiser that holds it.
@@ -124,7 +143,7 @@ def replace_tensors(
 def _stored_weight(
     folder: Path, tensors: list[StoredTensor], layer: str, weight: np.ndarray
 ) -> tuple[StoredTensor, int, bool]:
-    """The initialiser that holds a weight, in which of its forms, and whether it lies transposed."""
+    """The initialiser that holds a weight, the number of its stored form, and whether it is transposed."""
     matches = []
     wanted: dict[int, tuple[np.ndarray, ...]] = {}
     for tensor in tensors:
@@ -151,7 +170,7 @@ def _turns(array: np.ndarray) -> tuple[tuple[np.ndarray, bool], ...]:
 
 
 def _holds(folder: Path, tensor: StoredTensor, array: np.ndarray) -> bool:
-    """Bit for bit, so that -0 is not 0; the first row tells most others apart."""
+    """Whether a tensor holds an array bit for bit, so -0 is not 0; the first row alone rejects most tensors."""
     first = np.ascontiguousarray(array[0]).tobytes()
     return _bytes_of(folder, tensor, len(first)) == first and _bytes_of(folder, tensor) == array.tobytes()
 

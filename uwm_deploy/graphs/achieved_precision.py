@@ -1,4 +1,4 @@
-"""Which precision the parts of a graph really have; asked of the graph, not of whoever made it."""
+"""The precision that the parts of a graph really have, read from the graph and not from the settings it was made with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASSES = {"Conv": "convolution", "LayerNormalization": "layer norm", "Softmax"
 
 
 def achieved_precision(model: ir.Model) -> dict[str, dict[str, int]]:
-    """Class of operator (convolution, linear, attention, layer norm, softmax) to precision to number of nodes.
+    """Number of nodes by class of operator (convolution, linear, attention, layer norm, softmax) and precision.
 
     A linear layer is 8-bit when both of its factors come from a DequantizeLinear.
     """
@@ -46,7 +46,7 @@ def _producer(node: ir.Node, index: int) -> ir.Node | None:
 
 
 def _has_weight(node: ir.Node) -> bool:
-    """Whether the second factor is a weight, through whatever turns it or brings it back from 8 bits."""
+    """Whether the second factor is a weight, perhaps behind nodes that transpose, cast or dequantise it."""
     value = node.inputs[1]
     while value is not None and not value.is_initializer():
         before = value.producer()

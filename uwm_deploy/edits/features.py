@@ -1,4 +1,4 @@
-"""Features that are kept from the calibration pass to choose a strength by, and the folds that hold items out of a fit."""
+"""Features that the calibration pass keeps for the choice of a strength, and the folds that hold items out of a fit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from uwm_deploy.errors import DataError
 from uwm_deploy.records.model import TowerName
 
 FOLDS = 4
-"""Folds of each kind."""
+"""Number of folds of each kind."""
 
 FEWEST = 20
-"""Items below which no fold could tell anything."""
+"""Smallest number of items to choose a strength by: the folds of fewer are too small to measure anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,11 +23,11 @@ class TowerFeatures:
     """Features of the kept items in one tower.
 
     Attributes:
-        safe: (n, m) float32 pooled features of the model that is edited; row i of everything is item i.
-        unsafe: (n, m).
-        weight: (d, m), the last linear map of that model.
-        original_safe: (n, d) rows of length 1, of the model before any step.
-        original_unsafe: (n, d).
+        safe: (n, m) float32, pooled features of the model that is edited; row i of every array is item i.
+        unsafe: (n, m) float32, the same of the unsafe members.
+        weight: (d, m) float64, the last linear map of that model.
+        original_safe: (n, d) float32, embeddings of the model before any step, rows of length 1.
+        original_unsafe: (n, d) float32, the same of the unsafe members.
     """
 
     safe: np.ndarray
@@ -42,11 +42,11 @@ class ZeroShotFeatures:
     """Features of one zero-shot set.
 
     Attributes:
-        images: (n, m) pooled features.
+        images: (n, m) float32, pooled features of the model that is edited.
         labels: (n,) int64, rows of `classes`.
-        classes: (c, m) pooled features, one prompt per class.
-        original_images: (n, d) rows of length 1, of the model before any step.
-        original_classes: (c, d).
+        classes: (c, m) float32, pooled features, one prompt per class.
+        original_images: (n, d) float32, embeddings of the model before any step, rows of length 1.
+        original_classes: (c, d) float32, the same of the prompts.
     """
 
     images: np.ndarray
@@ -58,13 +58,13 @@ class ZeroShotFeatures:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KeptFeatures:
-    """Everything a strength is chosen from.
+    """Features that a strength is chosen from.
 
     Attributes:
-        ids: Of the items.
-        concepts: Of the items.
-        towers: Both towers.
-        zero_shot: By name of the set; none means that zero-shot is not measured.
+        ids: Ids of the items.
+        concepts: Concept of each item.
+        towers: Features per tower.
+        zero_shot: Features by name of the zero-shot set; empty when zero-shot is not measured.
     """
 
     ids: tuple[str, ...]
@@ -98,7 +98,7 @@ class KeptFeatures:
 
 
 def random_folds(n: int, seed: int) -> list[np.ndarray]:
-    """Rows that each fold holds out, ascending; every row is in one fold."""
+    """Rows that each fold holds out, (n / 4,) int64 up to rounding, ascending; every row is in one fold."""
     order = np.random.default_rng(seed).permutation(n)
     return [np.sort(order[start::FOLDS]) for start in range(FOLDS)]
 
@@ -107,7 +107,8 @@ def concept_folds(concepts: Sequence[str]) -> list[tuple[str, ...]]:
     """Concepts that each fold leaves out, the larger ones dealt first, each to the fold with the fewest items so far.
 
     Returns:
-        As many folds as concepts where there are fewer than four; none for one concept, since nothing would be left to fit.
+        Concepts by fold: as many folds as concepts where there are fewer than four; none for one concept, since nothing
+        would be left to fit.
     """
     sizes = Counter(concepts)
     if len(sizes) < 2:

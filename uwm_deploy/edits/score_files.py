@@ -34,10 +34,10 @@ def parameter_of(layer: LayerScore) -> str:
 
 
 def check_scores(model: LoadedModel, score: ScoreRecord, scores_file: Path, edits: EditSpecs) -> None:
-    """Checks that scores may be applied: they are of this model and method, and are what their record describes.
+    """Checks that scores may be applied: they are of this model and method, and their files are those of the record.
 
     Raises:
-        IntegrityError: If they are not. Scores of one method are never applied as another's.
+        IntegrityError: If they are not; scores of one method are never applied as another's.
     """
     if score.model.weights_digest != model.ref.weights_digest:
         raise IntegrityError("the scores are of another model", fix="score this model")
@@ -62,15 +62,18 @@ def check_scores(model: LoadedModel, score: ScoreRecord, scores_file: Path, edit
 
 
 def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, spec: EditSpec) -> Tensor:
-    """Ascending flat indices of the entries of one layer to edit; with one score per concept, the union of theirs.
+    """Entries of one layer to edit; with one score per concept, the union of the concepts' selections.
 
-    None of a tower that was not scored, as with the method `none`: it stays as it is.
+    A tower that was not scored, as with the method `none`, stays as it is: no entry is selected.
 
     Args:
         score: Record of the scores.
-        scores_file: The scores; those of single concepts lie beside it.
+        scores_file: File of the scores; those of single concepts lie beside it.
         layer: One of the record's layers.
         spec: Selection and keep_mass.
+
+    Returns:
+        (k,) int64, ascending flat indices, on the CPU.
 
     Raises:
         IntegrityError: If a score file cannot be read.
