@@ -14,7 +14,7 @@ from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
 from uwm_deploy.edits.proof import (
     SOLVED_AGAIN,
-    Expected,
+    ExpectedModel,
     expected_trained,
     expected_weights,
     proof_of,
@@ -65,7 +65,7 @@ class Edited:
     patch: Patch
     score: ScoreRecord
 
-    def expected(self) -> Expected:
+    def expected(self) -> ExpectedModel:
         chosen = {layer.name: SELECTED[f"{layer.name}.weight"] for layer in self.score.layers}
         found = expected_weights(
             self.original, self.score, self.edit, self.patch, EDITS, lambda layer: torch.tensor(chosen[layer.name])

@@ -22,7 +22,7 @@ from uwm_deploy.commands.until import UntilPackage, run_until
 from uwm_deploy.commands.verdicts import exit_code_of, resigning
 
 if TYPE_CHECKING:
-    from uwm_deploy.towers.formats import Layout
+    from uwm_deploy.towers.formats import LibraryLayout
 
 
 @click.command()
@@ -174,7 +174,7 @@ def save(run: Path, asked: SaveOptions) -> Shown:
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.plain import plain_lines
 
-    found = plain_from_record(save_as(run, cast("Layout", asked.layout), asked.out))
+    found = plain_from_record(save_as(run, cast("LibraryLayout", asked.layout), asked.out))
     return Shown(data=found, text="\n".join(plain_lines(found)))
 
 

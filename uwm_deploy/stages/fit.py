@@ -79,7 +79,7 @@ def fit_to_folder(
     scale, weights = scale or Scale(), fitted_weights(model, placement)
     sums: dict[str, np.ndarray] = {}
     rows: dict[TowerName, dict[str, np.ndarray]] = {}
-    tallies, seconds = {name: Tally(name) for name in TowerName}, {}
+    counts_by_tower, seconds = {name: PairCounts(name) for name in TowerName}, {}
     kept = _kept_ids(pairs(TowerName.TEXT).ids)
     for name in TowerName:
         started = time.perf_counter()

@@ -26,7 +26,7 @@ LAYOUTS: tuple[LibraryLayout, ...] = get_args(LibraryLayout)
 _OWN: dict[str, LibraryLayout] = {
     "hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open-clip",
 }  # fmt: skip
-"""LibraryLayout of the folder that stage `edit` saves."""
+"""Layout of the folder that stage `edit` saves."""
 
 _TOLERANCE = 1e-4
 """Tolerance between two float32 implementations of one model, in the entries of embeddings of length 1."""

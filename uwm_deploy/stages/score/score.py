@@ -45,7 +45,7 @@ def _all_scores(
     pairs: PairsOf,
     edits: EditSpecs,
     concepts: Mapping[str, str] | None,
-    tallies: Mapping[TowerName, Tally],
+    counts_by_tower: Mapping[TowerName, PairCounts],
     towers: Sequence[TowerName],
     scale: Scale,
     folder: Path,
@@ -56,7 +56,7 @@ def _all_scores(
     parts: list[ScorePart] = []
     for name in towers:
         started = time.perf_counter()
-        for concept, scores, count in _groups(model, pairs, edits, concepts, tallies[name], scale):
+        for concept, scores, count in _groups(model, pairs, edits, concepts, counts_by_tower[name], scale):
             if concept:
                 parts.append(_saved_part(folder, name, concept, scores, count, len(parts)))
             else:
@@ -104,11 +104,11 @@ def score_to_folder(
         DataError: If more than 1% of the pairs have no finite contribution, or there are none.
         ContractError: If an edited layer was never reached by the forward pass.
     """
-    tallies = {name: Tally(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
+    counts_by_tower = {name: PairCounts(name) for name in (TowerName.TEXT, TowerName.IMAGE)}
     scored, scale = _scored_towers(edits), scale or Scale()
     pairing = _common_pairing(edits, scored)
     _check_dtype(edits, scale)
-    whole, parts, seconds = _all_scores(model, pairs, edits, concepts, tallies, scored, scale, folder)
+    whole, parts, seconds = _all_scores(model, pairs, edits, concepts, counts_by_tower, scored, scale, folder)
     if not scale.ranks.first:
         return None
     agreeing = scored if scale.dtype == "bfloat16" else []
