@@ -11,6 +11,7 @@ from pathlib import Path
 
 from uwm_deploy.bundle.external_data import check_external_data
 from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
@@ -22,9 +23,9 @@ from uwm_deploy.records.head import RISK_OUTPUTS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Result, Verdict
 
-MANIFEST = "manifest.json"
+MANIFEST = BundleLayout.MANIFEST
 _RESTORE = "restore the bundle or build again"
-_REPORTS = ("reports/verdict.json", "reports/verify.json", "reports/edit.json")
+_REPORTS = (BundleLayout.VERDICT, BundleLayout.REPORT, BundleLayout.EDIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Bundle:
     def _graphs(self) -> set[str]:
         """Files that ONNX Runtime is given."""
         engines = {engine_path(e) for e in self.manifest.engines if e.target is Target.ONNXRUNTIME}
-        return engines | {f"onnx/{graph.file}" for graph in self.manifest.onnx}
+        return engines | {BundleLayout.onnx(graph.file) for graph in self.manifest.onnx}
 
     def external_data(self, engine: EngineArtifact) -> dict[str, bytes]:
         """Content of an engine's further file by its name in the graph, checked as it is read."""
@@ -270,12 +271,12 @@ def _check_reports(bundle: Bundle) -> None:
     listed = {file.path: file.digest for file in manifest.files}
     if lost := [name for name in _REPORTS if name not in listed]:
         raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
-    verdict = record_from_json(Verdict, bundle.read("reports/verdict.json"), where="reports/verdict.json")
+    verdict = record_from_json(Verdict, bundle.read(BundleLayout.VERDICT), where=BundleLayout.VERDICT)
     if json_from_record(verdict) != json_from_record(manifest.verdict):
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
-    if listed["reports/verify.json"] != verdict.report_digest:
+    if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
-    if json_from_record(manifest.edit).encode() != bundle.read("reports/edit.json"):
+    if json_from_record(manifest.edit).encode() != bundle.read(BundleLayout.EDIT):
         raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.mlbom import BOM, bom_of
 from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.bundle.signature import SIGNATURE
@@ -18,8 +19,6 @@ from uwm_deploy.records.codec import record_from_json, write_record
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_file, whole_folder
 from uwm_deploy.records.verdict import Result
-
-_REPORT = "reports/verify.json"
 
 Sign = Callable[[str, Manifest], str]
 """Content of the signature of a bundle, from the name of its folder and its whole manifest."""
@@ -50,7 +49,7 @@ def bundle_from_parts(
             if name not in DERIVED:
                 _put(folder / name, part, name)
         listed = [_listed(folder, name) for name in sorted(files) if name not in DERIVED]
-        report = record_from_json(VerifyReport, (folder / _REPORT).read_bytes(), where=_REPORT)
+        report = record_from_json(VerifyReport, (folder / BundleLayout.REPORT).read_bytes(), where=BundleLayout.REPORT)
         for name, derive in ((STATEMENT, statement_of), (BOM, bom_of)):
             _put(folder / name, derive(manifest, report, listed).encode(), name)
             listed.append(_listed(folder, name))

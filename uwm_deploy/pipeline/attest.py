@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.replace import lock_of_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
@@ -65,7 +66,7 @@ def attest(
         PrerequisiteError: If nothing unproven can be executed here.
     """
     manifest = bundle.manifest
-    report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="reports/verify.json")
+    report = record_from_json(VerifyReport, bundle.read(BundleLayout.REPORT), where=BundleLayout.REPORT)
     if source.record.ids_digest != report.evaluation.ids_digest:
         raise InputError(
             f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
@@ -81,7 +82,7 @@ def attest(
         raise PrerequisiteError(
             f"nothing to attest here ({why})", fix="run it on a machine that can execute the variant"
         )
-    tokenizer = Tokenizer(bundle.read("tokenizer.json"), manifest.model.text)
+    tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), manifest.model.text)
     if prepared is None:
         prepared = prepare(source, manifest.model.image, tokenizer, workers=workers, progress=progress)
     stored = stored_in(bundle)
@@ -172,15 +173,15 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
 def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
     """An exported graph on the CPU."""
     graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
-    external = {graph.external_data: bundle.read(f"onnx/{graph.external_data}")} if graph.external_data else {}
-    return open_graph(bundle.read(f"onnx/{graph.file}"), graph, max_batch=max_batch, external_data=external)
+    external = {graph.external_data: bundle.read(BundleLayout.onnx(graph.external_data))} if graph.external_data else {}
+    return open_graph(bundle.read(BundleLayout.onnx(graph.file)), graph, max_batch=max_batch, external_data=external)
 
 
 def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> None:
     """The bundle with new evidence and verdict, in place of the old one, whole or not at all."""
     parts: dict[str, Path | bytes] = {file.path: bundle.path / file.path for file in bundle.manifest.files}
-    parts["reports/verify.json"] = report
-    parts["reports/verdict.json"] = json_from_record(verdict).encode()
+    parts[BundleLayout.REPORT] = report
+    parts[BundleLayout.VERDICT] = json_from_record(verdict).encode()
     write(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)
 
 

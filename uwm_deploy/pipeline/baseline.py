@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.errors import InputError, IntegrityError
@@ -21,7 +22,7 @@ from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.retrieval import MEANS
 from uwm_deploy.stages.gate.gate import comparable
 
-BASELINE = "baseline.json"
+BASELINE = BundleLayout.BASELINE
 
 Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
 """What writes a bundle, whole or not at all."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.baseline import has_baseline, read_baseline
@@ -64,8 +65,8 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
 
 def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
     """What was measured of a bundle, and the digest of that file."""
-    content = bundle.read("reports/verify.json")
-    return record_from_json(VerifyReport, content, where="reports/verify.json"), digest_of_bytes(content)
+    content = bundle.read(BundleLayout.REPORT)
+    return record_from_json(VerifyReport, content, where=BundleLayout.REPORT), digest_of_bytes(content)
 
 
 def judge_file(

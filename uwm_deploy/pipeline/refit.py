@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.replace import lock_of_bundle, refuse_foreign_folder
 from uwm_deploy.bundle.sign import seal_for
@@ -148,7 +149,7 @@ def _run(job: Refitting) -> Refitted:
 
 
 def _prepared(job: Refitting, source: QuadrupleSource) -> PreparedSet:
-    tokenizer = Tokenizer(job.bundle.read("tokenizer.json"), job.manifest.model.text)
+    tokenizer = Tokenizer(job.bundle.read(BundleLayout.TOKENIZER), job.manifest.model.text)
     return prepare(
         source,
         job.manifest.model.image,

@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout, RunFolder
 from uwm_deploy.bundle.open import MANIFEST
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, UwmError
 from uwm_deploy.recipes.edit_spec import only_embeddings
 from uwm_deploy.recipes.resolve import recipe_of
-from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord, EditStep, Placement
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import Digest
@@ -65,11 +67,23 @@ def save_as(path: Path, layout: LibraryLayout, out: Path) -> Saved:
         raise IntegrityError(f"the weights in {folder} are not those that the edit made", fix="edit again")
     with whole_folder(out) as place:
         write_layout(model, folder, layout, place)
-        if (folder / CARD).is_file():
-            card = (folder / CARD).read_text(encoding="utf-8")
+        if (told := _card_of(folder)).is_file():
+            card = told.read_text(encoding="utf-8")
             named = re.sub(r"(?m)^library_name: .*$", f"library_name: {_LIBRARY[layout]}", card, count=1)
             (place / CARD).write_text(named, encoding="utf-8")
     return Saved(out=str(out), layout=layout, weights=record.edited_weights_digest)
+
+
+def _card_of(model: Path) -> Path:
+    """The card with the numbers, where the run measured and packaged this edit; else the one beside the model."""
+    run = RunFolder(model.parent.parent)
+    own = model / BundleLayout.CARD
+    try:
+        packaged, edit = read_record(Manifest, run.packaged), read_record(EditRecord, run.edit_record)
+    except UwmError:
+        return own
+    same = packaged.edit.edited_weights_digest == edit.edited_weights_digest
+    return run.packaged.with_name(BundleLayout.CARD) if same else own
 
 
 def _why_not_for_diffusion(step: EditStep) -> str:
@@ -87,4 +101,4 @@ def _edited_at(path: Path) -> tuple[Path, EditRecord]:
     )
     if found is None:
         raise InputError(f"{path} holds no edited model with its {RECORD}", fix="pass the run folder (.uwm/MODEL)")
-    return found / MODEL, record_from_json(EditRecord, (found / RECORD).read_bytes(), where=RECORD)
+    return found / MODEL, read_record(EditRecord, found / RECORD)

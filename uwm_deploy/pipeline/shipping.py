@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.sign import Seal
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
@@ -30,9 +31,9 @@ def bundle_with_card(
     out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], *, sign: Sign | None = None
 ) -> object:
     """Writes a bundle whose report is new, with the card that belongs to it; see `bundle_from_parts`."""
-    content = parts["reports/verify.json"]
+    content = parts[BundleLayout.REPORT]
     assert isinstance(content, bytes)
-    report = record_from_json(VerifyReport, content, where="reports/verify.json")
+    report = record_from_json(VerifyReport, content, where=BundleLayout.REPORT)
     card = card_of_bundle(manifest, report).encode()
     return bundle_from_parts(out, manifest, {**parts, CARD: card}, sign=sign)
 
@@ -42,5 +43,5 @@ def evaluation_source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSou
     if evaluation:
         spec, _, base = calibration_set_of(evaluation)
         return open_source(spec, base=base)
-    text = bundle.read("evaluation.toml").decode()
+    text = bundle.read(BundleLayout.EVALUATION).decode()
     return open_source(calibration_set_from_toml(text, where="evaluation.toml"), base=None)

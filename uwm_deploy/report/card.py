@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import CLOSED_FORM, EditKind, EditRecord, Method, Placement
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
@@ -19,7 +20,7 @@ from uwm_deploy.report.markdown_table import markdown_of_cells
 from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
 from uwm_deploy.safeground.risk import STEPS
 
-CARD = "README.md"
+CARD = BundleLayout.CARD
 """Name that the hub shows."""
 
 _LIBRARY = {"hf-clip": "transformers", "siglip": "transformers", "llava": "transformers", "open-clip": "open_clip"}

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.space import weights_before
 from uwm_deploy.errors import ContractError, IntegrityError
@@ -18,7 +19,7 @@ from uwm_deploy.records.model import TowerName
 LENGTH_TOLERANCE = 1e-3
 """How far from 1 an embedding's length may be; float16 rounds by less than half of this."""
 
-_PATCH = "patch.safetensors"
+_PATCH = BundleLayout.PATCH
 
 
 @dataclass(frozen=True, slots=True)

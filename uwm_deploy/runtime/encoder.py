@@ -19,6 +19,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from uwm_deploy.bundle.head import PLACE, TEXTS, texts_from
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
@@ -63,7 +64,7 @@ class SafeEncoder:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant = selection.taken.variant
         self._bundle, self._head = bundle, bundle.manifest.head
-        self._preprocessing = Preprocessing(self.manifest.model, bundle.read("tokenizer.json"))
+        self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")

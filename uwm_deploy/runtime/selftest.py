@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.model import TowerName
@@ -58,13 +59,13 @@ def stored_canaries(bundle: Bundle) -> dict[TowerName, Canaries]:
         IntegrityError: If they cannot be read.
     """
     listed = {file.path for file in bundle.manifest.files}
-    names = {tower: f"evidence/canaries-{tower.value}.safetensors" for tower in TowerName}
+    names = {tower: BundleLayout.canaries(tower) for tower in TowerName}
     return {tower: _canaries(bundle.read(name), name) for tower, name in names.items() if name in listed}
 
 
 def reference_mean(bundle: Bundle, tower: TowerName) -> np.ndarray | None:
     """Mean of the edited model's embeddings of the evaluation set, (d,) float64; None where the bundle has no embeddings."""
-    name = "evidence/reference.safetensors"
+    name = BundleLayout.REFERENCE
     if name not in {file.path for file in bundle.manifest.files}:
         return None
     tensors = _tensors(bundle.read(name), name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records.codec import record_from_plain
@@ -179,7 +180,7 @@ def _choice(found: Iterable[Candidate], taken: Candidate, failed: Mapping[Candid
 
 def _evidence(bundle: Bundle) -> dict[str, ArtifactEvidence]:
     """Of each variant, where what was executed; what was measured is the gate's business, and much to read."""
-    where = "reports/verify.json"
+    where = BundleLayout.REPORT
     unread: dict[str, object] = {"parity": [], "safety": None, "flips": {}, "worst": [], "batches": [], "audit": {}}
     unread |= {"risk": None, "risk_flips": None, "risk_parity": []}
     artifacts = json.loads(bundle.read(where))["artifacts"]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from uwm_deploy.bundle.external_data import check_external_data
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, read_plain
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
 from uwm_deploy.bundle.space import space_of
@@ -171,7 +172,7 @@ def _check_signed(folder: Path, digest: Digest, key: Path) -> None:
 
 def canary_file(tower: TowerName) -> str:
     """Name of a tower's canaries in a bundle."""
-    return f"evidence/canaries-{tower.value}.safetensors"
+    return BundleLayout.canaries(tower)
 
 
 def check_canaries(canaries: Canaries, found: np.ndarray, what: str) -> None:

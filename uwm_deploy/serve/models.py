@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import TowerName
@@ -133,7 +134,7 @@ class Tokenise(_Prepare):
         """See `_Prepare.initialize`."""
         super().initialize(args)
         bundle = self.part.bundle
-        self._tokenizer = Tokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.text, "neutral")
+        self._tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text, "neutral")
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
         """Ids (L,) int64 of each text, or the error."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.space import SpaceId, space_before, space_of, weights_before
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
@@ -23,8 +24,6 @@ from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.serve.embed.known import COSINE_MIN, KnownEmbeddings, evidence_of
 from uwm_deploy.serve.embed.stored import Label, Moved, Progress, Stored
 
-_REPORT = "reports/verify.json"
-_REFERENCE = "evidence/reference.safetensors"
 _INDEX_MAGIC = b"I"
 """Every index file of FAISS begins with four letters and digits, an I first."""
 
@@ -142,7 +141,7 @@ def migration_of(bundle: Bundle, tower: TowerName, stored: SpaceId = "", variant
         raise _other_space(label, own)
     least = COSINE_MIN
     if label.migrated_from != reference:
-        report = record_from_json(VerifyReport, bundle.read(_REPORT), where=_REPORT)
+        report = record_from_json(VerifyReport, bundle.read(BundleLayout.REPORT), where=BundleLayout.REPORT)
         least = cosine_min(report, tower, chosen)
     evidence = _evidence(bundle, tower, least)
     evidence.check_map(maps[tower])
@@ -234,9 +233,9 @@ def _other_space(label: Label, wanted: SpaceId) -> EvidenceError:
 def _evidence(bundle: Bundle, tower: TowerName, least: float) -> KnownEmbeddings:
     """What is recorded of the evaluation set; the original is the model before all steps, not before the last."""
     try:
-        tensors = load(bundle.read(_REFERENCE))
+        tensors = load(bundle.read(BundleLayout.REFERENCE))
     except SafetensorError as error:
-        raise IntegrityError(f"{_REFERENCE} cannot be read: {error}", fix="build again") from error
+        raise IntegrityError(f"{BundleLayout.REFERENCE} cannot be read: {error}", fix="build again") from error
     edit = bundle.manifest.edit
     alone = weights_before(edit) == edit.model.weights_digest
     original = EmbeddedSet.from_tensors(tensors, "original") if alone else None

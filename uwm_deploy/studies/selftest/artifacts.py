@@ -93,7 +93,7 @@ def in_half_precision(world: World, folder: Path) -> dict[TowerName, Path]:
     for tower, graph in world.onnx.items():
         converted(
             graph,
-            world.work / "export",
+            world.run_folder.export,
             folder,
             precision=Precision.FP16,
             lowered=Precision.FP16,

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, engine_path, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.errors import ContractError
@@ -93,7 +94,7 @@ def file_added(world: World, folder: Path) -> Path:
 def report_edited(world: World, folder: Path) -> Path:
     """A report with better numbers than were measured, listed with its own digest."""
     better = dataclasses.replace(world.report, calibration_overlap=0, edit_worst=())
-    return _packed(world, folder, _manifest(world), {"reports/verify.json": json_from_record(better).encode()})
+    return _packed(world, folder, _manifest(world), {BundleLayout.REPORT: json_from_record(better).encode()})
 
 
 def report_of_another_engine(world: World, folder: Path) -> Path:
@@ -114,5 +115,5 @@ def policy_loosened(world: World, folder: Path) -> Path:
     if verdict.result is not Result.PASS:
         raise ContractError("the loosened policy does not let the engine pass", fix="report this")
     manifest, files = _with_engines(_manifest(world), build)
-    files |= {"reports/verify.json": content, "reports/verdict.json": json_from_record(verdict).encode()}
+    files |= {BundleLayout.REPORT: content, BundleLayout.VERDICT: json_from_record(verdict).encode()}
     return _packed(world, folder, dataclasses.replace(manifest, verdict=verdict), files)

@@ -46,7 +46,7 @@ def _setting(world: World) -> AxisSetting:
 
 
 def _sums(world: World) -> Sums:
-    folder = world.work / "fit"
+    folder = world.run_folder.fit
     return read_sums(folder, read_fit(folder))
 
 

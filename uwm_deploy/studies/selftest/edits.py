@@ -31,7 +31,7 @@ def edited_by(world: World, folder: Path, start: str, mutate: Mutate) -> Build:
         start: ``original`` or ``edited``: the model that is changed.
         mutate: What the faulty stage does to it.
     """
-    model = world.model(None if start == "original" else world.work / "edit" / "model")
+    model = world.model(None if start == "original" else world.run_folder.edited_model)
     with torch.no_grad():
         mutate(model)
     model.save(folder / "model")

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.data.crops import PixelRows
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.open import open_source
@@ -37,7 +38,7 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
-from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.codec import json_from_record, read_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import EditRecord, Placement, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
@@ -128,7 +129,6 @@ FOLDED = MadeBy(method="uwm+safety-axis", keep_mass=0.9, placement=Placement.WEI
 MAPPED = MadeBy(method="safety-axis", placement=Placement.EMBEDDING, axis=_SETTING)
 
 A = TypeVar("A", OnnxArtifact, EngineArtifact)
-R = TypeVar("R")
 Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -193,7 +193,8 @@ class World:
     """
 
     def __init__(self, folder: Path, made_by: MadeBy = UWM) -> None:
-        self.folder, self.work, self.bundle = folder, folder / "work", folder / "bundle"
+        self.folder, self.bundle = folder, folder / "bundle"
+        self.run_folder = RunFolder(folder / "work")
         folder.mkdir(parents=True, exist_ok=True)
         self.calibration = data_file(folder, "calibration", "calibration", PAIRS_SCORED)
         self.test = data_file(folder, "test", "test", QUADRUPLES)
@@ -207,13 +208,13 @@ class World:
         self.onnx: dict[TowerName, OnnxArtifact] = {graph.tower: graph for graph in outcome.onnx}
         self.engines: dict[TowerName, EngineArtifact] = {engine.tower: engine for engine in outcome.engines}
         self.recipe: Recipe = resolved_recipe(self.request)
-        self.score = self._record(ScoreRecord, "score/score.json")
-        self.report = self._record(VerifyReport, "verify/verify.json")
-        self.original, self.edited = self.model(None), self.model(self.work / "edit" / "model")
+        self.score = read_record(ScoreRecord, self.run_folder.score_record)
+        self.report = read_record(VerifyReport, self.run_folder.report)
+        self.original, self.edited = self.model(None), self.model(self.run_folder.edited_model)
         self.source = self.open(self.test)
         self.honest = self._honest()
         self._reference = self._embedded(self.honest)
-        self._canaries = self._read_canaries(self.work / "canaries")
+        self._canaries = self._read_canaries(self.run_folder.canaries)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -296,13 +297,13 @@ class World:
             original=original,
             score=self.score,
             scores=self._scores,
-            fit=self.work / "fit",
+            fit=self.run_folder.fit,
             before=lambda: self.before,
         )
 
     @property
     def _scores(self) -> Path:
-        return self.work / "score" / "scores.safetensors"
+        return self.run_folder.scores
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class World:
             canaries = self._choose_canaries(build, folder)
         expected = expected_edit(self.recipe, self.made_from(build.original), build.edit, build.patch)
         model = build.edited
-        library = library_of(self.recipe.model.family, model.source, self.work / "edit" / "model", model.ref.text)
+        library = library_of(self.recipe.model.family, model.source, self.run_folder.edited_model, model.ref.text)
         artifacts, yardstick = [], yardstick_of(original)
         for subject in subjects_of(self._artifacts(build), build.edited):
             evidence = evidence_of(
@@ -356,13 +357,13 @@ class World:
         return report_of(known, original, edited, tuple(artifacts))
 
     def _honest(self) -> Build:
-        exported = {tower: self.work / "export" / graph.file for tower, graph in self.onnx.items()}
-        compiled = self.work / f"compile-{VARIANT}"
+        exported = {tower: self.run_folder.export / graph.file for tower, graph in self.onnx.items()}
+        compiled = self.run_folder.engines(VARIANT)
         return Build(
             original=self.original,
             edited=self.edited,
-            edit=self._record(EditRecord, "edit/edit.json"),
-            patch=Patch.from_file(self.work / "edit" / "patch.safetensors"),
+            edit=read_record(EditRecord, self.run_folder.edit_record),
+            patch=Patch.from_file(self.run_folder.patch),
             exported=exported,
             engines={tower: compiled / engine.file for tower, engine in self.engines.items()},
             precision=Precision.FP32,
@@ -372,9 +373,6 @@ class World:
             overlap=0,
             prepared=self.prepare(),
         )
-
-    def _record(self, cls: type[R], name: str) -> R:
-        return record_from_json(cls, (self.work / name).read_bytes(), where=name)
 
     def _embedded(self, build: Build) -> tuple[EmbeddedSet, EmbeddedSet]:
         first, second = (
