@@ -259,7 +259,14 @@ def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: in
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, d) at length 1, float32; a zero or broken row becomes NaN, which nothing downstream counts."""
+    """Rows divided by their lengths; a zero or broken row becomes NaN, which nothing downstream counts.
+
+    Args:
+        rows: (n, d), any floating dtype.
+
+    Returns:
+        (n, d) float32, rows of length 1.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         result: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32, copy=False)
     return result

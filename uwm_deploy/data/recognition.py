@@ -40,8 +40,8 @@ def recognise(
         part: The set.
         image: The model's preprocessing.
         tokenizer: The model's.
-        encode_image: (b, 3, H, W) to (b, d).
-        encode_text: (b, L) ids to (b, d).
+        encode_image: Pixels (b, 3, H, W) float32 to embeddings (b, d) float32.
+        encode_text: Ids (b, L) int64 to embeddings (b, d) float32.
         batch: Rows per call.
         workers: Decoding processes; 0 decodes here.
         progress: Called as it goes on.

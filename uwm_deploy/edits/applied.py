@@ -58,8 +58,8 @@ def tensor_edit(name: str, tower: TowerName | None, before: Tensor | None, after
     Args:
         name: Of the tensor.
         tower: Whose graph holds it.
-        before: None for a new tensor.
-        after: Its values now.
+        before: Values before the edit, float32, any shape; None for a new tensor.
+        after: Values after the edit, float32, any shape (that of `before`).
     """
     differ = after.numel() if before is None else int((before != after).sum())
     return TensorEdit(

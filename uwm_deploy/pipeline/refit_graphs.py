@@ -127,7 +127,14 @@ def reverted(edit: EditRecord, patch: Patch) -> tuple[EditRecord, Patch]:
 
 
 def identity_like(tensor: TensorEdit) -> torch.Tensor:
-    """What a map's weight or bias is when it changes nothing."""
+    """Weight or bias of the map that changes nothing.
+
+    Args:
+        tensor: Edit of a map's weight or bias.
+
+    Returns:
+        The identity (d, d) float32 for a weight, zeros (d,) float32 for a bias.
+    """
     return torch.eye(tensor.shape[0]) if len(tensor.shape) == 2 else torch.zeros(tensor.shape)
 
 
@@ -138,6 +145,9 @@ def held_tensors(graphs: Sequence[OnnxArtifact], folder: Path, digests: Mapping[
         graphs: Records of the graphs.
         folder: Where their files are.
         digests: Tensor to the digest that it must have.
+
+    Returns:
+        Tensors by name, float32, any shape (the tensor's own).
 
     Raises:
         IntegrityError: If a graph does not hold the tensor that is promised.
@@ -154,11 +164,19 @@ def held_tensors(graphs: Sequence[OnnxArtifact], folder: Path, digests: Mapping[
 
 
 def without_edit(held: Mapping[str, np.ndarray], edit: EditRecord, patch: Patch) -> dict[str, np.ndarray]:
-    """Tensors of the source model, by taking a patch back; of a new map, what changes nothing.
+    """Tensors of the source model, by taking a patch back; for a new map, the map that changes nothing.
+
+    Args:
+        held: Tensors of the edited model by name, float32, any shape.
+        edit: Record of the edit.
+        patch: Patch of the edit.
+
+    Returns:
+        Tensors by name, float32, any shape (the tensor's own).
 
     Raises:
         ContractError: If a part has no exact inverse.
-        IntegrityError: If what comes out is not what the patch was made from.
+        IntegrityError: If the result is not the tensor that the patch was made from.
     """
     back = patch.inverse()
     tensors = {name: torch.from_numpy(held[name].copy()) for name in back.tensors}
@@ -232,7 +250,7 @@ def refit_engine(
         folder: Where the new files go.
         swap: The edits.
         graphs: The tower's exported graph with the old and with the new edit, in the order of the words.
-        sample: Inputs on which an engine of TensorRT is compared with the graphs.
+        sample: (n, 3, H, W) float32 or (n, L) int64, inputs on which an engine of TensorRT is compared with the graphs.
 
     Returns:
         The new record, without the graph it belongs to now; and tensor to its element type.

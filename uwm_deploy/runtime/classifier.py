@@ -19,10 +19,24 @@ class ImageEncoder(Protocol):
     """What a classifier needs of `SafeEncoder`."""
 
     def encode_image(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
-        """Embeds images, (n, d) of length 1."""
+        """Embeds images.
+
+        Args:
+            images: See `SafeEncoder.encode_image`; arrays are (H, W, 3), (H, W) or (n, H, W, 3) uint8.
+
+        Returns:
+            (n, d) float32, rows of length 1.
+        """
 
     async def aencode_image(self, images: ImageLike | Iterable[ImageLike]) -> Embeddings:
-        """The same from an event loop."""
+        """The same from an event loop.
+
+        Args:
+            images: See `SafeEncoder.encode_image`; arrays are (H, W, 3), (H, W) or (n, H, W, 3) uint8.
+
+        Returns:
+            (n, d) float32, rows of length 1.
+        """
 
 
 class ZeroShotClassifier:

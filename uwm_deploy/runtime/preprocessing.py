@@ -26,7 +26,14 @@ class Preprocessing:
         self._lock = threading.Lock()
 
     def pixels(self, images: Sequence[ImageLike]) -> list[Answer]:
-        """Pixels (3, H, W) float32 of each image, or why it has none."""
+        """Preprocesses images.
+
+        Args:
+            images: See `SafeEncoder.encode_image`; arrays are (H, W, 3) or (H, W) uint8.
+
+        Returns:
+            Pixels (3, H, W) float32 of each image, or the error.
+        """
         return [self._pixels_or_error(image) for image in images]
 
     def ids(self, special_tokens: SpecialTokens) -> Prepare:

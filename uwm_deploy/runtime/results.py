@@ -86,7 +86,14 @@ class Predictions:
         return [None if np.isnan(row).any() else self.labels[int(row.argmax())] for row in self.scores]
 
     def probabilities(self, scale: float = 100.0) -> np.ndarray:
-        """Softmax of the scores times 100, where CLIP's training clips its scale: (n, classes) float32, rows add up to 1."""
+        """Softmax of the scores times a scale; CLIP's training clips its own at 100.
+
+        Args:
+            scale: Factor of the scores.
+
+        Returns:
+            (n, classes) float32, rows add up to 1; NaN for an image that could not be encoded.
+        """
         logits = self.scores * scale
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
@@ -133,14 +140,14 @@ class Risk:
 
 @dataclass(frozen=True, slots=True)
 class Risks:
-    """What is said of some images.
+    """Risks of some images.
 
     Attributes:
         names: The categories.
-        probabilities: (n, categories); NaN for an image that cannot be read.
-        levels: (n,), likewise.
+        probabilities: (n, categories) float64, rows add up to 1; NaN for an image that cannot be read.
+        levels: (n,) float32 or float64, risk levels from 0 to 1; NaN for an image that cannot be read.
         categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
-        decisions: Of each image; one that cannot be read is blocked.
+        decisions: Action per image; one that cannot be read is blocked.
     """
 
     names: tuple[str, ...]
@@ -169,7 +176,7 @@ def raise_first(found: Embeddings, what: str) -> None:
     """Raises the error of the first item that has no embedding, with its position.
 
     Args:
-        found: Embeddings; nothing happens where all were made.
+        found: (n, d), any floating dtype; nothing happens where all items have an embedding.
         what: What the items are, such as ``"image"``.
     """
     if not found.errors:

@@ -120,7 +120,10 @@ class SafetyPolicy:
         self._embeds: np.ndarray | None = None
 
     def apply(self, found: Embeddings) -> list[PolicyOutcome]:
-        """What becomes of each image of ``encode_image(..., risk=True)``.
+        """Outcome of each image of ``encode_image(..., risk=True)``.
+
+        Args:
+            found: (n, d) float32 or float16, rows of length 1, with risks.
 
         Raises:
             InputError: If the embeddings have no risks.

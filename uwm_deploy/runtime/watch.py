@@ -51,8 +51,8 @@ class TowerWatch:
         """A whole call came to its end.
 
         Args:
-            rows: Of each item its embedding (d,) of length 1, or why it has none.
-            seconds: The whole call.
+            rows: Of each item its embedding, (d,) float32 of length 1, or the error.
+            seconds: Duration of the whole call.
         """
         label = self.tower.value
         self.metrics.request.labels(tower=label).observe(seconds)

@@ -34,7 +34,11 @@ class Canaries:
     edited: np.ndarray
 
     def worst(self, found: np.ndarray) -> float:
-        """Largest of the `ratios` of an artifact's embeddings (n, d); `FAR` if it is infinite: reports hold numbers."""
+        """Largest of the `ratios` of an artifact's embeddings; `FAR` if it is infinite, since reports hold numbers.
+
+        Args:
+            found: (n, d), any floating dtype, the artifact's embeddings of `inputs`, rows of length 1.
+        """
         return min(float(ratios(found, self.original, self.edited).max()), FAR)
 
 

@@ -135,7 +135,14 @@ def categories_of(logits: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits (n, c) to probabilities (n, c) float64."""
+    """Probabilities of logits.
+
+    Args:
+        logits: (n, c), any floating dtype.
+
+    Returns:
+        (n, c) float64, rows that add up to 1.
+    """
     values = logits.astype(np.float64)
     powers = np.exp(values - values.max(axis=1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
@@ -174,7 +181,7 @@ def thresholds_for(benign: np.ndarray, rates: Mapping[str, float]) -> dict[str, 
     """Threshold of each action, by its false-positive rate.
 
     Args:
-        benign: (n,) levels; see `threshold_for`.
+        benign: (n,), any floating dtype, risk levels; see `threshold_for`.
         rates: Action to share; a stricter action needs a smaller one.
 
     Raises:
@@ -237,8 +244,8 @@ def level_error(safe: np.ndarray, unsafe: np.ndarray) -> float:
     """`calibration_error` of the risk level, percentage points.
 
     Args:
-        safe: (n,) levels of safe images, 0 to 1.
-        unsafe: (m,) levels of unsafe ones.
+        safe: (n,), any floating dtype, risk levels of safe images, 0 to 1.
+        unsafe: (m,), any floating dtype, risk levels of unsafe images, 0 to 1.
     """
     return calibration_error(np.concatenate([safe, unsafe]), np.repeat([False, True], [len(safe), len(unsafe)]))
 
@@ -247,8 +254,8 @@ def category_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """`calibration_error` of the most probable category, percentage points.
 
     Args:
-        logits: (n, c).
-        labels: (n,) int64 categories.
+        logits: (n, c), any floating dtype.
+        labels: (n,) int64, right categories.
     """
     shares = softmax(logits)
     return calibration_error(shares.max(axis=1), shares.argmax(axis=1) == labels)

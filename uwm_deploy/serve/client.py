@@ -81,15 +81,24 @@ class Client(Protocol):
 
         Args:
             model: Its name.
-            inputs: Name to (n, ...), of the types that the model's metadata names; bytes are (n,) objects.
+            inputs: Name to (n, ...), of the dtypes that the model's metadata names; bytes are (n,) object.
             output: Name of the output.
 
         Returns:
-            (n, ...), of the output's type.
+            (n, ...), of the output's dtype; bytes are (n,) object.
         """
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-        """Several outputs of one call, by name, (n, ...) each; see `infer`."""
+        """Several outputs of one call.
+
+        Args:
+            model: Name of the model.
+            inputs: Name to (n, ...), of the dtypes that the model's metadata names; bytes are (n,) object.
+            outputs: Names of the outputs.
+
+        Returns:
+            Name to (n, ...), of the output's dtype; bytes are (n,) object.
+        """
 
     def close(self) -> None:
         """Closes connections."""

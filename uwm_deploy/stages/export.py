@@ -77,7 +77,7 @@ def onnx_from_tower(
 
     Args:
         tower: The edited tower, on the CPU.
-        sample: Two rows of input; with one row exporters freeze the batch to 1 without a word.
+        sample: Two rows of input, (2, 3, H, W) float32 or (2, L) int64; with one row exporters silently fix the batch to 1.
         spec: Opset, normalisation, id type.
         weights_digest: Of the edited model.
         edits: Edited layers of this tower.
@@ -186,7 +186,16 @@ def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def sample_of(tower: Tower, shape: Sequence[int], eos_id: int) -> Tensor:
-    """Two rows of plausible input: noise, or ids that end with the end token."""
+    """Two rows of plausible input: noise, or ids that end with the end token.
+
+    Args:
+        tower: The tower.
+        shape: Shape of one row, (3, H, W) or (L,).
+        eos_id: The end token.
+
+    Returns:
+        (2, 3, H, W) float32, or (2, L) int64.
+    """
     if tower.input_name == "pixel_values":
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     rows = torch.full((2, *shape), eos_id, dtype=torch.int64)

@@ -30,7 +30,12 @@ class Student(nn.Module):
         self.text, self.image = model.text.graph_module(), model.image.graph_module()
 
     def forward(self, texts: Tensor, images: Tensor) -> MemberEmbeddings:
-        """(2b, L) ids and (2b, 3, H, W) pixels, the safe half first, to unit embeddings."""
+        """Embeds both members of b pairs.
+
+        Args:
+            texts: (2b, L) int64 ids, the safe half first.
+            images: (2b, 3, H, W) float32 pixels, the safe half first.
+        """
         safe_text, unsafe_text = self.text(texts).chunk(2)
         safe_image, unsafe_image = self.image(images).chunk(2)
         return MemberEmbeddings(safe_text, unsafe_text, safe_image, unsafe_image).unit()
@@ -71,12 +76,16 @@ class Adapters:
         return sum(p.numel() for p in self.tensors.values())
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of all of them on the CPU: name to the adapter's tensor, (rank, in) or (out, rank)."""
+        """A copy of all adapters by name, float32 on the CPU: (rank, in) and (out, rank)."""
         return {name: p.detach().cpu().clone() for name, p in self.tensors.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Puts a copy back; see `state`."""
+        """Puts a copy back.
+
+        Args:
+            state: Adapters by name, (rank, in) and (out, rank) float32, see `state`.
+        """
         for name, parameter in self.tensors.items():
             parameter.copy_(state[name])
 

@@ -97,7 +97,15 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def moments_of(optimiser: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """State of Adam by the names of its parameters: copies on the CPU, each of its parameter's shape, and the step ()."""
+    """State of Adam by the names of its parameters.
+
+    Args:
+        optimiser: Adam.
+        names: Parameters by name, float32, any shape.
+
+    Returns:
+        By parameter, on the CPU: ``exp_avg`` and ``exp_avg_sq``, float32 of any shape (the parameter's own); ``step``, ().
+    """
     return {name: {k: v.detach().cpu().clone() for k, v in optimiser.state[p].items()} for name, p in names.items()}
 
 

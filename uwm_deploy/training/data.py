@@ -83,7 +83,7 @@ class TrainingData:
             method: Whose terms.
 
         Returns:
-            Name to scalar ().
+            Terms by name, () float32.
         """
         device = student.safe_text.device
         reference = MemberEmbeddings(*(part.to(device) for part in self.reference.rows(torch.from_numpy(rows))))
@@ -95,7 +95,15 @@ class TrainingData:
 
 
 def total(terms: dict[str, Tensor], settings: TrainingSettings) -> Tensor:
-    """The loss (): Safe-CLIP's normalised mean of the terms (), SafeR-CLIP's sum."""
+    """The loss: Safe-CLIP's normalised mean, SafeR-CLIP's sum.
+
+    Args:
+        terms: Terms by name, () float32.
+        settings: Method and weights.
+
+    Returns:
+        () float32.
+    """
     combine = normalised_mean if settings.method is Trainer.SAFE_CLIP else weighted_sum
     return combine(terms, settings.weights)
 

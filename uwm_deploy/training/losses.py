@@ -17,7 +17,14 @@ from uwm_deploy.errors import ContractError
 
 
 class MemberEmbeddings(NamedTuple):
-    """Embeddings of b quadruples, (b, d) each."""
+    """Embeddings of b quadruples.
+
+    Attributes:
+        safe_text: (b, d) float32.
+        unsafe_text: (b, d) float32.
+        safe_image: (b, d) float32.
+        unsafe_image: (b, d) float32.
+    """
 
     safe_text: Tensor
     unsafe_text: Tensor
@@ -25,7 +32,11 @@ class MemberEmbeddings(NamedTuple):
     unsafe_image: Tensor
 
     def rows(self, rows: Tensor) -> MemberEmbeddings:
-        """Quadruples at some positions (m,) int64, in that order."""
+        """Some of the quadruples.
+
+        Args:
+            rows: (m,) int64, positions, in the order of the result.
+        """
         return MemberEmbeddings(*(part[rows] for part in self))
 
     def unit(self) -> MemberEmbeddings:
@@ -96,6 +107,9 @@ def safe_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings) -> d
     Args:
         student: Unit embeddings (b, d) of the model that is trained.
         reference: Unit embeddings (b, d) of the frozen one; only its safe members are used.
+
+    Returns:
+        Terms by name, () float32.
     """
     text, image = reference.safe_text, reference.safe_image
     return {
@@ -117,6 +131,9 @@ def safer_clip_terms(student: MemberEmbeddings, reference: MemberEmbeddings, tar
         student: Unit embeddings (b, d) of the model that is trained.
         reference: Unit embeddings (b, d) of the frozen one.
         targets: Unit embeddings (b, d) of each unsafe caption's nearest safe caption, and of the image of that.
+
+    Returns:
+        Terms by name, () float32.
     """
     return {
         "text_relative": relative(student.unsafe_text, reference.unsafe_image, targets.image),

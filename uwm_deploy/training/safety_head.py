@@ -75,7 +75,11 @@ class Features:
         return len(self.ids)
 
     def rows(self, rows: np.ndarray) -> Features:
-        """Pairs at some positions (m,) int64."""
+        """Some of the pairs.
+
+        Args:
+            rows: (m,) int64, positions, in the order of the result.
+        """
         return Features(
             ids=tuple(self.ids[i] for i in rows),
             concepts=tuple(self.concepts[i] for i in rows),
@@ -254,7 +258,16 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def rows_of(module: SafetyHeadModule, tokens: np.ndarray, batch: int = 256) -> RiskRows:
-    """What a head says of tokens (n, T, width) float16, as its graph gives it: logits (n, c), levels (n,), float32."""
+    """Outputs of a head, as its graph gives them.
+
+    Args:
+        module: The head.
+        tokens: (n, T, width) float16.
+        batch: Rows per call.
+
+    Returns:
+        Logits (n, c) float32, and levels (n,) float32.
+    """
     found = [module(torch.from_numpy(part).float()) for part in _parts(tokens, batch)]
     logits, level = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     return RiskRows(logits, level[:, 0])

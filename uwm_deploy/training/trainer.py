@@ -294,8 +294,13 @@ def recall_sum(
 ) -> float:
     """Sum of recall at 1, percent, both ways: safe texts and images, safe texts and unsafe images, the other way round.
 
-    All four are (n, d) float32 of length 1, row by row of one quadruple. That unsafe texts find unsafe images is not wanted,
-    so it has no part.
+    Unsafe texts with unsafe images are left out, because they should not find each other.
+
+    Args:
+        safe_text: (n, d) float32, rows of length 1; row i of each argument is of one quadruple.
+        unsafe_text: (n, d) float32, rows of length 1.
+        safe_image: (n, d) float32, rows of length 1.
+        unsafe_image: (n, d) float32, rows of length 1.
     """
     pairs = ((safe_text, safe_image), (safe_text, unsafe_image), (unsafe_text, safe_image))
     return sum(recalls(left, right)[1].value + recalls(right, left)[1].value for left, right in pairs)

@@ -65,8 +65,8 @@ def ranges_of(source: Path, batches: Mapping[str, Iterable[np.ndarray]], folder:
 
     Args:
         source: Float32 ONNX file.
-        batches: Inputs of the class ``safe`` and of the class ``unsafe``.
-        folder: For a temporary file.
+        batches: Batches of inputs, (b, 3, H, W) float32 or (b, L) int64 each, of ``safe`` and of ``unsafe`` members.
+        folder: Folder for a temporary file.
 
     Raises:
         ContractError: If a class is missing, or its held-out activations lie far outside the ranges.
@@ -264,7 +264,7 @@ def _weights(model: ir.Model) -> dict[str, np.ndarray]:
 def embed_with(
     graph: OnnxArtifact, path: Path, lowered: Precision, parts: Iterable[np.ndarray], external: str = ""
 ) -> np.ndarray:
-    """Embeds inputs, (b, ...) each, to (n, d) with an ONNX file in ONNX Runtime on the CPU.
+    """Embeds inputs with an ONNX file in ONNX Runtime on the CPU.
 
     Numbers in 8 bits are multiplied as float32: kernels for 8 bits overflow on some processors, see `graphs.cpu_integers`.
 
@@ -272,8 +272,11 @@ def embed_with(
         graph: Record with its inputs and outputs.
         path: The file.
         lowered: Its precision.
-        parts: Inputs, some rows at a time.
+        parts: Batches of inputs, (b, 3, H, W) float32 or (b, L) int64 each.
         external: Name of its external data file beside it.
+
+    Returns:
+        (n, d) float32.
     """
     session = open_session(
         Target.ONNXRUNTIME,

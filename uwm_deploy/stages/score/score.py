@@ -325,7 +325,17 @@ def bfloat16_agreement(tower: Tower, stream: Pairs, edits: EditSpecs, scale: Sca
 def scoring(
     tower: Tower, scorers: dict[str, LayerScorer], edit: EditSpec
 ) -> Iterator[Callable[[Tensor | None, tuple[str, ...]], None]]:
-    """Hooks that feed the scorers; yields the function that announces each batch, by which the last one is settled."""
+    """Feeds the scorers from hooks on the layers, for as long as the block lasts.
+
+    Args:
+        tower: The tower that is scored.
+        scorers: Scorer by layer.
+        edit: Names the layers.
+
+    Yields:
+        A function to call before each batch, which settles the batch before it. It takes the tokens that count, (2b, T) bool
+        or None, and the ids of the b pairs.
+    """
     current: list[Any] = [None, ()]
 
     def hook_for(scorer: LayerScorer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

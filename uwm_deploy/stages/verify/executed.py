@@ -137,7 +137,7 @@ def check_batches(tower: TowerName, session: Session, inputs: Inputs, sizes: Ite
     Args:
         tower: Which tower.
         session: The artifact's.
-        inputs: Rows to take from.
+        inputs: (n, 3, H, W) float32 or (n, L) int64, rows to take from.
         sizes: Rows per call.
 
     Returns:

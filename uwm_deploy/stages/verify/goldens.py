@@ -37,7 +37,10 @@ SIZES = ((90, 70), (61, 133), (400, 300), (37, 41))
 """Width and height: odd ones, tall and wide, smaller and larger than what models take."""
 
 Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
+"""From an image to pixels, (3, H, W) float32."""
+
 Encode = Callable[[list[str]], np.ndarray]
+"""From captions to ids, (n, L) int64."""
 
 
 def golden_images() -> list[Image.Image]:
@@ -60,8 +63,8 @@ def goldens_of(
     Args:
         model: Its towers, tokenizer and preprocessing.
         library: The source library around the same weights.
-        pixels: Preprocessing to check: that of the runtime, or another server's.
-        encode: Tokenisation to check; the runtime's when None.
+        pixels: Preprocessing to check, to (3, H, W) float32: that of the runtime, or another server's.
+        encode: Tokenisation to check, to (n, L) int64; the runtime's when None.
     """
     spec, images = model.ref.image, golden_images()
     wanted = [library.pixels(image) for image in images]

@@ -68,7 +68,11 @@ class Subject:
 
 
 def encode_with(tower: Tower) -> Encode:
-    """The tower in PyTorch float32 as a function of arrays."""
+    """The tower in PyTorch float32 as a function of arrays.
+
+    Returns:
+        From inputs (b, 3, H, W) float32 or (b, L) int64 to embeddings (b, d) float32, not normalised.
+    """
     device = next(tower.graph_module().parameters()).device
 
     @torch.inference_mode()
@@ -197,7 +201,14 @@ def _all_outputs(tower: Tower, normalised: bool) -> EncodeAll:
 
 
 class EncoderRunner(BaseRunner):  # type: ignore[misc]
-    """A Polygraphy runner around any function from a batch to outputs by name."""
+    """A Polygraphy runner around any function from a batch to outputs by name.
+
+    Args:
+        name: Name of the runner.
+        encode: From inputs (b, 3, H, W) float32 or (b, L) int64 to outputs by name, (b, ...) float32.
+        input_name: Name of the input.
+        sample: Inputs of which the metadata is read, (n, 3, H, W) float32 or (n, L) int64.
+    """
 
     def __init__(self, name: str, encode: EncodeAll, input_name: str, sample: Inputs) -> None:
         super().__init__(name=name)
@@ -214,7 +225,14 @@ class EncoderRunner(BaseRunner):  # type: ignore[misc]
         return TensorMetadata().add(self._input, self._sample.dtype, (-1, *self._sample.shape[1:]))
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
-        """Runs one batch."""
+        """Runs one batch.
+
+        Args:
+            feed_dict: The input by its name, (b, 3, H, W) float32 or (b, L) int64.
+
+        Returns:
+            Outputs by name, (b, ...) float32.
+        """
         self.inference_time = 0.0
         return OrderedDict(self._encode(feed_dict[self._input]))
 

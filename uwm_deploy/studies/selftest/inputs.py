@@ -25,7 +25,11 @@ Plant = Callable[[World, Path], Build]
 
 
 def prepared_by(pixels: Pixels) -> Plant:
-    """A runtime that prepares images in another way; reference and artifacts see the same pixels."""
+    """A runtime that prepares images in another way; reference and artifacts see the same pixels.
+
+    Args:
+        pixels: Preprocessing of an image, to (3, H, W) float32.
+    """
 
     def plant(world: World, _: Path) -> Build:
         return dataclasses.replace(world.honest, prepared=world.prepare(pixels=pixels), pixels=pixels)
@@ -34,31 +38,31 @@ def prepared_by(pixels: Pixels) -> Plant:
 
 
 def bilinear(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Resized by another filter."""
+    """Pixels (3, H, W) float32, resized by another filter."""
     return pixels_from_image(image, dataclasses.replace(spec, resample="bilinear"))
 
 
 def blue_first(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Channels in the order blue, green, red, as some decoders give them."""
+    """Pixels (3, H, W) float32, channels in the order blue, green, red, as some decoders give them."""
     crop = np.ascontiguousarray(crop_from_image(image, spec)[..., ::-1])
     return pixels_from_crops(crop, spec)
 
 
 def other_statistics(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Normalised with the mean and deviation of ImageNet."""
+    """Pixels (3, H, W) float32, normalised with the mean and deviation of ImageNet."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return pixels_from_crops(crop_from_image(image, spec), dataclasses.replace(spec, mean=mean, std=std))
 
 
 def crop_off_by_one(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """The middle is one pixel further, down and to the right."""
+    """Pixels (3, H, W) float32, cropped one pixel too far down and to the right."""
     larger = dataclasses.replace(spec, crop=spec.crop + 2)
     crop = crop_from_image(image.convert("RGB"), larger)[2:, 2:]
     return pixels_from_crops(np.ascontiguousarray(crop), spec)
 
 
 def squashed(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Resized to a square instead of cropped to one."""
+    """Pixels (3, H, W) float32, resized to a square instead of cropped to one."""
     return pixels_from_image(image, dataclasses.replace(spec, fit="squash"))
 
 

@@ -44,7 +44,13 @@ def with_weights(tower: nn.Module) -> Change:
 
 
 def replace_weights(model: onnx.ModelProto, new: Callable[[str, np.ndarray], np.ndarray]) -> None:
-    """Replaces initialisers by what a function makes of name and value."""
+    """Replaces initialisers by the results of a function.
+
+    Args:
+        model: Changed in place.
+        new: From name and value, any dtype and any shape, to a value of the same dtype; an initialiser for which it returns
+            the very same array stays.
+    """
     for tensor in model.graph.initializer:
         before = numpy_helper.to_array(tensor)
         after = new(tensor.name, before)
@@ -53,7 +59,12 @@ def replace_weights(model: onnx.ModelProto, new: Callable[[str, np.ndarray], np.
 
 
 def weights_where(wanted: Callable[[str], bool], new: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Replaces the initialisers of some names."""
+    """Replaces the initialisers of some names.
+
+    Args:
+        wanted: Whether an initialiser is replaced, by name.
+        new: From a value, any dtype and any shape, to a value of the same dtype.
+    """
 
     def change(model: onnx.ModelProto) -> None:
         replace_weights(model, lambda name, array: new(array) if wanted(name) else array)

@@ -130,7 +130,10 @@ MAPPED = MadeBy(method="safety-axis", placement=Placement.EMBEDDING, axis=_SETTI
 
 A = TypeVar("A", OnnxArtifact, EngineArtifact)
 Pixels = Callable[[Image.Image, ImageSpec], np.ndarray]
+"""From an image to pixels, (3, H, W) float32."""
+
 Encode = Callable[[Sequence[str]], np.ndarray]
+"""From captions to ids, (n, L) int64."""
 
 
 def data_file(folder: Path, name: str, split: str, limit: int, seed: int = 0) -> str:
@@ -161,8 +164,8 @@ class Build:
         calibrated: Concepts of the calibration set.
         overlap: Items in both sets.
         prepared: The evaluation set as it is fed to everything.
-        pixels: Preprocessing of the runtime.
-        encode: Tokenisation of the runtime; that of the model when None.
+        pixels: Preprocessing of the runtime, to (3, H, W) float32.
+        encode: Tokenisation of the runtime, to (n, L) int64; that of the model when None.
     """
 
     original: LoadedModel
@@ -244,8 +247,8 @@ class World:
 
         Args:
             source: Another set.
-            pixels: Another preprocessing.
-            encode: Another tokenisation.
+            pixels: Another preprocessing, to (3, H, W) float32.
+            encode: Another tokenisation, to (n, L) int64.
             image: Another preprocessing that the runtime knows.
         """
         source, ref = source or self.source, self.original.ref
@@ -444,6 +447,13 @@ def _renamed(record: A, path: Path) -> A:
 
 
 def as_rows(pixels: np.ndarray | PixelRows) -> np.ndarray:
-    """All rows of prepared pixels, (n, 3, H, W) float32."""
+    """All rows of prepared pixels as one array.
+
+    Args:
+        pixels: (n, 3, H, W) float32, or what reads like it.
+
+    Returns:
+        (n, 3, H, W) float32.
+    """
     rows: np.ndarray = pixels[0 : len(pixels)]
     return rows
