@@ -14,7 +14,6 @@ PACKAGE = ROOT / "uwm_deploy"
 MODULE_LINES, CLASS_LINES, FUNCTION_LINES = 500, 300, 60
 
 _NOT_YET = {
-    "uwm_deploy/studies/sweep.py:sweep",
 }
 """What is still too long. The test wants it exact, so that the list only shrinks."""
 
