@@ -194,11 +194,11 @@ class Histogram:
     """Margins of one decision, counted.
 
     Attributes:
-        edges: (b + 1,) ascending; 0 is one of them.
-        original: (b,) counts of the original model; the others are of the edited one.
-        same: Decided as the original model does.
-        lost: Safe for the original, unsafe for the edited model.
-        gained: Unsafe for the original, safe for the edited model.
+        edges: (b + 1,) float64, ascending; 0 is one of them.
+        original: (b,) int64 counts of the original model; the others are of the edited one.
+        same: (b,) int64, decided as the original model does.
+        lost: (b,) int64, safe for the original, unsafe for the edited model.
+        gained: (b,) int64, unsafe for the original, safe for the edited model.
     """
 
     edges: np.ndarray
@@ -214,8 +214,8 @@ def histogram_of(original: np.ndarray, edited: np.ndarray, bins: int = 32) -> Hi
     An exact tie is a failure, so the bin to the left of 0 includes it.
 
     Args:
-        original: (n,) margins, differences of cosines.
-        edited: (n,) margins of the same items.
+        original: (n,) float64 margins, differences of cosines.
+        edited: (n,) float64 margins of the same items.
         bins: Number of bins, about.
     """
     both = np.concatenate([original, edited])

@@ -26,8 +26,10 @@ class Encoders:
 
     Attributes:
         name: For the report: recipe name, or the variant of a bundle.
-        batch: Rows per call.
         weights_digest: Of the model; of a bundle the edited one's.
+        encode_image: From pixels (b, 3, H, W) float32 to embeddings (b, d) float32.
+        encode_text: From token ids (b, L) int64 to embeddings (b, d) float32.
+        batch: Rows per call.
     """
 
     name: str
