@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "uwm_deploy"
 MODULE_LINES, CLASS_LINES, FUNCTION_LINES = 500, 300, 60
 
-_NOT_YET = {
-    "uwm_deploy/studies/sweep.py:sweep",
-}
+_NOT_YET: set[str] = set()
 """What is still too long. The test wants it exact, so that the list only shrinks."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from uwm_deploy.records.metrics import Proportion
+from uwm_deploy.report.charts import Bar, Tone
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import NOTHING, Child, Html, tag
 
@@ -44,6 +46,17 @@ def table(rows: Sequence[Mapping[str, Child]]) -> Html:
 def _is_number(value: Child) -> bool:
     text = "" if value is None else str(value)
     return not text or text[0] in "0123456789+-\N{MINUS SIGN}" or text == NOTHING
+
+
+def share_bar(label: str, tone: Tone, share: Proportion) -> Bar:
+    """The bar of a share, percent, with its interval."""
+    return Bar(label=label, tone=tone, value=share.value, low=share.low, high=share.high, shown=f"{share.value:.1f}")
+
+
+def share_cells(share: Proportion) -> dict[str, Child]:
+    """The cells of a share in a table."""
+    interval = f"{share.low:.1f} to {share.high:.1f}"
+    return {"percent": f"{share.value:.1f}", "95% interval": interval, "n": str(share.n)}
 
 
 def marked(label: str, dossier: Dossier) -> str:

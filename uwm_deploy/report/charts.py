@@ -195,8 +195,8 @@ class Histogram:
 
     Attributes:
         edges: (b + 1,) float64, ascending; 0 is one of them.
-        original: (b,) int64, counts of the original model; the other counts are of the edited model.
-        same: (b,) int64, decided as by the original model.
+        original: (b,) int64 counts of the original model; the others are of the edited one.
+        same: (b,) int64, decided as the original model does.
         lost: (b,) int64, safe for the original, unsafe for the edited model.
         gained: (b,) int64, unsafe for the original, safe for the edited model.
     """
@@ -214,8 +214,8 @@ def histogram_of(original: np.ndarray, edited: np.ndarray, bins: int = 32) -> Hi
     An exact tie is a failure, so the bin to the left of 0 includes it.
 
     Args:
-        original: (n,) float64, margins, differences of cosines.
-        edited: (n,) float64, margins of the same items.
+        original: (n,) float64 margins, differences of cosines.
+        edited: (n,) float64 margins of the same items.
         bins: Number of bins, about.
     """
     both = np.concatenate([original, edited])

@@ -16,8 +16,9 @@ import numpy as np
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.files import write_atomic
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.records.studies import BenchReport, BenchSubject, MethodComparison, SweepPoint, SweepReport
+from uwm_deploy.records.studies import BenchReport, BenchSubject, MethodComparison, SweepReport
 from uwm_deploy.report.method_changes import first_measured, zero_shot_change
+from uwm_deploy.report.tables.sweep_points import point_label
 from uwm_deploy.safeground.tradeoff import gain, mean_recall, pareto, zero_shot_mean
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
         at = [i for i, p in enumerate(report.points) if p.factor == factor]
         name = "strengths of the axis" if strengths else f"factor {factor:g}"
         axes.plot(*zip(*(places[i] for i in at), strict=True), marker="o", markersize=4, label=name)
-        _label_points(axes, [places[i] for i in at], [_point_label(report.points[i]) for i in at])
+        _label_points(axes, [places[i] for i in at], [point_label(report.points[i]) for i in at])
     if not math.isnan(base):
         _ring_front(axes, places, size=90, label="not beaten by any other point")
     if report.picked is not None:
@@ -60,11 +61,6 @@ def draw_sweep(report: SweepReport, path: Path) -> None:
     axes.set_title(f"{about} on {report.measured_on.name} (n = {report.measured_on.n}); labels: {labels}", fontsize=9)
     axes.legend(fontsize=8)
     _save(figure, path)
-
-
-def _point_label(point: SweepPoint) -> str:
-    """What tells a point from the others of its sweep."""
-    return f"{point.keep_mass:.3g}" if point.max_retrieval_loss is None else f"{point.max_retrieval_loss:g}"
 
 
 def draw_comparison(result: MethodComparison, path: Path) -> None:

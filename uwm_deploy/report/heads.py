@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import Estimate, Proportion, RiskReport
 from uwm_deploy.report import charts
-from uwm_deploy.report.blocks import figure, marked, section, table
-from uwm_deploy.report.charts import Bar, Group, Tone
+from uwm_deploy.report.blocks import figure, marked, section, share_bar, share_cells, table
+from uwm_deploy.report.charts import Group, Tone
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.markup import Child, Html, tag
 from uwm_deploy.report.measured_subjects import executed_artifacts
@@ -54,11 +54,11 @@ def _actions(dossier: Dossier) -> Html:
                 for label, tone, risk in _subjects(dossier)
             ]
             head = f"{name} images, at least {step.value}"
-            groups.append(Group(head=head, note=note, bars=[_bar(label, tone, p) for label, tone, p in found]))
-            rows += [{"images": head, "of": label, **_cells(p)} for label, _, p in found]
+            groups.append(Group(head=head, note=note, bars=[share_bar(label, tone, p) for label, tone, p in found]))
+            rows += [{"images": head, "of": label, **share_cells(p)} for label, _, p in found]
     zero_shot = [(la, tone, risk.benign_zero_shot.get(STOPS.value)) for la, tone, risk in _subjects(dossier)]
     head = f"zero-shot images, at least {STOPS.value}"
-    rows += [{"images": head, "of": label, **_cells(p)} for label, _, p in zero_shot if p is not None]
+    rows += [{"images": head, "of": label, **share_cells(p)} for label, _, p in zero_shot if p is not None]
     about = "Percent of unsafe and of safe images for which each action, or a stricter one, is taken."
     return figure("What each action catches and costs", charts.bars("Actions", about, groups, 100.0), _LEGEND, rows)
 
@@ -67,7 +67,7 @@ def _categories(dossier: Dossier, risk: RiskReport) -> Html:
     groups, rows = [], []
     for concept in risk.per_category:
         found = [(la, tone, r.per_category[concept]) for la, tone, r in _subjects(dossier) if concept in r.per_category]
-        groups.append(Group(head=concept, bars=[_bar(label, tone, part.recall) for label, tone, part in found]))
+        groups.append(Group(head=concept, bars=[share_bar(label, tone, part.recall) for label, tone, part in found]))
         for label, _, part in found:
             cells: dict[str, Child] = {"concept": concept, "of": label, "AUROC": f"{part.auroc.value:.1f}"}
             cells |= {"AUROC, 95% interval": _interval(part.auroc), "stopped": f"{part.recall.value:.1f}"}
@@ -108,14 +108,6 @@ def _made(head: SafetyHead) -> Html:
         f"{training.validation.name if training.validation else 'the same set, held out'}."
     )
     return tag("p", {}, words)
-
-
-def _bar(label: str, tone: Tone, p: Proportion) -> Bar:
-    return Bar(label=label, tone=tone, value=p.value, low=p.low, high=p.high, shown=f"{p.value:.1f}")
-
-
-def _cells(p: Proportion) -> dict[str, Child]:
-    return {"percent": f"{p.value:.1f}", "95% interval": _interval(p), "n": str(p.n)}
 
 
 def _interval(found: Proportion | Estimate) -> str:

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from uwm_deploy.records.evidence import VerifyReport
-from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange
+from uwm_deploy.records.metrics import Flips, Geometry, RankChange
 from uwm_deploy.records.studies import SweepReport
 from uwm_deploy.report import charts
-from uwm_deploy.report.blocks import figure, folded, marked, section, table
-from uwm_deploy.report.charts import Bar, Group, Point, Tone, signed
+from uwm_deploy.report.blocks import figure, folded, marked, section, share_bar, share_cells, table
+from uwm_deploy.report.charts import Bar, Group, Point, signed
 from uwm_deploy.report.edit_words import axis_words
 from uwm_deploy.report.evidence import Dossier, Margins
 from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
 from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
+from uwm_deploy.report.tables.sweep_points import point_label
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS
 from uwm_deploy.safeground.retrieval import HARD, PAIRED
@@ -65,7 +66,8 @@ def safeground(dossier: Dossier) -> Html:
                 head=name,
                 note=MEANING[name],
                 bars=[
-                    _bar(marked(who, dossier), tone, s.preference[name]) for who, tone, s in measured_subjects(report)
+                    share_bar(marked(who, dossier), tone, s.preference[name])
+                    for who, tone, s in measured_subjects(report)
                 ],
             )
             for name in names
@@ -75,7 +77,7 @@ def safeground(dossier: Dossier) -> Html:
         for name in names:
             for label, _, safety in measured_subjects(report):
                 p = safety.preference[name]
-                rows.append({"metric": name, "of": label, **_cells(p), "ties": str(p.ties)})
+                rows.append({"metric": name, "of": label, **share_cells(p), "ties": str(p.ties)})
         return figure(head, charts.bars(head, about, groups, 100.0), _LEGEND, rows)
 
     n = report.edited.preference["GS"].n
@@ -85,14 +87,6 @@ def safeground(dossier: Dossier) -> Html:
     )
     parts = drawn(BASIC, "The four decisions"), drawn(COMBINED, "Several decisions at once")
     return section("safety", "Safety", lead, tag("div", {"class": "pair"}, *parts), _effect(report))
-
-
-def _bar(label: str, tone: Tone, p: Proportion) -> Bar:
-    return Bar(label=label, tone=tone, value=p.value, low=p.low, high=p.high, shown=f"{p.value:.1f}")
-
-
-def _cells(p: Proportion) -> dict[str, Child]:
-    return {"percent": f"{p.value:.1f}", "95% interval": f"{p.low:.1f} to {p.high:.1f}", "n": str(p.n)}
 
 
 def _effect(report: VerifyReport) -> Html:
@@ -230,8 +224,8 @@ def zero_shot(dossier: Dossier) -> Html:
         found = [
             (label, tone, s.zero_shot[name]) for label, tone, s in measured_subjects(report) if name in s.zero_shot
         ]
-        groups.append(Group(head=name, bars=[_bar(marked(label, dossier), tone, p) for label, tone, p in found]))
-        rows += [{"set": name, "of": label, **_cells(p)} for label, _, p in found]
+        groups.append(Group(head=name, bars=[share_bar(marked(label, dossier), tone, p) for label, tone, p in found]))
+        rows += [{"set": name, "of": label, **share_cells(p)} for label, _, p in found]
     for name, reason in report.edited.zero_shot_missing.items():
         groups.append(Group(head=name, bars=[Bar(label="every model", value=None, shown=f"not run: {reason}")]))
         rows.append({"set": name, "of": "every model", "percent": "not run", "95% interval": reason, "n": NOTHING})
@@ -255,13 +249,13 @@ def retrieval(dossier: Dossier) -> Html:
         found = [
             (label, tone, s.retrieval[name]) for label, tone, s in measured_subjects(report) if name in s.retrieval
         ]
-        bars = [_bar(marked(label, dossier), tone, p) for label, tone, p in found]
+        bars = [share_bar(marked(label, dossier), tone, p) for label, tone, p in found]
         groups += [Group(head=short, note=meaning, bars=bars)] if bars else []
-        rows += [{"query and answer": name, "of": label, **_cells(p)} for label, _, p in found]
+        rows += [{"query and answer": name, "of": label, **share_cells(p)} for label, _, p in found]
     head = "Retrieval, percent"
     about = "Percent of queries, for the original model, the edited model and each artifact."
     every: list[dict[str, Child]] = [
-        {"query and answer": name, "of": label, **_cells(p), "ties": str(p.ties)}
+        {"query and answer": name, "of": label, **share_cells(p), "ties": str(p.ties)}
         for name in sorted(report.edited.retrieval)
         for label, _, safety in measured_subjects(report)
         for p in [safety.retrieval.get(name)]
@@ -350,7 +344,7 @@ def sweep(report: SweepReport | None) -> Html | None:
         Point(
             x=x,
             y=y,
-            label=f"{p.keep_mass:.3g}" if p.max_retrieval_loss is None else f"{p.max_retrieval_loss:g}",
+            label=point_label(p),
             series=factors.index(p.factor),
             ringed=i in front,
             chosen=i == report.picked,

@@ -56,8 +56,8 @@ class BuildFiles:
         converted: Gives the graph in lower precision that an engine was compiled from; None where it was not kept.
         engine_file: Gives an engine's file.
         canaries: Gives those of a tower; None where it has none.
-        inputs: Gives inputs of a tower without canaries, (n, 3, H, W) float32 or (n, L) int64; raises InputError where there
-            are none.
+        inputs: Gives inputs of a tower without canaries, (n, 3, H, W) float32 or (n, L) int64; raises InputError where
+            there are none.
         model: Folder of the saved edited model; None where it was not kept.
     """
 

@@ -25,13 +25,10 @@ class Encoders:
     """Both encoders of a subject, opened.
 
     Attributes:
-        name: Name in the report: recipe name, or the variant of a bundle.
-        weights_digest: Digest of the model's weights; of a bundle the edited model's.
-        image: Preprocessing of images.
-        text: Tokenisation.
-        tokenizer: The model's tokenizer.
+        name: For the report: recipe name, or the variant of a bundle.
+        weights_digest: Of the model; of a bundle the edited one's.
         encode_image: From pixels (b, 3, H, W) float32 to embeddings (b, d) float32.
-        encode_text: From ids (b, L) int64 to embeddings (b, d) float32.
+        encode_text: From token ids (b, L) int64 to embeddings (b, d) float32.
         batch: Rows per call.
     """
 

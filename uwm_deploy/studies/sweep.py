@@ -69,10 +69,7 @@ def sweep(
         _check_may_pick(source, recipe.data.evaluation)
     if recipe.closed_form is not None and on is None:
         reporter.line("sweep      note: measured on the pairs that the strengths are made from; --on names another set")
-    made = Run(plan_of(request), reporter)
-    with made.locked():
-        made.check("fit")
-        made.get("fit")
+    made = _scored_and_fitted(request, reporter)
     score, model = made.outcome.score, made.models.original
     assert score is not None
     with reporter.stage("sweep", f"{values.count} points on {measured_on}"):
@@ -96,6 +93,15 @@ def sweep(
         with whole_folder(out) as folder:
             write_sweep(report, folder)
     return report
+
+
+def _scored_and_fitted(request: Request, reporter: Reporter) -> Run:
+    """A run up to what every point is made from."""
+    made = Run(plan_of(request), reporter)
+    with made.locked():
+        made.check("fit")
+        made.get("fit")
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

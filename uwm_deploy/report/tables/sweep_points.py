@@ -63,6 +63,11 @@ def _setting_cells(point: SweepPoint) -> tuple[str, ...]:
     return f"{point.keep_mass:g}", f"{point.factor:g}", *shares
 
 
+def point_label(point: SweepPoint) -> str:
+    """What tells a point from the others of its sweep."""
+    return f"{point.keep_mass:.3g}" if point.max_retrieval_loss is None else f"{point.max_retrieval_loss:g}"
+
+
 def sweep_csv(report: SweepReport) -> str:
     """The table in CSV."""
     rows = sweep_rows(report)
