@@ -38,7 +38,9 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def _section(title: str) -> str:
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.search(
+        rf"^## {title}\n(.*?)(?=^## |\Z)", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert found is not None, title
     return found[1]
 
@@ -57,10 +59,14 @@ def test_every_entry_of_the_package_has_one_line() -> None:
 
 def test_rooms_stand_as_the_contract_has_them() -> None:
     """Top floor first: what may import stands above what it may import; every room has a floor."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     floor = {name.strip(): number for number, layer in enumerate(layers) for name in layer.split("|")}
-    floors = [floor[f"uwm_deploy.{room.removesuffix('.py')}"] for room in _rooms() if room not in ("__init__.py", "py.typed")]
+    floors = [
+        floor[f"uwm_deploy.{room.removesuffix('.py')}"] for room in _rooms() if room not in ("__init__.py", "py.typed")
+    ]
     assert floors == sorted(floors)
     assert len(floors) == len(floor)
     for contract in contracts:
@@ -141,7 +147,9 @@ def _is_path(span: str) -> bool:
     if not re.fullmatch(r"[\w.*/-]+", path):
         return False
     first, slash, _ = path.partition("/")
-    return path.endswith((".py", ".md", "pyproject.toml")) or bool(slash and any((base / first).is_dir() for base in (ROOT, PACKAGE)))
+    return path.endswith((".py", ".md", "pyproject.toml")) or bool(
+        slash and any((base / first).is_dir() for base in (ROOT, PACKAGE))
+    )
 
 
 def _files(path: str) -> list[Path]:
@@ -190,10 +198,11 @@ def test_names_exist(page: Path) -> None:
 
 def _resolves(name: str) -> bool:
     """Whether it is a module, or an attribute of one."""
-    if find_spec(name.rpartition(".")[0]) is not None and find_spec(name) is not None:
-        return True
-    module, _, attribute = name.rpartition(".")
-    return hasattr(import_module(module), attribute)
+    try:
+        return import_module(name).__name__ == name
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        return hasattr(import_module(module), attribute)
 
 
 def test_what_is_not_there_is_found() -> None:
@@ -222,20 +231,28 @@ def _commands(text: str) -> Iterator[list[str]]:
 def test_commands_exist(page: Path) -> None:
     """Every `uwm-deploy X` is a command with the options that are given to it."""
     for words in _commands(page.read_text(encoding="utf-8")):
-        command: click.Command | None = cli
-        context, rest = click.Context(cli), list(words)
-        while isinstance(command, click.Group) and rest and (inner := command.get_command(context, rest[0])) is not None:
-            command, rest = inner, rest[1:]
-        assert command is not cli, words
-        known = {option for parameter in command.get_params(context) for option in parameter.opts} | {"--help"}
-        assert {word for word in rest if word.startswith("--")} <= known, words
+        command = _command(words)
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def _command(words: list[str]) -> click.Command:
+    """The command that words begin with, groups inside groups included."""
+    found: click.Command = cli
+    for word in words:
+        inner = found.get_command(click.Context(found), word) if isinstance(found, click.Group) else None
+        if inner is None:
+            break
+        found = inner
+    assert found is not cli, words
+    return found
 
 
 @pages
 def test_programs_exist(page: Path) -> None:
     """What is called in `.venv/bin` is installed by the extra [dev]; modules that Python runs are there."""
     text = page.read_text(encoding="utf-8")
-    for program in re.findall(r"\.venv/bin/([\w-]+)", text):
+    for program in set(re.findall(r"\.venv/bin/([\w-]+)", text)) - {"pip"}:  # what makes an environment brings it
         assert (Path(sys.executable).parent / program).exists(), program
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert find_spec(module) is not None, module
