@@ -141,6 +141,10 @@ def _spans(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"^(?: {4}|```).*$", "", text, flags=re.MULTILINE))
 
 
+_FOLDERS = ("calibration", "ci", "docs", "export", "tests", "uwm_deploy")
+"""Folders of the repository; a checkout has others, such as `dist`, that are not in it."""
+
+
 def _is_path(span: str) -> bool:
     """Whether it is meant as a path of this repository: it ends like a source file, or begins with a folder that is here."""
     path = span.partition(":")[0]
@@ -148,7 +152,7 @@ def _is_path(span: str) -> bool:
         return False
     first, slash, _ = path.partition("/")
     return path.endswith((".py", ".md", "pyproject.toml")) or bool(
-        slash and any((base / first).is_dir() for base in (ROOT, PACKAGE))
+        slash and (first in _FOLDERS or (PACKAGE / first).is_dir())
     )
 
 
