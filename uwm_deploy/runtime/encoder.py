@@ -178,11 +178,11 @@ class SafeEncoder:
             BusyError: If there was no place in the queue for too long.
             InputError: If risks are asked for and the bundle has no safety head.
         """
-        self._check_head(risk)
+        _check_head(self._head, risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = self._services[TowerName.IMAGE].encode(items, self._preprocessing.pixels)
-        return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
+        return _result(self, answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     async def aencode_image(
         self,
@@ -203,11 +203,11 @@ class SafeEncoder:
         Returns:
             (n, d) in the asked dtype, rows of length 1; see `encode_image`.
         """
-        self._check_head(risk)
+        _check_head(self._head, risk)
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = await self._services[TowerName.IMAGE].aencode(items, self._preprocessing.pixels)
-        return self._result(answers, "image", dtype, "raise" if single else on_error, risk=risk)
+        return _result(self, answers, "image", dtype, "raise" if single else on_error, risk=risk)
 
     def encode_text(
         self,
@@ -236,7 +236,7 @@ class SafeEncoder:
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = self._services[TowerName.TEXT].encode(items, self._preprocessing.ids(special_tokens))
-        return self._result(answers, "text", dtype, "raise" if single else on_error)
+        return _result(self, answers, "text", dtype, "raise" if single else on_error)
 
     async def aencode_text(
         self,
@@ -254,7 +254,7 @@ class SafeEncoder:
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = await self._services[TowerName.TEXT].aencode(items, self._preprocessing.ids(special_tokens))
-        return self._result(answers, "text", dtype, "raise" if single else on_error)
+        return _result(self, answers, "text", dtype, "raise" if single else on_error)
 
     def safety_policy(
         self, *, texts: Sequence[str] | None = None, thresholds: Mapping[str, float] | None = None
@@ -268,7 +268,7 @@ class SafeEncoder:
         Raises:
             InputError: If the bundle has no safety head, or texts or thresholds cannot be used.
         """
-        self._check_head(True)
+        _check_head(self._head, True)
         assert self._head is not None
         if texts is None:
             texts = texts_from(self._bundle.read(f"{PLACE}/{TEXTS}"))
@@ -347,25 +347,27 @@ class SafeEncoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_head(self, risk: bool) -> None:
-        if risk and self._head is None:
-            raise InputError(
-                "the bundle has no safety head, so risks are not known",
-                fix="build with --safety-head, or leave risk out",
-            )
 
-    def _result(
-        self, answers: Sequence[Answer], what: str, dtype: Kind, on_error: OnError, *, risk: bool = False
-    ) -> Embeddings:
-        width = self.manifest.model.embed_dim
-        found = joined([row if isinstance(row, Exception) else row[:width] for row in answers], width, dtype)
-        if risk and self._head is not None:
-            found.risk = risks_beside(self._head, answers, width)
-            for decision, number in Counter(found.risk.decisions).items():
-                self._monitor.metrics.risk_decisions.labels(decision=decision.value).inc(number)
-        if on_error == "raise":
-            raise_first(found, what)
-        return found
+def _check_head(head: SafetyHead | None, risk: bool) -> None:
+    if risk and head is None:
+        raise InputError(
+            "the bundle has no safety head, so risks are not known",
+            fix="build with --safety-head, or leave risk out",
+        )
+
+
+def _result(
+    encoder: SafeEncoder, answers: Sequence[Answer], what: str, dtype: Kind, on_error: OnError, *, risk: bool = False
+) -> Embeddings:
+    width = encoder.manifest.model.embed_dim
+    found = joined([row if isinstance(row, Exception) else row[:width] for row in answers], width, dtype)
+    if risk and encoder._head is not None:
+        found.risk = risks_beside(encoder._head, answers, width)
+        for decision, number in Counter(found.risk.decisions).items():
+            encoder._monitor.metrics.risk_decisions.labels(decision=decision.value).inc(number)
+    if on_error == "raise":
+        raise_first(found, what)
+    return found
 
 
 def _identity_of(encoder: SafeEncoder, where: Mapping[str, str]) -> dict[str, str]:

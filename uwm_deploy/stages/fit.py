@@ -79,13 +79,11 @@ def fit_to_folder(
     scale, weights = scale or Scale(), fitted_weights(model, placement)
     sums: dict[str, np.ndarray] = {}
     rows: dict[TowerName, dict[str, np.ndarray]] = {}
-    counts_by_tower, seconds = {name: PairCounts(name) for name in TowerName}, {}
+    counts, seconds = {name: PairCounts(name) for name in TowerName}, {}
     kept = _kept_ids(pairs(TowerName.TEXT).ids)
     for name in TowerName:
         started = time.perf_counter()
-        moments, rows[name] = _tower(
-            model, original, pairs(name), weights[name], kept, placement, counts_by_tower[name], scale
-        )
+        moments, rows[name] = _tower(model, original, pairs(name), weights[name], kept, placement, counts[name], scale)
         sums |= moments.to_tensors(name.value)
         seconds[name.value] = time.perf_counter() - started
     if not scale.ranks.first:
@@ -98,8 +96,8 @@ def fit_to_folder(
         method=method,
         fitted_on=digest_of_weights(model.named_parameters()),
         placement=placement,
-        n_pairs={name.value: counts_by_tower[name].count for name in TowerName},
-        left_out={name.value: counts_by_tower[name].left_out() for name in TowerName},
+        n_pairs={name.value: counts[name].count for name in TowerName},
+        left_out={name.value: counts[name].left_out() for name in TowerName},
         kept=len(names),
         sums_digest=digest_of_file(folder / SUMS),
         features_digest=digest_of_file(folder / FEATURES),
