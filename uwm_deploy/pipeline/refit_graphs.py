@@ -41,10 +41,10 @@ from uwm_deploy.graphs.stored_weights import (
 from uwm_deploy.graphs.tensor_layout import stored_tensors
 from uwm_deploy.records.edit import MAP_NAMES, EditKind, EditRecord, EditStep, Method, TensorEdit
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.providers import provider_reason
-from uwm_deploy.runtime.session import open_engine, open_session, provider_of, usable
+from uwm_deploy.runtime.session import external_data_of, open_engine, open_graph, provider_of, usable
 from uwm_deploy.runtime.tensorrt import MODULES
 from uwm_deploy.safeground.embedded import parity
 
@@ -405,17 +405,8 @@ def _check_against_graph(engine: EngineArtifact, plan: Path, graph: Path, rows: 
         found = session.run(rows)
     finally:
         session.close()
-    external = graph.with_name(f"{graph.name}.data")
-    exported = open_session(
-        Target.ONNXRUNTIME,
-        graph.read_bytes(),
-        profile=Profile(min=1, opt=1, max=len(rows)),
-        inputs=engine.inputs,
-        outputs=engine.outputs,
-        external_data={external.name: external.read_bytes()} if external.is_file() else {},
-        device="cpu",
-        optimisation="extended",
-    )
+    external = external_data_of(graph.parent, f"{graph.name}.data")
+    exported = open_graph(graph, engine, max_batch=len(rows), external_data=external)
     try:
         wanted = exported.run(rows)
     finally:

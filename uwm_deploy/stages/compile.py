@@ -25,7 +25,7 @@ from uwm_deploy.records.edit import EditRecord, TensorEdit
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
-from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_session, usable
+from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_graph, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 from uwm_deploy.stages.job import Job
 
@@ -224,14 +224,10 @@ def _as_it_is(
     started = time.perf_counter()
     for name in filter(None, (graph.file, graph.external_data)):
         shutil.copyfile(source.parent / name, folder / name)
-    external = {graph.external_data: (folder / graph.external_data).read_bytes()} if graph.external_data else {}
-    session = open_session(
-        Target.ONNXRUNTIME,
-        (folder / graph.file).read_bytes(),
-        profile=Profile(min=1, opt=1, max=1),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        external_data=external,
+    session = open_graph(
+        folder / graph.file,
+        graph,
+        max_batch=1,
         device="cpu" if provider == "any" else provider,
         optimisation="basic" if lowered is Precision.FP8 else "extended",
     )

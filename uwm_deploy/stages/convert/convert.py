@@ -27,11 +27,9 @@ from uwm_deploy.records.graph import (
     Fingerprint,
     OnnxArtifact,
     Precision,
-    Profile,
-    Target,
 )
 from uwm_deploy.records.model import Digest
-from uwm_deploy.runtime.session import open_session
+from uwm_deploy.runtime.session import external_data_of, open_graph
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
 
 HALF = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
@@ -278,14 +276,11 @@ def embed_with(
     Returns:
         (n, d) float32.
     """
-    session = open_session(
-        Target.ONNXRUNTIME,
-        path.read_bytes(),
-        profile=Profile(min=1, opt=1, max=16),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        external_data={external: (path.parent / external).read_bytes()} if external else {},
-        device="cpu",
+    session = open_graph(
+        path,
+        graph,
+        max_batch=16,
+        external_data=external_data_of(path.parent, external),
         optimisation="basic" if lowered in (Precision.INT8, Precision.FP8) else "extended",
     )
     try:
