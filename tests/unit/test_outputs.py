@@ -27,6 +27,7 @@ from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import EditRecord, EditStep, Method, TensorEdit
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import SCHEMA_VERSION, TowerName
 from uwm_deploy.records.schema import PUBLISHED, schema_of, text_of
@@ -450,10 +451,10 @@ def _metadata(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_card_is_in_the_bundle_and_beside_the_saved_model(built) -> None:
+def test_a_build_leaves_the_card_of_its_bundle_and_that_of_its_model(built) -> None:
     """The hub's own reader parses both; numbers are the report's; the bundle's card is listed like any other file."""
     request, outcome = built
-    for path, library in ((request.out, "onnx"), (request.work / "edit" / "model", "transformers")):
+    for path, library in ((request.out, "onnx"), (request.work / "package", "transformers")):
         text = (path / "README.md").read_text()
         card = ModelCard(text)
         assert card.data.library_name == library
@@ -467,6 +468,16 @@ def test_the_card_is_in_the_bundle_and_beside_the_saved_model(built) -> None:
         assert f"\n{verdict_line(outcome.verdict)}\n\n- {safer_line(outcome.verdict)}\n" in text
         assert "verdict: pass" in text
     assert "README.md" in {file.path for file in outcome.manifest.files}
+
+
+def test_the_card_beside_the_saved_model_has_no_numbers_and_is_never_rewritten(built) -> None:
+    """It is written with the model, so it is among the files that the stage vouches for."""
+    request, _ = built
+    folder = request.work / "edit"
+    text = (folder / "model" / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    stamped = json.loads((folder / "stage.json").read_text())["files"]["model/README.md"]
+    assert stamped == digest_of_bytes(text.encode())
 
 
 def _edit(repo: str) -> EditRecord:

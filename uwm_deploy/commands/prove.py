@@ -156,6 +156,7 @@ def selftest(asked: SelftestOptions) -> Shown:
 
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.tables import planted_faults
     from uwm_deploy.report.terminal import print_rows
     from uwm_deploy.studies.selftest import run
 
@@ -163,11 +164,11 @@ def selftest(asked: SelftestOptions) -> Shown:
         progress = Reporter().progress
         found = run.selftest(Path(folder), asked.faults, asked.rebuilds, peers=asked.peers, progress=progress)
     if asked.markdown:
-        write_atomic(asked.markdown, run.markdown_of(found))
+        write_atomic(asked.markdown, planted_faults.markdown_of(found))
 
     def text() -> None:
-        print_rows(run.fault_rows(found))
-        click.echo("\n".join(run.summary_lines(found)))
+        print_rows(planted_faults.fault_rows(found))
+        click.echo("\n".join(planted_faults.summary_lines(found)))
 
     return Shown(data=found, text=text, code=ExitCode.PASS if run.passed(found) else ExitCode.GATE_FAILED)
 
