@@ -273,7 +273,7 @@ def untouched(bundle: Path) -> Iterator[None]:
         (["--patch", "{broken}"], 2, "not a whole patch file"),
         (["--patch", "{lying}"], 5, "is not the patch"),
         (["--revert", "--out", "{folder}"], 2, "is not a bundle"),
-        (["--revert", "--policy", "polcy"], 2, "nearest: default"),
+        (["--revert", "--policy", "defualt"], 2, "nearest: default"),
         (["--revert", "--variant", "tensorrt-fp32"], 2, "no variant"),
         (["--revert", "--evaluation", "{other}"], 2, "not the one the bundle was measured on"),
         (["--keep-mass", "0.8", "--work", "{folder}"], 2, "holds no scores"),
