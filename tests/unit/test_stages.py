@@ -18,7 +18,8 @@ from uwm_deploy.pipeline import closure
 from uwm_deploy.pipeline.closure import digest_of_sources, root, sources_of
 from uwm_deploy.pipeline.plan import foreseen, plan_of
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.pipeline.run import run
+from uwm_deploy.pipeline.run import Run, run
+from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.stages.table import NAMES, SOURCES, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -294,3 +295,12 @@ def test_checks_that_cannot_pass_are_told_beforehand(tmp_path: Path) -> None:
         Request(evaluation=_set(tmp_path, 300, 'zero_shot = ["colour"]\n'), work=tmp_path, out=tmp_path / "out")
     )
     assert foreseen(enough) == []
+
+
+def test_what_was_not_pulled_is_no_record(tmp_path: Path) -> None:
+    """An outcome gives records of stages that ran, and never an old one that lies in the folder."""
+    plan = plan_of(Request(work=tmp_path / "work", out=tmp_path / "out"))
+    outcome = Run(plan, toy_stages.Log(), stages=toy_stages.stages()).outcome
+    assert outcome.verdict is None
+    with pytest.raises(LookupError, match="gate"):
+        outcome.left(Verdict)

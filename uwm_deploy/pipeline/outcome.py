@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from uwm_deploy.bundle.layout import tower_record
+from uwm_deploy.bundle.layout import RunFolder, tower_record
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord, FitRecord, ScoreRecord
@@ -18,6 +18,16 @@ from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.stages.job import Made, Plan
 
 R = TypeVar("R")
+
+_RECORDS: Mapping[type, tuple[str, Callable[[RunFolder], Path]]] = {
+    ScoreRecord: ("score", lambda folder: folder.score_record),
+    FitRecord: ("fit", lambda folder: folder.fit_record),
+    EditRecord: ("edit", lambda folder: folder.edit_record),
+    VerifyReport: ("verify", lambda folder: folder.report),
+    Verdict: ("gate", lambda folder: folder.verdict),
+    Manifest: ("package", lambda folder: folder.packaged),
+}
+"""Record to the stage that leaves it, and its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +66,17 @@ class Outcome:
     @property
     def score(self) -> ScoreRecord | None:
         """Record of the scores."""
-        return self._record("score", ScoreRecord, self.run_plan.folder.score_record)
+        return self._if_left(ScoreRecord)
 
     @property
     def fit(self) -> FitRecord | None:
         """Record of the sums of a closed-form step."""
-        return self._record("fit", FitRecord, self.run_plan.folder.fit_record)
+        return self._if_left(FitRecord)
 
     @property
     def edit(self) -> EditRecord | None:
         """Record of the edit."""
-        return self._record("edit", EditRecord, self.run_plan.folder.edit_record)
+        return self._if_left(EditRecord)
 
     @property
     def onnx(self) -> tuple[OnnxArtifact, ...]:
@@ -93,20 +103,34 @@ class Outcome:
     @property
     def report(self) -> VerifyReport | None:
         """What was measured."""
-        return self._record("verify", VerifyReport, self.run_plan.folder.report)
+        return self._if_left(VerifyReport)
 
     @property
     def verdict(self) -> Verdict | None:
         """What the gate said."""
-        return self._record("gate", Verdict, self.run_plan.folder.verdict)
+        return self._if_left(Verdict)
 
     @property
     def manifest(self) -> Manifest | None:
         """Of the bundle."""
-        return self._record("package", Manifest, self.run_plan.folder.packaged)
+        return self._if_left(Manifest)
 
-    def _record(self, stage: str, kind: type[R], file: Path) -> R | None:
-        return read_record(kind, file) if self.made.get(stage) else None
+    def left(self, kind: type[R]) -> R:
+        """The record of a stage that was pulled.
+
+        Args:
+            kind: Type of the record.
+
+        Raises:
+            LookupError: If no stage leaves such a record, or that stage was not pulled.
+        """
+        stage, file = _RECORDS[kind]
+        if not self.made.get(stage):
+            raise LookupError(f"stage {stage} was not pulled")
+        return read_record(kind, file(self.run_plan.folder))
+
+    def _if_left(self, kind: type[R]) -> R | None:
+        return self.left(kind) if self.made.get(_RECORDS[kind][0]) else None
 
     def _per_tower(self, stage: str, kind: type[R]) -> tuple[R, ...]:
         return tuple(

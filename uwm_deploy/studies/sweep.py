@@ -17,7 +17,7 @@ from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import Run
 from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of
-from uwm_deploy.records.edit import Method, ScoreRecord
+from uwm_deploy.records.edit import FitRecord, Method, ScoreRecord
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.model import TowerName
@@ -70,8 +70,7 @@ def sweep(
     if recipe.closed_form is not None and on is None:
         reporter.line("sweep      note: measured on the pairs that the strengths are made from; --on names another set")
     made = _scored_and_fitted(request, reporter)
-    score, model = made.outcome.score, made.models.original
-    assert score is not None
+    score, model = made.outcome.left(ScoreRecord), made.models.original
     with reporter.stage("sweep", f"{values.count} points on {measured_on}"):
         measuring = _Measuring(model, source, request.workers, reporter)
         if recipe.closed_form is not None:
@@ -159,9 +158,8 @@ class _Measuring:
 
 def _strengths(made: Run, values: _Values, measuring: _Measuring) -> tuple[SweepPoint, ...]:
     """One point per loss under which some strength keeps the limits."""
-    fit, recipe, folder = made.outcome.fit, made.plan.recipe, made.plan.folder
+    fit, recipe, folder = made.outcome.left(FitRecord), made.plan.recipe, made.plan.folder
     assert recipe.closed_form is not None
-    assert fit is not None
     fitted, _ = made.models.before_closed_form()
     return tuple(
         SweepPoint(

@@ -13,7 +13,7 @@ import torch
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.studies import Rebuild
-from uwm_deploy.records.verdict import Result
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
 
@@ -113,8 +113,7 @@ def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
         workers=variation.workers,
         batch_pairs=variation.batch_pairs,
     )
-    verdict = run(request, until="gate", reporter=Reporter(quiet=True)).verdict
-    assert verdict is not None
+    verdict = run(request, until="gate", reporter=Reporter(quiet=True)).left(Verdict)
     failing = tuple(f"{c.subject}: {c.name}" for c in verdict.checks if c.result is not Result.PASS)
     return Rebuild(what=variation.words(), result=verdict.result, failing=failing)
 

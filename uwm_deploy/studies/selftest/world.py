@@ -203,7 +203,7 @@ class World:
         self.test = data_file(folder, "test", "test", QUADRUPLES)
         self.request = made_by.request(folder, self.calibration, self.test)
         outcome = run(self.request, until="package", reporter=Reporter(quiet=True))
-        if outcome.verdict is None or outcome.verdict.result is not Result.PASS:
+        if outcome.left(Verdict).result is not Result.PASS:
             raise ContractError(
                 f"the honest build of the demo by {made_by.method} does not pass",
                 fix="see its verdict with `uwm-deploy gate`",
