@@ -17,17 +17,17 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from uwm_deploy.edits import sharded_sums
-sharded_sums.SHARD_PAIRS = 16
+sharded_sums.SHARD_PAIRS = 8
 from uwm_deploy.cli import main
 main(sys.argv[1:])
 """
 """The command line with small shards, so that a small set has several."""
 
-SHARDS = 8
+PAIRS, SHARDS = 8, 8
 
 
 def _command(folder: Path) -> list[str]:
-    for name, split, limit in (("cal", "calibration", 16 * SHARDS), ("eval", "test", 64)):
+    for name, split, limit in (("cal", "calibration", PAIRS * SHARDS), ("eval", "test", 40)):
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
         (folder / f"{name}.toml").write_text(text)
     (folder / "policy.toml").write_text(
@@ -90,7 +90,7 @@ def test_an_ended_build_resumes(tmp_path: Path) -> None:
     assert all((work / name / "stage.json").is_file() for name in done)
     assert not (tmp_path / "out").exists()
     record = json.loads((work / "score" / "score.json").read_text())
-    assert record["n_pairs"] == {"text": 16 * SHARDS, "image": 16 * SHARDS}
+    assert record["n_pairs"] == {"text": PAIRS * SHARDS, "image": PAIRS * SHARDS}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     last = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     result = json.loads(last.stdout)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig
 
 from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
@@ -20,7 +19,6 @@ from uwm_deploy.records.model import TextSpec, TowerName
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.embedding_map import with_map
-from uwm_deploy.towers.hf_clip import random_clip, towers_of
 from uwm_deploy.towers.protocol import ModuleTower
 
 BOS, EOS, LENGTH, SIDE = 98, 99, 16, 24
@@ -35,6 +33,10 @@ WEIGHTS_DIGEST = "sha256:" + "ab" * 32
 
 
 def _tower(name: TowerName) -> ModuleTower:
+    from transformers import CLIPConfig
+
+    from uwm_deploy.towers.hf_clip import random_clip, towers_of
+
     shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = shared | {"vocab_size": 100, "max_position_embeddings": LENGTH}
     text |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}

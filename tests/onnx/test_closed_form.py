@@ -44,7 +44,6 @@ from uwm_deploy.stages.fit import fit_to_folder
 from uwm_deploy.stages.score.score import score_to_folder
 from uwm_deploy.towers.embedding_map import has_map
 from uwm_deploy.towers.load import load_model
-from uwm_deploy.towers.open_clip import CONFIG
 from uwm_deploy.towers.protocol import LoadedModel
 
 SETTING = AxisSetting(g=0.5, o=0.5, kappa=0.2, a=1.0, tau=0.5)
@@ -86,12 +85,13 @@ _COCA = {
 
 def open_clip(**config: Any) -> Load:
     """A tiny configuration of open_clip, whose embeddings are narrower than what is projected, as those of real ones."""
+    config_file = "open_clip_config.json"
 
     def load(folder: Path) -> tuple[Recipe, LoadedModel]:
         parts = {key: base | config.get(key, {}) for key, base in (("text_cfg", _TEXT), ("vision_cfg", _VISION))}
         body = {"model_cfg": {"embed_dim": 24} | config | parts, "preprocess_cfg": {}}
         (folder / "source").mkdir()
-        (folder / "source" / CONFIG).write_text(json.dumps(body))
+        (folder / "source" / config_file).write_text(json.dumps(body))
         recipe = reduced("coca-vit-b32" if "multimodal_cfg" in config else "open-clip-vit-b32")
         return recipe, load_model(recipe, folder=folder / "source", weights="random", device="cpu")
 

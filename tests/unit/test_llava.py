@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+import transformers  # its classes are imported when they are asked for
 
 from tests.families import reduced
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Recipe
-from uwm_deploy.towers.llava import swap_vision_tower, vision_name
 from uwm_deploy.towers.load import load_model
 
 VISION = {
@@ -30,8 +29,8 @@ LANGUAGE = {
 def llava(folder: Path, **changes: Any) -> Path:
     """A tiny LLaVA checkpoint in half precision, as the published ones are."""
     torch.manual_seed(1)
-    config = LlavaConfig(vision_config=VISION, text_config=LANGUAGE, image_token_index=63, **changes)
-    model = LlavaForConditionalGeneration(config)
+    config = transformers.LlavaConfig(vision_config=VISION, text_config=LANGUAGE, image_token_index=63, **changes)
+    model = transformers.LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -63,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> tuple[P
 
 def features_of(folder: Path, pixels: torch.Tensor) -> torch.Tensor:
     """What LLaVA gives to its projector."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     return states[model.config.vision_feature_layer][:, 1:]
@@ -92,6 +91,8 @@ def test_only_layers_up_to_the_select_layer_can_be_edited(folders: tuple[Path, P
 
 def test_edited_tower_goes_back_into_llava(folders: tuple[Path, Path], recipe: Recipe, tmp_path: Path) -> None:
     """The swapped checkpoint computes the edited features; every tensor that was not edited is bit-equal."""
+    from uwm_deploy.towers.llava import swap_vision_tower, vision_name
+
     checkpoint, companion = folders
     model = load_model(recipe, folder=checkpoint, companion=companion, device="cpu")
     layer = "vision_model.encoder.layers.1.mlp.fc2"
@@ -108,7 +109,8 @@ def test_edited_tower_goes_back_into_llava(folders: tuple[Path, Path], recipe: R
         original = features_of(checkpoint, pixels)
         assert (features_of(tmp_path / "safe", pixels) - original).abs().max() > 1e-2
     before, after = (
-        LlavaForConditionalGeneration.from_pretrained(f).state_dict() for f in (checkpoint, tmp_path / "safe")
+        transformers.LlavaForConditionalGeneration.from_pretrained(f).state_dict()
+        for f in (checkpoint, tmp_path / "safe")
     )
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert [vision_name(name) for name in changed] == ["encoder.layers.1.mlp.fc2.weight"]
@@ -118,12 +120,16 @@ def test_edited_tower_goes_back_into_llava(folders: tuple[Path, Path], recipe: R
 @pytest.mark.parametrize("key", ["vision_tower.vision_model.a", "vision_tower.a", "model.vision_tower.a"])
 def test_every_layout_of_names_is_known(key: str) -> None:
     """Published files, older and newer ones, differ in the prefix."""
+    from uwm_deploy.towers.llava import vision_name
+
     assert vision_name(key) == "a"
     assert not vision_name("language_model.model.layers.0.mlp.fc2.weight")
 
 
 def test_refusals(folders: tuple[Path, Path], recipe: Recipe, tmp_path: Path) -> None:
     """No companion, one of another size, another way of selecting features, a tower that is not LLaVA's."""
+    from uwm_deploy.towers.llava import swap_vision_tower
+
     checkpoint, companion = folders
     with pytest.raises(InputError, match="no text tower"):
         load_model(recipe, folder=checkpoint, device="cpu")

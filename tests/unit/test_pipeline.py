@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from tests.uwm_edit import UWM_OPTIONS
 from uwm_deploy.bundle.open import open_bundle
@@ -78,6 +77,8 @@ def test_only_selected_entries_change(built) -> None:
 
 def test_the_saved_model_loads_in_transformers(built) -> None:
     """The edited folder is an ordinary checkpoint and gives the embeddings that the bundle serves."""
+    from transformers import CLIPModel, CLIPTokenizer
+
     request, _ = built
     folder = request.work / "edit" / "model"
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
@@ -304,6 +305,8 @@ CAPTIONS = [
 
 def test_ids_equal_transformers() -> None:
     """Empty, one-word, 200-word, emoji, Chinese and special-token captions get exactly transformers' ids."""
+    from transformers import CLIPTokenizer
+
     recipe, _ = recipe_of("demo")
     from uwm_deploy.towers.load import load_model
 
@@ -326,6 +329,8 @@ def test_pixels_equal_transformers(size: tuple[int, int], mode: str) -> None:
     image = noise.convert("RGBA").convert(mode) if mode in ("RGBA", "LA") else noise.convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(rng.integers(0, 256, (size[1], size[0]), dtype=np.uint8)))
+    from transformers import CLIPImageProcessor
+
     wanted = CLIPImageProcessor.from_pretrained(DEMO)(images=image, return_tensors="np")["pixel_values"][0]
     step = spec.rescale / np.asarray(spec.std, dtype=np.float32).reshape(3, 1, 1)
     assert np.abs((pixels_from_image(image, spec) - wanted) / step).max() <= 1.01

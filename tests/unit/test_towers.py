@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipModel
 
 from tests.families import FAMILIES, NAMES, model_of, recipe_of, reduced
 from uwm_deploy.errors import InputError
@@ -56,6 +54,9 @@ def test_random_weights_are_all_drawn(name: str) -> None:
 
 def library_of(name: str, folder: Path) -> tuple[Any, Any]:
     """The saved model and its tokenizer as the source library loads them."""
+    import open_clip
+    from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipModel
+
     family = recipe_of(name).model.family
     if family == "open-clip":
         where = f"local-dir:{folder}"
@@ -150,6 +151,8 @@ def test_rows_that_may_not_be_cut_are_marked(name: str) -> None:
 )
 def test_pixels_are_those_of_open_clip(name: str, mode: str, size: tuple[int, int], saved: Any) -> None:
     """Odd sizes, grey and transparent images give open_clip's pixels within one grey level."""
+    import open_clip
+
     rng = np.random.default_rng(0)
     channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8), mode)

@@ -30,7 +30,6 @@ from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.embedding_map import put_maps
 from uwm_deploy.towers.formats import LAYOUTS, LibraryLayout, write_layout
-from uwm_deploy.towers.llava import swap_vision_tower
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import MAPS, LoadedModel
 
@@ -283,6 +282,8 @@ def test_a_recipe_of_llava_with_a_closed_form_step_is_refused() -> None:
 
 def test_swap_refuses_maps(tmp_path: Path) -> None:
     """They lie behind what LLaVA uses, so the checkpoint would be the original one."""
+    from uwm_deploy.towers.llava import swap_vision_tower
+
     model = load_model(reduced("llava-1.5-7b"), folder=None, weights="random", device="cpu")
     model.save(tmp_path / "model")
     (tmp_path / "model" / MAPS).write_bytes(b"")
