@@ -82,8 +82,9 @@ class Stage:
 
 
 def _checkpoint(plan: Plan) -> object:
-    """The source weights, and those they are measured with."""
+    """The source weights, those they are measured with, and the adapter that reads them."""
     return [
+        plan.recipe.model.family,
         digest_of_folder(plan.checkpoint) if plan.checkpoint else digest_of_plain(plan.recipe_text),
         digest_of_folder(plan.companion) if plan.companion else "",
         plan.weights,
@@ -156,7 +157,8 @@ def _compile_settings(plan: Plan, variant: Variant) -> object:
 
 
 def _verify_settings(plan: Plan, _: Variant) -> object:
-    return [plain_from_record(plan.recipe.export), plain_from_record(plan.recipe.compile.batch)]
+    # The edit is made again from what was asked for, and compared with its record.
+    return [plain_from_record(part) for part in (plan.recipe.edit, plan.recipe.export, plan.recipe.compile.batch)]
 
 
 def _gate_settings(plan: Plan, _: Variant) -> object:
@@ -165,7 +167,15 @@ def _gate_settings(plan: Plan, _: Variant) -> object:
 
 
 def _package_settings(plan: Plan, _: Variant) -> object:
-    return [plan.recipe_text, plan.evaluation_text, plan.recipe.bundle_version, str(plan.out.resolve())]
+    recipe = plan.recipe
+    return [
+        recipe.name,
+        recipe.model.licence,
+        recipe.bundle_version,
+        plan.recipe_text,
+        plan.evaluation_text,
+        str(plan.out.resolve()),
+    ]
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
