@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from uwm_deploy.records.strength import (
 from uwm_deploy.records.verdict import Cause, Result
 from uwm_deploy.stages.gate.causes import STAGE_ORDER
 from uwm_deploy.studies.selftest import run as selftest
+from uwm_deploy.studies.selftest import world as selftest_world
 from uwm_deploy.studies.selftest.artifacts import in_half_precision
 from uwm_deploy.studies.selftest.faults import plant_all
 from uwm_deploy.studies.selftest.peers import Peers
@@ -46,8 +48,11 @@ ONE_OF_EACH = [
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    return Worlds(tmp_path_factory.mktemp("worlds"))
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+    with pytest.MonkeyPatch.context() as fewer:  # as few as the shipped policy takes
+        fewer.setattr(selftest_world, "PAIRS_SCORED", 64)
+        fewer.setattr(selftest_world, "QUADRUPLES", 104)
+        yield Worlds(tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.mark.parametrize("fault", ONE_OF_EACH, ids=lambda fault: fault.name)

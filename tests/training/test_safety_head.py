@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from tests.families import FAMILIES, model_of
 from tests.serve.server import Server, started, wait
-from tests.uwm_edit import UWM
+from tests.uwm_edit import UWM, UWM_OPTIONS
 from uwm_deploy.bundle.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
@@ -389,7 +389,7 @@ def test_a_head_that_does_not_fit_is_refused_with_exit_code_5(made: Made, tmp_pa
     (other / "head.safetensors").write_bytes(SafetyHeadModule(made.trained.head.shape).to_bytes())
     arguments = [
         "build", "--model", "demo", "--calibration", made.request.calibration, "--evaluation", made.request.evaluation,
-        "--work", str(made.folder / "work"), "--out", str(tmp_path / "bundle"), "--target", "onnxruntime",
+        "--work", str(made.folder / "work"), "--out", str(tmp_path / "bundle"), "--target", "onnxruntime", *UWM_OPTIONS,
     ]  # fmt: skip
     refused = CliRunner().invoke(cli, [*arguments, "--safety-head", str(other)])
     assert refused.exit_code == 5
