@@ -24,13 +24,13 @@ from uwm_deploy.records.strength import (
 )
 from uwm_deploy.records.verdict import Cause, Result
 from uwm_deploy.stages.gate.causes import STAGE_ORDER
+from uwm_deploy.studies.selftest import honest_builds as selftest_world
 from uwm_deploy.studies.selftest import run as selftest
-from uwm_deploy.studies.selftest import world as selftest_world
 from uwm_deploy.studies.selftest.artifacts import in_half_precision
 from uwm_deploy.studies.selftest.faults import plant_all
+from uwm_deploy.studies.selftest.honest_builds import FOLDED, MAPPED, UWM, Build, HonestBuilds, MadeBy
 from uwm_deploy.studies.selftest.peers import Peers
 from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, variations
-from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, Worlds
 from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
@@ -48,15 +48,15 @@ ONE_OF_EACH = [
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HonestBuilds]:
     with pytest.MonkeyPatch.context() as fewer:  # as few as the shipped policy takes
         fewer.setattr(selftest_world, "PAIRS_SCORED", 64)
         fewer.setattr(selftest_world, "QUADRUPLES", 104)
-        yield Worlds(tmp_path_factory.mktemp("worlds"))
+        yield HonestBuilds(tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.mark.parametrize("fault", ONE_OF_EACH, ids=lambda fault: fault.name)
-def test_a_planted_fault_is_named(fault: Fault, worlds: Worlds) -> None:
+def test_a_planted_fault_is_named(fault: Fault, worlds: HonestBuilds) -> None:
     """The gate fails, and its first cause is the one that was planted; of a closed-form step whatever the policy limits."""
     (found,) = plant_all(worlds, [fault], None, lambda *_: None)
     assert (found.found_cause, found.found_stage) == (found.cause, found.stage), found.detectors
@@ -75,7 +75,7 @@ def test_a_planted_fault_is_named(fault: Fault, worlds: Worlds) -> None:
     ],
 )
 def test_a_closed_form_step_that_is_not_what_was_asked_for(
-    name: str, words: str, worlds: Worlds, tmp_path: Path
+    name: str, words: str, worlds: HonestBuilds, tmp_path: Path
 ) -> None:
     """Neither what was put into the model nor what the record says of it is believed; the cause says what is wrong."""
     fault = BY_NAME[name]
@@ -110,7 +110,7 @@ def _choice(limits: StrengthLimits, *settings: AxisSetting) -> StrengthChoice:
     ids=["not chosen", "other limits", "another one", "honest"],
 )
 def test_a_chosen_strength_is_what_the_record_says(
-    lost: float, chosen: float | None, words: str, worlds: Worlds
+    lost: float, chosen: float | None, words: str, worlds: HonestBuilds
 ) -> None:
     """Where no strength was asked for, the record tells how it was chosen, and it is that one."""
     world = worlds.of(FOLDED)
@@ -135,14 +135,14 @@ def test_a_chosen_strength_is_what_the_record_says(
 @pytest.mark.parametrize(
     "fault", [f for f in FAULTS if f.stage == "package" or f.name == "manifest-edited"], ids=lambda f: f.name
 )
-def test_a_bundle_that_was_changed_is_refused(fault: Fault, worlds: Worlds) -> None:
+def test_a_bundle_that_was_changed_is_refused(fault: Fault, worlds: HonestBuilds) -> None:
     """Planted without anything being executed, so all of them are tried here."""
     (found,) = plant_all(worlds, [fault], None, lambda *_: None)
     assert found.named, found.detectors
 
 
 @pytest.mark.parametrize("made_by", [UWM, FOLDED, MAPPED], ids=["uwm", "weights", "embedding"])
-def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: Worlds, tmp_path: Path) -> None:
+def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: HonestBuilds, tmp_path: Path) -> None:
     """Measured by the same code, what nobody touched passes every check."""
     world = worlds.of(made_by)
     verdict = world.verdict(world.honest, tmp_path)
@@ -151,7 +151,7 @@ def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: Worlds, tmp_path
     assert all(check.cause is None for check in verdict.checks)
 
 
-def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: Worlds, tmp_path: Path) -> None:
+def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: HonestBuilds, tmp_path: Path) -> None:
     """Only a map that was rounded too is named."""
     world = worlds.of(MAPPED)
     files = in_half_precision(world, tmp_path / "fp16")
@@ -159,7 +159,7 @@ def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: Wor
     assert world.verdict(build, tmp_path).causes == ()
 
 
-def test_other_tools_see_what_they_can_see(worlds: Worlds, tmp_path: Path) -> None:
+def test_other_tools_see_what_they_can_see(worlds: HonestBuilds, tmp_path: Path) -> None:
     """The comparison is fair: a stale engine differs from its graph, and a graph of the wrong weights from its model."""
     world, peers = worlds.of(UWM), Peers()
     stale = BY_NAME["stale-engine"].plant(world, tmp_path / "stale")
@@ -207,9 +207,9 @@ def test_the_command_fails_when_a_fault_is_not_there(tmp_path: Path) -> None:
     assert "stale-engine" in done.output
 
 
-def test_the_command_says_how_many(worlds: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_says_how_many(worlds: HonestBuilds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One fault by hand, with its table; the honest build is the one that is here already."""
-    monkeypatch.setattr(selftest, "Worlds", lambda _: worlds)
+    monkeypatch.setattr(selftest, "HonestBuilds", lambda _: worlds)
     table = tmp_path / "table.md"
     done = CliRunner().invoke(
         cli, ["selftest", "--fault", "file-added", "--rebuilds", "0", "--json", "--markdown", str(table)]

@@ -189,8 +189,11 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, monkeypatch) -> None:
     finally:
         torch.set_num_threads(threads)
     axis = ",".join(f"{name}={getattr(SETTING, name)}" for name in ("g", "o", "kappa", "a", "tau"))
-    command = ["edit", "--method", "uwm+safety-axis", "--axis", axis, "--device", "cpu", "--workers", "0"]
-    command += ["--calibration", str(tmp_path / "cal.toml"), "--work", str(tmp_path / "two")]
+    # On to `verify`: there the steps before the closed-form one are made again, in every process.
+    command = ["verify", "--method", "uwm+safety-axis", "--axis", axis, "--device", "cpu", "--workers", "0"]
+    command += ["--calibration", str(tmp_path / "cal.toml"), "--evaluation", str(tmp_path / "test.toml")]
+    command += ["--target", "onnxruntime", "--work", str(tmp_path / "two")]
+    (tmp_path / "test.toml").write_text('format = 1\nname = "test"\nsource = "demo"\nsplit = "test"\nlimit = 24\n')
     first, other = two_ranks(tmp_path, command)
     assert (first.code, other.code) == (0, 0), first.errors + other.errors
     for file in (SUMS, FEATURES):
@@ -199,6 +202,7 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, monkeypatch) -> None:
         assert all(np.array_equal(one[key], two[key]) for key in one), file
     patches = [(tmp_path / name / "edit" / "patch.safetensors").read_bytes() for name in ("one", "two")]
     assert patches[0] == patches[1]
+    assert (tmp_path / "two" / "verify" / "verify.json").is_file()
     assert {path.name for path in (tmp_path / "two").iterdir() if path.name.startswith(".")} <= {".lock"}
 
 

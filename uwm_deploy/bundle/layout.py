@@ -126,6 +126,10 @@ class RunFolder:
         """Engines of a variant, each beside its record."""
         return self.stage("compile", variant)
 
+    def compiled(self) -> list[Path]:
+        """Folders of engines that are there, whichever build made them."""
+        return sorted(path for path in self.root.glob("compile-*") if path.is_dir())
+
     @property
     def report(self) -> Path:
         """What was measured."""

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -52,7 +53,7 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
             sys.exit(say(error, as_json=as_json))
         except Exception as error:
             if debug:
-                raise
+                traceback.print_exc()
             code = say(error, as_json=as_json)
             if isinstance(error, UwmError):
                 _leave_group(in_order=isinstance(error, StoppedError))

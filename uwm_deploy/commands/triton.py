@@ -164,11 +164,11 @@ def triton_check(
       uwm-deploy triton check localhost:8001 --bundle dist/demo
       uwm-deploy triton check localhost:8000 --protocol http --bundle dist/demo --json
     """
-    from uwm_deploy.pipeline.served import Request, check_served
+    from uwm_deploy.pipeline.served import ServedRequest, check_served
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables.served_checks import print_served
 
-    found = check_served(filled(Request, asked, policy, measured_on, trust, workers, url=url), Reporter())
+    found = check_served(filled(ServedRequest, asked, policy, measured_on, trust, workers, url=url), Reporter())
     code = int(found.exit_code)
     return Shown(data=plain_from_record(found) | {"exit_code": code}, text=lambda: print_served(found), code=code)

@@ -1,4 +1,4 @@
-"""Stage `attest`: executes what a bundle has no evidence for yet, on a machine that can. Needs no torch.
+"""Attesting: executes what a bundle has no evidence for yet, on a machine that can. Needs no torch.
 
 The reference is the edited model's embeddings that the build stored in the bundle, so nothing but the bundle and the
 evaluation set is needed.
@@ -23,7 +23,7 @@ from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.judge import judge_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
-from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, measured, stored_in
+from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, measured_against, stored_in
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
@@ -107,7 +107,7 @@ def _evidence(
 ) -> ArtifactEvidence:
     """Executes one variant here."""
     running = _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
-    evidence = measured(running, stored, prepared, progress)
+    evidence = measured_against(running, stored, prepared, progress)
     for session in running.sessions.values():
         session.close()
     return evidence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
@@ -21,10 +21,6 @@ from uwm_deploy.records.files import (
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Verdict
 from uwm_deploy.stages.gate.gate import gate
-
-if TYPE_CHECKING:
-    pass
-
 
 Judge = Callable[..., Verdict]
 """From a report and the digest of its file to the verdict."""

@@ -1,4 +1,4 @@
-"""Stage `refit`: another edit into graphs and engines that exist, with the proof that it is there and the old one is not."""
+"""Another edit in graphs and engines that exist, with the proof that it is there and the old one is not."""
 
 from __future__ import annotations
 

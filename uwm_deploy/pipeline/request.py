@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from uwm_deploy.edits.methods import EditOptions, methods_from_name, with_options
 from uwm_deploy.errors import InputError, RecipeError
@@ -24,9 +24,6 @@ from uwm_deploy.records.graph import (
 )
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

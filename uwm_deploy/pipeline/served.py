@@ -13,7 +13,7 @@ from uwm_deploy.data.embedding import PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import evaluation_source_of
-from uwm_deploy.pipeline.stored import Running, measured, stored_in
+from uwm_deploy.pipeline.stored import Running, measured_against, stored_in
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import ArtifactEvidence, OutputParity
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
@@ -39,7 +39,7 @@ from uwm_deploy.stages.verify.executed import RiskReference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class ServedRequest:
     """What is to be checked.
 
     Attributes:
@@ -100,7 +100,7 @@ class Served:
         return ExitCode.PASS if self.variant in self.verdict.proven else ExitCode.GATE_FAILED
 
 
-def check_served(request: Request, reporter: Reporter) -> Served:
+def check_served(request: ServedRequest, reporter: Reporter) -> Served:
     """Identity first, then canaries, then the bundle's evaluation set, as users would send it.
 
     Raises:
@@ -121,7 +121,7 @@ def check_served(request: Request, reporter: Reporter) -> Served:
 
 
 @contextlib.contextmanager
-def _connected(request: Request) -> Iterator[Client]:
+def _connected(request: ServedRequest) -> Iterator[Client]:
     client = open_client(request.url, request.protocol, timeout_s=request.timeout_s)
     try:
         yield client
@@ -129,7 +129,7 @@ def _connected(request: Request) -> Iterator[Client]:
         client.close()
 
 
-def _identified(bundle: Bundle, request: Request) -> tuple[Served, Identity]:
+def _identified(bundle: Bundle, request: ServedRequest) -> tuple[Served, Identity]:
     """What the server says of itself, and whether its encoders are the edited model."""
     digest = digest_of_file(bundle.path / MANIFEST)
     with _connected(request) as client:
@@ -148,7 +148,7 @@ def _identified(bundle: Bundle, request: Request) -> tuple[Served, Identity]:
     return found, identity
 
 
-def _prepared(bundle: Bundle, request: Request, reporter: Reporter) -> PreparedSet:
+def _prepared(bundle: Bundle, request: ServedRequest, reporter: Reporter) -> PreparedSet:
     source, measured_on = evaluation_source_of(bundle, request.evaluation), report_of_bundle(bundle)[0].evaluation
     if source.record.ids_digest != measured_on.ids_digest:
         raise InputError(
@@ -164,7 +164,7 @@ def _measured(
     bundle: Bundle,
     prepared: PreparedSet,
     judge: Judge,
-    request: Request,
+    request: ServedRequest,
     reporter: Reporter,
 ) -> Served:
     """SafeGround on the served path, judged in place of what the build measured."""
@@ -215,7 +215,7 @@ def _evidence(
         where=dict(identity.where),
         further=lambda: _risk_parity(stored.risk, towers[TowerName.IMAGE], prepared) if stored.risk else [],
     )
-    return measured(running, stored, prepared, reporter.progress)
+    return measured_against(running, stored, prepared, reporter.progress)
 
 
 def _risk_parity(risk: RiskReference, served: ServedTower, prepared: PreparedSet) -> list[OutputParity]:

@@ -26,7 +26,7 @@ from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
 from uwm_deploy.safeground.risk import RiskSet
-from uwm_deploy.stages.verify.executed import RiskReference, executed
+from uwm_deploy.stages.verify.executed import RiskReference, executed_evidence
 
 SINGLE_ROWS = 8
 """Rows compared one at a time."""
@@ -88,8 +88,8 @@ def stored_in(bundle: Bundle) -> Stored:
     )
 
 
-def measured(running: Running, stored: Stored, prepared: PreparedSet, progress: Progress) -> ArtifactEvidence:
-    """Executes an artifact, and compares it with what is stored; see `executed`.
+def measured_against(running: Running, stored: Stored, prepared: PreparedSet, progress: Progress) -> ArtifactEvidence:
+    """Executes an artifact, and compares it with what is stored; see `executed_evidence`.
 
     Args:
         running: The artifact.
@@ -116,7 +116,7 @@ def measured(running: Running, stored: Stored, prepared: PreparedSet, progress: 
         where=dict(running.where),
         artifact_digests={tower.value: digest for tower, digest in running.digests.items()},
     )
-    return executed(
+    return executed_evidence(
         evidence,
         running.sessions,
         stored.edited,

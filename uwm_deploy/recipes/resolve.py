@@ -6,22 +6,18 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
+from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import (
     digest_of_plain,
 )
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.training import TrainingRecord
-
-if TYPE_CHECKING:
-    pass
-from uwm_deploy.records.codec import read_record
 
 
 def recipe_of(model: str) -> tuple[Recipe, str]:

@@ -286,11 +286,11 @@ def make(job: Job, out: Path) -> None:
     plan, models = job.plan, job.shared(Models)
     spec = plan.recipe.closed_form
     assert spec is not None
-    model, original = models.before_closed_form()
+    model, original = models.before_closed_form(job.ranks)
     placement, why = placement_of(model, spec)
     if why and job.ranks.first:
         job.notes.line(f"fit        {why}")
-    source, batch_pairs = plan.calibration_source, models.batch_pairs()
+    source, batch_pairs = plan.calibration_source, models.batch_pairs(job.ranks)
 
     def pairs(tower: TowerName) -> PairStream:
         workers = plan.workers if tower is TowerName.IMAGE else 0

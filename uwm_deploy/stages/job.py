@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from uwm_deploy.bundle.head import HeadFiles, read_head
 from uwm_deploy.bundle.layout import RunFolder
@@ -17,15 +17,17 @@ from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.recipes import shipped
 from uwm_deploy.recipes.data_set import CalibrationSet
-from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.recipe import ModelSource, Recipe
-from uwm_deploy.records.data import CalibrationRecord
-from uwm_deploy.records.edit import EditRecord
-from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import Precision, Provider, Target
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.training import TrainingRecord
-from uwm_deploy.records.verdict import Baseline, Verdict
+
+if TYPE_CHECKING:  # so that a change of a verdict makes no score stale
+    from uwm_deploy.recipes.policy import Policy
+    from uwm_deploy.records.data import CalibrationRecord
+    from uwm_deploy.records.edit import EditRecord
+    from uwm_deploy.records.evidence import VerifyReport
+    from uwm_deploy.records.training import TrainingRecord
+    from uwm_deploy.records.verdict import Baseline, Verdict
 
 T = TypeVar("T")
 
@@ -225,9 +227,9 @@ class Job:
         """Where the stages' folders are."""
         return self.plan.folder
 
-    def shared(self, kind: Callable[[Plan, Notes, Ranks], T]) -> T:
+    def shared(self, kind: Callable[[Plan, Notes], T]) -> T:
         """The run's one object of a type, made when it is first asked for."""
         if kind not in self.kept:
-            self.kept[kind] = kind(self.plan, self.notes, self.ranks)
+            self.kept[kind] = kind(self.plan, self.notes)
         found: T = self.kept[kind]  # type: ignore[assignment]
         return found

@@ -29,11 +29,10 @@ class Models:
     Args:
         plan: What the run is made from.
         notes: Says what is loaded.
-        ranks: The processes that share the work.
     """
 
-    def __init__(self, plan: Plan, notes: Notes, ranks: Ranks) -> None:
-        self._plan, self._notes, self._ranks = plan, notes, ranks
+    def __init__(self, plan: Plan, notes: Notes) -> None:
+        self._plan, self._notes = plan, notes
 
     @cached_property
     def original(self) -> LoadedModel:
@@ -48,10 +47,6 @@ class Models:
     def forget_original(self) -> None:
         """Frees the memory of the source model, or of what it was edited into; who needs it loads it again."""
         self.__dict__.pop("original", None)
-
-    def forget_edited(self) -> None:
-        """Frees the memory of the edited model."""
-        self.__dict__.pop("edited", None)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -86,26 +81,34 @@ class Models:
             self._add_head(model, self._plan.head)
         return model
 
-    def before_closed_form(self) -> tuple[LoadedModel, LoadedModel | None]:
-        """The model that the closed-form step is made on, and the source model where another step comes before."""
+    def before_closed_form(self, ranks: Ranks) -> tuple[LoadedModel, LoadedModel | None]:
+        """The model that the closed-form step is made on, and the source model where another step comes before.
+
+        Args:
+            ranks: The processes that all ask for it now.
+        """
         plan = self._plan
         if plan.recipe.entries.method in CLOSED_FORM:
             return self.original, None
         if plan.trained:
             return self.load_trained(), self.original
         model = self.load_original()
-        score = self._ranks.first_only(lambda: read_record(ScoreRecord, plan.folder.score_record))
-        self._ranks.together(lambda: select_and_apply(model, score, plan.folder.scores, plan.recipe.entries))
+        score = ranks.first_only(lambda: read_record(ScoreRecord, plan.folder.score_record))
+        ranks.together(lambda: select_and_apply(model, score, plan.folder.scores, plan.recipe.entries))
         return model, self.original
 
-    def batch_pairs(self) -> dict[TowerName, int]:
-        """Pairs per forward pass: what was asked for, else what memory holds; the same in every process."""
+    def batch_pairs(self, ranks: Ranks) -> dict[TowerName, int]:
+        """Pairs per forward pass: what was asked for, else what memory holds; the same in every process.
+
+        Args:
+            ranks: The processes that all ask for it now.
+        """
         asked, model = self._plan.batch_pairs, self.original
 
         def fits() -> dict[TowerName, int]:
             return {tower: asked or pairs_that_fit(model.tower(tower), model.ref) for tower in TowerName}
 
-        found = self._ranks.gathered(self._ranks.together(fits))
+        found = ranks.gathered(ranks.together(fits))
         return {tower: min(part[tower] for part in found) for tower in TowerName}  # equal, so that sums are
 
     def pairs(

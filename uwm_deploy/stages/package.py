@@ -44,15 +44,18 @@ def make(job: Job, out: Path) -> None:
 
 
 def is_there(job: Job, folder: Path) -> bool:
-    """Whether the bundle is still the one that was written.
+    """Whether the bundle is still the one that was written, and its card is what would be written now.
 
-    A baseline or a signature that was put in since is no change of it; another verdict is.
+    A baseline or a signature that was put in since is no change of it; another verdict is. Cards are views, whose code no
+    stage depends on, so the text itself is compared.
     """
     try:
         there = open_bundle(job.plan.out, allow_failed=True).manifest
     except UwmError:
         return False
-    return _core(there) == _core(read_record(Manifest, folder / job.folder.packaged.name))
+    written = read_record(Manifest, folder / job.folder.packaged.name)
+    card = _card(job, written, read_record(VerifyReport, job.folder.report), bundle=False)
+    return _core(there) == _core(written) and card == (folder / BundleLayout.CARD).read_text(encoding="utf-8")
 
 
 def _core(manifest: Manifest) -> Manifest:

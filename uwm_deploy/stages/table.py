@@ -37,7 +37,7 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: Its folder, its row in the docs, and its command.
+        name: Its folder, its row in the docs, and its command where it has one.
         does: What it does, for the docs.
         make: ``module:function`` that fills a folder from a `Job`; imported only when it runs.
         reads: Stages whose folders it reads. A folder of theirs of another precision is not read.
@@ -82,9 +82,15 @@ class Stage:
 
 
 def _checkpoint(plan: Plan) -> object:
-    """The source weights, those they are measured with, and the adapter that reads them."""
+    """The source weights, those they are measured with, and what records call them.
+
+    A folder's path is in no record, so a checkpoint that was moved is the same one.
+    """
+    source = plan.recipe.model
     return [
-        plan.recipe.model.family,
+        plan.recipe.name,
+        source.family,
+        "local" if Path(source.repo).is_dir() else [source.repo, source.revision],
         digest_of_folder(plan.checkpoint) if plan.checkpoint else digest_of_plain(plan.recipe_text),
         digest_of_folder(plan.companion) if plan.companion else "",
         plan.weights,
@@ -125,13 +131,25 @@ def _score_settings(plan: Plan, _: Variant) -> object:
         for spec in (edits.of(tower),)
     }
     seed = plan.calibration.seed if needs_gradients(edits.method) else None
-    return [edits.method.value, edits.per_concept, list(edits.towers), seed, formulas, plan.score_dtype]
+    # Masks of the two dtypes are compared as the recipe selects them.
+    compared = plain_from_record(edits) if plan.score_dtype == "bfloat16" else None
+    broken = plan.calibration.max_broken_share
+    return [
+        edits.method.value,
+        edits.per_concept,
+        list(edits.towers),
+        seed,
+        formulas,
+        plan.score_dtype,
+        compared,
+        broken,
+    ]
 
 
 def _fit_settings(plan: Plan, _: Variant) -> object:
     spec = plan.recipe.closed_form
     step = [spec.method.value, spec.axis.placement] if spec else None
-    return [plain_from_record(plan.recipe.entries), step]
+    return [plain_from_record(plan.recipe.entries), step, plan.calibration.max_broken_share]
 
 
 def _edit_settings(plan: Plan, _: Variant) -> object:
@@ -237,7 +255,7 @@ def _says_compile(_: Plan, variant: Variant) -> str:
     return f"{variant.precision.value} for {variant.target.value}{with_provider}"
 
 
-_TORCH = ("torch", "transformers", "open_clip_torch", "numpy", "pillow", "tokenizers")
+_TORCH = ("torch", "transformers", "open_clip_torch", "timm", "numpy", "pillow", "tokenizers")
 _ORT = ("onnxruntime-gpu", "onnxruntime")
 
 STAGES: tuple[Stage, ...] = (

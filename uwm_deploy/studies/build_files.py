@@ -119,7 +119,11 @@ def _files_of_run(path: Path) -> BuildFiles:
     run = RunFolder(path)
     if not all(tower_record(run.export, tower).is_file() for tower in TowerName):
         raise InputError(f"{path} is neither a bundle nor a run folder with exported graphs", fix="run `export` first")
-    records = sorted(path.glob("compile-*/image.json")) + sorted(path.glob("compile-*/text.json"))
+    exported = {tower: _recorded_graph(run.export, tower) for tower in TowerName}
+    built = [
+        read_record(EngineArtifact, tower_record(folder, tower)) for tower in TowerName for folder in run.compiled()
+    ]
+    weights = exported[TowerName.IMAGE].record.weights_digest
 
     def no_inputs(tower: TowerName) -> np.ndarray:
         raise InputError(
@@ -128,8 +132,9 @@ def _files_of_run(path: Path) -> BuildFiles:
 
     return BuildFiles(
         name=path.resolve().name,
-        exported={tower: _recorded_graph(run.export, tower) for tower in TowerName},
-        engines=tuple(read_record(EngineArtifact, record) for record in records),
+        exported=exported,
+        # A run folder keeps engines of earlier edits until their variant is built again.
+        engines=tuple(engine for engine in built if engine.weights_digest == weights),
         edit=read_record(EditRecord, run.edit_record),
         failed=read_record(Verdict, run.verdict).failed if run.verdict.is_file() else (),
         converted=lambda engine: _converted(run, engine),

@@ -160,7 +160,7 @@ def _strengths(made: Run, values: _Values, measuring: _Measuring) -> tuple[Sweep
     """One point per loss under which some strength keeps the limits."""
     fit, recipe, folder = made.outcome.left(FitRecord), made.plan.recipe, made.plan.folder
     assert recipe.closed_form is not None
-    fitted, _ = made.models.before_closed_form()
+    fitted, _ = made.models.before_closed_form(made.ranks)
     return tuple(
         SweepPoint(
             keep_mass=recipe.entries.text.keep_mass,

@@ -24,7 +24,7 @@ def make(job: Job, out: Path) -> None:
     plan, models, edits = job.plan, job.shared(Models), job.plan.recipe.entries
     whole = _paired(job, models)
     source = scoring_order(whole, edits, plan.calibration.seed)
-    batch_pairs = models.batch_pairs()
+    batch_pairs = models.batch_pairs(job.ranks)
     sort_by_length = not (edits.per_concept or needs_gradients(edits.method))
 
     def pairs(tower: TowerName) -> PairStream:

@@ -39,7 +39,7 @@ ROWS = 8
 """Rows that are looked for again in larger batches."""
 
 
-def executed(
+def executed_evidence(
     evidence: ArtifactEvidence,
     sessions: Sessions,
     reference: EmbeddedSet,

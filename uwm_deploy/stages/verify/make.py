@@ -13,24 +13,20 @@ from uwm_deploy.data.ranks import ALONE
 from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.patch import Patch
-from uwm_deploy.edits.proof import ExpectedModel, proof_of
+from uwm_deploy.edits.proof import ExpectedModel
 from uwm_deploy.edits.replay import MadeFrom, expected_edit
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
-from uwm_deploy.records.evidence import ArtifactEvidence, Goldens
+from uwm_deploy.records.evidence import Goldens
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
-from uwm_deploy.safeground.embedded import EmbeddedSet, yardstick_of
-from uwm_deploy.safeground.health import data_health
-from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
+from uwm_deploy.stages.verify.assembly import Verified, verify
 from uwm_deploy.stages.verify.executed import RiskReference
 from uwm_deploy.stages.verify.goldens import goldens_of
-from uwm_deploy.stages.verify.report import Known, report_of
-from uwm_deploy.stages.verify.subjects import Artifacts, subjects_of
-from uwm_deploy.stages.verify.verify import EMBED_BATCH, embed_model, evidence_of, risks_of_model
+from uwm_deploy.stages.verify.subjects import Artifacts
+from uwm_deploy.stages.verify.verify import EMBED_BATCH, embed_model, risks_of_model
 from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.protocol import LoadedModel
 
@@ -48,30 +44,34 @@ def make(job: Job, out: Path) -> None:
         ranks=ALONE if ranks.first else ranks,  # the first runs every artifact on all of it
     )
     original = embed_model(models.original, prepared, "evaluation, original", progress, ranks)
-    expected = _expected(job, models) if ranks.first else None
+    expected = _expected(job, models)
     ref = models.original.ref
     models.forget_original()  # one model in memory at a time
     edited = embed_model(models.edited, prepared, "evaluation, edited", progress, ranks)
-    if expected is None:
+    if not ranks.first:
         return
-    risk = _risk(job, models.edited, prepared, out)
-    evidence = _evidence(job, models.edited, (original, edited), prepared, risk)
-    source = job.plan.evaluation_source
-    known = Known(
-        model=ref,
-        edited_weights_digest=models.edited.ref.weights_digest,
-        evaluation=source.record,
-        calibration_overlap=_overlap(job),
-        zero_shot_digests=zero_shot_digests(source),
-        edit_proof=proof_of(expected, models.edited.named_parameters()),
+    source, canaries = (
+        job.plan.evaluation_source,
+        {name: read_canaries(job.folder.canaries, name) for name in TowerName},
+    )
+    verified = Verified(
+        artifacts=artifacts_of(job),
+        original=ref,
+        edited=models.edited,
+        embedded=(original, edited),
+        prepared=prepared,
+        canaries={name: part for name, part in canaries.items() if part is not None},
+        expected=expected,
         goldens=_goldens(job, models.edited),
-        data=data_health(original, job.plan.calibration_source.record.concepts),
-        versions=versions(BUILD_PACKAGES + RUN_PACKAGES),
+        evaluation=source.record,
+        zero_shot_digests=zero_shot_digests(source),
+        calibrated=job.plan.calibration_source.record.concepts,
+        calibration_overlap=_overlap(job),
+        risk=_risk(job, models.edited, prepared, out),
         head_digest=job.plan.head_digest,
-        risk=risk_report(risk.head, risk.found) if risk else None,
         head_overlap=_head_overlap(job, prepared),
     )
-    write_record(out / job.folder.report.name, report_of(known, original, edited, evidence))
+    write_record(out / job.folder.report.name, verify(verified, progress))
     save_file(original.to_tensors("original") | edited.to_tensors("edited"), out / job.folder.reference.name)
 
 
@@ -103,24 +103,6 @@ def _graphs(folder: Path) -> dict[TowerName, tuple[OnnxArtifact, Path]]:
     return {tower: (record, folder / record.file) for tower, record in records.items()}
 
 
-def _evidence(
-    job: Job,
-    edited: LoadedModel,
-    embedded: tuple[EmbeddedSet, EmbeddedSet],
-    prepared: PreparedSet,
-    risk: RiskReference | None,
-) -> tuple[ArtifactEvidence, ...]:
-    """What every artifact does on the evaluation set."""
-    original, reference = embedded
-    canaries = {name: part for name in TowerName if (part := read_canaries(job.folder.canaries, name)) is not None}
-    yardstick, found = yardstick_of(original), []
-    for subject in subjects_of(artifacts_of(job), edited):
-        found.append(evidence_of(subject, edited, reference, prepared, canaries, job.notes.progress, risk, yardstick))
-        for session in (subject.sessions or {}).values():
-            session.close()
-    return tuple(found)
-
-
 def _expected(job: Job, models: Models) -> ExpectedModel:
     """What the edited model must be, made again from what its steps were made from."""
     plan, folder = job.plan, job.folder
@@ -129,7 +111,7 @@ def _expected(job: Job, models: Models) -> ExpectedModel:
         score=read_record(ScoreRecord, folder.score_record),
         scores=folder.scores,
         fit=folder.fit,
-        before=lambda: models.before_closed_form()[0],
+        before=lambda: models.before_closed_form(job.ranks)[0],
         trained=models.load_trained if plan.trained else None,
         training=plan.training,
     )

@@ -23,7 +23,7 @@ from uwm_deploy.runtime.session import (
     reason_not_executable,
 )
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
-from uwm_deploy.stages.verify.verify import Subject
+from uwm_deploy.stages.verify.verify import ArtifactSubject
 from uwm_deploy.towers.protocol import LoadedModel
 
 Engines = Mapping[TowerName, tuple[EngineArtifact, Path]]
@@ -52,7 +52,7 @@ class Artifacts:
     profile: Profile
 
 
-def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[Subject]:
+def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactSubject]:
     """The exported graphs, then every variant; the sessions of one are opened when it is its turn.
 
     Args:
@@ -69,8 +69,8 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[Subject]:
         sessions: Mapping[TowerName, Session] | None,
         reason: str,
         audit: partial[dict[str, GraphAudit]],
-    ) -> Subject:
-        return Subject(
+    ) -> ArtifactSubject:
+        return ArtifactSubject(
             variant=variant,
             precision=precision,
             digests={tower.value: digest for tower, digest in digests.items()},

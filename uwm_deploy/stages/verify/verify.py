@@ -25,7 +25,7 @@ from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity
 from uwm_deploy.safeground.risk import RiskSet
-from uwm_deploy.stages.verify.executed import RiskReference, executed
+from uwm_deploy.stages.verify.executed import RiskReference, executed_evidence
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 SINGLE_ROWS = 8
@@ -39,7 +39,7 @@ EMBED_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class ArtifactSubject:
     """One thing to measure.
 
     Attributes:
@@ -98,7 +98,7 @@ def risks_of_model(model: LoadedModel, prepared: PreparedSet, progress: Progress
 
 
 def evidence_of(
-    subject: Subject,
+    subject: ArtifactSubject,
     edited: LoadedModel,
     reference: EmbeddedSet,
     prepared: PreparedSet,
@@ -107,7 +107,7 @@ def evidence_of(
     risk: RiskReference | None = None,
     yardstick: Yardstick | None = None,
 ) -> ArtifactEvidence:
-    """Executes one artifact; see `executed`.
+    """Executes one artifact; see `executed_evidence`.
 
     Args:
         subject: What to measure.
@@ -136,7 +136,7 @@ def evidence_of(
         _known_of(subject, Evidence.EXECUTED, sessions[TowerName.IMAGE].where), audit=dict(subject.audit())
     )
     sizes = (subject.opt_batch, subject.max_batch)
-    return executed(
+    return executed_evidence(
         evidence,
         sessions,
         reference,
@@ -150,7 +150,7 @@ def evidence_of(
     )
 
 
-def _known_of(subject: Subject, evidence: Evidence, where: Mapping[str, str]) -> ArtifactEvidence:
+def _known_of(subject: ArtifactSubject, evidence: Evidence, where: Mapping[str, str]) -> ArtifactEvidence:
     """What is known of an artifact before anything is measured."""
     return ArtifactEvidence(
         variant=subject.variant,
@@ -163,7 +163,7 @@ def _known_of(subject: Subject, evidence: Evidence, where: Mapping[str, str]) ->
 
 
 def _parity(
-    subject: Subject, name: TowerName, tower: Tower, session: Session, rows: Inputs, batch: int
+    subject: ArtifactSubject, name: TowerName, tower: Tower, session: Session, rows: Inputs, batch: int
 ) -> list[OutputParity]:
     """Runs the same inputs through both Polygraphy runners and compares every output row by row."""
     outputs = [spec.name for spec in subject.outputs[name]]

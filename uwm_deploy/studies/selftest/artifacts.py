@@ -15,17 +15,17 @@ from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.convert.convert import converted
 from uwm_deploy.studies.selftest import surgery
+from uwm_deploy.studies.selftest.honest_builds import Build, HonestBuild
 from uwm_deploy.studies.selftest.surgery import Change, changed_graph, with_weights
-from uwm_deploy.studies.selftest.world import Build, World
 from uwm_deploy.towers.protocol import LoadedModel, ModuleTower
 
-Plant = Callable[[World, Path], Build]
+Plant = Callable[[HonestBuild, Path], Build]
 
 
 def exported_with(changes: Mapping[TowerName, Change]) -> Plant:
     """An export that changes the graph; the engine is compiled from it."""
 
-    def plant(world: World, folder: Path) -> Build:
+    def plant(world: HonestBuild, folder: Path) -> Build:
         honest = world.honest
         files = {tower: changed_graph(honest.exported[tower], folder, change) for tower, change in changes.items()}
         exported = {**honest.exported, **files}
@@ -37,7 +37,7 @@ def exported_with(changes: Mapping[TowerName, Change]) -> Plant:
 def compiled_with(changes: Mapping[TowerName, Change]) -> Plant:
     """A compiler that changes what it compiles; the exported graph is right."""
 
-    def plant(world: World, folder: Path) -> Build:
+    def plant(world: HonestBuild, folder: Path) -> Build:
         honest = world.honest
         files = {tower: changed_graph(honest.exported[tower], folder, change) for tower, change in changes.items()}
         return dataclasses.replace(honest, engines={**honest.engines, **files})
@@ -53,13 +53,13 @@ def both(change: Change) -> dict[TowerName, Change]:
 def unedited(towers: tuple[TowerName, ...], how: Callable[[Mapping[TowerName, Change]], Plant]) -> Plant:
     """The original model's weights under the name of the edited one."""
 
-    def plant(world: World, folder: Path) -> Build:
+    def plant(world: HonestBuild, folder: Path) -> Build:
         return how({t: with_weights(world.original.tower(t).graph_module()) for t in towers})(world, folder)
 
     return plant
 
 
-def tower_of_another_build(world: World, folder: Path) -> Build:
+def tower_of_another_build(world: HonestBuild, folder: Path) -> Build:
     """The text engine of a build that edited fewer entries."""
     other = world.model(None)
     for name, part in world.honest.patch.tensors.items():
@@ -68,7 +68,7 @@ def tower_of_another_build(world: World, folder: Path) -> Build:
     return compiled_with({TowerName.TEXT: with_weights(other.text.graph_module())})(world, folder)
 
 
-def weights_truncated(world: World, folder: Path) -> Build:
+def weights_truncated(world: HonestBuild, folder: Path) -> Build:
     """Weights cut to 8-bit integers, their scales lost; the edited layers are kept as they are."""
     kept = set(world.honest.patch.tensors)
 
@@ -79,7 +79,7 @@ def weights_truncated(world: World, folder: Path) -> Build:
     return exported_with(both(change))(world, folder)
 
 
-def colours_reversed(world: World, folder: Path) -> Build:
+def colours_reversed(world: HonestBuild, folder: Path) -> Build:
     """A graph for images whose channels come in the order blue, green, red."""
     change = surgery.weights_where(
         lambda name: name.endswith("patch_embedding.weight"), lambda array: np.ascontiguousarray(array[:, ::-1])
@@ -87,7 +87,7 @@ def colours_reversed(world: World, folder: Path) -> Build:
     return exported_with({TowerName.IMAGE: change})(world, folder)
 
 
-def in_half_precision(world: World, folder: Path) -> dict[TowerName, Path]:
+def in_half_precision(world: HonestBuild, folder: Path) -> dict[TowerName, Path]:
     """The exported graphs, rightly converted to half precision; a map behind the embedding stays in float32."""
     folder.mkdir(parents=True)
     for tower, graph in world.onnx.items():
@@ -107,7 +107,7 @@ def in_half_precision(world: World, folder: Path) -> dict[TowerName, Path]:
     return {tower: folder / graph.file for tower, graph in world.onnx.items()}
 
 
-def half_precision_overflow(world: World, folder: Path) -> Build:
+def half_precision_overflow(world: HonestBuild, folder: Path) -> Build:
     """A half-precision engine in which a value exceeds 65504."""
     sources = in_half_precision(world, folder / "fp16")
     change = surgery.overflowing("vision_model.post_layernorm", "visual_projection.weight", 3e4)
@@ -116,7 +116,7 @@ def half_precision_overflow(world: World, folder: Path) -> Build:
     return dataclasses.replace(world.honest, engines=engines, sources=sources, precision=Precision.FP16)
 
 
-def not_a_number(world: World, folder: Path) -> Build:
+def not_a_number(world: HonestBuild, folder: Path) -> Build:
     """One NaN in a bias."""
 
     def spoil(array: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def not_a_number(world: World, folder: Path) -> Build:
     return compiled_with({TowerName.IMAGE: change})(world, folder)
 
 
-def noise_in_weights(world: World, folder: Path) -> Build:
+def noise_in_weights(world: HonestBuild, folder: Path) -> Build:
     """An engine whose weights are a little off, as after a lossy compression; the edited ones are whole."""
     rng = np.random.default_rng(0)
     kept = set(world.honest.patch.tensors)
@@ -195,7 +195,7 @@ def adapter_with(tower: TowerName, wrap: Callable[[nn.Module], nn.Module], chang
         change: What the graph of it has.
     """
 
-    def plant(world: World, folder: Path) -> Build:
+    def plant(world: HonestBuild, folder: Path) -> Build:
         honest = exported_with({tower: change})(world, folder)
         models = (with_tower(m, tower, wrap(m.source)) for m in (world.original, world.edited))
         original, edited = models

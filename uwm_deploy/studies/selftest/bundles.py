@@ -24,16 +24,16 @@ from uwm_deploy.records.verdict import Result
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.studies.selftest import surgery
 from uwm_deploy.studies.selftest.artifacts import compiled_with, noise_in_weights
-from uwm_deploy.studies.selftest.world import POLICY, Build, World
+from uwm_deploy.studies.selftest.honest_builds import POLICY, Build, HonestBuild
 
 
-def _copy(world: World, folder: Path) -> Path:
+def _copy(world: HonestBuild, folder: Path) -> Path:
     target = folder / "bundle"
     shutil.copytree(world.bundle, target)
     return target
 
 
-def _packed(world: World, folder: Path, manifest: Manifest, changed: Mapping[str, Path | bytes]) -> Path:
+def _packed(world: HonestBuild, folder: Path, manifest: Manifest, changed: Mapping[str, Path | bytes]) -> Path:
     """A bundle that was written by the package stage, with other parts."""
     parts: dict[str, Path | bytes] = {f.path: world.bundle / f.path for f in manifest.files}
     out = folder / "bundle"
@@ -41,7 +41,7 @@ def _packed(world: World, folder: Path, manifest: Manifest, changed: Mapping[str
     return out
 
 
-def _manifest(world: World) -> Manifest:
+def _manifest(world: HonestBuild) -> Manifest:
     return open_bundle(world.bundle).manifest
 
 
@@ -56,7 +56,7 @@ def _with_engines(manifest: Manifest, build: Build) -> tuple[Manifest, dict[str,
     return dataclasses.replace(manifest, engines=tuple(engines)), files
 
 
-def engine_flipped(world: World, folder: Path) -> Path:
+def engine_flipped(world: HonestBuild, folder: Path) -> Path:
     """One bit of an engine."""
     out = _copy(world, folder)
     path = out / engine_path(world.engines[TowerName.IMAGE])
@@ -66,7 +66,7 @@ def engine_flipped(world: World, folder: Path) -> Path:
     return out
 
 
-def manifest_edited(world: World, folder: Path) -> Path:
+def manifest_edited(world: HonestBuild, folder: Path) -> Path:
     """Another factor in the manifest, written as the package stage would write it."""
     out = _copy(world, folder)
     body = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
@@ -77,34 +77,34 @@ def manifest_edited(world: World, folder: Path) -> Path:
     return out
 
 
-def tokenizer_swapped(world: World, folder: Path) -> Path:
+def tokenizer_swapped(world: HonestBuild, folder: Path) -> Path:
     """The tokenizer of another model, listed with its own digest."""
     body = json.loads(world.original.tokenizer_json)
     body["added_tokens"] = body["added_tokens"][::-1]
     return _packed(world, folder, _manifest(world), {"tokenizer.json": json.dumps(body).encode()})
 
 
-def file_added(world: World, folder: Path) -> Path:
+def file_added(world: HonestBuild, folder: Path) -> Path:
     """A library beside the engine."""
     out = _copy(world, folder)
     (out / "engines" / "plugin.so").write_bytes(b"\x7fELF")
     return out
 
 
-def report_edited(world: World, folder: Path) -> Path:
+def report_edited(world: HonestBuild, folder: Path) -> Path:
     """A report with better numbers than were measured, listed with its own digest."""
     better = dataclasses.replace(world.report, calibration_overlap=0, edit_worst=())
     return _packed(world, folder, _manifest(world), {BundleLayout.REPORT: json_from_record(better).encode()})
 
 
-def report_of_another_engine(world: World, folder: Path) -> Path:
+def report_of_another_engine(world: HonestBuild, folder: Path) -> Path:
     """The engine of the original model, whole and listed, with the verdict about the edited one's."""
     changes = {t: surgery.with_weights(world.original.tower(t).graph_module()) for t in TowerName}
     manifest, files = _with_engines(_manifest(world), compiled_with(changes)(world, folder))
     return _packed(world, folder, manifest, files)
 
 
-def policy_loosened(world: World, folder: Path) -> Path:
+def policy_loosened(world: HonestBuild, folder: Path) -> Path:
     """An engine that the policy refuses, packed with the verdict of a policy of the same name that does not."""
     build = noise_in_weights(world, folder)
     report = world.measured(build, folder)

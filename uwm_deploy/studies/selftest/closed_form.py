@@ -21,36 +21,36 @@ from uwm_deploy.stages.fit import fit_to_folder
 from uwm_deploy.studies.selftest import surgery
 from uwm_deploy.studies.selftest.artifacts import exported_with, in_half_precision, with_tower
 from uwm_deploy.studies.selftest.edits import edited_by
+from uwm_deploy.studies.selftest.honest_builds import PAIRS_SCORED, Build, HonestBuild, data_file
 from uwm_deploy.studies.selftest.surgery import changed_graph
-from uwm_deploy.studies.selftest.world import PAIRS_SCORED, Build, World, data_file
 from uwm_deploy.towers.protocol import LoadedModel
 
-Plant = Callable[[World, Path], Build]
+Plant = Callable[[HonestBuild, Path], Build]
 Sums = Mapping[TowerName, Moments]
 
 
 # --- the fit, and what is solved from it ------------------------------------------------------------------------------
 
 
-def _record(world: World) -> ClosedFormRecord:
+def _record(world: HonestBuild) -> ClosedFormRecord:
     step = world.honest.edit.closed_form
     assert step is not None
     assert step.axis is not None
     return step.axis
 
 
-def _setting(world: World) -> AxisSetting:
+def _setting(world: HonestBuild) -> AxisSetting:
     setting = _record(world).setting
     assert setting is not None
     return setting
 
 
-def _sums(world: World) -> Sums:
+def _sums(world: HonestBuild) -> Sums:
     folder = world.run_folder.fit
     return read_sums(folder, read_fit(folder))
 
 
-def _sums_of(world: World, model: LoadedModel, definition: str, folder: Path) -> Sums:
+def _sums_of(world: HonestBuild, model: LoadedModel, definition: str, folder: Path) -> Sums:
     """Sums of another model, or over another set."""
     source = world.open(definition)
     concepts = dict(zip(source.ids, source.concepts, strict=True))
@@ -70,12 +70,12 @@ def _sums_of(world: World, model: LoadedModel, definition: str, folder: Path) ->
     return read_sums(folder, fit)
 
 
-def _solved(world: World, setting: AxisSetting, sums: Sums) -> dict[str, Tensor]:
+def _solved(world: HonestBuild, setting: AxisSetting, sums: Sums) -> dict[str, Tensor]:
     method, placement = world.honest.edit.steps[-1].method, _record(world).placement
     return tensors_of(world.before, method, setting, sums, placement)[0]
 
 
-def _with_tensors(world: World, folder: Path, tensors: Mapping[str, Tensor]) -> Build:
+def _with_tensors(world: HonestBuild, folder: Path, tensors: Mapping[str, Tensor]) -> Build:
     """A step that put other tensors into the model; the record tells the setting that was asked for."""
 
     def mutate(model: LoadedModel) -> None:
@@ -89,13 +89,13 @@ def _with_tensors(world: World, folder: Path, tensors: Mapping[str, Tensor]) -> 
 def with_setting(change: Callable[[AxisSetting], AxisSetting]) -> Plant:
     """A step that was solved with another setting than it says."""
 
-    def plant(world: World, folder: Path) -> Build:
+    def plant(world: HonestBuild, folder: Path) -> Build:
         return _with_tensors(world, folder, _solved(world, change(_setting(world)), _sums(world)))
 
     return plant
 
 
-def setting_not_asked_for(world: World, folder: Path) -> Build:
+def setting_not_asked_for(world: HonestBuild, folder: Path) -> Build:
     """A stronger edit than the recipe's; record and patch tell of it as it is."""
     setting = dataclasses.replace(_setting(world), g=0.9)
     build = _with_tensors(world, folder, _solved(world, setting, _sums(world)))
@@ -109,7 +109,7 @@ def _with_axis(edit: EditRecord, setting: AxisSetting) -> EditRecord:
     return dataclasses.replace(edit, steps=(*edit.steps[:-1], step))
 
 
-def of_another_set(world: World, folder: Path) -> Build:
+def of_another_set(world: HonestBuild, folder: Path) -> Build:
     """Solved from the sums over another sample."""
     other = data_file(folder, "other", "calibration", PAIRS_SCORED, seed=1)
     return _with_tensors(
@@ -117,7 +117,7 @@ def of_another_set(world: World, folder: Path) -> Build:
     )
 
 
-def of_the_unedited_model(world: World, folder: Path) -> Build:
+def of_the_unedited_model(world: HonestBuild, folder: Path) -> Build:
     """Solved from the features of the source model, and put on top of the step before."""
     sums = _sums_of(world, world.original, world.calibration, folder / "fit")
     return _with_tensors(world, folder, _solved(world, _setting(world), sums))
@@ -126,7 +126,7 @@ def of_the_unedited_model(world: World, folder: Path) -> Build:
 # --- what is put into the model ---------------------------------------------------------------------------------------
 
 
-def _unedited(world: World, wanted: Callable[[TowerName, str], bool]) -> dict[str, Tensor]:
+def _unedited(world: HonestBuild, wanted: Callable[[TowerName, str], bool]) -> dict[str, Tensor]:
     """The source model's values of some of the tensors that the step replaces."""
     before = world.original.named_parameters()
     return {
@@ -136,17 +136,17 @@ def _unedited(world: World, wanted: Callable[[TowerName, str], bool]) -> dict[st
     }
 
 
-def constant_not_folded(world: World, folder: Path) -> Build:
+def constant_not_folded(world: HonestBuild, folder: Path) -> Build:
     """The projections are right, and the biases of the normalisations before them stay as they were."""
     return _with_tensors(world, folder, _unedited(world, lambda _, name: name.endswith(".bias")))
 
 
-def one_tower(world: World, folder: Path) -> Build:
+def one_tower(world: HonestBuild, folder: Path) -> Build:
     """The text tower ends as it did."""
     return _with_tensors(world, folder, _unedited(world, lambda tower, _: tower is TowerName.TEXT))
 
 
-def maps_exchanged(world: World, folder: Path) -> Build:
+def maps_exchanged(world: HonestBuild, folder: Path) -> Build:
     """The map of each tower behind the other one."""
     made, (image, text) = world.edited.named_parameters(), (MAP_NAMES[tower] for tower in TowerName)
     swapped = {
@@ -157,7 +157,7 @@ def maps_exchanged(world: World, folder: Path) -> Build:
     return _with_tensors(world, folder, swapped)
 
 
-def step_left_out(world: World, folder: Path) -> Build:
+def step_left_out(world: HonestBuild, folder: Path) -> Build:
     """The step was not made, and record and patch do not speak of it."""
     build = _with_tensors(world, folder, _unedited(world, lambda *_: True))
     kept = {tensor.name for tensor in build.edit.tensors if tensor.kind is EditKind.MULTIPLIED}
@@ -165,13 +165,13 @@ def step_left_out(world: World, folder: Path) -> Build:
     return _telling_of(dataclasses.replace(build, edit=told), kept)
 
 
-def tensor_not_listed(world: World, _: Path) -> Build:
+def tensor_not_listed(world: HonestBuild, _: Path) -> Build:
     """A whole edit, of which record and patch leave out the bias of a normalisation."""
     biases = [t.name for t in world.honest.edit.tensors if t.name.endswith(".bias")]
     return _telling_of(world.honest, {t.name for t in world.honest.edit.tensors} - set(biases[:1]))
 
 
-def patch_of_other_values(world: World, _: Path) -> Build:
+def patch_of_other_values(world: HonestBuild, _: Path) -> Build:
     """A whole edit, whose patch holds other bits of a projection than its digests are of."""
     name = next(t.name for t in world.honest.edit.tensors if t.kind is EditKind.REPLACED)
     part = world.honest.patch.tensors[name]
@@ -189,7 +189,7 @@ def _telling_of(build: Build, names: set[str]) -> Build:
 # --- maps in graphs ---------------------------------------------------------------------------------------------------
 
 
-def map_in_half_precision(world: World, folder: Path) -> Build:
+def map_in_half_precision(world: HonestBuild, folder: Path) -> Build:
     """Half-precision engines by a converter that does not know that the maps stay in float32."""
     graphs = in_half_precision(world, folder / "fp16")
     files = {t: changed_graph(path, folder / "maps", surgery.map_in_half_precision) for t, path in graphs.items()}
@@ -213,7 +213,7 @@ class _MapOfAnyLength(nn.Module):
         return result
 
 
-def any_length_in_the_adapter(world: World, folder: Path) -> Build:
+def any_length_in_the_adapter(world: HonestBuild, folder: Path) -> Build:
     """The map is wrong in PyTorch already, so that reference, graph and engine agree with each other."""
     build = exported_with({TowerName.TEXT: surgery.map_of_any_length})(world, folder)
     edited = with_tower(world.edited, TowerName.TEXT, _MapOfAnyLength(world.edited))

@@ -13,8 +13,8 @@ from uwm_deploy.edits.applied import tensor_edit
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries, replaced
 from uwm_deploy.records.edit import EditKind, EditRecord
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.studies.selftest.honest_builds import Build, HonestBuild
 from uwm_deploy.studies.selftest.surgery import changed_graph, with_weights
-from uwm_deploy.studies.selftest.world import Build, World
 from uwm_deploy.towers.digests import digest_of_tensor, digest_of_weights
 from uwm_deploy.towers.embedding_map import save_maps
 from uwm_deploy.towers.protocol import MAPS, LoadedModel
@@ -22,7 +22,7 @@ from uwm_deploy.towers.protocol import MAPS, LoadedModel
 Mutate = Callable[[LoadedModel], None]
 
 
-def edited_by(world: World, folder: Path, start: str, mutate: Mutate) -> Build:
+def edited_by(world: HonestBuild, folder: Path, start: str, mutate: Mutate) -> Build:
     """A whole build of an edited model that was made wrong; record and patch tell of it as if it were right.
 
     Args:
@@ -58,7 +58,7 @@ def changed_towers(left: LoadedModel, right: LoadedModel) -> list[TowerName]:
     return found
 
 
-def _retold(world: World, saved: LoadedModel) -> tuple[EditRecord, Patch]:
+def _retold(world: HonestBuild, saved: LoadedModel) -> tuple[EditRecord, Patch]:
     """Record and patch of what was made, as a faulty stage would write them."""
     before, after = world.original.named_parameters(), saved.named_parameters()
     tensors, parts = [], {}
@@ -90,31 +90,31 @@ def _multiply(patches: Mapping[str, TensorPatch], factor: float) -> Mutate:
     return mutate
 
 
-def applied_twice(world: World, folder: Path) -> Build:
+def applied_twice(world: HonestBuild, folder: Path) -> Build:
     """The patch is its own inverse."""
     return edited_by(world, folder, "edited", _multiply(world.honest.patch.tensors, -1.0))
 
 
-def factor_zero(world: World, folder: Path) -> Build:
+def factor_zero(world: HonestBuild, folder: Path) -> Build:
     """Entries removed instead of negated."""
     return edited_by(world, folder, "original", _multiply(world.honest.patch.tensors, 0.0))
 
 
-def layer_missed(world: World, folder: Path) -> Build:
+def layer_missed(world: HonestBuild, folder: Path) -> Build:
     """The last layer stays as it was."""
     last = world.honest.edit.tensors[-1].name
     some = {name: part for name, part in world.honest.patch.tensors.items() if name != last}
     return edited_by(world, folder, "original", _multiply(some, -1.0))
 
 
-def one_tower(world: World, folder: Path) -> Build:
+def one_tower(world: HonestBuild, folder: Path) -> Build:
     """The text tower stays as it was."""
     images = {e.name for e in world.honest.edit.tensors if e.tower is TowerName.IMAGE}
     some = {name: part for name, part in world.honest.patch.tensors.items() if name in images}
     return edited_by(world, folder, "original", _multiply(some, -1.0))
 
 
-def other_entries(world: World, folder: Path) -> Build:
+def other_entries(world: HonestBuild, folder: Path) -> Build:
     """As many entries as were selected, but the patch of another model: the places are elsewhere."""
 
     def mutate(model: LoadedModel) -> None:
@@ -126,7 +126,7 @@ def other_entries(world: World, folder: Path) -> Build:
     return edited_by(world, folder, "original", mutate)
 
 
-def bias_touched(world: World, folder: Path) -> Build:
+def bias_touched(world: HonestBuild, folder: Path) -> Build:
     """The edit takes the biases of its layers along."""
 
     def mutate(model: LoadedModel) -> None:
@@ -136,7 +136,7 @@ def bias_touched(world: World, folder: Path) -> Build:
     return edited_by(world, folder, "edited", mutate)
 
 
-def whole_layer(world: World, folder: Path) -> Build:
+def whole_layer(world: HonestBuild, folder: Path) -> Build:
     """A mask that was not applied: every entry of one layer is negated."""
     first = world.honest.edit.tensors[0].name
 

@@ -10,8 +10,8 @@ from uwm_deploy.errors import DataError, EvidenceError, IntegrityError, UwmError
 from uwm_deploy.pipeline.judge import judge_file
 from uwm_deploy.records.studies import FaultResult
 from uwm_deploy.records.verdict import Cause, Result, Verdict
+from uwm_deploy.studies.selftest.honest_builds import POLICY, Build, HonestBuild, HonestBuilds
 from uwm_deploy.studies.selftest.peers import Peers
-from uwm_deploy.studies.selftest.world import POLICY, Build, World, Worlds
 from uwm_deploy.studies.selftest.zoo import Fault
 
 _REFUSED: tuple[tuple[type[UwmError], Cause, str], ...] = (
@@ -23,7 +23,7 @@ _REFUSED: tuple[tuple[type[UwmError], Cause, str], ...] = (
 
 
 def plant_all(
-    worlds: Worlds, faults: Sequence[Fault], peers: Peers | None, progress: Callable[[str, int, int], None]
+    worlds: HonestBuilds, faults: Sequence[Fault], peers: Peers | None, progress: Callable[[str, int, int], None]
 ) -> Iterator[FaultResult]:
     """Plants faults and judges them.
 
@@ -40,7 +40,7 @@ def plant_all(
         progress("faults", number + 1, len(faults))
 
 
-def _result(world: World, fault: Fault, folder: Path, peers: Peers | None) -> FaultResult:
+def _result(world: HonestBuild, fault: Fault, folder: Path, peers: Peers | None) -> FaultResult:
     caught: dict[str, bool] = {}
     try:
         planted = fault.plant(world, folder)

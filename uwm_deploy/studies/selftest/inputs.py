@@ -16,9 +16,9 @@ from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.runtime.image import crop_from_image, pixels_from_crops, pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.studies.selftest.world import QUADRUPLES, Build, Pixels, World, as_rows, data_file
+from uwm_deploy.studies.selftest.honest_builds import QUADRUPLES, Build, HonestBuild, Pixels, as_rows, data_file
 
-Plant = Callable[[World, Path], Build]
+Plant = Callable[[HonestBuild, Path], Build]
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def prepared_by(pixels: Pixels) -> Plant:
         pixels: Preprocessing of an image, to (3, H, W) float32.
     """
 
-    def plant(world: World, _: Path) -> Build:
+    def plant(world: HonestBuild, _: Path) -> Build:
         return dataclasses.replace(world.honest, prepared=world.prepare(pixels=pixels), pixels=pixels)
 
     return plant
@@ -69,7 +69,7 @@ def squashed(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
-def cut_ids(world: World, _: Path) -> Build:
+def cut_ids(world: HonestBuild, _: Path) -> Build:
     """Captions cut to a quarter of the length, their end token lost."""
     ref = world.original.ref
     whole = Tokenizer(world.original.tokenizer_json, ref.text)
@@ -82,7 +82,7 @@ def cut_ids(world: World, _: Path) -> Build:
     return dataclasses.replace(world.honest, prepared=world.prepare(encode=encode), encode=encode)
 
 
-def other_tokenizer(world: World, _: Path) -> Build:
+def other_tokenizer(world: HonestBuild, _: Path) -> Build:
     """A tokenizer of the same size whose words have other ids."""
     body = json.loads(world.original.tokenizer_json)
     vocabulary = body["model"]["vocab"]
@@ -99,7 +99,7 @@ def other_tokenizer(world: World, _: Path) -> Build:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def measured_on_calibration(world: World, folder: Path) -> Build:
+def measured_on_calibration(world: HonestBuild, folder: Path) -> Build:
     """The scores come from the items that they are measured on."""
     source = world.open(data_file(folder, "leak", "calibration", QUADRUPLES))
     return dataclasses.replace(
@@ -110,7 +110,7 @@ def measured_on_calibration(world: World, folder: Path) -> Build:
     )
 
 
-def partners_shuffled(world: World, _: Path) -> Build:
+def partners_shuffled(world: HonestBuild, _: Path) -> Build:
     """Texts and images of different items stand together."""
     there = world.honest.prepared
     order = np.random.default_rng(0).permutation(len(there.ids))
@@ -119,7 +119,7 @@ def partners_shuffled(world: World, _: Path) -> Build:
     return dataclasses.replace(world.honest, prepared=prepared)
 
 
-def members_swapped(world: World, _: Path) -> Build:
+def members_swapped(world: HonestBuild, _: Path) -> Build:
     """In half of the items the safe and the unsafe image have changed places."""
     there = world.honest.prepared
     half = (np.arange(len(there.ids)) % 2 == 0)[:, None, None, None]
@@ -130,7 +130,7 @@ def members_swapped(world: World, _: Path) -> Build:
     return dataclasses.replace(world.honest, prepared=prepared)
 
 
-def concept_dropped(world: World, _: Path) -> Build:
+def concept_dropped(world: HonestBuild, _: Path) -> Build:
     """A filter that loses a concept without a word."""
     there, spec = world.honest.prepared, calibration_set_of(world.test)[0]
     lost = there.concepts[0]
@@ -149,7 +149,7 @@ def concept_dropped(world: World, _: Path) -> Build:
     return dataclasses.replace(world.honest, prepared=prepared, evaluation=record)
 
 
-def nothing_measured(world: World, folder: Path) -> Build:
+def nothing_measured(world: HonestBuild, folder: Path) -> Build:
     """A set whose file is empty."""
     (folder / "empty.jsonl").write_text("", encoding="utf-8")
     text = 'format = 1\nname = "empty"\nsource = "manifest"\nmanifest = "empty.jsonl"\n'

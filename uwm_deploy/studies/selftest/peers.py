@@ -15,7 +15,7 @@ from polygraphy.comparator.data_loader import DataLoader
 from polygraphy.logger import G_LOGGER
 
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.studies.selftest.world import Build
+from uwm_deploy.studies.selftest.honest_builds import Build
 
 OPTIMUM_TOLERANCE = 1e-3
 """Absolute difference up to which Optimum's export validation is content."""

@@ -15,7 +15,7 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.studies import Rebuild
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
+from uwm_deploy.studies.selftest.honest_builds import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
 
 PER_EDIT = 5
 """Rebuilds that share scores, edit and export, and are compiled and verified anew."""

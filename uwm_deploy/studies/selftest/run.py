@@ -13,9 +13,9 @@ from uwm_deploy.records.studies import Rebuild, SelftestReport
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.selftest.faults import plant_all
+from uwm_deploy.studies.selftest.honest_builds import POLICY, HonestBuilds
 from uwm_deploy.studies.selftest.peers import Peers
 from uwm_deploy.studies.selftest.rebuilds import rebuild_all, variations
-from uwm_deploy.studies.selftest.world import POLICY, Worlds
 from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, 
     # A process of its own: both use one core each, and threads would fight over PyTorch's settings.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         waiting = pool.submit(rebuilt, folder / "rebuilds", rebuilds)
-        found = tuple(plant_all(Worlds(folder), faults, Peers() if peers else None, progress))
+        found = tuple(plant_all(HonestBuilds(folder), faults, Peers() if peers else None, progress))
         progress("waiting for honest rebuilds", 0, max(rebuilds, 1))
         honest = waiting.result()
     return SelftestReport(

@@ -10,10 +10,10 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Cause
 from uwm_deploy.studies.selftest import artifacts, bundles, closed_form, edits, inputs, surgery
 from uwm_deploy.studies.selftest.artifacts import both, compiled_with, exported_with, unedited
+from uwm_deploy.studies.selftest.honest_builds import FOLDED, MAPPED, UWM, Build, HonestBuild, MadeBy
 from uwm_deploy.studies.selftest.inputs import prepared_by
-from uwm_deploy.studies.selftest.world import FOLDED, MAPPED, UWM, Build, MadeBy, World
 
-Plant = Callable[[World, Path], Build | Path]
+Plant = Callable[[HonestBuild, Path], Build | Path]
 """Makes the wrong artifact: a build to be verified, or a bundle to be opened."""
 
 IMAGE, TEXT = TowerName.IMAGE, TowerName.TEXT

@@ -28,7 +28,6 @@ from uwm_deploy.edits.methods import selects
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
-from uwm_deploy.edits.proof import proof_of
 from uwm_deploy.edits.replay import MadeFrom, expected_edit
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
@@ -50,19 +49,16 @@ from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
-from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
-    yardstick_of,
 )
-from uwm_deploy.safeground.health import data_health
 from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.stages.verify.assembly import Verified, verify
 from uwm_deploy.stages.verify.goldens import goldens_of
-from uwm_deploy.stages.verify.report import Known, report_of
-from uwm_deploy.stages.verify.subjects import Artifacts, subjects_of
-from uwm_deploy.stages.verify.verify import embed_model, evidence_of
+from uwm_deploy.stages.verify.subjects import Artifacts
+from uwm_deploy.stages.verify.verify import embed_model
 from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel
@@ -184,7 +180,7 @@ class Build:
     encode: Encode | None = None
 
 
-class World:
+class HonestBuild:
     """An honest build of the demo in a folder, and its models in memory.
 
     Args:
@@ -335,29 +331,23 @@ class World:
         expected = expected_edit(self.recipe, self.made_from(build.original), build.edit, build.patch)
         model = build.edited
         library = library_of(self.recipe.model.family, model.source, self.run_folder.edited_model, model.ref.text)
-        artifacts, yardstick = [], yardstick_of(original)
-        for subject in subjects_of(self._artifacts(build), build.edited):
-            evidence = evidence_of(
-                subject, build.edited, edited, build.prepared, canaries, _silent, yardstick=yardstick
-            )
-            artifacts.append(evidence)
-            for session in (subject.sessions or {}).values():
-                session.close()
-        known = Known(
-            model=build.original.ref,
-            edited_weights_digest=model.ref.weights_digest,
-            evaluation=build.evaluation,
-            calibration_overlap=build.overlap,
-            zero_shot_digests=zero_shot_digests(self.source),
-            edit_proof=proof_of(expected, model.named_parameters()),
-            goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
-            data=data_health(original, build.calibrated),
-            versions=versions(BUILD_PACKAGES + RUN_PACKAGES),
-            head_digest="",
-            risk=None,
-            head_overlap=0,
+        return verify(
+            Verified(
+                artifacts=self._artifacts(build),
+                original=build.original.ref,
+                edited=model,
+                embedded=(original, edited),
+                prepared=build.prepared,
+                canaries=canaries,
+                expected=expected,
+                goldens=goldens_of(model, library, pixels=build.pixels, encode=build.encode),
+                evaluation=build.evaluation,
+                zero_shot_digests=zero_shot_digests(self.source),
+                calibrated=build.calibrated,
+                calibration_overlap=build.overlap,
+            ),
+            _silent,
         )
-        return report_of(known, original, edited, tuple(artifacts))
 
     def _honest(self) -> Build:
         exported = {tower: self.run_folder.export / graph.file for tower, graph in self.onnx.items()}
@@ -419,7 +409,7 @@ class World:
         )
 
 
-class Worlds:
+class HonestBuilds:
     """Honest builds, each made when it is first asked for.
 
     Args:
@@ -428,16 +418,16 @@ class Worlds:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[MadeBy, World] = {}
+        self._made: dict[MadeBy, HonestBuild] = {}
 
-    def of(self, made_by: MadeBy) -> World:
+    def of(self, made_by: MadeBy) -> HonestBuild:
         """The build whose edit is made in a way.
 
         Raises:
             ContractError: If the honest build does not pass.
         """
         if made_by not in self._made:
-            self._made[made_by] = World(self._folder / f"world-{len(self._made)}", made_by)
+            self._made[made_by] = HonestBuild(self._folder / f"world-{len(self._made)}", made_by)
         return self._made[made_by]
 
 
