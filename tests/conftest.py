@@ -9,8 +9,9 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Several workers share the machine; more threads than cores make all of them slow.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Threads of several workers wait for each other on few cores: with two each, everything takes two to four times as long.
+# One also where there is no worker: what starts the workers reads this first, and they inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

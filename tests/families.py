@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import Architecture, Recipe, recipe_from_toml
 
@@ -26,10 +24,6 @@ FAMILIES = (
     "llava-1.5-7b",
 )
 """One recipe per way of being built."""
-
-SLOW = ("siglip2-base", "dfn-vit-h14", "llava-1.5-7b")
-UNLIKE = tuple(pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES)
-"""The same; those that are built nearly as another one only where slow tests are asked for."""
 
 _HF = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _OPEN_CLIP = {"layers": 2, "width": 64}

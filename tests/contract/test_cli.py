@@ -464,15 +464,24 @@ def test_an_interruption_before_the_command_is_told_too(monkeypatch: pytest.Monk
     assert (error_of(result)["kind"], result.exit_code) == ("Interrupted", INTERRUPTED)
 
 
-def test_debug_shows_where_it_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error itself comes through."""
+def test_debug_shows_where_it_went_wrong(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The traceback is on standard error, beside the error object and the exit code that there are without it."""
 
     def fails(*_: Any) -> None:
         raise ValueError("inner")
 
     monkeypatch.setattr("uwm_deploy.report.inspection.describe", fails)
-    with pytest.raises(ValueError, match="inner"):
-        CliRunner().invoke(cli, ["inspect", "x", "--debug", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(cli, ["inspect", "x", "--debug", "--json"])
+    assert (error_of(result)["exit_code"], result.exit_code) == (1, 1)
+    assert "Traceback" in result.stderr
+    assert "inner" in result.stderr
+
+
+def test_debug_keeps_the_exit_code_of_a_kind(tmp_path: Path) -> None:
+    """A user who asks for a traceback sees the same code as one who does not."""
+    result = CliRunner().invoke(cli, ["gate", str(tmp_path / "nowhere"), "--debug"])
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
 
 
 def test_a_process_that_only_helps_prints_no_object(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

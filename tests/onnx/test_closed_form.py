@@ -115,8 +115,7 @@ BOTH: dict[str, Load] = {
 
 CASES = [
     *((kind, Placement.WEIGHTS) for kind in BOTH),
-    ("hf-clip", Placement.EMBEDDING),
-    *(pytest.param(kind, Placement.EMBEDDING, marks=pytest.mark.slow) for kind in ("open-clip", "coca")),
+    *((kind, Placement.EMBEDDING) for kind in ("hf-clip", "open-clip", "coca")),
 ]
 """How a projection is written makes no difference behind the embedding."""
 
@@ -249,7 +248,7 @@ def test_a_family_with_a_last_map_has_both_placements(kind: str, placement: Plac
         assert any(name.endswith("text_projection.bias") for name in changed(made))
 
 
-@pytest.mark.parametrize("kind", ["siglip", pytest.param("siglip2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", BEHIND)
 def test_a_family_without_a_last_map_gets_maps_behind_its_embeddings(kind: str, tmp_path: Path) -> None:
     """`auto` takes that placement and says why; the other one is refused with what to do."""
     recipe, model = BEHIND[kind](tmp_path)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from tests.families import UNLIKE, reduced
+from tests.families import FAMILIES, reduced
 from tests.onnx.conftest import Exported, train
 from tests.onnx.test_precision import PROFILE, convert
 from uwm_deploy.edits.patch import Patch
@@ -351,7 +351,7 @@ def test_only_what_is_computed_without_an_input_may_be_gone(trained: Exported, t
     assert len(fingerprint_by_source(arrays, source, negated, {positions}).mismatches) == 1
 
 
-@pytest.mark.parametrize("family", UNLIKE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_every_family_may_be_trained_as_a_whole(family: str, tmp_path: Path) -> None:
     """Every parameter in the exported graph, and in the compiled one but for a learned query that is computed away."""
     model, recipe = load_model(reduced(family), folder=None, weights="random", device="cpu"), reduced(family)

@@ -336,14 +336,14 @@ def test_neither_batches_nor_order_matter_where_features_are_the_same(tmp_path: 
 
     def step(name: str, **how: Any) -> Tensors:
         (tmp_path / name).mkdir()
-        record = fit_drawn(tmp_path / name, 300, **how)
+        record = fit_drawn(tmp_path / name, 600, **how)
         sums = read_sums(tmp_path / name, record)
         return tensors_of(stub(), Method.SAFETY_AXIS, SETTING, sums, Placement.EMBEDDING)[0]
 
     first = step("first", batch=16)
     for batch in (1, 7, 64):
         assert_same(first, step(f"batch-{batch}", batch=batch), 1e-6)
-    order = np.random.default_rng(0).permutation(300).tolist()
+    order = np.random.default_rng(0).permutation(600).tolist()
     assert_same(first, step("order", batch=16, items=order), 1e-6)
 
 
