@@ -295,7 +295,8 @@ def test_parts_of_another_space_are_refused_by_both_ids(bundle: Path, shards: Pa
     PartWriter(tmp_path / "out")(rows | {"space": np.array(["space:sha256:other"], dtype=object)})
     done = _embed(bundle, shards / "00.tar", "--out", tmp_path / "out")
     assert done.exit_code == 5
-    assert f"holds embeddings of space:sha256:other, and these would be of {rows['space'][0]}" in done.output
+    assert "space:sha256:other" in done.output
+    assert rows["space"][0] in done.output
 
 
 def test_a_part_is_of_one_bundle_and_named_by_its_keys(bundle: Path, tmp_path: Path) -> None:

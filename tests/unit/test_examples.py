@@ -98,7 +98,8 @@ def test_faiss_search(bundle: Path, pictures: Path, encoder: SafeEncoder, tmp_pa
     index.with_suffix(".json").write_text(json.dumps(about | {"space": "space:sha256:other"}))
     refused = run("faiss_search", "search", bundle, index, "a red circle")
     assert refused.returncode != 0
-    assert f"embeddings of space:sha256:other, and the query would be one of {encoder.space}" in refused.stderr
+    assert "space:sha256:other" in refused.stderr
+    assert encoder.space in refused.stderr
 
 
 def test_fastapi_endpoint(bundle: Path, pictures: Path, encoder: SafeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

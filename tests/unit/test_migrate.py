@@ -574,7 +574,7 @@ def test_a_folder_of_something_else_is_not_written_into(
     ):
         with pytest.raises(kind):
             _run(old, out)
-    with pytest.raises(EvidenceError, match=f"of space:sha256:third, and these would be of {AFTER}"):
+    with pytest.raises(EvidenceError, match=f"space:sha256:third.*{AFTER}"):
         _run(old, tmp_path / "third")
     _run(old, tmp_path / "new")
     os.utime(sorted(old.glob("*.parquet"))[0], ns=(0, 0))

@@ -146,7 +146,8 @@ def test_an_edit_of_weights_is_refused_with_what_to_do(uwm: Path, axis: Path, tm
     np.save(tmp_path / "old.npy", _evidence(uwm, "original").safe_image)
     done = _migrate(tmp_path / "old.npy", "--bundle", uwm, "--tower", "image", "--out", tmp_path / "new.npy")
     assert done.exit_code == 2
-    assert "changes weights, so no map takes stored embeddings over; build with --placement embedding" in done.stderr
+    assert "uwm" in done.stderr
+    assert "--placement embedding" in done.stderr
     opened = open_bundle(axis)
     step = opened.manifest.edit.steps[-1]
     assert step.axis is not None
@@ -188,7 +189,8 @@ def test_parts_of_the_step_before_become_those_of_the_last_step(
         assert message in done.stderr
     mixed = embedded(both, "old")
     assert mixed.exit_code == 5
-    assert f"of {open_bundle(uwm).manifest.spaces[FP32]}, and these would be" in mixed.stderr
+    assert open_bundle(uwm).manifest.spaces[FP32] in mixed.stderr
+    assert open_bundle(both).manifest.spaces[FP32] in mixed.stderr
 
 
 def test_an_index_of_the_example_finds_the_same_as_one_made_again(uwm: Path, both: Path, tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_an_index_of_the_example_finds_the_same_as_one_made_again(uwm: Path, bot
     with SafeEncoder.open(uwm, variant=FP32) as before, SafeEncoder.open(both, variant=FP32) as after:
         search.build(before, tmp_path / "files", old)
         search.build(after, tmp_path / "files", again)
-        with pytest.raises(SystemExit, match=f"of {before.space}, and the query would be one of {after.space}"):
+        with pytest.raises(SystemExit, match=f"{before.space}.*{after.space}"):
             search.search(after, old, "a red circle", 3)
         done = _migrate(old, "--bundle", both, "--out", new)
         assert done.exit_code == 0, done.output

@@ -182,7 +182,7 @@ def test_other_weights_are_refused_and_left_alone(name: str) -> None:
     flat = tensors[name].view(-1)
     flat[1] = torch.nextafter(flat[1], torch.tensor(math.inf))
     kept = copies(tensors)
-    with pytest.raises(IntegrityError, match=f"{name} holds other weights than the patch was made from"):
+    with pytest.raises(IntegrityError, match=f"{name}.*other weights"):
         patch.apply(tensors)
     assert same_bits(tensors, kept)
 

@@ -200,7 +200,8 @@ def test_layouts_without_a_place_for_a_map_refuse_it(layout: LibraryLayout, work
     found = CliRunner().invoke(cli, arguments)
     assert found.exit_code == 2
     assert "no place for a map behind the embedding" in found.output
-    assert "use --as sentence-transformers or a bundle, or edit again with --placement weights" in found.output
+    assert "--as sentence-transformers" in found.output
+    assert "--placement weights" in found.output
     assert not list(tmp_path.iterdir())
 
 
