@@ -26,7 +26,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from uwm_deploy.data.open import open_source
-from uwm_deploy.recipes.recipe import calibration_set_from_toml
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 path = Path(sys.argv[1])
 source = open_source(calibration_set_from_toml(path.read_text(), where="set"), base=path.parent)
 assert len(source) == int(sys.argv[2])
