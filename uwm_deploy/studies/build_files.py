@@ -120,9 +120,8 @@ def _files_of_run(path: Path) -> BuildFiles:
     if not all(tower_record(run.export, tower).is_file() for tower in TowerName):
         raise InputError(f"{path} is neither a bundle nor a run folder with exported graphs", fix="run `export` first")
     exported = {tower: _recorded_graph(run.export, tower) for tower in TowerName}
-    built = [
-        read_record(EngineArtifact, tower_record(folder, tower)) for tower in TowerName for folder in run.compiled()
-    ]
+    records = [tower_record(folder, tower) for tower in TowerName for folder in run.compiled()]
+    built = [read_record(EngineArtifact, record) for record in records if record.is_file()]
     weights = exported[TowerName.IMAGE].record.weights_digest
 
     def no_inputs(tower: TowerName) -> np.ndarray:
