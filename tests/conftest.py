@@ -98,3 +98,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("tests changed what they share", red=True)
     for name in found:
         terminalreporter.line(name)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: workers wait for child processes, and for what another one makes for all."""
+    return len(os.sched_getaffinity(0)) + 1
