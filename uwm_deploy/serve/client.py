@@ -87,6 +87,7 @@ class Client(Protocol):
         Returns:
             (n, ...), of the output's dtype; bytes are (n,) object.
         """
+        return self.infer_all(model, inputs, [output])[output]
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """Several outputs of one call.
@@ -130,7 +131,7 @@ def open_client(url: str, protocol: str, *, timeout_s: float) -> Client:
     return HttpClient(host, port, timeout_s)
 
 
-class GrpcClient:
+class GrpcClient(Client):
     """See `Client`."""
 
     protocol = "grpc"
@@ -180,19 +181,6 @@ class GrpcClient:
 
         return _counts(json_format.MessageToDict(found, preserving_proto_field_name=True))
 
-    def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """Calls a model for one output; see `Client.infer`.
-
-        Args:
-            model: Name of the model.
-            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
-            output: Name of the output.
-
-        Returns:
-            (n, ...) in the output's dtype; bytes are (n, ...) object.
-        """
-        return self.infer_all(model, inputs, [output])[output]
-
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """Calls a model for several outputs at once; see `Client.infer_all`.
 
@@ -233,7 +221,7 @@ class GrpcClient:
             raise AnswerError(f"{self.url}: {error.message()}") from error
 
 
-class HttpClient:
+class HttpClient(Client):
     """See `Client`; one connection per thread.
 
     Tensors are bytes after the JSON where a server says that it reads that, else numbers and base64 in it.
@@ -282,19 +270,6 @@ class HttpClient:
         found = self._json("GET", f"/v2/models/{model}/stats")
         with self._wellformed(model):
             return _counts(found)
-
-    def infer(self, model: str, inputs: Mapping[str, np.ndarray], output: str) -> np.ndarray:
-        """Calls a model for one output; see `Client.infer`.
-
-        Args:
-            model: Name of the model.
-            inputs: Inputs by name, (n, ...) of any dtype of the protocol; bytes are (n, ...) object.
-            output: Name of the output.
-
-        Returns:
-            (n, ...) in the output's dtype; bytes are (n, ...) object.
-        """
-        return self.infer_all(model, inputs, [output])[output]
 
     def infer_all(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         """Calls a model for several outputs at once; see `Client.infer_all`.
