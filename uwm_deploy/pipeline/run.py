@@ -43,9 +43,7 @@ def run(request: Request, *, until: str, reporter: Notes, ranks: Ranks = ALONE) 
         UwmError: Of the kind that went wrong; finished stages are kept.
     """
     made = Run(ranks.together(lambda: plan_of(request)), reporter, ranks=ranks)
-    with made.locked():
-        made.check(until)
-        made.get(until)
+    made.until(until)
     return made.outcome
 
 
@@ -71,6 +69,17 @@ class Run:
     def outcome(self) -> Outcome:
         """What the stages left that were pulled so far."""
         return Outcome(run_plan=self.plan, made=self._made, skipped=self._skipped)
+
+    def until(self, name: str) -> Run:
+        """Makes a stage in the locked run folder, after what can be checked beforehand; the run itself.
+
+        Raises:
+            UwmError: Of the kind that went wrong; finished stages are kept.
+        """
+        with self.locked():
+            self.check(name)
+            self.get(name)
+        return self
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -221,8 +230,9 @@ def load_edited(request: Request, notes: Notes) -> LoadedModel:
     Raises:
         UwmError: Of the kind that went wrong.
     """
-    run(request, until="edit", reporter=notes)
-    return Run(plan_of(request), notes).models.edited
+    models = Run(plan_of(request), notes).until("edit").models
+    models.forget_original()
+    return models.edited
 
 
 def function(name: str) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ def sweep(
         _check_may_pick(source, recipe.data.evaluation)
     if recipe.closed_form is not None and on is None:
         reporter.line("sweep      note: measured on the pairs that the strengths are made from; --on names another set")
-    made = _scored_and_fitted(request, reporter)
+    made = Run(plan_of(request), reporter).until("fit")
     score, model = made.outcome.left(ScoreRecord), made.models.original
     with reporter.stage("sweep", f"{values.count} points on {measured_on}"):
         measuring = _Measuring(model, source, request.workers, reporter)
@@ -92,15 +92,6 @@ def sweep(
         with whole_folder(out) as folder:
             write_sweep(report, folder)
     return report
-
-
-def _scored_and_fitted(request: Request, reporter: Reporter) -> Run:
-    """A run up to what every point is made from."""
-    made = Run(plan_of(request), reporter)
-    with made.locked():
-        made.check("fit")
-        made.get("fit")
-    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
