@@ -120,10 +120,11 @@ def test_gate_and_package_import_no_torch() -> None:
 
 
 def test_stages_stand_in_pipeline_order() -> None:
-    """`--help` lists the stages in the order they run."""
+    """`--help` lists the stages in the order they run; a stage has a command exactly where the table says so."""
     listed = [name for name in SECTIONS["Build"] if name in STAGES]
     assert listed == [stage for stage in STAGES if stage in listed]
     assert list(SECTIONS["Build"]) == ["build", *listed]
+    assert {stage.name for stage in TABLE if stage.command} == COMMANDS.keys() & set(STAGES)
 
 
 def test_help_lists_every_command_in_its_section_on_one_line() -> None:

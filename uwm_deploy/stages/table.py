@@ -37,7 +37,8 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: Its folder, its row in the docs, and its command where it has one.
+        name: Its folder, its row in the docs, and its command.
+        command: Whether it has one; what has none runs on the way to the others.
         does: What it does, for the docs.
         make: ``module:function`` that fills a folder from a `Job`; imported only when it runs.
         reads: Stages whose folders it reads. A folder of theirs of another precision is not read.
@@ -56,6 +57,7 @@ class Stage:
     """
 
     name: str
+    command: bool = True
     does: str
     make: str
     reads: tuple[str, ...] = ()
@@ -296,6 +298,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="canaries",
+        command=False,
         does="Chooses the inputs on which original and edited differ most.",
         make="uwm_deploy.stages.canaries:make",
         reads=("edit",),
@@ -315,6 +318,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="convert",
+        command=False,
         does="Converts the graphs to each lower precision, and checks that the edit is still there.",
         make="uwm_deploy.stages.convert.make:make",
         reads=("edit", "export", "canaries"),
