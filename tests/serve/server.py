@@ -37,6 +37,11 @@ SECONDS_TO_INSTALL = 120
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
+def needs_triton_client() -> None:
+    """Skips the test, or the whole file, where the extra [triton] is not installed; repositories need it, too."""
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
+
+
 def environment() -> Path:
     """The server's virtual environment; skips the test where there can be none, and says why."""
     found = _environment()

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from tests.serve.server import needs_triton_client
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.serve.client import AnswerError, Client, open_client
 
@@ -104,7 +105,7 @@ def test_nonsense_is_the_servers_error(client: Client, body: bytes, header: str 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"max_batch_size": "x"}', b'{"input": 3}'])
 def test_a_nonsensical_configuration_is_the_servers_error(client: Client, body: bytes) -> None:
     """It is not believed either."""
-    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
+    needs_triton_client()
     _Handler.extensions, _Handler.body = ("model_configuration",), body
     with pytest.raises(AnswerError):
         client.config("m")

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.serve.conftest import VARIANT, repacked
-from tests.serve.server import ROOT, free_port
+from tests.serve.server import ROOT, free_port, needs_triton_client
 from uwm_deploy.cli import cli
 from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import ExitCode
@@ -24,7 +24,7 @@ from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.serve.client import AnswerError, open_client, wait_until_ready
 from uwm_deploy.serve.names import EMBEDDING, ENCODERS, ENSEMBLES, RAW
 
-pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
+needs_triton_client()
 
 MODELS = (*ENSEMBLES.values(), *ENCODERS.values())
 

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from PIL import Image
 
 from tests.serve.conftest import VARIANT, as_plans, repacked
-from tests.serve.server import ROOT, Server, started, wait
+from tests.serve.server import ROOT, Server, needs_triton_client, started, wait
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.data.encoded import objects
@@ -53,7 +53,7 @@ from uwm_deploy.serve.names import (  # fmt: skip
 from uwm_deploy.serve.repository import write_repository
 from uwm_deploy.serve.served import _as_written, count_checks, counts_of, settled_counts
 
-pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'uwm-deploy[triton]'")
+needs_triton_client()
 
 TEXTS = ["a red circle", "a blue square and two stars", "", "ein grüner Kreis", "a <|endoftext|> b"]
 

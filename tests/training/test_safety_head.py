@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from tests.families import FAMILIES, model_of
-from tests.serve.server import Server, started, wait
+from tests.serve.server import Server, needs_triton_client, started, wait
 from tests.uwm_edit import UWM, UWM_OPTIONS
 from uwm_deploy.bundle.head import digest_of_pair, read_head, texts_from
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
@@ -707,6 +707,7 @@ def test_triton_check_measures_the_served_head(made: Made, served: Server) -> No
 @pytest.fixture(scope="module")
 def served(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Triton that serves the bundle with its head."""
+    needs_triton_client()
     folder = tmp_path_factory.mktemp("served")
     write_repository(open_bundle(made.bundle), folder / "models", settings=ServerSettings(place="cpu"))
     with started(folder / "server", folder / "models") as server:
