@@ -7,7 +7,11 @@
 # Exit codes: 0 pass, 3 failed, 4 inconclusive; 2, 5 and 6 mean that nothing was judged (docs/cli.md).
 set -euo pipefail
 
-report=${1:?usage: ci/gate.sh REPORT [OUTPUT_FOLDER]}
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then
+  echo "usage: ci/gate.sh REPORT [OUTPUT_FOLDER]" >&2
+  exit 2
+fi
+report=$1
 out=${2:-gate-reports}
 mkdir -p "$out"
 

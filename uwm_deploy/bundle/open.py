@@ -127,7 +127,7 @@ def open_bundle(
     if manifest.verdict.result is not Result.PASS and not allow_failed:
         raise IntegrityError(
             f"{folder.name} has no passing verdict: {manifest.verdict.result.value}",
-            fix="see reports/verdict.json; build again",
+            fix=f"`uwm-deploy gate {folder}` says what it does not pass and what to try",
         )
     return bundle
 

@@ -133,6 +133,7 @@ def _verdict(manifest: Manifest) -> dict[str, Any]:
         "proven": list(verdict.proven),
         "unproven": list(verdict.unproven),
         "failed": list(verdict.failed),
+        "inconclusive": list(verdict.inconclusive),
         "policy": {"name": verdict.policy, "sha256": _hex(verdict.policy_digest)},
         "report": {"sha256": _hex(verdict.report_digest)},
         "baseline": verdict.baseline_digest,

@@ -93,11 +93,10 @@ def models() -> Shown:
       uwm-deploy models
     """
     from uwm_deploy.report.inspection import shipped_recipes
-    from uwm_deploy.report.tables.shipped_recipes import recipe_rows
-    from uwm_deploy.report.terminal import print_rows
+    from uwm_deploy.report.tables.shipped_recipes import print_recipes, recipe_rows
 
     rows = recipe_rows(shipped_recipes())
-    return Shown(data=rows, text=lambda: print_rows(rows))
+    return Shown(data=rows, text=lambda: print_recipes(rows))
 
 
 @click.command()

@@ -67,16 +67,18 @@ def plan_of(request: Request) -> Plan:
 
 
 def check_first(plan: Plan, stages: frozenset[str]) -> None:
-    """Refuses what would only come to light after hours, and can be known now.
+    """Refuses what would only come to light after hours, and can be known now; what may cost a download comes last.
 
     Args:
         plan: What the run is made from.
         stages: Names of the stages that will run.
 
     Raises:
-        InputError: If a data set or the safety head cannot be read, or the bundle's place is taken.
-        PrerequisiteError: If a target that was asked for cannot be compiled here.
+        InputError: If the bundle's place is taken, or a data set, the safety head or the checkpoint cannot be read.
+        PrerequisiteError: If a target that was asked for cannot be compiled here, or the hub cannot be reached.
     """
+    if "package" in stages:
+        refuse_foreign_folder(plan.out)
     len(plan.calibration_source)
     if "verify" in stages:
         len(plan.evaluation_source)
@@ -86,8 +88,7 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
         for target in plan.recipe.compile.targets:
             if target in plan.asked_targets and (reason := missing_package(target)):
                 raise PrerequisiteError(f"target {target.value}: {reason}", fix=f"install the extra [{target.value}]")
-    if "package" in stages:
-        refuse_foreign_folder(plan.out)
+    _ = plan.checkpoint, plan.companion, plan.trained_folder
 
 
 def foreseen(plan: Plan) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
@@ -26,7 +26,21 @@ def recipe_of(model: str) -> tuple[Recipe, str]:
         training = read_training(Path(model))
         return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
     text, where = resources.read_toml("export", model)
-    return recipe_from_toml(text, where=where), text
+    recipe = recipe_from_toml(text, where=where)
+    _check_name(recipe.name, where)
+    return recipe, text
+
+
+def _check_name(name: str, where: str) -> None:
+    """Reports, run folders and bundles show the name alone, so no file may go by the name of another.
+
+    Raises:
+        RecipeError: If it is not the file's.
+    """
+    if (stem := Path(where).stem) != name:
+        raise RecipeError(
+            f"{where}: name is {name!r}, the file is {stem}.toml", fix=f'write name = "{stem}", or rename the file'
+        )
 
 
 _RULES_OF = {"clip": "clip-vit-b32", "siglip": "siglip-base", "open_clip": "open-clip-vit-b32"}
@@ -93,7 +107,9 @@ def read_training(folder: Path) -> TrainingRecord | None:
 def policy_of(name: str) -> tuple[Policy, Digest]:
     """Policy and the digest of its text."""
     text, where = resources.read_toml("ci", name)
-    return policy_from_toml(text, where=where), digest_of_plain(text)
+    policy = policy_from_toml(text, where=where)
+    _check_name(policy.name, where)
+    return policy, digest_of_plain(text)
 
 
 def calibration_set_of(name: str) -> tuple[CalibrationSet, str, Path | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from uwm_deploy.errors import InputError
+from uwm_deploy.recipes.hub import hub_checkpoint
 
 Kind = Literal["export", "calibration", "ci"]
 
@@ -73,7 +74,8 @@ def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> 
         local_only: Take what is on this machine; download nothing.
 
     Raises:
-        InputError: If there is no such folder, or the hub cannot give it.
+        InputError: If there is no such folder, repository or revision.
+        PrerequisiteError: If the hub cannot be reached.
     """
     if repo.startswith("shipped:"):
         return Path(__file__).resolve().parents[1] / "data" / repo.removeprefix("shipped:") / "model"
@@ -86,13 +88,4 @@ def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> 
             f"no revision is pinned for {repo}",
             fix="pass --revision with a commit of the hub repository, or --checkpoint with a folder",
         )
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors", "*.txt"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=local_only))
-    except Exception as error:  # the hub client has many error types, all of which mean "not to be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{repo}@{revision[:12]} cannot be fetched: {reason}", fix="check name, network and access"
-        ) from error
+    return hub_checkpoint(repo, revision, local_only=local_only)

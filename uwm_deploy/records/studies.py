@@ -195,7 +195,7 @@ class BenchSubject:
 
     name: str
     precision: Precision
-    state: Literal["proven", "unproven", "failed", "reference"]
+    state: Literal["proven", "unproven", "inconclusive", "failed", "reference"]
     digests: Mapping[str, Digest]
     where: Mapping[str, str] = field(default_factory=dict)
 

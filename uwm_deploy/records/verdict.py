@@ -176,7 +176,8 @@ class Verdict:
         proven: The faithful variants, where every check of the model, the data and the edit passes too, waived ones apart;
             the runtime serves no others. Under a policy that does not ask, they are not shown safer: see `safer`.
         unproven: Variants that were not executed.
-        failed: Variants that were executed and did not pass.
+        failed: Variants that were executed and did not pass, those in `inconclusive` apart.
+        inconclusive: Variants that were executed, where nothing failed and only more items can tell.
         report_digest: Digest of the verify report that was judged.
         policy_digest: Digest of the policy's bytes.
         baseline_digest: Digest of the baseline's file; empty when there was none.
@@ -203,4 +204,10 @@ class Verdict:
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
     head_digest: Digest = ""
     faithful: tuple[str, ...] = ()
+    inconclusive: tuple[str, ...] = ()
     safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
+
+    @property
+    def not_passed(self) -> tuple[str, ...]:
+        """Variants that were executed and did not pass, whether they failed or were measured on too few items."""
+        return (*self.failed, *self.inconclusive)

@@ -136,7 +136,7 @@ def variants_by_word(verdict: Verdict) -> dict[str, tuple[str, ...]]:
         words = {"proven": verdict.proven, "faithful": tuple(v for v in faithful if v not in verdict.proven)}
     else:
         words = {f"faithful, {NOT_SHOWN}": faithful}
-    words |= {"unproven": verdict.unproven, "failed": verdict.failed}
+    words |= {"inconclusive": verdict.inconclusive, "unproven": verdict.unproven, "failed": verdict.failed}
     return {word: names for word, names in words.items() if names}
 
 

@@ -12,7 +12,9 @@ ANNOTATIONS = 10
 
 
 def annotations_from_verdict(verdict: Verdict, *, policy_file: str, lines: Mapping[str, int]) -> list[str]:
-    """Workflow commands: an error per check that blocks, a warning per waived one, the worst first.
+    """Workflow commands, the worst first: an error per check that fails or was not run, a warning per other finding.
+
+    A check with too few items, or with a waiver, is a warning: it shows no fault.
 
     A pass of an edit that is not shown safer is a warning of its own, since no check says so.
 
@@ -22,9 +24,9 @@ def annotations_from_verdict(verdict: Verdict, *, policy_file: str, lines: Mappi
         lines: Rule to its line in that file.
     """
     found = findings(verdict)
-    errors = [check for check in found if check.blocks]
+    errors = [check for check in found if check.blocks and check.result is not Result.INCONCLUSIVE]
     commands = [_command("error", c, policy_file, lines) for c in _first(errors)]
-    notes = [_command("warning", c, policy_file, lines) for c in found if not c.blocks]
+    notes = [_command("warning", c, policy_file, lines) for c in found if c not in errors]
     if verdict.result is Result.PASS and not verdict.safer.shown:
         text = f"{result_words(verdict)}: {verdict.safer.reason}"
         notes.insert(0, f"::warning file={_property(policy_file)},line=1,title=gate::{_data(text)}")
@@ -45,6 +47,7 @@ def outputs_from_verdict(verdict: Verdict) -> str:
         "faithful": ",".join(verdict.faithful),
         "proven": ",".join(verdict.proven),
         "failed": ",".join(verdict.failed),
+        "inconclusive": ",".join(verdict.inconclusive),
         "unproven": ",".join(verdict.unproven),
         "report-digest": verdict.report_digest,
     }

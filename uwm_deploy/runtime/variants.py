@@ -100,9 +100,7 @@ def candidates(bundle: Bundle, *, variant: str | None, device: Device, allow_uns
             raise InputError(f"{variant} cannot run on the CPU", fix="choose an onnxruntime variant")
         reason = _unproven(bundle, variant, evidence)
         if reason and not allow_unsafe:
-            raise IntegrityError(
-                f"variant {variant} is {reason}", fix="run `uwm-deploy attest` on a machine that can execute it"
-            )
+            raise IntegrityError(f"variant {variant} is {reason}", fix=_fix_of(reason))
     found = []
     for target, place in ORDER:
         names = {e.variant: e.precision for e in bundle.manifest.engines if e.target is target}
@@ -193,9 +191,18 @@ def _unproven(bundle: Bundle, variant: str, evidence: Mapping[str, ArtifactEvide
     verdict, found = bundle.manifest.verdict, evidence.get(variant)
     if variant in verdict.failed:
         return "refused by the gate: it was measured and did not pass"
+    if variant in verdict.inconclusive:
+        return "inconclusive: it was measured on too few items"
     if variant not in verdict.proven or found is None or found.evidence is not Evidence.EXECUTED:
         return "unproven: it was never executed and measured"
     return ""
+
+
+def _fix_of(reason: str) -> str:
+    """What helps: executing a variant on another machine proves none that was executed and measured already."""
+    if reason.startswith("unproven"):
+        return "run `uwm-deploy attest` on a machine that can execute it"
+    return "see reports/verdict.json for what it did not pass"
 
 
 def _rank(variant: str, place: Place) -> int:

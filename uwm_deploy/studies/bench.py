@@ -88,9 +88,11 @@ def contenders_of(bundle: Bundle, variants: Sequence[str], threads: int = 0) -> 
     return found, not_run
 
 
-def _state(variant: str, verdict: Verdict) -> Literal["proven", "failed", "unproven"]:
+def _state(variant: str, verdict: Verdict) -> Literal["proven", "failed", "inconclusive", "unproven"]:
     if variant in verdict.proven:
         return "proven"
+    if variant in verdict.inconclusive:
+        return "inconclusive"
     return "failed" if variant in verdict.failed else "unproven"
 
 

@@ -94,7 +94,7 @@ def _files_of_bundle(bundle: Bundle) -> BuildFiles:
         },
         engines=manifest.engines,
         edit=manifest.edit,
-        failed=manifest.verdict.failed,
+        failed=manifest.verdict.not_passed,
         converted=lambda _: None,
         engine_file=lambda engine: GraphFile(bundle.path / engine_path(engine), engine),
         canaries=stored_canaries(bundle).get,
@@ -135,7 +135,7 @@ def _files_of_run(path: Path) -> BuildFiles:
         # A run folder keeps engines of earlier edits until their variant is built again.
         engines=tuple(engine for engine in built if engine.weights_digest == weights),
         edit=read_record(EditRecord, run.edit_record),
-        failed=read_record(Verdict, run.verdict).failed if run.verdict.is_file() else (),
+        failed=read_record(Verdict, run.verdict).not_passed if run.verdict.is_file() else (),
         converted=lambda engine: _converted(run, engine),
         engine_file=lambda engine: GraphFile(run.engines(engine.variant) / engine.file, engine),
         canaries=lambda tower: read_canaries(run.canaries, tower),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from uwm_deploy.records.verdict import Check, Result
 
 _EXACT = {
@@ -12,7 +14,6 @@ _EXACT = {
     "the edit changes the weights": "use another --factor than 1, a smaller --keep-mass, and a method other than none",
     "outputs are finite": "keep the layers that overflow in float32: --keep-float32 PATTERN, or use --precision bf16",
     "limits apply": "add a limit for this precision to the policy",
-    "faithful variants": "see the checks of the variants above; `uwm-deploy attest BUNDLE` adds evidence on another machine",
 }
 
 _MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
@@ -21,19 +22,22 @@ _SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
 """Starts of the metrics that say whether an edit makes a model safer without harm to safe queries."""
 
 
-def advice_for(check: Check, model: str) -> str:
+def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
     """What to try; empty for a check that passes.
 
     Args:
         check: A check.
         model: Name of the model's recipe, for commands.
+        unproven: Variants that were built and not executed; only they can gain evidence on another machine.
     """
     if check.result is Result.PASS:
         return ""
     if check.name in _EXACT:
         return _EXACT[check.name]
+    if check.name == "faithful variants":
+        return f"see the checks of the variants above{f'; {_attested(unproven)}' if unproven else ''}"
     if check.name == "required evidence":
-        return f"run `uwm-deploy attest BUNDLE` on a machine that can execute {check.subject}, or build it there"
+        return _of_evidence(check, unproven)
     if check.name.endswith("since the baseline") and check.result is Result.NOT_RUN:
         return "store an accepted report with `uwm-deploy baseline set` and pass it with --baseline"
     if check.name.endswith("since the baseline") and check.result is Result.FAIL:
@@ -46,6 +50,19 @@ def advice_for(check: Check, model: str) -> str:
     return _of_metric(check, model)
 
 
+def _attested(variants: Sequence[str]) -> str:
+    return f"run `uwm-deploy attest BUNDLE` on a machine that can execute {' or '.join(variants)}"
+
+
+def _of_evidence(check: Check, unproven: Sequence[str]) -> str:
+    """What was built can be executed elsewhere; what was not built, or ran in the wrong place, must be built."""
+    if check.subject in unproven:
+        return _attested([check.subject])
+    if check.result is Result.FAIL:
+        return f"build {check.subject} where the policy wants it to run"
+    return f"build it: `uwm-deploy build` with {check.subject} among its --target and --precision"
+
+
 def _of_metric(check: Check, model: str) -> str:
     if check.subject == "edited" and check.name.startswith("risk."):
         return (
@@ -53,7 +70,9 @@ def _of_metric(check: Check, model: str) -> str:
             "rates (--flag, --redirect, --block)"
         )
     if check.name.startswith("canaries"):
-        return "the artifact may be of the unedited model: remove the run folder and build again"
+        return (
+            "the artifact may be of the unedited model: `uwm-deploy diagnose BUNDLE` names the first layer that differs"
+        )
     if check.subject == "edited":
         if check.name.startswith("zero_shot"):
             return f"edit less: `uwm-deploy sweep --model {model} --pick 11.4` finds a --keep-mass that keeps knowledge"

@@ -83,20 +83,27 @@ def gate(
     general = [*sound, *limited, *_head_was_measured(report)]
     judge.notes += _notes_on_data(report)
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
+    unproven = tuple(v for v in variants if v not in executed)
     required = [*judge.required(), *judge.missing_evidence()]
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
     faithful = tuple(v for v in good if v != EXPORTED)
-    undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
+    undecided = tuple(v for v in variants if v in executed and v not in good and _only_waits(variants[v]))
     judged = [found for variant in variants for found in variants[variant]]
-    checks = [*general, *judged, *required, _enough(len(faithful), len(undecided), len(variants), policy.min_proven)]
+    checks = [
+        *general,
+        *judged,
+        *required,
+        _enough(len(faithful), sum(v != EXPORTED for v in undecided), len(variants), policy.min_proven),
+    ]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
-    checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in with_causes(checks, report)]
+    checks = _advised(with_causes(checks, report), report.model.name, unproven)
     return Verdict(
         result=_overall(checks),
         checks=tuple(checks),
         proven=faithful if not _any_blocks([*general, *required]) else (),  # else it equals a model that does not pass
-        unproven=tuple(v for v in variants if v not in executed),
-        failed=tuple(v for v in variants if v in executed and v not in good),
+        unproven=unproven,
+        failed=tuple(v for v in variants if v in executed and v not in good and v not in undecided),
+        inconclusive=undecided,
         policy=policy.name,
         policy_digest=policy_digest,
         report_digest=report_digest,
@@ -356,6 +363,10 @@ def _loosened(policy: Policy) -> Check:
     return statement("verdict of the bundle", "build", False, text)
 
 
+def _advised(checks: Iterable[Check], model: str, unproven: Sequence[str]) -> list[Check]:
+    return [dataclasses.replace(check, advice=advice_for(check, model, unproven)) for check in checks]
+
+
 def _enough(faithful: int, undecided: int, variants: int, wanted: int) -> Check:
     """Whether enough variants are faithful; inconclusive when those with too little data could make up for the rest."""
     limit = Limit(metric="", at_least=wanted)
@@ -374,11 +385,20 @@ def _overall(checks: Iterable[Check]) -> Result:
     return Result.PASS
 
 
+_OF_NUMBERS = (Result.FAIL, Result.INCONCLUSIVE)
+"""Results that a quadruple can explain; what was not run is no quadruple's doing."""
+
+
+def _changed(item: WorstItem) -> bool:
+    """Whether a decision was lost, or its margin shrank by more than is printed."""
+    return item.lost or item.reference_margin - item.margin >= 1e-4
+
+
 def _worst(report: VerifyReport, checks: Iterable[Check]) -> tuple[WorstItem, ...]:
-    """The worst quadruples of the subjects that do not pass."""
+    """The worst quadruples of the subjects whose numbers do not keep a limit, of those that changed."""
     parts = [report.edit_worst, *(a.worst for a in report.artifacts)]
-    known = {item.subject for part in parts for item in part}
+    known = {item.subject for part in parts for item in part if _changed(item)}
     failed = {found.subject for found in checks if found.blocks and found.result is Result.FAIL}
-    subjects = failed & known or {found.subject for found in checks if found.result is not Result.PASS}
-    found: list[WorstItem] = [item for part in parts for item in part if item.subject in subjects]
+    subjects = failed & known or {found.subject for found in checks if found.result in _OF_NUMBERS}
+    found: list[WorstItem] = [i for part in parts for i in part if i.subject in subjects and _changed(i)]
     return tuple(sorted(found, key=lambda item: (not item.lost, item.margin - item.reference_margin))[:_WORST])
