@@ -31,7 +31,7 @@ def _command(folder: Path) -> list[str]:
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
         (folder / f"{name}.toml").write_text(text)
     (folder / "policy.toml").write_text(
-        'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9999\nmin_n = 32\n'
+        'format = 1\nname = "policy"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9999\nmin_n = 32\n'
     )
     (folder / "child.py").write_text(CHILD)
     sets = ["--calibration", str(folder / "cal.toml"), "--evaluation", str(folder / "eval.toml"), "--workers", "0"]

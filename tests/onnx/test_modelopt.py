@@ -152,11 +152,11 @@ def test_auto_is_refused(tmp_path: Path) -> None:
     """The search of auto quantises by itself, so the recipe contradicts itself; said before anything is loaded."""
     text, _ = read_toml("export", "demo")
     text = text.replace("[compile]\n", '[compile]\nquantiser = "modelopt-max"\n')
-    (tmp_path / "own.toml").write_text(text, encoding="utf-8")
-    asked = Request(model=str(tmp_path / "own.toml"), precisions=("int8",))
+    (tmp_path / "demo.toml").write_text(text, encoding="utf-8")
+    asked = Request(model=str(tmp_path / "demo.toml"), precisions=("int8",))
     assert resolved_recipe(asked).compile.quantiser == "modelopt-max"
     with pytest.raises(RecipeError, match="modelopt-max with precision auto"):
-        resolved_recipe(Request(model=str(tmp_path / "own.toml"), precisions=("auto",)))
+        resolved_recipe(Request(model=str(tmp_path / "demo.toml"), precisions=("auto",)))
 
 
 @pytest.mark.skipif(INSTALLED, reason="nvidia-modelopt is installed here")

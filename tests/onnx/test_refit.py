@@ -50,7 +50,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
             f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
         )
     (folder / "policy.toml").write_text(
-        'format = 1\nname = "x"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
+        'format = 1\nname = "policy"\nedit = []\n[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
     )
     request = Request(
         **UWM,

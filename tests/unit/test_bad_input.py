@@ -159,9 +159,9 @@ def test_a_bad_recipe_is_refused(change: tuple[str, str], message: str, images: 
     """A layer pattern without match, an unknown family and an unpinned or missing checkpoint end with exit code 2."""
     text, _ = resources.read_toml("export", "demo")
     assert change[0] in text
-    (tmp_path / "my.toml").write_text(text.replace(*change))
+    (tmp_path / "demo.toml").write_text(text.replace(*change))
     calibration = _set(images, [_pair(i) for i in range(3)])
-    code, output = _score(tmp_path, "--model", str(tmp_path / "my.toml"), "--calibration", calibration)
+    code, output = _score(tmp_path, "--model", str(tmp_path / "demo.toml"), "--calibration", calibration)
     assert code == 2, output
     assert message in output
 

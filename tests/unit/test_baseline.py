@@ -195,8 +195,8 @@ def test_the_commands_on_a_real_bundle(built, tmp_path: Path) -> None:
     """set, show, compare and gate: a bundle is its own baseline; without a reason, or failing, nothing is stored."""
     request, _ = built
     runner, bundle, at = CliRunner(), str(request.out), tmp_path / "base"
-    (tmp_path / "p.toml").write_text(POLICY.replace("at_least = -2.0\n", "at_least = -2.0\n"))
-    policy = ["--policy", str(tmp_path / "p.toml")]
+    (tmp_path / "x.toml").write_text(POLICY.replace("at_least = -2.0\n", "at_least = -2.0\n"))
+    policy = ["--policy", str(tmp_path / "x.toml")]
     assert runner.invoke(cli, ["gate", bundle, *policy]).exit_code == 3
     stored = runner.invoke(cli, ["baseline", "set", bundle, "--at", str(at), "--by", "jo", "--reason", "1.0", *policy])
     assert stored.exit_code == 0, stored.output
@@ -206,7 +206,9 @@ def test_the_commands_on_a_real_bundle(built, tmp_path: Path) -> None:
     assert {row["flips"]["lost"] for row in compared} == {0}
     passed = runner.invoke(cli, ["gate", bundle, *policy, "--baseline", str(at)])
     assert passed.exit_code == 0, passed.output
-    (tmp_path / "hard.toml").write_text(POLICY.replace("at_least = 1\n", "at_least = 100.5\n"))
+    (tmp_path / "hard.toml").write_text(
+        POLICY.replace("at_least = 1\n", "at_least = 100.5\n").replace('name = "x"', 'name = "hard"')
+    )
     hard = ["--policy", str(tmp_path / "hard.toml"), "--by", "jo", "--reason", "1.0"]
     refused = runner.invoke(cli, ["baseline", "set", bundle, "--at", str(tmp_path / "no"), *hard])
     assert refused.exit_code == 3
@@ -223,8 +225,8 @@ def test_a_bundle_can_hold_its_baseline(built, tmp_path: Path) -> None:
     request, _ = built
     bundle = tmp_path / "bundle"
     shutil.copytree(request.out, bundle)
-    (tmp_path / "p.toml").write_text(POLICY)
-    policy = ["--policy", str(tmp_path / "p.toml")]
+    (tmp_path / "x.toml").write_text(POLICY)
+    policy = ["--policy", str(tmp_path / "x.toml")]
     runner = CliRunner()
     command = ["baseline", "set", str(request.out), "--at", str(bundle), "--by", "jo", "--reason", "1.0", *policy]
     assert runner.invoke(cli, command).exit_code == 0

@@ -356,8 +356,14 @@ def test_the_github_action_runs(
     for part in action["outputs"].values():
         assert re.fullmatch(r"\$\{\{ steps\.gate\.outputs\.([a-z-]+) \}\}", part["value"])[1] in outputs
     assert (tmp_path / outputs["junit"]).is_file()
-    assert ("::error" in done.stdout) is (code != 0)
+    assert ("::error" in done.stdout) is (code == 3)
+    assert ("::warning" in done.stdout) is (code != 3)  # a pass that is not shown safer is one, too
+    passed, failed = outputs["faithful"] or "onnxruntime-fp32", {"bad": "onnx,onnxruntime-fp32"}.get(policy, "")
+    assert (passed, outputs["failed"]) == ("onnxruntime-fp32", failed)
+    assert outputs["inconclusive"] == ("onnx,onnxruntime-fp32" if policy == "few" else "")
     if policy == "few":
+        assert "inconclusive: onnx, onnxruntime-fp32" in done.stdout
+        assert "failed:" not in done.stdout
         assert _step(inputs | {"allow-inconclusive": "true"}, step, tmp_path, shell).returncode == 0
 
 

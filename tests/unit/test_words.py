@@ -1,0 +1,176 @@
+"""What a command says: hints that help, tables that fit, the hub that is not there, names that are the file's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.reports import artifact, digest, embedded, not_run, report, with_artifact
+from uwm_deploy.cli import cli
+from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.shipped import names, read_toml
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import WorstItem
+from uwm_deploy.records.verdict import Result, Verdict
+from uwm_deploy.report.findings import variants_by_word
+from uwm_deploy.report.tables.shipped_recipes import print_recipes, recipe_rows
+from uwm_deploy.report.terminal import print_rows
+from uwm_deploy.stages.gate.gate import gate
+
+ROOT = Path(__file__).parents[2]
+FEW = 'metric = "GS"\nat_least = 0.001\nmin_n = 100000\n'
+EASY = 'metric = "GS"\nat_least = 0.001\n'
+
+
+def _verdict(measured: object, rule: str, head: str = "") -> Verdict:
+    text = f'format = 1\nname = "x"\nedit = []\n{head}[[artifact]]\n{rule}'
+    return gate(measured, policy_from_toml(text, where="x"), policy_digest=digest("1"), report_digest=digest("2"))
+
+
+# --- the verdict's words ---------------------------------------------------------------------------------------------------
+
+
+def test_too_few_items_are_no_failure() -> None:
+    """A variant that only lacks items is called inconclusive; one that also broke a limit has failed."""
+    verdict = _verdict(report(), FEW)
+    assert verdict.result is Result.INCONCLUSIVE
+    assert variants_by_word(verdict) == {"inconclusive": ("onnx", "onnxruntime-fp32")}
+    both = _verdict(report(), FEW + '[[artifact]]\nmetric = "P_ts"\nat_least = 100.5\n')
+    assert (both.failed, both.inconclusive) == (("onnx", "onnxruntime-fp32"), ())
+
+
+def test_attest_is_advised_only_where_it_can_help() -> None:
+    """A variant that was built and not executed can gain evidence elsewhere; one that was not built, or failed, cannot."""
+    head = 'required = ["tensorrt-fp32", "tensorrt-fp16"]\n'
+    built = with_artifact(report(), not_run("tensorrt-fp32"))
+    advice = {c.subject: c.advice for c in _verdict(built, EASY, head).checks if c.name == "required evidence"}
+    assert "attest" in advice["tensorrt-fp32"]
+    assert "attest" not in advice["tensorrt-fp16"]
+    assert "uwm-deploy build" in advice["tensorrt-fp16"]
+    for measured, helps in ((built, True), (report(), False)):
+        verdict = _verdict(measured, 'metric = "P_ts"\nat_least = 100.5\n')
+        [few] = [c.advice for c in verdict.checks if c.name == "faithful variants"]
+        assert ("attest" in few) is helps
+
+
+def test_worst_quadruples_are_those_that_changed() -> None:
+    """Neither an equal margin nor a check that was not run brings a quadruple into the list."""
+
+    def item(name: str, margin: float, *, lost: bool = False) -> WorstItem:
+        values = {"concept": "fire", "metric": "P_ts", "margin": margin, "reference_margin": 0.1, "lost": lost}
+        return WorstItem(subject="onnxruntime-int8", id=name, **values)
+
+    worst = (item("lost", -0.1, lost=True), item("near", 0.05), item("same", 0.1), item("better", 0.2))
+    model = embedded(300, 0.7)
+    variant = dataclasses.replace(artifact("onnxruntime-int8", Precision.INT8, model, model), worst=worst)
+    measured = with_artifact(report(), variant)
+    assert [i.id for i in _verdict(measured, 'metric = "P_ts"\nat_least = 100.5\n').worst] == ["lost", "near"]
+    since = '[[baseline]]\nmetric = "GS.delta"\nat_least = -1.0\n'
+    assert _verdict(measured, EASY + since).worst == ()
+
+
+# --- terminals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_no_word_is_broken_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Where the words of a row do not fit beside each other, they stand below each other."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = [{"name": "llava-1.5-13b", "check": "hard-safe-text-to-image@10.delta since the baseline", "n": 1_000_000}]
+    rows += [{"name": "metaclip-vit-l14", "check": "required evidence", "n": 7}]
+    more = [{f"column {i}": "x" * (i + 5) for i in range(12)}]
+    for some in (rows, more):
+        print_rows(some)
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert max(map(len, shown.splitlines())) <= width
+        for row in some:
+            for word in " ".join(map(str, row.values())).split():
+                assert word in shown, (width, word, shown)
+
+
+def test_the_recipes_fit_80_columns(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Every recipe is a row, and every layer pattern is whole."""
+    from uwm_deploy.report.inspection import shipped_recipes
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = recipe_rows(shipped_recipes())
+    print_recipes(rows)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    for row in rows:
+        assert str(row["name"]) in shown
+        assert f"edited text layers: {row['edited text layers']}\n" in shown
+
+
+# --- names, the hub, scripts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["export", "ci"])
+def test_a_file_goes_by_its_own_name(kind: str, tmp_path: Path) -> None:
+    """Reports show the name alone, so a copy of a recipe or policy cannot keep the name of what it was copied from."""
+    text, _ = read_toml(kind, "demo")
+    (tmp_path / "other.toml").write_text(text)
+    options = {"export": ["edit", "--model"], "ci": ["gate", "x.json", "--policy"]}[kind]
+    done = CliRunner().invoke(cli, [*options, str(tmp_path / "other.toml")])
+    assert done.exit_code == 2
+    assert """name is 'demo', the file is other.toml; write name = "other", or rename the file""" in done.output
+    for name in names(kind):
+        assert f'\nname = "{name}"\n' in read_toml(kind, name)[0]
+
+
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
+def test_without_the_hub_a_build_ends_at_once(offline: str, tmp_path: Path) -> None:
+    """Exit code 6 and one line that names --checkpoint: no retries, and no data set was read before it."""
+    value = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}[offline]
+    command = [sys.executable, "-m", "uwm_deploy.cli", "score", "--model", "clip-vit-b32", "--calibration", "demo"]
+    environment = os.environ | {offline: value, "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: openai/clip-vit-base-patch32@")
+    assert "pass --checkpoint FOLDER" in line
+
+
+def test_a_taken_place_is_refused_before_the_data_and_the_hub(tmp_path: Path) -> None:
+    """What costs least is checked first: neither the missing set nor the missing checkpoint is what is said."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    set_ = tmp_path / "set.toml"
+    set_.write_text('format = 1\nname = "set"\nsource = "manifest"\nmanifest = "nowhere.jsonl"\n')
+    command = ["build", "--model", "clip-vit-b32", "--calibration", str(set_), "--work", str(tmp_path / "work")]
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path / "out")])
+    assert (done.exit_code, "exists and is not a bundle" in done.output) == (2, True), done.output
+
+
+@pytest.mark.parametrize("words", [[], ["a", "b", "c"]])
+def test_the_gate_script_says_how_it_is_used(words: list[str]) -> None:
+    """Too few or too many words are bad usage, which has exit code 2 as everywhere."""
+    done = subprocess.run(["bash", str(ROOT / "ci" / "gate.sh"), *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "usage: ci/gate.sh REPORT [OUTPUT_FOLDER]\n")
+
+
+def test_every_table_row_of_the_docs_is_in_a_table() -> None:
+    """A row has a head above it, and as many cells as that."""
+    strays = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        cells = None
+        for number, line in enumerate(page.read_text().splitlines(), start=1):
+            if not line.startswith("|"):
+                cells = None
+                continue
+            count = len(re.findall(r"(?<!\\)\|", line))
+            cells = cells or count
+            if count != cells:
+                strays.append(f"{page.name}:{number}")
+        heads = re.findall(r"(?m)(?<!\|\n)^\|.*\n(?!\|[-:| ]+\|\n)", page.read_text())
+        strays += [f"{page.name}: {row[:40]}" for row in heads]
+    assert not strays
