@@ -45,7 +45,7 @@ def measured_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         artifact = rest[rest.index("[[artifact]]") :]
         limits = [part for part in artifact.split("\n\n") if "zero_shot" not in part and "[[concept]]" not in part]
         text = head + "edit = []\n" + "\n\n".join(limits)
-        text = text.replace(\'name = "default"\', \'name = "policy"\')
+        text = text.replace('name = "default"', 'name = "policy"')
         (folder / "policy.toml").write_text(text.replace("min_n = 200", "min_n = 32"))
 
     folder = made_once(tmp_path_factory, "measured-on", write)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
 
-_FILES = ("*.json", "*.safetensors", "*.txt")
+_FILES = ["*.json", "*.safetensors", "*.txt"]
 _ASKED_S = 10.0
 """Seconds that the hub may take to say whether a revision is there."""
 _NOT_THERE = ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError", "HFValidationError")
