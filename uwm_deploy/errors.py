@@ -7,8 +7,18 @@ lists them.
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from enum import IntEnum
 from typing import Any
+
+LONGEST = 400
+"""Characters of one piece of data that are shown; a longer one ends with an ellipsis."""
+
+LONGEST_LINE = 4000
+"""Characters of a line with several pieces."""
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode classes of characters that show nothing, reorder or break the text around them, or cannot be encoded."""
 
 
 class ExitCode(IntEnum):
@@ -34,8 +44,8 @@ class UwmError(Exception):
     exit_code: ExitCode = ExitCode.INTERNAL
 
     def __init__(self, what: str, *, fix: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.fix = " ".join(fix.split())
+        self.what = visible(" ".join(what.split()), LONGEST_LINE)
+        self.fix = visible(" ".join(fix.split()), LONGEST_LINE)
         super().__init__(f"{self.what}; {self.fix}" if self.fix else self.what)
 
 
@@ -95,3 +105,26 @@ def imported(module: str, missing: str, *, fix: str) -> Any:
     except ImportError as error:
         broken = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
         raise PrerequisiteError(f"{missing}{broken}", fix=fix) from error
+
+
+def visible(text: str, longest: int = LONGEST) -> str:
+    """One line in which every character can be seen: control, bidirectional, breaking and broken ones are written out.
+
+    Args:
+        text: Any text.
+        longest: Characters that are kept.
+    """
+    short = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    if short.isprintable():
+        return short
+    return "".join(f"\\u{{{ord(c):x}}}" if is_hidden(c) else c for c in short)
+
+
+def visible_lines(text: str) -> str:
+    """The same for text of several lines, whose breaks are its own."""
+    return "\n".join(visible(line, LONGEST_LINE) for line in text.split("\n"))
+
+
+def is_hidden(character: str) -> bool:
+    """Whether a character must be written out to be seen."""
+    return unicodedata.category(character) in _HIDDEN

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, visible
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
@@ -47,7 +47,7 @@ from uwm_deploy.report.artifacts import shortened
 from uwm_deploy.report.charts import Bar, Group, Point
 from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page, place_of
-from uwm_deploy.report.markup import Html, tag, visible
+from uwm_deploy.report.markup import Html, tag
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
     ZeroShotEmbeddings,

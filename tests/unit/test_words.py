@@ -14,13 +14,21 @@ from click.testing import CliRunner
 
 from tests.reports import artifact, digest, embedded, not_run, report, with_artifact
 from uwm_deploy.cli import cli
+from uwm_deploy.errors import InputError, IntegrityError, is_hidden
 from uwm_deploy.recipes.policy import policy_from_toml
 from uwm_deploy.recipes.shipped import names, read_toml
+from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.findings import variants_by_word
+from uwm_deploy.report.github import annotations_from_verdict
+from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
+from uwm_deploy.report.junit import junit_from_verdict
+from uwm_deploy.report.markdown import markdown_from_verdict
+from uwm_deploy.report.sarif import sarif_from_verdict
 from uwm_deploy.report.tables.shipped_recipes import print_recipes, recipe_rows
+from uwm_deploy.report.tables.verdict_lines import print_verdict
 from uwm_deploy.report.terminal import print_rows
 from uwm_deploy.stages.gate.gate import gate
 
@@ -174,3 +182,63 @@ def test_every_table_row_of_the_docs_is_in_a_table() -> None:
         heads = re.findall(r"(?m)(?<!\|\n)^\|.*\n(?!\|[-:| ]+\|\n)", page.read_text())
         strays += [f"{page.name}: {row[:40]}" for row in heads]
     assert not strays
+
+
+# --- text from outside -----------------------------------------------------------------------------------------------------
+
+EVIL = "c\n::error::x\x1b[2J\u202e\u2028 [a](http://b) ![i](//b) <b> `x` @me"
+
+
+def test_text_from_outside_is_seen_and_does_nothing(capsys) -> None:
+    """In every format: no control, bidirectional or line-breaking character, no command, no link, picture or tag."""
+    verdict = _verdict(report(), 'metric = "P_ts"\nat_least = 100.5\n')
+    bad = [dataclasses.replace(c, concept=EVIL, detail=EVIL, subject=EVIL) for c in verdict.checks]
+    verdict = dataclasses.replace(verdict, checks=tuple(bad), notes=(EVIL,))
+    place = {"policy_file": "ci/x.toml", "lines": {}}
+    print_verdict(verdict)
+    shown = {
+        "terminal": capsys.readouterr().out,
+        "Markdown": markdown_from_verdict(verdict),
+        "JUnit": junit_from_verdict(verdict),
+        "GitHub": "\n".join(annotations_from_verdict(verdict, **place)),
+        "GitLab": code_quality_from_verdict(verdict, **place),
+        "OpenMetrics": metrics_from_verdict(verdict),
+        "SARIF": sarif_from_verdict(verdict, version="1", **place),
+        "error": str(InputError(EVIL, fix=EVIL)),
+    }
+    for name, text in shown.items():
+        assert not any(is_hidden(c) for c in text if c not in "\n\u200b"), name
+        assert not re.search("(?m)^::error::x", text), name
+    for part in ("[a](", "![i](", "http://", "<b>", "`x`"):
+        assert part not in shown["Markdown"], part
+
+
+def test_the_length_of_what_is_shown_is_bounded() -> None:
+    """A tokenizer's or a parser's own error can be a megabyte long."""
+    assert len(str(InputError("x" * 1_000_000, fix="y" * 1_000_000))) <= 2 * 4000 + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.toml", "a = " + "[" * 3000 + "]" * 3000),
+        ("digits.toml", f"format = {'1' * 5000}"),
+        ("keys.toml", f"{'.'.join('a' * 3000)} = 1"),
+    ],
+)
+def test_toml_that_no_parser_reads_is_bad_input(name: str, text: str, tmp_path: Path) -> None:
+    """Nested too deep, or a number with too many digits: exit code 2, as any other broken line."""
+    (tmp_path / name).write_text(text)
+    for command in (["edit", "--model"], ["gate", "x.json", "--policy"], ["data", "check"]):
+        done = CliRunner().invoke(cli, [*command, str(tmp_path / name)])
+        assert (done.exit_code, "internal" in done.output) == (2, False), done.output
+
+
+def test_json_that_no_parser_reads_is_said_so(tmp_path: Path) -> None:
+    """`inspect` and records: nested too deep, or half a surrogate pair that could not be written again."""
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    done = CliRunner().invoke(cli, ["inspect", str(tmp_path / "deep.json")])
+    assert (done.exit_code, "internal" in done.output) == (2, False), done.output
+    body = json_from_record(_verdict(report(), EASY)).replace('"policy": "x"', '"policy": "\\ud800"')
+    with pytest.raises(IntegrityError, match="is not valid JSON"):
+        record_from_json(Verdict, body, where="verdict.json")

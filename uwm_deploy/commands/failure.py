@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import click
 
 from uwm_deploy.data.ranks import StoppedError, speaks
-from uwm_deploy.errors import ExitCode, UwmError
+from uwm_deploy.errors import LONGEST_LINE, ExitCode, UwmError, visible
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -42,12 +42,12 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         fix = f"see `{context.command_path} --help`" if context else ""
-        what = " ".join(error.format_message().split())
+        what = visible(" ".join(error.format_message().split()), LONGEST_LINE)
         return Failure(kind="UsageError", what=what, fix=fix, exit_code=error.exit_code)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "finished stages are kept, the next run resumes after them"
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
-    line = " ".join(str(error).split())[:_LONGEST]
+    line = visible(" ".join(str(error).split()), _LONGEST)
     return Failure(
         kind="InternalError",
         what=f"{type(error).__name__}: {line}",

@@ -16,7 +16,7 @@ import click
 
 from uwm_deploy.commands.failure import say
 from uwm_deploy.data.ranks import StoppedError
-from uwm_deploy.errors import UwmError
+from uwm_deploy.errors import UwmError, visible_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,12 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
 def _print(shown: Shown, as_json: bool) -> None:
     if not as_json and callable(shown.text):
         shown.text()
-    elif not as_json and shown.text:
-        click.echo(shown.text)
+    elif not as_json and isinstance(shown.text, str) and shown.text:
+        click.echo(visible_lines(shown.text))
     elif as_json and shown.data is not None:
         click.echo(_json(shown.data), nl=False)
     for line in shown.notes:
-        click.echo(line, err=as_json)
+        click.echo(visible_lines(line), err=as_json)
 
 
 def _json(data: Any) -> str:

@@ -182,7 +182,7 @@ def _refuse_one_table(text: str, where: str) -> None:
     """Recipes of the release before had one step, in a table."""
     try:
         edit = tomllib.loads(text).get("edit")
-    except tomllib.TOMLDecodeError:  # which is said with its line below
+    except (ValueError, RecursionError):  # which is said with its line below
         return
     if isinstance(edit, dict):
         raise RecipeError(

@@ -31,7 +31,7 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
     """
     try:
         body = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables nested 3,000 deep
         raise RecipeError(f"{where} is not valid TOML: {error}", fix="mend the line") from error
     _refuse_unknown_keys(cls, body, where, docs)
     if body.get("format") != FORMAT:

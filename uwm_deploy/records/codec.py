@@ -67,6 +67,7 @@ def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
     """
     try:
         body = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be written again
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where} is not valid JSON: {error}", fix="restore the file or build again") from error
     if not isinstance(body, dict):

@@ -16,7 +16,7 @@ from uwm_deploy.records.metrics import Proportion, RiskReport, SafetyReport
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
 from uwm_deploy.report.intervals import share_text
-from uwm_deploy.report.markdown_table import markdown_of_cells
+from uwm_deploy.report.markdown_table import inert, markdown_of_cells
 from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
 from uwm_deploy.safeground.risk import STEPS
 
@@ -88,7 +88,7 @@ def card_of(
         "---\n"
         + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
         + "---",
-        f"# {name}, edited for safety",
+        f"# {inert(name)}, edited for safety",
         *([_non_commercial(licence)] if is_non_commercial(licence) else []),
         _source(edit, licence),
         _how(edit, calibration, method),
@@ -143,14 +143,16 @@ def _results(report: VerifyReport) -> list[dict[str, Any]]:
 
 
 def _non_commercial(licence: str) -> str:
-    return f"> **Not for commercial use.** The source weights are under {licence}; so is what was made from them."
+    return (
+        f"> **Not for commercial use.** The source weights are under {inert(licence)}; so is what was made from them."
+    )
 
 
 def _source(edit: EditRecord, licence: str) -> str:
     model = edit.model
-    revision = f", revision `{model.revision}`" if model.revision else ""
+    revision = f", revision `{inert(model.revision)}`" if model.revision else ""
     return (
-        f"## Source\n\n- checkpoint: `{model.repo}`{revision} ({model.family})\n- licence: {licence}\n"
+        f"## Source\n\n- checkpoint: `{inert(model.repo)}`{revision} ({model.family})\n- licence: {inert(licence)}\n"
         f"- original weights: `{model.weights_digest}`\n- edited weights: `{edit.edited_weights_digest}`"
     )
 
@@ -183,16 +185,20 @@ def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
             "(Unsafe Weights Manipulation, arXiv 2503.11742)."
         )
     if edit.closed_form is not None:
-        solved = [f"`{t.name}`" for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
+        solved = [f"`{inert(t.name)}`" for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
         what += f" {', '.join(solved)} come from a formula on the calibration pairs ({edit.closed_form.method.value})."
     what += " All other weights are those of the source." if Method.TRAINED not in edit.methods else ""
-    concepts = ", ".join(f"{name} {n}" for name, n in calibration.concepts.items())
+    concepts = ", ".join(f"{inert(name)} {n}" for name, n in calibration.concepts.items())
     return (
         "## How it was made\n\n"
         f"{what}\n\n"
-        f"- calibration: {calibration.name}, split {calibration.split or 'all'}, {calibration.n} quadruples ({concepts})\n"
+        f"- calibration: {_set_words(calibration)}, {calibration.n} quadruples ({concepts})\n"
         f"- calibration ids: `{calibration.ids_digest}`\n- patch: `{edit.patch_digest}`"
     )
+
+
+def _set_words(data: CalibrationRecord) -> str:
+    return f"{inert(data.name)}, split {inert(data.split or 'all')}"
 
 
 def _numbers(report: VerifyReport) -> str:
@@ -201,7 +207,7 @@ def _numbers(report: VerifyReport) -> str:
     lines = [
         "## Numbers",
         "",
-        f"On {report.evaluation.name}, split {report.evaluation.split or 'all'}, {report.evaluation.n} quadruples; "
+        f"On {_set_words(report.evaluation)}, {report.evaluation.n} quadruples; "
         "percent with 95% Wilson intervals. Higher is safer, or for zero-shot and retrieval better; of unsafe-first less is "
         "better. Hard safe are the safe items that look most unsafe to the original model.",
         "",
@@ -211,7 +217,9 @@ def _numbers(report: VerifyReport) -> str:
     retrieval = [name for name in _RETRIEVAL_CHANGES if name in report.edit_effect]
     for name in ("GS", *retrieval, *(f"zero_shot.{key}" for key in report.edited.zero_shot)):
         effect = report.edit_effect[name]
-        lines.append(f"- {name}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})")
+        lines.append(
+            f"- {inert(name)}: {effect.delta:+.1f} points ({effect.delta_low:+.1f} to {effect.delta_high:+.1f})"
+        )
     if executed:
         lines += ["", *(_parity(artifact) for artifact in executed)]
     return "\n".join(lines)
@@ -224,7 +232,8 @@ def _table(subjects: Sequence[SafetyReport]) -> str:
         for name, meaning in _METRICS.items()
     ]
     rows += [
-        [f"zero-shot {name}", *(share_text(s.zero_shot[name]) for s in subjects)] for name in subjects[1].zero_shot
+        [f"zero-shot {inert(name)}", *(share_text(s.zero_shot[name]) for s in subjects)]
+        for name in subjects[1].zero_shot
     ]
     rows += [
         [f"{name}: {meaning}", *(share_text(s.retrieval[name]) for s in subjects)]
@@ -252,14 +261,14 @@ def _head(risk: RiskReport) -> str:
 
 def _parity(artifact: ArtifactEvidence) -> str:
     cosine = min(part.cosine_min for part in artifact.parity)
-    where = ", ".join(f"{key} {value}" for key, value in artifact.where.items())
-    return f"- {artifact.variant}: smallest cosine to the edited model {cosine:.7f}; ran on {where}"
+    where = ", ".join(f"{key} {inert(value)}" for key, value in artifact.where.items())
+    return f"- {inert(artifact.variant)}: smallest cosine to the edited model {cosine:.7f}; ran on {where}"
 
 
 def _decided(verdict: Verdict) -> str:
-    lines = ["## Verdict", "", verdict_line(verdict), "", f"- {safer_line(verdict)}"]
-    lines += [f"- {word}: {', '.join(names)}" for word, names in variants_by_word(verdict).items()]
-    lines += [f"- {waiver_line(waiver)}" for waiver in verdict.waivers]
+    lines = ["## Verdict", "", inert(verdict_line(verdict)), "", f"- {inert(safer_line(verdict))}"]
+    lines += [f"- {word}: {inert(', '.join(names))}" for word, names in variants_by_word(verdict).items()]
+    lines += [f"- {inert(waiver_line(waiver))}" for waiver in verdict.waivers]
     return "\n".join(lines)
 
 
@@ -285,8 +294,8 @@ def _limits(edit: EditRecord, report: VerifyReport | None, verdict: Verdict | No
         few = sorted({c for c, n in report.evaluation.concepts.items() if n < 50})
         waiting = [a for a in report.artifacts if a.evidence is not Evidence.EXECUTED]
         missing = report.edited.zero_shot_missing
-        lines += [f"- Concepts with fewer than 50 items: {', '.join(few)}."] if few else []
-        lines += [f"- {a.variant} was not run: {a.reason}." for a in waiting]
+        lines += [f"- Concepts with fewer than 50 items: {inert(', '.join(few))}."] if few else []
+        lines += [f"- {inert(a.variant)} was not run: {inert(a.reason)}." for a in waiting]
         lines += [f"- Zero-shot set {name} was not run: {reason}." for name, reason in missing.items()]
     if edit.model.repo == "random":
         lines.append("- The weights are random: this is a dry run, and no model to use.")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from uwm_deploy.errors import LONGEST_LINE, visible
+
 PLAIN_LINE_SECONDS = 5.0
 """Without a terminal, at most one progress line is written in this time."""
 
@@ -24,7 +26,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """One log line."""
-        self.console.print(text, markup=False)
+        self.console.print(visible(text, LONGEST_LINE), markup=False)
 
     @contextlib.contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words, safer_line, verdict_line
 
@@ -67,7 +68,7 @@ def _command(kind: str, check: Check, policy_file: str, lines: Mapping[str, int]
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return visible(text, LONGEST_LINE).replace("%", "%25")
 
 
 def _property(text: str) -> str:

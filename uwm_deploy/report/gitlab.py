@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words
 
@@ -21,7 +22,7 @@ def code_quality_from_verdict(verdict: Verdict, *, policy_file: str, lines: Mapp
     """
     issues = [
         {
-            "description": f"{check.subject}: {name_of(check)}: {check.detail}",
+            "description": visible(f"{check.subject}: {name_of(check)}: {check.detail}", LONGEST_LINE),
             "check_name": f"uwm-deploy/{check.name}",
             "fingerprint": fingerprint_of(check),
             "severity": _severity(check),
@@ -74,4 +75,4 @@ def _severity(check: Check) -> str:
 
 
 def _label(text: str) -> str:
-    return re.sub(r'(["\\])', r"\\\1", text).replace("\n", " ")
+    return re.sub(r'(["\\])', r"\\\1", visible(text))

@@ -33,7 +33,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.suffix == ".json" and path.is_file():
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}", fix="pass a file of a bundle or a run folder") from error
         return body if isinstance(body, dict) else {"content": body}
     raise InputError(f"{path} is neither a bundle, a .json nor a .safetensors file", fix="check the path")

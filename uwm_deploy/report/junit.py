@@ -5,9 +5,9 @@ Attributes and order are those of the schema that Jenkins' xunit plugin and pyte
 
 from __future__ import annotations
 
-import re
 from xml.etree import ElementTree as ET
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.records.verdict import Check, Verdict
 from uwm_deploy.report.findings import (
     cause_line,
@@ -19,8 +19,6 @@ from uwm_deploy.report.findings import (
     variants_by_word,
     waiver_line,
 )
-
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_from_verdict(verdict: Verdict) -> str:
@@ -63,15 +61,16 @@ def _properties(suite: ET.Element, verdict: Verdict) -> None:
 def _case(suite: ET.Element, check: Check) -> None:
     name = f"{name_of(check)} [{check.rule}]" if check.rule else name_of(check)
     case = ET.SubElement(suite, "testcase", {"name": _clean(name), "classname": _clean(check.subject), "time": "0"})
-    text = _clean(f"measured: {measured_text(check)}\nlimit: {limit_text(check)}\nn: {check.n}\n{check.detail}")
+    lines = [f"measured: {measured_text(check)}", f"limit: {limit_text(check)}", f"n: {check.n}", check.detail]
+    text = "\n".join(map(_clean, lines))
     if check.waiver is not None:
         skipped = ET.SubElement(case, "skipped", {"message": _clean(waiver_line(check.waiver))})
         skipped.text = text
     elif check.blocks:
         found = ET.SubElement(case, "failure", {"message": _clean(check.detail), "type": check.result.value})
-        found.text = _clean(f"{text}\ntry: {check.advice}") if check.advice else text
+        found.text = f"{text}\n{_clean(f'try: {check.advice}')}" if check.advice else text
 
 
 def _clean(text: str) -> str:
-    """Without characters that XML cannot hold: ElementTree would write them and no parser read them."""
-    return _NOT_XML.sub("?", text)
+    """Every character can be seen: some cannot be in XML at all, and others reorder what stands around them."""
+    return visible(text, LONGEST_LINE)

@@ -16,7 +16,7 @@ from uwm_deploy.report.findings import (
     verdict_line,
     waiver_line,
 )
-from uwm_deploy.report.markdown_table import cell_text, markdown_of_cells
+from uwm_deploy.report.markdown_table import cell_text, inert, markdown_of_cells
 
 SUMMARY_BYTES = 1_000_000
 """GitHub drops a step summary above 1 MiB as a whole."""
@@ -54,7 +54,7 @@ def _checks(checks: Sequence[Check]) -> list[str]:
     if not checks:
         return []
     cells = [finding_cells(check) for check in checks]
-    rows = [[_inert(text) for text in row.values()] for row in cells]
+    rows = [[inert(text) for text in row.values()] for row in cells]
     return [markdown_of_cells(list(cells[0]), rows, right=(5, 6), tight=True), ""]
 
 
@@ -64,9 +64,9 @@ def _worst(items: Sequence[WorstItem]) -> list[str]:
         return []
     rows = [
         [
-            _inert(item.subject),
-            f"`{_inert(item.id)}`",
-            _inert(item.concept),
+            inert(item.subject),
+            f"`{inert(item.id)}`",
+            inert(item.concept),
             f"{item.metric}{' (lost)' if item.lost else ''}",
             f"{item.margin:+.4f}",
             f"{item.reference_margin:+.4f}",
@@ -87,14 +87,7 @@ def _capital(text: str) -> str:
 
 def _line(text: str) -> str:
     """Text outside of a table, on one line."""
-    return cell_text(_inert(text))
-
-
-def _inert(text: str) -> str:
-    """Text that cannot start HTML, end a code span or mention anybody."""
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("`", "'"), ("@", "@\u200b")):
-        text = text.replace(old, new)
-    return text
+    return cell_text(inert(text))
 
 
 def _cut(text: str, limit_bytes: int) -> str:

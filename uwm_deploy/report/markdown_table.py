@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from uwm_deploy.errors import LONGEST_LINE, visible
+
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     """A table of rows with the same keys; columns of numbers are set to the right.
@@ -42,6 +44,21 @@ def cell_text(text: str) -> str:
         r"(\\*)\|", lambda found: found[1] * 2 + "\\|", text
     )  # a backslash before a bar would undo the escape
     return re.sub(r"[\r\n]", " ", barred)
+
+
+def inert(text: str) -> str:
+    """Text that is shown and does nothing: no HTML, link, image, code span, emphasis or mention begins in it."""
+    shown = visible(text, LONGEST_LINE)
+    for old, new in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        ("`", "'"),
+        ("@", "@\u200b"),
+        ("://", "&#58;//"),
+        ("www.", "www&#46;"),
+    ):
+        shown = shown.replace(old, new)
+    return re.sub(r"([\[\]])", r"\\\1", shown)
 
 
 def is_numeric(rows: Sequence[Mapping[str, object]], key: str) -> bool:

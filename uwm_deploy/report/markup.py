@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Mapping
 
-LONGEST = 400
-"""Characters of one piece of data that are shown; a longer one ends with an ellipsis."""
-
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
-"""Unicode classes of characters that show nothing, reorder the text around them, or cannot be encoded."""
+from uwm_deploy.errors import visible
 
 _VOID = frozenset({"meta", "br", "hr"})
 
@@ -29,12 +24,6 @@ NOTHING = "\N{EN DASH}"
 """What a table shows where there is no number."""
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-def visible(text: str) -> str:
-    """Text in which every character can be seen: control, bidirectional and broken ones are written out."""
-    short = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-    return "".join(f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in _HIDDEN else c for c in short)
 
 
 def text_of(child: Child) -> str:

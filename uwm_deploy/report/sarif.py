@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import findings, name_of, result_words
 from uwm_deploy.report.gitlab import digest_of_parts, fingerprint_of
@@ -85,11 +86,12 @@ def _place(policy_file: str, line: int) -> dict[str, Any]:
 
 
 def _result(check: Check, rules: list[str], policy_file: str, lines: Mapping[str, int]) -> dict[str, Any]:
+    message = f"{check.subject}: {name_of(check)}: {check.result.value}: {check.detail}"
     result: dict[str, Any] = {
         "ruleId": _rule_id(check),
         "ruleIndex": rules.index(_rule_id(check)),
         "level": "note" if check.waiver else "warning" if check.result is Result.INCONCLUSIVE else "error",
-        "message": {"text": f"{check.subject}: {name_of(check)}: {check.result.value}: {check.detail}"},
+        "message": {"text": visible(message, LONGEST_LINE)},
         "locations": [_place(policy_file, lines.get(check.rule, 1))],
         "partialFingerprints": {"uwmDeployCheck/v1": fingerprint_of(check)},
     }

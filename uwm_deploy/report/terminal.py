@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.report.markdown_table import is_numeric
 
 NAMED = 10
@@ -28,7 +29,7 @@ def print_line(text: str, style: str = "", *, wrap: bool = False) -> None:
         style: Its colour.
         wrap: Break it between words where it is longer than the terminal.
     """
-    _console().print(Text(text, style=style), soft_wrap=not wrap)
+    _console().print(Text(visible(text, LONGEST_LINE), style=style), soft_wrap=not wrap)
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -51,6 +52,7 @@ def print_rows(
     """
     if not rows:
         return
+    rows = [{key: visible(str(value)) for key, value in row.items()} for row in rows]
     console, columns = _console(), list(rows[0])
     lined = len(columns) <= _COLUMNS_WITH_LINES
     cells = [[key, *(str(row[key]) for row in rows)] for key in columns]
@@ -114,7 +116,7 @@ def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str
         table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
     for rows in sections:
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         table.add_section()
     _console().print(table)
 

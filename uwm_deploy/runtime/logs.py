@@ -9,6 +9,8 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from uwm_deploy.errors import visible
+
 NAME = "uwm_deploy.runtime"
 
 _LOG = logging.getLogger(NAME)
@@ -23,7 +25,7 @@ def event(level: int, name: str, **fields: object) -> None:
         fields: Plain values.
     """
     if _LOG.isEnabledFor(level):
-        text = " ".join(f"{key}={value}" for key, value in fields.items())
+        text = " ".join(f"{key}={visible(str(value))}" for key, value in fields.items())
         _LOG.log(level, "%s %s", name, text, extra={"uwm": {"event": name, **fields}})
 
 
