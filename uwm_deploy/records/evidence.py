@@ -72,7 +72,9 @@ class GraphAudit:
         edit: Edited layers that do not, with the reason.
         differ: Other weights that are not the edited model's.
         lowered: What must be in float32 whatever the precision, such as a map behind the embedding, and is not.
-        structure: What else differs from the model, such as the epsilon of a normalisation.
+        structure: What else differs from the model: operators, edges, attributes, constants.
+        operators: Operators that were compared with a graph that was made anew; 0 where nothing could be made anew.
+        anew: What was made anew: ``"export"``, ``"convert"``, ``"compile"``.
     """
 
     layers: int
@@ -81,6 +83,8 @@ class GraphAudit:
     differ: tuple[str, ...] = ()
     lowered: tuple[str, ...] = ()
     structure: tuple[str, ...] = ()
+    operators: int = 0
+    anew: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
