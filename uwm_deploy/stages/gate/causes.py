@@ -15,6 +15,7 @@ from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
+from uwm_deploy.stages.gate.binding import REPORT
 from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, off_somewhere
 from uwm_deploy.stages.table import NAMES
 
@@ -63,6 +64,8 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: Artifact
     cause, stage = Cause.DECISIONS, "edit"
     if check.name in _OWN:
         cause, stage = _OWN[check.name]
+    elif check.subject == REPORT:
+        cause, stage = Cause.EVIDENCE, "verify"
     elif check.subject == "data":
         cause, stage = Cause.DATA, "verify"
     elif artifact is None and _is_about_the_head(check):
@@ -154,6 +157,7 @@ _CLASS_ORDER = tuple(Cause)
 
 
 def _rank(blame: Blame) -> tuple[int, int, int]:
-    """A verdict that does not hold comes first: whatever else fails was known when it was given."""
-    place = 0 if (blame.cause, blame.stage) == (Cause.EVIDENCE, "gate") else 2 if blame.cause is Cause.DECISIONS else 1
+    """A verdict that does not hold, or a report about something else, comes first: whatever else fails follows from it."""
+    foreign = blame.subject == REPORT or (blame.cause, blame.stage) == (Cause.EVIDENCE, "gate")
+    place = 0 if foreign else 2 if blame.cause is Cause.DECISIONS else 1
     return place, STAGE_ORDER.index(blame.stage), _CLASS_ORDER.index(blame.cause)
