@@ -12,7 +12,7 @@ from uwm_deploy.bundle.layout import BundleLayout, tower_record
 from uwm_deploy.bundle.open import engine_paths, open_bundle
 from uwm_deploy.bundle.replace import lost_signature, refuse_foreign_folder
 from uwm_deploy.bundle.write import bundle_from_parts
-from uwm_deploy.edits.canary_files import canary_file
+from uwm_deploy.edits.canary_files import canary_file, raw_canary_file
 from uwm_deploy.errors import UwmError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, read_record, write_record
@@ -154,4 +154,5 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
     for tower in TowerName:
         if (file := canary_file(folder.canaries, tower)).is_file():
             parts[layout.canaries(tower)] = file
+            parts[layout.raw_canaries(tower)] = raw_canary_file(folder.canaries, tower)
     return parts
