@@ -26,7 +26,6 @@ from uwm_deploy.bundle.space import SpaceId, space_of
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
@@ -34,9 +33,8 @@ from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
 from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.logs import event
-from uwm_deploy.runtime.monitor import SELFTEST_SECONDS, Monitor
+from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
-from uwm_deploy.runtime.raw_canaries import prepared_raw, problem_of_raw
 from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
 from uwm_deploy.runtime.selftest import SelfTest
@@ -135,7 +133,7 @@ class SafeEncoder:
             rows = limits.selftest_rows or (4 if selection.taken.note else 0)
             encoder._monitor.check_at_load(rows, allow_unsafe)
             if rows and not allow_unsafe:
-                encoder._check_raw()
+                encoder._monitor.check_raw(encoder._preprocessing)
         except IntegrityError:
             encoder.close()
             raise
@@ -330,20 +328,6 @@ class SafeEncoder:
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
         return self._monitor.drift()
-
-    def _check_raw(self) -> None:
-        """Encoded images and texts of the bundle become what they became when it was built.
-
-        Raises:
-            IntegrityError: If they do not.
-        """
-        precision = Precision(self._bundle.engines(self.variant)[TowerName.IMAGE].precision)
-        if problem := problem_of_raw(self._bundle, self._embed_raw, precision):
-            raise IntegrityError(f"variant {self.variant}: {problem}", fix="build the bundle again; do not serve it")
-
-    def _embed_raw(self, tower: TowerName, items: Sequence[bytes]) -> np.ndarray:
-        rows = prepared_raw(self._preprocessing, tower, items)
-        return self._services[tower].run_rows(rows, SELFTEST_SECONDS)
 
     def session(self, tower: TowerName) -> Session:
         """The session of one tower, for inputs that are preprocessed already."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import IntegrityError, UwmError
+from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import Metrics
+from uwm_deploy.runtime.preprocessing import Preprocessing
+from uwm_deploy.runtime.raw_canaries import prepared_raw, problem_of_raw
 from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import TowerService
 from uwm_deploy.runtime.watch import TowerWatch, record_selftest
@@ -87,6 +90,24 @@ class Monitor:
                 f"variant {self._variant} does not answer like the edited model (canaries: {told}; limit {RATIO_LIMIT})",
                 fix="build the bundle again; do not serve it",
             )
+
+    def check_raw(self, preprocessing: Preprocessing) -> None:
+        """Encoded images and texts of the bundle become what they became when it was built.
+
+        Args:
+            preprocessing: As the encoder uses it.
+
+        Raises:
+            IntegrityError: If they do not.
+        """
+        precision = Precision(self._bundle.engines(self._variant)[TowerName.IMAGE].precision)
+
+        def embed(tower: TowerName, items: Sequence[bytes]) -> np.ndarray:
+            rows = prepared_raw(preprocessing, tower, items)
+            return self._services[tower].run_rows(rows, SELFTEST_SECONDS)
+
+        if problem := problem_of_raw(self._bundle, embed, precision):
+            raise IntegrityError(f"variant {self._variant}: {problem}", fix="build the bundle again; do not serve it")
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""

@@ -21,7 +21,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
@@ -51,7 +51,7 @@ def make(job: Job, out: Path) -> None:
 
 def _open_as_served(path: Path, verdict: Verdict) -> None:
     """Checks every digest and, where something is proven, that it answers; a bundle that nobody can open is not shipped."""
-    if not verdict.proven:
+    if verdict.result is not Result.PASS or not verdict.proven:
         open_bundle(path, allow_failed=True)
         return
     SafeEncoder.open(path, serving=Serving(selftest_rows=CANARIES)).close()

@@ -12,6 +12,7 @@ from uwm_deploy.records.verdict import Check
 from uwm_deploy.stages.gate.evidence import not_run
 from uwm_deploy.stages.gate.limits import check_value
 from uwm_deploy.stages.gate.measured import Measured
+from uwm_deploy.stages.gate.shape import sound_shape
 
 COSINE = {Precision.FP32: 0.99999, Precision.FP16: 0.999, Precision.BF16: 0.999}
 """Smallest cosine of any item with the edited model, by precision."""
@@ -42,7 +43,8 @@ SAME, NEAR, DONE = (
 
 def sound_rows(artifact: ArtifactEvidence) -> list[Check]:
     """Of an executed artifact; a part that its evidence lacks was not run, which does not pass."""
-    return [*_repeats(artifact), *_lengths(artifact), *(_items(artifact) if artifact.safety is not None else ())]
+    whole = (*_items(artifact), *sound_shape(artifact)) if artifact.safety is not None else ()
+    return [*_repeats(artifact), *_lengths(artifact), *whole]
 
 
 def on_a_cpu(artifact: ArtifactEvidence) -> bool:
