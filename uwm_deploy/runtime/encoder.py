@@ -133,7 +133,7 @@ class SafeEncoder:
             rows = limits.selftest_rows or (4 if selection.taken.note else 0)
             encoder._monitor.check_at_load(rows, allow_unsafe)
             if rows and not allow_unsafe:
-                encoder._monitor.check_raw(encoder._preprocessing)
+                encoder._monitor.check_raw(encoder._preprocessing, texts=rows >= CANARIES)
         except IntegrityError:
             encoder.close()
             raise

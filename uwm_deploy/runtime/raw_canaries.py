@@ -5,7 +5,7 @@ The canaries of `safeground.canaries` are rows of numbers: they say nothing of h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,14 @@ class RawCanaries:
         }
 
 
-def raw_canaries(bundle: Bundle) -> dict[TowerName, RawCanaries]:
-    """What a bundle holds, per tower; one of an earlier release, or one that was refitted, holds none.
+def raw_canaries(bundle: Bundle, towers: Iterable[TowerName]) -> dict[TowerName, RawCanaries]:
+    """What a bundle holds of some towers; one of an earlier release, or one that was refitted, holds none.
 
     Raises:
         IntegrityError: If they cannot be read.
     """
     listed = {file.path for file in bundle.manifest.files}
-    names = {tower: BundleLayout.raw_canaries(tower) for tower in TowerName}
+    names = {tower: BundleLayout.raw_canaries(tower) for tower in towers}
     return {tower: _read(bundle.read(name), name) for tower, name in names.items() if name in listed}
 
 
@@ -95,13 +95,14 @@ def prepared_raw(preprocessing: Preprocessing, tower: TowerName, items: Sequence
     return np.stack(rows)
 
 
-def problem_of_raw(bundle: Bundle, embed: Embed, precision: Precision) -> str:
+def problem_of_raw(bundle: Bundle, embed: Embed, precision: Precision, towers: Iterable[TowerName] = TowerName) -> str:
     """Sends a bundle's raw canaries the way that users' images and texts go.
 
     Args:
         bundle: The bundle.
         embed: The way: encoded images or texts to embeddings (n, d) float32 of any length.
         precision: Of what runs.
+        towers: Whose.
 
     Returns:
         Empty when every embedding is the edited model's.
@@ -110,7 +111,7 @@ def problem_of_raw(bundle: Bundle, embed: Embed, precision: Precision) -> str:
         IntegrityError: If they cannot be read.
     """
     least = COSINE_8_BITS if precision in (Precision.INT8, Precision.FP8) else COSINE
-    for tower, canaries in raw_canaries(bundle).items():
+    for tower, canaries in raw_canaries(bundle, towers).items():
         rows = embed(tower, canaries.items)
         if rows.shape != canaries.edited.shape:
             return f"{tower.value}s become embeddings of shape {rows.shape[1:]}, not {canaries.edited.shape[1:]}"
