@@ -131,9 +131,7 @@ class SafeEncoder:
         try:
             # Not to be left out where the evidence is from another kind of device.
             rows = limits.selftest_rows or (4 if selection.taken.note else 0)
-            encoder._monitor.check_at_load(rows, allow_unsafe)
-            if rows and not allow_unsafe:
-                encoder._monitor.check_raw(encoder._preprocessing, texts=rows >= CANARIES)
+            encoder._monitor.check_at_load(rows, encoder._preprocessing, allow_unsafe=allow_unsafe)
         except IntegrityError:
             encoder.close()
             raise
