@@ -101,16 +101,21 @@ def departures(found: Computation, wanted: Computation, edited: Collection[str] 
     known = set(wanted.keys.values())
     extra = Counter(key for _, key in found.nodes) - Counter(key for _, key in wanted.nodes)
     missing = Counter(key for _, key in wanted.nodes) - Counter(key for _, key in found.nodes)
-    words += _counts(found, wanted)
+    counts = list(_counts(found, wanted))
+    words += counts
     if edited and extra:
         words += _paths_around(found, wanted, frozenset(edited))
-    words += [_origin(node, found, wanted, known) for node in _origins(found, extra, known)]
+    telling = _more(found, wanted) & (RANDOM | CHOOSES)
+    origins = _origins(found, extra, known, telling)
+    words += [_origin(node, found, wanted, known, telling=node.op_type in telling) for node in origins]
     if missing and not words:
         words.append(f"{sum(missing.values())} operators of the model are missing")
     unused = [value.name for value in _initialisers(found.model) if not value.uses() and not value.is_graph_output()]
     spare = {value.name for value in _initialisers(wanted.model) if not value.uses()}
     words += [f"{name} is a constant that nothing reads" for name in unused if name not in spare]
-    return Departures(tuple(_other_weights(found, wanted)), tuple(dict.fromkeys(words)))
+    # Constants of operators that should not be there belong to them.
+    weights = () if counts else tuple(_other_weights(found, wanted))
+    return Departures(weights, tuple(dict.fromkeys(words)))
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -269,28 +274,30 @@ def _counts(found: Computation, wanted: Computation) -> Iterator[str]:
             yield f"{text}: {', '.join(f'{count} {kind}' for kind, count in sorted(more.items()))}"
 
 
-def _origins(found: Computation, extra: Counter[str], known: set[str]) -> Iterator[ir.Node]:
-    """Nodes that the other graph does not have although it has all that they read, constants apart."""
+def _more(found: Computation, wanted: Computation) -> set[str]:
+    """Operators of which one graph has more than the other."""
+    left, right = (Counter(node.op_type for node, _ in part.nodes) for part in (found, wanted))
+    return set(left - right)
+
+
+def _origins(found: Computation, extra: Counter[str], known: set[str], telling: Collection[str]) -> Iterator[ir.Node]:
+    """Nodes that the other graph does not have although it has all that they read, constants apart; and telling ones."""
     for node, key in found.nodes:
         if not extra.get(key):
             continue
         extra[key] -= 1
         keys = [found.keys[value] for value in node.inputs if value is not None]
-        if all(k in known or k in found.constants for k in keys):
+        if node.op_type in telling or all(k in known or k in found.constants for k in keys):
             yield node
 
 
-def _origin(node: ir.Node, found: Computation, wanted: Computation, known: set[str]) -> str:
+def _origin(node: ir.Node, found: Computation, wanted: Computation, known: set[str], *, telling: bool) -> str:
     """One node that should not be there: what it does, and what the model has in its place."""
     place = _in(found, node.outputs[0])
-    like = _in_its_place(node, found, wanted, known)
+    like = None if telling else _in_its_place(node, found, wanted, known)
     name = f"{node.op_type} of {_read(node)}"
     if like is None:
-        why = ", which draws anew at every call" if node.op_type in RANDOM else ""
-        why = why or (
-            ", which gives one result for some inputs and another for others" if node.op_type in CHOOSES else ""
-        )
-        return f"{name}{place} is not in the model{why}"
+        return f"{name}{place} is not in the model{_what_it_does(node)}"
     for key in sorted(node.attributes.keys() | like.attributes.keys()):
         left, right = (_attribute_shown(part, key) for part in (node, like))
         if left != right:
@@ -301,6 +308,13 @@ def _origin(node: ir.Node, found: Computation, wanted: Computation, known: set[s
         mine, theirs = found.constants.get(found.keys[left_value]), wanted.constants.get(wanted.keys[right_value])
         return f"{node.op_type}{place} reads {_array_shown(mine, theirs)}, the model {_array_shown(theirs, mine)}"
     return f"{name}{place} is there a second time"
+
+
+def _what_it_does(node: ir.Node) -> str:
+    """What makes an operator suspicious by itself."""
+    if node.op_type in RANDOM:
+        return ": it draws anew at every call"
+    return ": it gives one result for some inputs, and another for others" if node.op_type in CHOOSES else ""
 
 
 def _in_its_place(node: ir.Node, found: Computation, wanted: Computation, known: set[str]) -> ir.Node | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 
 from uwm_deploy.errors import InputError, IntegrityError
@@ -31,6 +31,7 @@ from uwm_deploy.stages.gate.measured import (
 )
 from uwm_deploy.stages.gate.safer import EDITED, safer_of
 from uwm_deploy.stages.gate.soundness import absent_concepts, sound_artifact, sound_report
+from uwm_deploy.stages.gate.structure import READ
 from uwm_deploy.stages.gate.waivers import states_of, waiver_of
 
 _WORST = 10
@@ -85,7 +86,7 @@ def gate(
     general = [*sound, *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     required = judge.required()
-    good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
+    good = _good(variants, executed)
     faithful = tuple(v for v in good if v != EXPORTED)
     undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
     checks = [*general, *(c for found in variants.values() for c in found), *required]
@@ -340,9 +341,18 @@ def _any_blocks(checks: Iterable[Check]) -> bool:
     return any(found.blocks for found in checks)
 
 
+def _good(variants: Mapping[str, Sequence[Check]], executed: Collection[str]) -> list[str]:
+    """Variants of which nothing blocks; none where the graph that all were made from holds or computes something else."""
+    of_the_graph = (check for check in variants.get(EXPORTED, ()) if check.name.startswith(READ))
+    if _any_blocks(of_the_graph):
+        return []
+    return [v for v in variants if v in executed and not _any_blocks(variants[v])]
+
+
 def _only_waits(checks: Iterable[Check]) -> bool:
     """Whether nothing but a lack of data keeps a variant from being faithful."""
-    return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
+    blocking = [found.result for found in checks if found.blocks]
+    return bool(blocking) and all(result is Result.INCONCLUSIVE for result in blocking)
 
 
 def _contradicts(earlier: Verdict, policy: Policy, digest: Digest, checks: Sequence[Check]) -> bool:

@@ -11,6 +11,9 @@ from uwm_deploy.records.verdict import Check
 from uwm_deploy.runtime.providers import COMPILING
 from uwm_deploy.stages.gate.evidence import not_run
 
+READ = ("weights of the ", "structure of the ")
+"""How the names of checks begin that read what lies in an artifact."""
+
 
 def made_anew(artifact: ArtifactEvidence) -> list[Check]:
     """A check that is not run for every tower of a graph that can be made anew and was not; engines cannot be read."""
