@@ -23,7 +23,7 @@ from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.judge import judge_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
-from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, measured_against, stored_in
+from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, known_of_files, measured_against, stored_in
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
@@ -73,9 +73,7 @@ def attest(
             fix="pass the same evaluation set",
         )
     waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
-    reasons = {
-        v: "" if v == EXPORTED else reason_not_executable(next(iter(bundle.engines(v).values()))) for v in waiting
-    }
+    reasons = {v: reason_not_here(bundle, v) for v in waiting}
     here = [variant for variant in waiting if not reasons[variant]]
     if not here:
         why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"
@@ -106,11 +104,27 @@ def _evidence(
     bundle: Bundle, variant: str, prepared: PreparedSet, stored: Stored, progress: Progress
 ) -> ArtifactEvidence:
     """Executes one variant here."""
-    running = _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+    running = running_here(bundle, variant, prepared)
     evidence = measured_against(running, stored, prepared, progress)
     for session in running.sessions.values():
         session.close()
     return evidence
+
+
+def running_here(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
+    """A variant of a bundle, or its exported graphs, at work on this machine; whoever asks closes the sessions.
+
+    Args:
+        bundle: The bundle.
+        variant: Which.
+        prepared: Inputs, of which some go through the outputs behind the embedding.
+    """
+    return _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+
+
+def reason_not_here(bundle: Bundle, variant: str) -> str:
+    """Empty when this machine can execute a variant of a bundle, as far as can be told without opening it."""
+    return "" if variant == EXPORTED else reason_not_executable(next(iter(bundle.engines(variant).values())))
 
 
 def _exported(bundle: Bundle) -> Running:
@@ -126,6 +140,8 @@ def _exported(bundle: Bundle) -> Running:
         outputs={tower: graph.outputs[0].name for tower, graph in graphs.items()},
         digests={tower: graph.digest for tower, graph in graphs.items()},
         where=dict(sessions[TowerName.IMAGE].where),
+        normalised=graphs[TowerName.IMAGE].normalised,
+        audit=known_of_files(bundle, EXPORTED),
     )
 
 
@@ -146,6 +162,8 @@ def _engines(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
         outputs={tower: engine.outputs[0].name for tower, engine in engines.items()},
         digests={tower: engine.digest for tower, engine in engines.items()},
         where=dict(sessions[TowerName.IMAGE].where),
+        normalised=built.normalised,
+        audit=known_of_files(bundle, variant),
         further=further,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.baseline import has_baseline, read_baseline
+from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import record_from_json
@@ -18,12 +20,18 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import (
     digest_of_bytes,
 )
+from uwm_deploy.records.graph import EXPORTED
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.verdict import Baseline, Verdict
+from uwm_deploy.records.verdict import Baseline, Check, Verdict
+from uwm_deploy.stages.gate.binding import Beside
 from uwm_deploy.stages.gate.gate import gate
 
 Judge = Callable[..., Verdict]
 """From a report and the digest of its file to the verdict."""
+
+
+Execute = Callable[[Bundle, VerifyReport], tuple[Check, ...]]
+"""From a bundle and its report to what executing its artifacts shows."""
 
 
 def judge_with(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
@@ -65,6 +73,25 @@ def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
     return record_from_json(VerifyReport, content, where=BundleLayout.REPORT), digest_of_bytes(content)
 
 
+def beside_in(bundle: Bundle) -> Beside:
+    """What the report of a bundle lies beside.
+
+    Raises:
+        IntegrityError: If the embeddings in the bundle cannot be read.
+    """
+    manifest, artifacts = bundle.manifest, dict[str, dict[str, Digest]]()
+    for graph in manifest.onnx:
+        artifacts.setdefault(EXPORTED, {})[graph.tower.value] = graph.digest
+    for engine in manifest.engines:
+        artifacts.setdefault(engine.variant, {})[engine.tower.value] = engine.digest
+    return Beside(
+        model=manifest.model,
+        edited_weights_digest=manifest.edit.edited_weights_digest,
+        artifacts=artifacts,
+        embedded=(reference_of(bundle, "original"), reference_of(bundle)),
+    )
+
+
 def judge_file(
     path: Path,
     policy_name: str,
@@ -72,6 +99,7 @@ def judge_file(
     *,
     public_key: Path | None = None,
     min_bundle_version: int = 0,
+    execute: Execute | None = None,
 ) -> Verdict:
     """Judges the report of a bundle or a `verify.json`; nothing is written.
 
@@ -81,6 +109,7 @@ def judge_file(
         baseline: Accepted report to compare with.
         public_key: Whose signature the bundle must have.
         min_bundle_version: Oldest version the bundle may have.
+        execute: Runs the bundle's artifacts here; None leaves that out.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
@@ -89,11 +118,14 @@ def judge_file(
     policy = policy_of(policy_name)
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return judge_with(*policy, _baseline_for(path, baseline))(
-            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
-        )
+        report, digest = report_of_bundle(bundle)
+        beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
+        judge = judge_with(*policy, _baseline_for(path, baseline))
+        return judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
+    if execute is not None:
+        raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
     return judge_with(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 

@@ -9,12 +9,12 @@ from datetime import UTC, date, datetime
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.recipes.policy import Limit, Policy, name_of
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
-from uwm_deploy.records.graph import EXPORTED
 from uwm_deploy.records.metrics import RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Check, Result, Verdict, statement
 from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.gate.advice import advice_for
+from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
@@ -30,6 +30,7 @@ from uwm_deploy.stages.gate.measured import (
 )
 from uwm_deploy.stages.gate.safer import EDITED, safer_of
 from uwm_deploy.stages.gate.soundness import absent_concepts, sound_artifact, sound_report
+from uwm_deploy.stages.gate.states import any_blocks, variant_states
 from uwm_deploy.stages.gate.waivers import states_of, waiver_of
 
 _WORST = 10
@@ -61,6 +62,7 @@ def gate(
     baseline_digest: Digest = "",
     earlier: Verdict | None = None,
     today: date | None = None,
+    beside: Beside | None = None,
 ) -> Verdict:
     """Judges a report.
 
@@ -72,50 +74,40 @@ def gate(
         baseline_digest: Digest of its file, recorded, and compared with the policy's.
         earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
+        beside: What the report lies beside, and must be about; None for a report that lies alone.
 
     Raises:
         RecipeError: If the policy limits a metric that does not exist.
-        InputError: If the baseline was measured on something else.
-        IntegrityError: If the baseline is not the one that the policy pins.
+        InputError, IntegrityError: If the baseline was measured on something else, or is not the one that the policy pins.
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *limited, *_head_was_measured(report)]
-    judge.notes += _notes_on_data(report)
+    general = [*sound, *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
-    unproven = tuple(v for v in variants if v not in executed)
-    required = [*judge.required(), *judge.missing_evidence()]
-    good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
-    faithful = tuple(v for v in good if v != EXPORTED)
-    undecided = tuple(v for v in variants if v in executed and v not in good and _only_waits(variants[v]))
-    judged = [found for variant in variants for found in variants[variant]]
-    checks = [
-        *general,
-        *judged,
-        *required,
-        _enough(len(faithful), sum(v != EXPORTED for v in undecided), len(variants), policy.min_proven),
-    ]
+    states, required = variant_states(variants, executed), judge.required()
+    checks = [*general, *(c for found in variants.values() for c in found), *required]
+    checks += [_enough(len(states.faithful), states.undecided, len(variants), policy.min_proven)]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
-    checks = _advised(with_causes(checks, report), report.model.name, unproven)
+    checks = _advised(with_causes(checks, report), report.model.name, states.unproven)
     return Verdict(
         result=_overall(checks),
         checks=tuple(checks),
-        proven=faithful if not _any_blocks([*general, *required]) else (),  # else it equals a model that does not pass
-        unproven=unproven,
-        failed=tuple(v for v in variants if v in executed and v not in good and v not in undecided),
-        inconclusive=undecided,
+        proven=() if any_blocks([*general, *required]) else states.faithful,  # it may equal a model that does not pass
+        unproven=states.unproven,
+        failed=states.failed,
+        inconclusive=states.inconclusive,
         policy=policy.name,
         policy_digest=policy_digest,
         report_digest=report_digest,
         edited_weights_digest=report.edited_weights_digest,
         baseline_digest=baseline_digest,
         waivers=states_of(policy.waiver, checks, judge.today),
-        notes=tuple(judge.notes),
+        notes=(*judge.notes, *_notes_on_data(report)),
         worst=_worst(report, checks),
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
-        faithful=faithful,
+        faithful=states.faithful,
         safer=safer_of(report, sound, limited),
     )
 
@@ -218,12 +210,10 @@ class _Judge:
         ]
 
     def required(self) -> list[Check]:
-        """Variants that must have been executed."""
-        return self._waived([required(name, self.report.artifacts) for name in self.policy.required])
-
-    def missing_evidence(self) -> list[Check]:
-        """Evidence that the policy asks for of variants that were not executed, or not built."""
-        return self._waived(missing(self.policy.evidence, self.report.artifacts))
+        """Variants that must have been executed, and evidence of those that were not executed, or not built."""
+        artifacts = self.report.artifacts
+        found = [required(name, artifacts) for name in self.policy.required]
+        return self._waived([*found, *missing(self.policy.evidence, artifacts)])
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -342,15 +332,6 @@ def _numbered(limits: Sequence[Limit], *, not_of: str) -> list[tuple[int, Limit]
 
 def _is_for(limit: Limit, artifact: ArtifactEvidence) -> bool:
     return not limit.precision or artifact.precision in limit.precision
-
-
-def _any_blocks(checks: Iterable[Check]) -> bool:
-    return any(found.blocks for found in checks)
-
-
-def _only_waits(checks: Iterable[Check]) -> bool:
-    """Whether nothing but a lack of data keeps a variant from being faithful."""
-    return all(found.result is Result.INCONCLUSIVE for found in checks if found.blocks)
 
 
 def _contradicts(earlier: Verdict, policy: Policy, digest: Digest, checks: Sequence[Check]) -> bool:

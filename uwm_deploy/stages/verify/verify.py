@@ -144,6 +144,7 @@ def evidence_of(
         canaries,
         measured,
         sizes=sizes,
+        normalised=subject.normalised,
         progress=progress,
         risk=risk,
         yardstick=yardstick,
