@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +101,8 @@ def _id(manifest: Manifest, weights: Digest, placement: str, patch: Digest, numb
         "placement": placement,
         "patch": patch,
         "image": plain_from_record(model.image),
-        "text": plain_from_record(model.text),
+        # The size of the table changes no embedding, and ids of older releases do not have it.
+        "text": plain_from_record(dataclasses.replace(model.text, vocabulary=0)),
         "towers": dict(numbers),
     }
     return f"space:{digest_of_plain(body)}"

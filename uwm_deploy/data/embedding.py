@@ -109,6 +109,7 @@ def prepare(
     mine = [row for rows in ranks.dealt(len(source), batch) for row in rows]
     read = partial(_of_row, partial(_quadruple, source, safe, unsafe), mine)
     texts = list(read_all(read, len(mine), workers, "evaluation images", progress))
+    items = [f"item {source.ids[row]}" for row in mine]
     zero_shot = {
         name: _zero_shot(source.zero_shot(name), store, tokenizer, workers, progress, partial(ranks.dealt, size=batch))
         for name in source.zero_shot_names
@@ -118,8 +119,8 @@ def prepare(
         concepts=tuple(source.concepts),
         safe_pixels=safe,
         unsafe_pixels=unsafe,
-        safe_ids=_spread(tokenizer.encode([pair[0] for pair in texts]), mine, len(source)),
-        unsafe_ids=_spread(tokenizer.encode([pair[1] for pair in texts]), mine, len(source)),
+        safe_ids=_spread(_ids_of(tokenizer, [pair[0] for pair in texts], items), mine, len(source)),
+        unsafe_ids=_spread(_ids_of(tokenizer, [pair[1] for pair in texts], items), mine, len(source)),
         zero_shot=zero_shot,
         zero_shot_missing=source.zero_shot_missing,
     )
@@ -349,8 +350,19 @@ def _zero_shot(
     pixels, mine = store.rows(len(part)), [row for rows in dealt(len(part)) for row in rows]
     read = partial(_of_row, partial(_labelled, part, pixels), mine)
     labels = np.array(list(read_all(read, len(mine), workers, f"zero-shot {part.name}", progress)), dtype=np.int64)
-    prompts = tokenizer.encode([part.template.format(label) for label in part.labels])
+    named = [f"class {label} of {part.name}" for label in part.labels]
+    prompts = _ids_of(tokenizer, [part.template.format(label) for label in part.labels], named)
     return PreparedZeroShot(pixels=pixels, labels=_spread(labels, mine, len(part)), prompts=prompts)
+
+
+def _ids_of(tokenizer: Tokenizer, texts: Sequence[str], named: Sequence[str]) -> np.ndarray:
+    """Ids (n, L) int64 of texts; one that has none is named."""
+    found = np.zeros((len(texts), tokenizer.spec.context_length), dtype=np.int64)
+    for place, row in enumerate(tokenizer.rows(texts)):
+        if isinstance(row, DataError):
+            raise DataError(f"{named[place]}: its text cannot be used: {row.what}", fix=row.fix)
+        found[place] = row
+    return found
 
 
 def _of_row(read: Callable[[int], T], rows: Sequence[int], place: int) -> T:

@@ -23,6 +23,12 @@ WINDOW_PAIRS = SHARD_PAIRS
 """Text pairs in memory at a time; no window spans two shards."""
 
 _NAMED_ITEMS = 5
+_Captions = tuple[str, str, str]
+"""An item's id, its safe and its unsafe caption."""
+
+_Ids = tuple[str, np.ndarray, np.ndarray]
+"""An item's id, and the ids (L,) int64 of its safe and its unsafe caption."""
+
 _OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
 
 
@@ -100,7 +106,8 @@ class PairStream:
 
     def _texts(self) -> Iterator[PairBatch]:
         done = 0
-        for items in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
+        for captions in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
+            items = list(self._tokenised(captions))
             self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
             for batch in self._window(pairs):
@@ -109,12 +116,27 @@ class PairStream:
                 self._report(done)
             done += len(items) - len(pairs)
 
-    def _window(self, pairs: Sequence[tuple[str, str, str]]) -> Iterator[PairBatch]:
+    def _tokenised(self, items: Sequence[_Captions | LeftOut]) -> Iterator[_Ids | LeftOut]:
+        """Pairs of captions as ids; a caption that has none leaves out its own item."""
+        texts = [text for item in items if not isinstance(item, LeftOut) for text in item[1:]]
+        rows = iter(self._tokenizer.rows(texts))
+        for item in items:
+            if isinstance(item, LeftOut):
+                yield item
+                continue
+            safe, unsafe = next(rows), next(rows)
+            if isinstance(safe, DataError) or isinstance(unsafe, DataError):
+                side, error = ("safe", safe) if isinstance(safe, DataError) else ("unsafe", unsafe)
+                yield LeftOut(id=item[0], reason=f"{side} text: {error}")
+            else:
+                yield item[0], safe, unsafe
+
+    def _window(self, pairs: Sequence[_Ids]) -> Iterator[PairBatch]:
         """Some pairs in batches of similar length."""
         if not pairs:
             return
         ids, safe, unsafe = zip(*pairs, strict=True)
-        left, right = self._tokenizer.encode(safe), self._tokenizer.encode(unsafe)
+        left, right = np.stack(safe), np.stack(unsafe)
         lengths = np.maximum(self._lengths(left), self._lengths(right))
         order = np.argsort(lengths, kind="stable") if self._sorted else np.arange(len(ids))
         for start in range(0, len(ids), self._batch_pairs):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.model import SCHEMA_VERSION
 from uwm_deploy.records.shape import (
+    LATER,
     Choice,
     Enumeration,
     Items,
@@ -44,7 +45,8 @@ def json_from_record(record: Any) -> str:
 def plain_from_record(value: Any) -> Any:
     """Dicts, lists and scalars of a (nested) record."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain_from_record(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        named = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {f.name: plain_from_record(item) for f, item in named if f.metadata != LATER or item != f.default}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
+
+from uwm_deploy.records.shape import LATER
 
 SCHEMA_VERSION = 2
 """Version of every JSON file the project writes; readers refuse a newer one."""
@@ -60,6 +62,7 @@ class TextSpec:
         padding_side: Where a short row is filled.
         fixed_length: Whether the padding belongs to the input (SigLIP, CoCa), so that a row may not be cut to its tokens.
         cleaning: What is done to a caption before `tokenizer.json` sees it.
+        vocabulary: Rows of the table of embeddings, so ids are smaller; 0 in bundles of older releases, which do not say it.
     """
 
     context_length: int
@@ -69,6 +72,7 @@ class TextSpec:
     padding_side: Literal["right", "left"] = "right"
     fixed_length: bool = False
     cleaning: Literal["none", "open-clip"] = "none"
+    vocabulary: int = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

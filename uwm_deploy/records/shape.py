@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+LATER: Final[Mapping[str, bool]] = {"later": True}
+"""Metadata of a field that files of older releases lack. It is not written where it has its default value, so that such a
+file is still byte for byte what its record writes, and its bundle opens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from uwm_deploy.errors import BusyError, ContractError, InputError
+from uwm_deploy.errors import BusyError, ContractError, InputError, UwmError
 
 _LOG = logging.getLogger("uwm_deploy.runtime")
 
@@ -222,22 +222,59 @@ class Batcher:
 
     def _call(self, batch: list[_Waiting]) -> None:
         started = time.monotonic()
-        rows, found = np.stack([waiting.row for waiting in batch]), None
-        try:
-            found = self._run(rows)
-            answers = _checked(found, len(batch), self._width)
-        except BaseException as error:  # whatever it is, callers wait for an answer and this thread must live
-            answers = [_as_exception(error)] * len(batch)
-        # First what is counted, then the answers: who has an answer finds it counted.
-        try:
-            self._observer.batch(found, [started - w.arrived for w in batch], time.monotonic() - started)
-        except Exception:  # counting must never cost an answer
-            _LOG.exception("a batch could not be counted")
+        answers, error = self._tried(batch)
+        if error is not None:
+            self._count(batch, None, started)
+            answers = _own(self._apart(batch, error))
         for waiting, answer in zip(batch, answers, strict=True):
             if isinstance(answer, Exception):
                 waiting.future.set_exception(answer)
             else:
                 waiting.future.set_result(answer)
+
+    def _apart(self, batch: list[_Waiting], error: Exception) -> list[np.ndarray | Exception]:
+        """Answers of rows whose call failed: halves of them again, down to single rows, until only the faulty fails."""
+        if len(batch) == 1:
+            return [error]
+        found: list[np.ndarray | Exception] = []
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            answers, failed = self._tried(half)
+            found += answers if failed is None else self._apart(half, failed)
+        return found
+
+    def _tried(self, batch: list[_Waiting]) -> tuple[list[np.ndarray | Exception], Exception | None]:
+        """Answers of one call of the engine; or none, and why it failed."""
+        started = time.monotonic()
+        try:
+            found = self._run(np.stack([waiting.row for waiting in batch]))
+            answers = _checked(found, len(batch), self._width)
+        except BaseException as error:  # whatever it is, callers wait for an answer and this thread must live
+            return [], as_exception(error)
+        # First what is counted, then the answers: who has an answer finds it counted.
+        self._count(batch, found, started)
+        return answers, None
+
+    def _count(self, batch: list[_Waiting], found: np.ndarray | None, started: float) -> None:
+        try:
+            self._observer.batch(found, [started - w.arrived for w in batch], time.monotonic() - started)
+        except Exception:  # counting must never cost an answer
+            _LOG.exception("a batch could not be counted")
+
+
+def _own(answers: list[np.ndarray | Exception]) -> list[np.ndarray | Exception]:
+    """Errors of the engine as errors of their rows, where the same engine answers other rows of the batch."""
+    if all(isinstance(answer, Exception) for answer in answers):
+        return answers
+    return [_refused(answer) if isinstance(answer, Exception) else answer for answer in answers]
+
+
+def _refused(error: Exception) -> Exception:
+    if isinstance(error, UwmError | MemoryError):
+        return error
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    refused = ContractError(f"the engine cannot embed this item: {line}", fix="leave it out; other items are answered")
+    refused.__cause__ = error
+    return refused
 
 
 def _checked(found: np.ndarray, rows: int, width: int | None) -> list[np.ndarray | Exception]:
@@ -253,10 +290,11 @@ def _checked(found: np.ndarray, rows: int, width: int | None) -> list[np.ndarray
     return [row if good else broken for row, good in zip(unit, usable, strict=True)]
 
 
-def _as_exception(error: BaseException) -> Exception:
+def as_exception(error: BaseException) -> Exception:
+    """What a caller is given of whatever was raised in a thread that works for many."""
     if isinstance(error, Exception):
         return error
-    return ContractError(f"the engine's thread was interrupted: {error!r}")
+    return ContractError(f"the thread at work was interrupted: {error!r}")
 
 
 def closed() -> InputError:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -31,6 +31,7 @@ from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
+from uwm_deploy.runtime.fork import Home
 from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
@@ -62,7 +63,7 @@ class SafeEncoder:
         self, bundle: Bundle, selection: VariantChoice, sessions: Mapping[TowerName, Session], serving: Serving
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
-        self.variant = selection.taken.variant
+        self.variant, self._home = selection.taken.variant, Home()
         self._bundle, self._head = bundle, bundle.manifest.head
         self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
@@ -81,7 +82,7 @@ class SafeEncoder:
             for tower, session in sessions.items()
         }
         # For who forgets to close; it must not hold the encoder itself.
-        self._abandoned = weakref.finalize(self, _abandon, self._pool, list(self._services.values()))
+        self._abandoned = weakref.finalize(self, _abandon, self._home, self._pool, list(self._services.values()))
         self._monitor.begin(self._services)
 
     @classmethod
@@ -313,6 +314,7 @@ class SafeEncoder:
 
     def metrics(self) -> str:
         """All metrics in the text format of Prometheus (content type ``text/plain; version=0.0.4``)."""
+        self._home.check()
         return self._monitor.metrics.text()
 
     @property
@@ -325,6 +327,7 @@ class SafeEncoder:
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
+        self._home.check()
         return self._monitor.drift()
 
     def session(self, tower: TowerName) -> Session:
@@ -332,8 +335,11 @@ class SafeEncoder:
         return self._services[tower].session
 
     def close(self) -> None:
-        """Answers what was let in, then releases threads and sessions; later calls raise, a second close does nothing."""
-        if self._abandoned.detach() is None:
+        """Answers what was let in, then releases threads and sessions; later calls raise, a second close does nothing.
+
+        In a process that was forked off the one that opened it, it does nothing either: what there is belongs to that one.
+        """
+        if self._home.elsewhere or self._abandoned.detach() is None:
             return
         for service in self._services.values():
             service.refuse()
@@ -341,6 +347,16 @@ class SafeEncoder:
         for service in self._services.values():
             service.close()
         event(logging.INFO, "closed", bundle=self.manifest.name)
+
+    def __reduce__(self) -> NoReturn:
+        """An encoder is no message.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "an encoder cannot be sent to another process", fix="send the bundle's path, and open it there"
+        )
 
     def __enter__(self) -> SafeEncoder:
         return self
@@ -414,7 +430,9 @@ def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[To
     return opened
 
 
-def _abandon(pool: ThreadPoolExecutor, services: Sequence[TowerService]) -> None:
+def _abandon(home: Home, pool: ThreadPoolExecutor, services: Sequence[TowerService]) -> None:
+    if home.elsewhere:
+        return
     pool.shutdown(wait=False)
     for service in services:
         service.abandon()

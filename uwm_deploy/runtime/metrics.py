@@ -13,6 +13,8 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 
+from uwm_deploy.runtime.fork import Home
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of histograms of time."""
 
@@ -37,7 +39,7 @@ class Registry(CollectorRegistry):
 
     def __init__(self, refresh: Callable[[], None]) -> None:
         super().__init__()
-        self._refresh = refresh
+        self._refresh, self._home = refresh, Home()
         self._shown: set[Gauge] = set()
         self._showing = threading.Lock()
 
@@ -46,7 +48,12 @@ class Registry(CollectorRegistry):
         return list(super().collect())
 
     def collect(self) -> Iterable[Metric]:
-        """Every metric; without the times at which counters were made, which `prometheus_client` adds."""
+        """Every metric; without the times at which counters were made, which `prometheus_client` adds.
+
+        None in a process that was forked off the encoder's, whose numbers stand still there, and whose locks may be held.
+        """
+        if self._home.elsewhere:
+            return
         self._refresh()
         for metric in super().collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]

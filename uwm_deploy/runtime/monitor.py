@@ -14,6 +14,7 @@ from uwm_deploy.errors import IntegrityError, UwmError
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
+from uwm_deploy.runtime.fork import Home
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import Metrics
 from uwm_deploy.runtime.preprocessing import Preprocessing
@@ -46,7 +47,7 @@ class Monitor:
         self.watches = {tower: TowerWatch(tower, self.metrics, DriftMonitor(width)) for tower in TowerName}
         self._services: Mapping[TowerName, TowerService] = {}
         self._means: dict[TowerName, np.ndarray | None] = {}
-        self._lock = threading.Lock()
+        self._lock, self._home = threading.Lock(), Home()
 
     def begin(self, services: Mapping[TowerName, TowerService]) -> None:
         """The towers are at work."""
@@ -58,6 +59,12 @@ class Monitor:
         Args:
             rows: Canaries per edited tower, at most those that there are.
         """
+        if (
+            self._home.elsewhere
+        ):  # nothing is counted: the locks of the metrics may be held by threads that are not here
+            return SelfTest(
+                {}, RATIO_LIMIT, "the encoder was opened in another process, which this one was forked off", 0.0
+            )
         started, ratios, error = time.monotonic(), {}, ""
         try:
             for tower, canaries in self._canaries.items():

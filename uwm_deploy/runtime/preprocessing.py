@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from uwm_deploy.errors import DataError, UwmError
+from uwm_deploy.errors import UwmError
 from uwm_deploy.records.model import ModelRef
 from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
 from uwm_deploy.runtime.service import Answer, Prepare
-from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer, problem_of
+from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer
 
 
 class Preprocessing:
@@ -44,10 +44,7 @@ class Preprocessing:
         """
 
         def prepare(texts: Sequence[object]) -> list[Answer]:
-            problems = [problem_of(text) for text in texts]
-            good = [text for text, problem in zip(texts, problems, strict=True) if not problem]
-            rows = iter(self._opened_tokenizer().encode(good, special_tokens) if good else ())  # type: ignore[arg-type]
-            return [DataError(f"it {problem}") if problem else next(rows) for problem in problems]
+            return list(self._opened_tokenizer().rows(texts, special_tokens))
 
         return prepare
 
@@ -61,5 +58,5 @@ class Preprocessing:
         """Read when first needed: a large vocabulary takes longer to open than a small model."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = Tokenizer(self._tokenizer_json, self._model.text, "neutral")
+                self._tokenizer = Tokenizer(self._tokenizer_json, self._model.text)
             return self._tokenizer

@@ -14,7 +14,8 @@ import numpy as np
 
 from uwm_deploy.errors import BusyError, InputError
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher, Run, closed
+from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher, Run, as_exception, closed
+from uwm_deploy.runtime.fork import Home
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.runtime.watch import TowerWatch
 
@@ -122,7 +123,7 @@ class TowerService:
             run or session.run, max_batch=batch, threads=calls, observer=watch, name=tower.value,
             width=width or 0,
         )  # fmt: skip
-        self._open = True
+        self._open, self._home = True, Home()
 
     def encode(self, items: Iterable[Any], prepare: Prepare) -> list[Answer]:
         """Answers every item, in order; called from any thread.
@@ -206,8 +207,10 @@ class TowerService:
 
         Raises:
             TimeoutError: If there is no answer in time.
+            InputError: In a process that was forked off the one that opened it.
             Exception: What the engine raised.
         """
+        self._home.check()
         futures: list[Future[np.ndarray]] = [Future() for _ in rows]
         for row, future in zip(rows, futures, strict=True):
             future.set_running_or_notify_cancel()
@@ -240,6 +243,7 @@ class TowerService:
         self._open = False
 
     def _check_open(self) -> None:
+        self._home.check()
         if not self._open:
             raise closed()
 
@@ -291,8 +295,10 @@ class TowerService:
     def _rows(items: Sequence[Any], prepare: Prepare) -> Sequence[Answer]:
         try:
             return prepare(items)
-        except Exception as error:  # callers wait for an answer, whatever happened
-            return [error] * len(items)
+        except BaseException as error:  # callers wait for an answer, whatever happened
+            if len(items) == 1:
+                return [as_exception(error)]
+            return [answer for item in items for answer in TowerService._rows([item], prepare)]
 
 
 def _parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

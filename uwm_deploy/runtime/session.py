@@ -13,6 +13,7 @@ import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -251,7 +252,8 @@ class OnnxRuntimeSession:
             names = list(external_data)
             buffers = [external_data[name] for name in names]
             options.add_external_initializers_from_files_in_memory(names, buffers, [len(b) for b in buffers])
-        self._session = self._open(ort, model, options, device)
+        self._session, self._home = self._open(ort, model, options, device), Home()
+        never_destroyed_in_a_fork(self)
         provider = self._session.get_providers()[0]
         self.where = {"provider": provider, "onnxruntime": ort.__version__, "device": _device(provider)}
 
@@ -297,6 +299,7 @@ class OnnxRuntimeSession:
         return self._run(batch, self._outputs)
 
     def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+        self._home.check()
         data = np.ascontiguousarray(batch, dtype=self._input.dtype)
         parts = [
             self._session.run(names, {self._input.name: data[i : i + self.max_batch]})
@@ -307,7 +310,8 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        del self._session
+        if not self._home.elsewhere:
+            del self._session
 
 
 def _preload(ort: Any) -> None:

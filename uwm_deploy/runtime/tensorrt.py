@@ -16,6 +16,7 @@ import numpy as np
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import Profile, Target, TensorSpec
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
+from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
@@ -151,7 +152,8 @@ class TensorRTSession:
         self._free: SimpleQueue[EngineStream] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)
-        self.where = self._describe(target)
+        self.where, self._home = self._describe(target), Home()
+        never_destroyed_in_a_fork(self)
 
     @staticmethod
     def _open_runtime(runtime: Any) -> Any:
@@ -202,6 +204,7 @@ class TensorRTSession:
         return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
 
     def _run_once(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        self._home.check()
         lane = self._free.get()
         try:
             return lane.run(batch, wanted)
@@ -210,6 +213,8 @@ class TensorRTSession:
 
     def close(self) -> None:
         """See `Session.close`."""
+        if self._home.elsewhere:
+            return
         for lane in self._lanes:
             lane.close()
         self._lanes = []

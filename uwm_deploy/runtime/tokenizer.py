@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,13 +36,14 @@ class Tokenizer:
     Args:
         tokenizer_json: Content of the model's `tokenizer.json`.
         spec: Ids and length; its digest must be that of the content.
-        special_tokens: What becomes of names of special tokens inside a caption, unless a call says otherwise.
+        special_tokens: What becomes of names of special tokens inside a caption, unless a call says otherwise. What is
+            served and what is measured is neutral.
 
     Raises:
         IntegrityError: If this is not the tokenizer the spec was made from.
     """
 
-    def __init__(self, tokenizer_json: bytes, spec: TextSpec, special_tokens: SpecialTokens = "exact") -> None:
+    def __init__(self, tokenizer_json: bytes, spec: TextSpec, special_tokens: SpecialTokens = "neutral") -> None:
         if digest_of_bytes(tokenizer_json) != spec.tokenizer_digest:
             raise IntegrityError("tokenizer.json is not the one of this model", fix="restore it or build again")
         self.spec, self.special_tokens = spec, special_tokens
@@ -51,10 +52,11 @@ class Tokenizer:
         # setting of the backend that another thread would see.
         self._backends: dict[SpecialTokens, Backend] = {}
         self._lock = threading.Lock()
-        self._special = self._special_ids(self._backend(special_tokens))
+        self._special: frozenset[int] = frozenset()
+        self._backend(special_tokens)
 
     def encode(self, texts: Sequence[str], special_tokens: SpecialTokens | None = None) -> np.ndarray:
-        """Ids of some captions.
+        """Ids of some captions, all or none.
 
         Args:
             texts: Captions.
@@ -64,47 +66,89 @@ class Tokenizer:
             (n, context_length) int64; longer captions are cut and keep their end token, shorter ones are padded.
 
         Raises:
-            DataError: If a caption is no text, or longer than `MAX_CHARACTERS`; its position is named.
+            DataError: If a caption has no ids, see `rows`; its position is named.
         """
-        for position, text in enumerate(texts):
-            if problem := problem_of(text):
-                raise DataError(f"text {position} {problem}")
-        spec = self.spec
-        rows = np.full((len(texts), spec.context_length), spec.pad_id, dtype=np.int64)
-        cleaned = [_open_clip_cleaned(text) for text in texts] if spec.cleaning == "open-clip" else list(texts)
+        found = np.empty((len(texts), self.spec.context_length), dtype=np.int64)
+        for position, row in enumerate(self.rows(texts, special_tokens)):
+            if isinstance(row, DataError):
+                raise DataError(f"text {position}: {row.what}", fix=row.fix)
+            found[position] = row
+        return found
+
+    def rows(
+        self, texts: Sequence[object], special_tokens: SpecialTokens | None = None
+    ) -> list[np.ndarray | DataError]:
+        """Ids of some captions, each by itself: what is wrong with one changes nothing for the others.
+
+        Args:
+            texts: Captions.
+            special_tokens: Another mode than the tokenizer's own.
+
+        Returns:
+            Per caption its ids (context_length,) int64, or the error: it is no text, is longer than `MAX_CHARACTERS`, is
+            made of names of special tokens, or has an id that the model has no embedding for.
+        """
         mode = special_tokens or self.special_tokens
         backend = self._backend(mode)
-        for row, encoding, text in zip(rows, backend.encode_batch(cleaned), cleaned, strict=True):
-            ids = self._neutral(backend, encoding, text) if mode == "neutral" else encoding.ids
-            row[slice(len(ids)) if spec.padding_side == "right" else slice(len(row) - len(ids), None)] = ids
-        return rows
+        problems = [problem_of(text) for text in texts]
+        good = [str(text) for text, problem in zip(texts, problems, strict=True) if not problem]
+        cleaned = [_open_clip_cleaned(text) for text in good] if self.spec.cleaning == "open-clip" else good
+        found = (self._row(backend, mode, *pair) for pair in zip(cleaned, _encodings(backend, cleaned), strict=True))
+        return [DataError(f"it {problem}") if problem else next(found) for problem in problems]
+
+    def _row(self, backend: Backend, mode: SpecialTokens, text: str, encoding: Any) -> np.ndarray | DataError:
+        if isinstance(encoding, DataError):
+            return encoding
+        found = self._neutral(backend, encoding, text) if mode == "neutral" else encoding.ids
+        if isinstance(found, DataError):
+            return found
+        spec = self.spec
+        row = np.full(spec.context_length, spec.pad_id, dtype=np.int64)
+        row[slice(len(found)) if spec.padding_side == "right" else slice(len(row) - len(found), None)] = found
+        if without_embedding(row[None], spec)[0]:
+            name = backend.id_to_token(int(row.max()))
+            return DataError(
+                f"it has the token {name!r}, id {row.max()}, and the model has embeddings of {spec.vocabulary} ids only",
+                fix="leave the token out",
+            )
+        return row
 
     def _backend(self, mode: SpecialTokens) -> Backend:
         with self._lock:
             if mode not in self._backends:
-                self._backends[mode] = self._opened()
-                self._backends[mode].encode_special_tokens = mode == "neutral"
+                self._backends[mode] = self._opened(mode)
             return self._backends[mode]
 
-    def _opened(self) -> Backend:
+    def _opened(self, mode: SpecialTokens) -> Backend:
         from tokenizers import Tokenizer as Backend  # here, because who encodes images only needs none of it
 
         try:
-            json.loads(self._content)
-            backend = Backend.from_str(self._content.decode())
+            body = json.loads(self._content)
+            ordinary = [one for one in body.get("added_tokens") or () if self._is_ordinary(one)]
+            content = _as_ordinary(body, ordinary) if ordinary and mode == "neutral" else self._content.decode()
+            backend = Backend.from_str(content)
+            if mode == "neutral":
+                self._special = self._special_ids(backend, body["model"])
         except Exception as error:  # the backend raises bare Exception for every malformed file
             raise IntegrityError(f"tokenizer.json cannot be read: {error}", fix="restore it") from error
+        backend.encode_special_tokens = mode == "neutral"
         backend.enable_truncation(self.spec.context_length)
         backend.no_padding()
         return backend
 
-    def _special_ids(self, backend: Backend) -> frozenset[int]:
+    def _is_ordinary(self, token: Mapping[str, Any]) -> bool:
+        """Whether a special token has a name that ordinary texts have, such as ``!`` for padding, and hides nothing."""
+        name = token["content"]
+        return token["special"] and token["id"] != self.spec.eos_id and (len(name) == 1 or name.isalpha())
+
+    def _special_ids(self, backend: Backend, model: Mapping[str, Any]) -> frozenset[int]:
         """Ids that a caption must not bring along itself; that of unknown letters comes from ordinary ones."""
         added = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
-        unknown = getattr(backend.model, "unk_token", None)
-        return frozenset((added - {backend.token_to_id(unknown) if unknown else None}) | {self.spec.eos_id})
+        unknown = model.get("unk_token")  # but a Unigram model has its number
+        number = backend.token_to_id(unknown) if unknown else model.get("unk_id")
+        return frozenset((added - {number}) | {self.spec.eos_id})
 
-    def _neutral(self, backend: Backend, encoding: Any, text: str) -> list[int]:
+    def _neutral(self, backend: Backend, encoding: Any, text: str) -> list[int] | DataError:
         """Ids without special ones but those that frame every caption.
 
         The backend reads names of special tokens as letters, but a vocabulary may hold such a name as a word of its own, or
@@ -112,18 +156,34 @@ class Tokenizer:
         """
         for _ in range(_TRIES):
             found = self._brought(encoding)
-            if found is None:
+            if not found:
                 ids: list[int] = encoding.ids
                 return ids
-            start, end = found
-            text = text[: start + 1] + " " + text[start + 1 :] if end - start > 1 else text[:start] + " " + text[end:]
+            for start, end in reversed(found):  # from behind, so that the places before stay right
+                whole = end - start > 1
+                text = text[: start + 1] + " " + text[start + 1 :] if whole else text[:start] + " " + text[end:]
             encoding = backend.encode(text)
-        raise DataError("text is made of names of special tokens", fix="remove them, or ask for special_tokens='exact'")
+        return DataError("it is made of names of special tokens", fix="remove them, or ask for special_tokens='exact'")
 
-    def _brought(self, encoding: Any) -> tuple[int, int] | None:
-        """Where the text has a special token that framing did not add, as characters from and to."""
+    def _brought(self, encoding: Any) -> list[tuple[int, int]]:
+        """Where the text has special tokens that framing did not add, as characters from and to, in order."""
         parts = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
-        return next((offsets for number, framing, offsets in parts if number in self._special and not framing), None)
+        return sorted({offsets for number, framing, offsets in parts if number in self._special and not framing})
+
+
+def without_embedding(ids: np.ndarray, spec: TextSpec) -> np.ndarray:
+    """Rows with an id that the table of embeddings has no row for: one of them fails a whole call of the engine, or worse.
+
+    Args:
+        ids: (n, L) int64 or int32.
+        spec: Of the model.
+
+    Returns:
+        (n,) bool; negative ids count, and ids that are too large where the bundle says how large they may be.
+    """
+    beyond = ids >= spec.vocabulary if spec.vocabulary else np.zeros(ids.shape, dtype=bool)
+    found: np.ndarray = np.any(beyond | (ids < 0), axis=1)
+    return found
 
 
 def problem_of(text: object) -> str:
@@ -139,8 +199,36 @@ def problem_of(text: object) -> str:
     return ""
 
 
+def _encodings(backend: Backend, texts: Sequence[str]) -> list[Any]:
+    """What the backend makes of each text, or the error: it refuses all together where it refuses one."""
+    try:
+        return list(backend.encode_batch(texts))
+    except Exception:  # it raises bare Exception
+        return [_encoding(backend, text) for text in texts]
+
+
+def _encoding(backend: Backend, text: str) -> Any:
+    try:
+        return backend.encode(text)
+    except Exception as error:
+        return DataError(f"it cannot be read by the model's tokenizer: {error}")
+
+
+def _as_ordinary(body: dict[str, Any], tokens: Sequence[Mapping[str, Any]]) -> str:
+    """The file with some special tokens as tokens like all others: the source model reads each of them so."""
+    names = {token["content"] for token in tokens}
+    body["added_tokens"] = [
+        {**one, "special": one["special"] and one["content"] not in names} for one in body["added_tokens"]
+    ]
+    return json.dumps(body)
+
+
 def _open_clip_cleaned(text: str) -> str:
-    """Mends mojibake and character references; case and white space are the tokenizer's own normalisation."""
+    """Mends mojibake and character references, joins white space, and lower-cases as open_clip does.
+
+    Lower-casing is Python's: a Greek sigma at the end of a word is another letter, which the `tokenizers` library, letter by
+    letter, cannot know.
+    """
     import ftfy
 
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()

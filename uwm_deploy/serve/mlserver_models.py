@@ -22,6 +22,8 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 from uwm_deploy.errors import BusyError, InputError
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.fork import after_fork
+from uwm_deploy.runtime.tokenizer import without_embedding
 from uwm_deploy.serve.guard import PUBLIC_KEY
 from uwm_deploy.serve.names import (
     BUNDLE,
@@ -44,6 +46,9 @@ _UNAVAILABLE = 503
 def _encoder(path: str) -> SafeEncoder:
     """Opened with all checks; a bundle that is none, or not signed by the key of the environment, is not served."""
     return SafeEncoder.open(path, public_key=os.environ.get(PUBLIC_KEY))
+
+
+after_fork(_encoder.cache_clear)
 
 
 class SafeModel(MLModel):  # type: ignore[misc]  # the package is not typed for us
@@ -93,6 +98,7 @@ class SafeModel(MLModel):  # type: ignore[misc]  # the package is not typed for 
             else:
                 engine = self._opened.session(self._tower)
                 name, prepared = self._engine.outputs[0].name, NumpyCodec.decode_input(payload.inputs[0])
+                self._check(prepared)
                 rows = await asyncio.to_thread(engine.run, prepared)
         except BusyError as error:
             raise MLServerError(str(error), _UNAVAILABLE) from error
@@ -100,6 +106,11 @@ class SafeModel(MLModel):  # type: ignore[misc]  # the package is not typed for 
             raise InferenceError(str(error)) from error
         output = NumpyCodec.encode_output(name, np.asarray(rows))
         return InferenceResponse(model_name=self.name, id=payload.id, outputs=[output])
+
+    def _check(self, prepared: np.ndarray) -> None:
+        text = self._opened.manifest.model.text
+        if self._tower is TowerName.TEXT and without_embedding(np.atleast_2d(prepared), text).any():
+            raise InputError("there is an id without an embedding", fix="pass ids that the tokenizer gives")
 
     async def _embedded(self, raw: Sequence[bytes]) -> np.ndarray:
         if self._tower is TowerName.IMAGE:

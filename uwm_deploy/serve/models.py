@@ -11,7 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.errors import DataError, InputError, IntegrityError, UwmError
+from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError, UwmError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE as DEFAULT_TEMPLATE
@@ -22,7 +22,7 @@ from uwm_deploy.runtime.results import Embeddings
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
 from uwm_deploy.runtime.tensorrt import compute_capability
-from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.runtime.tokenizer import Tokenizer, without_embedding
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_part
 from uwm_deploy.serve.names import (
@@ -123,6 +123,8 @@ class Preprocess(_Prepare):
             return pixels_from_image(image_from(raw), self.part.bundle.manifest.model.image)
         except UwmError as error:
             return error
+        except Exception as error:  # one request's image, and the others' go on
+            return DataError(f"it cannot be prepared: {error}")
 
 
 class Tokenise(_Prepare):
@@ -134,7 +136,7 @@ class Tokenise(_Prepare):
         """See `_Prepare.initialize`."""
         super().initialize(args)
         bundle = self.part.bundle
-        self._tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text, "neutral")
+        self._tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text)
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
         """Ids (L,) int64 of each text, or the error."""
@@ -142,12 +144,9 @@ class Tokenise(_Prepare):
 
     def _ids(self, raw: bytes) -> np.ndarray | UwmError:
         try:
-            row: np.ndarray = self._tokenizer.encode([raw.decode()])[0]
+            return self._tokenizer.rows([raw.decode()])[0]
         except UnicodeDecodeError as error:
             return DataError(f"it is not UTF-8 ({error.reason})")
-        except UwmError as error:
-            return error
-        return row
 
 
 class Encoder:
@@ -170,17 +169,36 @@ class Encoder:
             check_canaries(canaries, self._session.run(canaries.inputs), part.folder.name)
 
     def execute(self, requests: Requests) -> Responses:
-        """Embeds the rows of all requests together."""
-        engine = self._part.engine(self._tower)
-        name = engine.inputs[0].name
+        """Embeds the rows of all requests together; one that the engine cannot embed fails alone."""
+        name = self._part.engine(self._tower).inputs[0].name
         parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
-        found = self._session.run_all(np.concatenate(parts))
+        wrong = [self._without_embedding(part) for part in parts]
+        good = iter(self._responses([part for part, error in zip(parts, wrong, strict=True) if error is None]))
+        return [next(good) if error is None else _failed(error) for error in wrong]
+
+    def _responses(self, parts: Sequence[np.ndarray]) -> Responses:
+        if not parts:
+            return []
+        engine = self._part.engine(self._tower)
+        try:
+            found = self._session.run_all(np.concatenate(parts))
+        except Exception as error:  # runtimes share no base class
+            if len(parts) == 1:
+                return [_failed(ContractError(f"the engine cannot embed it: {error}"))]
+            return [response for part in parts for response in self._responses([part])]
         ends = np.cumsum([len(part) for part in parts])[:-1]
         split = {spec.name: np.split(found[spec.name].astype(spec.dtype, copy=False), ends) for spec in engine.outputs}
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor(key, rows[place]) for key, rows in split.items()])
-            for place in range(len(requests))
+            for place in range(len(parts))
         ]
+
+    def _without_embedding(self, rows: np.ndarray) -> DataError | None:
+        """The error of ids that a caller made himself and that the text tower knows nothing of."""
+        if self._tower is TowerName.IMAGE:
+            return None
+        wrong = without_embedding(rows, self._part.bundle.manifest.model.text)
+        return DataError(f"row {wrong.argmax()} has an id without an embedding") if wrong.any() else None
 
     def finalize(self) -> None:
         """Releases the engine."""

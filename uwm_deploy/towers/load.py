@@ -17,6 +17,7 @@ from uwm_deploy.runtime.memory import without_collection
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts
+from uwm_deploy.towers.token_table import with_vocabulary
 
 _ADAPTERS: dict[Family, str] = {
     "hf-clip": "uwm_deploy.towers.hf_clip",
@@ -77,7 +78,7 @@ def load_model(
         weights_digest=digest_of_weights(dict(parts.source.named_parameters())),
         embed_dim=parts.embed_dim,
         image=parts.image,
-        text=parts.text,
+        text=with_vocabulary(parts, recipe.name),
     )
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
     if folder is not None and (folder / MAPS).is_file() and weights != "random":

@@ -14,7 +14,7 @@ from open_clip.factory import load_checkpoint
 from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -38,6 +38,9 @@ from uwm_deploy.towers.protocol import (
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
 _START, _END = "<start_of_text>", "<end_of_text>"
+_WORDS = rf"{_START}|{_END}|'[s\u017f]|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}\u0345]+"
+"""How captions in lower case are split. open_clip's own pattern does not mind case, which after lower-casing says something
+of two characters only: the long s is an s, and the iota below a letter is in no word at all."""
 
 
 def _first(result: Any) -> Tensor:
@@ -241,11 +244,20 @@ def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
 
 
 def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
-    tokenizer = CLIPTokenizer(*clip_vocabulary(_START, _END), bos_token=_START, eos_token=_END, unk_token=_END)
-    # The pattern that splits captions names the special tokens, which open_clip spells differently.
-    content = tokenizer.backend_tokenizer.to_str().replace(r"<\\|startoftext\\|>|<\\|endoftext\\|>", f"{_START}|{_END}")
-    content = Tokenizer.from_str(content).to_str()
-    encoded = content.encode()
+    # Without a name for it, the library adds a token for padding, whose id has no row in the table of embeddings.
+    tokenizer = CLIPTokenizer(
+        *clip_vocabulary(_START, _END), bos_token=_START, eos_token=_END, unk_token=_END, pad_token=_END
+    )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # Captions are cleaned before they come here (`TextSpec.cleaning`), and by other rules than this library's.
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    encoded = backend.to_str().encode()
     spec = TextSpec(
         context_length=positions,
         eos_id=int(tokenizer.eos_token_id),

@@ -16,6 +16,7 @@ from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.fork import after_fork
 from uwm_deploy.runtime.results import Embeddings, Kind
 from uwm_deploy.runtime.session import Device
 
@@ -27,6 +28,15 @@ Columns = Mapping[str, Any]
 
 _OPENED: dict[tuple[str, Digest, str | None, Device, int], SafeEncoder] = {}
 _LOCK = threading.Lock()
+
+
+def _free_the_lock() -> None:
+    """In a forked process, where the thread that holds it may not be."""
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+after_fork(_free_the_lock)
 
 
 class EmbedBatch:
