@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -31,7 +31,7 @@ from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
-from uwm_deploy.runtime.fork import Home
+from uwm_deploy.runtime.fork import Home, stays_here
 from uwm_deploy.runtime.image import ImageLike
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
@@ -314,7 +314,6 @@ class SafeEncoder:
 
     def metrics(self) -> str:
         """All metrics in the text format of Prometheus (content type ``text/plain; version=0.0.4``)."""
-        self._home.check()
         return self._monitor.metrics.text()
 
     @property
@@ -327,7 +326,6 @@ class SafeEncoder:
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
-        self._home.check()
         return self._monitor.drift()
 
     def session(self, tower: TowerName) -> Session:
@@ -335,10 +333,7 @@ class SafeEncoder:
         return self._services[tower].session
 
     def close(self) -> None:
-        """Answers what was let in, then releases threads and sessions; later calls raise, a second close does nothing.
-
-        In a process that was forked off the one that opened it, it does nothing either: what there is belongs to that one.
-        """
+        """Answers what was let in, then releases threads and sessions; again, or in a forked process, it does nothing."""
         if self._home.elsewhere or self._abandoned.detach() is None:
             return
         for service in self._services.values():
@@ -348,15 +343,7 @@ class SafeEncoder:
             service.close()
         event(logging.INFO, "closed", bundle=self.manifest.name)
 
-    def __reduce__(self) -> NoReturn:
-        """An encoder is no message.
-
-        Raises:
-            InputError: Always.
-        """
-        raise InputError(
-            "an encoder cannot be sent to another process", fix="send the bundle's path, and open it there"
-        )
+    __reduce__ = stays_here
 
     def __enter__(self) -> SafeEncoder:
         return self

@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 from weakref import WeakSet
 
 from uwm_deploy.errors import InputError
@@ -34,6 +35,15 @@ class Home:
                 "engines are not here",
                 fix="open the bundle in each process, after the fork",
             )
+
+
+def stays_here(encoder: object) -> NoReturn:
+    """What `pickle` calls: an encoder is no message.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError("an encoder cannot be sent to another process", fix="send the bundle's path, and open it there")
 
 
 _ENGINES: WeakSet[object] = WeakSet()

@@ -35,11 +35,14 @@ class Registry(CollectorRegistry):
 
     Args:
         refresh: Sets the gauges that are computed when they are asked for.
+
+    Attributes:
+        home: The process whose metrics they are.
     """
 
     def __init__(self, refresh: Callable[[], None]) -> None:
         super().__init__()
-        self._refresh, self._home = refresh, Home()
+        self._refresh, self.home = refresh, Home()
         self._shown: set[Gauge] = set()
         self._showing = threading.Lock()
 
@@ -52,7 +55,7 @@ class Registry(CollectorRegistry):
 
         None in a process that was forked off the encoder's, whose numbers stand still there, and whose locks may be held.
         """
-        if self._home.elsewhere:
+        if self.home.elsewhere:
             return
         self._refresh()
         for metric in super().collect():
@@ -141,5 +144,10 @@ class Metrics:
         self.registry.show(self.canary_ok, self.canary_limit)
 
     def text(self) -> str:
-        """Everything in the text format of Prometheus; see `CONTENT_TYPE`."""
+        """Everything in the text format of Prometheus; see `CONTENT_TYPE`.
+
+        Raises:
+            InputError: In a forked process.
+        """
+        self.registry.home.check()
         return generate_latest(self.registry).decode()

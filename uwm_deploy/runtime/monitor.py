@@ -115,7 +115,12 @@ class Monitor:
             raise IntegrityError(f"variant {self._variant}: {problem}", fix="build the bundle again; do not serve it")
 
     def drift(self) -> dict[str, DriftState]:
-        """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""
+        """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence.
+
+        Raises:
+            InputError: In a forked process.
+        """
+        self._home.check()
         found = {}
         for tower in self._services:
             mean, watch = self._mean(tower), self.watches[tower]

@@ -30,8 +30,18 @@ CAPTIONS = (
     "two 😀😀 and a 🔥",
     "一只猫在睡觉",
     "!!! 1234 ½ café",
+    "ΟΔΟΣ ΟΔΥΣΣΕΥΣ Σ σς ᾳ\u0345 'Σ' ΑΣ\u0301 ΑΣ.",
+    "İSTANBUL ISPARTA ı i\u0307 'ſoft' It'S",
+    "JĮ\u0307\u0301 Ì Ĩ Į\u0303 ė\u0303",
+    "cafe\u0301 A\u030a q\u0323\u0307 q\u0307\u0323 e&#769; fish &amp; chips",
+    "می\u200cخواهم لا إله \u0645\u064e\u0651\u0631 ٣٤",
+    "क्षत्रिय त्र\u200dय र्\u200cक ഇന്ത്യ\u200d",
+    "한국 \u1112\u1161\u11ab ภาษาไทย ﬁn ＡＢＣ ǅ ß ẞ",
+    "~ q \u200b \ufeff\u2028 x\u00ad \U00010400\U0001e900 👩\u200d👩\u200d👧 🇩🇪",
 )
-"""Empty, one word, too long, capitals and spaces, emoji, without spaces, digits and accents."""
+"""Empty, one word, too long, capitals and spaces, emoji, without spaces, digits and accents. Then scripts whose rules depend
+on the neighbours: the last sigma of a word, dots on i in Turkish and Lithuanian, composed and decomposed accents in any
+order, joiners of Arabic and Indic letters, syllables and ligatures, letters that most vocabularies do not have."""
 
 SIZES = ((90, 70), (61, 133), (400, 300), (37, 41))
 """Width and height: odd ones, tall and wide, smaller and larger than what models take."""
