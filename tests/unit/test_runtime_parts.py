@@ -234,15 +234,13 @@ def test_special_tokens_of_users_are_letters(text: str) -> None:
     assert ids.count(eos - 1) == 1, "the start token"
 
 
-def test_neutral_changes_no_ordinary_text_and_exact_is_the_default() -> None:
+def test_neutral_changes_no_ordinary_text_and_is_the_default() -> None:
     """Texts without such names get the ids of the source model in both modes."""
     tokenizer = _clip_like()
     texts = ["", "a red circle", "fire 🔥 and 水", "< | endoftext | >", "x" * 300, "</s> <pad> [CLS]"]
-    assert np.array_equal(tokenizer.encode(texts), tokenizer.encode(texts, "neutral"))
-    cut = tokenizer.encode([ATTACKS[0]])[0].tolist()
-    assert cut.index(tokenizer.spec.eos_id) < tokenizer.encode([ATTACKS[0]], "neutral")[0].tolist().index(
-        tokenizer.spec.eos_id
-    )
+    assert np.array_equal(tokenizer.encode(texts), tokenizer.encode(texts, "exact"))
+    cut = tokenizer.encode([ATTACKS[0]], "exact")[0].tolist()
+    assert cut.index(tokenizer.spec.eos_id) < tokenizer.encode([ATTACKS[0]])[0].tolist().index(tokenizer.spec.eos_id)
 
 
 @pytest.mark.parametrize("text", ["a</s>b", "a\uff1c/s\uff1eb", "</s></s>a", "</s>"])
@@ -265,7 +263,7 @@ def test_a_name_that_is_also_a_word_is_broken_up(text: str) -> None:
 )
 def test_what_is_no_caption_is_named(text: object, told: str) -> None:
     """Numbers, broken Unicode and books are errors with their position."""
-    with pytest.raises(DataError, match=rf"text 1 .*{told}"):
+    with pytest.raises(DataError, match=rf"text 1: .*{told}"):
         _clip_like().encode(["a star", text])  # type: ignore[list-item]
 
 

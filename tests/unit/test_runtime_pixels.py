@@ -41,7 +41,9 @@ def _smooth(size: tuple[int, int], mode: str) -> Image.Image:
 def _edges(size: tuple[int, int], mode: str) -> Image.Image:
     if mode == "1":
         return _smooth(size, mode)  # in black and white dots
-    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+    return Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(
+        mode
+    )
 
 
 KINDS: dict[str, list[Image.Image]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
 from tests.families import FAMILIES, NAMES, model_of, recipe_of, reduced
@@ -37,7 +40,7 @@ OPEN_CLIP = [name for name in FAMILIES if recipe_of(name).model.family == "open-
 
 def ids_of(name: str, captions: list[str]) -> Tensor:
     model = model_of(name)
-    return torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text).encode(captions))
+    return torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text, "exact").encode(captions))
 
 
 @pytest.mark.parametrize("name", OPEN_CLIP)
@@ -104,6 +107,51 @@ def test_tokens_are_those_of_the_library(name: str, saved: Any) -> None:
             CAPTIONS, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
     assert ids_of(name, CAPTIONS).tolist() == theirs.tolist()
+
+
+SCRIPTS = {
+    "greek": "αάςσΣΟΔΣϊΐᾳ\u0345\u0301.'",
+    "turkic and lithuanian": "I\u0130\u0131i\u0307\u0300\u0301ĖĮÌĨjJ",
+    "cyrillic, georgian, cherokee": "ЙйЁЁѢ\u0306ႠᲐ\u13a0\uab70",
+    "joined": "می\u200cخ\u200d\u064e\u0651क्षत्र\u200dय\u093eഇ\u0d4d",
+    "syllables": "\u1112\u1161\u11ab한ภาษ\u0e49ゕ\u3099",
+    "references": ["&Sigma;", "&#769;", "&eacute;", "&amp;amp;", "&#x3a3;", "e", " "],
+    "apostrophes": ["'s", "'S", "'\u017f", "\u017ft", "'ll", "'", "\u2019", "t", " "],
+    "spaces": "a\t\n\x0b\x1c\x85\xa0\u2003\u2028\u3000\ufeffZ",
+}
+"""Letters whose case, composition or word depends on their neighbours."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_texts_of_many_scripts_are_those_of_open_clip(script: str) -> None:
+    """Ordinary texts of any script have open_clip's ids, in the mode that serves; a Greek word ends in its own sigma."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    model, rng = model_of("open-clip-vit-b32"), random.Random(0)
+    letters = [*SCRIPTS[script], "a", "Z", "!", " "]
+    texts = ["".join(rng.choices(letters, k=rng.randint(1, 24))) for _ in range(120)] + ["ΟΔΟΣ", "ΟΔΟΣ ΣΟΦΟΣ."]
+    found = Tokenizer(model.tokenizer_json, model.ref.text).encode(texts)
+    wanted = SimpleTokenizer(context_length=model.ref.text.context_length)(texts).numpy()
+    assert [text for text, a, b in zip(texts, found, wanted, strict=True) if (a != b).any()] == []
+
+
+def test_open_clip_has_no_token_without_an_embedding() -> None:
+    """The library would add one for padding."""
+    model = model_of("open-clip-vit-b32")
+    known = Backend.from_str(model.tokenizer_json.decode()).get_vocab(with_added_tokens=True)
+    assert max(known.values()) < model.ref.text.vocabulary == 49408
+
+
+@pytest.mark.parametrize("name", ["clip-vit-l14", "siglip-base"])
+def test_a_tokenizer_of_another_model_is_refused(name: str) -> None:
+    """A word, or what frames or pads every caption, without a row in the table of embeddings: the checkpoint is no whole."""
+    recipe = reduced(name)
+    text = {**recipe.model.architecture.text, "vocab_size": 200}
+    smaller = dataclasses.replace(recipe.model.architecture, text=text)
+    with pytest.raises(InputError, match="the text tower has 200 embeddings, and the tokenizer"):
+        load_model(
+            dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, architecture=smaller)), folder=None
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -37,7 +37,7 @@ class Home:
             )
 
 
-def stays_here(encoder: object) -> NoReturn:
+def stays_here(_: object) -> NoReturn:
     """What `pickle` calls: an encoder is no message.
 
     Raises:

@@ -31,12 +31,12 @@ CAPTIONS = (
     "一只猫在睡觉",
     "!!! 1234 ½ café",
     "ΟΔΟΣ ΟΔΥΣΣΕΥΣ Σ σς ᾳ\u0345 'Σ' ΑΣ\u0301 ΑΣ.",
-    "İSTANBUL ISPARTA ı i\u0307 'ſoft' It'S",
+    "İSTANBUL ISPARTA ı i\u0307 'ſoft' It'S",  # noqa: RUF001 -- such letters are the point
     "JĮ\u0307\u0301 Ì Ĩ Į\u0303 ė\u0303",
     "cafe\u0301 A\u030a q\u0323\u0307 q\u0307\u0323 e&#769; fish &amp; chips",
-    "می\u200cخواهم لا إله \u0645\u064e\u0651\u0631 ٣٤",
+    "می\u200cخواهم لا إله \u0645\u064e\u0651\u0631 ٣٤",  # noqa: RUF001 -- such letters are the point
     "क्षत्रिय त्र\u200dय र्\u200cक ഇന്ത്യ\u200d",
-    "한국 \u1112\u1161\u11ab ภาษาไทย ﬁn ＡＢＣ ǅ ß ẞ",
+    "한국 \u1112\u1161\u11ab ภาษาไทย ﬁn ＡＢＣ ǅ ß ẞ",  # noqa: RUF001 -- such letters are the point
     "~ q \u200b \ufeff\u2028 x\u00ad \U00010400\U0001e900 👩\u200d👩\u200d👧 🇩🇪",
 )
 """Empty, one word, too long, capitals and spaces, emoji, without spaces, digits and accents. Then scripts whose rules depend
