@@ -34,6 +34,7 @@ from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.session import open_engine
+from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.serve import guard
 from uwm_deploy.serve.client import AnswerError, open_client
 from uwm_deploy.serve.config import ServerSettings, configs
@@ -472,6 +473,33 @@ def test_a_broken_image_does_not_fail_others_in_its_batch(server: Server, bundle
         except AnswerError:
             return turn % 3 == 0
         return turn % 3 != 0 and bool(np.abs(found - wanted).max() < 1e-6)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(ask, range(60)))
+    client.close()
+
+
+@pytest.mark.parametrize("wrong", [10**6, -1])
+def test_ids_without_an_embedding_fail_their_request_only(server: Server, bundle: Path, wrong: int) -> None:
+    """Whoever sends ids to the encoder itself shares its batches; an id beyond the table, or below it, is his own error."""
+    opened = open_bundle(bundle)
+    engine, client = opened.engines(VARIANT)[TowerName.TEXT], server.client("grpc")
+    good = Tokenizer(opened.read("tokenizer.json"), opened.manifest.model.text).encode(["a red star"])
+    good = good.astype(engine.inputs[0].dtype)
+    bad = good.copy()
+    bad[0, 1] = wrong
+
+    def embedded(ids: np.ndarray) -> np.ndarray:
+        return client.infer(ENCODERS[TowerName.TEXT], {engine.inputs[0].name: ids}, engine.outputs[0].name)
+
+    wanted = embedded(good)
+
+    def ask(turn: int) -> bool:
+        if turn % 4:
+            return bool(np.abs(embedded(good) - wanted).max() < 1e-6)
+        with pytest.raises(AnswerError, match="row 0 has an id without an embedding"):
+            embedded(bad)
+        return True
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(ask, range(60)))

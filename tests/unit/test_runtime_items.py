@@ -17,6 +17,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from tests.data_sets import open_manifest, pair, png
 from tests.strange_bundle import TOKEN, with_a_strange_token
 from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.data.embedding import prepare
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError
@@ -264,6 +265,14 @@ def strange(built, request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     text = json.loads((out / BundleLayout.MANIFEST).read_text())["model"]["text"]
     assert ("vocabulary" in text) == (not older)
     return out
+
+
+def test_the_size_of_the_table_is_no_part_of_the_space(built) -> None:
+    """Embeddings of a bundle that does not say it may be compared with those of one that does."""
+    manifest = built[1].manifest
+    text = dataclasses.replace(manifest.model.text, vocabulary=0)
+    older = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, text=text))
+    assert spaces_of(older) == spaces_of(manifest)
 
 
 def test_one_caller_with_a_strange_token_hurts_no_other(strange: Path) -> None:
