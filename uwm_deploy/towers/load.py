@@ -16,7 +16,9 @@ from uwm_deploy.records.model import ModelRef
 from uwm_deploy.runtime.memory import without_collection
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
+from uwm_deploy.towers.first_rows import check_first_rows
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts
+from uwm_deploy.towers.refusal import refusals
 
 _ADAPTERS: dict[Family, str] = {
     "hf-clip": "uwm_deploy.towers.hf_clip",
@@ -63,10 +65,11 @@ def load_model(
     with without_collection():
         adapter = cast(Adapter, importlib.import_module(_ADAPTERS[recipe.model.family]))
     if folder is not None:
-        further = {"companion": companion} if companion else {}
-        parts = adapter.from_folder(folder, random=weights == "random", **further)
+        parts = _from_folder(adapter, folder, companion, random=weights == "random")
     elif recipe.model.architecture is not None:
-        parts = adapter.from_architecture(recipe.model.architecture)
+        with refusals(f"recipe {recipe.name}: model.architecture cannot be made", fix="correct its entries"):
+            parts = adapter.from_architecture(recipe.model.architecture)
+        check_first_rows(parts, f"recipe {recipe.name}", "model.architecture")
     else:
         raise InputError(f"recipe {recipe.name} has no model.architecture", fix="add it, or use the checkpoint")
     ref = ModelRef(
@@ -85,6 +88,20 @@ def load_model(
         model.ref = dataclasses.replace(ref, weights_digest=digest_of_weights(model.named_parameters()))
     model.to(resolve_device(device, needed_bytes=_NEEDED * weights_bytes(parts.source)))
     return model
+
+
+def _from_folder(adapter: Adapter, folder: Path, companion: Path | None, *, random: bool) -> LoadedParts:
+    """A checkpoint whose towers have embedded two rows each."""
+    name, further = f"checkpoint {folder.name}", {"companion": companion} if companion else {}
+    with refusals(f"{name} cannot be loaded"):
+        parts = adapter.from_folder(folder, random=random, **further)
+    config = next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
+    check_first_rows(parts, name, config)
+    return parts
+
+
+_CONFIGS = ("open_clip_config.json", "config.json")
+"""Files with the sizes of the towers."""
 
 
 _NEEDED = 3
