@@ -30,12 +30,12 @@ def hf_clip(folder: Path) -> Path:
 
     demo = checkpoint_folder("shipped:demo", "")
     known = json.loads((demo / "config.json").read_text())["text_config"]
-    text = {key: known[key] for key in known if key.endswith("token_id") or key in ("vocab_size", "max_position_embeddings")}
+    text = {
+        key: known[key] for key in known if key.endswith("token_id") or key in ("vocab_size", "max_position_embeddings")
+    }
     config = CLIPConfig(text_config={**text, **_LAYER}, vision_config=dict(_IMAGE), projection_dim=8)
     random_clip(config).save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    ).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo / name, folder / name)
     return folder

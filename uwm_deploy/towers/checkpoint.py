@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -132,17 +133,41 @@ def pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     import torch
 
     weight_files(folder)
-    with fits(folder, "config.json"):
+    with fits(folder, "config.json"), _without_reports():
         model, info = loader.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, use_safetensors=True,
-            local_files_only=True, **options,
+            local_files_only=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, *shapes = mismatched[0]
+        held, described = (tuple(shape) for shape in shapes)
+        raise InputError(
+            f"checkpoint {folder.name} does not fit its config.json: {name} has shape {held} in the files, and the config "
+            f"describes {described}",
+            fix="correct the sizes in config.json, or fetch the checkpoint again",
+        )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"checkpoint {folder.name} lacks {len(missing)} weights, first {missing[0]}", fix="fetch it again"
         )
+    if unread := sorted(name for name in info["unexpected_keys"] if ".layers." in name):
+        raise InputError(
+            f"checkpoint {folder.name} holds {len(unread)} weights of layers beyond its config.json, first {unread[0]}",
+            fix="correct num_hidden_layers, or fetch the checkpoint again",
+        )
     check_finite(folder, model.named_parameters())
     return model.eval()
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without the library's own tables of what does not fit, which become one line of ours."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def fits(folder: Path, config: str) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _check_end_token(config: CLIPConfig, text: TextSpec) -> None:
         return
     if pooled != text.eos_id:
         raise InputError(
-            f"config.json pools the text at token {pooled}, but the tokenizer ends texts with {text.eos_id}",
+            f"config.json pools the text at token {json.dumps(pooled)}, but the tokenizer ends texts with {text.eos_id}",
             fix="set text_config.eos_token_id to the tokenizer's end token",
         )
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.recipes.recipe import Architecture, Family, Recipe
-from uwm_deploy.records.model import ModelRef
+from uwm_deploy.records.model import LOCAL, ModelRef
 from uwm_deploy.runtime.memory import without_collection
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
@@ -83,6 +83,7 @@ def load_model(
         text=parts.text,
     )
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
+    model.architecture = parts.architecture
     if folder is not None and (folder / MAPS).is_file() and weights != "random":
         load_maps(model, folder / MAPS)
         model.ref = dataclasses.replace(ref, weights_digest=digest_of_weights(model.named_parameters()))
@@ -145,4 +146,4 @@ def _roomiest(needed_bytes: int) -> str:
 
 def _public_name(repo: str) -> str:
     """Name of a repository for records: a local folder's path must not get into a bundle."""
-    return "local" if Path(repo).is_dir() else repo
+    return LOCAL if Path(repo).is_dir() else repo

@@ -260,6 +260,7 @@ def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any],
         embed_dim=dim,
         tokenizer_json=content,
         save=save,
+        architecture="coca" if isinstance(model, CoCa) else "clip",
     )
 
 

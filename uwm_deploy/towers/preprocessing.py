@@ -106,7 +106,7 @@ def three(values: object, where: str) -> tuple[float, float, float]:
     numbers = list(values) if isinstance(values, (list, tuple)) else []
     fine = all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if len(numbers) != 3 or not fine:
-        raise InputError(f"{where} is {values!r}", fix="give three values, one per channel")
+        raise InputError(f"{where} is {values or 'null'}", fix="give three values, one per channel")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 

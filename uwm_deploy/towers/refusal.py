@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import traceback
 from collections.abc import Iterator
 
 from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
@@ -56,7 +57,11 @@ _LONGEST = 200
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line that is not long; its type where it would mean nothing without."""
-    line = " ".join(str(error).split())[:_LONGEST]
-    said = isinstance(error, (OSError, RuntimeError, ValueError)) and len(line) > 1
-    return line if said else f"{type(error).__name__}: {line}" if line else type(error).__name__
+    """What an error says, in one short line; its type, or the line that raised it, where it would mean nothing."""
+    line = " ".join(str(error).split())
+    if type(error).__name__.startswith("StrictDataclass"):  # of Hugging Face: names of its own types come first
+        return line.rpartition("Error: ")[2][:_LONGEST]
+    if not line and (raised := traceback.extract_tb(error.__traceback__)[-1:]):
+        line = raised[0].line or ""
+    said = isinstance(error, (OSError, RuntimeError, ValueError)) and bool(str(error))
+    return line[:_LONGEST] if said else f"{type(error).__name__}: {line[:_LONGEST]}"

@@ -124,6 +124,7 @@ def _parts(
         embed_dim=dim,
         tokenizer_json=content,
         save=save,
+        architecture="siglip",
     )
 
 
