@@ -161,7 +161,7 @@ def pretrained(loader: Any, folder: Path, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_reports() -> Iterator[None]:
-    """Without the library's own tables of what does not fit, which become one line of ours."""
+    """Without the library's own warnings and tables of what does not fit: what matters of them is one line of ours."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -205,7 +205,7 @@ def config_from(loader: Any, folder: Path, *, random: bool) -> Any:
     Raises:
         InputError: If an entry has a type or a value that the library refuses, or asks for absurdly many layers.
     """
-    with refusals(f"{folder.name}/config.json cannot be used"):
+    with refusals(f"{folder.name}/config.json cannot be used"), _without_reports():
         config = loader.from_pretrained(folder)
     for part in ("text_config", "vision_config"):
         if not random:

@@ -121,9 +121,10 @@ def check_side(spec: ImageSpec, side: object, config: str) -> None:
     Raises:
         InputError: If they differ.
     """
-    sides = set(side) if isinstance(side, (list, tuple)) else {side}
-    if sides != {spec.crop}:
+    sides = list(side) if isinstance(side, (list, tuple)) else [side]
+    if any(one != spec.crop for one in sides):
+        takes = sides[0] if len(set(map(str, sides))) == 1 else side
         raise InputError(
-            f"images are prepared with a side of {spec.crop} pixels, and {config} is {side}",
+            f"images are prepared with a side of {spec.crop} pixels, and {config} is {takes}",
             fix="make the crop or size of the preprocessing equal to it",
         )
