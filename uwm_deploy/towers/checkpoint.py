@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Module
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -119,24 +122,23 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def pretrained(loader: Any, folder: Path, **options: Any) -> Any:
+def pretrained(loader: Any, folder: Path, config: Any) -> Any:
     """A `transformers` model in float32, evaluation mode, attention in its plain form, with every weight from the file.
 
     Args:
         loader: A model class of `transformers`.
         folder: Checkpoint folder.
-        options: Passed on to `from_pretrained`.
+        config: Its config.
 
     Raises:
         InputError: If the checkpoint does not fit its config, lacks a weight, or holds NaN.
     """
-    import torch
-
     weight_files(folder)
+    check_amount(folder, "config.json", lambda: loader._from_config(copy.deepcopy(config)))
     with fits(folder, "config.json"), _without_reports():
         model, info = loader.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, use_safetensors=True,
-            local_files_only=True, ignore_mismatched_sizes=True, **options,
+            local_files_only=True, ignore_mismatched_sizes=True, config=config,
         )  # fmt: skip
     if mismatched := sorted(info["mismatched_keys"]):
         name, *shapes = mismatched[0]
@@ -189,9 +191,26 @@ def _shapes(folder: Path) -> list[tuple[int, ...]]:
     return shapes
 
 
-def count_weights(folder: Path) -> int:
-    """Number of values in all tensors of the files."""
-    return sum(math.prod(shape) for shape in _shapes(folder))
+def check_amount(folder: Path, config: str, make: Callable[[], Module]) -> None:
+    """Refuses a config that describes far more weights than the files hold, before memory is taken for them.
+
+    Up to twice as many are let pass: a library may fit positions to another size of image by itself, and compares shapes.
+
+    Args:
+        folder: Checkpoint folder.
+        config: Name of its file.
+        make: Makes the model; called where tensors take no memory.
+
+    Raises:
+        InputError: If it does, or the model cannot be made.
+    """
+    with refusals(f"{folder.name}/{config} describes no model that can be made"), torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in make().parameters())
+    held = sum(math.prod(shape) for shape in _shapes(folder))
+    if wanted > 2 * held:
+        raise InputError(
+            f"{folder.name}/{config} describes {wanted} weights, and the checkpoint holds {held}", fix=MEND
+        )
 
 
 def config_from(loader: Any, folder: Path, *, random: bool) -> Any:

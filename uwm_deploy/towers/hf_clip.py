@@ -83,7 +83,7 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
     preprocessing.check_side(
         image, config.vision_config.image_size, f"{folder.name}/config.json: vision_config.image_size"
     )
-    model = random_clip(config) if random else checkpoint.pretrained(CLIPModel, folder, config=config)
+    model = random_clip(config) if random else checkpoint.pretrained(CLIPModel, folder, config)
 
     def save(target: Path) -> None:
         model.save_pretrained(target)

@@ -36,7 +36,7 @@ from uwm_deploy.towers.protocol import (
     caption_tokens,
     jitter,
 )
-from uwm_deploy.towers.refusal import MEND, refusals
+from uwm_deploy.towers.refusal import refusals
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -171,21 +171,12 @@ _MODEL_ENTRIES: dict[str, Any] = {
 
 
 def _check_amount(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config of another size than the weights before memory is taken for it: open_clip makes the model first.
-
-    Half of the weights may be missing: open_clip fits positions to another size of image by itself.
-    """
+    """Refuses a config of another size than the weights: open_clip makes the model before it compares."""
     for part in _TABLES:
         layers = config.get(part, {}).get("layers", 0)
         for count in layers if isinstance(layers, list) else [layers]:
             checkpoint.check_layers(folder, count, f"{folder.name}/{CONFIG}: model_cfg.{part}.layers")
-    with refusals(f"{folder.name}/{CONFIG}: open_clip cannot make its model_cfg"), torch.device("meta"):
-        wanted = sum(parameter.numel() for parameter in _model(config).parameters())
-    held = checkpoint.count_weights(folder)
-    if wanted > 2 * held:
-        raise InputError(
-            f"{folder.name}/{CONFIG} describes {wanted} weights, and the checkpoint holds {held}", fix=MEND
-        )
+    checkpoint.check_amount(folder, CONFIG, lambda: _model(config))
 
 
 def from_architecture(architecture: Architecture) -> LoadedParts:

@@ -68,7 +68,7 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
     preprocessing.check_side(
         image, config.vision_config.image_size, f"{folder.name}/config.json: vision_config.image_size"
     )
-    model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config=config)
+    model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config)
 
     def save(target: Path) -> None:
         model.save_pretrained(target)
