@@ -56,7 +56,7 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     text, where = resources.read_toml("export", _rules_of(folder))
     recipe = recipe_from_toml(text, where=where)
     source = dataclasses.replace(
-        recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
+        recipe.model, repo=str(folder.resolve()), revision="", licence="unknown", parameters="", architecture=None
     )
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
     return recipe, f"# The rules of {where} on a checkpoint folder.\n{text_of_built(text, recipe)}"
@@ -98,7 +98,7 @@ def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, 
     known = training.base.repo != LOCAL  # a folder's path is in no record
     source = dataclasses.replace(
         base.model,
-        repo=str(folder),
+        repo=str(folder.resolve()),
         revision="",
         architecture=None,
         base=base.model.repo if known else "",
