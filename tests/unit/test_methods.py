@@ -153,9 +153,16 @@ def test_settings_out_of_range_are_refused(given: dict, demo) -> None:
 )
 def test_published_batches(name: str, text: int, image: int) -> None:
     """Pairs per gradient as in the official code; a recipe may say otherwise."""
-    ref, edits = model_of(name).ref, reduced(name).entries
-    assert [gradient_batch(edits.of(t), t, ref) for t in (TowerName.TEXT, TowerName.IMAGE)] == [text, image]
-    assert gradient_batch(dataclasses.replace(edits.text, gradient_batch=7), TowerName.TEXT, ref) == 7
+    kind, edits = model_of(name).architecture, reduced(name).entries
+    assert [gradient_batch(edits.of(t), t, kind) for t in (TowerName.TEXT, TowerName.IMAGE)] == [text, image]
+    assert gradient_batch(dataclasses.replace(edits.text, gradient_batch=7), TowerName.TEXT, kind) == 7
+
+
+def test_the_published_batch_does_not_depend_on_the_name() -> None:
+    """A CLIP in a folder called "coca-and-siglip" is a CLIP."""
+    recipe = dataclasses.replace(reduced("clip-vit-l14"), name="coca-and-siglip")
+    model = load_model(recipe, folder=None, weights="random", device="cpu")
+    assert gradient_batch(recipe.entries.text, TowerName.TEXT, model.architecture) == 512
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from uwm_deploy.edits.axis import require_valid
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.edit_spec import AxisSpec, EditSpec, EditSpecs, StepSpec, check_steps
 from uwm_deploy.records.edit import CLOSED_FORM, Method, Pairing, Rule, Selection, methods_name
-from uwm_deploy.records.model import ModelRef, TowerName
+from uwm_deploy.records.model import Architecture, TowerName
 from uwm_deploy.records.strength import AxisSetting
 
 
@@ -99,9 +99,9 @@ _UWM_AND_ABLATIONS = {
 _GRADIENT_BATCH = {
     "coca": {TowerName.TEXT: 128, TowerName.IMAGE: 32},
     "siglip": {TowerName.TEXT: 128, TowerName.IMAGE: 16},
-    "": {TowerName.TEXT: 512, TowerName.IMAGE: 64},
+    "clip": {TowerName.TEXT: 512, TowerName.IMAGE: 64},
 }
-"""Pairs per gradient in the official code, by a word in the model's name."""
+"""Pairs per gradient in the official code, by architecture."""
 
 
 def selects(method: Method) -> bool:
@@ -135,10 +135,9 @@ def needs_gradients(method: Method) -> bool:
     return bool(PRESETS[method].loss)
 
 
-def gradient_batch(edit: EditSpec, tower: TowerName, model: ModelRef) -> int:
+def gradient_batch(edit: EditSpec, tower: TowerName, architecture: Architecture) -> int:
     """Pairs per gradient: the recipe's, else the published number."""
-    named = f"{model.family} {model.name} {model.repo}".lower()
-    return edit.gradient_batch or next(sizes[tower] for word, sizes in _GRADIENT_BATCH.items() if word in named)
+    return edit.gradient_batch or _GRADIENT_BATCH[architecture][tower]
 
 
 def pairing_of(method: Method, edit: EditSpec) -> Pairing | None:

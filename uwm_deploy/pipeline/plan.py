@@ -12,6 +12,7 @@ from uwm_deploy.data.source import check_own_pairs
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.baseline import read_baseline
 from uwm_deploy.pipeline.request import Request, with_overrides
+from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of, read_training, recipe_of
 from uwm_deploy.records.edit import Method
@@ -43,7 +44,7 @@ def plan_of(request: Request) -> Plan:
     weights: Literal["checkpoint", "random"] = "random" if request.weights == "random" else "checkpoint"
     return Plan(
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=text_of_built(text, recipe),
         calibration=calibration,
         calibration_base=calibration_base,
         evaluation=evaluation,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
@@ -16,7 +17,7 @@ from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import (
     digest_of_plain,
 )
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.model import LOCAL, Digest
 from uwm_deploy.records.training import TrainingRecord
 
 
@@ -46,40 +47,58 @@ def _check_name(name: str, where: str) -> None:
 _RULES_OF = {"clip": "clip-vit-b32", "siglip": "siglip-base", "open_clip": "open-clip-vit-b32"}
 """Recipe whose rules a checkpoint folder gets, by the type in its config."""
 
+_RULES_OF_CUSTOM = "coca-vit-l14"
+"""The same for a folder in open_clip's layout whose text tower is a module of its own, as CoCa's is."""
+
 
 def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     """Any CLIP-like checkpoint: the family is read from its config."""
-    kind: object = "open_clip"
-    if not (folder / "open_clip_config.json").is_file():
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except OSError as error:
-            raise InputError(
-                f"{folder} has no readable config.json", fix="pass a Hugging Face checkpoint folder or a recipe"
-            ) from error
-        except (ValueError, AttributeError) as error:
-            raise InputError(
-                f"{folder}/config.json is not JSON of a model", fix="fetch the checkpoint again"
-            ) from error
-    if kind not in _RULES_OF:
-        raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
-    text, where = resources.read_toml("export", _RULES_OF[str(kind)])
+    text, where = resources.read_toml("export", _rules_of(folder))
     recipe = recipe_from_toml(text, where=where)
     source = dataclasses.replace(
-        recipe.model, repo=str(folder), revision="", licence="unknown", parameters="", architecture=None
+        recipe.model, repo=str(folder.resolve()), revision="", licence="unknown", parameters="", architecture=None
     )
     recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
-    text = re.sub(r"(?m)^licence = .*$", 'licence = "unknown"', text)  # the folder's own is not known
-    return recipe, f"# {recipe.name}: the rules of {where} on a checkpoint folder\n{text}"
+    return recipe, f"# The rules of {where} on a checkpoint folder.\n{text_of_built(text, recipe)}"
+
+
+def _rules_of(folder: Path) -> str:
+    """Name of the shipped recipe whose rules fit a folder.
+
+    Raises:
+        InputError: If its config cannot be read, or is of a type that is not known.
+    """
+    if (folder / "open_clip_config.json").is_file():
+        model = _json_of(folder, "open_clip_config.json").get("model_cfg")
+        custom = isinstance(model, dict) and ("multimodal_cfg" in model or model.get("custom_text"))
+        return _RULES_OF_CUSTOM if custom else _RULES_OF["open_clip"]
+    kind = _json_of(folder, "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in _RULES_OF:
+        raise InputError(f"checkpoint {folder} is of type {kind!r}", fix=f"known types: {', '.join(_RULES_OF)}")
+    return _RULES_OF[kind]
+
+
+def _json_of(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        body = json.loads((folder / name).read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{folder} has no readable {name}", fix="pass a Hugging Face checkpoint folder or a recipe"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again")
+    return body
 
 
 def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
     """A model that `train` made: the recipe of its base, which is what it is compared with."""
     name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
-    known = training.base.repo != "local"  # a folder's path is in no record
+    known = training.base.repo != LOCAL  # a folder's path is in no record
     source = dataclasses.replace(
         base.model,
-        repo=str(folder),
+        repo=str(folder.resolve()),
         revision="",
         architecture=None,
         base=base.model.repo if known else "",

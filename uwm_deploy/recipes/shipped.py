@@ -11,6 +11,7 @@ from typing import Literal
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.hub import hub_checkpoint
+from uwm_deploy.records.model import LOCAL
 
 Kind = Literal["export", "calibration", "ci"]
 
@@ -79,8 +80,10 @@ def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> 
     """
     if repo.startswith("shipped:"):
         return Path(__file__).resolve().parents[1] / "data" / repo.removeprefix("shipped:") / "model"
-    if Path(repo).is_dir():
+    if repo != LOCAL and Path(repo).is_dir():
         return Path(repo)
+    if repo == LOCAL:
+        raise InputError("the model came from a folder, whose path is in no record", fix="pass --checkpoint FOLDER")
     if repo.startswith((".", "/", "~")):
         raise InputError(f"checkpoint folder {repo} does not exist", fix="check the path")
     if not revision:

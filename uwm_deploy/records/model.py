@@ -16,6 +16,14 @@ Digest = str
 """``sha256:`` followed by 64 lower-case hex digits."""
 
 
+LOCAL = "local"
+"""Repository of a model that came from a folder: its path gets into no record."""
+
+
+Architecture = Literal["clip", "siglip", "coca"]
+"""How a model is built and was trained, whatever its name and whichever library loads it."""
+
+
 class TowerName(StrEnum):
     """The two encoders of a CLIP-like model, each exported as its own graph."""
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Module
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.model import ImageSpec, TextSpec
+from uwm_deploy.records.model import TextSpec
 from uwm_deploy.towers.protocol import MAPS
+from uwm_deploy.towers.refusal import MEND, refusals
 
 transformers_logging.disable_progress_bar()  # progress is ours to show
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FILTERS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
 
 
 def json_file(folder: Path, name: str) -> dict[str, Any]:
@@ -30,12 +36,26 @@ def json_file(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: If it is missing or broken.
     """
-    try:
-        return cast(dict[str, Any], json.loads((folder / name).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"checkpoint {folder.name} has no readable {name}", fix="use a complete checkpoint") from error
-    except ValueError as error:
-        raise InputError(f"{folder.name}/{name} is not JSON: {error}", fix="fetch the checkpoint again") from error
+    with refusals(f"checkpoint {folder.name} has no readable {name}", fix="use a complete checkpoint"):
+        content = (folder / name).read_bytes()
+    with refusals(f"{folder.name}/{name} is not JSON", fix="fetch the checkpoint again"):
+        body = json.loads(content)
+    return table(body, f"{folder.name}/{name}")
+
+
+def table(value: object, where: str) -> dict[str, Any]:
+    """A value of a JSON file that must be an object.
+
+    Args:
+        value: What the file has there.
+        where: File and key, for the message.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {json.dumps(value)[:60]}, not an object", fix="write { ... } with its entries")
+    return value
 
 
 def config_of_type(folder: Path, kinds: tuple[str, ...], family: str) -> dict[str, Any]:
@@ -50,15 +70,39 @@ def config_of_type(folder: Path, kinds: tuple[str, ...], family: str) -> dict[st
             f"checkpoint {folder.name} is of type {body.get('model_type')!r}",
             fix=f"family {family} needs a {' or '.join(f'`{k}`' for k in kinds)} checkpoint",
         )
+    _refuse_quantised(folder, body)
     return body
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Refuses an adapter beside the weights: a library adds it or not, depending on which packages are installed.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if adapters := sorted(folder.glob("adapter_*")):
+        raise InputError(
+            f"checkpoint {folder.name} holds an adapter ({adapters[0].name}) that is not part of its weights",
+            fix="merge it with peft (`PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new)`), "
+            "or remove its files to use the weights without it",
+        )
+
+
+def _refuse_quantised(folder: Path, body: Mapping[str, Any]) -> None:
+    if body.get("quantization_config") is not None:
+        raise InputError(
+            f"{folder.name}/config.json has a quantization_config: its weights are quantised",
+            fix="use the checkpoint in float32 or bfloat16; --precision quantises what is built",
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each whole.
 
     Raises:
-        InputError: If there are none, only pickles, or one is truncated.
+        InputError: If there are none, only pickles, an adapter beside them, or one is truncated.
     """
+    refuse_adapters(folder)
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != MAPS)
     if not files:
         if pickles := [f.name for f in sorted(folder.iterdir()) if f.suffix in _PICKLES]:
@@ -78,39 +122,131 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def pretrained(loader: Any, folder: Path, **options: Any) -> Any:
+def pretrained(loader: Any, folder: Path, config: Any) -> Any:
     """A `transformers` model in float32, evaluation mode, attention in its plain form, with every weight from the file.
 
     Args:
         loader: A model class of `transformers`.
         folder: Checkpoint folder.
-        options: Passed on to `from_pretrained`.
+        config: Its config.
 
     Raises:
         InputError: If the checkpoint does not fit its config, lacks a weight, or holds NaN.
     """
-    import torch
-
     weight_files(folder)
-    try:
+    check_amount(folder, "config.json", lambda: loader._from_config(copy.deepcopy(config)))
+    with fits(folder, "config.json"), _without_reports():
         model, info = loader.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, use_safetensors=True,
-            local_files_only=True, **options,
+            local_files_only=True, ignore_mismatched_sizes=True, config=config,
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise does_not_fit(folder, error) from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, *shapes = mismatched[0]
+        held, described = (tuple(shape) for shape in shapes)
+        raise InputError(
+            f"checkpoint {folder.name} does not fit its config.json: {name} has shape {held} in the files, and the config "
+            f"describes {described}",
+            fix="correct the sizes in config.json, or fetch the checkpoint again",
+        )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"checkpoint {folder.name} lacks {len(missing)} weights, first {missing[0]}", fix="fetch it again"
+        )
+    if unread := sorted(name for name in info["unexpected_keys"] if ".layers." in name):
+        raise InputError(
+            f"checkpoint {folder.name} holds {len(unread)} weights of layers beyond its config.json, first {unread[0]}",
+            fix="correct num_hidden_layers, or fetch the checkpoint again",
         )
     check_finite(folder, model.named_parameters())
     return model.eval()
 
 
-def does_not_fit(folder: Path, error: Exception) -> InputError:
-    """The error for weights that do not fit their config."""
-    line = str(error).strip().splitlines()[0][:200]
-    return InputError(f"checkpoint {folder.name} does not fit its config: {line}", fix="fetch it again")
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without the library's own warnings and tables of what does not fit: what matters of them is one line of ours."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def fits(folder: Path, config: str) -> AbstractContextManager[None]:
+    """Block in which weights are loaded into what a config describes.
+
+    Args:
+        folder: Checkpoint folder.
+        config: Name of the file.
+    """
+    return refusals(f"checkpoint {folder.name} does not fit its {config}", fix=MEND)
+
+
+def _shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Shape of every tensor in the files."""
+    shapes = []
+    for file in weight_files(folder):
+        with safe_open(str(file), framework="pt") as opened:
+            shapes += [tuple(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
+    return shapes
+
+
+def check_amount(folder: Path, config: str, make: Callable[[], Module]) -> None:
+    """Refuses a config that describes far more weights than the files hold, before memory is taken for them.
+
+    Up to twice as many are let pass: a library may fit positions to another size of image by itself, and compares shapes.
+
+    Args:
+        folder: Checkpoint folder.
+        config: Name of its file.
+        make: Makes the model; called where tensors take no memory.
+
+    Raises:
+        InputError: If it does, or the model cannot be made.
+    """
+    with refusals(f"{folder.name}/{config} describes no model that can be made"), torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in make().parameters())
+    held = sum(math.prod(shape) for shape in _shapes(folder))
+    if wanted > 2 * held:
+        raise InputError(
+            f"{folder.name}/{config} describes {wanted} weights, and the checkpoint holds {held}", fix=MEND
+        )
+
+
+def config_from(loader: Any, folder: Path, *, random: bool) -> Any:
+    """The config of a `transformers` model with two towers, with its defaults for missing entries.
+
+    Args:
+        loader: A config class of `transformers`.
+        folder: Checkpoint folder.
+        random: Whether its weights will not be read.
+
+    Raises:
+        InputError: If an entry has a type or a value that the library refuses, or asks for absurdly many layers.
+    """
+    with refusals(f"{folder.name}/config.json cannot be used"), _without_reports():
+        config = loader.from_pretrained(folder)
+    for part in ("text_config", "vision_config"):
+        if not random:
+            layers = getattr(config, part).num_hidden_layers
+            check_layers(folder, layers, f"{folder.name}/config.json: {part}.num_hidden_layers")
+    return config
+
+
+def check_layers(folder: Path, layers: object, where: str) -> None:
+    """Refuses more layers than the files hold tensors: to make them would take hours before a library compares.
+
+    Args:
+        folder: Checkpoint folder.
+        layers: What the config says.
+        where: Its file and key, for the message.
+
+    Raises:
+        InputError: If there are more.
+    """
+    held = len(_shapes(folder))
+    if isinstance(layers, (int, float)) and layers > held:
+        raise InputError(f"{where} is {layers}, and the checkpoint holds {held} tensors", fix=MEND)
 
 
 def check_finite(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -128,82 +264,56 @@ def check_finite(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None
             raise InputError(f"checkpoint {folder.name}: {name} holds NaN or infinity", fix="use an intact checkpoint")
 
 
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Files that a vocabulary is read from: one of these sets is needed. Without, the library makes an empty one."""
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The checkpoint's tokenizer, of the kind that a `tokenizer.json` describes.
 
     Raises:
         InputError: If it is missing or broken.
     """
-    try:
+    fix = "copy the tokenizer files of the model that it was made from"
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise InputError(
+            f"checkpoint {folder.name} has no tokenizer: no tokenizer.json, and no vocab.json with merges.txt", fix=fix
+        )
+    with refusals(f"checkpoint {folder.name} has no usable tokenizer", fix=fix):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # transformers raises many types for a broken tokenizer
-        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"checkpoint {folder.name} has no usable tokenizer: {line}", fix="add its tokenizer.json"
-        ) from error
     return tokenizer
 
 
-def text_spec(tokenizer: Any, positions: int, *, fixed_length: bool = False) -> tuple[TextSpec, bytes]:
-    """Spec of a `transformers` tokenizer, and the content of its `tokenizer.json`."""
+def text_spec(tokenizer: Any, positions: int, where: str, *, fixed_length: bool = False) -> tuple[TextSpec, bytes]:
+    """Spec of a `transformers` tokenizer, and the content of its `tokenizer.json`.
+
+    Args:
+        tokenizer: The tokenizer.
+        positions: Length of a row.
+        where: Name of the checkpoint, for messages.
+        fixed_length: See `TextSpec`.
+
+    Raises:
+        InputError: If it has no end token or no padding token.
+    """
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
+    for name, number in ids.items():
+        if not isinstance(number, int):
+            raise InputError(
+                f"{where}: the tokenizer has no {name}_token",
+                fix=f"name it in tokenizer_config.json as {name}_token; its vocabulary must hold it",
+            )
     content: bytes = tokenizer.backend_tokenizer.to_str().encode()
     spec = TextSpec(
         context_length=positions,
-        eos_id=int(tokenizer.eos_token_id),
-        pad_id=int(tokenizer.pad_token_id),
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
         padding_side=tokenizer.padding_side,
         fixed_length=fixed_length,
         tokenizer_digest=digest_of_bytes(content),
     )
     return spec, content
-
-
-def image_spec(folder: Path) -> ImageSpec:
-    """Preprocessing that ``preprocessor_config.json`` asks for.
-
-    Raises:
-        InputError: If the runtime does not support it.
-    """
-    body = json_file(folder, "preprocessor_config.json")
-    size, crop = body.get("size"), body.get("crop_size", body.get("size"))
-    squash = isinstance(size, dict) and "height" in size and not body.get("do_center_crop", False)
-    resize = size.get("height" if squash else "shortest_edge") if isinstance(size, dict) else size
-    side = resize if squash else crop.get("height", crop.get("shortest_edge")) if isinstance(crop, dict) else crop
-    square = all(not isinstance(s, dict) or s.get("height") == s.get("width") for s in ((size,) if squash else (crop,)))
-    steps = [body.get(f"do_{step}", True) for step in ("resize", "rescale", "normalize")]
-    steps.append(squash or body.get("do_center_crop", True))
-    resample = _FILTERS.get(body.get("resample", 3))
-    if not (isinstance(resize, int) and isinstance(side, int) and square and all(steps) and resample):
-        raise InputError(
-            f"{folder.name}/preprocessor_config.json asks for preprocessing that is not supported",
-            fix="it must resize (short edge and a square crop, or to a square), rescale and normalise, bicubic or bilinear",
-        )
-    name = f"{folder.name}/preprocessor_config.json: image_mean or image_std"
-    mean, std = (three(body.get(key, ()), name) for key in ("image_mean", "image_std"))
-    if min(std) <= 0:
-        raise InputError(f"{name} is not positive", fix="give three positive values")
-    return ImageSpec(
-        resize=resize,
-        crop=side,
-        resample=resample,
-        rescale=float(body.get("rescale_factor", 1 / 255)),
-        mean=mean,
-        std=std,
-        fit="squash" if squash else "crop",
-    )
-
-
-def three(values: Iterable[float], where: str) -> tuple[float, float, float]:
-    """One number per colour channel.
-
-    Raises:
-        InputError: If there are not three.
-    """
-    numbers = [float(value) for value in values]
-    if len(numbers) != 3:
-        raise InputError(f"{where}: {len(numbers)} values", fix="give three values, one per channel")
-    return numbers[0], numbers[1], numbers[2]
 
 
 _NOT_SIDE = ("config.json", "model.safetensors.index.json", "training.json")

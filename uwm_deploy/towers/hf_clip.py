@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
-from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers import checkpoint, preprocessing
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
 from uwm_deploy.towers.protocol import LastMap, LoadedParts, ModuleTower, caption_tokens, jitter
 
@@ -73,18 +74,23 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
         InputError: See `towers.checkpoint`; and if the config pools the text at another token than the tokenizer's end.
     """
     checkpoint.config_of_type(folder, ("clip",), FAMILY)
-    config = CLIPConfig.from_pretrained(folder)
-    model = random_clip(config) if random else checkpoint.pretrained(CLIPModel, folder, config=config)
+    config = checkpoint.config_from(CLIPConfig, folder, random=random)
     tokenizer = checkpoint.tokenizer_of(folder)
-    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings))
+    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings), folder.name)
     _check_end_token(config, spec)
+    _check_padding(folder, spec)
+    image = preprocessing.image_spec(folder, "CLIP")
+    preprocessing.check_side(
+        image, config.vision_config.image_size, f"{folder.name}/config.json: vision_config.image_size"
+    )
+    model = random_clip(config) if random else checkpoint.pretrained(CLIPModel, folder, config)
 
     def save(target: Path) -> None:
         model.save_pretrained(target)
         checkpoint.copy_side_files(folder, target)
         checkpoint.readable(target)
 
-    return _parts(model, checkpoint.image_spec(folder), spec, content, save)
+    return _parts(model, image, spec, content, save)
 
 
 def from_architecture(architecture: Architecture) -> LoadedParts:
@@ -96,7 +102,7 @@ def from_architecture(architecture: Architecture) -> LoadedParts:
         text_config=text, vision_config=dict(architecture.image), projection_dim=architecture.projection_dim
     )
     model, side = random_clip(config), int(config.vision_config.image_size)
-    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings))
+    spec, content = checkpoint.text_spec(tokenizer, int(config.text_config.max_position_embeddings), FAMILY)
     processor = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=list(MEAN),
         image_std=list(STD), resample=3,
@@ -130,13 +136,27 @@ def _check_end_token(config: CLIPConfig, text: TextSpec) -> None:
 
     With eos_token_id 2 in the config the position of the *largest id* is pooled: right only if the end token has it.
     """
-    pooled = int(config.text_config.eos_token_id)
+    pooled = config.text_config.eos_token_id
     if pooled == 2 and text.eos_id == int(config.text_config.vocab_size) - 1:
         return
     if pooled != text.eos_id:
         raise InputError(
-            f"config pools the text at token {pooled}, but the tokenizer ends texts with {text.eos_id}",
+            f"config.json pools the text at token {json.dumps(pooled)}, but the tokenizer ends texts with {text.eos_id}",
             fix="set text_config.eos_token_id to the tokenizer's end token",
+        )
+
+
+def _check_padding(folder: Path, text: TextSpec) -> None:
+    """The tower has no mask: padding in front of a caption would be read as part of it.
+
+    Raises:
+        InputError: If rows are padded on the left.
+    """
+    if text.padding_side != "right":
+        raise InputError(
+            f"{folder.name}/tokenizer_config.json pads captions on the {text.padding_side}, and CLIP reads them without "
+            "a mask, padded on the right",
+            fix='set padding_side to "right" there',
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uwm_deploy.recipes.recipe import Family
 from uwm_deploy.records.model import TextSpec
-from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers import checkpoint, preprocessing
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,9 @@ def library_of(family: Family, source: nn.Module, folder: Path, spec: TextSpec) 
 
 
 def _transformers(source: Any, folder: Path, spec: TextSpec, *, siglip: bool) -> Library:
-    import transformers
-
     from uwm_deploy.towers import siglip as adapter
 
-    # The processor on Pillow, with which these models were trained: newer releases' default differs by up to 9 grey levels.
-    kind = f"{'Siglip' if siglip else 'CLIP'}ImageProcessor"
-    processor_of = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
-    processor = processor_of.from_pretrained(folder, local_files_only=True)
+    processor = preprocessing.processor_of(folder, "Siglip" if siglip else "CLIP")
     # SigLIP 2 wants lower-case captions, which its published tokenizer files do not make.
     tokenizer = adapter.tokenizer_for(folder, source.config) if siglip else checkpoint.tokenizer_of(folder)
     device = next(source.parameters()).device

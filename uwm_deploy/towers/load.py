@@ -12,11 +12,13 @@ from torch import nn
 
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.recipes.recipe import Architecture, Family, Recipe
-from uwm_deploy.records.model import ModelRef
+from uwm_deploy.records.model import LOCAL, ModelRef
 from uwm_deploy.runtime.memory import without_collection
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
+from uwm_deploy.towers.first_rows import check_first_rows
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts
+from uwm_deploy.towers.refusal import refusals
 from uwm_deploy.towers.token_table import with_vocabulary
 
 _ADAPTERS: dict[Family, str] = {
@@ -64,10 +66,11 @@ def load_model(
     with without_collection():
         adapter = cast(Adapter, importlib.import_module(_ADAPTERS[recipe.model.family]))
     if folder is not None:
-        further = {"companion": companion} if companion else {}
-        parts = adapter.from_folder(folder, random=weights == "random", **further)
+        parts = _from_folder(adapter, folder, companion, random=weights == "random")
     elif recipe.model.architecture is not None:
-        parts = adapter.from_architecture(recipe.model.architecture)
+        with refusals(f"recipe {recipe.name}: model.architecture cannot be made", fix="correct its entries"):
+            parts = adapter.from_architecture(recipe.model.architecture)
+        check_first_rows(parts, f"recipe {recipe.name}", "model.architecture")
     else:
         raise InputError(f"recipe {recipe.name} has no model.architecture", fix="add it, or use the checkpoint")
     ref = ModelRef(
@@ -81,11 +84,26 @@ def load_model(
         text=with_vocabulary(parts, recipe.name),
     )
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
+    model.architecture = parts.architecture
     if folder is not None and (folder / MAPS).is_file() and weights != "random":
         load_maps(model, folder / MAPS)
         model.ref = dataclasses.replace(ref, weights_digest=digest_of_weights(model.named_parameters()))
     model.to(resolve_device(device, needed_bytes=_NEEDED * weights_bytes(parts.source)))
     return model
+
+
+def _from_folder(adapter: Adapter, folder: Path, companion: Path | None, *, random: bool) -> LoadedParts:
+    """A checkpoint whose towers have embedded two rows each."""
+    name, further = f"checkpoint {folder.name}", {"companion": companion} if companion else {}
+    with refusals(f"{name} cannot be loaded"):
+        parts = adapter.from_folder(folder, random=random, **further)
+    config = next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
+    check_first_rows(parts, name, config)
+    return parts
+
+
+_CONFIGS = ("open_clip_config.json", "config.json")
+"""Files with the sizes of the towers."""
 
 
 _NEEDED = 3
@@ -129,4 +147,4 @@ def _roomiest(needed_bytes: int) -> str:
 
 def _public_name(repo: str) -> str:
     """Name of a repository for records: a local folder's path must not get into a bundle."""
-    return "local" if Path(repo).is_dir() else repo
+    return LOCAL if Path(repo).is_dir() else repo

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CLIP, CoCa, CustomTextCLIP, get_model_config
+from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CoCa, CustomTextCLIP, get_model_config
+from open_clip.coca_model import MultimodalCfg
 from open_clip.factory import load_checkpoint
 from open_clip.transformer import text_global_pool
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
-from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers import checkpoint, preprocessing
 from uwm_deploy.towers.attention import make_attention_explicit
 from uwm_deploy.towers.clip_vocabulary import clip_vocabulary
+from uwm_deploy.towers.entries import check_entries, entries_of
 from uwm_deploy.towers.hf_clip import MEAN, STD
 from uwm_deploy.towers.protocol import (
     LastMap,
@@ -34,6 +36,7 @@ from uwm_deploy.towers.protocol import (
     caption_tokens,
     jitter,
 )
+from uwm_deploy.towers.refusal import refusals
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _WEIGHT_NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -98,16 +101,19 @@ class _TextGraph(nn.Module):
         self.transformer, self.ln_final, self.text_projection = (
             model.transformer, model.ln_final, model.text_projection,
         )  # fmt: skip
-        self.attn_mask: Tensor
-        self.register_buffer("attn_mask", model.attn_mask, persistent=False)
+        self.attn_mask: Tensor | None
+        self.register_buffer("attn_mask", model.attn_mask, persistent=False)  # None where captions see what follows
         self._pool, self._end = model.text_pool_type, getattr(model, "text_eos_id", None)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) to (B, d)."""
         length = input_ids.shape[1]
         rows = self.token_embedding(input_ids) + self.positional_embedding[:length]
-        rows = self.ln_final(self.transformer(rows, attn_mask=self.attn_mask[:length, :length]))
+        mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
+        rows = self.ln_final(self.transformer(rows, attn_mask=mask))
         pooled: Tensor = text_global_pool(rows, input_ids, self._pool, eos_token_id=self._end)
+        if self.text_projection is None:
+            return pooled
         linear = isinstance(self.text_projection, nn.Linear)
         embeds: Tensor = self.text_projection(pooled) if linear else pooled @ self.text_projection
         return embeds
@@ -119,17 +125,61 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
     Raises:
         InputError: See `towers.checkpoint`; and for towers that open_clip takes from another library.
     """
-    body = checkpoint.json_file(folder, CONFIG)
-    try:
-        config, preprocess = dict(body["model_cfg"]), dict(body.get("preprocess_cfg", {}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder.name}/{CONFIG} has no model_cfg", fix="use a complete checkpoint") from error
-    model = _model(config, folder.name)
+    config, preprocess = _config_of(folder)
+    if not random:
+        _check_amount(folder, config)
+    with refusals(f"{folder.name}/{CONFIG}: open_clip cannot make its model_cfg"):
+        model = _model(config)
     if random:
         jitter(model)
     else:
         _load_weights(model, folder)
-    return _parts(model, config, preprocess)
+    return _parts(model, config, preprocess, f"{folder.name}/{CONFIG}")
+
+
+def _config_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two tables of the config file, with entries that open_clip knows, of the type that it expects.
+
+    open_clip itself checks no type, and takes the text "false" for true.
+    """
+    where, body = f"{folder.name}/{CONFIG}", checkpoint.json_file(folder, CONFIG)
+    config = checkpoint.table(body.get("model_cfg"), f"{where}: model_cfg")
+    for key, kind in _TABLES.items():
+        if key in config or key != "multimodal_cfg":
+            part = checkpoint.table(config.get(key), f"{where}: model_cfg.{key}")
+            check_entries(part, entries_of(kind), f"{where}: model_cfg.{key}")
+    if "embed_dim" not in config:
+        raise InputError(f"{where}: model_cfg has no embed_dim", fix="name the size of the shared embedding space")
+    check_entries(config, _MODEL_ENTRIES, f"{where}: model_cfg")
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name") or vision.get("timm_model_name"):
+        raise InputError(
+            f"{where} has a tower or a tokenizer of another library",
+            fix="use its Hugging Face version, if there is one",
+        )
+    if text.get("tokenizer_kwargs"):
+        raise InputError(
+            f"{where}: model_cfg.text_cfg.tokenizer_kwargs asks for captions that are cleaned in another way",
+            fix="use a checkpoint with the usual tokenizer",
+        )
+    return config, checkpoint.table(body.get("preprocess_cfg") or {}, f"{where}: preprocess_cfg")
+
+
+_TABLES: dict[str, type] = {"text_cfg": CLIPTextCfg, "vision_cfg": CLIPVisionCfg, "multimodal_cfg": MultimodalCfg}
+_MODEL_ENTRIES: dict[str, Any] = {
+    "embed_dim": int, "quick_gelu": bool, "custom_text": bool, "init_logit_scale": float,
+    "init_logit_bias": float | None, "nonscalar_logit_scale": bool, "pad_id": int, "output_dict": bool,
+    "text_cfg": dict, "vision_cfg": dict, "multimodal_cfg": dict,
+}  # fmt: skip
+
+
+def _check_amount(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a config of another size than the weights: open_clip makes the model before it compares."""
+    for part in _TABLES:
+        layers = config.get(part, {}).get("layers", 0)
+        for count in layers if isinstance(layers, list) else [layers]:
+            checkpoint.check_layers(folder, count, f"{folder.name}/{CONFIG}: model_cfg.{part}.layers")
+    checkpoint.check_amount(folder, CONFIG, lambda: _model(config))
 
 
 def from_architecture(architecture: Architecture) -> LoadedParts:
@@ -141,15 +191,12 @@ def from_architecture(architecture: Architecture) -> LoadedParts:
         )
     config["text_cfg"] |= architecture.text
     config["vision_cfg"] |= architecture.image
-    model = _model(config, architecture.open_clip)
+    model = _model(config)
     jitter(model)
-    return _parts(model, config, {})
+    return _parts(model, config, {}, f"open_clip's {architecture.open_clip}")
 
 
-def _model(config: Mapping[str, Any], name: str) -> nn.Module:
-    text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
-    if "hf_model_name" in text or "timm_model_name" in vision or "hf_tokenizer_name" in text:
-        raise InputError(f"{name} has a tower of another library", fix="use its Hugging Face version, if there is one")
+def _model(config: Mapping[str, Any]) -> nn.Module:
     kinds = {"coca": CoCa, "custom": CustomTextCLIP, "plain": CLIP}
     kind = "coca" if "multimodal_cfg" in config else "custom" if config.get("custom_text") else "plain"
     arguments = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "custom_text"}
@@ -166,21 +213,22 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     file = next((names[name] for name in _WEIGHT_NAMES if name in names), None)
     if file is None:
         raise InputError(f"checkpoint {folder.name} has none of {', '.join(_WEIGHT_NAMES)}", fix="use a complete one")
-    try:
+    with checkpoint.fits(folder, CONFIG):
         load_checkpoint(model, str(file))
-    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise checkpoint.does_not_fit(folder, error) from error
     checkpoint.check_finite(folder, model.named_parameters())
 
 
-def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any]) -> LoadedParts:
-    make_attention_explicit(model)
+def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any], where: str) -> LoadedParts:
+    with refusals(f"{where}: its attention is not supported", fix="use a model with open_clip's usual attention"):
+        make_attention_explicit(model)
     positions = int(config["text_cfg"].get("context_length", 77))
     plain = isinstance(model, CLIP)
-    spec, content = _text_spec(positions, fixed_length=not plain)
+    spec, content = _text_spec(positions, fixed_length=not plain or not _pools_at_end(model))
     dim = int(config["embed_dim"])
     text_graph = _TextGraph(model) if plain else _CustomTextGraph(model)
-    image = _image_spec(config, preprocess)
+    image = _image_spec(config, preprocess, where)
+    visual: Any = model.visual
+    preprocessing.check_side(image, visual.image_size, f"{where}: model_cfg.vision_cfg.image_size")
 
     def save(target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
@@ -198,7 +246,7 @@ def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any])
             TowerName.TEXT,
             dim,
             _valid_tokens(model, spec),
-            pools_at_end=not isinstance(model, CoCa),
+            pools_at_end=_pools_at_end(model),
             last_map=_last_map(model, "" if plain else "text.", "text_projection", "ln_final"),
         ),
         image=image,
@@ -206,7 +254,17 @@ def _parts(model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any])
         embed_dim=dim,
         tokenizer_json=content,
         save=save,
+        architecture="coca" if isinstance(model, CoCa) else "clip",
     )
+
+
+def _pools_at_end(model: Any) -> bool:
+    """Whether what follows the end token changes nothing, so that a row may be cut there."""
+    if isinstance(model, CoCa):
+        return False
+    text = model if isinstance(model, CLIP) else model.text
+    pool = model.text_pool_type if isinstance(model, CLIP) else text.pool_type
+    return text.attn_mask is not None and pool in ("argmax", "eos")
 
 
 def _last_map_of_images(model: nn.Module) -> LastMap | None:
@@ -243,6 +301,7 @@ def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
     return valid
 
 
+@cache
 def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
     # Without a name for it, the library adds a token for padding, whose id has no row in the table of embeddings.
     tokenizer = CLIPTokenizer(
@@ -269,18 +328,34 @@ def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
     return spec, encoded
 
 
-def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> ImageSpec:
-    size = preprocess.get("size") or config["vision_cfg"].get("image_size", 224)
+def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any], where: str) -> ImageSpec:
+    """Preprocessing as open_clip does it: a missing entry, or null, means the default."""
+    usual = {
+        "size": config["vision_cfg"].get("image_size", 224),
+        "mode": "RGB",
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    found = usual | {key: value for key, value in preprocess.items() if value is not None}
+    size, mode, resample = found["size"], found["resize_mode"], found["interpolation"]
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    mode, resample = preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic")
-    if sides[0] != sides[-1] or mode not in ("shortest", "squash") or resample not in ("bicubic", "bilinear"):
-        raise InputError(f"{CONFIG} asks for preprocessing that is not supported", fix="use a square size")
-    mean, std = (
-        checkpoint.three(preprocess.get(key) or known, CONFIG) for key, known in (("mean", MEAN), ("std", STD))
-    )
+    if (
+        len(sides) != 2 or sides[0] != sides[1] or not preprocessing.is_side(sides[0]) or found["mode"] != "RGB"
+        or mode not in ("shortest", "squash") or resample not in ("bicubic", "bilinear")
+    ):  # fmt: skip
+        asked = {key: found[key] for key in ("size", "mode", "resize_mode", "interpolation")}
+        raise InputError(
+            f"{where} asks for preprocessing that is not supported: {json.dumps(asked)}",
+            fix="use RGB, a square size, resize_mode shortest or squash, interpolation bicubic or bilinear",
+        )
+    mean, std = (preprocessing.three(found[key], f"{where}: preprocess_cfg.{key}") for key in ("mean", "std"))
+    if min(std) <= 0:
+        raise InputError(f"{where}: preprocess_cfg.std is not positive", fix="give three positive values")
     return ImageSpec(
-        resize=int(sides[0]),
-        crop=int(sides[0]),
+        resize=sides[0],
+        crop=sides[0],
         resample=resample,
         rescale=1 / 255,
         mean=mean,

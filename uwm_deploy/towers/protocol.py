@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.edit import MAP_NAMES
-from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
+from uwm_deploy.records.model import Architecture, ImageSpec, ModelRef, TextSpec, TowerName
 
 INPUTS = {TowerName.IMAGE: "pixel_values", TowerName.TEXT: "input_ids"}
 OUTPUTS = {TowerName.IMAGE: "image_embeds", TowerName.TEXT: "text_embeds"}
@@ -215,7 +215,9 @@ def caption_tokens(spec: TextSpec) -> ValidTokens:
     def valid(ids: Tensor) -> Tensor:
         ends = (ids == spec.eos_id).int()
         if spec.padding_side == "left":
-            return ids != spec.pad_id
+            found = (ids != spec.pad_id).int().cumsum(1) > 0
+            found[:, -1] = True  # the end token, also where it is the padding
+            return found
         # The padding may be the end token itself, so every token after the first end token is padding.
         return (ends.cumsum(1) - ends) == 0
 
@@ -235,6 +237,7 @@ class LoadedParts:
         embed_dim: Size of the shared embedding space.
         tokenizer_json: Content of the tokenizer file that goes into bundles.
         save: Writes the model in its current state as a folder that its own library loads.
+        architecture: How it is built.
     """
 
     source: nn.Module
@@ -245,6 +248,7 @@ class LoadedParts:
     embed_dim: int
     tokenizer_json: bytes
     save: Callable[[Path], None]
+    architecture: Architecture = "clip"
 
 
 @dataclass(slots=True)
@@ -260,6 +264,7 @@ class LoadedModel:
         save: Writes the model in its current state as a folder that its own library loads; maps behind the embeddings are
             no part of it.
         maps: Maps behind the embeddings, by tower; empty for most models.
+        architecture: How it is built.
     """
 
     ref: ModelRef
@@ -269,6 +274,7 @@ class LoadedModel:
     tokenizer_json: bytes
     save: Callable[[Path], None]
     maps: dict[TowerName, nn.Linear] = field(default_factory=dict)
+    architecture: Architecture = "clip"
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters by name: those of the source, and those of maps behind the embeddings."""

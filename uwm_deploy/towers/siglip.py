@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProce
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.model import ImageSpec, TowerName
-from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers import checkpoint, preprocessing
 from uwm_deploy.towers.attention import make_attention_explicit
 from uwm_deploy.towers.protocol import LoadedParts, ModuleTower, caption_tokens, jitter
+from uwm_deploy.towers.refusal import refusals
 
 FAMILY = "siglip"
 SIGLIP2_VOCABULARY = 256_000
@@ -60,16 +61,21 @@ def from_folder(folder: Path, *, random: bool) -> LoadedParts:
         InputError: See `towers.checkpoint`.
     """
     checkpoint.config_of_type(folder, ("siglip",), FAMILY)
-    config = SiglipConfig.from_pretrained(folder)
-    model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config=config)
+    config = checkpoint.config_from(SiglipConfig, folder, random=random)
+    _check_head(folder, config)
     tokenizer = tokenizer_for(folder, config)
+    image = preprocessing.image_spec(folder, "Siglip")
+    preprocessing.check_side(
+        image, config.vision_config.image_size, f"{folder.name}/config.json: vision_config.image_size"
+    )
+    model = random_siglip(config) if random else checkpoint.pretrained(SiglipModel, folder, config)
 
     def save(target: Path) -> None:
         model.save_pretrained(target)
         checkpoint.copy_side_files(folder, target)
         checkpoint.readable(target)
 
-    return _parts(model, checkpoint.image_spec(folder), tokenizer, save)
+    return _parts(model, image, tokenizer, save, folder.name)
 
 
 def from_architecture(architecture: Architecture) -> LoadedParts:
@@ -90,12 +96,23 @@ def from_architecture(architecture: Architecture) -> LoadedParts:
             part.save_pretrained(target)
         checkpoint.readable(target)
 
-    return _parts(model, image, tokenizer, save)
+    return _parts(model, image, tokenizer, save, FAMILY)
 
 
-def _parts(model: SiglipModel, image: ImageSpec, tokenizer: Any, save: Callable[[Path], None]) -> LoadedParts:
+def _check_head(folder: Path, config: Any) -> None:
+    if not config.vision_config.vision_use_head:
+        raise InputError(
+            f"{folder.name}/config.json: vision_config.vision_use_head is false, and without the head there is no "
+            "embedding of an image",
+            fix="use a checkpoint with the head and set it to true",
+        )
+
+
+def _parts(
+    model: SiglipModel, image: ImageSpec, tokenizer: Any, save: Callable[[Path], None], where: str
+) -> LoadedParts:
     positions = int(model.config.text_config.max_position_embeddings)
-    spec, content = checkpoint.text_spec(tokenizer, positions, fixed_length=True)
+    spec, content = checkpoint.text_spec(tokenizer, positions, where, fixed_length=True)
     make_attention_explicit(model)
     dim = int(model.config.vision_config.hidden_size)
     return LoadedParts(
@@ -107,6 +124,7 @@ def _parts(model: SiglipModel, image: ImageSpec, tokenizer: Any, save: Callable[
         embed_dim=dim,
         tokenizer_json=content,
         save=save,
+        architecture="siglip",
     )
 
 
@@ -122,11 +140,8 @@ def _tokenizer_of(folder: Path) -> Any:
     """The tokenizer from `tokenizer.json`: the class that some checkpoints name needs another library, for the same ids."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"checkpoint {folder.name} has no tokenizer.json", fix="convert its spiece.model to one")
-    try:
+    with refusals(f"checkpoint {folder.name} has no usable tokenizer", fix="fetch it again"):
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types for a broken tokenizer
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {folder.name} has no usable tokenizer: {line}", fix="fetch it again") from error
 
 
 def _lowercase(tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ from uwm_deploy.data.torchrun import in_this_process, join, with_averaged_gradie
 from uwm_deploy.errors import ContractError, InputError, imported
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.recipe import Recipe, TrainSpec
 from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, read_training, recipe_of
 from uwm_deploy.records.codec import plain_from_record, write_record
@@ -106,7 +107,7 @@ class _Run:
         )
         self.recipe: Recipe = resolved_recipe(asked)
         self.settings = settings_for(self.recipe.train, request)
-        self.recipe_text = recipe_of(request.model)[1]
+        self.recipe_text = text_of_built(recipe_of(request.model)[1], self.recipe)
         self.spec, _, base = calibration_set_of(self.recipe.data.calibration)
         check_own_pairs(self.spec)  # `safer-clip` looks for the nearest itself
         self.source: QuadrupleSource = open_source(dataclasses.replace(self.spec, zero_shot=()), base=base)

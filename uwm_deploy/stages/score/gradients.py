@@ -67,7 +67,7 @@ def by_gradients(model: LoadedModel, pairs: PairsOf, edits: EditSpecs, name: Tow
         tower.embed,
         weights,
         LOSSES[PRESETS[edits.method].loss],
-        gradient_batch(edit, name, model.ref),
+        gradient_batch(edit, name, model.architecture),
         sizes.part,
         counts.leave_out,
         sizes.notice,

@@ -74,7 +74,7 @@ def _scored_towers(edits: EditSpecs) -> list[TowerName]:
 def _gradient_batches(edits: EditSpecs, scored: Sequence[TowerName], model: LoadedModel) -> dict[str, int]:
     """Items per gradient of each tower, for the methods that have gradients."""
     with_gradients = scored if needs_gradients(edits.method) else []
-    return {name: gradient_batch(edits.of(name), name, model.ref) for name in with_gradients}
+    return {name: gradient_batch(edits.of(name), name, model.architecture) for name in with_gradients}
 
 
 def score_to_folder(
@@ -187,7 +187,7 @@ def _groups(
     def check(found: PairCounts) -> None:
         stream.check(list(found.unread.values()))
 
-    multiple = gradient_batch(edit, tower.name, model.ref) if gradients else 1
+    multiple = gradient_batch(edit, tower.name, model.architecture) if gradients else 1
     wanted = concepts if edits.per_concept else None
     shards = shards_of(stream.ids, wanted, multiple=multiple)
     if missing := set((wanted or {}).values()) - {group[0].concept for group in shards}:

@@ -1,0 +1,296 @@
+"""What is loaded depends on the files of a checkpoint alone, and what does not fit is said in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.made_once import made_once
+from tests.small_folders import MAKERS, OPEN_CLIP, SIDE, WIDTH, changed, open_clip
+from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError
+from uwm_deploy.pipeline.plan import plan_of
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.recipes.built import text_of_built
+from uwm_deploy.recipes.recipe import recipe_from_toml
+from uwm_deploy.recipes.resolve import recipe_of
+from uwm_deploy.recipes.shipped import checkpoint_folder, names
+from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.towers import refusal
+from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.protocol import LoadedModel, caption_tokens
+
+CONFIG = "open_clip_config.json"
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A folder of a library that the test may change."""
+    return lambda library: Path(
+        shutil.copytree(made_once(tmp_path_factory, f"small-{library}", MAKERS[library]), tmp_path / "model")
+    )
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(recipe_of(str(folder))[0], folder=folder, device="cpu")
+
+
+def change(folder: Path, file: str, *keys: str, to: Any) -> Path:
+    """Another value of one entry."""
+    body = json.loads((folder / file).read_text())
+    table = body
+    for key in keys[:-1]:
+        table = table[key]
+    table[keys[-1]] = to
+    (folder / file).write_text(json.dumps(body))
+    return folder
+
+
+LISTED: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
+    "unknown entry": ("open-clip", CONFIG, ("model_cfg", "text_cfg", "hedas"), 2, "unknown entry 'hedas'; did you"),
+    "proj_type none with a projection": (
+        "open-clip", CONFIG, ("model_cfg", "text_cfg", "proj_type"), "none", "text_projection",
+    ),
+    "heads that do not divide": ("open-clip", CONFIG, ("model_cfg", "text_cfg", "heads"), 3, "divisible by num_heads"),
+    "CLIP's heads that do not divide": ("hf-clip", "config.json", ("text_config", "num_attention_heads"), 3, "multiple"),
+    "unknown activation": ("hf-clip", "config.json", ("vision_config", "hidden_act"), "gelu9", "gelu9"),
+    "quantised": ("hf-clip", "config.json", ("quantization_config",), {"quant_method": "bitsandbytes"}, "are quantised"),
+    "no end token": ("hf-clip", "config.json", ("text_config", "eos_token_id"), None, "pools the text at token null"),
+    "a list of end tokens": ("hf-clip", "config.json", ("text_config", "eos_token_id"), [906], r"at token \[906\]"),
+    "no pad token": ("hf-clip", "tokenizer_config.json", ("pad_token",), None, "no pad_token"),
+    "left padding": ("hf-clip", "tokenizer_config.json", ("padding_side",), "left", 'set padding_side to "right"'),
+    "no mean": ("hf-clip", "preprocessor_config.json", ("image_mean",), [0.5, None, 0.5], "image_mean is"),
+    "another crop": (
+        "hf-clip", "preprocessor_config.json", ("crop_size",), {"height": 24, "width": 24}, "24 pixels, .*image_size is 16",
+    ),
+    "another size": ("open-clip", CONFIG, ("preprocess_cfg", "size"), 24, "24 pixels, .*image_size is 16"),
+    "a flag in words": ("open-clip", CONFIG, ("model_cfg", "quick_gelu"), "false", 'quick_gelu is "false"; it must be true'),
+    "pools at a token that no caption has": (
+        "open-clip", CONFIG, ("model_cfg", "text_cfg", "pool_type"), "eos", "the same embedding for every caption",
+    ),
+    "does not pool": ("open-clip", CONFIG, ("model_cfg", "text_cfg", "pool_type"), "none", r"shape \(2, 16, 8\)"),
+    "captions cleaned otherwise": (
+        "open-clip", CONFIG, ("model_cfg", "text_cfg", "tokenizer_kwargs"), {"clean": "canonicalize"}, "cleaned in another",
+    ),
+    "fewer layers than the files": ("siglip", "config.json", ("text_config", "num_hidden_layers"), 0, "beyond its config"),
+    "absurdly many layers": ("open-clip", CONFIG, ("model_cfg", "vision_cfg", "layers"), 10**9, "holds 38 tensors"),
+    "no head": ("siglip", "config.json", ("vision_config", "vision_use_head"), False, "vision_use_head is false"),
+    "type is a list": ("hf-clip", "config.json", ("model_type",), ["clip"], "is of type"),
+    "another table of words": ("siglip", "config.json", ("text_config", "vocab_size"), 100, r"\(512, 16\) in the files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LISTED)
+def test_a_value_that_nobody_expects_is_said_in_one_line(case: str, copy: Folder) -> None:
+    """What, in which file, and how to mend it."""
+    library, file, keys, value, message = LISTED[case]
+    folder = change(copy(library), file, *keys, to=value)
+    with pytest.raises(InputError, match=message) as caught:
+        load(folder)
+    assert caught.value.exit_code is ExitCode.BAD_INPUT
+    assert caught.value.fix
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("library", "keys", "message"),
+    [
+        ("open-clip", ("model_cfg", "embed_dim"), "has no embed_dim"),
+        ("open-clip", ("model_cfg", "text_cfg"), "text_cfg is null, not an object"),
+        ("open-clip", ("model_cfg",), "model_cfg is null, not an object"),
+    ],
+)
+def test_a_missing_table_is_named(library: str, keys: tuple[str, ...], message: str, copy: Folder) -> None:
+    """And so is the missing size of the embedding."""
+    folder = copy(library)
+    body = json.loads((folder / CONFIG).read_text())
+    table = body
+    for key in keys[:-1]:
+        table = table[key]
+    del table[keys[-1]]
+    (folder / CONFIG).write_text(json.dumps(body))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "[" * 100_000, "\xff{"])
+def test_json_that_is_no_table_is_refused(file: str, content: str, copy: Folder) -> None:
+    """A list, nothing, endless brackets, no text."""
+    folder = copy("hf-clip")
+    (folder / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError):
+        load(folder)
+
+
+def test_a_failing_disk_is_no_fault_of_the_checkpoint() -> None:
+    """Exit code 6 where the machine failed; another where a file is missing."""
+    for error, kind in (
+        (OSError(5, "Input/output error"), PrerequisiteError),
+        (FileNotFoundError(2, "gone"), InputError),
+    ):
+        with pytest.raises(kind), refusal.refusals("x"):
+            raise error
+    with pytest.raises(PrerequisiteError, match="memory"), refusal.refusals("x"):
+        raise MemoryError
+    with pytest.raises(KeyboardInterrupt), refusal.refusals("x"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("library", ["hf-clip", "siglip"])
+def test_processor_config_is_read_as_the_library_reads_it(library: str, copy: Folder) -> None:
+    """Nested, as its release 5 writes it; it counts before the older file, and one without settings does not."""
+    folder = copy(library)
+    wanted, old = load(folder).ref.image, folder / "preprocessor_config.json"
+    body = json.loads(old.read_text())
+    newer = folder / "processor_config.json"
+    newer.write_text(json.dumps({"image_processor": body, "processor_class": "Processor"}))
+    old.unlink()
+    assert load(folder).ref.image == wanted
+    old.write_text(json.dumps({**body, "image_mean": [0.1, 0.1, 0.1]}))
+    assert load(folder).ref.image == wanted
+    newer.write_text(json.dumps({"processor_class": "Processor"}))
+    assert load(folder).ref.image.mean == (0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("library", ["hf-clip", "siglip"])
+def test_missing_preprocessing_entries_are_the_librarys_defaults(library: str, copy: Folder) -> None:
+    """Mean, deviation, filter and factor, which each class has of its own."""
+    import transformers
+
+    folder = copy(library)
+    known = json.loads((folder / "preprocessor_config.json").read_text())
+    sizes = {key: known[key] for key in ("size", "crop_size") if known.get(key)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    default = {"hf-clip": transformers.CLIPImageProcessor, "siglip": transformers.SiglipImageProcessor}[library]()
+    found = load(folder).ref.image
+    assert found.mean == tuple(default.image_mean)
+    assert found.std == tuple(default.image_std)
+    assert found.rescale == default.rescale_factor
+    assert found.resample == "bicubic"
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("library", MAKERS)
+def test_an_adapter_beside_the_weights_is_refused(library: str, file: str, copy: Folder) -> None:
+    """Whether peft is installed or not, with its config or without."""
+    folder = copy(library)
+    (folder / file).write_text("{}")
+    with pytest.raises(InputError, match=r"adapter.*merge"):
+        load(folder)
+
+
+def test_a_tokenizer_without_files_is_refused(copy: Folder) -> None:
+    """The library would make an empty one, of which every caption is one word."""
+    folder = copy("hf-clip")
+    words = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer: no tokenizer\.json, and no vocab\.json"):
+        load(folder)
+    (folder / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load(folder)
+    body = json.loads(words)
+    body["model"] |= {"vocab": {"<|startoftext|>": 905, "<|endoftext|>": 906}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match="without a vocabulary"):
+        load(folder)
+
+
+def test_tokens_of_left_padding_are_those_of_the_mask(copy: Folder) -> None:
+    """SigLIP has no mask and may pad on the left; its end token counts, although it is the padding."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = change(copy("siglip"), "tokenizer_config.json", "padding_side", to="left")
+    model, captions = load(folder), ["a cat", "", "two dogs"]
+    ids = torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text).encode(captions))
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)(captions, padding="max_length", max_length=32)
+    assert ids.tolist() == theirs["input_ids"]
+    assert caption_tokens(model.ref.text)(ids).int().tolist() == theirs["attention_mask"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"no_causal_mask": True},
+        {"pool_type": "last"},
+        {"pool_type": "last", "custom": True},
+        {"pool_type": "eos", "eos_id": 49407, "proj_type": "none"},
+    ],
+    ids=str,
+)
+def test_what_open_clip_can_make_embeds_as_it_does(text: dict[str, Any], tmp_path: Path) -> None:
+    """Rows whose padding counts are marked, and no others are."""
+    import open_clip as library
+
+    own = {key: value for key, value in text.items() if key != "custom"}
+    config = {"embed_dim": WIDTH, "custom_text": "custom" in text, "text_cfg": {**OPEN_CLIP["text_cfg"], **own}}
+    model = load(open_clip(tmp_path / "model", **config))
+    theirs = library.create_model(f"local-dir:{tmp_path / 'model'}").eval()
+    ids = torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text).encode(["a cat", "two dogs and a bird"]))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.text.embed(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5)
+        if "custom" not in text:  # its tower takes no shorter rows
+            cut = model.text.embed(ids[:, :8])
+            assert torch.allclose(cut, theirs.encode_text(ids), rtol=1e-4, atol=1e-5) is ("eos_id" in text)
+    assert model.text.pools_at_end is ("eos_id" in text)
+    assert model.ref.text.fixed_length is ("custom" in text or "eos_id" not in text)
+
+
+def test_a_coca_folder_gets_the_rules_of_coca(tmp_path: Path) -> None:
+    """Its text tower is a module of its own, so its layers have other names; so has a CLIP with such a tower."""
+    decoder = {**OPEN_CLIP["text_cfg"], "attn_pooler_heads": 2, "mlp_ratio": 4}
+    vision = {**OPEN_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {**OPEN_CLIP["text_cfg"], "embed_cls": True, "output_tokens": True}
+    cases = {
+        "coca": {"multimodal_cfg": decoder, "vision_cfg": vision, "text_cfg": text},
+        "clip": {"custom_text": True},
+    }
+    for name, config in cases.items():
+        folder = open_clip(tmp_path / name, **config)
+        recipe, model = recipe_of(str(folder))[0], load(folder)
+        assert model.architecture == name
+        assert len(model.text.layers(recipe.entries.text.layers)) == 1
+        assert len(model.image.layers(recipe.entries.image.layers)) == 1
+
+
+def test_the_recipe_names_what_is_built(copy: Folder) -> None:
+    """A folder by --model and by --checkpoint, and another commit: never the repository that the rules were written for."""
+    folder = copy("hf-clip")
+    for request in (Request(model=str(folder)), Request(model="clip-vit-b32", checkpoint=folder)):
+        plan = plan_of(request)
+        told = recipe_from_toml(plan.recipe_text, where="bundle").model
+        assert (told.repo, told.revision) == ("local", "")
+        assert "openai" not in plan.recipe_text.lower()
+        assert str(folder) not in plan.recipe_text
+    told = recipe_from_toml(plan_of(Request(model=str(folder))).recipe_text, where="bundle")
+    assert (told.name, told.model.parameters, told.model.architecture) == ("model", "", None)
+    other = plan_of(Request(model="clip-vit-b32", revision="f" * 40)).recipe_text
+    assert recipe_from_toml(other, where="bundle").model.revision == "f" * 40
+    with pytest.raises(InputError, match=r"came from a folder.*--checkpoint"):
+        checkpoint_folder("local", "")
+
+
+@pytest.mark.parametrize("name", names("export"))
+def test_a_recipe_for_another_model_keeps_its_rules(name: str, tmp_path: Path) -> None:
+    """Everything but the model is as it was; of the same model the text is as it was, too."""
+    recipe, text = recipe_of(name)
+    assert text_of_built(text, recipe) == text
+    model = dataclasses.replace(recipe.model, repo=str(tmp_path), revision="")
+    other = dataclasses.replace(recipe, name='o"ther', model=model)
+    again = recipe_from_toml(text_of_built(text, other), where="again")
+    assert again == dataclasses.replace(other, model=dataclasses.replace(model, repo="local"))
+
+
+def test_links_of_a_changed_folder_are_whole(copy: Folder, tmp_path: Path) -> None:
+    """What the sweep starts from loads, so that a refusal is of the change."""
+    folder = copy("siglip")
+    body = json.loads((folder / "config.json").read_text())
+    assert load(changed(folder, tmp_path / "linked", "config.json", body)).ref.image.crop == SIDE

@@ -1,0 +1,130 @@
+"""Preprocessing of images as a checkpoint's files ask for it, checked against what the runtime does and the tower takes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.records.model import ImageSpec
+from uwm_deploy.towers.checkpoint import json_file
+from uwm_deploy.towers.refusal import refusals
+
+_FILTERS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
+
+
+def processor_of(folder: Path, kind: str) -> Any:
+    """The library's image processor, which finds its settings in the files by the library's own rules.
+
+    It is the one on Pillow, with which these models were trained: the default of newer releases differs by up to 9 grey
+    levels.
+
+    Args:
+        folder: Checkpoint folder.
+        kind: Name of the class without `ImageProcessor`, such as `CLIP`.
+
+    Raises:
+        InputError: If the settings are missing or broken.
+    """
+    import transformers
+
+    name = f"{kind}ImageProcessor"
+    loader = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    with refusals(f"checkpoint {folder.name} has no usable {PREPROCESSOR}", fix="use a complete checkpoint"):
+        return loader.from_pretrained(folder, local_files_only=True)
+
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def image_spec(folder: Path, kind: str) -> ImageSpec:
+    """Preprocessing that the checkpoint asks for, missing entries as the library takes them.
+
+    Args:
+        folder: Checkpoint folder.
+        kind: See `processor_of`.
+
+    Raises:
+        InputError: If the runtime does not support it.
+    """
+    processor, where = processor_of(folder, kind), f"{folder.name}/{_image_file(folder)}"
+    with refusals(f"{where} asks for preprocessing that is not supported", fix=_SUPPORTED):
+        return _image_spec(processor, where)
+
+
+_SUPPORTED = "it must resize (short edge and a square crop, or to a square), rescale and normalise, bicubic or bilinear"
+
+
+def _image_file(folder: Path) -> str:
+    """The file that the library takes the settings from: the newer one, if it holds them."""
+    newer = "processor_config.json"
+    return newer if (folder / newer).is_file() and "image_processor" in json_file(folder, newer) else PREPROCESSOR
+
+
+def _image_spec(processor: Any, where: str) -> ImageSpec:
+    size, crop = processor.size, processor.crop_size
+    squash = size.height is not None and not processor.do_center_crop
+    resize = size.height if squash else size.shortest_edge
+    square = size if squash else crop
+    side = square.height
+    steps = [getattr(processor, f"do_{step}") for step in ("resize", "rescale", "normalize")]
+    resample = _FILTERS.get(processor.resample)
+    if not (
+        is_side(resize) and is_side(side) and side == square.width and all(steps) and resample
+        and (squash or processor.do_center_crop)
+    ):  # fmt: skip
+        raise InputError(f"{where} asks for preprocessing that is not supported", fix=_SUPPORTED)
+    mean, std = (three(getattr(processor, key), f"{where}: {key}") for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise InputError(f"{where}: image_std is not positive", fix="give three positive values")
+    rescale = processor.rescale_factor
+    if isinstance(rescale, bool) or not isinstance(rescale, (int, float)) or not 0 < rescale < math.inf:
+        raise InputError(f"{where}: rescale_factor is {rescale!r}", fix="write 1/255 as a number")
+    return ImageSpec(
+        resize=resize,
+        crop=side,
+        resample=resample,
+        rescale=float(rescale),
+        mean=mean,
+        std=std,
+        fit="squash" if squash else "crop",
+    )
+
+
+def is_side(value: object) -> bool:
+    """Whether a value can be a side in pixels."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def three(values: object, where: str) -> tuple[float, float, float]:
+    """One number per colour channel.
+
+    Raises:
+        InputError: If there are not three finite ones.
+    """
+    numbers = list(values) if isinstance(values, (list, tuple)) else []
+    fine = all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    if len(numbers) != 3 or not fine:
+        raise InputError(f"{where} is {values or 'null'}", fix="give three values, one per channel")
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def check_side(spec: ImageSpec, side: object, config: str) -> None:
+    """Refuses images of another size than the tower takes.
+
+    Args:
+        spec: Preprocessing.
+        side: Side that the tower takes, pixels; or height and width.
+        config: File and key that say so.
+
+    Raises:
+        InputError: If they differ.
+    """
+    sides = list(side) if isinstance(side, (list, tuple)) else [side]
+    if any(one != spec.crop for one in sides):
+        takes = sides[0] if len(set(map(str, sides))) == 1 else side
+        raise InputError(
+            f"images are prepared with a side of {spec.crop} pixels, and {config} is {takes}",
+            fix="make the crop or size of the preprocessing equal to it",
+        )
