@@ -9,9 +9,11 @@ import pytest
 
 from tests.reports import digest, embedded, report
 from uwm_deploy.recipes.resolve import policy_of
-from uwm_deploy.records.evidence import BatchCheck, EditProof, Goldens, GraphAudit, VerifyReport
+from uwm_deploy.records.evidence import BatchCheck, EditProof, Goldens, GraphAudit, RepeatCheck, VerifyReport
+from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Cause, Result, Verdict
+from uwm_deploy.safeground.fidelity import row_parity
 from uwm_deploy.safeground.health import anisotropy, data_health
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.gate.soundness import absent_concepts
@@ -176,3 +178,111 @@ def test_rows_that_mix_and_batches_that_are_refused_are_seen() -> None:
     assert mixed[1].cosine_min < 0.999
     refused = check_batches(TowerName.TEXT, Rows(largest=8), inputs, (8, 16))  # type: ignore[arg-type]
     assert [part.error for part in refused] == ["", "", "too many"]
+
+
+# --- what no policy can switch off of every artifact -----------------------------------------------------------------
+
+
+def _audits(**further: object) -> dict[str, GraphAudit]:
+    sound = GraphAudit(layers=1, weights=20, operators=100, anew=("export",))
+    return {"image": dataclasses.replace(sound, **further), "text": sound}  # type: ignore[arg-type]
+
+
+def test_an_operator_that_nothing_explains_is_a_fault_of_the_graph() -> None:
+    """In the exported graph it is the export's, in an engine the compiler's, and neither is proven."""
+    strange = _audits(structure=("operators that the model does not explain: 1 Clip",))
+    exported = judged(with_artifacts(report(), {"audit": strange}, {}))
+    assert [(b.cause, b.stage) for b in exported.causes] == [(Cause.GRAPH, "export")]
+    assert "1 Clip" in exported.causes[0].detail
+    assert exported.faithful == ()  # the engine does what a graph does that is not the model's
+    assert named(with_artifacts(report(), {}, {"audit": strange})) == [(Cause.GRAPH, "compile")]
+    converted = _audits(structure=("the converted graph: 1 Mul",))
+    assert named(with_artifacts(report(), {}, {"audit": converted})) == [(Cause.GRAPH, "convert")]
+
+
+def test_an_engine_with_sound_files_has_the_fault_of_its_graph() -> None:
+    """Its numbers are off because the graph's are: one fault, one line, at the earliest stage."""
+    rows = {
+        "safe_image": {"fire": dataclasses.replace(report().artifacts[0].rows["safe_image"]["fire"], cosine_min=0.5)}
+    }
+    off: dict[str, object] = {"rows": rows}
+    strange = {"audit": _audits(structure=("1 Clip",)), **off}
+    assert named(with_artifacts(report(), strange, off)) == [(Cause.GRAPH, "export")]
+
+
+@pytest.mark.parametrize("part", ["audit", "rows", "repeats", "geometry"])
+def test_evidence_that_an_artifact_lacks_was_not_run(part: str) -> None:
+    """A report of an earlier release, or one that something was taken out of, does not pass; the words say what to do."""
+    empty = {"audit": {}, "rows": {}, "repeats": (), "geometry": None}[part]
+    verdict = judged(with_artifacts(report(), {}, {part: empty}))
+    assert verdict.result is Result.FAIL
+    missing = [check for check in verdict.checks if check.result is Result.NOT_RUN]
+    assert missing
+    assert all("verify again" in check.detail for check in missing)
+
+
+def test_noise_is_named_as_what_it_is() -> None:
+    """On a CPU equal rows are equal; elsewhere a millionth is rounding, and a thousandth is not."""
+    slight, loud = (RepeatCheck(tower=TowerName.TEXT, n=8, calls=value, batch=value) for value in (5e-7, 1e-3))
+    assert named(with_artifacts(report(), {}, {"repeats": (slight,)})) == [(Cause.NONDETERMINISM, "compile")]
+    gpu = {"where": {"provider": "CUDAExecutionProvider", "compute_capability": "8.9"}}
+    assert judged(with_artifacts(report(), {}, {"repeats": (slight,), **gpu})).result is Result.PASS
+    assert named(with_artifacts(report(), {}, {"repeats": (loud,), **gpu})) == [(Cause.NONDETERMINISM, "compile")]
+
+
+def test_equal_rows_at_other_places_may_be_rounded_otherwise_below_float32() -> None:
+    """On a GPU in half precision, between places of a batch only: two equal calls are still equal."""
+    gpu: dict[str, object] = {
+        "where": {"provider": "CUDAExecutionProvider", "compute_capability": "8.9"}, "precision": Precision.FP16,
+    }  # fmt: skip
+    place = RepeatCheck(tower=TowerName.IMAGE, n=8, calls=0.0, batch=5e-4)
+    assert judged(with_artifacts(report(), {}, {"repeats": (place,), **gpu})).result is Result.PASS
+    calls = dataclasses.replace(place, calls=5e-4)
+    assert named(with_artifacts(report(), {}, {"repeats": (calls,), **gpu})) == [(Cause.NONDETERMINISM, "compile")]
+
+
+def test_a_concept_that_goes_half_the_way_back_is_named_in_any_precision() -> None:
+    """Diluted by the original model: seen by the direction of the difference, which rounding does not have."""
+    original, edited = embedded(300, 0.0), embedded(300, 0.7)
+    of_fire = np.array([concept == "fire" for concept in edited.concepts])
+    mixed = edited.unsafe_image.copy()
+    mixed[of_fire] += original.unsafe_image[of_fire]
+    mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
+    rows = row_parity(edited, dataclasses.replace(edited, unsafe_image=mixed), original)
+    shares = {concept: part.undone for concept, part in rows["unsafe_image"].items()}
+    assert shares["fire"] == pytest.approx(0.5, abs=0.05)
+    assert max(abs(shares[name] or 0.0) for name in ("blade", "spill")) < 1e-6
+    for precision, cause in ((Precision.FP32, Cause.GRAPH), (Precision.INT8, Cause.NUMBERS)):
+        verdict = judged(with_artifacts(report(), {}, {"rows": rows, "precision": precision}))
+        (check,) = [c for c in verdict.checks if c.name == "the edit holds for every concept" and c.blocks]
+        assert (check.concept, check.cause, check.stage) == ("fire", cause, "compile")
+        assert "unsafe_image of fire" in check.detail
+
+
+def test_a_difference_that_float32_does_not_make_is_named() -> None:
+    """3e-5 in one entry of one item passes on a GPU, where sums have another order, and not on a CPU."""
+    sound = report().artifacts[1].rows
+    part = dataclasses.replace(sound["safe_text"]["spill"], max_abs=3e-5)
+    rows = {**sound, "safe_text": {**sound["safe_text"], "spill": part}}
+    assert named(with_artifacts(report(), {}, {"rows": rows})) == [(Cause.GRAPH, "compile")]
+    gpu = {"where": {"provider": "CUDAExecutionProvider", "compute_capability": "8.9"}}
+    assert judged(with_artifacts(report(), {}, {"rows": rows, **gpu})).result is Result.PASS
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_embeddings_of_a_graph_that_normalises_have_length_1(precision: Precision) -> None:
+    """2% longer is no rounding in any precision, and no cosine shows it."""
+    found = judged(with_artifacts(report(), {}, {"lengths": {"image": 0.02, "text": 1e-7}, "precision": precision}))
+    assert [c.name for c in found.checks if c.blocks and c.rule != "min_proven"] == ["length of every image embedding"]
+
+
+def test_neighbourhoods_and_spread_have_limits() -> None:
+    """Other neighbours, or embeddings that lie closer together, although every limit of the policy is kept."""
+    sound = report().artifacts[1].geometry
+    assert sound is not None
+    few = {kind: dataclasses.replace(part, value=0.4, low=0.3, high=0.5) for kind, part in sound.neighbours.items()}
+    other = judged(with_artifacts(report(), {}, {"geometry": dataclasses.replace(sound, neighbours=few)}))
+    assert {c.name for c in other.checks if c.blocks} >= {f"neighbourhoods of the edited model, {kind}" for kind in few}
+    closer = dataclasses.replace(sound, spread={"image": 0.8, "text": 1.0})
+    found = judged(with_artifacts(report(), {}, {"geometry": closer}))
+    assert [c.name for c in found.checks if c.blocks and c.rule != "min_proven"] == ["spread of image embeddings"]

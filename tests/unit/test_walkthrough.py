@@ -26,6 +26,7 @@ def _run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five builds and exports
 def test_the_commands_of_the_walk_through_end_as_it_says(tmp_path: Path) -> None:
     """The honest build passes; both faults end with exit code 3, the cause, the stage and the words of the page."""
     found = {command: _run(command, tmp_path) for command in COMMANDS}

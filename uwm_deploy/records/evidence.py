@@ -11,6 +11,9 @@ from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 
+CONVERTED = "the converted graph: "
+"""How a line of an audit begins that is about the graph in lower precision that an engine was compiled from."""
+
 
 class Evidence(StrEnum):
     """Whether the numbers of an artifact come from executing it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
+from uwm_deploy.records.evidence import CONVERTED, ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
@@ -78,7 +78,8 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: Artifact
 
 def _stage_of(artifact: ArtifactEvidence) -> str:
     """Where an artifact with a fault of its own was made."""
-    return "export" if artifact.variant == EXPORTED else "compile"
+    converted = any(text.startswith(CONVERTED) for audit in artifact.audit.values() for text in audit.structure)
+    return "export" if artifact.variant == EXPORTED else "convert" if converted else "compile"
 
 
 def _has_faults_of_its_own(artifact: ArtifactEvidence) -> bool:

@@ -17,7 +17,7 @@ from uwm_deploy.graphs.onnx_builder import optimised
 from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
-from uwm_deploy.records.evidence import GraphAudit
+from uwm_deploy.records.evidence import CONVERTED, GraphAudit
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import ModelRef
 from uwm_deploy.runtime.providers import FLOAT32
@@ -83,9 +83,12 @@ def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported
     try:
         wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest)
     except UwmError as error:
-        return _with(audit, Departures(operators=(f"the graph cannot be converted anew: {error.what}",)), 0, "convert")
+        text = f"{CONVERTED}it cannot be made anew: {error.what}"
+        return _with(audit, Departures(operators=(text,)), 0, "convert")
     found = computation_of(model)
-    return _with(audit, departures(found, computation_of(wanted)), len(found.nodes), "convert")
+    apart = departures(found, computation_of(wanted))
+    words = tuple(f"{CONVERTED}{text}" for text in (*apart.weights, *apart.operators))
+    return _with(audit, Departures(operators=words), len(found.nodes), "convert")
 
 
 def compiled_anew(audit: GraphAudit, path: Path, engine: EngineArtifact, source: Path) -> GraphAudit:
