@@ -6,6 +6,7 @@ lists them.
 
 from __future__ import annotations
 
+import errno
 import importlib
 from enum import IntEnum
 from typing import Any
@@ -77,6 +78,48 @@ class PrerequisiteError(UwmError):
 
 class BusyError(PrerequisiteError):
     """More work is on its way than may be, and none of it was done in time."""
+
+
+_OF_THE_FILE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ENXIO,
+    }
+)
+"""What the system says of a path that leads to no file: the same tomorrow, and on another machine."""
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether reading failed for a reason that says nothing about what was read: a full table of files, a broken disk, memory.
+
+    Libraries that parse files raise `OSError` without a number for a file that is broken.
+
+    Args:
+        error: What reading has raised.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _OF_THE_FILE
+    return isinstance(error, MemoryError)
+
+
+def unreadable(what: str, error: Exception, *, fix: str) -> UwmError:
+    """The error for a file that cannot be read: of bad input, or of the machine where that is the reason.
+
+    Args:
+        what: What was read, by name.
+        error: What reading has raised.
+        fix: How to mend the input.
+    """
+    reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or "not enough memory"
+    if is_of_machine(error):
+        return PrerequisiteError(f"{what} cannot be read: {reason}", fix="mend that on this machine, and run again")
+    return DataError(f"{what} cannot be read: {reason}", fix=fix)
 
 
 def imported(module: str, missing: str, *, fix: str) -> Any:
