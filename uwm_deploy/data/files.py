@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from uwm_deploy.data.finding import is_file
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot_suite import open_suite
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, is_of_machine, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
@@ -272,7 +273,11 @@ def _is_unicode(text: str) -> bool:
 def _image_digest(image: Path | bytes | None) -> Digest | None:
     if image is None or isinstance(image, bytes):
         return None if image is None else digest_of_bytes(image)
+    if not is_file(image):  # a pipe would be waited for
+        return "missing"
     try:
         return digest_of_file(image)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_of_machine(error):
+            raise unreadable(str(image), error, fix="") from error
         return "missing"

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from uwm_deploy.data.finding import is_file, is_folder, names_in, walked
 from uwm_deploy.data.source import LabelledImage, ZeroShotSet
 from uwm_deploy.data.zero_shot_table import IMAGENET, PublishedSet
-from uwm_deploy.errors import DataError, PrerequisiteError, imported
+from uwm_deploy.errors import DataError, PrerequisiteError, imported, is_of_machine, unreadable
 from uwm_deploy.runtime.image import image_from
 
 NAMES_FILE = "classnames.txt"
@@ -95,7 +96,9 @@ class TorchvisionSet:
         try:
             image, label = self.parts[number][index - self.starts[number]]
             image = image.convert("RGB")  # also decodes it, which one of the sets leaves for later
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+            if is_of_machine(error):
+                raise unreadable(f"zero-shot set {self.name}, item {index}", error, fix="") from error
             raise BrokenItemError(f"zero-shot set {self.name}, item {index}: {error}", fix="restore the set") from error
         return LabelledImage(image, int(label))
 
@@ -111,7 +114,7 @@ def published_set(spec: PublishedSet, root: Path) -> ZeroShotSet:
         PrerequisiteError: If its folder, its class names or a package is not there.
         DataError: If what is there is not the set.
     """
-    found = [root / folder for folder in spec.folders if (root / folder).is_dir()]
+    found = [root / folder for folder in spec.folders if is_folder(root / folder)]
     if not found:
         raise PrerequisiteError(f"folder {_short(root / spec.folders[0])} is not there", fix="see docs/zero-shot.md")
     if spec.loader == "torchvision":
@@ -133,7 +136,7 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
     Raises:
         DataError: If there is no such folder, it holds no images, or a class has no name.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"folder {_short(folder)} is not there", fix="check the path")
     name_of = name_of or _names_beside(folder)
     keys = _class_folders(folder)
@@ -150,13 +153,13 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return [name for name in names_in(folder) if not name.startswith(".") and is_folder(folder / name)]
 
 
 def _images_below(folder: Path) -> list[str]:
     return [
         os.path.join(place, name)
-        for place, _, names in os.walk(folder)
+        for place, _, names in walked(folder)
         for name in names
         if name.lower().endswith(_IMAGE_SUFFIXES)
     ]
@@ -174,6 +177,8 @@ def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSe
     except ImportError as error:
         raise PrerequisiteError(f"set {spec.name}: {error}", fix="install the extra [build]") from error
     except Exception as error:  # torchvision, scipy and the unpickler raise many kinds for a set that is not whole
+        if is_of_machine(error):
+            raise unreadable(f"folder {_short(folder)}", error, fix="") from error
         if "scipy" in str(error).lower():
             raise PrerequisiteError("scipy is not installed", fix="install the extra [build]") from error
         # What torchvision says for a missing file is to download the set, which is not done here.
@@ -204,7 +209,7 @@ def _classes(part: Any) -> list[str]:
 
 def _ucf101(spec: PublishedSet, folder: Path) -> ZeroShotSet:
     """Middle frames as images, and the three published test lists."""
-    frames = next((folder / name for name in _FRAME_FOLDERS if (folder / name).is_dir()), None)
+    frames = next((folder / name for name in _FRAME_FOLDERS if is_folder(folder / name)), None)
     if frames is None:
         raise PrerequisiteError(
             f"folder {_short(folder / _FRAME_FOLDERS[0])} is not there", fix="see docs/zero-shot.md"
@@ -212,10 +217,10 @@ def _ucf101(spec: PublishedSet, folder: Path) -> ZeroShotSet:
     videos: list[str] = []
     for number in (1, 2, 3):
         file = folder / "ucfTrainTestlist" / f"testlist0{number}.txt"
-        if not file.is_file():
+        if not is_file(file):
             raise PrerequisiteError(f"file {_short(file)} is not there", fix="see docs/zero-shot.md")
         videos += [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
-    there = {_squeezed(entry.name): entry.path for entry in os.scandir(frames) if entry.is_dir()}
+    there = {_squeezed(name): str(frames / name) for name in names_in(frames) if is_folder(frames / name)}
     keys = sorted({video.split("/")[0] for video in videos})
     absent = next((key for key in keys if _squeezed(key) not in there), "")
     if absent or not keys:
@@ -250,7 +255,7 @@ def _spaced(name: str) -> str:
 def _names_beside(folder: Path, otherwise: NameOf = str) -> NameOf:
     """Names of a folder's `classnames.txt`, or what is usual for the set."""
     file = folder / NAMES_FILE
-    return _looked_up(file, _names_in(file)) if file.is_file() else otherwise
+    return _looked_up(file, _names_in(file)) if is_file(file) else otherwise
 
 
 def _looked_up(file: Path, names: dict[str, str]) -> NameOf:
@@ -267,7 +272,7 @@ def _names_in(file: Path) -> dict[str, str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{_short(file)} cannot be read: {error}", fix="write it as UTF-8") from error
+        raise unreadable(_short(file), error, fix="write it as UTF-8") from error
     names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         key, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
@@ -281,7 +286,7 @@ def _names_in(file: Path) -> dict[str, str]:
 def _imagenet_names(folder: Path, home: Path) -> NameOf:
     """Name of a folder that is a WordNet id, or a number in their order; from the user's ImageNet metadata."""
     candidates = [folder / NAMES_FILE, *(home / name for name in _IMAGENET_NAMES)]
-    file = next((path for path in candidates if path.is_file()), None)
+    file = next((path for path in candidates if is_file(path)), None)
     if file is None:
         raise PrerequisiteError(f"file {_short(home / NAMES_FILE)} is not there", fix="see docs/zero-shot.md")
     names = _names_of_synsets(file)
@@ -309,4 +314,6 @@ def _names_of_synsets(file: Path) -> dict[str, str]:
     try:
         return {str(key): str(names[0]) for key, names in sets.load_meta_file(file.parent)[0].items()}
     except Exception as error:  # torch raises many kinds for a broken file
+        if is_of_machine(error):
+            raise unreadable(_short(file), error, fix="") from error
         raise DataError(f"{_short(file)} cannot be read: {error}", fix="restore it") from error

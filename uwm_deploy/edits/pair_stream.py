@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from uwm_deploy.data.reading import Progress, ignore_interrupts
 from uwm_deploy.data.source import PairBatch, QuadrupleSource
 from uwm_deploy.edits.pairs import SHARD_PAIRS, in_order
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, UwmError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.runtime.image import pixels_from_image
@@ -88,7 +88,7 @@ class PairStream:
     def _images(self) -> Iterator[PairBatch]:
         dataset = _ImagePairs(self._source, self._image)
         done = 0
-        for items in _loader(dataset, self._batch_pairs, self._workers):
+        for items in _batches(dataset, self._batch_pairs, self._workers):
             done += len(items)
             self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
@@ -99,7 +99,7 @@ class PairStream:
 
     def _texts(self) -> Iterator[PairBatch]:
         done = 0
-        for items in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
+        for items in _batches(_TextPairs(self._source), WINDOW_PAIRS, 0):
             self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
             for batch in self._window(pairs):
@@ -162,6 +162,8 @@ class _ImagePairs(Dataset[Any]):
             item = self.source.read(index)
         except DataError as error:
             return LeftOut(id=self.source.ids[index], reason=error.what)
+        except UwmError as error:
+            return error
         if item.safe_image is None or item.unsafe_image is None:
             return LeftOut(id=item.id, reason="no image pair")
         return item.id, pixels_from_image(item.safe_image, self.spec), pixels_from_image(item.unsafe_image, self.spec)
@@ -181,6 +183,8 @@ class _TextPairs(Dataset[Any]):
             pair = self.source.read_texts(index)
         except DataError as error:
             return LeftOut(id=self.source.ids[index], reason=error.what)
+        except UwmError as error:
+            return error
         if pair is None:
             return LeftOut(id=self.source.ids[index], reason="no text pair")
         return (self.source.ids[index], *pair)
@@ -192,6 +196,19 @@ def _same(items: list[Any]) -> list[Any]:
 
 def _leave_interrupts(_: int) -> None:
     ignore_interrupts()
+
+
+def _batches(dataset: Dataset[Any], batch: int, workers: int) -> Iterator[list[Any]]:
+    """Items in batches; an error that is no item's own is raised here: the loader would wrap it in its traceback.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    for items in _loader(dataset, batch, workers):
+        for item in items:
+            if isinstance(item, UwmError):
+                raise item
+        yield items
 
 
 def _loader(dataset: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:

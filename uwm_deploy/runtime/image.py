@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from uwm_deploy.errors import DataError, UwmError, is_of_machine, unreadable
+from uwm_deploy.errors import DataError, MissingFileError, UnreadableError, is_of_machine, unreadable
 from uwm_deploy.records.model import ImageSpec
 
 MAX_PIXELS = 50_000_000
@@ -40,6 +40,16 @@ _BAND_PIXELS = 1 << 20
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
+_REFUSED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow raises for what is no image, and the system for what cannot be read."""
+
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -51,7 +61,7 @@ def image_from(source: ImageLike) -> Image.Image:
 
     Raises:
         DataError: If it is missing, broken, too large, or of a kind that is not taken.
-        PrerequisiteError: If this machine cannot read or decode it, which says nothing about the image.
+        UnreadableError: If this machine cannot read or decode it, which says nothing about the image.
     """
     if isinstance(source, Image.Image):
         _refuse_strip(source.size)
@@ -69,29 +79,28 @@ def image_from(source: ImageLike) -> Image.Image:
     try:
         return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source))
     except FileNotFoundError as error:
-        raise DataError(f"{name} does not exist", fix="check the path") from error
+        raise MissingFileError(f"{name} does not exist", fix="check the path") from error
     except UnidentifiedImageError as error:  # its own text has an address in it, and would be another in every run
         raise DataError(
             f"{name} is not a whole image: of no known kind", fix=f"pass one of {', '.join(FORMATS)}"
         ) from error
-    except MemoryError as error:
-        raise _out_of_memory(name, error) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except _REFUSED as error:
         fix = f"pass one of {', '.join(FORMATS)}"
         if is_of_machine(error):
             raise unreadable(name, error, fix=fix) from error
-        raise DataError(f"{name} is not a whole image: {error}", fix=fix) from error
+        reason = str(error) or "it asks for too much memory"
+        raise DataError(f"{name} is not a whole image: {reason}", fix=fix) from error
 
 
 def _read(path: Path) -> bytes:
     """Content of a plain file; a pipe would be waited for, and a device never ends."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        about = os.fstat(stream.fileno())
+        if not stat.S_ISREG(about.st_mode):
             raise ValueError("it is no plain file")
-        data = stream.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
-    return data
+        if about.st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return stream.read()
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -135,18 +144,7 @@ def _largest(tags: Mapping[int, Any], tag: int, otherwise: int) -> int:
     numbers = found if isinstance(found, tuple) else (found,)
     if not numbers or not all(isinstance(number, int) for number in numbers):
         raise ValueError(f"tag {tag} is {str(found)[:40]!r}")
-    return max(numbers)
-
-
-def _out_of_memory(name: str, error: MemoryError) -> UwmError:
-    """Whose fault it is: an image that asks for more than it may is broken, whatever this machine has."""
-    try:
-        np.empty(MAX_DECODING_BYTES, dtype=np.uint8)
-    except MemoryError:
-        return unreadable(name, error, fix="")
-    return DataError(
-        f"{name} is not a whole image: it asks for too much memory", fix=f"pass one of {', '.join(FORMATS)}"
-    )
+    return max(int(number) for number in numbers)
 
 
 def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -160,6 +158,9 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
     Returns:
         (3, crop, crop) float32.
+
+    Raises:
+        UnreadableError: If this machine has no memory for it.
     """
     return pixels_from_crops(crop_from_image(image, spec), spec)
 
@@ -167,8 +168,11 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """The first half of `pixels_from_image`, a quarter of its size: resized and cropped, (crop, crop, 3) uint8."""
     # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
-    whole = _over_white(image) if spec.alpha == "white" else image
-    cropped = _resized_crop(whole, spec)
+    try:
+        cropped = _resized_crop(_over_white(image) if spec.alpha == "white" else image, spec)
+    except MemoryError as error:
+        what = f"an image of {image.width} x {image.height} pixels cannot be resized: not enough memory"
+        raise UnreadableError(what, fix="use fewer --workers, or a machine with more") from error
     return np.asarray(cropped if cropped.mode == "RGB" else cropped.convert("RGB"))
 
 
