@@ -104,6 +104,26 @@ def test_a_check_stops_where_the_disk_fails(tmp_path: Path) -> None:
         _checked(tmp_path)
 
 
+def test_what_is_recorded_of_an_item_names_no_place(tmp_path: Path) -> None:
+    """Reasons go into score.json and verify.json: of a path, only what it takes to find the file."""
+    source = _pictures(tmp_path)
+    put(tmp_path / "p" / "0.png", "x")
+    (tmp_path / "p" / "1.png").unlink()
+    (tmp_path / "p" / "2.png").unlink()
+    (tmp_path / "p" / "2.png").mkdir()
+    reasons = []
+    for index in range(3):
+        with pytest.raises(DataError) as caught:
+            source.read(index)
+        reasons.append(caught.value.what)
+    assert [str(tmp_path) in reason for reason in reasons] == [False] * 3
+    assert [f"safe_image: p/{i}.png " in reason for i, reason in enumerate(reasons)] == [True] * 3
+    put(tmp_path / "set" / "dog" / "1.png", "x")
+    with pytest.raises(DataError) as caught:
+        folder_set("set", "a {}", tmp_path / "set").read(0)
+    assert str(tmp_path) not in caught.value.what
+
+
 def test_scoring_stops_where_the_disk_fails(tmp_path: Path) -> None:
     """The items are not left out; the worker's error comes as it is, without its traceback."""
     source = _pictures(tmp_path)

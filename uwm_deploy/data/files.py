@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from uwm_deploy.data.finding import is_file
+from uwm_deploy.data.finding import is_file, short
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot_suite import open_suite
@@ -215,7 +215,7 @@ class FileSource:
         images: list[Image.Image | None] = []
         for side, source in zip(SIDES, sources, strict=True):
             try:
-                images.append(None if source is None else image_from(source))
+                images.append(None if source is None else image_from(source, _name_of(source)))
             except DataError as error:
                 raise DataError(f"item {self.ids[index]}, {side}_image: {error.what}", fix=error.fix) from error
         return Quadruple(
@@ -260,6 +260,11 @@ class FileSource:
                 members = ["broken"]
             hasher.update(json.dumps([self.ids[index], self.concepts[index], *members]).encode() + b"\n")
         return f"sha256:{hasher.hexdigest()}"
+
+
+def _name_of(image: Path | bytes) -> str:
+    """What errors call it; those of items are recorded."""
+    return short(image) if isinstance(image, Path) else ""
 
 
 def _is_unicode(text: str) -> bool:

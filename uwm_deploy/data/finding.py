@@ -46,6 +46,11 @@ def names_in(folder: Path | str) -> list[str]:
         raise unreadable(f"folder {folder}", error, fix=_FIX) from error
 
 
+def short(path: Path | str) -> str:
+    """Enough of a path to find the file; the whole of it would end up in reports, and tell of this machine."""
+    return str(Path(*Path(path).parts[-2:]))
+
+
 def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Every folder below one, as `os.walk` does; one that cannot be read is not passed over.
 

@@ -133,7 +133,7 @@ class ParquetRows:
         if columns not in self._cursors:
             rows = _IMAGE_ROWS if set(columns) & (self._bytes | self._structs) else _SCAN_ROWS
             self._cursors[columns] = _Cursor(parquet_file(self.path), self._ends, columns, rows)
-        with table_errors(self.path):
+        with parquet_errors(f"table {self.path.name}", fix="check the file"):  # an item's error, which is recorded
             return self._cursors[columns].row(index)
 
     def _batches(self, columns: list[str]) -> Iterator[Any]:

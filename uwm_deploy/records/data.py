@@ -42,6 +42,17 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlace:
+    """`reports/evaluation.json` of a bundle: where the set is that it was measured on.
+
+    Attributes:
+        folder: Folder that the set's relative paths start from, as a relative POSIX path from the bundle's own folder.
+    """
+
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SameContent:
     """Two items with the same pixels and texts, the second one in the same set or in another."""
 

@@ -53,11 +53,12 @@ _REFUSED = (
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def image_from(source: ImageLike) -> Image.Image:
+def image_from(source: ImageLike, name: str = "") -> Image.Image:
     """Decodes an image.
 
     Args:
         source: Path, encoded bytes, Pillow image, or (H, W, 3) / (H, W) uint8 array.
+        name: What errors call it, which may be recorded. [default: the path]
 
     Raises:
         DataError: If it is missing, broken, too large, or of a kind that is not taken.
@@ -75,7 +76,7 @@ def image_from(source: ImageLike) -> Image.Image:
         return Image.fromarray(source)
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise DataError(f"image is a {type(source).__name__}", fix="pass a path, bytes, a Pillow image or an array")
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "image bytes"
+    name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image bytes")
     try:
         return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source))
     except FileNotFoundError as error:
@@ -87,8 +88,9 @@ def image_from(source: ImageLike) -> Image.Image:
     except _REFUSED as error:
         fix = f"pass one of {', '.join(FORMATS)}"
         if is_of_machine(error):
-            raise unreadable(name, error, fix=fix) from error
-        reason = str(error) or "it asks for too much memory"
+            where = str(source) if isinstance(source, (str, os.PathLike)) else name  # this is for whoever mends it
+            raise unreadable(where, error, fix=fix) from error
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or "it asks for too much memory"
         raise DataError(f"{name} is not a whole image: {reason}", fix=fix) from error
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.data.evaluation import evaluation_set_in
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.zero_shot_suite import Suite, open_suite
-from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.studies.subjects import Subject, open_subject_bundle
 
@@ -71,6 +71,5 @@ def open_evaluation_sets(
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
     if subject.is_bundle:
-        text = open_subject_bundle(subject).read(BundleLayout.EVALUATION).decode()
-        return calibration_set_from_toml(text, where=BundleLayout.EVALUATION), None
+        return evaluation_set_in(open_subject_bundle(subject))
     return calibration_set_of(recipe_of(subject.model)[0].data.evaluation)[::2]
