@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from uwm_deploy.bundle.layout import BundleLayout
@@ -70,7 +72,14 @@ def evaluation_source_in(bundle: Bundle) -> QuadrupleSource:
         DataError: If it is not there, or broken.
     """
     spec, base = evaluation_set_in(bundle)
-    try:
+    with of_bundle():
         return open_source(spec, base=base)
+
+
+@contextlib.contextmanager
+def of_bundle() -> Iterator[None]:
+    """Says of what cannot be opened that it is a bundle's evaluation set, and what to do where it is elsewhere."""
+    try:
+        yield
     except DataError as error:
         raise DataError(f"the bundle's evaluation set: {error.what}", fix=_FIX) from error

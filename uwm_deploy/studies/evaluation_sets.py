@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uwm_deploy.data.evaluation import evaluation_set_in
+from uwm_deploy.data.evaluation import evaluation_set_in, of_bundle
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.zero_shot_suite import Suite, open_suite
@@ -65,7 +66,8 @@ def open_evaluation_sets(
         limit=spec.zero_shot_limit if own else 0,
     )
     only = tuple(concepts) or spec.concepts
-    source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
+    with of_bundle() if evaluation is None and default.is_bundle else contextlib.nullcontext():
+        source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
     return EvaluationSets(name=spec.name, source=source, suite=suite)
 
 
