@@ -40,15 +40,33 @@ class PairBatch:
         ids: b item ids.
         safe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids.
         unsafe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids: the unsafe counterpart of each row.
+        safe_counts: (b,) int64, tokens that the tokenizer's attention mask counts; None for images.
+        unsafe_counts: (b,) int64, likewise.
     """
 
     ids: tuple[str, ...]
     safe: np.ndarray
     unsafe: np.ndarray
+    safe_counts: np.ndarray | None = None
+    unsafe_counts: np.ndarray | None = None
 
     def rows(self, rows: slice) -> PairBatch:
         """Some of the pairs."""
-        return PairBatch(ids=self.ids[rows], safe=self.safe[rows], unsafe=self.unsafe[rows])
+        counts = [part if part is None else part[rows] for part in (self.safe_counts, self.unsafe_counts)]
+        return PairBatch(
+            ids=self.ids[rows],
+            safe=self.safe[rows],
+            unsafe=self.unsafe[rows],
+            safe_counts=counts[0],
+            unsafe_counts=counts[1],
+        )
+
+    @property
+    def counts(self) -> np.ndarray | None:
+        """(2b,) int64, of the safe and then of the unsafe side; None for images."""
+        if self.safe_counts is None or self.unsafe_counts is None:
+            return None
+        return np.concatenate([self.safe_counts, self.unsafe_counts])
 
 
 class LabelledImage(NamedTuple):

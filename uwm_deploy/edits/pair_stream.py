@@ -113,18 +113,19 @@ class PairStream:
         if not pairs:
             return
         ids, safe, unsafe = zip(*pairs, strict=True)
-        left, right = self._tokenizer.encode(safe), self._tokenizer.encode(unsafe)
-        lengths = np.maximum(self._lengths(left), self._lengths(right))
+        (left, safe_counts), (right, unsafe_counts) = map(self._tokenizer.encode_masked, (safe, unsafe))
+        lengths = np.maximum(safe_counts, unsafe_counts)
         order = np.argsort(lengths, kind="stable") if self._sorted else np.arange(len(ids))
         for start in range(0, len(ids), self._batch_pairs):
             rows = order[start : start + self._batch_pairs]
             width = int(lengths[rows].max()) if self._sorted else left.shape[1]
-            yield PairBatch(ids=tuple(ids[i] for i in rows), safe=left[rows, :width], unsafe=right[rows, :width])
-
-    def _lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens up to and including the first end token."""
-        result: np.ndarray = (rows == self._tokenizer.spec.eos_id).argmax(1) + 1
-        return result
+            yield PairBatch(
+                ids=tuple(ids[i] for i in rows),
+                safe=left[rows, :width],
+                unsafe=right[rows, :width],
+                safe_counts=safe_counts[rows],
+                unsafe_counts=unsafe_counts[rows],
+            )
 
     def check(self, broken: Sequence[LeftOut]) -> None:
         """Checks that not too much of the whole set is broken.

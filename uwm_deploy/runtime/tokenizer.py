@@ -66,18 +66,39 @@ class Tokenizer:
         Raises:
             DataError: If a caption is no text, or longer than `MAX_CHARACTERS`; its position is named.
         """
+        return self.encode_masked(texts, special_tokens)[0]
+
+    def encode_masked(
+        self, texts: Sequence[str], special_tokens: SpecialTokens | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of some captions, and how many of them the tokenizer's attention mask counts.
+
+        The ids alone do not tell it: the padding may be the end token, and so may a word of a caption.
+
+        Args:
+            texts: Captions.
+            special_tokens: Another mode than the tokenizer's own.
+
+        Returns:
+            Ids (n, context_length) int64, see `encode`; and (n,) int64, tokens that count, from the padding's other side.
+
+        Raises:
+            DataError: See `encode`.
+        """
         for position, text in enumerate(texts):
             if problem := problem_of(text):
                 raise DataError(f"text {position} {problem}")
         spec = self.spec
         rows = np.full((len(texts), spec.context_length), spec.pad_id, dtype=np.int64)
+        counts = np.zeros(len(texts), dtype=np.int64)
         cleaned = [_open_clip_cleaned(text) for text in texts] if spec.cleaning == "open-clip" else list(texts)
         mode = special_tokens or self.special_tokens
         backend = self._backend(mode)
-        for row, encoding, text in zip(rows, backend.encode_batch(cleaned), cleaned, strict=True):
+        for place, (encoding, text) in enumerate(zip(backend.encode_batch(cleaned), cleaned, strict=True)):
             ids = self._neutral(backend, encoding, text) if mode == "neutral" else encoding.ids
+            row, counts[place] = rows[place], len(ids)
             row[slice(len(ids)) if spec.padding_side == "right" else slice(len(row) - len(ids), None)] = ids
-        return rows
+        return rows, counts
 
     def _backend(self, mode: SpecialTokens) -> Backend:
         with self._lock:
