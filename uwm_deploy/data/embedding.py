@@ -275,10 +275,10 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> set[Digest]:
-    """Digest of the content of every readable quadruple, whatever its id."""
+def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> list[Digest]:
+    """Digest of the content of every readable quadruple, whatever its id; the same ones as often as they are there."""
     found = read_all(partial(_content, source), len(source), workers, "overlap check", progress)
-    return {digest for digest in found if digest}
+    return [digest for digest in found if digest]
 
 
 def content_digest(item: Quadruple) -> Digest:

@@ -76,6 +76,7 @@ class Index:
 
     Attributes:
         rows: Their numbers, ascending; the other lists go with it.
+        unused_names: Names in `concept_names` that no row has.
     """
 
     rows: array[int]
@@ -85,6 +86,7 @@ class Index:
     has_images: bool
     left_out: tuple[LeftOut, ...]
     left_out_counts: dict[str, int]
+    unused_names: tuple[str, ...] = ()
 
 
 def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: bool) -> Index:
@@ -105,7 +107,7 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
     concepts: list[str] = []
     named: list[LeftOut] = []
     counts: Counter[str] = Counter()
-    first_missing = ""
+    first_missing, written = "", set[str]()
     for number, entry in enumerate(entries):
         if entry is None:
             continue
@@ -121,7 +123,9 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
             _refuse_half(entry)
         rows.append(number)
         ids.append(entry.id)
-        concept = entry.concept if as_written else renamed.get(_plain(entry.concept), _plain(entry.concept))
+        concept = entry.concept if as_written else _plain(entry.concept)
+        written.add(concept)
+        concept = renamed.get(concept, concept)
         concepts.append(sys.intern(concept or UNLABELLED))
         flags.append(all(entry.texts) + 2 * all(entry.images))
     if not ids and counts:
@@ -139,6 +143,7 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
         has_images=any(flag & 2 for flag in seen),
         left_out=tuple(named),
         left_out_counts=dict(sorted(counts.items())),
+        unused_names=tuple(sorted(set(renamed) - written)),
     )
 
 
@@ -181,6 +186,7 @@ class FileSource:
         self.ids, self.concepts = index.ids, index.concepts
         self.has_images, self.has_texts = index.has_images, index.has_texts
         suite = open_suite(spec.zero_shot, base=base, limit=spec.zero_shot_limit)
+        self.unused_names = index.unused_names
         self.zero_shot_names, self.zero_shot_missing = tuple(suite.sets), suite.missing
         self._zero_shot = suite.sets
         self._spec, self._index, self._members = spec, index, members

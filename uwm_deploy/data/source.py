@@ -99,12 +99,19 @@ class ZeroShotSet(Protocol):
 
 
 class QuadrupleSource(Protocol):
-    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order."""
+    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order.
+
+    Attributes:
+        unused_names: Names in the set's `concept_names` that no item has.
+        zero_shot_names: Its zero-shot sets that are here.
+        zero_shot_missing: The others, each with the reason.
+    """
 
     ids: list[str]
     concepts: list[str]
     has_images: bool
     has_texts: bool
+    unused_names: tuple[str, ...]
     zero_shot_names: tuple[str, ...]
     zero_shot_missing: Mapping[str, str]
 

@@ -92,8 +92,10 @@ class DataReport:
         broken_count: Items that cannot be read, or lack a pair that other items of the set have.
         empty_texts: Items with a text of nothing but blanks; they are not broken, but may get no score.
         twice_count: Ids that occur more than once.
-        same_count: Items whose content an earlier item has; a loss of data, not an error.
+        same_count: Items whose content an earlier item has; what is counted twice makes intervals too narrow.
         overlaps: One per set that it was compared with.
+        misspelt: Concept with few items to one with many and almost the same name.
+        unused_names: Names in `concept_names` that no item has.
         problems: Why the set should not be used as it is; a clean set has none.
     """
 
@@ -109,6 +111,8 @@ class DataReport:
     same: tuple[SameContent, ...]
     overlaps: tuple[Overlap, ...]
     problems: tuple[str, ...]
+    misspelt: Mapping[str, str] = field(default_factory=dict)
+    unused_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
