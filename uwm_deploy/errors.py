@@ -6,7 +6,9 @@ lists them.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import mmap
 import unicodedata
 from enum import IntEnum
 from typing import Any
@@ -63,6 +65,10 @@ class DataError(InputError):
     """A calibration or evaluation set that cannot be used as it is."""
 
 
+class MissingFileError(DataError):
+    """A file that a set names is not there; it may come."""
+
+
 class ContractError(UwmError):
     """A stage did not receive, or would not deliver, what its contract promises."""
 
@@ -85,8 +91,57 @@ class PrerequisiteError(UwmError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+class UnreadableError(PrerequisiteError):
+    """This machine could not read something, which says nothing about what it is: never a fact about an item."""
+
+
 class BusyError(PrerequisiteError):
     """More work is on its way than may be, and none of it was done in time."""
+
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
+_OF_THE_FILE = _MISSING | {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO}
+"""What the system says of a path that leads to no file: the same tomorrow, and on another machine."""
+
+_ENOUGH_BYTES = 400_000_000
+"""More than any item takes: a machine that gives as much is not out of memory, and the file asked for too much."""
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether reading failed for a reason that says nothing about what was read: too many open files, a broken disk.
+
+    Libraries that parse files raise `OSError` without a number for a file that is broken.
+
+    Args:
+        error: What reading has raised.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _OF_THE_FILE
+    return isinstance(error, MemoryError) and not _has_memory()
+
+
+def _has_memory() -> bool:
+    try:
+        mmap.mmap(-1, _ENOUGH_BYTES).close()
+    except (OSError, MemoryError):
+        return False
+    return True
+
+
+def unreadable(what: str, error: BaseException, *, fix: str) -> UwmError:
+    """The error for a file that cannot be read: of bad input, or of the machine where that is the reason.
+
+    Args:
+        what: What was read, by name.
+        error: What reading has raised.
+        fix: How to mend the input.
+    """
+    reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or "it takes too much memory"
+    told = f"{what} cannot be read: {reason}"
+    if is_of_machine(error):
+        return UnreadableError(told, fix="mend that on this machine, and run again")
+    missing = isinstance(error, OSError) and error.errno in _MISSING
+    return MissingFileError(told, fix=fix) if missing else DataError(told, fix=fix)
 
 
 def imported(module: str, missing: str, *, fix: str) -> Any:

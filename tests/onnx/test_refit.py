@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests.drawn_sets import drawn_set
 from tests.uwm_edit import UWM
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
+from uwm_deploy.data.evaluation import base_in, place_from
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.fingerprint import digest_of_array
 from uwm_deploy.graphs.stored_weights import named_weights
@@ -22,13 +25,20 @@ from uwm_deploy.pipeline.refit import refit
 from uwm_deploy.pipeline.refitting import RefitRequest
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
+from uwm_deploy.pipeline.shipping import evaluation_source_of
+from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.edit import EditRecord, Method
 from uwm_deploy.records.evidence import Evidence, VerifyReport
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.safeground.embedded import flips_between, hard_safe_worst, worst_items, yardstick_of
+from uwm_deploy.studies.build_files import build_files
+from uwm_deploy.studies.evaluation_sets import open_evaluation_sets
+from uwm_deploy.studies.subjects import Subject
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.load import load_model
 
@@ -45,7 +55,8 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     (folder / "small.toml").write_text(
         text.replace("shipped:demo", str(folder / "weights")).replace('name = "demo"', 'name = "small"')
     )
-    for name, split, limit in (("cal", "calibration", 32), ("eval", "test", 32), ("other", "test", 30)):
+    drawn_set(folder, "test", 32, name="eval")  # by a relative path, from no folder that a test works in
+    for name, split, limit in (("cal", "calibration", 32), ("other", "test", 30)):
         (folder / f"{name}.toml").write_text(
             f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
         )
@@ -164,6 +175,7 @@ def test_another_keep_mass_gives_what_a_build_gives(request_: Request, bundle: P
     folder = edited_to(request_, tmp_path, "export", keep_mass=0.85)
     edit = record_from_json(EditRecord, (folder / "edit.json").read_bytes(), where="edit.json")
     assert made.edit == edit
+    _speaks_of_the_new_edit(bundle, tmp_path / "out")
     for name in ("image.onnx", "text.onnx"):
         assert (tmp_path / "out" / "onnx" / name).read_bytes() == (folder.parent / "export" / name).read_bytes()
     for variant in VARIANTS:
@@ -173,6 +185,51 @@ def test_another_keep_mass_gives_what_a_build_gives(request_: Request, bundle: P
             pairs = list(zip(old.graph.initializer, new.graph.initializer, strict=True))
             assert [a.name for a, _ in pairs] == [b.name for _, b in pairs]
             assert sum(a != b for a, b in pairs) == 4  # scales of 8-bit weights among those that stay
+
+
+def _speaks_of_the_new_edit(old: Path, new: Path) -> None:
+    """The worst decisions and ranks are those of the embeddings that are stored beside the report."""
+    bundle = open_bundle(new, allow_failed=True)
+    report = record_from_json(VerifyReport, bundle.read("reports/verify.json"), where="verify.json")
+    before = record_from_json(VerifyReport, open_bundle(old).read("reports/verify.json"), where="verify.json")
+    original, edited = reference_of(bundle, "original"), reference_of(bundle)
+    assert report.edit_worst == worst_items("edited", original, edited) != before.edit_worst
+    assert report.hard_safe_worst == hard_safe_worst(yardstick_of(original), edited)
+    assert report.edit_effect == flips_between(original, edited, yardstick_of(original)) != before.edit_effect
+
+
+def test_a_bundle_finds_its_evaluation_set_from_any_folder(
+    request_: Request, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that measures it again; from a copy without the set it says what to pass, and names no other place."""
+    monkeypatch.chdir(tmp_path)
+    place = json.loads((bundle / "reports" / "evaluation.json").read_text())
+    assert place["folder"] == ".."
+    opened = open_bundle(bundle)
+    known = record_from_json(VerifyReport, opened.read("reports/verify.json"), where="verify.json").evaluation
+    assert evaluation_source_of(opened, None).record.content_digest == known.content_digest
+    assert build_files(bundle).inputs(TowerName.TEXT).shape[0] == 16
+    sets = open_evaluation_sets(None, None, data=None, default=Subject(label="x", model=str(bundle)))
+    assert sets.source is not None
+    assert sets.source.record.ids_digest == known.ids_digest
+    (tmp_path / "link").symlink_to(bundle)  # as a release that is current
+    assert base_in(open_bundle(tmp_path / "link")) == bundle.parent
+    folder = str(Path(request_.model).parent)
+    for file in (bundle / "reports").iterdir():
+        assert folder not in file.read_text(), file.name
+    shutil.copytree(bundle, tmp_path / "copy" / "bundle")
+    result = CliRunner().invoke(cli, ["evaluate", "--bundle", "copy/bundle", "--workers", "0"])
+    assert (result.exit_code, "--evaluation" in result.output) == (2, True), result.output
+    shutil.copy(bundle.parent / "eval.jsonl", tmp_path)  # the folder one works in is the last resort, as before
+    assert evaluation_source_of(open_bundle(tmp_path / "copy" / "bundle"), None).ids == list(sets.source.ids)
+
+
+def test_a_place_through_the_root_is_not_recorded(tmp_path: Path) -> None:
+    """It would spell out where things are on this machine; a set that ships with the project has no place."""
+    assert place_from(None, tmp_path) == {}
+    assert place_from(Path("/proc"), tmp_path) == {}
+    (content,) = place_from(tmp_path / "sets" / "mine", tmp_path / "dist" / "m").values()
+    assert json.loads(content)["folder"] == "../../sets/mine"
 
 
 def test_old_signs_are_gone_and_new_ones_are_there(request_: Request, bundle: Path, reverted: Path) -> None:
@@ -355,6 +412,7 @@ def test_a_signed_bundle_is_refitted_and_signed_again(request_: Request, bundle:
     shutil.copytree(bundle, place)
     sign_bundle(place, key)
     options = {"bundle": place, "variants": ("onnxruntime-fp32",), "signing": Resigning(key=key)}
+    options["evaluation"] = request_.evaluation  # the bundle was moved away from it
     made = refit(asked(request_, keep_mass=0.95, **options), QUIET)
     assert made.verdict.result is Result.PASS
     opened = open_bundle(place, public_key=public)

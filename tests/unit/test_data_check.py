@@ -127,11 +127,13 @@ def test_an_id_twice_is_a_problem(folder: Path) -> None:
 
 
 def test_the_same_content_under_two_ids_is_reported(folder: Path) -> None:
-    """Found by pixels and texts, not by file or format; a loss of data, not an error."""
+    """Found by pixels and texts, not by file or format."""
     Image.open(folder / "0.png").save(folder / "other.bmp")
     rows = [_whole(0), _whole(1), _whole(0, id="again", safe_image="other.bmp")]
     rows += [_whole(0, id="third"), _whole(0, id="not", safe_text="x")]
-    code, report = _report(_manifest(folder, rows))
+    _manifest(folder, rows)
+    keys = {"source": "manifest", "manifest": "pairs.jsonl", "max_broken_share": 0.4}
+    code, report = _report(put(folder / "s.toml", toml(**keys)))
     assert (code, report.same_count) == (0, 2)
     assert report.same == (SameContent(id="again", other="i0"), SameContent(id="third", other="again"))
 
@@ -216,3 +218,104 @@ def test_the_report_for_people_names_what_is_wrong(folder: Path) -> None:
     assert "broken: 12\n  i0: safe_image:" in output
     assert output.count("does not exist") == 10
     assert "problem: broken items: 12 of 12 (i0, i1, i2, ...), and max_broken_share is 0.01" in output
+
+
+def test_a_set_with_many_items_twice_is_a_problem(folder: Path) -> None:
+    """Above the share that the set allows: each counts twice, and intervals are narrower than they should be."""
+    rows = [_whole(i) for i in range(24)] + [_whole(i, id=f"again{i}") for i in range(6)]
+    code, report = _report(_manifest(folder, rows))
+    assert (code, report.same_count) == (2, 6)
+    assert report.problems == ("items with the content of an earlier one: 6 of 30 (again0, again1, again2, ...)",)
+
+
+def _for_build(*arguments: object) -> tuple[int, DataReport]:
+    return _report(*arguments, "--for", "build")
+
+
+def _policy(folder: Path, **least: int) -> Path:
+    limits = {"GS.delta": 20, "zero_shot_mean.delta": 4, "hard_safe_retrieval@10.delta": 3} | least
+    edit = "".join(f'[[edit]]\nmetric = "{name}"\nat_least = 0\nmin_n = {n}\n' for name, n in limits.items())
+    concept = '[[concept]]\nmetric = "GS.delta"\nat_least = -10\nmin_n = 12\n'
+    artifact = '[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
+    return put(folder / "policy.toml", f'format = 1\nname = "mine"\n{edit}{concept}{artifact}')
+
+
+@pytest.fixture
+def test_set(folder: Path) -> Path:
+    """Thirty whole quadruples with a zero-shot set of four images."""
+    _manifest(folder, [_whole(i) for i in range(30)])
+    for i in range(4):
+        put(folder / "shapes" / "ab"[i % 2] / f"{i}.png", png(i))
+    return put(folder / "test.toml", toml(source="manifest", manifest="pairs.jsonl", zero_shot=["imagefolder:shapes"]))
+
+
+def test_what_a_build_needs_is_clean(folder: Path, test_set: Path) -> None:
+    """Exactly as many as the policy asks for; calibrated concepts are measured."""
+    train = put(
+        folder / "other" / "t.jsonl", "\n".join(json.dumps(pair(i, concept="ab"[i % 2])) for i in range(100, 140))
+    )
+    code, report = _for_build(test_set, "--policy", _policy(folder), "--against", train)
+    assert (code, report.problems) == (0, ())
+
+
+@pytest.mark.parametrize(
+    ("least", "message"),
+    [
+        ({"GS.delta": 31}, "asks for 31 quadruples, mine has 30"),
+        ({"zero_shot_mean.delta": 5}, "asks for 5 zero-shot images, mine has 4"),
+        ({"hard_safe_retrieval@10.delta": 4}, "asks for 4 hard safe items, a tenth of mine is 3"),
+    ],
+)
+def test_too_few_of_anything_is_said_before_a_build(
+    least: dict[str, int], message: str, folder: Path, test_set: Path
+) -> None:
+    """Quadruples, zero-shot images and hard items; the set is clean as it is."""
+    policy = _policy(folder, **least)
+    assert _report(test_set, "--policy", policy)[0] == 0
+    code, report = _for_build(test_set, "--policy", policy)
+    assert code == 2
+    assert [message in problem for problem in report.problems] == [True]
+
+
+def test_concepts_that_nothing_can_be_said_of_are_named(folder: Path, test_set: Path) -> None:
+    """No concept with enough items; and a calibrated one that is spelt in another way here."""
+    names = ["violence", "violance", "weapon"]
+    _manifest(folder, [_whole(i, concept=names[0 if i < 28 else 1]) for i in range(30)])
+    train = put(
+        folder / "other" / "t.jsonl", "\n".join(json.dumps(pair(i, concept=names[i % 3])) for i in range(100, 160))
+    )
+    code, report = _for_build(test_set, "--policy", _policy(folder), "--against", train)
+    assert (code, len(report.problems)) == (2, 1)
+    assert "no item of the concept 'weapon', which is calibrated on" in report.problems[0]
+    assert report.misspelt == {"violance": "violence"}
+    assert "perhaps misspelt: violance (2), as violence" in _check(test_set)[1]
+    _manifest(folder, [_whole(i, concept=f"c{i % 3}") for i in range(30)])
+    code, report = _for_build(test_set, "--policy", _policy(folder))
+    assert report.problems == ("policy mine asks for 12 items of a concept, no concept of mine has more than 10",)
+
+
+def test_what_an_evaluation_cannot_leave_out_is_a_problem_of_a_build(folder: Path, test_set: Path) -> None:
+    """One broken item of many, a broken zero-shot image, no zero-shot set, and a set of texts alone."""
+    put(folder / "shapes" / "a" / "0.png", b"x")
+    put(folder / "3.png", b"x")
+    text = test_set.read_text() + "max_broken_share = 0.5\n"
+    test_set.write_text(text)
+    assert _report(test_set)[0] == 0
+    code, report = _for_build(test_set, "--policy", _policy(folder))
+    assert code == 2
+    assert [problem.partition(":")[0] for problem in report.problems] == ["broken items", "broken images"]
+    texts = put(folder / "texts.jsonl", "\n".join(json.dumps(pair(i, concept="a")) for i in range(30)))
+    code, report = _for_build(texts, "--policy", _policy(folder))
+    assert code == 2
+    assert [word in problem for word, problem in zip(("no images", "zero-shot"), report.problems, strict=True)] == [
+        True
+    ] * 2
+
+
+def test_names_that_no_item_has_are_said(folder: Path) -> None:
+    """A misspelt entry of concept_names would rename nothing, without a word."""
+    _manifest(folder, [_whole(i) for i in range(30)])
+    keys = {"source": "manifest", "manifest": "pairs.jsonl", "concept_names": {"A": "first", "bb": "second"}}
+    code, report = _report(put(folder / "s.toml", toml(**keys)))
+    assert (code, report.unused_names, report.data.concepts) == (0, ("bb",), {"first": 15, "b": 15})
+    assert "concept_names names what no item has: bb" in _check(folder / "s.toml")[1]

@@ -24,12 +24,20 @@ from pyarrow import parquet
 from tests.data_sets import put, write_shard
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import ContractError, DataError, EvidenceError, InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import (
+    ContractError,
+    DataError,
+    EvidenceError,
+    InputError,
+    IntegrityError,
+    PrerequisiteError,
+    UnreadableError,
+)
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.serve.embed.batch import EmbedBatch
-from uwm_deploy.serve.embed.job import _batches
+from uwm_deploy.serve.embed.job import EmbedReport, _batches
 from uwm_deploy.serve.embed.parts import PartWriter, finished_keys
 from uwm_deploy.serve.embed.sources import Item
 
@@ -276,7 +284,7 @@ def test_parts_of_anything_else_are_refused(bundle: Path, shards: Path, tmp_path
     assert "has bundle sha256:other" in done.output
     with pytest.raises(EvidenceError):
         list(finished_keys(tmp_path / "out", EmbedBatch(bundle).identity()))
-    for data, message in ((part.read_bytes()[:-9], "no whole Parquet file"), (None, "not written by this command")):
+    for data, message in ((part.read_bytes()[:-9], "cannot be read"), (None, "not written by this command")):
         shutil.rmtree(tmp_path / "out")
         if data is None:
             (tmp_path / "out").mkdir()
@@ -350,6 +358,10 @@ def test_rows_without_a_key_end_their_table(bundle: Path, tmp_path: Path) -> Non
     assert "it has no 'text'" in found["b"][1]
 
 
+def _report() -> EmbedReport:
+    return EmbedReport(bundle="", variant="", space="")
+
+
 def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """However large images are, few of their bytes are in memory at a time; none is read before its turn."""
     read: list[int] = []
@@ -359,7 +371,7 @@ def test_a_batch_is_cut_where_its_bytes_are_many(monkeypatch: pytest.MonkeyPatch
         return bytes(100)
 
     monkeypatch.setattr("uwm_deploy.serve.embed.job.MOST_BYTES", 250)
-    found = _batches((Item(str(n), lambda n=n: load(n)) for n in range(7)), 5)  # type: ignore[misc]
+    found = _batches((Item(str(n), lambda n=n: load(n)) for n in range(7)), 5, _report())  # type: ignore[misc]
     assert len(next(found)) == 3
     assert read == [0, 1, 2]
     assert [len(some) for some in found] == [3, 1]
@@ -405,5 +417,95 @@ def test_a_source_with_a_broken_item_says_so() -> None:
     def broken() -> bytes:
         raise DataError("gone")
 
-    (some,) = _batches(iter([Item("a", broken), Item("b", lambda: b"x")]), 9)
+    (some,) = _batches(iter([Item("a", broken), Item("b", lambda: b"x")]), 9, _report())
     assert some == [("a", None, "gone"), ("b", b"x", "")]
+
+
+def _table(folder: Path, n: int = 6) -> Path:
+    """A table that names pictures, which are there."""
+    for i in range(n):
+        put(folder / "p" / f"{i}.jpg", _jpeg(i))
+    rows = [{"key": f"k{i}", "image": f"p/{i}.jpg", "n": i} for i in range(n)]
+    return put(folder / "t.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def test_a_failure_of_the_machine_leaves_the_rows_unwritten(bundle: Path, tmp_path: Path) -> None:
+    """A disk that fails stops the job with 6; rows before it are kept, and the same command goes on after it."""
+    table = _table(tmp_path)
+    (tmp_path / "p" / "4.jpg").rename(tmp_path / "4")
+    (tmp_path / "p" / "4.jpg").symlink_to("/proc/self/mem")  # reading it is an error of input and output
+    arguments = (bundle, table, "--out", tmp_path / "out", "--batch", 2)
+    done = _embed(*arguments)
+    assert done.exit_code == PrerequisiteError.exit_code
+    assert "4.jpg cannot be read: Input/output error" in done.output
+    assert set(_rows(tmp_path / "out")) == {"k0", "k1", "k2", "k3"}
+    (tmp_path / "4").replace(tmp_path / "p" / "4.jpg")
+    assert _embed(*arguments).exit_code == 0
+    assert not any(error for _, error in _rows(tmp_path / "out").values())
+    assert len(_rows(tmp_path / "out")) == 6
+
+
+def test_files_that_are_not_there_yet_have_no_row(bundle: Path, tmp_path: Path) -> None:
+    """Some, or all of them where nothing is mounted: exit code 2, counted and named, and tried again."""
+    table, out = _table(tmp_path), tmp_path / "out"
+    (tmp_path / "p").rename(tmp_path / "away")
+    done = _embed(bundle, table, "--out", out, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["missing"], _rows(out)) == (2, 6, {})
+    assert "k0: " in done.stderr
+    (tmp_path / "away").rename(tmp_path / "p")
+    (tmp_path / "p" / "3.jpg").unlink()
+    done = _embed(bundle, table, "--out", out, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["missing"], len(_rows(out))) == (2, 1, 5)
+    put(tmp_path / "p" / "3.jpg", _jpeg(3))
+    done = _embed(bundle, table, "--out", out, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["rows"], len(_rows(out))) == (0, 1, 6)
+
+
+def test_a_callable_tells_a_missing_file_from_a_missing_disk(bundle: Path, tmp_path: Path) -> None:
+    """Among others it is the item's error; in a folder that is empty or not there it is the machine's."""
+    put(tmp_path / "p" / "0.jpg", _jpeg(0))
+    (tmp_path / "empty").mkdir()
+    run = EmbedBatch(bundle)
+    images = [str(tmp_path / "p" / name) for name in ("0.jpg", "1.jpg")]
+    assert [bool(error) for error in run({"key": ["a", "b"], "image": images})["error"]] == [False, True]
+    for folder in ("empty", "none"):
+        with pytest.raises(UnreadableError, match=f"{folder} is missing or empty"):
+            run({"key": ["a", "b"], "image": [images[0], str(tmp_path / folder / "1.jpg")]})
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_column_of_another_type_is_bad_input(kind: str, ending: str, bundle: Path, tmp_path: Path) -> None:
+    """Numbers, and a name that no column has: exit code 2, and nothing is written that would never be tried again."""
+    table = _table(tmp_path)
+    if ending == "parquet":
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        table = tmp_path / "t.parquet"
+        parquet.write_table(pa.Table.from_pylist(rows), table)
+    for column, message in (("n", "'n' is "), ("m", "no column 'm'")):
+        done = _embed(bundle, table, "--out", tmp_path / "out", "--kind", kind, "--column", column)
+        assert (done.exit_code, _rows(tmp_path / "out")) == (2, {})
+        assert message in done.output
+    run = EmbedBatch(bundle, kind=kind)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds float64, not"):
+        run({"key": ["a", "b"], run.column: np.array([1.5, np.nan])})
+
+
+def test_a_job_of_nothing_but_errors_is_no_success(bundle: Path, tmp_path: Path) -> None:
+    """The wrong column of the right type: nothing is written. Where some were embedded before, the code says it."""
+    rows = [{"key": f"k{i}", "image": f"p/{i}.jpg", "name": f"t{i % 2}.jsonl"} for i in range(3)]
+    table = _table(tmp_path, 3)
+    put(table, "\n".join(map(json.dumps, rows)))
+    put(tmp_path / "t0.jsonl", "no image")
+    put(tmp_path / "t1.jsonl", "no image")
+    out = tmp_path / "out"
+    done = _embed(bundle, table, "--out", out, "--column", "name")
+    assert (done.exit_code, _rows(out)) == (2, {})
+    assert "none of the first 3 items can be embedded" in done.output
+    put(table, "\n".join(map(json.dumps, rows)))
+    assert _embed(bundle, table, "--out", out).exit_code == 0
+    put(tmp_path / "p" / "9.jpg", b"no image")
+    put(table, json.dumps({"key": "k9", "image": "p/9.jpg"}))
+    assert _embed(bundle, table, "--out", out).exit_code == 2
+    assert "not a whole image" in _rows(out)["k9"][1]
+    assert _embed(bundle, table, "--out", out).exit_code == 0

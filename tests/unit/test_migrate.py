@@ -545,7 +545,7 @@ def test_folders_that_cannot_be_migrated(tmp_path: Path, parts: tuple[Path, dict
     parquet.write_table(pa.table({"key": ["a"]}), tmp_path / "foreign" / "mine.parquet")
     refused(tmp_path / "foreign", "not written by this command")
     put(tmp_path / "cut" / "part-0.parquet", b"PAR1")
-    refused(tmp_path / "cut", "no whole Parquet file", DataError)
+    refused(tmp_path / "cut", "cannot be read", DataError)
     PartWriter(tmp_path / "spaces")(_batch(["x"], _unit_rows(1)))
     PartWriter(tmp_path / "spaces")(_batch(["y"], _unit_rows(1), space="space:sha256:third"))
     refused(tmp_path / "spaces", f"of {BEFORE} and of space:sha256:third|third and of {BEFORE}", EvidenceError)

@@ -15,7 +15,7 @@ from uwm_deploy.recipes.policy import Limit, Policy, policy_from_toml
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import Precision
-from uwm_deploy.records.verdict import Result, Safer, Verdict
+from uwm_deploy.records.verdict import Check, Result, Safer, Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line
 from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verdict
 from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
@@ -23,6 +23,7 @@ from uwm_deploy.report.junit import junit_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
 from uwm_deploy.report.tables.verdict_lines import print_verdict
+from uwm_deploy.stages.gate.advice import advice_for
 from uwm_deploy.stages.gate.gate import gate
 
 TODAY = date(2026, 6, 1)
@@ -302,6 +303,27 @@ def test_the_advice_names_what_does_not_pass() -> None:
         assert "--method safety-axis`, or --method uwm+safety-axis" in text
         assert "uwm-deploy compare --model made-up-model --evaluation SET" in text
         assert ("more items" in text) is (result is Result.INCONCLUSIVE)
+
+
+def test_the_advice_for_no_zero_shot_set_is_to_name_one() -> None:
+    """More items of the set would not help; where there is one that is too small they do."""
+    found = {}
+    for n in (0, 100):
+        check = Check(
+            name="zero_shot_mean.delta",
+            subject="edited",
+            result=Result.INCONCLUSIVE,
+            measured=None,
+            limit=-15.0,
+            direction="at_least",
+            detail=f"n = {n}, the limit needs 200",
+            n=n,
+        )
+        found[n] = advice_for(check, "mine")
+    assert "zero-shot sets that are here" in found[0]
+    assert "data check SET --for build" in found[0]
+    assert "larger `limit`" not in found[0]
+    assert "larger `limit`" in found[100]
 
 
 # --- the shipped policies --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import toy_stages
+from tests.data_sets import pair, png, put, toml
 from uwm_deploy.errors import ContractError, InputError, PrerequisiteError
 from uwm_deploy.pipeline import closure
 from uwm_deploy.pipeline.closure import digest_of_sources, root, sources_of
@@ -20,7 +22,9 @@ from uwm_deploy.pipeline.plan import foreseen, plan_of
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import Run, run
 from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.table import NAMES, SOURCES, STAGES
+from uwm_deploy.stages.verify.make import _overlap
 
 ROOT = Path(__file__).parents[2]
 ALL = ["score", "edit", "convert-fp16", "compile-ort-fp32", "compile-ort-fp16", "gate", "package"]
@@ -288,13 +292,32 @@ def test_what_can_be_refused_at_once_is_refused_before_anything_is_made(
 
 
 def test_checks_that_cannot_pass_are_told_beforehand(tmp_path: Path) -> None:
-    """Too few quadruples for the policy, and no zero-shot set where it limits zero-shot."""
+    """Too few quadruples for the policy, and of every concept, and no zero-shot set where it limits zero-shot."""
     few = plan_of(Request(evaluation=_set(tmp_path, 20), work=tmp_path, out=tmp_path / "out"))
-    assert [("200" in line, "zero-shot" in line) for line in foreseen(few)] == [(True, False), (False, True)]
+    words = ("200 quadruples", "30 items of a concept", "zero-shot")
+    assert [word in line for word, line in zip(words, foreseen(few), strict=True)] == [True] * 3
     enough = plan_of(
         Request(evaluation=_set(tmp_path, 300, 'zero_shot = ["colour"]\n'), work=tmp_path, out=tmp_path / "out")
     )
     assert foreseen(enough) == []
+
+
+def test_verify_says_how_many_quadruples_are_there_twice(tmp_path: Path) -> None:
+    """They are counted twice, under whatever ids; nothing is said of a set without them."""
+    said = []
+    for copies in (0, 3):
+        folder = tmp_path / str(copies)
+        rows = [pair(i, safe_image=f"{i}.png", unsafe_image=f"{i + 9}.png") for i in range(5)]
+        rows += [row | {"id": f"again{row['id']}"} for row in rows[:copies]]
+        for i in range(18):
+            put(folder / f"{i}.png", png(i))
+        put(folder / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
+        evaluation = put(folder / "eval.toml", toml(source="manifest", manifest="pairs.jsonl"))
+        plan = plan_of(Request(calibration=_set(tmp_path, 4), evaluation=str(evaluation), work=tmp_path, workers=0))
+        log = toy_stages.Log()
+        assert _overlap(Job(plan=plan, notes=log, card=lambda *_, **__: "")) == 0
+        said += log.lines
+    assert [("3 of 8 quadruples of mine" in line) for line in said] == [True]
 
 
 def test_what_was_not_pulled_is_no_record(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from PIL import Image
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
+from tests.data_sets import open_manifest
 from tests.families import FAMILIES, NAMES, model_of, recipe_of, reduced
+from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import InputError
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.towers.attention import ExplicitAttention, make_attention_explicit
@@ -157,11 +160,17 @@ def test_a_tokenizer_of_another_model_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_valid_tokens_are_the_attention_mask(name: str, saved: Any) -> None:
     """Tokens that count are those whose attention mask is 1, and CoCa's class token."""
-    model, captions = model_of(name), CAPTIONS[:-1]  # what follows an end token inside a caption is seen by nobody
-    ids, length = ids_of(name, captions), model.ref.text.context_length
-    mask = model.text.valid_tokens(ids)
+    model = model_of(name)
+    own, length = Tokenizer(model.tokenizer_json, model.ref.text), model.ref.text.context_length
+    end = Backend.from_str(model.tokenizer_json.decode()).id_to_token(model.ref.text.eos_id)
+    captions = [*CAPTIONS, f"a {end} fire", f"a fire{end}"]  # the end token as a word of the caption, and its last one
+    rows, counts = own.encode_masked(captions)
+    ids = torch.from_numpy(rows)
+    mask = model.text.valid_tokens(ids, torch.from_numpy(counts))
     assert mask is not None
     counted = mask.sum(1).tolist()
+    plain = model.text.valid_tokens(ids[: len(CAPTIONS) - 1])
+    assert plain.sum(1).tolist() == counted[: len(CAPTIONS) - 1]
     _, tokenizer = library_of(name, saved(name))
     if name in OPEN_CLIP:
         wanted = [min(length, len(tokenizer.encode(c)) + 2) + ("coca" in name) for c in captions]
@@ -302,3 +311,24 @@ def test_a_recipe_without_architecture_has_no_random_weights() -> None:
     """The demo's recipe needs its checkpoint."""
     with pytest.raises(InputError, match=r"no model\.architecture"):
         load_model(recipe_of("demo"), folder=None, weights="random", device="cpu")
+
+
+def test_scoring_sees_the_tokenizers_mask(saved: Any, tmp_path: Path) -> None:
+    """A caption that names the end token keeps what follows it, in rows that are cut to the longest caption."""
+    name = "clip-vit-l14"
+    model, (_, tokenizer) = model_of(name), library_of(name, saved(name))
+    texts = [("a calm sea", "a fire<|endoftext|> that is hidden"), ("a calm<|endoftext|>", "smoke")]
+    rows = [{"id": str(i), "safe_text": safe, "unsafe_text": unsafe} for i, (safe, unsafe) in enumerate(texts)]
+    stream = PairStream(
+        open_manifest(tmp_path, rows), TowerName.TEXT, model.ref.image, Tokenizer(model.tokenizer_json, model.ref.text),
+        batch_pairs=2, workers=0, max_broken_share=0, progress=lambda *_: None,
+    )  # fmt: skip
+    (batch,) = stream
+    captions = [texts[int(i)][side] for side in (0, 1) for i in batch.ids]
+    wanted = [sum(mask) for mask in tokenizer(captions).attention_mask]
+    ids = torch.from_numpy(np.concatenate([batch.safe, batch.unsafe]))
+    assert ids.shape[1] == max(wanted)
+    assert batch.counts.tolist() == wanted
+    assert model.text.valid_tokens(ids, torch.from_numpy(batch.counts)).sum(1).tolist() == wanted
+    half = batch.rows(slice(1, 2))  # as where memory does not hold a batch
+    assert half.counts.tolist() == [wanted[1], wanted[3]]

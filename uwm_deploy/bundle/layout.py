@@ -21,6 +21,7 @@ class BundleLayout:
     BASELINE = "baseline.json"
     SCORE = "reports/score.json"
     EDIT = "reports/edit.json"
+    EVALUATION_PLACE = "reports/evaluation.json"
     REPORT = "reports/verify.json"
     VERDICT = "reports/verdict.json"
     PLAN = "reports/plan.json"

@@ -10,7 +10,7 @@ import click
 from uwm_deploy.commands.fields import PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
-from uwm_deploy.commands.options import WorkerOptions
+from uwm_deploy.commands.options import PolicyOptions, WorkerOptions
 from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.errors import ExitCode
 
@@ -33,39 +33,52 @@ class CheckOptions:
     against: tuple[str, ...] = repeated(
         "--against", shell_complete=DATA_SETS, help="Set that must share no item with it; repeatable."
     )
+    use: str | None = option(
+        "--for",
+        type=click.Choice(["build"]),
+        help="Check it as the evaluation set of a build, and the sets of --against as its calibration sets.",
+    )
 
 
 @data.command("check")
 @click.argument("name", shell_complete=DATA_SETS)
 @takes_options
 @prints
-def data_check(name: str, asked: CheckOptions, workers: WorkerOptions) -> Shown:
+def data_check(name: str, asked: CheckOptions, policy: PolicyOptions, workers: WorkerOptions) -> Shown:
     """Reads every item of a data set, and says what is wrong.
 
-    NAME is a shipped set, a TOML file, or a manifest (.jsonl, .parquet). Exit codes: 0 clean; 2 more broken items than the
-    set allows, an id that occurs twice, or an item that a set of --against has too.
+    NAME is a shipped set, a TOML file, or a manifest (.jsonl, .parquet). Exit codes: 0 clean; 2 more broken items, or items
+    with the content of another one, than the set allows, an id that occurs twice, or an item that a set of --against has
+    too. With --for build also whatever keeps a build from passing --policy, whatever the edit: too few items, no zero-shot
+    set, an item that cannot be read, a calibrated concept that no item has.
 
     \b
     Example:
       uwm-deploy data check visu --against visu-test --workers 8
       uwm-deploy data check pairs.parquet --json
+      uwm-deploy data check my-test.toml --for build --policy default --against my-train.toml
     """
     from uwm_deploy.data.check import Checked, check, opened
     from uwm_deploy.data.table import is_manifest, set_of_manifest
+    from uwm_deploy.pipeline.foreseen import checked_for_build
     from uwm_deploy.recipes.resolve import calibration_set_of
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables.data_sets import print_data_report
 
-    def set_of(text: str) -> Checked:
+    def set_of(text: str, *, zero_shot: bool = False) -> Checked:
         if is_manifest(text):
             return opened(set_of_manifest(Path(text)), base=Path(text).parent)
         spec, _, base = calibration_set_of(text)
-        return opened(spec, base=base)
+        return opened(spec, base=base, zero_shot=zero_shot)
 
     reporter = Reporter()
-    checked, others = set_of(name), [set_of(text) for text in asked.against]
+    checked, others = set_of(name, zero_shot=asked.use == "build"), [set_of(text) for text in asked.against]
     with reporter.stage("check", name):
         report = check(checked, others, workers=workers.workers, progress=reporter.progress)
+        if asked.use == "build":
+            report = checked_for_build(
+                checked, others, report, policy.policy, workers=workers.workers, progress=reporter.progress
+            )
     code = ExitCode.BAD_INPUT if report.problems else ExitCode.PASS
     return Shown(data=report, text=lambda: print_data_report(report), code=code)
 

@@ -58,8 +58,9 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
     """Embeds images or texts with a bundle.
 
     Embeddings go into Parquet parts; the same command goes on after it was stopped. SOURCE is a folder, WebDataset shards
-    (a .tar, wildcards or a brace range), or a .parquet or .jsonl table. Broken items are rows with an error. The exit code
-    is 2 when a whole shard or table is broken: the others are embedded all the same.
+    (a .tar, wildcards or a brace range), or a .parquet or .jsonl table. Broken items are rows with an error. Exit codes: 2
+    when a whole shard or table is broken, files of items are missing (they get no row, so the same command tries them
+    again), or every row has an error; the others are embedded all the same. 6 when this machine cannot read something.
 
     \b
     Example:
@@ -93,7 +94,9 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
         )
     for line in report.broken_files:
         click.echo(f"broken: {line}", err=True)
-    code = ExitCode.BAD_INPUT if report.broken_files else ExitCode.PASS
+    for line in report.missing_named:
+        click.echo(f"missing: {line}", err=True)
+    code = ExitCode.PASS if report.whole else ExitCode.BAD_INPUT
     return Shown(data=dataclasses.asdict(report), text=_told(report, asked.out), code=code)
 
 
@@ -111,7 +114,8 @@ def _signed_digest(bundle: Path, trust: TrustOptions) -> str:
 
 def _told(report: EmbedReport, out: Path) -> str:
     speed = f", {report.rows / report.seconds:.1f} a second" if report.rows else ""
+    missing = f"{report.missing} without their file have no row yet, " if report.missing else ""
     return (
         f"{report.rows} rows in {report.parts} parts ({report.errors} with an error{speed}), "
-        f"{report.finished_before} were there: {out}, by {report.variant} of {report.bundle}, {report.space}"
+        f"{missing}{report.finished_before} were there: {out}, by {report.variant} of {report.bundle}, {report.space}"
     )

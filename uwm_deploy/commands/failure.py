@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import click
 
 from uwm_deploy.data.ranks import StoppedError, speaks
-from uwm_deploy.errors import LONGEST_LINE, ExitCode, UwmError, visible
+from uwm_deploy.errors import LONGEST_LINE, ExitCode, UwmError, is_of_machine, visible
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -48,6 +48,11 @@ def failure_of(error: BaseException) -> Failure:
         fix = "finished stages are kept, the next run resumes after them"
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
     line = visible(" ".join(str(error).split()), _LONGEST)
+    if is_of_machine(error):
+        fix = "mend that on this machine, and run again; finished work is kept"
+        return Failure(
+            kind="PrerequisiteError", what=line or "not enough memory", fix=fix, exit_code=int(ExitCode.ENVIRONMENT)
+        )
     return Failure(
         kind="InternalError",
         what=f"{type(error).__name__}: {line}",

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, MissingFileError, is_of_machine, unreadable
 
 _MOST_SHARDS = 100_000
 _BLOCK = 512
@@ -62,8 +62,10 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
                         fix="keep joined shards as files of their own",
                     )
     except FileNotFoundError as error:
-        raise DataError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise MissingFileError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError, MemoryError) as error:
+        if is_of_machine(error):
+            raise unreadable(f"shard {path}", error, fix="") from error
         raise DataError(
             f"shard {path} is no whole tar file: {error}", fix="write it again, without compression"
         ) from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from uwm_deploy.data.embedding import content_digest
 from uwm_deploy.data.files import NAMED_LEFT_OUT
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.reading import Progress, read_all
-from uwm_deploy.data.source import QuadrupleSource
+from uwm_deploy.data.source import QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import DataReport, LeftOut, Overlap, SameContent
 
 _NAMED_IN_A_LINE = 3
+_BROKEN = "broken items"
+_FEW, _TIMES, _ALIKE = 30, 10, 0.8
+"""A concept looks misspelt with fewer items than that, so many times less than another, and a name so alike."""
 
 Kind = Literal["whole", "images", "texts"]
 
@@ -39,9 +43,9 @@ class Checked:
     source: QuadrupleSource
 
 
-def opened(spec: CalibrationSet, *, base: Path | None) -> Checked:
-    """Opens a set to be looked at; see `open_source`. Its zero-shot sets play no part."""
-    spec = dataclasses.replace(spec, zero_shot=())
+def opened(spec: CalibrationSet, *, base: Path | None, zero_shot: bool = False) -> Checked:
+    """Opens a set to be looked at; see `open_source`. Its zero-shot sets play no part unless they are asked for."""
+    spec = spec if zero_shot else dataclasses.replace(spec, zero_shot=())
     return Checked(spec=spec, source=open_source(spec, base=base, allow_twice=True))
 
 
@@ -64,11 +68,15 @@ def check(checked: Checked, against: Sequence[Checked] = (), *, workers: int, pr
     problems = []
     if content.broken_count > spec.max_broken_share * len(source) or content.broken_count == len(source):
         problems.append(
-            f"broken items: {content.broken_count} of {len(source)} "
+            f"{_BROKEN}: {content.broken_count} of {len(source)} "
             f"({_some([item.id for item in content.broken])}), and max_broken_share is {spec.max_broken_share:g}"
         )
     if twice:
         problems.append(f"ids that occur more than once: {len(twice)} ({_some(twice)})")
+    if same_count > spec.max_broken_share * len(source):
+        problems.append(
+            f"items with the content of an earlier one: {same_count} of {len(source)} ({_some([item.id for item in same])})"
+        )
     for overlap in overlaps:
         if overlap.count:
             names = _some([item.id for item in overlap.items])
@@ -86,7 +94,56 @@ def check(checked: Checked, against: Sequence[Checked] = (), *, workers: int, pr
         same=same,
         overlaps=overlaps,
         problems=tuple(problems),
+        misspelt=misspelt(source.record.concepts),
+        unused_names=source.unused_names,
     )
+
+
+def problems_of_an_evaluation(
+    checked: Checked, report: DataReport, *, workers: int, progress: Progress
+) -> Iterator[str]:
+    """Why a build would refuse a set, or stop at it, that is clean as it is: an evaluation leaves nothing out.
+
+    Args:
+        checked: The set, with its zero-shot sets, whose images are all read here.
+        report: What is known of it.
+        workers: Decoding processes; 0 decodes here.
+        progress: Called as it goes on.
+    """
+    source = checked.source
+    if not (source.has_images and source.has_texts):
+        yield f"no {'texts' if source.has_images else 'images'}: an evaluation needs whole quadruples"
+    if report.broken_count and not any(problem.startswith(_BROKEN) for problem in report.problems):
+        names = _some([item.id for item in report.broken])
+        yield f"{_BROKEN}: {report.broken_count} of {len(source)} ({names}), and an evaluation leaves nothing out"
+    for name in source.zero_shot_names:
+        part = source.zero_shot(name)
+        found = read_all(partial(_labelled, part), len(part), workers, f"zero-shot {name}", progress)
+        if broken := [reason for reason in found if reason]:
+            yield f"broken images: {len(broken)} of {len(part)} ({broken[0]})"
+
+
+def _labelled(part: ZeroShotSet, index: int) -> str:
+    """Why one image cannot be read; empty if it can."""
+    try:
+        part.read(index)
+    except DataError as error:
+        return error.what
+    return ""
+
+
+def misspelt(concepts: Mapping[str, int]) -> dict[str, str]:
+    """Concepts with few items whose names are almost those of concepts with many.
+
+    Args:
+        concepts: Items per concept.
+    """
+    found = {}
+    for concept, n in concepts.items():
+        larger = [other for other, m in concepts.items() if n < _FEW and m >= _TIMES * n]
+        if near := difflib.get_close_matches(concept, larger, n=1, cutoff=_ALIKE):
+            found[concept] = near[0]
+    return found
 
 
 @dataclass(slots=True, kw_only=True)

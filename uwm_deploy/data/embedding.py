@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
@@ -16,7 +17,6 @@ from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.reading import Progress, read_all
 from uwm_deploy.data.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
-from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import Digest, ImageSpec
 from uwm_deploy.runtime.image import crop_from_image
@@ -25,6 +25,9 @@ from uwm_deploy.safeground.embedded import EmbeddedSet, ZeroShotEmbeddings
 from uwm_deploy.safeground.risk import RiskRows, RiskSet, joined_rows
 
 T = TypeVar("T")
+
+_BAND_PIXELS = 1 << 20
+"""Pixels of an image that are digested at a time."""
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """From a batch of inputs, (b, 3, H, W) float32 or (b, L) int64, to embeddings (b, d) float32 of any length."""
@@ -273,17 +276,28 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> set[Digest]:
-    """Digest of the content of every readable quadruple, whatever its id."""
+def content_digests(source: QuadrupleSource, *, workers: int, progress: Progress) -> list[Digest]:
+    """Digest of the content of every readable quadruple, whatever its id; the same ones as often as they are there."""
     found = read_all(partial(_content, source), len(source), workers, "overlap check", progress)
-    return {digest for digest in found if digest}
+    return [digest for digest in found if digest]
 
 
 def content_digest(item: Quadruple) -> Digest:
     """Digest of a quadruple's pixels and texts."""
-    parts = [image.convert("RGB").tobytes() if image else b"" for image in (item.safe_image, item.unsafe_image)]
-    texts = [(text or "").encode() for text in (item.safe_text, item.unsafe_text)]
-    return digest_of_bytes(b"\0".join([*parts, *texts]))
+    hasher = hashlib.sha256()
+    for image in (item.safe_image, item.unsafe_image):
+        for band in _bands(image) if image else ():
+            hasher.update(band.convert("RGB").tobytes())
+        hasher.update(b"\0")
+    hasher.update("\0".join(text or "" for text in (item.safe_text, item.unsafe_text)).encode())
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def _bands(image: Image.Image) -> Iterator[Image.Image]:
+    """An image from top to bottom, some rows at a time: copies of whole ones would take most of a gigabyte."""
+    rows = max(1, _BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _content(source: QuadrupleSource, index: int) -> Digest:

@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from uwm_deploy.data.finding import is_file, short
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot_suite import open_suite
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, is_of_machine, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
@@ -75,6 +76,7 @@ class Index:
 
     Attributes:
         rows: Their numbers, ascending; the other lists go with it.
+        unused_names: Names in `concept_names` that no row has.
     """
 
     rows: array[int]
@@ -84,6 +86,7 @@ class Index:
     has_images: bool
     left_out: tuple[LeftOut, ...]
     left_out_counts: dict[str, int]
+    unused_names: tuple[str, ...] = ()
 
 
 def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: bool) -> Index:
@@ -104,7 +107,7 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
     concepts: list[str] = []
     named: list[LeftOut] = []
     counts: Counter[str] = Counter()
-    first_missing = ""
+    first_missing, written = "", set[str]()
     for number, entry in enumerate(entries):
         if entry is None:
             continue
@@ -120,7 +123,9 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
             _refuse_half(entry)
         rows.append(number)
         ids.append(entry.id)
-        concept = entry.concept if as_written else renamed.get(_plain(entry.concept), _plain(entry.concept))
+        concept = entry.concept if as_written else _plain(entry.concept)
+        written.add(concept)
+        concept = renamed.get(concept, concept)
         concepts.append(sys.intern(concept or UNLABELLED))
         flags.append(all(entry.texts) + 2 * all(entry.images))
     if not ids and counts:
@@ -138,6 +143,7 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
         has_images=any(flag & 2 for flag in seen),
         left_out=tuple(named),
         left_out_counts=dict(sorted(counts.items())),
+        unused_names=tuple(sorted(set(renamed) - written)),
     )
 
 
@@ -180,6 +186,7 @@ class FileSource:
         self.ids, self.concepts = index.ids, index.concepts
         self.has_images, self.has_texts = index.has_images, index.has_texts
         suite = open_suite(spec.zero_shot, base=base, limit=spec.zero_shot_limit)
+        self.unused_names = index.unused_names
         self.zero_shot_names, self.zero_shot_missing = tuple(suite.sets), suite.missing
         self._zero_shot = suite.sets
         self._spec, self._index, self._members = spec, index, members
@@ -214,7 +221,7 @@ class FileSource:
         images: list[Image.Image | None] = []
         for side, source in zip(SIDES, sources, strict=True):
             try:
-                images.append(None if source is None else image_from(source))
+                images.append(None if source is None else image_from(source, _name_of(source)))
             except DataError as error:
                 raise DataError(f"item {self.ids[index]}, {side}_image: {error.what}", fix=error.fix) from error
         return Quadruple(
@@ -261,6 +268,11 @@ class FileSource:
         return f"sha256:{hasher.hexdigest()}"
 
 
+def _name_of(image: Path | bytes) -> str:
+    """What errors call it; those of items are recorded."""
+    return short(image) if isinstance(image, Path) else ""
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
@@ -272,7 +284,11 @@ def _is_unicode(text: str) -> bool:
 def _image_digest(image: Path | bytes | None) -> Digest | None:
     if image is None or isinstance(image, bytes):
         return None if image is None else digest_of_bytes(image)
+    if not is_file(image):  # a pipe would be waited for
+        return "missing"
     try:
         return digest_of_file(image)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_of_machine(error):
+            raise unreadable(str(image), error, fix="") from error
         return "missing"

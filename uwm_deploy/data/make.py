@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from uwm_deploy.data.files import NAMED_LEFT_OUT, SIDES
+from uwm_deploy.data.finding import is_file, is_folder, names_in
 from uwm_deploy.data.parquet import parquet_module
 from uwm_deploy.data.table import JSON_LINES, PARQUET, is_manifest
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.records.data import LeftOut, MadeManifest
 from uwm_deploy.records.files import whole_file
 from uwm_deploy.runtime.image import MAX_BYTES
@@ -55,7 +56,7 @@ def make_manifest(
         raise InputError(f"{out} is no manifest's name", fix=f"end it in {', '.join((*JSON_LINES, *PARQUET))}")
     if embed and not parquet:
         raise InputError("only Parquet holds images", fix="end --out in .parquet, or leave --embed out")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder} is no folder", fix="check the path")
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"{out} is there already", fix="pass --force to replace a file, or choose another --out")
@@ -122,7 +123,7 @@ class _Walk:
             yield from self._items("all", self.folder, "")
             return
         for name in names:
-            if (self.folder / name).is_dir():
+            if is_folder(self.folder / name):
                 yield from self._items(name, self.folder / name, f"{name}/")
             else:
                 self._ignore(self.folder, [name])
@@ -153,7 +154,7 @@ class _Walk:
         for name in self._names(folder):
             path = folder / name
             kind = _KINDS.get(path.suffix.lower())
-            if kind is None or not path.is_file():
+            if kind is None or not is_file(path):
                 self._ignore(folder, [name])
                 continue
             other = found.setdefault(path.stem, {}).setdefault(kind, name)
@@ -163,10 +164,7 @@ class _Walk:
 
     def _names(self, folder: Path) -> list[str]:
         """What is in a folder, hidden files apart."""
-        try:
-            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        except OSError as error:
-            raise DataError(f"{folder} cannot be read: {error.strerror}", fix="check the path") from error
+        names = [name for name in names_in(folder) if not name.startswith(".")]
         for name in names:
             try:
                 name.encode()
@@ -208,7 +206,7 @@ def _bytes(path: Path, most: int) -> bytes:
             raise DataError(f"{path} has more than {most} bytes", fix="make it smaller")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", fix="check the file") from error
+        raise unreadable(str(path), error, fix="check the file") from error
 
 
 def _write_parquet(rows: Iterator[Row], stream: IO[bytes], out: Path, *, images: bool) -> None:

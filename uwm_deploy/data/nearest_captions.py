@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_CHUNK = 4096
-"""Unsafe captions that are compared at a time."""
+from uwm_deploy.safeground.similarity import similarities
 
 STAGES = 3
 """Easy, medium, hard: the first epoch has the easy third, the second two thirds, later ones all."""
@@ -22,11 +21,12 @@ def nearest_safe(unsafe: np.ndarray, safe: np.ndarray) -> tuple[np.ndarray, np.n
         (n,) int64, rows of `safe`, and (n,) float32, cosines with these rows.
     """
     rows, cosines = [], []
-    for start in range(0, len(unsafe), _CHUNK):
-        similar = unsafe[start : start + _CHUNK] @ safe.T
-        best = similar.argmax(1)
+    for some in similarities(unsafe, safe):
+        some.settle(some.values().max(1))
+        values = some.values()
+        best = values.argmax(1)
         rows.append(best)
-        cosines.append(similar[np.arange(len(best)), best])
+        cosines.append(values[np.arange(len(best)), best].astype(np.float32))
     return np.concatenate(rows), np.concatenate(cosines)
 
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from uwm_deploy.data.finding import is_folder
 from uwm_deploy.data.source import ROOT_VARIABLE, QuadrupleSource
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipes.data_set import CalibrationSet
@@ -71,7 +72,7 @@ def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
                 fix="set it to the folder of your data sets; docs/data.md says what goes where",
             )
         folder = root / folder
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(
             f"data set {spec.name} expects its files in {folder}, which is no folder",
             fix=f"put them there or set {ROOT_VARIABLE}; docs/data.md says what goes where"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from uwm_deploy.data.null_counts import never_null
 from uwm_deploy.data.rows import Row
-from uwm_deploy.errors import DataError, imported
+from uwm_deploy.errors import DataError, imported, unreadable
 
 _SCAN_ROWS = 1024
 _IMAGE_ROWS = 16
@@ -19,7 +21,7 @@ _IMAGE_ROWS = 16
 _BUFFER_BYTES = 1 << 20
 """A column is read in pieces of this size; without it a whole row group's column would be."""
 
-_ARROW_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
+_ARROW_ERRORS = (OSError, ValueError, KeyError, RuntimeError, MemoryError)
 """What pyarrow's own errors are kinds of."""
 
 
@@ -33,6 +35,41 @@ def parquet_module(path: Path) -> Any:
         PrerequisiteError: If it is not installed.
     """
     return imported("pyarrow.parquet", f"{path.name} needs pyarrow", fix="install it: pip install 'uwm-deploy[build]'")
+
+
+@contextlib.contextmanager
+def parquet_errors(what: str, *, fix: str) -> Iterator[None]:
+    """Turns what pyarrow raises for a file into one clear line.
+
+    Args:
+        what: The file, by name.
+        fix: How to mend it.
+
+    Raises:
+        DataError: If it is broken.
+        UnreadableError: If this machine cannot read it.
+    """
+    try:
+        yield
+    except _ARROW_ERRORS as error:
+        raise unreadable(what, error, fix=fix) from error
+
+
+def parquet_file(path: Path) -> Any:
+    """A file opened by pyarrow, to be read a few rows at a time.
+
+    Raises:
+        DataError: If it is broken.
+        PrerequisiteError: If pyarrow is missing, or this machine cannot read the file.
+    """
+    parquet = parquet_module(path)
+    with table_errors(path):
+        return parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, memory_map=False, pre_buffer=False)
+
+
+def table_errors(path: Path) -> contextlib.AbstractContextManager[None]:
+    """See `parquet_errors`."""
+    return parquet_errors(f"table {path}", fix="check the file; Parquet was expected")
 
 
 class UnreadImage:
@@ -55,7 +92,7 @@ class ParquetRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        file = self._opened()
+        file = parquet_file(path)
         metadata, schema = file.metadata, file.schema_arrow
         self.columns: tuple[str, ...] = tuple(schema.names)
         if len(set(self.columns)) != len(self.columns):
@@ -65,7 +102,7 @@ class ParquetRows:
         types = _types()
         self._bytes = {f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)}
         self._structs = {f.name for f in schema if types.is_struct(f.type)}
-        self._whole = {name for name in self._bytes | self._structs if _never_null(metadata, name)}
+        self._whole = never_null(metadata, self._bytes | self._structs)
         self._cursors: dict[tuple[str, ...], _Cursor] = {}
         self._process = os.getpid()
 
@@ -82,10 +119,8 @@ class ParquetRows:
         read = [name for name in columns if name not in announced]
         number = 0
         for batch in self._batches(read):
-            try:
+            with table_errors(self.path):
                 rows = {name: self._scanned(batch.column(name), name) for name in read}
-            except _ARROW_ERRORS as error:
-                raise self._broken(error) from error
             for position in range(batch.num_rows):
                 number += 1
                 row = {name: values[position] for name, values in rows.items()}
@@ -97,22 +132,18 @@ class ParquetRows:
             self._cursors, self._process = {}, os.getpid()
         if columns not in self._cursors:
             rows = _IMAGE_ROWS if set(columns) & (self._bytes | self._structs) else _SCAN_ROWS
-            self._cursors[columns] = _Cursor(self._opened(), self._ends, columns, rows)
-        try:
+            self._cursors[columns] = _Cursor(parquet_file(self.path), self._ends, columns, rows)
+        with parquet_errors(f"table {self.path.name}", fix="check the file"):  # an item's error, which is recorded
             return self._cursors[columns].row(index)
-        except _ARROW_ERRORS as error:
-            raise self._broken(error) from error
 
     def _batches(self, columns: list[str]) -> Iterator[Any]:
         images = set(columns) & (self._bytes | self._structs)
-        file = self._opened()
         if not columns:  # all that was asked for is only announced
             yield from (_Nothing(end - start) for start, end in itertools.pairwise([0, *self._ends]))
             return
-        try:
+        file = parquet_file(self.path)
+        with table_errors(self.path):
             yield from file.iter_batches(_IMAGE_ROWS if images else _SCAN_ROWS, columns=columns, use_threads=False)
-        except _ARROW_ERRORS as error:
-            raise self._broken(error) from error
 
     def _scanned(self, column: Any, name: str) -> list[Any]:
         """Values, with bytes announced instead of copied."""
@@ -122,16 +153,6 @@ class ParquetRows:
             return _announced(column)
         values: list[Any] = column.to_pylist()
         return values
-
-    def _opened(self) -> Any:
-        parquet = parquet_module(self.path)
-        try:
-            return parquet.ParquetFile(self.path, buffer_size=_BUFFER_BYTES, memory_map=False, pre_buffer=False)
-        except _ARROW_ERRORS as error:
-            raise self._broken(error) from error
-
-    def _broken(self, error: Exception) -> DataError:
-        return DataError(f"table {self.path} cannot be read: {error}", fix="check the file; Parquet was expected")
 
 
 class _Nothing:
@@ -181,17 +202,6 @@ def _types() -> Any:
     from pyarrow import types  # type: ignore[import-untyped]  # it has no annotations
 
     return types
-
-
-def _never_null(metadata: Any, name: str) -> bool:
-    """Whether the file says that every row has bytes in this column, or in the field `bytes` of this struct."""
-    for group in range(metadata.num_row_groups):
-        chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-        found = [chunk for chunk in chunks if chunk.path_in_schema in (name, f"{name}.bytes")]
-        counts = [chunk.statistics.null_count if chunk.statistics is not None else None for chunk in found]
-        if counts != [0]:
-            return False
-    return True
 
 
 def _announced(column: Any) -> list[Any]:

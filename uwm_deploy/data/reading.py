@@ -6,8 +6,11 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
+
+from uwm_deploy.errors import UnreadableError
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -28,6 +31,9 @@ def read_all(read: Callable[[int], T], n: int, workers: int, label: str, progres
         workers: Processes; 0 for none.
         label: For the progress bar.
         progress: Called as it goes on.
+
+    Raises:
+        UnreadableError: If the machine ends a worker process, or starts none.
     """
     done = 0
     for rows in _chunks(read, n, workers):
@@ -47,10 +53,27 @@ def _chunks(read: Callable[[int], T], n: int, workers: int) -> Iterator[list[T]]
         waiting: deque[Future[list[T]]] = deque()
         for bounds in ranges:
             if len(waiting) >= 3 * workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(_read_range, *bounds))
+                yield _result(waiting.popleft())
+            try:
+                waiting.append(pool.submit(_read_range, *bounds))
+            except (OSError, BrokenProcessPool) as error:
+                raise _ended(error) from error
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
+
+
+def _result(future: Future[list[T]]) -> list[T]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise _ended(error) from error
+
+
+def _ended(error: Exception) -> UnreadableError:
+    return UnreadableError(
+        f"a process that reads items was ended, or not started: {error}",
+        fix="use fewer --workers; memory is the usual reason",
+    )
 
 
 def _begin(read: Callable[[int], Any]) -> None:

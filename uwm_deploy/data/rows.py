@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, InputError, is_of_machine, unreadable
 
 Row = Mapping[str, Any]
 
@@ -50,7 +50,7 @@ class TextRows(abc.ABC):
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"table {path} cannot be read: {error.strerror}", fix="check the path") from error
+            raise unreadable(f"table {path}", error, fix="check the path") from error
         weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
@@ -65,18 +65,18 @@ class TextRows(abc.ABC):
                 self._starts.append(start)
                 self._sizes.append(size)
                 yield f"{self.path.name} {where}", row
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"table {self.path} cannot be read: {error}", fix="check the file; UTF-8 is read"
-            ) from error
+        except (OSError, UnicodeDecodeError, MemoryError) as error:
+            raise unreadable(f"table {self.path}", error, fix="check the file; UTF-8 is read") from error
 
     def get(self, index: int, columns: tuple[str, ...]) -> Row:  # noqa: ARG002 -- a text row is read whole
-        """See `Rows`."""
+        """See `Rows`; that the file was changed is no fact about a row, so the error is none that leaves a row out."""
         try:
             data = os.pread(self._descriptor, self._sizes[index], self._starts[index])
             return self._row(data.decode())
-        except (OSError, ValueError, csv.Error, StopIteration, DataError) as error:
-            raise DataError(f"table {self.path} was changed while it was read: {error}", fix="start again") from error
+        except (OSError, ValueError, csv.Error, StopIteration, DataError, MemoryError) as error:
+            if is_of_machine(error):
+                raise unreadable(f"table {self.path}", error, fix="check the file") from error
+            raise InputError(f"table {self.path} was changed while it was read: {error}", fix="start again") from error
 
     @abc.abstractmethod
     def _rows(self) -> Iterator[tuple[int, int, str, Row]]:
@@ -305,5 +305,5 @@ def rows_of_text(path: Path, *, lines: bool) -> Rows:
         with path.open("rb") as stream:
             first = stream.read(4096).removeprefix(_BOM).lstrip()[:1]
     except OSError as error:
-        raise DataError(f"table {path} cannot be read: {error.strerror}", fix="check the path") from error
+        raise unreadable(f"table {path}", error, fix="check the path") from error
     return JsonArray(path) if first == b"[" else JsonLines(path)

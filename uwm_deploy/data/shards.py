@@ -14,7 +14,8 @@ from typing import Any
 
 from uwm_deploy.data.archive import expanded, key_and_ending, members
 from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index_of
-from uwm_deploy.errors import DataError
+from uwm_deploy.data.finding import matching
+from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.runtime.image import MAX_BYTES
 
@@ -52,7 +53,7 @@ def _paths(name: str, folder: Path, where: str) -> list[Path]:
         if not glob.has_magic(text):
             paths.append(folder / text)
             continue
-        found = [folder / path for path in sorted(glob.glob(text, root_dir=folder))]
+        found = matching(text, folder)
         if not found:
             raise DataError(f"data set {where}: no shard matches {folder / text}", fix="check `shards` and `folder`")
         paths += found
@@ -155,10 +156,10 @@ class _Shards:
             raise DataError(f"{path.name}: a member has {size} bytes", fix=f"keep members below {most} bytes")
         try:
             data = os.pread(self._descriptor(self._shard_of[row], path), size, offset)
-        except OSError as error:
-            raise DataError(f"shard {path} cannot be read: {error.strerror}", fix="check the file") from error
-        if len(data) != size:
-            raise DataError(f"shard {path} was cut while it was read", fix="start again")
+        except (OSError, MemoryError) as error:
+            raise unreadable(f"shard {path}", error, fix="check the file") from error
+        if len(data) != size:  # which is no fact about the item
+            raise InputError(f"shard {path} was cut while it was read", fix="start again")
         return data
 
     def _descriptor(self, number: int, path: Path) -> int:

@@ -40,15 +40,33 @@ class PairBatch:
         ids: b item ids.
         safe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids.
         unsafe: (b, 3, H, W) float32 pixels, or (b, L) int64 ids: the unsafe counterpart of each row.
+        safe_counts: (b,) int64, tokens that the tokenizer's attention mask counts; None for images.
+        unsafe_counts: (b,) int64, likewise.
     """
 
     ids: tuple[str, ...]
     safe: np.ndarray
     unsafe: np.ndarray
+    safe_counts: np.ndarray | None = None
+    unsafe_counts: np.ndarray | None = None
 
     def rows(self, rows: slice) -> PairBatch:
         """Some of the pairs."""
-        return PairBatch(ids=self.ids[rows], safe=self.safe[rows], unsafe=self.unsafe[rows])
+        counts = [part if part is None else part[rows] for part in (self.safe_counts, self.unsafe_counts)]
+        return PairBatch(
+            ids=self.ids[rows],
+            safe=self.safe[rows],
+            unsafe=self.unsafe[rows],
+            safe_counts=counts[0],
+            unsafe_counts=counts[1],
+        )
+
+    @property
+    def counts(self) -> np.ndarray | None:
+        """(2b,) int64, of the safe and then of the unsafe side; None for images."""
+        if self.safe_counts is None or self.unsafe_counts is None:
+            return None
+        return np.concatenate([self.safe_counts, self.unsafe_counts])
 
 
 class LabelledImage(NamedTuple):
@@ -81,12 +99,19 @@ class ZeroShotSet(Protocol):
 
 
 class QuadrupleSource(Protocol):
-    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order."""
+    """A set of quadruples with random access, so that worker processes can read it; cheapest in ascending order.
+
+    Attributes:
+        unused_names: Names in the set's `concept_names` that no item has.
+        zero_shot_names: Its zero-shot sets that are here.
+        zero_shot_missing: The others, each with the reason.
+    """
 
     ids: list[str]
     concepts: list[str]
     has_images: bool
     has_texts: bool
+    unused_names: tuple[str, ...]
     zero_shot_names: tuple[str, ...]
     zero_shot_missing: Mapping[str, str]
 

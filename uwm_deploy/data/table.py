@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index_of
+from uwm_deploy.data.finding import is_file, matching
 from uwm_deploy.data.parquet import ParquetRows, UnreadImage, missing_column
 from uwm_deploy.data.patterns import Pattern, path_below
 from uwm_deploy.data.rows import ManyFiles, Row, Rows, rows_of_text
@@ -73,10 +73,10 @@ def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSou
 def _table_files(spec: CalibrationSet, folder: Path) -> list[Path]:
     name = spec.table.replace("{split}", spec.split)
     if not glob.has_magic(name):
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise DataError(f"data set {spec.name} expects its table at {folder / name}", fix="see docs/data.md")
         return [folder / name]
-    paths = [folder / found for found in sorted(glob.glob(name, root_dir=folder))]
+    paths = matching(name, folder)
     if not paths:
         raise DataError(f"data set {spec.name}: no file matches {folder / name}", fix="check `table` and `folder`")
     if len({path.suffix for path in paths}) > 1:  # one table in two formats would be read twice
@@ -212,7 +212,7 @@ class _Table:
                 )
             named.append(path_below(self._folder, value, where))
         if look and len(named) > 1:
-            return next((path for path in named if os.path.isfile(path)), named[0])
+            return next((path for path in named if is_file(path)), named[0])
         return named[0] if named else None
 
     def _there(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -227,7 +227,7 @@ class _Table:
 
 def _absent(image: Path | bytes | UnreadImage | None) -> str:
     """The path of an image that is no file."""
-    return str(image) if isinstance(image, Path) and not os.path.isfile(image) else ""
+    return str(image) if isinstance(image, Path) and not is_file(image) else ""
 
 
 def _refuse_unknown(names: Sequence[str] | Row, where: str) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from uwm_deploy.data.finding import is_file, is_folder, names_in, short, walked
 from uwm_deploy.data.source import LabelledImage, ZeroShotSet
 from uwm_deploy.data.zero_shot_table import IMAGENET, PublishedSet
-from uwm_deploy.errors import DataError, PrerequisiteError, imported
+from uwm_deploy.errors import DataError, PrerequisiteError, imported, is_of_machine, unreadable
 from uwm_deploy.runtime.image import image_from
 
 NAMES_FILE = "classnames.txt"
@@ -61,7 +62,9 @@ class FolderSet:
         """
         try:
             # As torchvision does it; a palette cannot be resized smoothly.
-            return LabelledImage(image_from(self.files[index]).convert("RGB"), self.targets[index])
+            return LabelledImage(
+                image_from(self.files[index], short(self.files[index])).convert("RGB"), self.targets[index]
+            )
         except DataError as error:
             raise BrokenItemError(f"zero-shot set {self.name}: {error.what}", fix=error.fix) from error
 
@@ -95,9 +98,20 @@ class TorchvisionSet:
         try:
             image, label = self.parts[number][index - self.starts[number]]
             image = image.convert("RGB")  # also decodes it, which one of the sets leaves for later
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BrokenItemError(f"zero-shot set {self.name}, item {index}: {error}", fix="restore the set") from error
+        except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+            if is_of_machine(error):
+                raise unreadable(f"zero-shot set {self.name}, item {index}", error, fix="") from error
+            raise BrokenItemError(
+                f"zero-shot set {self.name}, item {index}: {_reason(error)}", fix="restore the set"
+            ) from error
         return LabelledImage(image, int(label))
+
+
+def _reason(error: BaseException) -> str:
+    """Why an image cannot be read, without the path that the library puts into it: the words are recorded."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known kind"
+    return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
 def published_set(spec: PublishedSet, root: Path) -> ZeroShotSet:
@@ -111,9 +125,9 @@ def published_set(spec: PublishedSet, root: Path) -> ZeroShotSet:
         PrerequisiteError: If its folder, its class names or a package is not there.
         DataError: If what is there is not the set.
     """
-    found = [root / folder for folder in spec.folders if (root / folder).is_dir()]
+    found = [root / folder for folder in spec.folders if is_folder(root / folder)]
     if not found:
-        raise PrerequisiteError(f"folder {_short(root / spec.folders[0])} is not there", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(f"folder {short(root / spec.folders[0])} is not there", fix="see docs/zero-shot.md")
     if spec.loader == "torchvision":
         return _torchvision_set(spec, root, found[0])
     if spec.loader == "ucf101":
@@ -133,13 +147,13 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
     Raises:
         DataError: If there is no such folder, it holds no images, or a class has no name.
     """
-    if not folder.is_dir():
-        raise DataError(f"folder {_short(folder)} is not there", fix="check the path")
+    if not is_folder(folder):
+        raise DataError(f"folder {short(folder)} is not there", fix="check the path")
     name_of = name_of or _names_beside(folder)
     keys = _class_folders(folder)
     found = [sorted(_images_below(folder / key)) for key in keys]
     if not any(found):
-        raise DataError(f"folder {_short(folder)} has no folders of images", fix="one folder per class, images inside")
+        raise DataError(f"folder {short(folder)} has no folders of images", fix="one folder per class, images inside")
     return FolderSet(
         name=name,
         labels=tuple(_spaced(name_of(key)) for key in keys),
@@ -150,13 +164,13 @@ def folder_set(name: str, template: str, folder: Path, name_of: NameOf | None = 
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return [name for name in names_in(folder) if not name.startswith(".") and is_folder(folder / name)]
 
 
 def _images_below(folder: Path) -> list[str]:
     return [
         os.path.join(place, name)
-        for place, _, names in os.walk(folder)
+        for place, _, names in walked(folder)
         for name in names
         if name.lower().endswith(_IMAGE_SUFFIXES)
     ]
@@ -174,16 +188,18 @@ def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSe
     except ImportError as error:
         raise PrerequisiteError(f"set {spec.name}: {error}", fix="install the extra [build]") from error
     except Exception as error:  # torchvision, scipy and the unpickler raise many kinds for a set that is not whole
+        if is_of_machine(error):
+            raise unreadable(f"folder {short(folder)}", error, fix="") from error
         if "scipy" in str(error).lower():
             raise PrerequisiteError("scipy is not installed", fix="install the extra [build]") from error
         # What torchvision says for a missing file is to download the set, which is not done here.
         reason = (
             "files are missing or changed" if isinstance(error, RuntimeError) else str(error) or type(error).__name__
         )
-        raise DataError(f"folder {_short(folder)} is not {spec.name}: {reason}", fix="see docs/zero-shot.md") from error
+        raise DataError(f"folder {short(folder)} is not {spec.name}: {reason}", fix="see docs/zero-shot.md") from error
     keys = [_classes(part) for part in parts]
     if any(other != keys[0] for other in keys):
-        raise DataError(f"folder {_short(folder)}: its parts have different classes", fix="restore the set")
+        raise DataError(f"folder {short(folder)}: its parts have different classes", fix="restore the set")
     name_of = _names_beside(folder, spec.class_name)
     return TorchvisionSet(
         name=spec.name,
@@ -204,22 +220,20 @@ def _classes(part: Any) -> list[str]:
 
 def _ucf101(spec: PublishedSet, folder: Path) -> ZeroShotSet:
     """Middle frames as images, and the three published test lists."""
-    frames = next((folder / name for name in _FRAME_FOLDERS if (folder / name).is_dir()), None)
+    frames = next((folder / name for name in _FRAME_FOLDERS if is_folder(folder / name)), None)
     if frames is None:
-        raise PrerequisiteError(
-            f"folder {_short(folder / _FRAME_FOLDERS[0])} is not there", fix="see docs/zero-shot.md"
-        )
+        raise PrerequisiteError(f"folder {short(folder / _FRAME_FOLDERS[0])} is not there", fix="see docs/zero-shot.md")
     videos: list[str] = []
     for number in (1, 2, 3):
         file = folder / "ucfTrainTestlist" / f"testlist0{number}.txt"
-        if not file.is_file():
-            raise PrerequisiteError(f"file {_short(file)} is not there", fix="see docs/zero-shot.md")
+        if not is_file(file):
+            raise PrerequisiteError(f"file {short(file)} is not there", fix="see docs/zero-shot.md")
         videos += [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
-    there = {_squeezed(entry.name): entry.path for entry in os.scandir(frames) if entry.is_dir()}
+    there = {_squeezed(name): str(frames / name) for name in names_in(frames) if is_folder(frames / name)}
     keys = sorted({video.split("/")[0] for video in videos})
     absent = next((key for key in keys if _squeezed(key) not in there), "")
     if absent or not keys:
-        raise DataError(f"folder {_short(frames)} has no folder for class {absent}", fix="take every class's frames")
+        raise DataError(f"folder {short(frames)} has no folder for class {absent}", fix="take every class's frames")
     row, name_of = {key: number for number, key in enumerate(keys)}, _names_beside(folder)
     return FolderSet(
         name=spec.name,
@@ -235,11 +249,6 @@ def _squeezed(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _short(path: Path) -> str:
-    """Enough to find it; the whole path would end up in reports."""
-    return str(Path(*path.parts[-2:]))
-
-
 # --- class names --------------------------------------------------------------------------------------------------------
 
 
@@ -250,13 +259,13 @@ def _spaced(name: str) -> str:
 def _names_beside(folder: Path, otherwise: NameOf = str) -> NameOf:
     """Names of a folder's `classnames.txt`, or what is usual for the set."""
     file = folder / NAMES_FILE
-    return _looked_up(file, _names_in(file)) if file.is_file() else otherwise
+    return _looked_up(file, _names_in(file)) if is_file(file) else otherwise
 
 
 def _looked_up(file: Path, names: dict[str, str]) -> NameOf:
     def name_of(key: str) -> str:
         if key not in names:
-            raise DataError(f"{_short(file)} has no name for class {key}", fix="give every class a line")
+            raise DataError(f"{short(file)} has no name for class {key}", fix="give every class a line")
         return names[key]
 
     return name_of
@@ -267,12 +276,12 @@ def _names_in(file: Path) -> dict[str, str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{_short(file)} cannot be read: {error}", fix="write it as UTF-8") from error
+        raise unreadable(short(file), error, fix="write it as UTF-8") from error
     names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         key, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
         if key and (not name.strip() or key in names):
-            raise DataError(f"{_short(file)} line {number}: {line[:40]!r}", fix="write class and name, each class once")
+            raise DataError(f"{short(file)} line {number}: {line[:40]!r}", fix="write class and name, each class once")
         if key:
             names[key] = name.strip()
     return names
@@ -281,9 +290,9 @@ def _names_in(file: Path) -> dict[str, str]:
 def _imagenet_names(folder: Path, home: Path) -> NameOf:
     """Name of a folder that is a WordNet id, or a number in their order; from the user's ImageNet metadata."""
     candidates = [folder / NAMES_FILE, *(home / name for name in _IMAGENET_NAMES)]
-    file = next((path for path in candidates if path.is_file()), None)
+    file = next((path for path in candidates if is_file(path)), None)
     if file is None:
-        raise PrerequisiteError(f"file {_short(home / NAMES_FILE)} is not there", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(f"file {short(home / NAMES_FILE)} is not there", fix="see docs/zero-shot.md")
     names = _names_of_synsets(file)
     numbers = [key for key in _class_folders(folder) if key.isdecimal()]
     if not numbers:
@@ -291,7 +300,7 @@ def _imagenet_names(folder: Path, home: Path) -> NameOf:
     # Folder 7 is the id at 7 in order, counted from 0, whatever the folders' own order is: as text, 10 comes before 2.
     if sorted(map(int, numbers)) != list(range(len(names))):
         raise DataError(
-            f"folder {_short(folder)} has {len(numbers)} numbered classes and {_short(file)} {len(names)} names",
+            f"folder {short(folder)} has {len(numbers)} numbered classes and {short(file)} {len(names)} names",
             fix="take the whole set, and a file with the name of each class",
         )
     in_order = sorted(names)
@@ -304,9 +313,11 @@ def _names_of_synsets(file: Path) -> dict[str, str]:
         return _names_in(file)
     if file.name.endswith(".txt"):
         return {key: name.split(",")[0] for key, name in _names_in(file).items()}
-    fix = f"write {NAMES_FILE} beside {_short(file)}"
+    fix = f"write {NAMES_FILE} beside {short(file)}"
     sets = imported("torchvision.datasets.imagenet", "torchvision is not installed", fix=fix)
     try:
         return {str(key): str(names[0]) for key, names in sets.load_meta_file(file.parent)[0].items()}
     except Exception as error:  # torch raises many kinds for a broken file
-        raise DataError(f"{_short(file)} cannot be read: {error}", fix="restore it") from error
+        if is_of_machine(error):
+            raise unreadable(short(file), error, fix="") from error
+        raise DataError(f"{short(file)} cannot be read: {error}", fix="restore it") from error

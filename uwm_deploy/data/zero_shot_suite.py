@@ -12,7 +12,7 @@ from pathlib import Path
 from uwm_deploy.data.source import ROOT_VARIABLE, LabelledImage, QuadrupleSource, ZeroShotSet
 from uwm_deploy.data.zero_shot_readers import folder_set, published_set
 from uwm_deploy.data.zero_shot_table import NAMES, PHOTO, PUBLISHED
-from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, PrerequisiteError, UnreadableError, UwmError
 from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.records.model import Digest
 
@@ -125,7 +125,7 @@ def open_suite(
             whole = _open(text, zero_shot_root(data), base or Path(), demo_split)
             sets[name] = SomeItems(whole, limit) if 0 < limit < len(whole) else whole
         except UwmError as error:
-            if text.startswith(FOLDER_PREFIX):
+            if text.startswith(FOLDER_PREFIX) or isinstance(error, UnreadableError):
                 raise
             missing[name] = error.what
     return Suite(sets=sets, missing=missing)

@@ -13,7 +13,7 @@ from uwm_deploy.data.order import in_order
 from uwm_deploy.data.reading import Progress, ignore_interrupts
 from uwm_deploy.data.source import PairBatch, QuadrupleSource
 from uwm_deploy.edits.pairs import SHARD_PAIRS
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, UwmError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.runtime.image import pixels_from_image
@@ -26,7 +26,7 @@ _NAMED_ITEMS = 5
 _Captions = tuple[str, str, str]
 """An item's id, its safe and its unsafe caption."""
 
-_Ids = tuple[str, np.ndarray, np.ndarray]
+_Ids = tuple[str, tuple[np.ndarray, int], tuple[np.ndarray, int]]
 """An item's id, and the ids (L,) int64 of its safe and its unsafe caption."""
 
 _OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
@@ -95,7 +95,7 @@ class PairStream:
     def _images(self) -> Iterator[PairBatch]:
         dataset = _ImagePairs(self._source, self._image)
         done = 0
-        for items in _loader(dataset, self._batch_pairs, self._workers):
+        for items in _batches(dataset, self._batch_pairs, self._workers):
             done += len(items)
             self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
@@ -106,7 +106,7 @@ class PairStream:
 
     def _texts(self) -> Iterator[PairBatch]:
         done = 0
-        for captions in _loader(_TextPairs(self._source), WINDOW_PAIRS, 0):
+        for captions in _batches(_TextPairs(self._source), WINDOW_PAIRS, 0):
             items = list(self._tokenised(captions))
             self._leave_out([item for item in items if isinstance(item, LeftOut)])
             pairs = [item for item in items if not isinstance(item, LeftOut)]
@@ -119,7 +119,7 @@ class PairStream:
     def _tokenised(self, items: Sequence[_Captions | LeftOut]) -> Iterator[_Ids | LeftOut]:
         """Pairs of captions as ids; a caption that has none leaves out its own item."""
         texts = [text for item in items if not isinstance(item, LeftOut) for text in item[1:]]
-        rows = iter(self._tokenizer.rows(texts))
+        rows = iter(self._tokenizer.masked_rows(texts))
         for item in items:
             if isinstance(item, LeftOut):
                 yield item
@@ -136,18 +136,20 @@ class PairStream:
         if not pairs:
             return
         ids, safe, unsafe = zip(*pairs, strict=True)
-        left, right = np.stack(safe), np.stack(unsafe)
-        lengths = np.maximum(self._lengths(left), self._lengths(right))
+        left, right = (np.stack([row for row, _ in side]) for side in (safe, unsafe))
+        safe_counts, unsafe_counts = (np.array([count for _, count in side]) for side in (safe, unsafe))
+        lengths = np.maximum(safe_counts, unsafe_counts)
         order = np.argsort(lengths, kind="stable") if self._sorted else np.arange(len(ids))
         for start in range(0, len(ids), self._batch_pairs):
             rows = order[start : start + self._batch_pairs]
             width = int(lengths[rows].max()) if self._sorted else left.shape[1]
-            yield PairBatch(ids=tuple(ids[i] for i in rows), safe=left[rows, :width], unsafe=right[rows, :width])
-
-    def _lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens up to and including the first end token."""
-        result: np.ndarray = (rows == self._tokenizer.spec.eos_id).argmax(1) + 1
-        return result
+            yield PairBatch(
+                ids=tuple(ids[i] for i in rows),
+                safe=left[rows, :width],
+                unsafe=right[rows, :width],
+                safe_counts=safe_counts[rows],
+                unsafe_counts=unsafe_counts[rows],
+            )
 
     def check(self, broken: Sequence[LeftOut]) -> None:
         """Checks that not too much of the whole set is broken.
@@ -185,6 +187,8 @@ class _ImagePairs(Dataset[Any]):
             item = self.source.read(index)
         except DataError as error:
             return LeftOut(id=self.source.ids[index], reason=error.what)
+        except UwmError as error:
+            return error
         if item.safe_image is None or item.unsafe_image is None:
             return LeftOut(id=item.id, reason="no image pair")
         return item.id, pixels_from_image(item.safe_image, self.spec), pixels_from_image(item.unsafe_image, self.spec)
@@ -204,6 +208,8 @@ class _TextPairs(Dataset[Any]):
             pair = self.source.read_texts(index)
         except DataError as error:
             return LeftOut(id=self.source.ids[index], reason=error.what)
+        except UwmError as error:
+            return error
         if pair is None:
             return LeftOut(id=self.source.ids[index], reason="no text pair")
         return (self.source.ids[index], *pair)
@@ -215,6 +221,19 @@ def _same(items: list[Any]) -> list[Any]:
 
 def _leave_interrupts(_: int) -> None:
     ignore_interrupts()
+
+
+def _batches(dataset: Dataset[Any], batch: int, workers: int) -> Iterator[list[Any]]:
+    """Items in batches; an error that is no item's own is raised here: the loader would wrap it in its traceback.
+
+    Raises:
+        UwmError: Of the kind that went wrong.
+    """
+    for items in _loader(dataset, batch, workers):
+        for item in items:
+            if isinstance(item, UwmError):
+                raise item
+        yield items
 
 
 def _loader(dataset: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:

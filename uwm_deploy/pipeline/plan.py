@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.data.source import check_own_pairs
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.baseline import read_baseline
+from uwm_deploy.pipeline.foreseen import shortages
 from uwm_deploy.pipeline.request import Request, with_overrides
 from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.recipe import Recipe
@@ -94,26 +96,9 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
 
 def foreseen(plan: Plan) -> list[str]:
     """Lines about checks of the policy that cannot pass on this evaluation set, known before anything is computed."""
-    source, limits = plan.evaluation_source, [*plan.policy.edit, *plan.policy.artifact]
-    lines = []
-    of_quadruples = [limit for limit in limits if not limit.metric.startswith(_OF_OTHER_ITEMS)]
-    wanted = max((limit.min_n for limit in of_quadruples), default=0)
-    if len(source) < wanted:
-        lines.append(
-            f"note: policy {plan.policy.name} asks for {wanted} quadruples, {plan.evaluation.name} has {len(source)}: "
-            "the verdict cannot pass"
-        )
-    if not source.zero_shot_names and any(limit.metric.startswith("zero_shot") for limit in limits):
-        missing = ", ".join(sorted(source.zero_shot_missing)) or "it names none"
-        lines.append(
-            f"note: policy {plan.policy.name} limits zero-shot, {plan.evaluation.name} has no zero-shot set here "
-            f"({missing}): the verdict cannot pass"
-        )
-    return lines
-
-
-_OF_OTHER_ITEMS = ("zero_shot", "hard_safe", "hard-safe")
-"""Metrics that are not counted in quadruples."""
+    calibrated = Counter(plan.calibration_source.concepts)
+    found = shortages(plan.policy, plan.evaluation.name, plan.evaluation_source, calibrated)
+    return [f"note: {line}: the verdict cannot pass" for line in found]
 
 
 def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:

@@ -15,6 +15,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.data.embedding import PreparedSet
+from uwm_deploy.data.evaluation import base_in, place_from
 from uwm_deploy.pipeline.judge import Judge
 from uwm_deploy.pipeline.refit_graphs import (
     Swap,
@@ -118,6 +119,8 @@ def unproven_bundle(
     parts: Parts = {
         file.path: job.bundle.path / file.path for file in job.manifest.files if not file.path.startswith(replaced)
     }
+    if (base := base_in(job.bundle)) is not None and parts.pop(BundleLayout.EVALUATION_PLACE):
+        parts |= place_from(base, job.out)  # which may be another folder
     tensors = original.to_tensors("original") | reference.to_tensors("edited")
     parts |= made.parts | {
         BundleLayout.PATCH: swap.content,

@@ -9,10 +9,10 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.sign import Seal
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
+from uwm_deploy.data.evaluation import evaluation_source_in
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.pipeline.cards import card_of_bundle
-from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import record_from_json
@@ -43,5 +43,4 @@ def evaluation_source_of(bundle: Bundle, evaluation: str | None) -> QuadrupleSou
     if evaluation:
         spec, _, base = calibration_set_of(evaluation)
         return open_source(spec, base=base)
-    text = bundle.read(BundleLayout.EVALUATION).decode()
-    return open_source(calibration_set_from_toml(text, where="evaluation.toml"), base=None)
+    return evaluation_source_in(bundle)

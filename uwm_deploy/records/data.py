@@ -42,6 +42,17 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlace:
+    """`reports/evaluation.json` of a bundle: where the set is that it was measured on.
+
+    Attributes:
+        folder: Folder that the set's relative paths start from, as a relative POSIX path from the bundle's own folder.
+    """
+
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SameContent:
     """Two items with the same pixels and texts, the second one in the same set or in another."""
 
@@ -81,8 +92,10 @@ class DataReport:
         broken_count: Items that cannot be read, or lack a pair that other items of the set have.
         empty_texts: Items with a text of nothing but blanks; they are not broken, but may get no score.
         twice_count: Ids that occur more than once.
-        same_count: Items whose content an earlier item has; a loss of data, not an error.
+        same_count: Items whose content an earlier item has; what is counted twice makes intervals too narrow.
         overlaps: One per set that it was compared with.
+        misspelt: Concept with few items to one with many and almost the same name.
+        unused_names: Names in `concept_names` that no item has.
         problems: Why the set should not be used as it is; a clean set has none.
     """
 
@@ -98,6 +111,8 @@ class DataReport:
     same: tuple[SameContent, ...]
     overlaps: tuple[Overlap, ...]
     problems: tuple[str, ...]
+    misspelt: Mapping[str, str] = field(default_factory=dict)
+    unused_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

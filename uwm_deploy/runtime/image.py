@@ -4,66 +4,105 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, MissingFileError, UnreadableError, is_of_machine, unreadable
 from uwm_deploy.records.model import ImageSpec
 
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded."""
 
+MAX_SIDE = 65_535
+"""Longer images are refused: a strip of one pixel by a million is small, and what resizing makes of it is not."""
+
 MAX_BYTES = 100_000_000
 """Larger files are refused before they are read."""
+
+MAX_DECODING_BYTES = 400_000_000
+"""Images whose decoder would take more are refused before they are decoded; what preprocessing adds keeps below it, too."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow registers many more decoders, some of which start other programs."""
 
+_TILE_WIDTH, _TILE_LENGTH, _STRIP_ROWS, _SAMPLE_BITS, _SAMPLES = 322, 323, 278, 258, 277
+"""Tags of TIFF."""
+
+_BAND_PIXELS = 1 << 20
+"""Pixels that are laid over white at a time."""
+
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
+
+_REFUSED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow raises for what is no image, and the system for what cannot be read."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def image_from(source: ImageLike) -> Image.Image:
+def image_from(source: ImageLike, name: str = "") -> Image.Image:
     """Decodes an image.
 
     Args:
         source: Path, encoded bytes, Pillow image, or (H, W, 3) / (H, W) uint8 array.
+        name: What errors call it, which may be recorded. [default: the path]
 
     Raises:
         DataError: If it is missing, broken, too large, or of a kind that is not taken.
+        UnreadableError: If this machine cannot read or decode it, which says nothing about the image.
     """
     if isinstance(source, Image.Image):
+        _refuse_strip(source.size)
         return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] != 3):
             raise DataError(
                 f"array image has shape {source.shape} and type {source.dtype}", fix="pass (H, W, 3) or (H, W) uint8"
             )
+        _refuse_strip((source.shape[1], source.shape[0]))
         return Image.fromarray(source)
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise DataError(f"image is a {type(source).__name__}", fix="pass a path, bytes, a Pillow image or an array")
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "image bytes"
+    name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image bytes")
     try:
         return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source))
     except FileNotFoundError as error:
-        raise DataError(f"{name} does not exist", fix="check the path") from error
+        raise MissingFileError(f"{name} does not exist", fix="check the path") from error
     except UnidentifiedImageError as error:  # its own text has an address in it, and would be another in every run
         raise DataError(
             f"{name} is not a whole image: of no known kind", fix=f"pass one of {', '.join(FORMATS)}"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name} is not a whole image: {error}", fix=f"pass one of {', '.join(FORMATS)}") from error
+    except _REFUSED as error:
+        fix = f"pass one of {', '.join(FORMATS)}"
+        if is_of_machine(error):
+            where = str(source) if isinstance(source, (str, os.PathLike)) else name  # this is for whoever mends it
+            raise unreadable(where, error, fix=fix) from error
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or "it asks for too much memory"
+        raise DataError(f"{name} is not a whole image: {reason}", fix=fix) from error
 
 
 def _read(path: Path) -> bytes:
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
-    return path.read_bytes()
+    """Content of a plain file; a pipe would be waited for, and a device never ends."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        about = os.fstat(stream.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no plain file")
+        if about.st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return stream.read()
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -72,8 +111,42 @@ def _decode(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+        if max(image.size) > MAX_SIDE:
+            raise ValueError(f"{image.width} x {image.height} is longer than {MAX_SIDE} pixels")
+        if (needed := _decoding_bytes(image)) > MAX_DECODING_BYTES:
+            raise ValueError(f"decoding {image.width} x {image.height} takes {needed} bytes")
         image.load()
     return image
+
+
+def _refuse_strip(size: tuple[int, int]) -> None:
+    if max(size) > MAX_SIDE:
+        raise DataError(f"image of {size[0]} x {size[1]} pixels is too long", fix=f"pass at most {MAX_SIDE} a side")
+
+
+def _decoding_bytes(image: Image.Image) -> int:
+    """Memory that decoding takes: the image, of four bytes a pixel at most, and what its decoder keeps beside it."""
+    pixels = image.width * image.height
+    if image.format == "WEBP":  # two canvases and a copy
+        return 16 * pixels
+    if image.format == "JPEG" and image.info.get("progressive"):  # coefficients of all channels
+        return (4 + 2 * len(image.getbands())) * pixels
+    tags = getattr(image, "tag_v2", None)
+    if image.format == "TIFF" and tags is not None:  # one tile, which may be larger than the image, or one strip
+        tile = _largest(tags, _TILE_WIDTH, 0) * _largest(tags, _TILE_LENGTH, 0)
+        strip = image.width * min(image.height, _largest(tags, _STRIP_ROWS, image.height))
+        bits = (tile or strip) * _largest(tags, _SAMPLES, 1) * _largest(tags, _SAMPLE_BITS, 8)
+        return 4 * pixels + bits // 8
+    return 4 * pixels
+
+
+def _largest(tags: Mapping[int, Any], tag: int, otherwise: int) -> int:
+    """The largest number of a tag; one that is no number makes a broken file."""
+    found = tags.get(tag, otherwise)
+    numbers = found if isinstance(found, tuple) else (found,)
+    if not numbers or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"tag {tag} is {str(found)[:40]!r}")
+    return max(int(number) for number in numbers)
 
 
 def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -87,6 +160,9 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
     Returns:
         (3, crop, crop) float32.
+
+    Raises:
+        UnreadableError: If this machine has no memory for it.
     """
     return pixels_from_crops(crop_from_image(image, spec), spec)
 
@@ -94,8 +170,11 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """The first half of `pixels_from_image`, a quarter of its size: resized and cropped, (crop, crop, 3) uint8."""
     # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
-    whole = _over_white(image) if spec.alpha == "white" else image
-    cropped = _resized_crop(whole, spec)
+    try:
+        cropped = _resized_crop(_over_white(image) if spec.alpha == "white" else image, spec)
+    except MemoryError as error:
+        what = f"an image of {image.width} x {image.height} pixels cannot be resized: not enough memory"
+        raise UnreadableError(what, fix="use fewer --workers, or a machine with more") from error
     return np.asarray(cropped if cropped.mode == "RGB" else cropped.convert("RGB"))
 
 
@@ -129,11 +208,15 @@ def _normalised_levels(rescale: float, mean: tuple[float, ...], std: tuple[float
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        layered = image.convert("RGBA")
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _BAND_PIXELS // max(1, image.width))
+    for top in range(0, image.height, rows):  # a whole copy with an alpha channel would be there three times
+        layered = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layered).convert("RGB")
-    return image.convert("RGB")
+        flat.paste(Image.alpha_composite(white, layered).convert("RGB"), (0, top))
+    return flat
 
 
 def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:

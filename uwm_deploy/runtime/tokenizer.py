@@ -68,12 +68,32 @@ class Tokenizer:
         Raises:
             DataError: If a caption has no ids, see `rows`; its position is named.
         """
+        return self.encode_masked(texts, special_tokens)[0]
+
+    def encode_masked(
+        self, texts: Sequence[object], special_tokens: SpecialTokens | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of some captions, and how many of them the tokenizer's attention mask counts.
+
+        The ids alone do not tell it: the padding may be the end token, and so may a word of a caption.
+
+        Args:
+            texts: Captions.
+            special_tokens: Another mode than the tokenizer's own.
+
+        Returns:
+            Ids (n, context_length) int64, see `encode`; and (n,) int64, tokens that count, from the padding's other side.
+
+        Raises:
+            DataError: See `encode`.
+        """
         found = np.empty((len(texts), self.spec.context_length), dtype=np.int64)
-        for position, row in enumerate(self.rows(texts, special_tokens)):
+        counts = np.zeros(len(texts), dtype=np.int64)
+        for position, row in enumerate(self.masked_rows(texts, special_tokens)):
             if isinstance(row, DataError):
                 raise DataError(f"text {position}: {row.what}", fix=row.fix)
-            found[position] = row
-        return found
+            found[position], counts[position] = row
+        return found, counts
 
     def rows(
         self, texts: Sequence[object], special_tokens: SpecialTokens | None = None
@@ -88,6 +108,21 @@ class Tokenizer:
             Per caption its ids (context_length,) int64, or the error: it is no text, is longer than `MAX_CHARACTERS`, is
             made of names of special tokens, or has an id that the model has no embedding for.
         """
+        found = self.masked_rows(texts, special_tokens)
+        return [row if isinstance(row, DataError) else row[0] for row in found]
+
+    def masked_rows(
+        self, texts: Sequence[object], special_tokens: SpecialTokens | None = None
+    ) -> list[tuple[np.ndarray, int] | DataError]:
+        """The same with the number of tokens that the tokenizer's attention mask counts.
+
+        Args:
+            texts: Captions.
+            special_tokens: Another mode than the tokenizer's own.
+
+        Returns:
+            Per caption its ids (context_length,) int64 and their number without padding, or the error; see `rows`.
+        """
         mode = special_tokens or self.special_tokens
         backend = self._backend(mode)
         problems = [problem_of(text) for text in texts]
@@ -96,7 +131,9 @@ class Tokenizer:
         found = (self._row(backend, mode, *pair) for pair in zip(cleaned, _encodings(backend, cleaned), strict=True))
         return [DataError(f"it {problem}") if problem else next(found) for problem in problems]
 
-    def _row(self, backend: Backend, mode: SpecialTokens, text: str, encoding: Any) -> np.ndarray | DataError:
+    def _row(
+        self, backend: Backend, mode: SpecialTokens, text: str, encoding: Any
+    ) -> tuple[np.ndarray, int] | DataError:
         if isinstance(encoding, DataError):
             return encoding
         found = self._neutral(backend, encoding, text) if mode == "neutral" else encoding.ids
@@ -111,7 +148,7 @@ class Tokenizer:
                 f"it has the token {name!r}, id {row.max()}, and the model has embeddings of {spec.vocabulary} ids only",
                 fix="leave the token out",
             )
-        return row
+        return row, len(found)
 
     def _backend(self, mode: SpecialTokens) -> Backend:
         with self._lock:

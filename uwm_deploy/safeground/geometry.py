@@ -11,7 +11,7 @@ import numpy as np
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Estimate, Geometry
 from uwm_deploy.safeground.interval import Z95
-from uwm_deploy.safeground.retrieval import similarities
+from uwm_deploy.safeground.similarity import Similar, similarities
 
 NEAREST = 10
 """Neighbours of an item that are compared."""
@@ -101,17 +101,26 @@ def nearest_of(queries: np.ndarray, candidates: np.ndarray, *, same: bool) -> np
         (n, 10) int64, in ascending order, not by nearness.
     """
     found = np.empty((len(queries), NEAREST), dtype=np.int64)
-    for rows, similarity in similarities(queries, candidates):
-        count = len(similarity)
-        if same:
-            similarity[np.arange(count), np.arange(rows.start, rows.stop)] = -np.inf
-        last = np.partition(similarity, -NEAREST, axis=1)[:, -NEAREST][:, None]
-        chosen = similarity >= last
+    for some in similarities(queries, candidates):
+        tenth = np.argpartition(_others(some, same=same), -NEAREST, axis=1)[:, -NEAREST]
+        several = some.settle(some.values()[np.arange(len(tenth)), tenth]) > 1
+        values = _others(some, same=same)
+        last = values[np.arange(len(tenth)), tenth][:, None]
+        last[several, 0] = np.partition(values[several], -NEAREST, axis=1)[:, -NEAREST]
+        chosen = values >= last
         for i in np.flatnonzero(chosen.sum(1) > NEAREST):  # more than fit are equally near
-            tied = np.flatnonzero(similarity[i] == last[i])
+            tied = np.flatnonzero(values[i] == last[i])
             chosen[i, tied[NEAREST - int(chosen[i].sum()) :]] = False
-        found[rows] = np.nonzero(chosen)[1].reshape(count, NEAREST)
+        found[some.rows] = np.nonzero(chosen)[1].reshape(len(values), NEAREST)
     return found
+
+
+def _others(some: Similar, *, same: bool) -> np.ndarray:
+    """Similarities, to itself none."""
+    values = some.values().copy()
+    if same:
+        values[np.arange(len(values)), np.arange(some.rows.start, some.rows.stop)] = -np.inf
+    return values
 
 
 def _overlap(before: np.ndarray, after: np.ndarray) -> Estimate:

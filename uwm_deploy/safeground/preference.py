@@ -10,6 +10,7 @@ import numpy as np
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.similarity import rowwise
 
 BASIC = ("P_ts", "P_tu", "P_vs", "P_vu")
 """Decisions: safe text, unsafe text, safe image, unsafe image as the query."""
@@ -72,20 +73,14 @@ def decisions(
             raise DataError(f"{name} has shape {rows.shape}, not {safe_image.shape}", fix="embed whole quadruples")
         if not np.isfinite(rows).all():
             raise DataError(f"{name} holds NaN or infinity", fix="mend the model; such rows are never counted")
-    ss, su = _rowwise(safe_text, safe_image), _rowwise(unsafe_text, safe_image)
-    us, uu = _rowwise(safe_text, unsafe_image), _rowwise(unsafe_text, unsafe_image)
+    ss, su = rowwise(safe_text, safe_image), rowwise(unsafe_text, safe_image)
+    us, uu = rowwise(safe_text, unsafe_image), rowwise(unsafe_text, unsafe_image)
     margins = {"P_ts": ss - us, "P_tu": su - uu, "P_vs": ss - su, "P_vu": us - uu}
     return Decisions(
         {name: margin > 0 for name, margin in margins.items()},
         {name: margin == 0 for name, margin in margins.items()},
         margins,
     )
-
-
-def _rowwise(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    # Products of float32 are exact in float64, so equal similarities compare as equal.
-    result: np.ndarray = np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64))
-    return result
 
 
 def proportions(decided: Decisions) -> dict[str, Proportion]:

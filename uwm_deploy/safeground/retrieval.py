@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from uwm_deploy.records.metrics import Flips, Proportion
 from uwm_deploy.safeground.interval import flips, mean_flips, wilson
+from uwm_deploy.safeground.similarity import similarities
 
 RECALLS = (1, 5, 10, 20)
 
@@ -33,8 +34,6 @@ MEANS = {
 
 PAIRED = (*ITEMS, *HARD, *MEANS)
 """What two models are compared in, item by item."""
-
-_CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,36 +128,21 @@ def retrieved(
     return Retrieved({name: _ranked(*run) for name, run in runs.items()})
 
 
-def similarities(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Similarities of some rows at a time.
-
-    Sums are made in float64 and rounded. In float32 they would depend on the position of a row and on the number of threads,
-    and two equal candidates would not be equally similar.
-
-    Args:
-        queries: (n, d), any floating dtype, rows of length 1.
-        candidates: (m, d), any floating dtype, rows of length 1.
-
-    Yields:
-        Rows of the queries, and (rows, m) float32, which the caller may change.
-    """
-    turned = candidates.T.astype(np.float64)
-    for start in range(0, len(queries), _CHUNK_ROWS):
-        some = queries[start : start + _CHUNK_ROWS].astype(np.float64)
-        yield slice(start, start + len(some)), (some @ turned).astype(np.float32)
-
-
 def _ranked(queries: np.ndarray, candidates: np.ndarray) -> Ranked:
     """Ranks of the right candidates; those after the first n are unsafe."""
     n = len(queries)
     ranks, tied = np.empty(n, dtype=np.int64), np.empty(n, dtype=bool)
     lead = np.full(n, np.nan, dtype=np.float32)
-    for rows, similarity in similarities(queries, candidates):
-        right = similarity[np.arange(len(similarity)), np.arange(rows.start, rows.stop)][:, None]
-        ranks[rows] = (similarity >= right).sum(1) - 1  # without the right one itself
-        tied[rows] = (similarity == right).sum(1) > 1
+    for some in similarities(queries, candidates):
+        values, own = some.values(), np.arange(some.rows.start, some.rows.stop)
+        best = [part.max(1) for part in (values[:, :n], values[:, n:]) if part.shape[1]]
+        some.settle(values[np.arange(len(own)), own], *best)
+        values = some.values()
+        right = values[np.arange(len(own)), own][:, None]
+        ranks[some.rows] = (values >= right).sum(1) - 1  # without the right one itself
+        tied[some.rows] = (values == right).sum(1) > 1
         if len(candidates) > n:
-            lead[rows] = similarity[:, n:].max(1) - similarity[:, :n].max(1)
+            lead[some.rows] = values[:, n:].max(1) - values[:, :n].max(1)
     return Ranked(ranks, tied, lead)
 
 

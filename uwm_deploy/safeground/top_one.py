@@ -10,8 +10,7 @@ import numpy as np
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.safeground.interval import wilson
-
-_CHUNK_ROWS = 4096
+from uwm_deploy.safeground.similarity import similarities
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +48,13 @@ def top1(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> TopOne:
     if not (np.isfinite(images).all() and np.isfinite(classes).all()):
         raise DataError("zero-shot embeddings hold NaN or infinity", fix="mend the model")
     hits, ties = np.zeros(len(images), dtype=bool), np.zeros(len(images), dtype=bool)
-    for start in range(0, len(images), _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        similarity = images[rows] @ classes.T
-        right = similarity[np.arange(len(similarity)), labels[rows]][:, None]
-        hits[rows] = (similarity >= right).sum(1) == 1
-        ties[rows] = ~hits[rows] & ((similarity > right).sum(1) == 0)
+    for some in similarities(images, classes):
+        own = labels[some.rows]
+        some.settle(some.values()[np.arange(len(own)), own])
+        values = some.values()
+        right = values[np.arange(len(own)), own][:, None]
+        hits[some.rows] = (values >= right).sum(1) == 1
+        ties[some.rows] = ~hits[some.rows] & ((values > right).sum(1) == 0)
     return TopOne(hits, ties)
 
 

@@ -12,6 +12,7 @@ from uwm_deploy.bundle.layout import BundleLayout, tower_record
 from uwm_deploy.bundle.open import engine_paths, open_bundle
 from uwm_deploy.bundle.replace import lost_signature, refuse_foreign_folder
 from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.data.evaluation import place_from
 from uwm_deploy.edits.canary_files import canary_file, raw_canary_file
 from uwm_deploy.errors import UwmError
 from uwm_deploy.records.bundle import Manifest
@@ -137,6 +138,7 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
         layout.VERDICT: folder.verdict,
         layout.REFERENCE: folder.reference,
     }
+    parts |= place_from(plan.evaluation_base, plan.out)
     for graph in manifest.onnx:
         for name in filter(None, (graph.file, graph.external_data)):
             parts[layout.onnx(name)] = folder.export / name

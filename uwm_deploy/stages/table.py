@@ -194,6 +194,7 @@ def _package_settings(plan: Plan, _: Variant) -> object:
         recipe.bundle_version,
         plan.recipe_text,
         plan.evaluation_text,
+        str(plan.evaluation_base),
         str(plan.out.resolve()),
     ]
 

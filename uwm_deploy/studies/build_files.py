@@ -10,11 +10,10 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
-from uwm_deploy.data.open import open_source
+from uwm_deploy.data.evaluation import evaluation_source_in
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.errors import InputError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
-from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
@@ -105,8 +104,7 @@ def _files_of_bundle(bundle: Bundle) -> BuildFiles:
 
 def _inputs(bundle: Bundle, tower: TowerName) -> np.ndarray:
     """Some items of the evaluation set, preprocessed: pixels (n, 3, height, width) or token ids (n, positions)."""
-    spec = calibration_set_from_toml(bundle.read(BundleLayout.EVALUATION).decode(), where=BundleLayout.EVALUATION)
-    source, model = open_source(spec, base=None), bundle.manifest.model
+    source, model = evaluation_source_in(bundle), bundle.manifest.model
     some = [source.read(i) for i in range(min(_QUADRUPLES, len(source)))]
     if tower is TowerName.IMAGE:
         images = [image for q in some for image in (q.safe_image, q.unsafe_image) if image is not None]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.data.evaluation import evaluation_set_in, of_bundle
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.zero_shot_suite import Suite, open_suite
-from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
+from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.studies.subjects import Subject, open_subject_bundle
 
@@ -65,12 +66,12 @@ def open_evaluation_sets(
         limit=spec.zero_shot_limit if own else 0,
     )
     only = tuple(concepts) or spec.concepts
-    source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
+    with of_bundle() if evaluation is None and default.is_bundle else contextlib.nullcontext():
+        source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
     return EvaluationSets(name=spec.name, source=source, suite=suite)
 
 
 def _evaluation_of(subject: Subject) -> tuple[CalibrationSet, Path | None]:
     if subject.is_bundle:
-        text = open_subject_bundle(subject).read(BundleLayout.EVALUATION).decode()
-        return calibration_set_from_toml(text, where=BundleLayout.EVALUATION), None
+        return evaluation_set_in(open_subject_bundle(subject))
     return calibration_set_of(recipe_of(subject.model)[0].data.evaluation)[::2]

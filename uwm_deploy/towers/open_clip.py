@@ -294,8 +294,8 @@ def _valid_tokens(model: nn.Module, spec: TextSpec) -> ValidTokens:
     if not isinstance(model, CoCa):
         return inner
 
-    def valid(ids: Tensor) -> Tensor:
-        caption = inner(ids)
+    def valid(ids: Tensor, counts: Tensor | None) -> Tensor:
+        caption = inner(ids, counts)
         return torch.cat([caption, caption.new_ones(len(ids), 1)], 1)
 
     return valid

@@ -85,11 +85,12 @@ class Tower(Protocol):
             InputError: If a pattern matches no linear layer.
         """
 
-    def valid_tokens(self, inputs: Tensor) -> Tensor | None:
+    def valid_tokens(self, inputs: Tensor, counts: Tensor | None = None) -> Tensor | None:
         """Tokens that count in scores (method.md section 2).
 
         Args:
             inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+            counts: (B,) int64, tokens that the tokenizer's attention mask counts; None takes all up to the first end.
 
         Returns:
             (B, T) bool; None when all tokens count.
@@ -102,8 +103,8 @@ class Tower(Protocol):
 MAPS = "embedding_maps.safetensors"
 """File of the maps behind the embeddings, in the folder of a saved edited model; its own library has no place for them."""
 
-ValidTokens = Callable[[Tensor], Tensor]
-"""From ids (B, L) int64 to the tokens that count, (B, T) bool."""
+ValidTokens = Callable[[Tensor, Tensor | None], Tensor]
+"""From ids (B, L) int64, and the tokens (B,) int64 of each that a mask counts, to the tokens that count, (B, T) bool."""
 
 
 class ModuleTower:
@@ -113,7 +114,7 @@ class ModuleTower:
         graph: The module; its parameters have their names in the source model.
         name: Image or text.
         embed_dim: Size of the embedding.
-        valid_tokens: From ids (B, L) int64 to the tokens that count, (B, T) bool; None when all count.
+        valid_tokens: See `ValidTokens`; None when all count.
         pools_at_end: See `Tower`.
         further: Names of the outputs after the embedding.
         reaches: Whether a layer, by name, has an effect on the output that the tower is used for; others cannot be edited.
@@ -190,16 +191,17 @@ class ModuleTower:
             found |= {name: linear[name] for name in matches}
         return found
 
-    def valid_tokens(self, inputs: Tensor) -> Tensor | None:
+    def valid_tokens(self, inputs: Tensor, counts: Tensor | None = None) -> Tensor | None:
         """Tokens that count in scores; see `Tower.valid_tokens`.
 
         Args:
             inputs: (B, 3, H, W) float32 pixels, or (B, L) int64 ids.
+            counts: (B,) int64, tokens that the tokenizer's attention mask counts, or None.
 
         Returns:
             (B, T) bool; None when all tokens count.
         """
-        return self._valid_tokens(inputs) if self._valid_tokens else None
+        return self._valid_tokens(inputs, counts) if self._valid_tokens else None
 
 
 def caption_tokens(spec: TextSpec) -> ValidTokens:
@@ -207,12 +209,13 @@ def caption_tokens(spec: TextSpec) -> ValidTokens:
 
     Args:
         spec: End token, padding token and padding side.
-
-    Returns:
-        From ids (B, L) int64 to (B, L) bool.
     """
 
-    def valid(ids: Tensor) -> Tensor:
+    def valid(ids: Tensor, counts: Tensor | None) -> Tensor:
+        if counts is not None:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            places = places.flip(0) if spec.padding_side == "left" else places
+            return places[None] < counts[:, None]
         ends = (ids == spec.eos_id).int()
         if spec.padding_side == "left":
             found = (ids != spec.pad_id).int().cumsum(1) > 0

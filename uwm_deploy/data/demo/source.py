@@ -16,6 +16,7 @@ class DemoSource:
 
     has_images = True
     has_texts = True
+    unused_names: tuple[str, ...] = ()
 
     def __init__(self, spec: CalibrationSet) -> None:
         if spec.split not in world.SIZES:

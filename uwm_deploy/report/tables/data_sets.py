@@ -32,6 +32,10 @@ def data_lines(report: DataReport) -> list[str]:
     lines += counted("ids that occur more than once", report.twice_count, list(report.twice))
     same = [f"{item.id} = {item.other}" for item in report.same]
     lines += counted("same content as an earlier item", report.same_count, same)
+    lines += [
+        f"perhaps misspelt: {concept} ({data.concepts[concept]}), as {o}" for concept, o in report.misspelt.items()
+    ]
+    lines += [f"concept_names names what no item has: {name}" for name in report.unused_names]
     for overlap in report.overlaps:
         unread = f", {overlap.unread} of them unreadable" if overlap.unread else ""
         lines.append(f"against {overlap.name} ({overlap.n} items{unread}): compared {overlap.compared}")

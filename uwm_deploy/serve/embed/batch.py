@@ -9,9 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from uwm_deploy.bundle.open import MANIFEST
-from uwm_deploy.errors import ContractError, DataError, InputError, IntegrityError
+from uwm_deploy.data.finding import is_folder, names_in
+from uwm_deploy.errors import (
+    ContractError,
+    DataError,
+    InputError,
+    IntegrityError,
+    MissingFileError,
+    UnreadableError,
+    is_of_machine,
+    unreadable,
+)
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
@@ -22,6 +33,8 @@ from uwm_deploy.runtime.session import Device
 
 ItemKind = Literal["images", "texts"]
 """Which tower embeds the items."""
+
+_IMAGES = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image)
 
 Columns = Mapping[str, Any]
 """Columns of equal length by name; a column is anything that can be iterated."""
@@ -42,7 +55,8 @@ after_fork(_free_the_lock)
 class EmbedBatch:
     """Embeds a batch; pickled, it is a few strings, and each process opens the bundle once, at its first batch.
 
-    A broken item is a row with an error; a failure that is not the items' own (an engine, a full memory) is raised.
+    A broken item is a row with an error; a failure that is not the items' own (an engine, a full memory, a disk, a folder
+    that is not mounted) is raised.
 
     Args:
         bundle: Bundle folder, at this path on every machine.
@@ -90,7 +104,8 @@ class EmbedBatch:
             manifest, `variant`, and `space`, the id of the space that it embeds into, (n,) str each.
 
         Raises:
-            InputError: If a column is missing.
+            InputError: If a column is missing, or holds nothing but what can never be such an item.
+            UnreadableError: If this machine cannot read an item, or the folder of a missing one is missing or empty, too.
             IntegrityError: If the bundle is another one than in the process that made this object.
             UwmError: See `SafeEncoder.open`.
         """
@@ -98,6 +113,7 @@ class EmbedBatch:
         errors = [str(error or "") for error in batch["error"]] if "error" in batch else [""] * len(keys)
         encoder = self.encoder()
         values = self._column(batch, self.column)
+        self._check_type(values)
         errors = [e or self._missing(value) for e, value in zip(errors, values, strict=True)]
         good = [n for n, error in enumerate(errors) if not error]
         found = self._encoded(encoder, [values[n] for n in good])
@@ -142,19 +158,44 @@ class EmbedBatch:
         for failed in found.errors:
             if not isinstance(failed.error, (DataError, ContractError)):
                 raise failed.error
+            if isinstance(failed.error, MissingFileError):
+                _refuse_unmounted(Path(values[failed.position]).parent, failed.error)
         strange = [failed.error for failed in found.errors if not isinstance(failed.error, DataError)]
         if strange and len(found.errors) == len(values):  # no row at all: that is the engine, not the items
             raise strange[0]
         return found
 
     def _missing(self, value: Any) -> str:
-        """The error of an empty place; Ray and pandas make it NaN."""
-        return f"it has no {self.kind.removesuffix('s')}" if value is None or isinstance(value, float) else ""
+        """The error of an empty place."""
+        return f"it has no {self.kind.removesuffix('s')}" if _is_empty(value) else ""
+
+    def _check_type(self, values: Sequence[Any]) -> None:
+        """A column of another type is none of its items' fault, and would make every one of them a broken item."""
+        wanted = _IMAGES if self.kind == "images" else str
+        there = [value for value in values if not _is_empty(value)]
+        if there and not any(isinstance(value, wanted) for value in there):
+            raise InputError(
+                f"column {self.column!r} holds {type(there[0]).__name__}, not {self.kind}",
+                fix="images are paths, bytes or uint8 arrays, texts are strings; name another column",
+            )
 
     def _column(self, batch: Columns, name: str) -> list[Any]:
         if name not in batch:
             raise InputError(f"the batch has no column {name!r}", fix=f"it has {', '.join(map(str, batch))}")
         return list(batch[name])
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a place is empty; Ray and pandas make it NaN."""
+    return value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value)))
+
+
+def _refuse_unmounted(folder: Path, error: MissingFileError) -> None:
+    """A file that is not there is its item's fault only if others are there."""
+    if not is_folder(folder) or not names_in(folder):
+        raise UnreadableError(
+            f"{error.what}, and {folder} is missing or empty", fix="mount it on this machine, and run again"
+        ) from error
 
 
 def _texts(values: Sequence[str]) -> np.ndarray:
@@ -167,6 +208,8 @@ def _digest_of(bundle: Path) -> Digest:
     try:
         return digest_of_file(bundle / MANIFEST)
     except OSError as error:
+        if is_of_machine(error):
+            raise unreadable(str(bundle), error, fix="") from error
         raise InputError(
             f"{bundle} is not a bundle: {error.strerror}", fix="pass the folder that `build` wrote"
         ) from error

@@ -12,7 +12,7 @@ from safetensors.numpy import load
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.space import SpaceId, space_before, space_of, weights_before
-from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError
+from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError, unreadable
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
@@ -208,7 +208,7 @@ def _is_index(path: Path) -> bool:
         with path.open("rb") as stream:
             magic = stream.read(4)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
+        raise unreadable(str(path), error, fix="check the path") from error
     return len(magic) == 4 and magic.startswith(_INDEX_MAGIC) and magic.isalnum()
 
 

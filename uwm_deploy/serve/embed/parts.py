@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from uwm_deploy.data.parquet import parquet_module
-from uwm_deploy.errors import DataError, EvidenceError, InputError
+from uwm_deploy.data.parquet import parquet_errors, parquet_module
+from uwm_deploy.errors import EvidenceError, InputError
 from uwm_deploy.records.files import whole_file
 from uwm_deploy.serve.embed.batch import ItemKind
 
@@ -102,16 +102,12 @@ def opened(path: Path) -> Iterator[Any]:
 
     Raises:
         DataError: If it is no whole Parquet file, then or as it is read.
-        PrerequisiteError: If pyarrow is missing.
+        PrerequisiteError: If pyarrow is missing, or this machine cannot read it.
     """
     parquet = parquet_module(path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield file
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own are kinds of these
-        raise DataError(
-            f"{path} is no whole Parquet file: {error}", fix="remove it; its items are embedded again"
-        ) from error
+    fix = "remove it; its items are embedded again"
+    with parquet_errors(f"part {path}", fix=fix), parquet.ParquetFile(path) as file:
+        yield file
 
 
 def said_by(path: Path, file: Any) -> dict[str, Any]:

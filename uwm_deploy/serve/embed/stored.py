@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from uwm_deploy.bundle.space import SpaceId
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.embedding_map import Mapper
 
@@ -151,7 +151,7 @@ def said_beside(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(about.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{about} cannot be read: {error}", fix=f"it is to say what {path.name} is; mend it") from error
+        raise unreadable(str(about), error, fix=f"it is to say what {path.name} is; mend it") from error
     if not isinstance(body, dict):  # a file of somebody's own
         return {}
     if not isinstance(body.get("space", ""), str):
@@ -210,7 +210,7 @@ class KeyFile:
                 for line in stream:
                     yield line.rstrip("\r\n")
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.path} cannot be read: {error}", fix="one key per line, in UTF-8") from error
+            raise unreadable(str(self.path), error, fix="one key per line, in UTF-8") from error
 
 
 class Keys:

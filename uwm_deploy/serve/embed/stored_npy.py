@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.records.files import disk_errors, locked, write_atomic
 from uwm_deploy.runtime.embedding_map import Mapper
 from uwm_deploy.serve.embed.stored import (
@@ -56,7 +56,7 @@ class NpyFile:
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read: {error}", fix="save it with numpy.save") from error
+            raise unreadable(str(path), error, fix="save it with numpy.save") from error
         if not isinstance(found, np.memmap) or found.ndim != 2 or found.dtype not in (np.float32, np.float16):
             raise DataError(f"{path} does not hold (n, d) numbers in float32 or float16", fix="save such an array")
         if not found.size:

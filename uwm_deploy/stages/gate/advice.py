@@ -18,6 +18,11 @@ _EXACT = {
 
 _MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or --evaluation with a larger set"
 
+_NO_ZERO_SHOT = (
+    'name zero-shot sets that are here, such as `zero_shot = ["imagefolder:PATH"]`, in the evaluation set\'s TOML file '
+    "(docs/zero-shot.md); `uwm-deploy data check SET --for build` says which are missing"
+)
+
 _SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
 """Starts of the metrics that say whether an edit makes a model safer without harm to safe queries."""
 
@@ -45,6 +50,8 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
             "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
             "if the change is wanted, accept it with `uwm-deploy baseline set`"
         )
+    if check.name.startswith("zero_shot") and not check.n and check.result is not Result.FAIL:
+        return _NO_ZERO_SHOT
     if check.result is Result.INCONCLUSIVE:
         return f"{_MORE_ITEMS}; or {_other_method(model)}" if _is_about_safety(check) else _MORE_ITEMS
     return _of_metric(check, model)

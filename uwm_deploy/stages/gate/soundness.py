@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.evidence import (
@@ -192,14 +192,15 @@ def absent_concepts(data: DataHealth, report: VerifyReport) -> dict[str, float]:
 
     Two sets without a common concept name their concepts differently, and nothing can be said.
     """
-    there, total = set(report.evaluation.concepts), sum(data.calibrated_concepts.values())
-    if not there & set(data.calibrated_concepts):
+    return absent_from(report.evaluation.concepts, report.evaluation.n, data.calibrated_concepts)
+
+
+def absent_from(concepts: Collection[str], n: int, calibrated: Mapping[str, int]) -> dict[str, float]:
+    """The same of n items with some concepts."""
+    total = sum(calibrated.values())
+    if not set(concepts) & set(calibrated):
         return {}
-    return {
-        concept: (1 - count / total) ** report.evaluation.n
-        for concept, count in data.calibrated_concepts.items()
-        if concept not in there
-    }
+    return {concept: (1 - count / total) ** n for concept, count in calibrated.items() if concept not in concepts}
 
 
 def _healthy(name: str, part: Proportion) -> Check:

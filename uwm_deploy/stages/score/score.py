@@ -259,7 +259,8 @@ def _scored(
 
         def forward(batch: PairBatch) -> None:
             inputs = torch.from_numpy(np.concatenate([batch.safe, batch.unsafe])).to(device)
-            set_batch(tower.valid_tokens(inputs), batch.ids)
+            counts_here = None if batch.counts is None else torch.from_numpy(batch.counts).to(device)
+            set_batch(tower.valid_tokens(inputs, counts_here), batch.ids)
             with lower:
                 tower.embed(inputs)
 

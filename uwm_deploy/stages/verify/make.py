@@ -150,4 +150,9 @@ def _overlap(job: Job) -> int:
         content_digests(source, workers=job.plan.workers, progress=job.notes.progress)
         for source in (job.plan.calibration_source, job.plan.evaluation_source)
     ]
+    if same := len(sets[1]) - len(set(sets[1])):
+        job.notes.line(
+            f"note: {same} of {len(sets[1])} quadruples of {job.plan.evaluation.name} have the content of another one: they "
+            "are counted twice, so intervals are narrower than they should be"
+        )
     return overlap(*sets)
