@@ -12,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from uwm_deploy.errors import DataError, InputError
-from uwm_deploy.records.files import disk_errors, locked, write_atomic
+from uwm_deploy.records.files import locked, write_atomic
+from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.runtime.embedding_map import Mapper
 from uwm_deploy.serve.embed.stored import (
     Keys,
