@@ -87,9 +87,12 @@ class NpyFile:
     def migrate(self, out: Path, mapper: Mapper, label: Label, progress: Progress) -> Moved:
         """See `Stored.migrate`; until it is whole it lies in a folder beside `out`, with .migrating at its end."""
         made = label.plain() | {"rows": self.rows, "source": source_of(self.path)}
-        if is_finished(out, made):
-            return Moved(finished_before=self.rows)
         work = out.with_name(f"{out.name}.migrating")
+        if is_finished(out, made):
+            if work.is_dir():  # of a run that was killed while it cleaned up
+                with locked(work):
+                    shutil.rmtree(work)
+            return Moved(finished_before=self.rows)
         with locked(work), disk_errors(out):
             moved = self._continued(work, mapper, made, progress)
             names = {"names": self._said["names"]} if "names" in self._said else {}
