@@ -1,4 +1,4 @@
-"""Kills a command before each of its file operations, one after the other; a program, since an audit hook stays for ever.
+"""Kills a command before each of its file operations, or lets the operation fail; a program, since audit hooks stay.
 
 Reads jobs as JSON from standard input and writes what it found as JSON. The process imports everything once and then forks
 for every run, so that a run costs what the command itself costs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import json
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+FAULTS = ("EIO", "EMFILE", "ENOSPC", "EFBIG", "ENOMEM")
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -31,8 +33,10 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event in _CHANGES or event == "fcntl.flock":
         _armed(f"{event} {arguments[0]}")
-    elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
-        _armed(f"open {arguments[0]}")
+    elif event == "open" and isinstance(arguments[2], int):
+        _armed(f"{'open' if arguments[2] & _WRITES else 'read'} {arguments[0]}")
+    elif event in ("os.listdir", "os.scandir"):
+        _armed(f"read {arguments[0]}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class Job:
         ends: Its exit code.
         rows: How many are embedded in the end.
         most: At most so many kills.
+        faults: Operations fail with these errors in turn instead of a kill, and what is read counts as an operation too.
         without_exchange: The file system cannot exchange two names.
     """
 
@@ -61,6 +66,7 @@ class Job:
     most: int = 0
     ends: int = 0
     rows: int = 0
+    faults: bool = False
     without_exchange: bool = False
 
 
@@ -81,7 +87,7 @@ def _import_all(jobs: list[Job]) -> None:
             "commands.baseline", "commands.build", "commands.embed", "commands.migrate", "commands.prove", "commands.triton",
             "pipeline.attest", "pipeline.refit", "pipeline.run", "runtime.encoder", "serve.embed.job", "serve.repository",
             "stages.package", "stages.export", "stages.compile", "stages.verify.make", "stages.score.score",
-            "stages.canaries", "report.tables.verdict_lines", "report.tables.refitted", "towers.hf_clip", "graphs.onnx_builder",
+            "stages.canaries", "report.tables.verdict_lines", "report.tables.refitted", "towers.hf_clip",
         ]  # fmt: skip
         importlib.import_module("pyarrow.parquet")
     for name in names:
@@ -94,7 +100,7 @@ COMMANDS = ("baseline", "attest", "refit", "build", "embed", "triton")
 
 
 def _ran(job: Job) -> dict[str, Any]:
-    """A kill before each operation: what was there then, and what the same command did about it."""
+    """A kill before each operation, or a fault: what was there then, and what the same command did about it."""
     _begin(job)
     before = _state(job)
     code, operations, output = _run(job)
@@ -106,10 +112,13 @@ def _ran(job: Job) -> dict[str, Any]:
     chosen = range(0, len(operations), job.every)
     if job.most and len(chosen) > job.most:
         chosen = range(0, len(operations), -(-len(operations) // job.most))
-    for place in chosen:
+    for number, place in enumerate(chosen):
         _begin(job)
-        killed, _, _ = _run(job, kill_before=place)
-        assert killed == -signal.SIGKILL, (job.name, place, killed)
+        fault = FAULTS[number % len(FAULTS)]
+        killed, _, told = _run(job, stop_at=place, fault=fault)
+        if job.faults and (wrong := _unclear(killed, told, job.ends)):
+            found["wrong"].append([operations[place], f"{fault}: {wrong}"])
+        assert job.faults or killed == -signal.SIGKILL, (job.name, place, killed)
         state = _state(job)
         again, _, told = _run(job)
         if state not in (before, after) and not (job.rows and state.endswith("rows")):
@@ -122,6 +131,9 @@ def _ran(job: Job) -> dict[str, Any]:
         if (names := _names(job)) != beside:
             found["wrong"].append([operations[place], f"left: {sorted(set(names) ^ set(beside))}"])
     found["killed"] = len(chosen)
+    print(
+        job.name, len(operations), len(chosen), found["old"], found["new"], found["wrong"], file=sys.stderr, flush=True
+    )
     return found
 
 
@@ -130,7 +142,7 @@ def _begin(job: Job) -> None:
     shutil.copytree(job.template, job.folder, symlinks=True)
 
 
-def _run(job: Job, kill_before: int | None = None) -> tuple[int, list[str], str]:
+def _run(job: Job, stop_at: int | None = None, fault: str = "") -> tuple[int, list[str], str]:
     """Runs the command in a forked process: its exit code or signal, its operations and what it said."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -141,7 +153,7 @@ def _run(job: Job, kill_before: int | None = None) -> tuple[int, list[str], str]
         code = 99
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = _called(job, operations, kill_before)
+                code = _called(job, operations, stop_at, fault)
         except BaseException as error:
             said.write(repr(error))
         with os.fdopen(writing, "w") as stream:
@@ -155,26 +167,48 @@ def _run(job: Job, kill_before: int | None = None) -> tuple[int, list[str], str]
     return os.waitstatus_to_exitcode(status), operations, said
 
 
-def _called(job: Job, operations: list[str], kill_before: int | None) -> int:
+def _unclear(code: int, told: str, ends: int) -> str:
+    """What is wrong with how a fault was told: it is one line and exit code 6, if anything failed at all."""
+    errors = [line for line in told.splitlines() if line.startswith(("error:", "internal error:"))]
+    if code == ends and not errors:
+        return ""  # it was of no consequence: what comes out is compared next
+    if code != 6 or len(errors) != 1 or "Traceback" in told:
+        return f"exit code {code}: {told[-300:]}"
+    return ""
+
+
+def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) -> int:
     global _armed
     here = os.getpid()
+    from uwm_deploy.commands.failure import say
     from uwm_deploy.records import replacing
 
     if job.without_exchange:
         replacing._RENAME_EXCHANGE = 1 << 20  # a flag that no file system knows
 
     def before(operation: str) -> None:
-        if os.getpid() != here:
+        reads, name = operation.startswith("read "), operation.partition(" ")[2]
+        if (
+            os.getpid() != here
+            or (reads and not job.faults)
+            or (os.path.isabs(name) and not name.startswith(job.folder))
+        ):
             return
-        if len(operations) == kill_before:
-            os.kill(here, signal.SIGKILL)
         operations.append(operation.replace(job.folder, "").replace(str(here), "PID"))
+        if len(operations) - 1 == stop_at:
+            if not job.faults:
+                os.kill(here, signal.SIGKILL)
+            number = getattr(errno, fault)
+            raise OSError(number, os.strerror(number), name)
 
     os.chdir(job.folder)
     _armed = before
     try:
         if function := _FUNCTIONS.get(job.words[0]):
-            function(*map(Path, job.words[1:]))
+            try:
+                function(*map(Path, job.words[1:]))
+            except Exception as error:
+                return say(error, as_json=False)
             return 0
         from uwm_deploy.cli import cli
 

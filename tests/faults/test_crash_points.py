@@ -68,7 +68,9 @@ def tiny(tmp_path: Path) -> Scene:
     (template := tmp_path / "template").mkdir()
     made = make()
     write_bundle(made, template / "bundle", verdict=dataclasses.replace(made.verdict(), result=Result.PASS))
-    write_keys(template, "key")
+    key, _ = write_keys(template, "key")
+    shutil.copytree(template / "bundle", template / "signed")
+    sign_bundle(template / "signed", key)
     (template / "baseline").mkdir()
     np.save(template / "rows.npy", _unit_rows(24))
     (template / "rows.json").write_text(json.dumps({"tower": "image", "space": BEFORE}))
@@ -83,6 +85,17 @@ def test_a_kill_before_any_operation_loses_nothing(tiny: Scene) -> None:
         tiny.job("baseline set, two renames", "accept", "bundle", "bundle", without_exchange=True, most=12),
         tiny.job("baseline set, folder", "accept", "bundle", "baseline", shown="baseline/baseline.json"),
         tiny.job("migrate", "migrate-store", "rows.npy", "new.npy", shown="new.npy", most=10),
+    )
+
+
+def test_a_fault_in_any_operation_is_told_and_costs_nothing(tiny: Scene) -> None:
+    """Errors of a disk, of limits and of memory, at whatever is read or written: exit code 6, one line, and no trace."""
+    killed(
+        tiny.job("sign", "sign", "bundle", "--key", "key.pem", faults=True, most=12),
+        tiny.job(
+            "verify-signature", "verify-signature", "signed", "--public-key", "key.pub", shown="signed", faults=True
+        ),
+        tiny.job("migrate", "migrate-store", "rows.npy", "new.npy", shown="new.npy", faults=True, most=9),
     )
 
 
@@ -103,6 +116,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_a_kill_before_any_operation_of_a_command_that_writes_a_bundle(scene: Scene) -> None:
     """On real bundles: what executes them, what serves them, and what puts another edit in."""
     judged = ["--policy", scene.policy, "--key", "key.pem"]
@@ -119,6 +133,7 @@ def test_a_kill_before_any_operation_of_a_command_that_writes_a_bundle(scene: Sc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_a_kill_before_any_operation_of_a_build(tmp_path: Path) -> None:
     """A build from nothing: what was killed goes on, and ends with the bundle of one that was not."""
     (template := tmp_path / "template").mkdir()
