@@ -114,6 +114,8 @@ def _number_of(error: BaseException) -> int:
     text = str(error)[:2000]
     if numbers := _OS_ERROR.search(text):
         return int(next(filter(None, numbers.groups())))
+    if named := [number for number in _FIXES if os.strerror(number) in text]:
+        return named[0]
     return errno.ENOMEM if isinstance(error, RuntimeError) and _NO_MEMORY.search(text) else 0
 
 
