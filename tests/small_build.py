@@ -28,11 +28,16 @@ def build_small(factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
     return request, run(request, until="package", reporter=Reporter(quiet=True))
 
 
-def _request(folder: Path) -> Request:
+def write_sets(folder: Path) -> None:
+    """The data sets of the build, as files."""
     for name, split, limit in (("cal", "calibration", 96), ("eval", "test", 240)):
         zero_shot = 'zero_shot = ["colour"]\nzero_shot_limit = 210\n' if name == "eval" else ""
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n{zero_shot}'
         (folder / f"{name}.toml").write_text(text)
+
+
+def _request(folder: Path) -> Request:
+    write_sets(folder)
     return Request(
         **UWM,
         calibration=str(folder / "cal.toml"),

@@ -301,8 +301,7 @@ def test_an_interrupted_refit_leaves_the_bundle_as_it_was(request_: Request, bun
     with pytest.raises(KeyboardInterrupt):
         refit(asked(request_, revert=True), Interrupted("attest"))
     assert bytes_below(bundle) == before
-    assert {p.name for p in set(bundle.parent.iterdir()) - others} <= {".bundle.attest"}
-    assert [p.name for p in (bundle.parent / ".bundle.attest").iterdir()] == [".lock"]
+    assert set(bundle.parent.iterdir()) == others
     open_bundle(bundle)
 
 

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from tests.reports import artifact, digest, embedded, report
 from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline.baseline import BASELINE, accepted, changes, read_baseline, write_baseline
@@ -162,7 +161,7 @@ def test_unlike_is_not_compared(change, message: str) -> None:
 def test_a_changed_baseline_is_refused(tmp_path: Path) -> None:
     """A number edited in the file, or another file than the policy pins, ends with exit code 5."""
     base = _accepted(report())
-    pinned = write_baseline(tmp_path, base, bundle_from_parts)
+    pinned = write_baseline(tmp_path, base)
     assert read_baseline(tmp_path) == (base, pinned)
     extra = f'baseline_digest = "{pinned}"'
     assert _judged(report(), base, extra, pinned).result is Result.PASS

@@ -57,6 +57,11 @@ def place(built: tuple[Request, Outcome], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def waiting(built: tuple[Request, Outcome], place: Place, tmp_path: Path) -> Path:
     """A signed bundle whose only variant still waits for its evidence."""
+    return waiting_bundle(built, place.key, tmp_path / "bundle")
+
+
+def waiting_bundle(built: tuple[Request, Outcome], key: Path, out: Path) -> Path:
+    """A signed bundle whose only variant still waits for its evidence."""
     request, outcome = built
     assert outcome.report is not None
     assert outcome.manifest is not None
@@ -73,11 +78,9 @@ def waiting(built: tuple[Request, Outcome], place: Place, tmp_path: Path) -> Pat
     verdict = gate(report, policy, policy_digest=digest, report_digest=digest_of_bytes(content))
     parts: dict[str, Path | bytes] = {f.path: request.out / f.path for f in outcome.manifest.files}
     parts |= {"reports/verify.json": content, "reports/verdict.json": json_from_record(verdict).encode()}
-    made = bundle_from_parts(tmp_path / "bundle", dataclasses.replace(outcome.manifest, verdict=verdict), parts)
-    sign = seal_for(Resigning(key=place.key), tmp_path / "bundle").sign
-    assert sign is not None
-    (tmp_path / "bundle" / SIGNATURE).write_text(sign("bundle", made))
-    return tmp_path / "bundle"
+    sign = seal_for(Resigning(key=key), out).sign
+    bundle_from_parts(out, dataclasses.replace(outcome.manifest, verdict=verdict), parts, sign=sign)
+    return out
 
 
 def refused_unchanged(bundle: Path, *words: object, code: int, message: str) -> None:

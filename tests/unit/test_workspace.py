@@ -92,7 +92,7 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_clear_error() -> None:
     """No space left becomes one line with exit code 6, not a traceback."""
     from uwm_deploy.errors import ExitCode, PrerequisiteError
-    from uwm_deploy.records.files import disk_errors
+    from uwm_deploy.records.machine import disk_errors
 
     def fill() -> None:
         with disk_errors(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as stream:

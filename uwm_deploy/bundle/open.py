@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
-import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.bundle.external_data import check_external_data
 from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
+from uwm_deploy.bundle.held import RESTORE, HeldFiles, ReplacedError, check_plain, read_plain
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
-from uwm_deploy.records.files import digest_of_bytes, digest_of_file, joined_digest
+from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
 from uwm_deploy.records.head import RISK_OUTPUTS
+from uwm_deploy.records.machine import unreadable
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.records.replacing import displaced, workplace_of
 from uwm_deploy.records.verdict import Result, Verdict
 
 MANIFEST = BundleLayout.MANIFEST
-_RESTORE = "restore the bundle or build again"
+_RESTORE = RESTORE
 _REPORTS = (BundleLayout.VERDICT, BundleLayout.REPORT, BundleLayout.EDIT)
+_TRIES, _PAUSE_SECONDS = 50, 0.02
+"""A bundle that is replaced while it is opened is opened again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,29 @@ class Bundle:
     Attributes:
         path: Its folder.
         manifest: What it holds; everything else was checked against it.
+        held: Its files, which stay those that were opened; without them they are read from the folder.
     """
 
     path: Path
     manifest: Manifest
+    held: HeldFiles | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the manifest, which names the bundle: everything else follows from it."""
+        return digest_of_bytes(self.manifest_text)
+
+    @property
+    def manifest_text(self) -> bytes:
+        """Content of the manifest's file: one that opens is byte for byte what its record writes."""
+        return json_from_record(self.manifest).encode()
+
+    @property
+    def signature(self) -> bytes | None:
+        """Content of the signature's file, if there is one; whose it is was checked if a key was given."""
+        if self.held is None:
+            return read_plain(self.path, SIGNATURE) if os.path.lexists(self.path / SIGNATURE) else None
+        return self.held.read(SIGNATURE) if self.held.has(SIGNATURE) else None
 
     def read(self, name: str) -> bytes:
         """Bytes of a listed file, checked again as they are read; a graph's external data must be beside it.
@@ -47,17 +71,38 @@ class Bundle:
         Raises:
             IntegrityError: If the file is not listed, not what is listed, or points outside its folder.
         """
-        listed = {file.path: file for file in self.manifest.files}
-        if name not in listed:
-            raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
-        data = read_plain(self.path, name)
-        if digest_of_bytes(data) != listed[name].digest:
-            raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+        data = b"".join(self.chunks(name))
         if name in self._graphs():
+            listed = {file.path: file for file in self.manifest.files}
             folder = Path(name).parent
             beside = {Path(p).name: f.size_bytes for p, f in listed.items() if Path(p).parent == folder and p != name}
             check_external_data(data, beside, where=name)
         return data
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Bytes of a listed file, some at a time; they are worth nothing before the last one was given.
+
+        Raises:
+            IntegrityError: If the file is not listed, or not what is listed.
+        """
+        listed = {file.path: file for file in self.manifest.files}
+        if name not in listed:
+            raise IntegrityError(f"{self.path.name} does not list {name}", fix=_RESTORE)
+        hasher = hashlib.sha256()
+        for chunk in [read_plain(self.path, name)] if self.held is None else self.held.chunks(name):
+            hasher.update(chunk)
+            yield chunk
+        if "sha256:" + hasher.hexdigest() != listed[name].digest:
+            raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copies a listed file, checked as it is read; see `chunks`."""
+        with target.open("wb") as stream:
+            stream.writelines(self.chunks(name))
+
+    def kept(self) -> dict[str, Kept]:
+        """Every listed file, as a part of another bundle."""
+        return {file.path: Kept(self, file.path) for file in self.manifest.files}
 
     def _graphs(self) -> set[str]:
         """Files that ONNX Runtime is given."""
@@ -81,6 +126,18 @@ class Bundle:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file of an opened bundle that goes into another one as it is: the bytes that were checked, or none."""
+
+    bundle: Bundle
+    name: str
+
+    def chunks(self) -> Iterator[bytes]:
+        """See `Bundle.chunks`."""
+        return self.bundle.chunks(self.name)
+
+
 def open_bundle(
     path: str | Path,
     *,
@@ -88,7 +145,7 @@ def open_bundle(
     public_key: PublicKey | None = None,
     min_bundle_version: int = 0,
 ) -> Bundle:
-    """Checks a bundle as a whole.
+    """Checks a bundle as a whole. What is opened stays what it is when another bundle takes its place.
 
     Args:
         path: Bundle folder.
@@ -101,14 +158,48 @@ def open_bundle(
         InputError: If there is no bundle, or no key.
         IntegrityError: If any file is missing, added, changed or not a plain file; if the signature is missing, or not by
             that key; if the parts do not belong together; if it is too old; or if the verdict is not a pass.
+        PrerequisiteError: If the machine failed while it was read.
     """
     folder = Path(path)
-    if not os.path.lexists(folder / MANIFEST):
-        if any(os.path.lexists(folder / name) for name in (SIGNATURE, *_REPORTS)):
+    for attempt in range(_TRIES):
+        held = _held(folder)
+        try:
+            return _checked(folder, held, public_key, min_bundle_version, allow_failed=allow_failed)
+        except (ReplacedError, IntegrityError) as error:
+            if isinstance(error, IntegrityError) and held.is_at(folder):
+                raise
+        time.sleep(_PAUSE_SECONDS * (attempt > 0))
+    raise IntegrityError(f"{folder.name} is replaced again and again, or files disappear from it", fix=_RESTORE)
+
+
+def _held(path: Path) -> HeldFiles:
+    """The folder's files; while it is being replaced there may be none for a moment, or it lies elsewhere."""
+    for _ in range(_TRIES):
+        try:
+            return HeldFiles(path)
+        except (FileNotFoundError, NotADirectoryError):
+            if (there := displaced(path)) is not None:
+                return HeldFiles(there)
+            if path.exists() or not workplace_of(path.resolve()).is_dir():
+                break
+        except OSError as error:
+            if failure := unreadable(error, path):
+                raise failure from error
+            break
+        time.sleep(_PAUSE_SECONDS)
+    raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
+
+
+def _checked(
+    folder: Path, held: HeldFiles, public_key: PublicKey | None, min_bundle_version: int, *, allow_failed: bool
+) -> Bundle:
+    """One attempt at opening a bundle; see `open_bundle`."""
+    if not held.has(MANIFEST):
+        if any(held.has(name) for name in (SIGNATURE, *_REPORTS)) or not held.is_at(folder):
             raise IntegrityError(f"{MANIFEST} is missing", fix=_RESTORE)
-        raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
-    text = read_plain(folder, MANIFEST)
-    signed = _signed(folder, text, public_key) if public_key is not None else None
+        raise InputError(f"{folder} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
+    text = held.read(MANIFEST)
+    signed = _signed(held, text, public_key) if public_key is not None else None
     manifest = record_from_json(Manifest, text, where=MANIFEST)
     if json_from_record(manifest).encode() != text:
         raise IntegrityError(
@@ -121,8 +212,8 @@ def open_bundle(
             f"{MANIFEST} has bundle version {manifest.bundle_version}, at least {min_bundle_version} is required",
             fix="deploy the current release",
         )
-    bundle = Bundle(folder, manifest)
-    _check_files(folder, manifest)
+    bundle = Bundle(folder, manifest, held)
+    _check_files(held, manifest)
     _check_chain(manifest)
     _check_reports(bundle)
     if manifest.verdict.result is not Result.PASS and not allow_failed:
@@ -133,36 +224,11 @@ def open_bundle(
     return bundle
 
 
-def read_plain(folder: Path, name: str) -> bytes:
-    """Content of a file that is neither a link nor one of several names of the same file.
-
-    Raises:
-        IntegrityError: If it is, or cannot be read.
-    """
-    try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            _check_plain(name, os.fstat(descriptor))
-            return stream.read()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise IntegrityError(f"{name} is a symbolic link", fix=_RESTORE) from error
-        raise IntegrityError(f"{name} cannot be read: {error.strerror}", fix=_RESTORE) from error
-
-
-def _check_plain(name: str, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise IntegrityError(f"{name} is not a plain file", fix=_RESTORE)
-    if status.st_nlink != 1:
-        # Whoever holds the other name can change the file after it was checked.
-        raise IntegrityError(f"{name} is a hard link: the file has another name too", fix="copy the bundle")
-
-
-def _signed(folder: Path, manifest: bytes, public_key: PublicKey) -> dict[str, Digest]:
+def _signed(held: HeldFiles, manifest: bytes, public_key: PublicKey) -> dict[str, Digest]:
     """What the signature vouches for; the manifest, which everything else follows from, is as it was signed."""
-    if not os.path.lexists(folder / SIGNATURE):
+    if not held.has(SIGNATURE):
         raise IntegrityError(f"{SIGNATURE} is missing: the bundle is not signed", fix="sign it with `uwm-deploy sign`")
-    signed = signed_digests(read_plain(folder, SIGNATURE), public_key)
+    signed = signed_digests(held.read(SIGNATURE), public_key)
     if signed.get(MANIFEST) != digest_of_bytes(manifest):
         raise IntegrityError(f"{MANIFEST} is not the one that was signed", fix=_RESTORE)
     return signed
@@ -177,37 +243,26 @@ def _check_signed(signed: Mapping[str, Digest], listed: Mapping[str, Digest]) ->
             raise IntegrityError(f"{name} is not the one that was signed", fix=_RESTORE)
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
+def _check_files(held: HeldFiles, manifest: Manifest) -> None:
     """The folder holds exactly the listed files and maybe a signature, as plain files with the listed size and digest."""
     listed = {file.path: file for file in manifest.files}
     if len(listed) != len(manifest.files) or {MANIFEST, SIGNATURE} & set(listed):
         raise IntegrityError(f"{MANIFEST} lists a file twice, itself or the signature", fix=_RESTORE)
     parents = {parent.as_posix() for name in listed for parent in Path(name).parents}
-    present: set[str] = set()
-    foreign: set[str] = set()
-    for root, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            full = Path(root) / name
-            status = full.lstat()
-            relative = full.relative_to(folder).as_posix()
-            if stat.S_ISDIR(status.st_mode):
-                foreign |= {relative} - parents
-                continue
-            _check_plain(relative, status)
-            present.add(relative)
-    present -= {MANIFEST, SIGNATURE}
+    found, folders = held.listing()
+    for name, status in found.items():
+        check_plain(name, status)
+    present = set(found) - {MANIFEST, SIGNATURE}
     if extra := sorted(present - set(listed)):
         raise IntegrityError(f"{extra[0]} is in the bundle but not in its manifest", fix=_RESTORE)
-    if foreign:
+    if foreign := folders - parents:
         raise IntegrityError(f"folder {min(foreign)} is in the bundle but not in its manifest", fix=_RESTORE)
     if missing := sorted(set(listed) - present):
         raise IntegrityError(f"{missing[0]} is missing", fix=_RESTORE)
     for name, file in listed.items():
-        if (folder / name).stat().st_size != file.size_bytes:
-            raise IntegrityError(
-                f"{name} has {(folder / name).stat().st_size} bytes, not {file.size_bytes}", fix=_RESTORE
-            )
-        if digest_of_file(folder / name) != file.digest:
+        if held.size(name) != file.size_bytes:
+            raise IntegrityError(f"{name} has {held.size(name)} bytes, not {file.size_bytes}", fix=_RESTORE)
+        if held.digest(name) != file.digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
 
 

@@ -1,4 +1,4 @@
-"""Replacing a bundle in its place: what is never replaced, what is lost by it, and the lock meanwhile."""
+"""Replacing a bundle in its place: what is never replaced, and what is lost by it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def lost_signature(path: Path) -> str:
     if not is_signed(path):
         return ""
     return f"note: {path} is signed; what replaces it is not, until `uwm-deploy sign` is run again"
-
-
-def lock_of_bundle(path: Path) -> Path:
-    """Folder to lock while a bundle is rewritten."""
-    return path.resolve().parent / f".{path.resolve().name}.attest"

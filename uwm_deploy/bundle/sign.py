@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ from uwm_deploy.bundle.signature import (
     pre_authentication,
     root_digest,
 )
-from uwm_deploy.bundle.write import Sign
+from uwm_deploy.bundle.write import Sign, rewriting
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.files import digest_of_bytes, write_atomic
+from uwm_deploy.records.files import digest_of_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -68,9 +69,10 @@ def sign_bundle(path: Path, key: Path, *, password: Path | None = None) -> Signe
         PrerequisiteError: If the package `cryptography` is missing.
     """
     private = _private_key(key, password)
-    bundle = open_bundle(path)
-    write_atomic(path / SIGNATURE, _signature(private, path.resolve().name, bundle.manifest))
-    return _signed(bundle, private.public_key())
+    with rewriting(path) as place:
+        bundle = open_bundle(place.path)
+        place.put(SIGNATURE, _signature(private, place.path.name, bundle.manifest).encode())
+        return dataclasses.replace(_signed(bundle, private.public_key()), bundle=str(path))
 
 
 def verify_bundle(path: Path, public_key: PublicKey, *, min_bundle_version: int = 0) -> Signed:

@@ -9,6 +9,7 @@ import click
 
 from uwm_deploy.data.ranks import StoppedError, speaks
 from uwm_deploy.errors import LONGEST_LINE, ExitCode, UwmError, is_of_machine, visible
+from uwm_deploy.records.machine import failure_of_machine
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -35,7 +36,12 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What to say about anything that a command, or click before it, has raised."""
+    """What to say about anything that a command, or click before it, has raised.
+
+    A failure of the machine is said as such, whatever it was taken for on the way.
+    """
+    if isinstance(error, Exception) and not isinstance(error, StoppedError):
+        error = failure_of_machine(error) or error
     if isinstance(error, UwmError):
         kind = error.kind if isinstance(error, StoppedError) else type(error).__name__
         return Failure(kind=kind, what=error.what, fix=error.fix, exit_code=int(error.exit_code))

@@ -27,7 +27,7 @@ _Captions = tuple[str, str, str]
 """An item's id, its safe and its unsafe caption."""
 
 _Ids = tuple[str, tuple[np.ndarray, int], tuple[np.ndarray, int]]
-"""An item's id, and the ids (L,) int64 of its safe and its unsafe caption."""
+"""An item's id; of its safe and its unsafe caption the ids (L,) int64, and how many of them the attention mask counts."""
 
 _OTHER = {TowerName.IMAGE: TowerName.TEXT, TowerName.TEXT: TowerName.IMAGE}
 

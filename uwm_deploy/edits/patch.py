@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
@@ -94,17 +94,34 @@ class Patch:
             InputError: If it is not a whole patch file.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise InputError(
-                        f"{path.name} is no patch file of this release ({metadata.get('format', 'no format')})",
-                        fix="pass patch.safetensors of a bundle that this release built",
-                    )
-                about = json.loads(metadata["tensors"])
-                return cls({name: _part(file.get_tensor(name), **about[name]) for name in sorted(about)})
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            content = path.read_bytes()
+        except OSError as error:
             raise InputError(f"{path.name} is not a whole patch file: {error}", fix="restore it") from error
+        return cls.from_bytes(content, path.name)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Patch:
+        """Reads the content of a patch file.
+
+        Args:
+            content: Of the file.
+            name: Of the file, for messages.
+
+        Raises:
+            InputError: If it is not whole.
+        """
+        try:
+            tensors, header = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = header.get("__metadata__", {})
+            if metadata.get("format") != _FORMAT:
+                raise InputError(
+                    f"{name} is no patch file of this release ({metadata.get('format', 'no format')})",
+                    fix="pass patch.safetensors of a bundle that this release built",
+                )
+            about = json.loads(metadata["tensors"])
+            return cls({key: _part(tensors[key], **about[key]) for key in sorted(about)})
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{name} is not a whole patch file: {error}", fix="restore it") from error
 
     @property
     def exact(self) -> bool:

@@ -28,7 +28,7 @@ from uwm_deploy.data.torchrun import add_in_order
 from uwm_deploy.edits.pairs import SHARD_PAIRS, PairCounts
 from uwm_deploy.errors import ContractError
 from uwm_deploy.records.data import LeftOut
-from uwm_deploy.records.files import disk_errors
+from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.memory import Notice, silent
 

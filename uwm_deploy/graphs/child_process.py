@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
+from uwm_deploy.records.machine import failure_of_machine
 
 _KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
 
@@ -54,17 +56,38 @@ def made_by_child(
             raise ContractError(
                 f"{tool} {step} of {stem} took over {BUILD_SECONDS} s", fix="use a smaller profile"
             ) from error
-    result = folder / f"{stem}.{step}.result.json"
     file = str(spec["engine"])
     (folder / f".tmp-{file}").unlink(missing_ok=True)
-    body: Mapping[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    body = _result(folder / f"{stem}.{step}.result.json")
     lines = (folder / f"{stem}.{step}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if done.returncode == REFUSED:
+    if done.returncode == REFUSED and body:
         what = f"{tool} {step} of {stem}: {body.get('error', '')[:400]}"
         raise _KINDS.get(str(body.get("kind")), UwmError)(what, fix=str(body.get("fix", "")))
-    if done.returncode == FAILED:
+    if done.returncode == FAILED and body:
         raise ContractError(f"{tool} cannot {step} {stem}: {body.get('error', '')[:400]}", fix="see its log")
     if done.returncode != 0 or not body or not (folder / file).is_file():
-        last = lines[-1][:300] if lines else "no log"
-        raise UwmError(f"the {tool} {step} of {stem} ended with status {done.returncode}: {last}", fix="run it again")
+        raise _ended(f"the {tool} {step} of {stem}", done.returncode, lines, result=bool(body))
     return dict(body)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What the child wrote; empty where it could not write it to its end."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _ended(what: str, status: int, lines: list[str], *, result: bool) -> UwmError:
+    """Why there is nothing: the machine failed, which the log's last line or the status says, or the child died."""
+    last = lines[-1][:300] if lines else "no log"
+    if failure := failure_of_machine(RuntimeError(last)):
+        return PrerequisiteError(f"{what}: {failure.what}", fix=failure.fix)
+    if status == -signal.SIGKILL:
+        return PrerequisiteError(f"{what} was killed: is there enough memory?", fix="use a smaller profile")
+    if status in (0, FAILED, REFUSED) and not result:
+        return PrerequisiteError(
+            f"{what} could not write its result", fix="free space, raise the limits of the process"
+        )
+    return UwmError(f"{what} ended with status {status}: {last}", fix="run it again")

@@ -27,6 +27,7 @@ from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
 from uwm_deploy.records.graph import Profile, Target
+from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 FAILED = 3
@@ -222,12 +223,15 @@ def main(path: str, work: Callable[[dict[str, Any]], dict[str, Any]] = build) ->
     result = Path(path).with_suffix(".result.json")
     try:
         body = work(spec)
-    except BuildFailed as error:
-        result.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
-        return FAILED
-    except UwmError as error:
-        kind = type(error).__name__
-        result.write_text(json.dumps({"kind": kind, "error": error.what, "fix": error.fix}), encoding="utf-8")
+    except Exception as error:
+        known = failure_of_machine(error) or error
+        if isinstance(known, BuildFailed):
+            result.write_text(json.dumps({"error": str(known)}), encoding="utf-8")
+            return FAILED
+        if not isinstance(known, UwmError):
+            raise
+        kind = type(known).__name__
+        result.write_text(json.dumps({"kind": kind, "error": known.what, "fix": known.fix}), encoding="utf-8")
         return REFUSED
     result.write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return 0

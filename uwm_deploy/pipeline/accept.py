@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
+from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
-from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.bundle.write import rewriting
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline
+from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline, write_baseline_into
 from uwm_deploy.pipeline.judge import judge_with, report_at
 from uwm_deploy.pipeline.shipping import note_signature
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.verdict import Result, Verdict
+from uwm_deploy.records.verdict import Baseline, Result, Verdict
 from uwm_deploy.stages.job import Notes
 
 
@@ -46,15 +46,29 @@ def accept_baseline(
         InputError: If there is no report; if `at` is signed and would lose that unasked, or is no bundle and has a key.
         IntegrityError: If the bundle or the report was changed, or is not signed by the right key.
     """
-    seal = seal_for(signing or Resigning(), at)
-    if not is_bundle(at) and (seal.sign or seal.public_key):
-        raise InputError(f"{at} is no bundle, so it has no signature", fix="leave the keys out")
+    asked = signing or Resigning()
+    if not is_bundle(at):
+        seal = seal_for(asked, at)
+        if seal.sign or seal.public_key:
+            raise InputError(f"{at} is no bundle, so it has no signature", fix="leave the keys out")
+        baseline, verdict = _accepted(path, policy_name, by, reason)
+        return verdict, write_baseline(at, baseline) if baseline else None
+    with rewriting(at) as place:
+        seal = seal_for(asked, at)
+        baseline, verdict = _accepted(path, policy_name, by, reason)
+        if baseline is None:
+            return verdict, None
+        bundle = open_bundle(place.path, allow_failed=True, public_key=seal.public_key)
+        digest = write_baseline_into(place, bundle, baseline, sign=seal.sign)
+        note_signature(at, seal, reporter)
+    return verdict, digest
+
+
+def _accepted(path: Path, policy_name: str, by: str, reason: str) -> tuple[Baseline | None, Verdict]:
+    """The report as a baseline, if it passes, and the verdict on it."""
     policy, policy_digest = policy_of(policy_name)
     report, digest = report_at(path)
     verdict = judge_with(dataclasses.replace(policy, baseline=()), policy_digest, None)(report, digest)
     if verdict.result is not Result.PASS:
-        return verdict, None
-    baseline = accepted(report, verdict, by=by, reason=reason)
-    digest = write_baseline(at, baseline, partial(bundle_from_parts, sign=seal.sign), public_key=seal.public_key)
-    note_signature(at, seal, reporter)
-    return verdict, digest
+        return None, verdict
+    return accepted(report, verdict, by=by, reason=reason), verdict

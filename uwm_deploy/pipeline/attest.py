@@ -15,19 +15,19 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
-from uwm_deploy.bundle.replace import lock_of_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
+from uwm_deploy.bundle.write import Part, rewriting
 from uwm_deploy.data.embedding import Inputs, PreparedSet, prepare
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.pipeline.judge import judge_of_bundle
+from uwm_deploy.pipeline.judge import judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
 from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, known_of_files, measured_against, stored_in
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
-from uwm_deploy.records.files import digest_of_bytes, locked
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EXPORTED, Precision, Profile
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Verdict
@@ -37,7 +37,8 @@ from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.stages.job import Notes
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
-Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
+Write = Callable[[Manifest, Mapping[str, Part]], object]
+"""What writes the bundle with the new evidence, whole or not at all."""
 
 
 def attest(
@@ -56,7 +57,7 @@ def attest(
         bundle: An opened bundle.
         source: The evaluation set that the bundle was measured on.
         judge: The gate, with its policy.
-        write: What writes a bundle, whole or not at all.
+        write: What writes the bundle with the evidence, whole or not at all.
         workers: Decoding processes.
         progress: Called as it goes on.
         prepared: The set, if it is preprocessed already.
@@ -197,10 +198,8 @@ def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
 
 def _rewrite(bundle: Bundle, report: bytes, verdict: Verdict, write: Write) -> None:
     """The bundle with new evidence and verdict, in place of the old one, whole or not at all."""
-    parts: dict[str, Path | bytes] = {file.path: bundle.path / file.path for file in bundle.manifest.files}
-    parts[BundleLayout.REPORT] = report
-    parts[BundleLayout.VERDICT] = json_from_record(verdict).encode()
-    write(bundle.path, dataclasses.replace(bundle.manifest, verdict=verdict), parts)
+    changed = {BundleLayout.REPORT: report, BundleLayout.VERDICT: json_from_record(verdict).encode()}
+    write(dataclasses.replace(bundle.manifest, verdict=verdict), {**bundle.kept(), **changed})
 
 
 def attest_bundle(
@@ -225,18 +224,28 @@ def attest_bundle(
         InputError: If the bundle is signed and would lose that unasked; see `attest` for others.
         IntegrityError: If the bundle was changed, or is not signed by the right key.
     """
-    seal = seal_for(signing or Resigning(), path)
-    with locked(lock_of_bundle(path)):
-        bundle = open_bundle(path, allow_failed=True, public_key=seal.public_key)
-        judge = judge_of_bundle(path, policy_name)
+    with rewriting(path) as place:
+        seal = seal_for(signing or Resigning(), path)
+        bundle = open_bundle(place.path, allow_failed=True, public_key=seal.public_key)
+        judge = judge_of_bundle(bundle, policy_name)
+        if place.finished and not _waiting(bundle):
+            reporter.line(f"{path} has the evidence already: an earlier run was killed after it had written it")
+            return bundle.manifest.verdict
         with reporter.stage("attest", str(path)):
             verdict = attest(
                 bundle,
                 evaluation_source_of(bundle, evaluation),
                 judge,
-                partial(bundle_with_card, sign=seal.sign),
+                partial(bundle_with_card, place, sign=seal.sign),
                 workers=workers,
                 progress=reporter.progress,
             )
         note_signature(path, seal, reporter)
     return verdict
+
+
+def _waiting(bundle: Bundle) -> list[str]:
+    """Variants without evidence that this machine could execute."""
+    report, _ = report_of_bundle(bundle)
+    waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
+    return [v for v in waiting if v == EXPORTED or not reason_not_executable(next(iter(bundle.engines(v).values())))]

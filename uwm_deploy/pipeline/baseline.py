@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import MANIFEST, open_bundle
-from uwm_deploy.bundle.signature import PublicKey
+from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
+from uwm_deploy.bundle.write import Sign, bundle_from_parts
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes, write_atomic
 from uwm_deploy.records.metrics import Flips, SafetyReport
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.replacing import Workplace
 from uwm_deploy.records.verdict import Baseline, Verdict
 from uwm_deploy.safeground.outcomes import flips_since
 from uwm_deploy.safeground.retrieval import MEANS
 from uwm_deploy.stages.gate.gate import comparable
 
 BASELINE = BundleLayout.BASELINE
-
-Write = Callable[[Path, Manifest, Mapping[str, Path | bytes]], object]
-"""What writes a bundle, whole or not at all."""
 
 
 def accepted(report: VerifyReport, verdict: Verdict, *, by: str, reason: str, today: date | None = None) -> Baseline:
@@ -47,25 +43,34 @@ def accepted(report: VerifyReport, verdict: Verdict, *, by: str, reason: str, to
     )
 
 
-def write_baseline(path: Path, baseline: Baseline, write: Write, *, public_key: PublicKey | None = None) -> Digest:
-    """Stores a baseline in a folder, or in the bundle that the folder is.
-
-    Args:
-        path: Folder.
-        baseline: What was accepted.
-        write: What writes a bundle.
-        public_key: Whose signature the bundle must have before.
+def write_baseline(path: Path, baseline: Baseline) -> Digest:
+    """Stores a baseline in a folder that is no bundle.
 
     Returns:
         Digest of the file, which a policy can pin.
     """
     content = json_from_record(baseline).encode()
-    if is_bundle(path):
-        bundle = open_bundle(path, allow_failed=True, public_key=public_key)
-        parts: dict[str, Path | bytes] = {file.path: path / file.path for file in bundle.manifest.files}
-        write(path, bundle.manifest, parts | {BASELINE: content})
-    else:
-        write_atomic(path / BASELINE, content)
+    write_atomic(path / BASELINE, content)
+    return digest_of_bytes(content)
+
+
+def write_baseline_into(place: Workplace, bundle: Bundle, baseline: Baseline, *, sign: Sign | None) -> Digest:
+    """Stores a baseline in a bundle; every other byte stays, as it was checked when the bundle was opened.
+
+    Args:
+        place: The right to replace the bundle.
+        bundle: The bundle as it is.
+        baseline: What was accepted.
+        sign: Makes the new signature.
+
+    Returns:
+        Digest of the file, which a policy can pin.
+
+    Raises:
+        IntegrityError: If a file was changed since the bundle was opened.
+    """
+    content = json_from_record(baseline).encode()
+    bundle_from_parts(place, bundle.manifest, {**bundle.kept(), BASELINE: content}, sign=sign)
     return digest_of_bytes(content)
 
 
@@ -77,31 +82,40 @@ def read_baseline(path: Path) -> tuple[Baseline, Digest]:
         IntegrityError: If it was changed.
     """
     if is_bundle(path):
-        if not has_baseline(path):
+        if (found := baseline_in(open_bundle(path, allow_failed=True))) is None:
             raise InputError(f"the bundle {path} holds no baseline", fix="store one with `uwm-deploy baseline set`")
-        content = open_bundle(path, allow_failed=True).read(BASELINE)
-    else:
-        file = path / BASELINE if path.is_dir() else path
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{file} cannot be read: {error.strerror}", fix="store a baseline with `uwm-deploy baseline set`"
-            ) from error
+        return found
+    file = path / BASELINE if path.is_dir() else path
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read: {error.strerror}", fix="store a baseline with `uwm-deploy baseline set`"
+        ) from error
+    return _checked(content, str(path))
+
+
+def baseline_in(bundle: Bundle) -> tuple[Baseline, Digest] | None:
+    """Baseline of an opened bundle, and the digest of its file; None if it has none.
+
+    Raises:
+        IntegrityError: If it was changed.
+    """
+    if not any(file.path == BASELINE for file in bundle.manifest.files):
+        return None
+    return _checked(bundle.read(BASELINE), str(bundle.path))
+
+
+def _checked(content: bytes, where: str) -> tuple[Baseline, Digest]:
     baseline = record_from_json(Baseline, content, where=BASELINE)
     if _digest(baseline.report) != baseline.report_digest or json_from_record(baseline).encode() != content:
-        raise IntegrityError(f"{path}: the baseline is not the report that was accepted", fix="restore it")
+        raise IntegrityError(f"{where}: the baseline is not the report that was accepted", fix="restore it")
     return baseline, digest_of_bytes(content)
 
 
 def is_bundle(path: Path) -> bool:
     """Whether a folder is a bundle."""
     return (path / MANIFEST).is_file()
-
-
-def has_baseline(bundle: Path) -> bool:
-    """Whether a bundle's folder has a baseline."""
-    return (bundle / BASELINE).is_file()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.baseline import has_baseline, read_baseline
+from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
@@ -44,11 +44,11 @@ def _judged(report: VerifyReport, report_digest: Digest, **settings: Any) -> Ver
     return gate(report, report_digest=report_digest, **settings)
 
 
-def _baseline_for(path: Path, given: Path | None) -> tuple[Baseline, Digest] | None:
+def _baseline_for(bundle: Bundle | None, given: Path | None) -> tuple[Baseline, Digest] | None:
     """The baseline that was given, else the one inside the bundle."""
-    if given is None and path.is_dir() and has_baseline(path):
-        given = path
-    return read_baseline(given) if given is not None else None
+    if given is not None:
+        return read_baseline(given)
+    return baseline_in(bundle) if bundle is not None else None
 
 
 def report_at(path: Path) -> tuple[VerifyReport, Digest]:
@@ -120,15 +120,15 @@ def judge_file(
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
-        judge = judge_with(*policy, _baseline_for(path, baseline))
+        judge = judge_with(*policy, _baseline_for(bundle, baseline))
         return judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     if execute is not None:
         raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
-    return judge_with(*policy, _baseline_for(path, baseline))(*report_at(path))
+    return judge_with(*policy, _baseline_for(None, baseline))(*report_at(path))
 
 
-def judge_of_bundle(path: Path, policy_name: str) -> Judge:
+def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:
     """The gate with a policy and the bundle's own baseline, if it has one."""
-    return judge_with(*policy_of(policy_name), _baseline_for(path, None))
+    return judge_with(*policy_of(policy_name), baseline_in(bundle))

@@ -6,17 +6,18 @@ Every refit ends in a new verdict: nothing of the old one is kept. What this mac
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.bundle.replace import lock_of_bundle, refuse_foreign_folder
+from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.bundle.sign import seal_for
+from uwm_deploy.bundle.write import refuse_no_bundle
 from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.patch import Patch
@@ -24,7 +25,7 @@ from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.pipeline.attest import attest
 from uwm_deploy.pipeline.judge import judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.refit_bundle import made_with, unproven_bundle
-from uwm_deploy.pipeline.refit_edit import swap_of
+from uwm_deploy.pipeline.refit_edit import SameEditError, swap_of
 from uwm_deploy.pipeline.refit_graphs import (
     reason_against,
 )
@@ -37,7 +38,8 @@ from uwm_deploy.pipeline.shipping import (
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.edit import EditRecord
-from uwm_deploy.records.files import digest_of_file, locked
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.replacing import replacing
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.edit.edit import PATCH
@@ -89,36 +91,46 @@ def refit(request: RefitRequest, reporter: Notes) -> Refitted:
         )
     out = request.out or request.bundle
     refuse_foreign_folder(out)
-    seal = seal_for(request.signing, request.bundle, out)
-    bundle = open_bundle(request.bundle, allow_failed=True, public_key=seal.public_key)
-    if bundle.manifest.head is not None:
-        raise InputError(
-            f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
-            fix="train a head on the new edit and build again",
-        )
-    lock = lock_of_bundle(out)
-    with locked(lock), tempfile.TemporaryDirectory(dir=lock, prefix=".tmp-refit-") as temporary:
-        if digest_of_file(bundle.path / PATCH) != bundle.manifest.edit.patch_digest:
+    refuse_no_bundle(request.bundle)
+    with replacing(out) as place:
+        seal = seal_for(request.signing, request.bundle, out)
+        bundle = open_bundle(request.bundle, allow_failed=True, public_key=seal.public_key)
+        if bundle.manifest.head is not None:
+            raise InputError(
+                f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
+                fix="train a head on the new edit and build again",
+            )
+        content = bundle.read(PATCH)
+        if digest_of_bytes(content) != bundle.manifest.edit.patch_digest:
             raise IntegrityError("patch.safetensors is not the bundle's edit", fix="restore the bundle")
+        (folder := place.folder / "refit").mkdir()
         job = Refitting(
             request=request,
             reporter=reporter,
             bundle=bundle,
             out=out,
+            place=place,
             seal=seal,
-            folder=Path(temporary),
-            patch=Patch.from_file(bundle.path / PATCH),
+            folder=folder,
+            patch=Patch.from_bytes(content, PATCH),
             report=report_of_bundle(bundle)[0],
         )
-        made = _run(job)
+        try:
+            made = _run(job)
+        except SameEditError:
+            if not place.finished:
+                raise
+            reporter.line(f"{out} has this edit: an earlier run was killed after it had written it")
+            return Refitted(out=out, edit=job.edit, layers=0, left_out={}, verdict=bundle.manifest.verdict)
         note_signature(out, seal, reporter)
     return made
 
 
 def _run(job: Refitting) -> Refitted:
     """Edits, refits, measures, judges, writes."""
-    judge = judge_of_bundle(job.bundle.path, job.request.policy)
+    judge = judge_of_bundle(job.bundle, job.request.policy)
     variants, left_out = _variants(job)
+    job.take_out(variants)
     source, model = _evaluation(job), _model(job)
     with job.reporter.stage("edit", _what(job)):
         swap = swap_of(job, model)
@@ -139,7 +151,7 @@ def _run(job: Refitting) -> Refitted:
             unproven,
             source,
             judge,
-            lambda _, manifest, parts: bundle_with_card(job.out, manifest, parts, sign=job.seal.sign),
+            partial(bundle_with_card, job.place, sign=job.seal.sign),
             workers=job.request.workers,
             progress=job.reporter.progress,
             prepared=prepared,

@@ -12,8 +12,8 @@ from safetensors.numpy import save
 
 from uwm_deploy import __version__
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, open_bundle
-from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.bundle.open import Bundle, engine_paths, open_bundle
+from uwm_deploy.bundle.write import Part, bundle_from_parts
 from uwm_deploy.data.embedding import PreparedSet
 from uwm_deploy.data.evaluation import base_in, place_from
 from uwm_deploy.pipeline.judge import Judge
@@ -28,7 +28,7 @@ from uwm_deploy.pipeline.stored import SINGLE_ROWS
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
-from uwm_deploy.records.files import digest_of_bytes, digest_of_file
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.canaries import choose
@@ -37,7 +37,7 @@ from uwm_deploy.safeground.embedded import (
 )
 from uwm_deploy.stages.verify.report import known_of, report_of
 
-Parts = dict[str, Path | bytes]
+Parts = dict[str, Part]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Replaced:
 
 def made_with(job: Refitting, swap: Swap, variants: list[str], prepared: PreparedSet) -> Replaced:
     """Graphs and engines with the new edit."""
-    old_onnx, onnx = job.bundle.path / "onnx", job.folder / "onnx"
+    old_onnx, onnx = job.old / "onnx", job.folder / "onnx"
     onnx.mkdir()
     parts: Parts = {}
     graphs = {graph.tower: refit_graph(graph, old_onnx, onnx, swap) for graph in job.manifest.onnx}
@@ -73,7 +73,7 @@ def made_with(job: Refitting, swap: Swap, variants: list[str], prepared: Prepare
         graph = graphs[old.tower]
         made, kinds = refit_engine(
             old,
-            job.bundle.path / "engines" / old.variant,
+            job.old / "engines" / old.variant,
             folder,
             swap,
             graphs=(old_onnx / graph.file, onnx / graph.file),
@@ -116,9 +116,7 @@ def unproven_bundle(
     content = json_from_record(report).encode()
     verdict = judge(report, digest_of_bytes(content))
     replaced = ("onnx/", "engines/", "evidence/canaries-", "evidence/raw-canaries-")
-    parts: Parts = {
-        file.path: job.bundle.path / file.path for file in job.manifest.files if not file.path.startswith(replaced)
-    }
+    parts: Parts = {name: kept for name, kept in job.bundle.kept().items() if not name.startswith(replaced)}
     if (base := base_in(job.bundle)) is not None and parts.pop(BundleLayout.EVALUATION_PLACE):
         parts |= place_from(base, job.out)  # which may be another folder
     tensors = original.to_tensors("original") | reference.to_tensors("edited")
@@ -139,7 +137,7 @@ def unproven_bundle(
         engines=made.engines,
         converted=made.converted,
         verdict=verdict,
-        refitted_from=digest_of_file(job.bundle.path / MANIFEST),
+        refitted_from=job.bundle.digest,
         bundle_version=job.manifest.bundle_version
         if job.request.bundle_version is None
         else job.request.bundle_version,

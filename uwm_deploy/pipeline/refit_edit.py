@@ -36,6 +36,10 @@ from uwm_deploy.towers.protocol import LoadedModel
 _TRAINED = "the weights were trained, so no patch makes them or takes them back"
 
 
+class SameEditError(InputError):
+    """The new edit is the one that is there."""
+
+
 def swap_of(job: Refitting, model: LoadedModel | None) -> Swap:
     """Old and new edit; the model is the edited one afterwards."""
     if Method.TRAINED in job.edit.methods:
@@ -69,7 +73,7 @@ def _check_new(job: Refitting, record: EditRecord) -> None:
     if record.model.weights_digest != job.manifest.model.weights_digest:
         raise IntegrityError("the patch is of another model", fix="pass a patch of the bundle's source model")
     if record.edited_weights_digest == job.edit.edited_weights_digest:
-        raise InputError("the bundle holds this edit already", fix="pass another one")
+        raise SameEditError("the bundle holds this edit already", fix="pass another one")
     added = [{t.name for t in edit.tensors if t.kind is EditKind.ADDED} for edit in (job.edit, record)]
     if added[0] != added[1]:
         raise InputError("one of the two edits has maps behind the embeddings, which are nodes", fix="build again")
@@ -80,7 +84,7 @@ def _held(job: Refitting, record: EditRecord) -> dict[str, np.ndarray]:
     digests = {t.name: t.digest_before for t in record.tensors} | {t.name: t.digest_after for t in job.edit.tensors}
     towers = {t.name: t.tower for edit in (job.edit, record) for t in edit.tensors}
     wanted = {name: digest for name, digest in digests.items() if towers[name] is not None}
-    return held_tensors(job.manifest.onnx, job.bundle.path / "onnx", wanted)
+    return held_tensors(job.manifest.onnx, job.old / "onnx", wanted)
 
 
 def _solved(job: Refitting, model: LoadedModel) -> Path:
@@ -175,7 +179,8 @@ def _edit_at(path: Path) -> tuple[EditRecord, Patch, bytes]:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise InputError(f"{path} holds no {PATCH}", fix="pass the patch of a bundle or of a run folder")
-    patch = Patch.from_file(file)
+    content = file.read_bytes()  # once: what is checked is what is used
+    patch = Patch.from_bytes(content, file.name)
     records = [file.with_name(RECORD), file.parent / "reports" / RECORD]
     found = next((candidate for candidate in records if candidate.is_file()), None)
     if found is None:
@@ -184,7 +189,6 @@ def _edit_at(path: Path) -> tuple[EditRecord, Patch, bytes]:
     promised = {t.name: (t.kind, t.digest_before, t.digest_after) for t in record.tensors}
     if promised != {name: (part.kind, part.digest_before, part.digest_after) for name, part in patch.tensors.items()}:
         raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
-    content = file.read_bytes()
     if digest_of_bytes(content) != record.patch_digest:
         raise IntegrityError(f"{file.name} is not the patch that {found.name} describes", fix="edit again")
     return record, patch, content

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder
-from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.open import Bundle, engine_paths
 from uwm_deploy.bundle.sign import Resigning, Seal
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.replacing import Workplace
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.stages.job import Notes
 
@@ -64,6 +66,7 @@ class Refitting:
         reporter: Progress.
         bundle: The old bundle, opened.
         out: Where the new one goes.
+        place: The right to put it there.
         seal: What becomes of the signature.
         folder: For what is made on the way.
         patch: The old edit.
@@ -74,6 +77,7 @@ class Refitting:
     reporter: Notes
     bundle: Bundle
     out: Path
+    place: Workplace
     seal: Seal
     folder: Path
     patch: Patch
@@ -88,6 +92,28 @@ class Refitting:
     def edit(self) -> EditRecord:
         """The old edit."""
         return self.manifest.edit
+
+    @property
+    def old(self) -> Path:
+        """Folder with the old graphs and engines; see `take_out`."""
+        return self.folder / "old"
+
+    def take_out(self, variants: Collection[str]) -> None:
+        """Copies graphs and engines out of the bundle, checked as they are read: they are changed and opened by their names.
+
+        Args:
+            variants: Those whose engines are needed.
+
+        Raises:
+            IntegrityError: If a file was changed since the bundle was opened.
+        """
+        manifest = self.manifest
+        names = [BundleLayout.onnx(n) for g in manifest.onnx for n in filter(None, (g.file, g.external_data))]
+        names += [name for engine in manifest.engines if engine.variant in variants for name in engine_paths(engine)]
+        for name in names:
+            target = self.old / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.bundle.copy(name, target)
 
     @property
     def work(self) -> RunFolder:

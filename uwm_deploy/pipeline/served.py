@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
+from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.data.embedding import PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
@@ -16,7 +16,7 @@ from uwm_deploy.pipeline.shipping import evaluation_source_of
 from uwm_deploy.pipeline.stored import Running, known_of_files, measured_against, stored_in
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import ArtifactEvidence, OutputParity
-from uwm_deploy.records.files import digest_of_bytes, digest_of_file
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import Digest, TowerName
@@ -110,7 +110,7 @@ def check_served(request: ServedRequest, reporter: Reporter) -> Served:
         PrerequisiteError: If the server cannot be reached.
     """
     bundle = open_bundle(request.bundle, public_key=request.public_key, min_bundle_version=request.min_bundle_version)
-    judge = judge_of_bundle(bundle.path, request.policy)
+    judge = judge_of_bundle(bundle, request.policy)
     with reporter.stage("check", request.url):
         found, identity = _identified(bundle, request)
         if _blocked(found.checks):
@@ -131,7 +131,7 @@ def _connected(request: ServedRequest) -> Iterator[Client]:
 
 def _identified(bundle: Bundle, request: ServedRequest) -> tuple[Served, Identity]:
     """What the server says of itself, and whether its encoders are the edited model."""
-    digest = digest_of_file(bundle.path / MANIFEST)
+    digest = bundle.digest
     with _connected(request) as client:
         identity = identity_of(client, bundle, digest)
         checks = list(identity.checks)

@@ -1,4 +1,4 @@
-"""Writing a bundle anew: its lock, its card, and what becomes of its signature."""
+"""Writing a bundle anew: its card, and what becomes of its signature."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.sign import Seal
-from uwm_deploy.bundle.write import Sign, bundle_from_parts
+from uwm_deploy.bundle.write import Part, Sign, bundle_from_parts
 from uwm_deploy.data.evaluation import evaluation_source_in
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
@@ -17,6 +17,7 @@ from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.replacing import Workplace
 from uwm_deploy.report.card import CARD
 from uwm_deploy.stages.job import Notes
 
@@ -28,7 +29,7 @@ def note_signature(out: Path, seal: Seal, reporter: Notes) -> None:
 
 
 def bundle_with_card(
-    out: Path, manifest: Manifest, parts: Mapping[str, Path | bytes], *, sign: Sign | None = None
+    out: Path | Workplace, manifest: Manifest, parts: Mapping[str, Part], *, sign: Sign | None = None
 ) -> object:
     """Writes a bundle whose report is new, with the card that belongs to it; see `bundle_from_parts`."""
     content = parts[BundleLayout.REPORT]

@@ -6,20 +6,19 @@ A file is written to a temporary name, fsynced and renamed. A folder appears who
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError
+from uwm_deploy.records.locks import hold, release
+from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.replacing import WORKPLACE, remove, replacing, sync_folder
 
-_TEMPORARY = ".tmp-"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -52,23 +51,6 @@ def digest_of_folder(folder: Path) -> Digest:
     return digest_of_plain(_file_digests(folder))
 
 
-@contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only folder into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PrerequisiteError(
-                f"no space left while writing {where}", fix="free space or choose another --out"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"{where} cannot be written: {error.strerror}", fix="choose another --out") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise InputError(f"{where} is in the way: {error.strerror}", fix="choose another --out") from error
-        raise
-
-
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes a whole file or nothing, and makes it durable."""
     with whole_file(path) as stream:
@@ -77,35 +59,32 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that becomes `path`, durably, when the block ends well, and disappears when it does not."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    """A temporary file that becomes `path`, durably, when the block ends well, and disappears when it does not.
+
+    Its name is always the same, and it is locked, so the next writer takes over the one that a killed process left.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, lock = _claimed(path)
         try:
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
-        finally:
+            sync_folder(path.parent)
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            release(lock)
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    try:
-        with disk_errors(path):
-            yield temporary
-            _sync(temporary)
-            _swap(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """A temporary folder that becomes `path` when the block ends well, and disappears when it does not; see `replacing`."""
+    with replacing(path) as place, place.whole() as folder:
+        yield folder
 
 
 @contextlib.contextmanager
@@ -116,35 +95,28 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"another build is using {folder}", fix="wait for it or choose another --out") from error
-        for left in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        lock = None
+        while lock is None:
+            lock = hold(folder / ".lock", f"another build is using {folder}", "wait for it or choose another --out")
+    try:
+        for left in folder.glob(f"{WORKPLACE}*"):
+            remove(left)
         yield
+    finally:
+        release(lock)
+
+
+def _claimed(path: Path) -> tuple[Path, int]:
+    """A temporary file beside a path, for this process alone, and the lock on it."""
+    for name in (f"{WORKPLACE}{path.name}", f"{WORKPLACE}{os.getpid()}-{path.name}"):
+        with contextlib.suppress(InputError):  # somebody writes the same file now
+            lock = None
+            while lock is None:
+                lock = hold(path.with_name(name), "", "", mode=0o666)
+            return path.with_name(name), lock
+    raise InputError(f"another command is writing {path}", fix="wait for it")
 
 
 def _file_digests(folder: Path) -> dict[str, Digest]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {p.relative_to(folder).as_posix(): digest_of_file(p) for p in files}
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Puts `new` at `path`; an old folder is moved aside first, so `path` is never half old and half new."""
-    old = path.with_name(f"{_TEMPORARY}{os.getpid()}-old-{path.name}")
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,8 @@ from typing import Any
 from uwm_deploy import __version__
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import rule_lines
-from uwm_deploy.records.files import disk_errors, write_atomic
+from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verdict
 from uwm_deploy.report.gitlab import CODE_QUALITY, METRICS, code_quality_from_verdict, metrics_from_verdict

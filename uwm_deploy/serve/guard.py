@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from uwm_deploy.bundle.external_data import check_external_data
+from uwm_deploy.bundle.held import read_plain
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths, read_plain
+from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
 from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import IntegrityError, PrerequisiteError

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, read_plain
+from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path
 from uwm_deploy.bundle.signature import SIGNATURE
 from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records.files import digest_of_bytes, whole_folder
+from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.variants import Place as Kind
@@ -91,7 +91,7 @@ def write_repository(
         raise InputError(f"{chosen} is not for TensorRT, so no further bundle belongs to it", fix="leave --further out")
     sources = _by_capability(bundle, further, chosen) if _is_plan(engines) else {}
     plans = {tower: [_plan(source, cc, chosen, tower) for cc, source in sources.items()] for tower in engines}
-    digest = _digest(bundle)
+    digest = bundle.digest
     made = configs(bundle.manifest, digest, chosen, settings, plans)
     version = version_of(bundle.manifest)
     with whole_folder(path) as folder:
@@ -206,7 +206,7 @@ def _reason_apart(bundle: Bundle, other: Bundle, variant: str) -> str:
 
 def _plan(bundle: Bundle, capability: str, variant: str, tower: TowerName) -> Plan:
     engine = bundle.engines(variant)[tower]
-    return Plan(compute_capability=capability, bundle=_digest(bundle), digest=engine.digest)
+    return Plan(compute_capability=capability, bundle=bundle.digest, digest=engine.digest)
 
 
 def _write_engine(folder: Path, bundle: Bundle, engine: EngineArtifact, sources: Mapping[str, Bundle]) -> None:
@@ -226,14 +226,10 @@ def _write_evidence(folder: Path, names: Sequence[str], bundle: Bundle, sources:
     for place, source in kept.items():
         listed = {file.path for file in source.manifest.files}
         parts = {name: source.read(name) for name in names if name in listed}
-        parts[MANIFEST] = read_plain(source.path, MANIFEST)
-        if (source.path / SIGNATURE).exists():
-            parts[SIGNATURE] = read_plain(source.path, SIGNATURE)
+        parts[MANIFEST] = source.manifest_text
+        if (signature := source.signature) is not None:
+            parts[SIGNATURE] = signature
         for name, data in parts.items():
             target = folder / place / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-
-
-def _digest(bundle: Bundle) -> Digest:
-    return digest_of_bytes(read_plain(bundle.path, MANIFEST))

@@ -22,6 +22,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.replacing import tidied
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
@@ -64,6 +65,7 @@ def is_there(job: Job, folder: Path) -> bool:
     A baseline or a signature that was put in since is no change of it; another verdict is. Cards are views, whose code no
     stage depends on, so the text itself is compared.
     """
+    tidied(job.plan.out)
     try:
         there = open_bundle(job.plan.out, allow_failed=True).manifest
     except UwmError:

@@ -12,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from uwm_deploy.errors import DataError, InputError, unreadable
-from uwm_deploy.records.files import disk_errors, locked, write_atomic
+from uwm_deploy.records.files import locked, write_atomic
+from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.runtime.embedding_map import Mapper
 from uwm_deploy.serve.embed.stored import (
     Keys,
@@ -86,9 +87,12 @@ class NpyFile:
     def migrate(self, out: Path, mapper: Mapper, label: Label, progress: Progress) -> Moved:
         """See `Stored.migrate`; until it is whole it lies in a folder beside `out`, with .migrating at its end."""
         made = label.plain() | {"rows": self.rows, "source": source_of(self.path)}
-        if is_finished(out, made):
-            return Moved(finished_before=self.rows)
         work = out.with_name(f"{out.name}.migrating")
+        if is_finished(out, made):
+            if work.is_dir():  # of a run that was killed while it cleaned up
+                with locked(work):
+                    shutil.rmtree(work)
+            return Moved(finished_before=self.rows)
         with locked(work), disk_errors(out):
             moved = self._continued(work, mapper, made, progress)
             names = {"names": self._said["names"]} if "names" in self._said else {}

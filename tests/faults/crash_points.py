@@ -1,0 +1,310 @@
+"""Kills a command before each of its file operations, or lets the operation fail; a program, since audit hooks stay.
+
+Reads jobs as JSON from standard input and writes what it found as JSON. The process imports everything once and then forks
+for every run, so that a run costs what the command itself costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+FAULTS = ("EIO", "EMFILE", "ENOSPC", "EFBIG", "ENOMEM")
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+_armed: Callable[[str], None] | None = None
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    """Calls what is armed before each operation that changes something on the disk."""
+    if _armed is None:
+        return
+    if event in _CHANGES or event == "fcntl.flock":
+        _armed(f"{event} {arguments[0]}")
+    elif event == "open" and isinstance(arguments[2], int):
+        _armed(f"{'open' if arguments[2] & _WRITES else 'read'} {arguments[0]}")
+    elif event in ("os.listdir", "os.scandir"):
+        _armed(f"read {arguments[0]}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One command on copies of the same folder.
+
+    Attributes:
+        name: For the table.
+        template: What the folder holds at the beginning.
+        folder: Where the command finds it; made anew for every kill.
+        words: The command line, or the name of one of the functions below and what it is given.
+        shown: The bundle that must open after every kill, or a folder that must be as before or as after.
+        every: Kill before each n-th operation only.
+        ends: Its exit code.
+        rows: How many are embedded in the end.
+        most: At most so many kills.
+        faults: Operations fail with these errors in turn instead of a kill, and what is read counts as an operation too.
+        without_exchange: The file system cannot exchange two names.
+    """
+
+    name: str
+    template: str
+    folder: str
+    words: list[str]
+    shown: str
+    every: int = 1
+    most: int = 0
+    ends: int = 0
+    rows: int = 0
+    faults: bool = False
+    without_exchange: bool = False
+
+
+def main() -> None:
+    """Runs the jobs."""
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    _import_all(jobs)
+    sys.addaudithook(_hook)
+    found = [_ran(job) for job in jobs]
+    json.dump(found, sys.stdout)
+
+
+def _import_all(jobs: list[Job]) -> None:
+    """Modules of the commands, so that no kill falls into an import."""
+    names = ["commands.ship", "pipeline.accept", "bundle.sign", "serve.embed.migrate"]
+    if any(job.words[0] in COMMANDS for job in jobs):
+        names += [
+            "commands.baseline", "commands.build", "commands.embed", "commands.migrate", "commands.prove", "commands.triton",
+            "pipeline.attest", "pipeline.refit", "pipeline.run", "runtime.encoder", "serve.embed.job", "serve.repository",
+            "stages.package", "stages.export", "stages.compile", "stages.verify.make", "stages.score.score",
+            "stages.canaries", "report.tables.verdict_lines", "report.tables.refitted", "towers.hf_clip",
+        ]  # fmt: skip
+        importlib.import_module("pyarrow.parquet")
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"uwm_deploy.{name}")
+    importlib.import_module("tests.unit.test_migrate")
+
+
+COMMANDS = ("baseline", "attest", "refit", "build", "embed", "triton")
+
+
+def _ran(job: Job) -> dict[str, Any]:
+    """A kill before each operation, or a fault: what was there then, and what the same command did about it."""
+    _begin(job)
+    before = _state(job)
+    code, operations, output = _run(job)
+    after, beside, bytes_after = _state(job), _names(job), _steady(job)
+    found: dict[str, Any] = {
+        "name": job.name, "code": code, "ends": job.ends, "operations": operations, "output": output,
+        "old": 0, "new": 0, "wrong": [],
+    }  # fmt: skip
+    chosen = range(0, len(operations), job.every)
+    if job.most and len(chosen) > job.most:
+        chosen = range(0, len(operations), -(-len(operations) // job.most))
+    for number, place in enumerate(chosen):
+        _begin(job)
+        fault = FAULTS[number % len(FAULTS)]
+        killed, _, told = _run(job, stop_at=place, fault=fault)
+        if job.faults and (wrong := _unclear(killed, told, job.ends)):
+            found["wrong"].append([operations[place], f"{fault}: {wrong}"])
+        assert job.faults or killed == -signal.SIGKILL, (job.name, place, killed)
+        state = _state(job)
+        again, _, told = _run(job)
+        if state not in (before, after) and not (job.rows and state.endswith("rows")):
+            found["wrong"].append([operations[place], f"neither old nor new: {state}"])
+        found["new" if state == after else "old"] += 1
+        if again != code:
+            found["wrong"].append([operations[place], f"exit code {again} afterwards: {told[-300:]}"])
+        if _state(job) != after or _steady(job) != bytes_after:
+            found["wrong"].append([operations[place], "the same command gave something else afterwards"])
+        if (names := _names(job)) != beside:
+            found["wrong"].append([operations[place], f"left: {sorted(set(names) ^ set(beside))}"])
+    found["killed"] = len(chosen)
+    print(
+        job.name, len(operations), len(chosen), found["old"], found["new"], found["wrong"], file=sys.stderr, flush=True
+    )
+    return found
+
+
+def _begin(job: Job) -> None:
+    shutil.rmtree(job.folder, ignore_errors=True)
+    shutil.copytree(job.template, job.folder, symlinks=True)
+
+
+def _run(job: Job, stop_at: int | None = None, fault: str = "") -> tuple[int, list[str], str]:
+    """Runs the command in a forked process: its exit code or signal, its operations and what it said."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        said = io.StringIO()
+        operations: list[str] = []
+        code = 99
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                code = _called(job, operations, stop_at, fault)
+        except BaseException as error:
+            said.write(repr(error))
+        with os.fdopen(writing, "w") as stream:
+            json.dump([operations, said.getvalue()[-4000:]], stream)
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        text = stream.read()
+    _, status = os.waitpid(pid, 0)
+    operations, said = json.loads(text) if text else ([], "")
+    return os.waitstatus_to_exitcode(status), operations, said
+
+
+def _unclear(code: int, told: str, ends: int) -> str:
+    """What is wrong with how a fault was told: it is one line and exit code 6, if anything failed at all."""
+    errors = [line for line in told.splitlines() if line.startswith(("error:", "internal error:"))]
+    if code == ends and not errors:
+        return ""  # it was of no consequence: what comes out is compared next
+    if code != 6 or len(errors) != 1 or "Traceback" in told:
+        return f"exit code {code}: {told[-300:]}"
+    return ""
+
+
+def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) -> int:
+    global _armed
+    here = os.getpid()
+    from uwm_deploy.commands.failure import say
+    from uwm_deploy.records import replacing
+
+    if job.without_exchange:
+        replacing._RENAME_EXCHANGE = 1 << 20  # a flag that no file system knows
+
+    def before(operation: str) -> None:
+        reads, name = operation.startswith("read "), operation.partition(" ")[2]
+        if (
+            os.getpid() != here
+            or (reads and not job.faults)
+            or (os.path.isabs(name) and not name.startswith(job.folder))
+        ):
+            return
+        operations.append(operation.replace(job.folder, "").replace(str(here), "PID"))
+        if len(operations) - 1 == stop_at:
+            if not job.faults:
+                os.kill(here, signal.SIGKILL)
+            number = getattr(errno, fault)
+            raise OSError(number, os.strerror(number), name)
+
+    os.chdir(job.folder)
+    _armed = before
+    try:
+        if function := _FUNCTIONS.get(job.words[0]):
+            try:
+                function(*map(Path, job.words[1:]))
+            except Exception as error:
+                return say(error, as_json=False)
+            return 0
+        from uwm_deploy.cli import cli
+
+        cli.main(args=job.words, prog_name="uwm-deploy")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        _armed = None
+    return 0
+
+
+def _migrate_store(stored: Path, out: Path) -> None:
+    from tests.unit.test_migrate import _run as migrate
+
+    migrate(stored, out, chunk=4)
+
+
+def _accept(bundle: Path, at: Path) -> None:
+    """What `baseline set` does with a report that passes, for one that does not."""
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.bundle.write import rewriting
+    from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline, write_baseline_into
+    from uwm_deploy.pipeline.judge import report_of_bundle
+
+    opened = open_bundle(bundle, allow_failed=True)
+    baseline = accepted(report_of_bundle(opened)[0], opened.manifest.verdict, by="jo", reason="1.0")
+    if not is_bundle(at):
+        write_baseline(at, baseline)
+        return
+    with rewriting(at) as place:
+        write_baseline_into(place, open_bundle(place.path, allow_failed=True), baseline, sign=None)
+
+
+_FUNCTIONS: dict[str, Callable[..., None]] = {"migrate-store": _migrate_store, "accept": _accept}
+
+
+def _state(job: Job) -> str:
+    """What a reader finds: the bundle's content but for what differs in every run, or that of a plain folder."""
+    from uwm_deploy.bundle.layout import BundleLayout
+    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.errors import UwmError
+
+    shown = Path(job.folder) / job.shown
+    if not shown.exists() and not list(shown.parent.glob(".tmp-*/old")):
+        return "absent"
+    if parts := sorted(shown.glob("part-*.parquet")):
+        from pyarrow import parquet
+
+        keys = [key for part in parts for key in parquet.read_table(part)["key"].to_pylist()]
+        return "whole" if sorted(set(keys)) == sorted(keys) and len(keys) == job.rows else f"{len(keys)} rows"
+    if shown.is_file():
+        return _digest([(shown, shown.parent)])
+    if shown.is_dir() and not (shown / BundleLayout.MANIFEST).exists() and not list(shown.parent.glob(".tmp-*/old")):
+        return _digest((path, shown) for path in _files(shown)) if any(_files(shown)) else "absent"
+    try:
+        bundle = open_bundle(shown, allow_failed=True)
+    except UwmError as error:
+        return f"lost: {error}"
+    signed = bundle.signature is not None
+    return (
+        f"{bundle.manifest.edit.edited_weights_digest} {bundle.manifest.verdict} {len(bundle.manifest.files)} {signed}"
+    )
+
+
+def _steady(job: Job) -> str:
+    """Content of all files but those with times, durations or random numbers in them."""
+    changing = (
+        "manifest.json", "statement.json", "bom.cdx.json", "model.sig", ".lock", "stage.json", "score.json", "edit.json",
+        "verify.json", "verdict.json", "README.md", "bundle.json",
+    )  # fmt: skip
+    root = Path(job.folder)
+    return _digest(
+        (p, root)
+        for p in _files(root)
+        if p.name not in changing
+        and not p.name.endswith((".result.json", ".log"))
+        and "compile" not in str(p)
+        and p.suffix != ".parquet"
+    )
+
+
+def _names(job: Job) -> list[str]:
+    """Every file and folder, whatever it is called."""
+    root = Path(job.folder)
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.name.startswith("part-"))
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".tmp-"))
+
+
+def _digest(files: Iterable[tuple[Path, Path]]) -> str:
+    from uwm_deploy.records.files import digest_of_file, digest_of_plain
+
+    return digest_of_plain({str(path.relative_to(root)): digest_of_file(path) for path, root in files})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A kill before each file operation: the bundle opens as the old or the new one, the same command then does its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.small_build import build_small, write_sets
+from tests.unit.test_migrate import BEFORE, _unit_rows
+from tests.unit.test_report import make, write_bundle
+from tests.unit.test_resigning import waiting_bundle
+from tests.unit.test_signature import write_keys
+from tests.uwm_edit import UWM_OPTIONS
+from uwm_deploy.bundle.sign import sign_bundle
+from uwm_deploy.records.verdict import Result
+
+ROOT = Path(__file__).parents[2]
+MOST = int(os.environ.get("CRASH_POINTS", "24"))
+"""Kills of a command that takes seconds; docs/reliability.md has the table of all of them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scene:
+    """A folder with a bundle, and where commands find a copy of it.
+
+    Attributes:
+        template: The folder as it is.
+        folder: The copy.
+    """
+
+    template: Path
+    folder: Path
+    policy: str
+
+    def job(self, name: str, *words: object, shown: str = "bundle", **more: Any) -> dict[str, Any]:
+        """A command for `tests.faults.crash_points`; paths are relative to the folder."""
+        job = {"name": name, "template": str(self.template), "folder": str(self.folder), "shown": shown}
+        return job | {"words": [str(word) for word in words]} | more
+
+
+def killed(*jobs: dict[str, Any]) -> None:
+    """Kills each job before its operations; nothing is lost, nothing is left, and the same command does its work."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.crash_points"],
+        input=json.dumps(jobs), stdout=subprocess.PIPE, text=True, env=environment, check=True,
+    )  # fmt: skip
+    for row in json.loads(done.stdout):
+        lost = sum("neither old nor new" in what for _, what in row["wrong"])
+        cells = (row["name"], len(row["operations"]), row["killed"], row["old"], row["new"], lost)
+        print("| " + " | ".join(map(str, cells)) + " |")  # the table of docs/reliability.md, with -s
+        assert row["code"] == row["ends"], row["output"]
+        assert row["wrong"] == []
+        assert row["killed"] >= 5
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Scene:
+    """A bundle of kilobytes that holds records alone, a folder for a baseline, and stored embeddings."""
+    (template := tmp_path / "template").mkdir()
+    made = make()
+    write_bundle(made, template / "bundle", verdict=dataclasses.replace(made.verdict(), result=Result.PASS))
+    key, _ = write_keys(template, "key")
+    shutil.copytree(template / "bundle", template / "signed")
+    sign_bundle(template / "signed", key)
+    (template / "baseline").mkdir()
+    np.save(template / "rows.npy", _unit_rows(24))
+    (template / "rows.json").write_text(json.dumps({"tower": "image", "space": BEFORE}))
+    return Scene(template, tmp_path / "run", "")
+
+
+def test_a_kill_before_any_operation_loses_nothing(tiny: Scene) -> None:
+    """Signing, a baseline in a bundle and in a folder, a migrated store; with and without exchange of names."""
+    killed(
+        tiny.job("sign", "sign", "bundle", "--key", "key.pem"),
+        tiny.job("baseline set", "accept", "bundle", "bundle", most=12),
+        tiny.job("baseline set, two renames", "accept", "bundle", "bundle", without_exchange=True, most=12),
+        tiny.job("baseline set, folder", "accept", "bundle", "baseline", shown="baseline/baseline.json"),
+        tiny.job("migrate", "migrate-store", "rows.npy", "new.npy", shown="new.npy", most=10),
+    )
+
+
+def test_a_fault_in_any_operation_is_told_and_costs_nothing(tiny: Scene) -> None:
+    """Errors of a disk, of limits and of memory, at whatever is read or written: exit code 6, one line, and no trace."""
+    killed(
+        tiny.job("sign", "sign", "bundle", "--key", "key.pem", faults=True, most=12),
+        tiny.job(
+            "verify-signature", "verify-signature", "signed", "--public-key", "key.pub", shown="signed", faults=True
+        ),
+        tiny.job("migrate", "migrate-store", "rows.npy", "new.npy", shown="new.npy", faults=True, most=9),
+    )
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The bundle of the small build, plain, signed, and with a variant that waits for evidence; and texts to embed."""
+    built = build_small(tmp_path_factory)
+    assert built[0].out is not None
+    template = tmp_path_factory.mktemp("template")
+    key, _ = write_keys(template, "key")
+    for name in ("plain", "signed"):
+        shutil.copytree(built[0].out, template / name)
+    sign_bundle(template / "signed", key)
+    waiting_bundle(built, key, template / "waiting")
+    lines = [json.dumps({"key": f"k{n}", "text": f"a red circle {n}"}) for n in range(12)]
+    (template / "texts.jsonl").write_text("\n".join(lines))
+    return Scene(template, tmp_path_factory.mktemp("copies") / "run", built[0].policy)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_kill_before_any_operation_of_a_command_that_writes_a_bundle(scene: Scene) -> None:
+    """On real bundles: what executes them, what serves them, and what puts another edit in."""
+    judged = ["--policy", scene.policy, "--key", "key.pem"]
+    accept = ["--by", "jo", "--reason", "1.0", *judged]
+    embed = ["--kind", "texts", "--out", "rows", "--part-rows", 4, "--batch", 2]
+    killed(
+        scene.job("sign", "sign", "plain", "--key", "key.pem", shown="plain"),
+        scene.job("baseline set", "baseline", "set", "signed", "--at", "signed", *accept, shown="signed"),
+        scene.job("attest", "attest", "waiting", "--workers", 0, *judged, shown="waiting", most=MOST),
+        scene.job("refit", "refit", "signed", "--revert", "--workers", 0, *judged, shown="signed", ends=3, most=MOST),
+        scene.job("embed", "embed", "signed", "texts.jsonl", *embed, shown="rows", rows=12),
+        scene.job("triton", "triton", "signed", "models", shown="models"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_kill_before_any_operation_of_a_build(tmp_path: Path) -> None:
+    """A build from nothing: what was killed goes on, and ends with the bundle of one that was not."""
+    (template := tmp_path / "template").mkdir()
+    write_sets(template)
+    places = ["--calibration", "cal.toml", "--evaluation", "eval.toml", "--work", "work", "--out", "bundle"]
+    words = ["build", *UWM_OPTIONS, "--policy", "demo", "--workers", 0, *places]
+    killed(Scene(template, tmp_path / "run", "demo").job("build", *words, most=MOST))
