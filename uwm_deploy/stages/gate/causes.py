@@ -34,6 +34,8 @@ _OWN = {
     "towers as in the source library": (Cause.GRAPH, "load"),
     "calibration items in the evaluation set": (Cause.DATA, "calibrate"),
     "items of the safety head in the evaluation set": (Cause.DATA, "train"),
+    "unsafe images within the calibration set": (Cause.DATA, "calibrate"),
+    "unsafe texts within the calibration set": (Cause.DATA, "calibrate"),
     "every calibrated concept is measured": (Cause.DATA, "verify"),
     "verdict of the bundle": (Cause.EVIDENCE, "gate"),
     "required evidence": (Cause.EVIDENCE, "verify"),
@@ -109,10 +111,7 @@ def _depends_on_the_batch(artifact: ArtifactEvidence) -> bool:
 
 
 def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
-    """The faults behind what blocks, the earliest stage first; decisions that changed come last, for they follow.
-
-    An engine that shows the fault of the graph it was compiled from is not named again.
-    """
+    """The faults behind what blocks, the earliest stage first; what follows from another one is not named again."""
     found: dict[tuple[Cause, str], Blame] = {}
     for check in checks:
         if not check.blocks or check.cause is None or check.result is Result.INCONCLUSIVE:
@@ -121,9 +120,26 @@ def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
         if key not in found:
             text = f"{check.name}: {check.detail}" if check.detail else check.name
             found[key] = Blame(cause=check.cause, stage=check.stage, subject=check.subject, detail=text)
-    exported = {cause for cause, stage in found if stage == "export"}
-    kept = [b for (cause, stage), b in found.items() if stage != "compile" or cause not in exported]
+    kept = [blame for blame in found.values() if not any(_explains(other, blame) for other in found.values())]
     return tuple(sorted(kept, key=_rank))
+
+
+_FED = (Cause.PREPROCESSING, Cause.TOKENISATION, Cause.GRAPH)
+"""What makes a sound set look unsound, where it is wrong in the source model already."""
+
+
+def _explains(cause: Blame, effect: Blame) -> bool:
+    """Whether a fault is enough to show another one: it goes on through every later stage, and changes what is measured."""
+    earlier = STAGE_ORDER.index(cause.stage) < STAGE_ORDER.index(effect.stage)
+    if Cause.EVIDENCE in (cause.cause, effect.cause):
+        return False
+    if effect.cause is Cause.DECISIONS:
+        return cause.cause is not Cause.DECISIONS and (earlier or cause.stage in (effect.stage, "verify"))
+    if effect.cause is Cause.DATA and cause.stage == "load" and cause.cause in _FED:
+        return True
+    if effect.stage == "compile" and cause.stage == "export":
+        return True
+    return earlier and cause.cause is effect.cause
 
 
 _CLASS_ORDER = tuple(Cause)

@@ -50,12 +50,12 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import (
-    EmbeddedSet,
-)
+from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.safeground.health import Differences
 from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.verify.assembly import Verified, verify
+from uwm_deploy.stages.verify.calibration import differences_of
 from uwm_deploy.stages.verify.goldens import goldens_of
 from uwm_deploy.stages.verify.subjects import Artifacts
 from uwm_deploy.stages.verify.verify import embed_model
@@ -158,6 +158,7 @@ class Build:
         sources: Graph that each engine was compiled from.
         evaluation: Record of the evaluation set.
         calibrated: Concepts of the calibration set.
+        calibration: That set.
         overlap: Items in both sets.
         prepared: The evaluation set as it is fed to everything.
         pixels: Preprocessing of the runtime, to (3, H, W) float32.
@@ -174,6 +175,7 @@ class Build:
     sources: Mapping[TowerName, Path]
     evaluation: CalibrationRecord
     calibrated: Mapping[str, int]
+    calibration: QuadrupleSource
     overlap: int
     prepared: PreparedSet
     pixels: Pixels = pixels_from_image
@@ -344,6 +346,7 @@ class HonestBuild:
                 evaluation=build.evaluation,
                 zero_shot_digests=zero_shot_digests(self.source),
                 calibrated=build.calibrated,
+                differences=self._differences(build),
                 calibration_overlap=build.overlap,
             ),
             _silent,
@@ -363,6 +366,7 @@ class HonestBuild:
             sources=exported,
             evaluation=self.report.evaluation,
             calibrated=self.open(self.calibration).record.concepts,
+            calibration=self.open(self.calibration),
             overlap=0,
             prepared=self.prepare(),
         )
@@ -373,6 +377,10 @@ class HonestBuild:
             for name, model in (("original", build.original), ("edited", build.edited))
         )
         return first, second
+
+    def _differences(self, build: Build) -> dict[TowerName, Differences]:
+        tokenizer = Tokenizer(build.original.tokenizer_json, build.original.ref.text)
+        return differences_of(build.original, build.calibration, tokenizer, workers=0, progress=_silent)
 
     def _choose_canaries(self, build: Build, folder: Path) -> dict[TowerName, Canaries]:
         for tower in TowerName:

@@ -104,7 +104,15 @@ FAULTS = (
     # --- the data
     Fault("calibration-in-test", Cause.DATA, "calibrate", "measured on what scores come from", inputs.measured_on_calibration),
     Fault("partners-shuffled", Cause.DATA, "verify", "texts beside other items' images", inputs.partners_shuffled),
-    Fault("members-swapped", Cause.DATA, "verify", "safe for unsafe in half of the items", inputs.members_swapped),
+    Fault("members-swapped", Cause.DATA, "verify", "safe for unsafe images in half of the items", inputs.swapped(("pixels",), 0.5)),
+    Fault("images-swapped-in-part", Cause.DATA, "verify", "safe for unsafe images in 30% of the items", inputs.swapped(("pixels",), 0.3)),
+    Fault("texts-swapped-in-part", Cause.DATA, "verify", "safe for unsafe captions in 30% of the items", inputs.swapped(("ids",), 0.3)),
+    Fault("rows-swapped", Cause.DATA, "verify", "safe for unsafe images and captions in 30% of the items", inputs.swapped(("pixels", "ids"), 0.3)),
+    Fault("columns-swapped", Cause.DATA, "verify", "safe for unsafe images and captions in all items", inputs.columns_swapped),
+    Fault("calibration-swapped", Cause.DATA, "calibrate", "safe for unsafe in a third of the calibration items", inputs.calibration_swapped),
+    Fault("duplicates", Cause.DATA, "verify", "30% of the items are there twice", inputs.repeated(inputs.ALL_MEMBERS)),
+    Fault("duplicates-recaptioned", Cause.DATA, "verify", "30% repeat the pictures of others under captions of their own", inputs.repeated(("safe_pixels", "unsafe_pixels"))),
+    Fault("duplicates-redrawn", Cause.DATA, "verify", "30% repeat captions of others beside pictures of their own", inputs.repeated(("safe_ids", "unsafe_ids"))),
     Fault("concept-dropped", Cause.DATA, "verify", "a concept is never measured", inputs.concept_dropped),
     Fault("nothing-measured", Cause.DATA, "verify", "an empty evaluation set", inputs.nothing_measured),
     # --- the bundle
