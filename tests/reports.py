@@ -16,6 +16,8 @@ from uwm_deploy.records.evidence import (
     EditProof,
     Evidence,
     Goldens,
+    GraphAudit,
+    RepeatCheck,
     VerifyReport,
 )
 from uwm_deploy.records.graph import Precision
@@ -31,6 +33,7 @@ from uwm_deploy.safeground.embedded import (
     worst_items,
     yardstick_of,
 )
+from uwm_deploy.safeground.fidelity import row_parity
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_since, item_outcomes
@@ -90,6 +93,10 @@ def artifact(
         where=where or {"provider": "CPUExecutionProvider", "device": "cpu"},
         artifact_digests={"image": digest("1"), "text": digest("2")},
         parity=(parity(TowerName.IMAGE, "image_embeds", 1, edited.safe_image, mine.safe_image),),
+        audit={tower.value: GraphAudit(layers=1, weights=20, operators=100, anew=("export",)) for tower in TowerName},
+        rows=row_parity(edited, mine, yardstick.original),
+        repeats=tuple(RepeatCheck(tower=tower, n=8, calls=0.0, batch=0.0) for tower in TowerName),
+        lengths={"image": 1e-7, "text": 1e-7},
         safety=safety_report(variant, mine, with_items=True, yardstick=yardstick),
         flips=flips_between(edited, mine, yardstick),
         worst=worst_items(variant, edited, mine),

@@ -53,7 +53,8 @@ from uwm_deploy.runtime.memory import leave_at_once, without_collection
 from uwm_deploy.records.edit import TensorEdit
 with without_collection():  # as the command line does
     from uwm_deploy.recipes.resolve import recipe_of
-    from uwm_deploy.stages.export import onnx_from_tower, sample_of
+    from uwm_deploy.stages.export import onnx_from_tower
+    from uwm_deploy.stages.traced import sample_of
     from uwm_deploy.towers.load import load_model
     from uwm_deploy.edits.patch import Patch
 recipe, _ = recipe_of(sys.argv[1])

@@ -29,7 +29,8 @@ from uwm_deploy.records.edit import MAP_NAMES, EditKind, Placement, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.compile import engine_from_onnx
-from uwm_deploy.stages.export import onnx_from_tower, sample_of
+from uwm_deploy.stages.export import onnx_from_tower
+from uwm_deploy.stages.traced import sample_of
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.towers.load import load_model
 

@@ -145,7 +145,7 @@ def test_wrong_end_token_is_refused(edited, tmp_path):
 
 def test_frozen_weights_are_checked_too(edited, tmp_path, monkeypatch):
     """A weight that lost its name is found whether or not its gradient is switched on."""
-    import uwm_deploy.stages.export as stage
+    import uwm_deploy.stages.traced as stage
 
     for parameter in edited.tower.graph_module().parameters():
         parameter.requires_grad_(False)

@@ -19,7 +19,7 @@ from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.pooling import pool_early
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.stages.export import sample_of
+from uwm_deploy.stages.traced import sample_of
 
 TOKENS, WIDTH = 7, 8
 

@@ -27,8 +27,9 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import converted, embed_with, ranges_of
 from uwm_deploy.stages.edit.edit import edit_to_folder
-from uwm_deploy.stages.export import onnx_from_tower, sample_of
+from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.stages.score.score import score_to_folder
+from uwm_deploy.stages.traced import sample_of
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel

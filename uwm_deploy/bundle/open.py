@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -16,11 +17,11 @@ from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
 from uwm_deploy.records.bundle import Manifest
-from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
 from uwm_deploy.records.head import RISK_OUTPUTS
-from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.records.verdict import Result, Verdict
 
 MANIFEST = BundleLayout.MANIFEST
@@ -215,6 +216,7 @@ def _check_chain(manifest: Manifest) -> None:
     edited = manifest.edit.edited_weights_digest
     if manifest.edit.model.weights_digest != manifest.model.weights_digest:
         raise IntegrityError("the edit is of another model", fix=_RESTORE)
+    _check_model(manifest.model, manifest.edit.model, "the edit")
     if manifest.verdict.edited_weights_digest != edited:
         raise EvidenceError("the verdict is about other weights", fix=_RESTORE)
     digests = {file.path: file.digest for file in manifest.files}
@@ -276,8 +278,37 @@ def _check_reports(bundle: Bundle) -> None:
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+    measured = _model_of(bundle.read(BundleLayout.REPORT))
+    _check_model(manifest.model, measured, "reports/verify.json")
     if json_from_record(manifest.edit).encode() != bundle.read(BundleLayout.EDIT):
         raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
+
+
+def _check_model(model: ModelRef, other: ModelRef, whose: str) -> None:
+    """How images and texts are prepared belongs to what was judged: another way is another model."""
+    parts = {"image": "images", "text": "texts", "family": "weights", "embed_dim": "embeddings"}
+    if model.weights_digest != other.weights_digest:
+        raise EvidenceError(f"{whose} is about another model than the manifest's", fix=_RESTORE)
+    for name, what in parts.items():
+        if getattr(model, name) != getattr(other, name):
+            text = f"{MANIFEST} says of {what} something else than {whose}: {_first_difference(model, other, name)}"
+            raise EvidenceError(text, fix=_RESTORE)
+
+
+def _first_difference(model: ModelRef, other: ModelRef, name: str) -> str:
+    left, right = (plain_from_record(getattr(part, name)) for part in (model, other))
+    if not isinstance(left, dict):
+        return f"{left}, not {right}"
+    return next(f"{key} {value}, not {right[key]}" for key, value in left.items() if value != right[key])
+
+
+def _model_of(report: bytes) -> ModelRef:
+    """The model that a report is about; the rest of the report is not needed to open a bundle."""
+    try:
+        body = json.loads(report)["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvidenceError(f"{BundleLayout.REPORT} does not say what it is about", fix=_RESTORE) from error
+    return record_from_plain(ModelRef, body, where=f"{BundleLayout.REPORT}.model")
 
 
 def engine_path(engine: EngineArtifact) -> str:

@@ -23,7 +23,7 @@ from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.judge import judge_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
-from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, measured_against, stored_in
+from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, known_of_files, measured_against, stored_in
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
@@ -126,6 +126,8 @@ def _exported(bundle: Bundle) -> Running:
         outputs={tower: graph.outputs[0].name for tower, graph in graphs.items()},
         digests={tower: graph.digest for tower, graph in graphs.items()},
         where=dict(sessions[TowerName.IMAGE].where),
+        normalised=graphs[TowerName.IMAGE].normalised,
+        audit=known_of_files(bundle, EXPORTED),
     )
 
 
@@ -146,6 +148,8 @@ def _engines(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
         outputs={tower: engine.outputs[0].name for tower, engine in engines.items()},
         digests={tower: engine.digest for tower, engine in engines.items()},
         where=dict(sessions[TowerName.IMAGE].where),
+        normalised=built.normalised,
+        audit=known_of_files(bundle, variant),
         further=further,
     )
 

@@ -11,6 +11,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.baseline import has_baseline, read_baseline
+from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.codec import record_from_json
@@ -18,8 +19,10 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import (
     digest_of_bytes,
 )
+from uwm_deploy.records.graph import EXPORTED
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Verdict
+from uwm_deploy.stages.gate.binding import Beside
 from uwm_deploy.stages.gate.gate import gate
 
 Judge = Callable[..., Verdict]
@@ -65,6 +68,25 @@ def report_of_bundle(bundle: Bundle) -> tuple[VerifyReport, Digest]:
     return record_from_json(VerifyReport, content, where=BundleLayout.REPORT), digest_of_bytes(content)
 
 
+def beside_in(bundle: Bundle) -> Beside:
+    """What the report of a bundle lies beside.
+
+    Raises:
+        IntegrityError: If the embeddings in the bundle cannot be read.
+    """
+    manifest, artifacts = bundle.manifest, dict[str, dict[str, Digest]]()
+    for graph in manifest.onnx:
+        artifacts.setdefault(EXPORTED, {})[graph.tower.value] = graph.digest
+    for engine in manifest.engines:
+        artifacts.setdefault(engine.variant, {})[engine.tower.value] = engine.digest
+    return Beside(
+        model=manifest.model,
+        edited_weights_digest=manifest.edit.edited_weights_digest,
+        artifacts=artifacts,
+        embedded=(reference_of(bundle, "original"), reference_of(bundle)),
+    )
+
+
 def judge_file(
     path: Path,
     policy_name: str,
@@ -90,7 +112,7 @@ def judge_file(
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
         return judge_with(*policy, _baseline_for(path, baseline))(
-            *report_of_bundle(bundle), earlier=bundle.manifest.verdict
+            *report_of_bundle(bundle), earlier=bundle.manifest.verdict, beside=beside_in(bundle)
         )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")

@@ -26,7 +26,7 @@ from uwm_deploy.pipeline.refitting import Refitting
 from uwm_deploy.pipeline.stored import SINGLE_ROWS
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.edit import EditRecord
-from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import TowerName
@@ -111,7 +111,7 @@ def unproven_bundle(
     known = dataclasses.replace(
         known_of(job.report), edit_proof=proof, edited_weights_digest=edit.edited_weights_digest
     )
-    report = report_of(known, original, reference, tuple(_not_run(made.onnx, made.engines)))
+    report = report_of(known, original, reference, tuple(_not_run(job.report, made)))
     content = json_from_record(report).encode()
     verdict = judge(report, digest_of_bytes(content))
     replaced = ("onnx/", "engines/", "evidence/canaries-")
@@ -145,13 +145,17 @@ def unproven_bundle(
     return open_bundle(job.folder / "bundle", allow_failed=True)
 
 
-def _not_run(onnx: tuple[OnnxArtifact, ...], engines: tuple[EngineArtifact, ...]) -> list[ArtifactEvidence]:
-    """What is known of a refitted artifact before it was executed: nothing."""
-    exported = [(EXPORTED, Precision.FP32, {graph.tower.value: graph.digest for graph in onnx})]
+def _not_run(before: VerifyReport, made: Replaced) -> list[ArtifactEvidence]:
+    """What is known of a refitted artifact before it was executed: what its files compute, apart from the new weights.
+
+    Every other byte of a graph is as it was, and that the new weights are in it was checked when they were put there.
+    """
+    known = {artifact.variant: artifact.audit for artifact in before.artifacts}
+    exported = [(EXPORTED, Precision.FP32, {graph.tower.value: graph.digest for graph in made.onnx})]
     built = [
         (variant, Precision(parts[0].precision), {part.tower.value: part.digest for part in parts})
-        for variant in dict.fromkeys(engine.variant for engine in engines)
-        if (parts := [engine for engine in engines if engine.variant == variant])
+        for variant in dict.fromkeys(engine.variant for engine in made.engines)
+        if (parts := [engine for engine in made.engines if engine.variant == variant])
     ]
     return [
         ArtifactEvidence(
@@ -161,6 +165,7 @@ def _not_run(onnx: tuple[OnnxArtifact, ...], engines: tuple[EngineArtifact, ...]
             reason="refitted, and not executed since",
             where={},
             artifact_digests=digests,
+            audit=dict(known.get(variant, {})),
         )
         for variant, precision, digests in [*exported, *built]
     ]

@@ -13,7 +13,7 @@ from uwm_deploy.data.embedding import PreparedSet, encoded
 from uwm_deploy.errors import ExitCode, InputError
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import evaluation_source_of
-from uwm_deploy.pipeline.stored import Running, measured_against, stored_in
+from uwm_deploy.pipeline.stored import Running, known_of_files, measured_against, stored_in
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.evidence import ArtifactEvidence, OutputParity
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
@@ -213,6 +213,8 @@ def _evidence(
         outputs=dict.fromkeys(TowerName, EMBEDDING),
         digests={tower: engine.digest for tower, engine in engines.items()},
         where=dict(identity.where),
+        normalised=built.normalised,
+        audit=known_of_files(bundle, identity.variant),
         further=lambda: _risk_parity(stored.risk, towers[TowerName.IMAGE], prepared) if stored.risk else [],
     )
     return measured_against(running, stored, prepared, reporter.progress)

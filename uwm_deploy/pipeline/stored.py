@@ -15,11 +15,12 @@ from safetensors.numpy import load
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
-from uwm_deploy.data.embedding import Inputs, PreparedSet
+from uwm_deploy.data.embedding import Inputs, PreparedSet, unit_rows
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.errors import IntegrityError
-from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity
-from uwm_deploy.records.graph import Precision, Profile
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, GraphAudit, OutputParity, VerifyReport
+from uwm_deploy.records.graph import EXPORTED, Precision, Profile
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.selftest import stored_canaries
 from uwm_deploy.runtime.session import Session
@@ -60,6 +61,8 @@ class Running:
         sessions: By tower.
         outputs: Name of each tower's embedding.
         digests: Of what the sessions run, by tower.
+        normalised: Whether the embeddings have length 1 already.
+        audit: What is known of the files, from when they were made.
         where: What executes it.
         further: Parity of the outputs behind the embedding.
     """
@@ -71,6 +74,8 @@ class Running:
     outputs: Mapping[TowerName, str]
     digests: Mapping[TowerName, Digest]
     where: Mapping[str, str]
+    normalised: bool
+    audit: Mapping[str, GraphAudit]
     further: Callable[[], Iterable[OutputParity]] = tuple
 
 
@@ -86,6 +91,22 @@ def stored_in(bundle: Bundle) -> Stored:
         canaries=stored_canaries(bundle),
         risk=risk_reference_of(bundle),
     )
+
+
+def known_of_files(bundle: Bundle, variant: str) -> Mapping[str, GraphAudit]:
+    """What the bundle's report says of the files of a variant, by tower: of the very bytes that are executed.
+
+    Files were read and made again when they were made; that takes the edited model, which a bundle does not have.
+
+    Raises:
+        IntegrityError: If the report cannot be read.
+    """
+    report = record_from_json(VerifyReport, bundle.read(BundleLayout.REPORT), where=BundleLayout.REPORT)
+    held = {engine.tower.value: engine.digest for engine in bundle.manifest.engines if engine.variant == variant}
+    if variant == EXPORTED:
+        held = {graph.tower.value: graph.digest for graph in bundle.manifest.onnx}
+    found = next((artifact for artifact in report.artifacts if artifact.variant == variant), None)
+    return found.audit if found is not None and dict(found.artifact_digests) == held else {}
 
 
 def measured_against(running: Running, stored: Stored, prepared: PreparedSet, progress: Progress) -> ArtifactEvidence:
@@ -115,6 +136,7 @@ def measured_against(running: Running, stored: Stored, prepared: PreparedSet, pr
         reason="",
         where=dict(running.where),
         artifact_digests={tower.value: digest for tower, digest in running.digests.items()},
+        audit=dict(running.audit),
     )
     return executed_evidence(
         evidence,
@@ -124,6 +146,7 @@ def measured_against(running: Running, stored: Stored, prepared: PreparedSet, pr
         stored.canaries,
         parities,
         sizes=(running.profile.opt, running.profile.max),
+        normalised=running.normalised,
         progress=progress,
         risk=stored.risk,
         yardstick=stored.yardstick,
@@ -158,9 +181,9 @@ def risk_reference_of(bundle: Bundle) -> RiskReference | None:
 
 
 def _parity(tower: TowerName, running: Running, inputs: Inputs, wanted: np.ndarray, batch: int) -> OutputParity:
-    """Embeddings of length 1 against the stored reference."""
+    """Embeddings against the stored reference, whose rows have length 1; so must those of a graph that normalises."""
     n = min(len(inputs), SINGLE_ROWS if batch == 1 else 2 * batch)
     session = running.sessions[tower]
     rows = np.concatenate([session.run(inputs[i : min(i + batch, n)]) for i in range(0, n, batch)])
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return parity(tower, running.outputs[tower], batch, wanted[:n], rows / lengths)
+    found = rows if running.normalised else unit_rows(rows)
+    return parity(tower, running.outputs[tower], batch, wanted[:n], found)

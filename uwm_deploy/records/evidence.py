@@ -63,6 +63,40 @@ class BatchCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RepeatCheck:
+    """Whether an artifact gives the same rows the same embeddings twice.
+
+    Attributes:
+        n: Rows.
+        calls: Largest difference between two equal calls, as a share of a row's length.
+        batch: The same between equal rows of one batch; None where the artifact takes one row at a time.
+    """
+
+    tower: TowerName
+    n: int
+    calls: float
+    batch: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowParity:
+    """How far the embeddings of every item, of one member and one concept, are from the edited model's; of length 1.
+
+    Attributes:
+        n: Items.
+        cosine_min: Smallest cosine of an item.
+        max_abs: Largest difference of an entry.
+        undone: Share of the way from the edited to the original model, over all these items; 0 is the edited model. None
+            where the edit hardly moves them.
+    """
+
+    n: int
+    cosine_min: float
+    max_abs: float
+    undone: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphAudit:
     """One tower's weights as they lie in an artifact, compared with the edited model; nothing is executed.
 
@@ -72,7 +106,9 @@ class GraphAudit:
         edit: Edited layers that do not, with the reason.
         differ: Other weights that are not the edited model's.
         lowered: What must be in float32 whatever the precision, such as a map behind the embedding, and is not.
-        structure: What else differs from the model, such as the epsilon of a normalisation.
+        structure: What else differs from the model: operators, edges, attributes, constants.
+        operators: Operators that were compared with a graph that was made anew; 0 where nothing could be made anew.
+        anew: What was made anew: ``"export"``, ``"convert"``, ``"compile"``.
     """
 
     layers: int
@@ -81,6 +117,8 @@ class GraphAudit:
     differ: tuple[str, ...] = ()
     lowered: tuple[str, ...] = ()
     structure: tuple[str, ...] = ()
+    operators: int = 0
+    anew: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +214,10 @@ class ArtifactEvidence:
         risk: Of its safety head; None without one.
         risk_flips: Images, safe or not, whose action or category is not the edited model's.
         risk_parity: Like `parity`, of the head's outputs.
+        rows: Member of a quadruple, or part of a zero-shot set, to concept to the differences of every item.
+        repeats: Per tower, equal rows twice.
+        lengths: Tower to the largest difference of an embedding's length from 1, over the evaluation set; empty where the
+            graphs do not normalise.
     """
 
     variant: str
@@ -196,6 +238,9 @@ class ArtifactEvidence:
     risk: RiskReport | None = None
     risk_flips: Proportion | None = None
     risk_parity: tuple[OutputParity, ...] = ()
+    rows: Mapping[str, Mapping[str, RowParity]] = field(default_factory=dict)
+    repeats: tuple[RepeatCheck, ...] = ()
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ class Cause(StrEnum):
     GRAPH = "graph"
     NUMBERS = "numbers"
     BATCHING = "batching"
+    NONDETERMINISM = "nondeterminism"
     PREPROCESSING = "preprocessing"
     TOKENISATION = "tokenisation"
     DATA = "data"

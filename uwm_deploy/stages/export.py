@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +16,6 @@ from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import fingerprint_of_graph
-from uwm_deploy.graphs.passes import simplify
-from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import read_record, write_record
@@ -28,37 +24,10 @@ from uwm_deploy.records.graph import OnnxArtifact, TensorSpec
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
-from uwm_deploy.towers.attention import fused_attention
+from uwm_deploy.stages.traced import in_its_type, sample_for, traced
 from uwm_deploy.towers.protocol import Tower
 
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
-
-
-class _Graph(nn.Module):
-    """Tower with the id type and normalisation of the graph."""
-
-    def __init__(self, tower: nn.Module, spec: ExportSpec) -> None:
-        super().__init__()
-        self.tower, self.normalise = tower, spec.normalise
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        result = self.tower(inputs)
-        embeds, *further = (result,) if isinstance(result, Tensor) else result
-        return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
-
-
-def _traced(tower: Tower, sample: Tensor, spec: ExportSpec) -> ir.Model:
-    """The lean graph of a tower, in which every weight has its name."""
-    sample = sample.to(torch.int32) if spec.ids_dtype == "int32" and not sample.is_floating_point() else sample
-    _check_pooling(tower, sample)
-    with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
-        model = graph_from_module(
-            _Graph(tower.graph_module(), spec).eval(), sample,
-            opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
-        )  # fmt: skip
-    _restore_names(model)
-    simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
-    return model
 
 
 def onnx_from_tower(
@@ -90,7 +59,9 @@ def onnx_from_tower(
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
             the tower does not pool at the end token.
     """
-    model = _traced(tower, sample, spec)
+    sample = in_its_type(sample, spec)
+    _check_pooling(tower, sample)
+    model = traced(tower, sample, spec)
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
     external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""
@@ -148,15 +119,6 @@ def _check_pooling(tower: Tower, sample: Tensor) -> None:
         )
 
 
-def _restore_names(model: ir.Model) -> None:
-    """Weights by their names in the source model: the wrapper's prefix is taken off."""
-    for name in list(model.graph.initializers):
-        if name.startswith("tower."):
-            value = model.graph.initializers.pop(name)
-            value.name = name.removeprefix("tower.")
-            model.graph.initializers[value.name] = value
-
-
 def _check_graph(file: str, proto: onnx.ModelProto, names: Set[str], tower: Tower, spec: ExportSpec) -> None:
     """Checks the graph's message, in which large weights are inputs after the one that is the graph's own."""
     onnx.checker.check_model(proto, full_check=True)
@@ -185,24 +147,6 @@ def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in kind.shape.dim))
 
 
-def sample_of(tower: Tower, shape: Sequence[int], eos_id: int) -> Tensor:
-    """Two rows of plausible input: noise, or ids that end with the end token.
-
-    Args:
-        tower: The tower.
-        shape: Shape of one row, (3, H, W) or (L,).
-        eos_id: The end token.
-
-    Returns:
-        (2, 3, H, W) float32, or (2, L) int64.
-    """
-    if tower.input_name == "pixel_values":
-        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    rows = torch.full((2, *shape), eos_id, dtype=torch.int64)
-    rows[:, :3] = 1 if eos_id == 0 else 0
-    return rows
-
-
 def make(job: Job, out: Path) -> None:
     """Exports both edited towers, and checks that the edit is in the graphs."""
     models, edit = job.shared(Models), read_record(EditRecord, job.folder.edit_record)
@@ -210,13 +154,12 @@ def make(job: Job, out: Path) -> None:
     for name in TowerName:
         model = models.load_edited()  # anew, so that only one tower is in memory as it is exported
         ref = model.ref
-        shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
         model.to("cpu")
         model.keep_only(name)
         tower = model.tower(name)
         artifact = onnx_from_tower(
             tower,
-            sample_of(tower, shapes[name], ref.text.eos_id),
+            sample_for(tower, ref, job.plan.recipe.export),
             job.plan.recipe.export,
             weights_digest=edit.edited_weights_digest,
             edits=edit.of(name),

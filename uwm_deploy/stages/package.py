@@ -22,15 +22,19 @@ from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
+from uwm_deploy.safeground.canaries import CANARIES
 from uwm_deploy.stages.job import Job, Made
 
 
 def make(job: Job, out: Path) -> None:
-    """Writes the bundle, and keeps its manifest.
+    """Writes the bundle, opens it as a server would, and keeps its manifest.
 
     Raises:
         InputError: If there is something else in its place.
+        IntegrityError: If what was written does not open, or what runs does not answer like the edited model.
     """
     plan = job.plan
     refuse_foreign_folder(plan.out)
@@ -39,8 +43,18 @@ def make(job: Job, out: Path) -> None:
     manifest = _manifest(job)
     report = read_record(VerifyReport, job.folder.report)
     parts = _parts(job, manifest) | {BundleLayout.CARD: _card(job, manifest, report, bundle=True).encode()}
-    write_record(out / job.folder.packaged.name, bundle_from_parts(plan.out, manifest, parts))
+    written = bundle_from_parts(plan.out, manifest, parts)
+    _open_as_served(plan.out, manifest.verdict)
+    write_record(out / job.folder.packaged.name, written)
     (out / BundleLayout.CARD).write_text(_card(job, manifest, report, bundle=False), encoding="utf-8")
+
+
+def _open_as_served(path: Path, verdict: Verdict) -> None:
+    """Checks every digest and, where something is proven, that it answers; a bundle that nobody can open is not shipped."""
+    if not verdict.proven:
+        open_bundle(path, allow_failed=True)
+        return
+    SafeEncoder.open(path, serving=Serving(selftest_rows=CANARIES)).close()
 
 
 def is_there(job: Job, folder: Path) -> bool:

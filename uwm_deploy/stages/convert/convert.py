@@ -14,10 +14,10 @@ import onnx_ir as ir
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.achieved_precision import achieved_precision, low_share
-from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
 from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered, refuse_zeroed
-from uwm_deploy.graphs.layers import linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import EightBitType, input_names, quantise_graph
+from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.lowered import lowered_graph
+from uwm_deploy.graphs.quantise import input_names
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
@@ -31,9 +31,6 @@ from uwm_deploy.records.graph import (
 from uwm_deploy.records.model import Digest
 from uwm_deploy.runtime.session import external_data_of, open_graph
 from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
-
-HALF = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
-EIGHT_BITS: dict[Precision, EightBitType] = {Precision.INT8: "int8", Precision.FP8: "fp8"}
 
 CUT_OFF_LIMIT = 2.0
 """A held-out unsafe activation this many times its range is not what the ranges were taken from."""
@@ -122,17 +119,7 @@ def lower(
     Returns:
         The graph, and the number of clamped constants.
     """
-    model = ir.load(source)
-    if untyped := [value.name for node in model.graph for value in node.outputs if value.dtype is None]:
-        raise ContractError(f"{source.name} does not say the type of {untyped[0]}", fix="export it again")
-    keep = matching_nodes(model, (*patterns, *layers))
-    names = linear_layers(model)
-    if precision in HALF:
-        return model, cast_graph(model, HALF[precision], keep)
-    assert ranges is not None
-    low = {name for name, layer in names.items() if layer.node not in keep}
-    quantise_graph(model, low, ranges.largest, EIGHT_BITS[precision])
-    return model, 0
+    return lowered_graph(source, precision, (*patterns, *layers), ranges.largest if ranges else {})
 
 
 def _fingerprint(

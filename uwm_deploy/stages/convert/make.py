@@ -16,13 +16,14 @@ from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
+from uwm_deploy.graphs.lowered import EIGHT_BITS
 from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord
 from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.stages.convert.convert import EIGHT_BITS, Ranges, converted, ranges_of
+from uwm_deploy.stages.convert.convert import Ranges, converted, ranges_of
 from uwm_deploy.stages.convert.search import Source, search
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models

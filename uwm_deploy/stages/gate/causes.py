@@ -3,17 +3,20 @@
 One fault makes many checks fail. A graph that lost its padding mask fails in parity, in canaries and in decisions, and every
 engine compiled from it fails likewise. The evidence is read in the order in which a cause can be told from its
 consequences: what lies in an artifact before what it does, one row before a batch, the exported graph before the engine.
+Operators that should not be there come after what only some of them do: mix rows, or draw numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
+from uwm_deploy.stages.gate.binding import REPORT
+from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, off_somewhere
 from uwm_deploy.stages.table import NAMES
 
 STAGE_ORDER = ("train", "load", "calibrate", *NAMES)
@@ -44,7 +47,7 @@ _OWN = {
 """Checks that are about one thing only."""
 
 
-def with_causes(checks: Iterable[Check], report: VerifyReport) -> list[Check]:
+def with_causes(checks: Sequence[Check], report: VerifyReport) -> list[Check]:
     """Checks with cause and stage, where they do not pass.
 
     Args:
@@ -52,22 +55,39 @@ def with_causes(checks: Iterable[Check], report: VerifyReport) -> list[Check]:
         report: What they were made from.
     """
     artifacts = {artifact.variant: artifact for artifact in report.artifacts}
-    return [c if c.result is Result.PASS else _with_cause(c, artifacts.get(c.subject)) for c in checks]
+    failing = {check.subject for check in checks if check.result is Result.FAIL}
+    graph = artifacts.get(EXPORTED) if EXPORTED in failing else None
+    return [c if c.result is Result.PASS else _with_cause(c, artifacts.get(c.subject), graph) for c in checks]
 
 
-def _with_cause(check: Check, artifact: ArtifactEvidence | None) -> Check:
+def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: ArtifactEvidence | None) -> Check:
     if check.rule == "min_proven":
         return check  # follows from the others
     cause, stage = Cause.DECISIONS, "edit"
     if check.name in _OWN:
         cause, stage = _OWN[check.name]
+    elif check.subject == REPORT:
+        cause, stage = Cause.EVIDENCE, "verify"
     elif check.subject == "data":
         cause, stage = Cause.DATA, "verify"
     elif artifact is None and _is_about_the_head(check):
         cause, stage = Cause.MODEL, "train"
     elif artifact is not None:
-        cause, stage = cause_of(artifact), "export" if artifact.variant == EXPORTED else "compile"
+        own = graph is None or _has_faults_of_its_own(artifact)
+        cause, stage = (cause_of(artifact), _stage_of(artifact)) if own else (cause_of(graph or artifact), "export")
     return dataclasses.replace(check, cause=cause, stage=stage)
+
+
+def _stage_of(artifact: ArtifactEvidence) -> str:
+    """Where an artifact with a fault of its own was made."""
+    return "export" if artifact.variant == EXPORTED else "compile"
+
+
+def _has_faults_of_its_own(artifact: ArtifactEvidence) -> bool:
+    """Whether its files show something; else an engine does what the faulty graph does that it was compiled from."""
+    audits = artifact.audit.values()
+    found = any((*audit.differ, *audit.lowered, *audit.structure, *audit.edit) for audit in audits)
+    return artifact.variant == EXPORTED or found
 
 
 def _is_about_the_head(check: Check) -> bool:
@@ -77,20 +97,26 @@ def _is_about_the_head(check: Check) -> bool:
 def cause_of(artifact: ArtifactEvidence) -> Cause:
     """What is wrong with an executed artifact, of which at least one check fails."""
     audits = artifact.audit.values()
-    for problems, cause in (
-        ([text for audit in audits for text in audit.edit], Cause.EDIT),
-        ([text for audit in audits for text in audit.differ], Cause.WEIGHTS),
-        ([text for audit in audits for text in audit.lowered], Cause.NUMBERS),
-        ([text for audit in audits for text in audit.structure], Cause.GRAPH),
-    ):
-        if problems:
-            return cause
+    if any(audit.edit for audit in audits):
+        return Cause.EDIT
     if artifact.broken and not artifact.parity:
         return Cause.GRAPH  # embeddings of another size
     if artifact.broken or not all(part.finite for part in artifact.parity):
         return Cause.NUMBERS
-    if _depends_on_the_batch(artifact):
-        return Cause.BATCHING
+    for found, cause in (
+        (any(audit.differ for audit in audits), Cause.WEIGHTS),
+        (any(audit.lowered for audit in audits), Cause.NUMBERS),
+        (differs_between_calls(artifact), Cause.NONDETERMINISM),
+        (_depends_on_the_batch(artifact), Cause.BATCHING),
+        (any(audit.structure for audit in audits), Cause.GRAPH),
+    ):
+        if found:
+            return cause
+    return _cause_of_numbers(artifact)
+
+
+def _cause_of_numbers(artifact: ArtifactEvidence) -> Cause:
+    """What is wrong with an artifact in whose files nothing was found."""
     # Far from both models is another fault; nearer to the original one means that it is the original one.
     unedited = any(
         ratio >= 1 / RATIO_LIMIT for tower, ratio in artifact.canaries.items() if tower not in artifact.audit
@@ -101,6 +127,7 @@ def cause_of(artifact: ArtifactEvidence) -> Cause:
         return Cause.NUMBERS  # the float32 graph it was made from has checks of its own
     off = any(part.cosine_min < SAME_FP32 or part.norm_error > 1 - SAME for part in artifact.parity)
     off = off or any(part.max_abs > HEAD_FP32 for part in artifact.risk_parity)
+    off = off or off_somewhere(artifact) or any(value > LENGTH for value in artifact.lengths.values())
     return Cause.GRAPH if off else Cause.DECISIONS
 
 
@@ -146,6 +173,7 @@ _CLASS_ORDER = tuple(Cause)
 
 
 def _rank(blame: Blame) -> tuple[int, int, int]:
-    """A verdict that does not hold comes first: whatever else fails was known when it was given."""
-    place = 0 if (blame.cause, blame.stage) == (Cause.EVIDENCE, "gate") else 2 if blame.cause is Cause.DECISIONS else 1
+    """A verdict that does not hold, or a report about something else, comes first: whatever else fails follows from it."""
+    foreign = blame.subject == REPORT or (blame.cause, blame.stage) == (Cause.EVIDENCE, "gate")
+    place = 0 if foreign else 2 if blame.cause is Cause.DECISIONS else 1
     return place, STAGE_ORDER.index(blame.stage), _CLASS_ORDER.index(blame.cause)

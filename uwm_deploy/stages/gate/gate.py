@@ -15,6 +15,7 @@ from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Check, Result, Verdict, statement
 from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.gate.advice import advice_for
+from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
@@ -61,6 +62,7 @@ def gate(
     baseline_digest: Digest = "",
     earlier: Verdict | None = None,
     today: date | None = None,
+    beside: Beside | None = None,
 ) -> Verdict:
     """Judges a report.
 
@@ -72,6 +74,7 @@ def gate(
         baseline_digest: Digest of its file, recorded, and compared with the policy's.
         earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
+        beside: What the report lies beside, and must be about; None for a report that lies alone.
 
     Raises:
         RecipeError: If the policy limits a metric that does not exist.
@@ -80,7 +83,7 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *limited, *_head_was_measured(report)]
+    general = [*sound, *(belongs(report, beside) if beside else ()), *limited, *_head_was_measured(report)]
     judge.notes += _notes_on_data(report)
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     required = [*judge.required(), *judge.missing_evidence()]

@@ -48,9 +48,13 @@ def edit_metrics(report: VerifyReport) -> Metrics:
 def artifact_metrics(artifact: ArtifactEvidence, safety: SafetyReport) -> Metrics:
     """Of an artifact; `.delta`, `flips` and `lost` are against the edited model."""
     rows = sum(part.n for part in artifact.parity)
+    items = [part for concepts in artifact.rows.values() for part in concepts.values()]
+    whole = rows + sum(part.n for part in items)
+    compared = [(part.cosine_min, part.max_abs) for part in items]
+    compared += [(part.cosine_min, part.max_abs) for part in artifact.parity]
     parity: dict[str, Callable[[], Measured]] = {
-        "parity.cosine_min": lambda: Measured(min(p.cosine_min for p in artifact.parity), rows),
-        "parity.max_abs": lambda: Measured(max(p.max_abs for p in artifact.parity), rows),
+        "parity.cosine_min": lambda: Measured(min(cosine for cosine, _ in compared), whole),
+        "parity.max_abs": lambda: Measured(max(largest for _, largest in compared), whole),
         "parity.mean_abs": lambda: Measured(max(p.mean_abs for p in artifact.parity), rows),
     }
     return _safety_metrics(safety) | _delta_metrics(artifact.flips) | _flip_metrics(artifact.flips) | parity

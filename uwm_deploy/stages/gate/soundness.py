@@ -23,6 +23,8 @@ from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT
 from uwm_deploy.stages.gate.evidence import not_run
 from uwm_deploy.stages.gate.limits import check_value
 from uwm_deploy.stages.gate.measured import Measured
+from uwm_deploy.stages.gate.rows import sound_rows
+from uwm_deploy.stages.gate.structure import made_anew
 
 GREY_LEVELS = 1.5
 """Two ways to round an 8-bit image may differ by one step."""
@@ -91,18 +93,20 @@ def sound_artifact(artifact: ArtifactEvidence, edited: SafetyReport) -> list[Che
         edited: The edited model on the same items, with the ties that the set itself has.
     """
     name, fp32 = artifact.variant, artifact.precision is Precision.FP32
-    checks = [_audit(name, tower, audit) for tower, audit in artifact.audit.items()]
+    checks = [part for tower, audit in artifact.audit.items() for part in _audit(name, tower, audit)]
+    checks += made_anew(artifact)
     checks += [_batches(name, artifact.batches, fp32)] if artifact.batches else []
     if not artifact.parity:
         return checks
     finite = all(part.finite for part in artifact.parity)
     checks.append(statement("outputs are finite", name, finite, "NaN or infinity in an output"))
     rows = sum(part.n for part in artifact.parity)
-    limit = NORM_ERROR if fp32 else NORM_ERROR_LOW
+    limit = NORM_ERROR if fp32 or artifact.lengths else NORM_ERROR_LOW
     length = Limit(metric="", at_most=limit, reason="embeddings must have the length of the model's")
     worst = max(part.norm_error for part in artifact.parity)
     checks.append(check_value("length of embeddings", name, Measured(worst, rows), length))
     checks += [_canary(name, tower, ratio) for tower, ratio in artifact.canaries.items()]
+    checks += sound_rows(artifact)
     if artifact.safety is None:
         return checks
     alike = Limit(metric="", at_most=ANISOTROPY, reason="embeddings of different inputs must stay as different")
@@ -117,10 +121,13 @@ def sound_artifact(artifact: ArtifactEvidence, edited: SafetyReport) -> list[Che
     return [*checks, check_value("further ties", name, Measured(ties, n // 2), limit_ties)]
 
 
-def _audit(variant: str, tower: str, audit: GraphAudit) -> Check:
-    """Weights as they lie in the artifact."""
-    problems = (*audit.edit, *audit.differ, *audit.lowered, *audit.structure)
-    return statement(f"weights of the {tower} tower", variant, not problems, _some(problems))
+def _audit(variant: str, tower: str, audit: GraphAudit) -> list[Check]:
+    """Weights as they lie in the artifact, and what is computed with them."""
+    problems = (*audit.edit, *audit.differ, *audit.lowered)
+    return [
+        statement(f"weights of the {tower} tower", variant, not problems, _some(problems)),
+        statement(f"structure of the {tower} tower", variant, not audit.structure, _some(audit.structure)),
+    ]
 
 
 def _batches(variant: str, parts: Sequence[BatchCheck], fp32: bool) -> Check:

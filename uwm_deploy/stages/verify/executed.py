@@ -10,12 +10,13 @@ import numpy as np
 
 from uwm_deploy.data.embedding import Inputs, PreparedSet, embed, risks
 from uwm_deploy.data.reading import Progress
-from uwm_deploy.records.evidence import ArtifactEvidence, BatchCheck, OutputParity
+from uwm_deploy.records.evidence import ArtifactEvidence, BatchCheck, OutputParity, RepeatCheck
 from uwm_deploy.records.head import RISK_OUTPUTS, SafetyHead
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import Session
-from uwm_deploy.safeground.canaries import Canaries
+from uwm_deploy.safeground.canaries import FAR, Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, flips_between, safety_report, worst_items
+from uwm_deploy.safeground.fidelity import Lengths, row_parity
 from uwm_deploy.safeground.health import anisotropy_change
 from uwm_deploy.safeground.risk import RiskSet, decision_flips, risk_report
 
@@ -48,11 +49,12 @@ def executed_evidence(
     measure: Callable[[], Iterable[OutputParity]],
     *,
     sizes: Iterable[int],
+    normalised: bool,
     progress: Progress,
     risk: RiskReference | None = None,
     yardstick: Yardstick | None = None,
 ) -> ArtifactEvidence:
-    """Executes an artifact: single rows and batches, parity, canaries, then the whole evaluation set.
+    """Executes an artifact: single rows and batches, equal rows twice, parity, canaries, then the whole evaluation set.
 
     One that refuses a batch of its profile, or whose embeddings are of another size or not finite, is evidence too: it
     has what was measured until then, and no safety.
@@ -65,6 +67,7 @@ def executed_evidence(
         canaries: Of each edited tower.
         measure: Parity of every output.
         sizes: Rows per call, the largest last.
+        normalised: Whether its embeddings have length 1 already.
         progress: Called as it goes on.
         risk: The safety head, and what it says on the edited model; None without one.
         yardstick: Of the original model.
@@ -86,8 +89,9 @@ def executed_evidence(
         parity=tuple(part for part in measured if part.output not in RISK_OUTPUTS),
         risk_parity=tuple(part for part in measured if part.output in RISK_OUTPUTS),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
+        repeats=tuple(check_repeats(name, sessions[name], rows[name], sizes[-1]) for name in TowerName),
     )
-    return _on_the_set(evidence, sessions, reference, prepared, sizes[-1], progress, risk, yardstick)
+    return _on_the_set(evidence, sessions, reference, prepared, sizes[-1], normalised, progress, risk, yardstick)
 
 
 def _on_the_set(
@@ -96,15 +100,17 @@ def _on_the_set(
     reference: EmbeddedSet,
     prepared: PreparedSet,
     batch: int,
+    normalised: bool,
     progress: Progress,
     risk: RiskReference | None,
     yardstick: Yardstick | None,
 ) -> ArtifactEvidence:
     """The evidence with decisions and risks on the whole evaluation set."""
+    lengths = {name: Lengths() for name in TowerName}
     embedded = embed(
         prepared,
-        sessions[TowerName.IMAGE].run,
-        sessions[TowerName.TEXT].run,
+        lengths[TowerName.IMAGE].of(sessions[TowerName.IMAGE].run),
+        lengths[TowerName.TEXT].of(sessions[TowerName.TEXT].run),
         label=f"evaluation, {evidence.variant}",
         batch=batch,
         progress=progress,
@@ -125,6 +131,8 @@ def _on_the_set(
     return dataclasses.replace(
         evidence,
         anisotropy=anisotropy_change(reference, embedded),
+        rows=row_parity(reference, embedded, yardstick.original if yardstick else None),
+        lengths={name.value: part.largest for name, part in lengths.items()} if normalised else {},
         safety=safety_report(evidence.variant, embedded, with_items=True, yardstick=yardstick),
         flips=flips_between(reference, embedded, yardstick),
         worst=worst_items(evidence.variant, reference, embedded),
@@ -159,6 +167,36 @@ def check_batches(tower: TowerName, session: Session, inputs: Inputs, sizes: Ite
             continue
         found.append(BatchCheck(tower=tower, batch=size, n=count, cosine_min=cosine))
     return found
+
+
+def check_repeats(tower: TowerName, session: Session, inputs: Inputs, largest: int) -> RepeatCheck:
+    """Embeds the same batch in two calls, in which every row is there twice.
+
+    Args:
+        tower: Which tower.
+        session: The artifact's.
+        inputs: (n, 3, H, W) float32 or (n, L) int64, rows to take from.
+        largest: Rows per call that it takes.
+    """
+    count = max(1, min(ROWS, len(inputs), largest // 2))
+    rows = inputs[0:count]
+    batch = np.concatenate([rows, rows]) if largest >= 2 * count else rows
+    first, second = session.run(batch), session.run(batch)
+    twice = len(batch) > count
+    return RepeatCheck(
+        tower=tower,
+        n=count,
+        calls=_largest_difference(first, second),
+        batch=_largest_difference(first[:count], first[count:]) if twice else None,
+    )
+
+
+def _largest_difference(left: np.ndarray, right: np.ndarray) -> float:
+    """Of an entry, as a share of its row's length; `FAR` where one is not a number."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lengths = np.linalg.norm(left.astype(np.float64), axis=1, keepdims=True)
+        apart = np.abs(left.astype(np.float64) - right.astype(np.float64)) / lengths
+    return min(float(np.nan_to_num(apart, nan=FAR, posinf=FAR).max()), FAR)
 
 
 def _among_others(session: Session, inputs: Inputs, count: int, size: int) -> np.ndarray:

@@ -97,8 +97,9 @@ def artifacts_of(job: Job) -> Artifacts:
         compiled_from={graph.digest: file for graph, file in [*exported.values(), *converted]},
         edit=read_record(EditRecord, job.folder.edit_record),
         patch=Patch.from_file(job.folder.patch),
-        normalised=job.plan.recipe.export.normalise,
+        export=job.plan.recipe.export,
         profile=job.plan.recipe.compile.profile,
+        converted={graph.digest: graph for graph, _ in converted},
     )
 
 

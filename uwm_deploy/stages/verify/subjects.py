@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import GraphAudit
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
@@ -22,6 +23,7 @@ from uwm_deploy.runtime.session import (
     provider_of,
     reason_not_executable,
 )
+from uwm_deploy.stages.verify.anew import compiled_anew, converted_anew, exported_anew
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.verify.verify import ArtifactSubject
 from uwm_deploy.towers.protocol import LoadedModel
@@ -39,8 +41,9 @@ class Artifacts:
         compiled_from: File of every graph that an engine was compiled from, by the graph's digest.
         edit: What must lie in them.
         patch: The same, with positions.
-        normalised: Whether their embeddings have length 1.
+        export: How the graphs were exported.
         profile: Batches that they take.
+        converted: Record of each graph in lower precision, by its digest.
     """
 
     exported: Mapping[TowerName, tuple[OnnxArtifact, Path]]
@@ -48,8 +51,9 @@ class Artifacts:
     compiled_from: Mapping[Digest, Path]
     edit: EditRecord
     patch: Patch
-    normalised: bool
+    export: ExportSpec
     profile: Profile
+    converted: Mapping[Digest, OnnxArtifact] = field(default_factory=dict)
 
 
 def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactSubject]:
@@ -77,7 +81,7 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactS
             sessions=sessions,
             reason=reason,
             outputs=outputs,
-            normalised=artifacts.normalised,
+            normalised=artifacts.export.normalise,
             max_batch=batch.max,
             opt_batch=batch.opt,
             audit=audit,
@@ -116,23 +120,27 @@ def _open_engine(engine: EngineArtifact, file: Path) -> Session:
 
 
 def _audit_graphs(artifacts: Artifacts, edited: LoadedModel) -> dict[str, GraphAudit]:
-    """Weights in the exported graphs."""
-    return {
-        tower.value: audit_of_graph(file, edited.tower(tower).graph_module(), artifacts.edit.of(tower), artifacts.patch)
-        for tower, (_, file) in artifacts.exported.items()
-    }
+    """The exported graphs: their weights, and what they compute."""
+    found = {}
+    for name, (_, file) in artifacts.exported.items():
+        tower, edits = edited.tower(name), artifacts.edit.of(name)
+        audit = audit_of_graph(file, tower.graph_module(), edits, artifacts.patch)
+        found[name.value] = exported_anew(audit, file, tower, edited.ref, artifacts.export, edits)
+    return found
 
 
 def _audit_engines(artifacts: Artifacts, engines: Engines) -> dict[str, GraphAudit]:
-    """Edited weights in the engines of a variant; one of TensorRT cannot be read."""
+    """The engines of a variant: their edited weights, and what they compute; one of TensorRT cannot be read."""
     return {
-        tower.value: audit_of_engine(
-            file,
-            artifacts.compiled_from[engine.onnx_digest],
-            Precision(engine.precision),
-            artifacts.edit.of(tower),
-            artifacts.patch,
-        )
+        tower.value: _audit_engine(artifacts, engine, file)
         for tower, (engine, file) in engines.items()
         if engine.target is Target.ONNXRUNTIME and provider_of(engine) not in COMPILING
     }
+
+
+def _audit_engine(artifacts: Artifacts, engine: EngineArtifact, file: Path) -> GraphAudit:
+    source, edits = artifacts.compiled_from[engine.onnx_digest], artifacts.edit.of(engine.tower)
+    audit = audit_of_engine(file, source, Precision(engine.precision), edits, artifacts.patch)
+    if (lowered := artifacts.converted.get(engine.onnx_digest)) is not None:
+        audit = converted_anew(audit, source, lowered, artifacts.exported[engine.tower][1])
+    return compiled_anew(audit, file, engine, source)

@@ -149,6 +149,7 @@ def evidence_of(
         canaries,
         measured,
         sizes=sizes,
+        normalised=subject.normalised,
         progress=progress,
         risk=risk,
         yardstick=yardstick,

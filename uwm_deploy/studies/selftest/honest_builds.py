@@ -412,7 +412,7 @@ class HonestBuild:
             compiled_from={digest_of_onnx(path, ""): path for path in build.sources.values()},
             edit=build.edit,
             patch=build.patch,
-            normalised=self.recipe.export.normalise,
+            export=self.recipe.export,
             profile=self.recipe.compile.profile,
         )
 

@@ -1,0 +1,112 @@
+"""Whether a report is about what lies beside it: the same set, edit and engines, and the numbers that its evidence gives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from uwm_deploy.errors import DataError
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.records.metrics import Proportion, SafetyReport
+from uwm_deploy.records.model import Digest, ModelRef
+from uwm_deploy.records.verdict import Check, statement
+from uwm_deploy.safeground.embedded import EmbeddedSet, safety_report, yardstick_of
+
+REPORT = "report"
+"""Subject of the checks."""
+
+SET, EDIT, MODEL, ARTIFACTS, AGAIN = (
+    "the report is about this evaluation set", "the report is about this edit", "the report is about this model",
+    "the report is about these artifacts", "SafeGround computed again",
+)  # fmt: skip
+"""Names of the checks."""
+
+_NEARLY_TIED = 2
+"""Items that may be decided otherwise when it is computed again: another processor adds in another order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a report lies beside.
+
+    Attributes:
+        model: The model that was edited.
+        edited_weights_digest: Of the edited model.
+        artifacts: Digests of graphs and engines, by variant and tower.
+        embedded: The evaluation set, embedded by the original and by the edited model.
+        evaluation: The evaluation set; None where only its embeddings are there.
+    """
+
+    model: ModelRef
+    edited_weights_digest: Digest
+    artifacts: Mapping[str, Mapping[str, Digest]]
+    embedded: tuple[EmbeddedSet, EmbeddedSet]
+    evaluation: CalibrationRecord | None = None
+
+
+def belongs(report: VerifyReport, beside: Beside) -> list[Check]:
+    """Checks that a report belongs where it lies.
+
+    Args:
+        report: The report.
+        beside: What it lies beside.
+    """
+    measured = {a.variant: dict(a.artifact_digests) for a in report.artifacts}
+    foreign = sorted(v for v in measured.keys() | beside.artifacts.keys() if measured.get(v) != beside.artifacts.get(v))
+    weights = report.edited_weights_digest == beside.edited_weights_digest
+    return [
+        statement(SET, REPORT, not (words := _other_set(report, beside)), words),
+        statement(MODEL, REPORT, not (part := other_part(report.model, beside.model)), f"it has another {part}"),
+        statement(EDIT, REPORT, weights, "it was measured on another edited model: verify again"),
+        statement(ARTIFACTS, REPORT, not foreign, f"it was measured on other files of {', '.join(foreign[:3])}"),
+        _computed_again(report, beside),
+    ]
+
+
+def other_part(left: ModelRef, right: ModelRef) -> str:
+    """What differs of two models that must be one; names, and where the weights came from, do not count."""
+    parts = {"family": "family", "weights_digest": "weights", "embed_dim": "width", "image": "image preprocessing",
+             "text": "tokenisation"}  # fmt: skip
+    return next((words for name, words in parts.items() if getattr(left, name) != getattr(right, name)), "")
+
+
+def _other_set(report: VerifyReport, beside: Beside) -> str:
+    if beside.evaluation is not None and beside.evaluation != report.evaluation:
+        return f"it was measured on another set than {beside.evaluation.name}: verify again"
+    for part in beside.embedded:
+        ids = f"sha256:{hashlib.sha256(chr(10).join(part.ids).encode()).hexdigest()}"
+        if ids != report.evaluation.ids_digest or dict(Counter(part.concepts)) != dict(report.evaluation.concepts):
+            return "the embeddings beside it are of other items: verify again"
+    return ""
+
+
+def _computed_again(report: VerifyReport, beside: Beside) -> Check:
+    original, edited = beside.embedded
+    try:
+        yardstick = yardstick_of(original)
+        again = [safety_report(name, part, yardstick=yardstick)
+                 for name, part in (("original", original), ("edited", edited))]  # fmt: skip
+    except (DataError, ValueError) as error:
+        return statement(AGAIN, REPORT, False, f"the embeddings beside the report cannot be measured: {error}")
+    apart = [text for said, found in zip((report.original, report.edited), again, strict=True)
+             for text in _apart(said, found)]  # fmt: skip
+    return statement(AGAIN, REPORT, not apart, "; ".join(apart[:3]))
+
+
+def _apart(said: SafetyReport, found: SafetyReport) -> Iterator[str]:
+    """Numbers of a report that the embeddings do not give."""
+    for left, right in ((said.preference, found.preference), (said.retrieval, found.retrieval),
+                        (said.zero_shot, found.zero_shot)):  # fmt: skip
+        for name in sorted(left.keys() | right.keys()):
+            if not _alike(left.get(name), right.get(name)):
+                values = [f"{part.value:.4g}" if part else "nothing" for part in (left.get(name), right.get(name))]
+                yield f"{name} of the {said.subject} model is {values[0]} in the report, its embeddings give {values[1]}"
+
+
+def _alike(left: Proportion | None, right: Proportion | None) -> bool:
+    if left is None or right is None or left.n != right.n:
+        return False
+    return abs(left.value - right.value) * left.n <= 100 * (_NEARLY_TIED + 0.5)

@@ -1,0 +1,147 @@
+"""Makes graphs and engines anew from the edited model, and compares what ships with them, operator by operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import nn
+
+from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.builder_log import BuildFailed
+from uwm_deploy.graphs.lowered import EIGHT_BITS, HALF, largest_in, lowered_graph
+from uwm_deploy.graphs.onnx_builder import optimised
+from uwm_deploy.graphs.structure import Departures, computation_of, departures
+from uwm_deploy.recipes.compile_spec import ExportSpec
+from uwm_deploy.records.edit import TensorEdit
+from uwm_deploy.records.evidence import GraphAudit
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
+from uwm_deploy.records.model import ModelRef
+from uwm_deploy.runtime.providers import FLOAT32
+from uwm_deploy.runtime.session import optimisation_of, provider_of
+from uwm_deploy.stages.traced import sample_for, traced
+from uwm_deploy.towers.protocol import Tower
+
+_NAMED = 10
+"""Differences that are listed."""
+
+
+def exported_anew(
+    audit: GraphAudit, path: Path, tower: Tower, ref: ModelRef, spec: ExportSpec, edits: Sequence[TensorEdit]
+) -> GraphAudit:
+    """An exported graph compared with another export of the same tower.
+
+    Args:
+        audit: What is known of the graph.
+        path: The graph.
+        tower: The edited tower; it is moved to the CPU for as long as it takes.
+        ref: Its model.
+        spec: How it was exported.
+        edits: Edited layers of the tower.
+    """
+    module = tower.graph_module()
+    try:
+        wanted = _traced_on_the_cpu(tower, module, ref, spec)
+    except Exception as error:  # exporters share no base class; a tower that cannot be exported explains no graph
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return _with(audit, Departures(operators=(f"the tower cannot be exported anew: {line}",)), 0, "export")
+    names = {name for name, _ in module.named_parameters()}
+    found, right = computation_of(ir.load(path), names), computation_of(wanted, names)
+    apart = departures(found, right, [edit.name for edit in edits])
+    return _with(audit, apart, len(found.nodes), "export")
+
+
+def _traced_on_the_cpu(tower: Tower, module: nn.Module, ref: ModelRef, spec: ExportSpec) -> ir.Model:
+    device = next(module.parameters()).device
+    module.to("cpu")
+    try:
+        return traced(tower, sample_for(tower, ref, spec), spec)
+    finally:
+        module.to(device)
+
+
+def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported: Path) -> GraphAudit:
+    """A graph in lower precision compared with another conversion of the exported graph.
+
+    What another quantiser made is not compared: it has a mind of its own.
+
+    Args:
+        audit: What is known of it.
+        path: The graph.
+        record: How it was made.
+        exported: The graph that it was made from.
+    """
+    made = record.conversion
+    if made is None or (made.lowered in EIGHT_BITS and made.quantiser != "built-in"):
+        return audit
+    model = ir.load(path)
+    largest = {} if made.lowered in HALF else largest_in(model, exported, made.lowered)
+    try:
+        wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest)
+    except UwmError as error:
+        return _with(audit, Departures(operators=(f"the graph cannot be converted anew: {error.what}",)), 0, "convert")
+    found = computation_of(model)
+    return _with(audit, departures(found, computation_of(wanted)), len(found.nodes), "convert")
+
+
+def compiled_anew(audit: GraphAudit, path: Path, engine: EngineArtifact, source: Path) -> GraphAudit:
+    """A graph that ONNX Runtime optimised compared with another optimisation of the same graph.
+
+    The graph itself, as it was, is right too: it computes the same.
+
+    Args:
+        audit: What is known of it.
+        path: The optimised graph.
+        engine: Its record.
+        source: The graph that it was compiled from.
+    """
+    model = ir.load(path)
+    if engine.digest == engine.onnx_digest:
+        return _with(audit, Departures(), len(list(model.graph)), "compile")
+    apart, count = _apart(model, ir.load(source))
+    if apart and optimisation_of(engine) == "done":
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                again = ir.load(_optimised(engine, source, Path(folder)))
+            except (UwmError, BuildFailed) as error:
+                text = f"the graph cannot be compiled anew: {str(error)[:200]}"
+                return _with(audit, Departures(operators=(text,)), 0, "compile")
+            other, count = _apart(model, again)
+        apart = min(apart, other, key=len)
+    return _with(audit, apart, count, "compile")
+
+
+def _apart(found: ir.Model, wanted: ir.Model) -> tuple[Departures, int]:
+    right = computation_of(wanted)
+    left = computation_of(found, like=right.constants)
+    return departures(left, right), len(left.nodes)
+
+
+def _optimised(engine: EngineArtifact, source: Path, folder: Path) -> Path:
+    """What stage `compile` makes of a graph, in a folder."""
+    provider, path = provider_of(engine), folder / engine.file
+    optimised(
+        {
+            "onnx": str(source.resolve()),
+            "engine": str(path),
+            "external_data": engine.external_data,
+            "provider": provider,
+            "options": dict(FLOAT32) if provider == "cuda" else {},
+            "fit_for_cpu": provider in ("any", "cpu") and Precision(engine.precision) is Precision.INT8,
+        }
+    )
+    return path
+
+
+def _with(audit: GraphAudit, apart: Departures, operators: int, what: str) -> GraphAudit:
+    """An audit with what another making of the graph showed."""
+    return dataclasses.replace(
+        audit,
+        differ=(*audit.differ, *apart.weights)[:_NAMED],
+        structure=(*audit.structure, *apart.operators)[:_NAMED],
+        operators=audit.operators + operators,
+        anew=(*audit.anew, what),
+    )
