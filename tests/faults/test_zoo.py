@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from uwm_deploy.cli import cli
 from uwm_deploy.edits.replay import expected_edit
-from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.strength import (
     AxisSetting,
     FoldKind,
@@ -139,9 +138,7 @@ def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: HonestBuilds, tm
 def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: HonestBuilds, tmp_path: Path) -> None:
     """Only a map that was rounded too is named."""
     world = worlds.of(MAPPED)
-    files = in_half_precision(world, tmp_path / "fp16")
-    build = dataclasses.replace(world.honest, engines=files, sources=files, precision=Precision.FP16)
-    assert world.verdict(build, tmp_path).causes == ()
+    assert world.verdict(in_half_precision(world, tmp_path / "fp16"), tmp_path).causes == ()
 
 
 def test_other_tools_see_what_they_can_see(worlds: HonestBuilds, tmp_path: Path) -> None:

@@ -87,11 +87,12 @@ def colours_reversed(world: HonestBuild, folder: Path) -> Build:
     return exported_with({TowerName.IMAGE: change})(world, folder)
 
 
-def in_half_precision(world: HonestBuild, folder: Path) -> dict[TowerName, Path]:
+def in_half_precision(world: HonestBuild, folder: Path) -> Build:
     """The exported graphs, rightly converted to half precision; a map behind the embedding stays in float32."""
     folder.mkdir(parents=True)
+    records = {}
     for tower, graph in world.onnx.items():
-        converted(
+        records[tower] = converted(
             graph,
             world.run_folder.export,
             folder,
@@ -104,16 +105,25 @@ def in_half_precision(world: HonestBuild, folder: Path) -> dict[TowerName, Path]
             patch=world.honest.patch,
             canaries=None,
         )
-    return {tower: folder / graph.file for tower, graph in world.onnx.items()}
+    files = {tower: folder / record.file for tower, record in records.items()}
+    return dataclasses.replace(world.honest, engines=files, sources=files, precision=Precision.FP16, converted=records)
 
 
 def half_precision_overflow(world: HonestBuild, folder: Path) -> Build:
     """A half-precision engine in which a value exceeds 65504."""
-    sources = in_half_precision(world, folder / "fp16")
     change = surgery.overflowing("vision_model.post_layernorm", "visual_projection.weight", 3e4)
-    image = changed_graph(sources[TowerName.IMAGE], folder / "engine", change)
-    engines = {**sources, TowerName.IMAGE: image}
-    return dataclasses.replace(world.honest, engines=engines, sources=sources, precision=Precision.FP16)
+    return lowered_with({TowerName.IMAGE: change})(world, folder)
+
+
+def lowered_with(changes: Mapping[TowerName, Change]) -> Plant:
+    """A compiler that changes half-precision graphs; what it compiles is right."""
+
+    def plant(world: HonestBuild, folder: Path) -> Build:
+        honest = in_half_precision(world, folder / "fp16")
+        files = {t: changed_graph(honest.engines[t], folder / "engine", change) for t, change in changes.items()}
+        return dataclasses.replace(honest, engines={**honest.engines, **files})
+
+    return plant
 
 
 def not_a_number(world: HonestBuild, folder: Path) -> Build:
