@@ -34,6 +34,7 @@ from uwm_deploy.safeground.embedded import (
     yardstick_of,
 )
 from uwm_deploy.safeground.fidelity import row_parity
+from uwm_deploy.safeground.geometry import geometry
 from uwm_deploy.safeground.health import data_health
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_since, item_outcomes
@@ -97,6 +98,7 @@ def artifact(
         rows=row_parity(edited, mine, yardstick.original),
         repeats=tuple(RepeatCheck(tower=tower, n=8, calls=0.0, batch=0.0) for tower in TowerName),
         lengths={"image": 1e-7, "text": 1e-7},
+        geometry=geometry(edited.shape(), mine.shape()),
         safety=safety_report(variant, mine, with_items=True, yardstick=yardstick),
         flips=flips_between(edited, mine, yardstick),
         worst=worst_items(variant, edited, mine),

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.open import open_source
-from uwm_deploy.edits.pairs import some_of
+from uwm_deploy.data.order import some_of
 from uwm_deploy.graphs.achieved_precision import achieved_precision
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.modelopt import RangeMethod

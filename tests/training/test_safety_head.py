@@ -601,7 +601,7 @@ def test_attest_measures_the_head_without_torch(made: Made, tmp_path: Path) -> N
     artifacts = tuple(
         a if a.variant == "onnx" else ArtifactEvidence(
             variant=a.variant, precision=a.precision, evidence=Evidence.NOT_RUN, reason="no driver", where={},
-            artifact_digests=a.artifact_digests,
+            artifact_digests=a.artifact_digests, audit=a.audit,
         )
         for a in report.artifacts
     )  # fmt: skip

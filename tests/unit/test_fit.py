@@ -21,12 +21,12 @@ from torch import Tensor, distributed, nn
 from tests.forked_ranks import two_ranks
 from uwm_deploy.data import torchrun
 from uwm_deploy.data.demo.source import DemoSource
+from uwm_deploy.data.order import in_order
 from uwm_deploy.data.source import PairBatch, QuadrupleSource
 from uwm_deploy.edits import sharded_sums as shards
 from uwm_deploy.edits.closed_form import tensors_of
 from uwm_deploy.edits.fit_files import FEATURES, SUMS, read_features, read_sums
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import in_order
 from uwm_deploy.edits.sharded_sums import Scale
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.pipeline.request import Request

@@ -38,6 +38,11 @@ class BundleLayout:
         """Canaries of a tower."""
         return f"evidence/canaries-{tower.value}.safetensors"
 
+    @staticmethod
+    def raw_canaries(tower: TowerName) -> str:
+        """Canaries of a tower as users send them: encoded images, or texts."""
+        return f"evidence/raw-canaries-{tower.value}.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,9 @@ from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.verdicts import resigning, shown_verdict
 from uwm_deploy.errors import ExitCode
 
+if TYPE_CHECKING:
+    from uwm_deploy.pipeline.judge import Execute
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptedOptions:
@@ -32,22 +36,40 @@ class AcceptedOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecuteOptions:
+    """Whether the artifacts themselves are asked."""
+
+    execute: bool = option(
+        "--execute",
+        is_flag=True,
+        help="Run the bundle's artifacts here: its canaries, and a sample of the evaluation set.",
+    )
+
+
 @click.command()
 @click.argument("report", type=PATH)
 @takes_options
 @prints
 def gate(
-    report: Path, policy: PolicyOptions, accepted: AcceptedOptions, trust: TrustOptions, outputs: OutputOptions
+    report: Path,
+    policy: PolicyOptions,
+    accepted: AcceptedOptions,
+    executed: ExecuteOptions,
+    measured_on: BundleEvaluationOptions,
+    trust: TrustOptions,
+    outputs: OutputOptions,
 ) -> Shown:
     """Judges a report or a bundle by a policy.
 
-    REPORT is a verify.json or a bundle. This needs the base install only.
+    REPORT is a verify.json or a bundle. This needs the base install only; with --execute also what runs the artifacts.
 
     \b
     Example:
       uwm-deploy gate dist/demo --policy ci/default.toml
       uwm-deploy gate dist/demo --policy strict --baseline ci/baseline --junit gate.xml --github
       uwm-deploy gate dist/demo --public-key key.pub --min-bundle-version 3
+      uwm-deploy gate dist/demo --execute
     """
     from uwm_deploy.pipeline.judge import judge_file
 
@@ -57,8 +79,17 @@ def gate(
         accepted.baseline,
         public_key=trust.public_key,
         min_bundle_version=trust.min_bundle_version,
+        execute=_execute(measured_on.evaluation) if executed.execute else None,
     )
     return shown_verdict(verdict, policy.policy, outputs)
+
+
+def _execute(evaluation: str | None) -> Execute:
+    from uwm_deploy.pipeline.executed_here import executed_here
+    from uwm_deploy.pipeline.shipping import evaluation_source_of
+    from uwm_deploy.report.console import Reporter
+
+    return lambda bundle, report: executed_here(bundle, evaluation_source_of(bundle, evaluation), report, Reporter())
 
 
 @click.command()

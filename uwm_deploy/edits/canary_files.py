@@ -17,6 +17,11 @@ def canary_file(folder: Path, tower: TowerName) -> Path:
     return folder / f"{tower.value}.safetensors"
 
 
+def raw_canary_file(folder: Path, tower: TowerName) -> Path:
+    """Where some canaries of a tower are as users send them."""
+    return folder / f"{tower.value}-raw.safetensors"
+
+
 def read_canaries(folder: Path, tower: TowerName) -> Canaries | None:
     """Canaries of a tower; None when it is not edited.
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from uwm_deploy.data.order import in_order
 from uwm_deploy.data.reading import Progress, ignore_interrupts
 from uwm_deploy.data.source import PairBatch, QuadrupleSource
-from uwm_deploy.edits.pairs import SHARD_PAIRS, in_order
+from uwm_deploy.edits.pairs import SHARD_PAIRS
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.model import ImageSpec, TowerName

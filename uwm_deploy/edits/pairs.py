@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from uwm_deploy.data.order import in_order
 from uwm_deploy.data.source import PairBatch, Quadruple, QuadrupleSource
 from uwm_deploy.edits.methods import needs_gradients
 from uwm_deploy.errors import DataError
@@ -141,11 +142,6 @@ def scoring_order(source: QuadrupleSource, edits: EditSpecs, seed: int) -> Quadr
     return source if order == sorted(order) else in_order(source, order)
 
 
-def in_order(source: QuadrupleSource, order: Sequence[int]) -> QuadrupleSource:
-    """Some items of a set, in a given order."""
-    return cast(QuadrupleSource, _InOrder(source, order))
-
-
 def repaired(source: QuadrupleSource, partners: Sequence[int]) -> QuadrupleSource:
     """A set in which each item gets the safe members of another item, and keeps everything else.
 
@@ -154,14 +150,6 @@ def repaired(source: QuadrupleSource, partners: Sequence[int]) -> QuadrupleSourc
         partners: For each item, the place of the item whose safe members it gets.
     """
     return cast(QuadrupleSource, _Repaired(source, partners))
-
-
-def some_of(source: QuadrupleSource, count: int) -> QuadrupleSource:
-    """At most `count` items of a set, evenly spaced, without its zero-shot sets."""
-    order = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    part = _InOrder(source, order.tolist())
-    part.zero_shot_names = ()
-    return cast(QuadrupleSource, part)
 
 
 class _Repaired:
@@ -183,26 +171,3 @@ class _Repaired:
     def read_texts(self, index: int) -> tuple[str, str] | None:
         safe, own = self._source.read_texts(self._partners[index]), self._source.read_texts(index)
         return (safe[0], own[1]) if safe and own else None
-
-
-class _InOrder:
-    """A set in another order; attributes that do not depend on the order are those of the set."""
-
-    def __init__(self, source: QuadrupleSource, order: Sequence[int]) -> None:
-        self._source, self._order = source, order
-        self.ids = [source.ids[index] for index in order]
-        self.concepts = [source.concepts[index] for index in order]
-
-    zero_shot_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def read(self, index: int) -> Quadruple:
-        return self._source.read(self._order[index])
-
-    def read_texts(self, index: int) -> tuple[str, str] | None:
-        return self._source.read_texts(self._order[index])

@@ -44,7 +44,7 @@ class Computation:
         model: The graph; its nodes are sorted.
         keys: Key of every value.
         nodes: Every node, nested ones apart, with its key, in an order in which they can be computed.
-        constants: Array of every constant by its key; weights that are known by name apart.
+        constants: Array of every constant by its key, any dtype, any shape; weights that are known by name apart.
         layers: Layer of each value, or the nearest one before it.
     """
 

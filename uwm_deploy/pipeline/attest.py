@@ -73,9 +73,7 @@ def attest(
             fix="pass the same evaluation set",
         )
     waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
-    reasons = {
-        v: "" if v == EXPORTED else reason_not_executable(next(iter(bundle.engines(v).values()))) for v in waiting
-    }
+    reasons = {v: reason_not_here(bundle, v) for v in waiting}
     here = [variant for variant in waiting if not reasons[variant]]
     if not here:
         why = "; ".join(f"{v}: {r}" for v, r in reasons.items()) or "every variant has evidence"
@@ -106,11 +104,27 @@ def _evidence(
     bundle: Bundle, variant: str, prepared: PreparedSet, stored: Stored, progress: Progress
 ) -> ArtifactEvidence:
     """Executes one variant here."""
-    running = _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+    running = running_here(bundle, variant, prepared)
     evidence = measured_against(running, stored, prepared, progress)
     for session in running.sessions.values():
         session.close()
     return evidence
+
+
+def running_here(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
+    """A variant of a bundle, or its exported graphs, at work on this machine; whoever asks closes the sessions.
+
+    Args:
+        bundle: The bundle.
+        variant: Which.
+        prepared: Inputs, of which some go through the outputs behind the embedding.
+    """
+    return _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+
+
+def reason_not_here(bundle: Bundle, variant: str) -> str:
+    """Empty when this machine can execute a variant of a bundle, as far as can be told without opening it."""
+    return "" if variant == EXPORTED else reason_not_executable(next(iter(bundle.engines(variant).values())))
 
 
 def _exported(bundle: Bundle) -> Running:

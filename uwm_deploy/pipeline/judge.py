@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,16 @@ from uwm_deploy.records.files import (
 )
 from uwm_deploy.records.graph import EXPORTED
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.verdict import Baseline, Verdict
+from uwm_deploy.records.verdict import Baseline, Check, Verdict
 from uwm_deploy.stages.gate.binding import Beside
 from uwm_deploy.stages.gate.gate import gate
 
 Judge = Callable[..., Verdict]
 """From a report and the digest of its file to the verdict."""
+
+
+Execute = Callable[[Bundle, VerifyReport], tuple[Check, ...]]
+"""From a bundle and its report to what executing its artifacts shows."""
 
 
 def judge_with(policy: Policy, policy_digest: Digest, baseline: tuple[Baseline, Digest] | None) -> Judge:
@@ -94,6 +99,7 @@ def judge_file(
     *,
     public_key: Path | None = None,
     min_bundle_version: int = 0,
+    execute: Execute | None = None,
 ) -> Verdict:
     """Judges the report of a bundle or a `verify.json`; nothing is written.
 
@@ -103,6 +109,7 @@ def judge_file(
         baseline: Accepted report to compare with.
         public_key: Whose signature the bundle must have.
         min_bundle_version: Oldest version the bundle may have.
+        execute: Runs the bundle's artifacts here; None leaves that out.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
@@ -111,11 +118,14 @@ def judge_file(
     policy = policy_of(policy_name)
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
-        return judge_with(*policy, _baseline_for(path, baseline))(
-            *report_of_bundle(bundle), earlier=bundle.manifest.verdict, beside=beside_in(bundle)
-        )
+        report, digest = report_of_bundle(bundle)
+        beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
+        judge = judge_with(*policy, _baseline_for(path, baseline))
+        return judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
+    if execute is not None:
+        raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
     return judge_with(*policy, _baseline_for(path, baseline))(*report_at(path))
 
 

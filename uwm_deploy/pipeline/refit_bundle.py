@@ -114,7 +114,7 @@ def unproven_bundle(
     report = report_of(known, original, reference, tuple(_not_run(job.report, made)))
     content = json_from_record(report).encode()
     verdict = judge(report, digest_of_bytes(content))
-    replaced = ("onnx/", "engines/", "evidence/canaries-")
+    replaced = ("onnx/", "engines/", "evidence/canaries-", "evidence/raw-canaries-")
     parts: Parts = {
         file.path: job.bundle.path / file.path for file in job.manifest.files if not file.path.startswith(replaced)
     }

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.graph import Precision
-from uwm_deploy.records.metrics import Flips, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
+from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 
 
@@ -216,6 +216,7 @@ class ArtifactEvidence:
         risk_parity: Like `parity`, of the head's outputs.
         rows: Member of a quadruple, or part of a zero-shot set, to concept to the differences of every item.
         repeats: Per tower, equal rows twice.
+        geometry: Neighbourhoods and spread of its safe embeddings against the edited model's.
         lengths: Tower to the largest difference of an embedding's length from 1, over the evaluation set; empty where the
             graphs do not normalise.
     """
@@ -241,6 +242,7 @@ class ArtifactEvidence:
     rows: Mapping[str, Mapping[str, RowParity]] = field(default_factory=dict)
     repeats: tuple[RepeatCheck, ...] = ()
     lengths: Mapping[str, float] = field(default_factory=dict)
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

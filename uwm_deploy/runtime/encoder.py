@@ -130,7 +130,8 @@ class SafeEncoder:
         encoder = cls(bundle, selection, sessions, limits)
         try:
             # Not to be left out where the evidence is from another kind of device.
-            encoder._monitor.check_at_load(limits.selftest_rows or (4 if selection.taken.note else 0), allow_unsafe)
+            rows = limits.selftest_rows or (4 if selection.taken.note else 0)
+            encoder._monitor.check_at_load(rows, encoder._preprocessing, allow_unsafe=allow_unsafe)
         except IntegrityError:
             encoder.close()
             raise

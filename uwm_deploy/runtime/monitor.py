@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import IntegrityError, UwmError
+from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.metrics import Metrics
+from uwm_deploy.runtime.preprocessing import Preprocessing
+from uwm_deploy.runtime.raw_canaries import prepared_raw, problem_of_raw
 from uwm_deploy.runtime.selftest import SelfTest, canaries_of, reference_mean
 from uwm_deploy.runtime.service import TowerService
 from uwm_deploy.runtime.watch import TowerWatch, record_selftest
-from uwm_deploy.safeground.canaries import RATIO_LIMIT, Canaries
+from uwm_deploy.safeground.canaries import CANARIES, RATIO_LIMIT, Canaries
 
 SELFTEST_SECONDS = 60.0
 """A self-test that takes longer has failed: whoever asks wants to know whether requests are answered."""
@@ -68,11 +71,14 @@ class Monitor:
         record_selftest(self.metrics, result)
         return result
 
-    def check_at_load(self, rows: int, allow_unsafe: bool) -> None:
-        """The self-test before the first caller is let in.
+    def check_at_load(self, rows: int, preprocessing: Preprocessing, *, allow_unsafe: bool) -> None:
+        """The self-test before the first caller is let in: prepared rows, and encoded images.
+
+        Texts are asked where all canaries are: opening a large vocabulary may take longer than all else.
 
         Args:
             rows: See `selftest`; 0 leaves it out.
+            preprocessing: As the encoder uses it.
             allow_unsafe: Whether what does not answer like the edited model is let pass.
 
         Raises:
@@ -87,6 +93,19 @@ class Monitor:
                 f"variant {self._variant} does not answer like the edited model (canaries: {told}; limit {RATIO_LIMIT})",
                 fix="build the bundle again; do not serve it",
             )
+        if not allow_unsafe:
+            self._check_raw(preprocessing, TowerName if rows >= CANARIES else (TowerName.IMAGE,))
+
+    def _check_raw(self, preprocessing: Preprocessing, towers: Iterable[TowerName]) -> None:
+        """Encoded images and texts of the bundle become what they became when it was built."""
+        precision = Precision(self._bundle.engines(self._variant)[TowerName.IMAGE].precision)
+
+        def embed(tower: TowerName, items: Sequence[bytes]) -> np.ndarray:
+            rows = prepared_raw(preprocessing, tower, items)
+            return self._services[tower].run_rows(rows, SELFTEST_SECONDS)
+
+        if problem := problem_of_raw(self._bundle, embed, precision, towers):
+            raise IntegrityError(f"variant {self._variant}: {problem}", fix="build the bundle again; do not serve it")
 
     def drift(self) -> dict[str, DriftState]:
         """Per tower, how the embeddings of late compare with those of the evaluation set; empty without evidence."""

@@ -70,6 +70,7 @@ class EmbeddedSet:
     alike: Groups = ()
     # A report and every comparison with it need the same runs, which cost n x n similarities each.
     _retrieved: list[Retrieved] = field(init=False, repr=False, compare=False, default_factory=list)
+    _shape: list[Shape] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def decisions(self) -> Decisions:
         """Decisions on every quadruple."""
@@ -80,6 +81,12 @@ class EmbeddedSet:
         if not self._retrieved:
             self._retrieved.append(retrieved(*(getattr(self, name) for name in _MEMBERS)))
         return self._retrieved[0]
+
+    def shape(self) -> Shape:
+        """Neighbours and spread of the safe embeddings; worked out once."""
+        if not self._shape:
+            self._shape.append(shape_of(self.safe_image, self.safe_text))
+        return self._shape[0]
 
     def is_finite(self) -> bool:
         """Whether every embedding is a number."""
@@ -169,7 +176,7 @@ def yardstick_of(original: EmbeddedSet) -> Yardstick:
     if not original.is_finite():
         raise DataError("embeddings of the original model hold NaN or infinity", fix="mend the model")
     members = [getattr(original, name) for name in _MEMBERS]
-    return Yardstick(original, hard_rows(*members), shape_of(original.safe_image, original.safe_text))
+    return Yardstick(original, hard_rows(*members), original.shape())
 
 
 def safety_report(
@@ -196,7 +203,7 @@ def safety_report(
     found, hard = embedded.retrieved(), yardstick.hard if yardstick else None
     changed = None
     if yardstick is not None and yardstick.original is not embedded:
-        changed = geometry(yardstick.shape, shape_of(embedded.safe_image, embedded.safe_text))
+        changed = geometry(yardstick.shape, embedded.shape())
     return SafetyReport(
         subject=subject,
         preference=proportions(decided, known.alike),

@@ -12,7 +12,7 @@ from uwm_deploy.bundle.layout import BundleLayout, tower_record
 from uwm_deploy.bundle.open import engine_paths, open_bundle
 from uwm_deploy.bundle.replace import lost_signature, refuse_foreign_folder
 from uwm_deploy.bundle.write import bundle_from_parts
-from uwm_deploy.edits.canary_files import canary_file
+from uwm_deploy.edits.canary_files import canary_file, raw_canary_file
 from uwm_deploy.errors import UwmError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, read_record, write_record
@@ -21,7 +21,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.records.verdict import Verdict
+from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
@@ -51,7 +51,7 @@ def make(job: Job, out: Path) -> None:
 
 def _open_as_served(path: Path, verdict: Verdict) -> None:
     """Checks every digest and, where something is proven, that it answers; a bundle that nobody can open is not shipped."""
-    if not verdict.proven:
+    if verdict.result is not Result.PASS or not verdict.proven:
         open_bundle(path, allow_failed=True)
         return
     SafeEncoder.open(path, serving=Serving(selftest_rows=CANARIES)).close()
@@ -154,4 +154,5 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
     for tower in TowerName:
         if (file := canary_file(folder.canaries, tower)).is_file():
             parts[layout.canaries(tower)] = file
+            parts[layout.raw_canaries(tower)] = raw_canary_file(folder.canaries, tower)
     return parts

@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.data.embedding import prepare
+from uwm_deploy.data.order import some_of
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.graphs.lowered import EIGHT_BITS
 from uwm_deploy.graphs.modelopt import quantised_by_modelopt

@@ -38,6 +38,7 @@ class Beside:
         artifacts: Digests of graphs and engines, by variant and tower.
         embedded: The evaluation set, embedded by the original and by the edited model.
         evaluation: The evaluation set; None where only its embeddings are there.
+        executed: What executing the artifacts where they are judged showed; empty where they were not.
     """
 
     model: ModelRef
@@ -45,15 +46,18 @@ class Beside:
     artifacts: Mapping[str, Mapping[str, Digest]]
     embedded: tuple[EmbeddedSet, EmbeddedSet]
     evaluation: CalibrationRecord | None = None
+    executed: tuple[Check, ...] = ()
 
 
-def belongs(report: VerifyReport, beside: Beside) -> list[Check]:
-    """Checks that a report belongs where it lies.
+def belongs(report: VerifyReport, beside: Beside | None) -> list[Check]:
+    """Checks that a report belongs where it lies; none of one that lies alone.
 
     Args:
         report: The report.
         beside: What it lies beside.
     """
+    if beside is None:
+        return []
     measured = {a.variant: dict(a.artifact_digests) for a in report.artifacts}
     foreign = sorted(v for v in measured.keys() | beside.artifacts.keys() if measured.get(v) != beside.artifacts.get(v))
     weights = report.edited_weights_digest == beside.edited_weights_digest
@@ -63,6 +67,7 @@ def belongs(report: VerifyReport, beside: Beside) -> list[Check]:
         statement(EDIT, REPORT, weights, "it was measured on another edited model: verify again"),
         statement(ARTIFACTS, REPORT, not foreign, f"it was measured on other files of {', '.join(foreign[:3])}"),
         _computed_again(report, beside),
+        *beside.executed,
     ]
 
 

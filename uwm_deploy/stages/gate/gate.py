@@ -78,20 +78,18 @@ def gate(
 
     Raises:
         RecipeError: If the policy limits a metric that does not exist.
-        InputError: If the baseline was measured on something else.
-        IntegrityError: If the baseline is not the one that the policy pins.
+        InputError, IntegrityError: If the baseline was measured on something else, or is not the one that the policy pins.
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *(belongs(report, beside) if beside else ()), *limited, *_head_was_measured(report)]
-    judge.notes += _notes_on_data(report)
+    general = [*sound, *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
-    required = [*judge.required(), *judge.missing_evidence()]
+    required = judge.required()
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
     faithful = tuple(v for v in good if v != EXPORTED)
     undecided = [v for v in variants if v in executed and v not in good and v != EXPORTED and _only_waits(variants[v])]
-    judged = [found for variant in variants for found in variants[variant]]
-    checks = [*general, *judged, *required, _enough(len(faithful), len(undecided), len(variants), policy.min_proven)]
+    checks = [*general, *(c for found in variants.values() for c in found), *required]
+    checks += [_enough(len(faithful), len(undecided), len(variants), policy.min_proven)]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
     checks = [dataclasses.replace(c, advice=advice_for(c, report.model.name)) for c in with_causes(checks, report)]
     return Verdict(
@@ -106,7 +104,7 @@ def gate(
         edited_weights_digest=report.edited_weights_digest,
         baseline_digest=baseline_digest,
         waivers=states_of(policy.waiver, checks, judge.today),
-        notes=tuple(judge.notes),
+        notes=(*judge.notes, *_notes_on_data(report)),
         worst=_worst(report, checks),
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
@@ -214,12 +212,10 @@ class _Judge:
         ]
 
     def required(self) -> list[Check]:
-        """Variants that must have been executed."""
-        return self._waived([required(name, self.report.artifacts) for name in self.policy.required])
-
-    def missing_evidence(self) -> list[Check]:
-        """Evidence that the policy asks for of variants that were not executed, or not built."""
-        return self._waived(missing(self.policy.evidence, self.report.artifacts))
+        """Variants that must have been executed, and evidence of those that were not executed, or not built."""
+        artifacts = self.report.artifacts
+        found = [required(name, artifacts) for name in self.policy.required]
+        return self._waived([*found, *missing(self.policy.evidence, artifacts)])
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

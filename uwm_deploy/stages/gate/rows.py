@@ -12,6 +12,7 @@ from uwm_deploy.records.verdict import Check
 from uwm_deploy.stages.gate.evidence import not_run
 from uwm_deploy.stages.gate.limits import check_value
 from uwm_deploy.stages.gate.measured import Measured
+from uwm_deploy.stages.gate.shape import sound_shape
 
 COSINE = {Precision.FP32: 0.99999, Precision.FP16: 0.999, Precision.BF16: 0.999}
 """Smallest cosine of any item with the edited model, by precision."""
@@ -34,16 +35,16 @@ REPEATS_ON_CPU, REPEATS, REPEATS_IN_BATCH_LOW = 0.0, 1e-6, 1e-3
 """Between equal rows: on a CPU, elsewhere, and elsewhere at different places of a batch below float32, where other places
 may be rounded otherwise."""
 
-SAME, NEAR, DONE, LONG = (
+SAME, NEAR, DONE = (
     "equal rows, equal embeddings", "every item as in the edited model", "the edit holds for every concept",
-    "length of every embedding",
 )  # fmt: skip
 """Names of the checks."""
 
 
 def sound_rows(artifact: ArtifactEvidence) -> list[Check]:
     """Of an executed artifact; a part that its evidence lacks was not run, which does not pass."""
-    return [*_repeats(artifact), *_lengths(artifact), *(_items(artifact) if artifact.safety is not None else ())]
+    whole = (*_items(artifact), *sound_shape(artifact)) if artifact.safety is not None else ()
+    return [*_repeats(artifact), *_lengths(artifact), *whole]
 
 
 def on_a_cpu(artifact: ArtifactEvidence) -> bool:
@@ -96,7 +97,9 @@ def _lengths(artifact: ArtifactEvidence) -> Iterator[Check]:
     for tower, value in artifact.lengths.items():
         reason = f"the {tower} graph normalises, so its embeddings must have length 1"
         limit = Limit(metric="", at_most=LENGTH, reason=reason)
-        yield check_value(LONG, artifact.variant, Measured(value, _items_of(artifact, tower)), limit)
+        yield check_value(
+            f"length of every {tower} embedding", artifact.variant, Measured(value, _items_of(artifact, tower)), limit
+        )
 
 
 def _items(artifact: ArtifactEvidence) -> Iterator[Check]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from uwm_deploy.data.embedding import unit_rows
+from uwm_deploy.data.order import some_of
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.health import Differences

@@ -17,6 +17,7 @@ from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import FAR, Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, flips_between, safety_report, worst_items
 from uwm_deploy.safeground.fidelity import Lengths, row_parity
+from uwm_deploy.safeground.geometry import geometry
 from uwm_deploy.safeground.health import anisotropy_change
 from uwm_deploy.safeground.risk import RiskSet, decision_flips, risk_report
 
@@ -132,6 +133,7 @@ def _on_the_set(
         evidence,
         anisotropy=anisotropy_change(reference, embedded),
         rows=row_parity(reference, embedded, yardstick.original if yardstick else None),
+        geometry=geometry(reference.shape(), embedded.shape()),
         lengths={name.value: part.largest for name, part in lengths.items()} if normalised else {},
         safety=safety_report(evidence.variant, embedded, with_items=True, yardstick=yardstick),
         flips=flips_between(reference, embedded, yardstick),

@@ -44,14 +44,24 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 def golden_images() -> list[Image.Image]:
-    """Noise, in which every wrong filter, offset and order of colours shows, and a grey image."""
+    """Noise, in which every wrong filter, offset and order of colours shows, in every mode that files come in.
+
+    Transparency lies in steps from none to all, so that what is laid under it shows.
+    """
     rng = np.random.default_rng(0)
     found = []
     for width, height in SIZES:
         rows = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         rows[..., 0] //= 3  # the channels differ on average too
         found.append(Image.fromarray(rows))
-    return [*found, Image.fromarray(rng.integers(0, 256, (75, 75), dtype=np.uint8))]
+    grey = Image.fromarray(rng.integers(0, 256, (75, 75), dtype=np.uint8))
+    opacity = Image.fromarray(np.tile(np.linspace(0, 255, found[0].width).astype(np.uint8), (found[0].height, 1)))
+    coloured, plain, palette = found[0].copy(), found[0].convert("L"), found[0].quantize(16)
+    coloured.putalpha(opacity)
+    plain.putalpha(opacity)
+    palette.info["transparency"] = 0
+    deep = Image.fromarray(rng.integers(0, 65536, (75, 90), dtype=np.uint16))
+    return [*found, grey, coloured, plain, palette, found[1].convert("CMYK"), deep, found[0].convert("1")]
 
 
 @torch.inference_mode()

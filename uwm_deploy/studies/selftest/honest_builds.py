@@ -21,13 +21,13 @@ from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.data.crops import PixelRows
 from uwm_deploy.data.embedding import PreparedSet, content_digests, overlap, prepare
 from uwm_deploy.data.open import open_source
+from uwm_deploy.data.order import some_of
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.applied import select_and_apply
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.edits.methods import selects
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.edits.pairs import some_of
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.replay import MadeFrom, expected_edit
 from uwm_deploy.errors import ContractError

@@ -208,6 +208,21 @@ def rows_mixed(share: float) -> Change:
     return change
 
 
+def noisy(scale: float) -> Change:
+    """Noise on the embedding, drawn anew at every call."""
+
+    def change(model: onnx.ModelProto) -> None:
+        output = _renamed_output(model, "without_noise")
+        model.graph.node.extend(
+            [
+                onnx.helper.make_node("RandomNormalLike", ["without_noise"], ["noise"], scale=scale),
+                onnx.helper.make_node("Add", ["without_noise", "noise"], [output]),
+            ]
+        )
+
+    return change
+
+
 def overflowing(final_norm: str, projection: str, factor: float) -> Change:
     """The same function in float32; in half precision what lies between is infinite."""
 

@@ -82,6 +82,7 @@ FAULTS = (
     Fault("batch-baked-in", Cause.BATCHING, "export", "the graph takes one row only", exported_with({IMAGE: surgery.fixed_batch})),
     Fault("rows-moved", Cause.BATCHING, "export", "each row gets its neighbour's result", exported_with({IMAGE: surgery.rows_moved})),
     Fault("rows-mixed", Cause.BATCHING, "export", "rows take part in each other", exported_with({TEXT: surgery.rows_mixed(0.3)})),
+    Fault("noise-in-graph", Cause.NONDETERMINISM, "export", "noise of 1e-3, drawn at every call", exported_with({IMAGE: surgery.noisy(1e-3)})),
     # --- the compiler
     Fault("stale-engine", Cause.EDIT, "compile", "the original's engine under the edited name", unedited(tuple(TowerName), compiled_with)),
     Fault("towers-of-two-builds", Cause.EDIT, "compile", "the text engine of another edit", artifacts.tower_of_another_build),
