@@ -16,7 +16,7 @@ from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
 from uwm_deploy.stages.gate.binding import REPORT
-from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, off_somewhere
+from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, differs_within_a_call, off_somewhere
 from uwm_deploy.stages.table import NAMES
 
 STAGE_ORDER = ("train", "load", "calibrate", *NAMES)
@@ -132,7 +132,7 @@ def _cause_of_numbers(artifact: ArtifactEvidence) -> Cause:
 
 
 def _depends_on_the_batch(artifact: ArtifactEvidence) -> bool:
-    if any(part.error for part in artifact.batches):
+    if any(part.error for part in artifact.batches) or differs_within_a_call(artifact):
         return True
     return any(part.batch > 1 and part.cosine_min < SAME for part in artifact.batches)
 

@@ -309,6 +309,11 @@ class HonestBuild:
         )
 
     @property
+    def embedded(self) -> tuple[EmbeddedSet, EmbeddedSet]:
+        """The evaluation set, embedded by the source model and by the edited one."""
+        return self._reference
+
+    @property
     def _scores(self) -> Path:
         return self.run_folder.scores
 

@@ -67,6 +67,36 @@ def squashed(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return pixels_from_image(image, dataclasses.replace(spec, fit="squash"))
 
 
+def lanczos(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32, resized by a filter that hardly differs."""
+    scale = spec.resize / min(image.size)
+    size = [max(spec.resize, int(scale * length)) for length in image.size]
+    whole = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return pixels_from_image(whole.resize((size[0], size[1]), Image.Resampling.LANCZOS), spec)
+
+
+def on_black(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; what is transparent is laid on black, where libraries drop the transparency."""
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return pixels_from_image(image, spec)
+
+
+def deep_cut(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; of 16 bits the lower eight are read."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) & 255).astype(np.uint8))
+    return pixels_from_image(image, spec)
+
+
+def ink_inverted(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; colours of printers are read as if ink were light."""
+    if image.mode == "CMYK":
+        image = Image.fromarray(255 - np.asarray(image), mode="CMYK")
+    return pixels_from_image(image, spec)
+
+
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
