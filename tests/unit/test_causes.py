@@ -7,16 +7,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.reports import digest, embedded, report
+from tests.reports import artifact, digest, embedded, report
 from uwm_deploy.data.repeats import repeats_in
-from uwm_deploy.recipes.resolve import policy_of
+from uwm_deploy.recipes.resolve import policy_of, recipe_of
 from uwm_deploy.records.evidence import BatchCheck, DataHealth, Direction, EditProof, Goldens, GraphAudit, VerifyReport
+from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Cause, Result, Verdict
 from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, yardstick_of
 from uwm_deploy.safeground.health import Differences, anisotropy, data_health
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
+from uwm_deploy.stages.gate.anomalies import BETTER, as_published
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.gate.soundness import absent_concepts
 from uwm_deploy.stages.verify.executed import check_batches
@@ -268,3 +271,41 @@ def test_rows_that_mix_and_batches_that_are_refused_are_seen() -> None:
     assert mixed[1].cosine_min < 0.999
     refused = check_batches(TowerName.TEXT, Rows(largest=8), inputs, (8, 16))  # type: ignore[arg-type]
     assert [part.error for part in refused] == ["", "", "too many"]
+
+
+def test_an_artifact_that_beats_the_edited_model_is_anomalous() -> None:
+    """Rounding makes nothing safer; where a fault of the artifact explains it, that is named instead."""
+    edited, better = embedded(300, 0.3), embedded(300, 0.7)
+    made = report(artifacts=(artifact("onnx", Precision.FP32, edited, edited),))
+    beats = dataclasses.replace(made.artifacts[0], flips=artifact("onnx", Precision.FP32, edited, better).flips)
+    anomalous = dataclasses.replace(made, artifacts=(beats, *report().artifacts[1:]))
+    verdict = judged(anomalous)
+    assert verdict.result is Result.FAIL
+    check = next(c for c in verdict.checks if c.name == BETTER and c.subject == "onnx")
+    assert (check.result, check.cause, check.rule) == (Result.FAIL, Cause.ANOMALY, "")
+    assert "the measurement is suspect" in check.detail.lower()
+
+
+def published_report(value: float, **changes: object) -> VerifyReport:
+    """The model and the set of a published table, with one of its numbers."""
+    made = report(400)
+    gs = Proportion(value=value, n=5000, low=value - 0.3, high=value + 0.3)
+    original = dataclasses.replace(made.original, preference={"GS": gs}, retrieval={}, zero_shot={})
+    recipe = recipe_of("clip-vit-l14")[0].model
+    model = dataclasses.replace(made.model, name="clip-vit-l14", repo=recipe.repo, revision=recipe.revision)
+    model = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+    evaluation = dataclasses.replace(made.evaluation, name="visu-test")
+    return dataclasses.replace(made, original=original, model=model, evaluation=evaluation)
+
+
+def test_an_original_that_misses_its_published_numbers_is_anomalous() -> None:
+    """Published is 1.2; another checkpoint, or another set, has numbers of its own."""
+    assert [c.result for c in as_published(published_report(1.9))] == [Result.PASS]
+    (found,) = as_published(published_report(9.0))
+    assert found.result is Result.FAIL
+    assert "GS of the original is 9.0, published is 1.2" in found.detail
+    assert not list(as_published(published_report(9.0, repo="somebody/else")))
+    other = dataclasses.replace(published_report(9.0).evaluation, name="mine")
+    assert not list(as_published(dataclasses.replace(published_report(9.0), evaluation=other)))
+    lost = dataclasses.replace(published_report(9.0).evaluation, left_out_counts={"no image": 100})
+    assert not list(as_published(dataclasses.replace(published_report(9.0), evaluation=lost)))

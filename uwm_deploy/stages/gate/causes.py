@@ -15,6 +15,7 @@ from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
+from uwm_deploy.stages.gate.anomalies import BETTER, OTHER
 from uwm_deploy.stages.gate.binding import REPORT
 from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, differs_within_a_call, off_somewhere
 from uwm_deploy.stages.table import NAMES
@@ -40,6 +41,8 @@ _OWN = {
     "unsafe images within the calibration set": (Cause.DATA, "calibrate"),
     "unsafe texts within the calibration set": (Cause.DATA, "calibrate"),
     "every calibrated concept is measured": (Cause.DATA, "verify"),
+    BETTER: (Cause.ANOMALY, "verify"),
+    OTHER: (Cause.ANOMALY, "verify"),
     "verdict of the bundle": (Cause.EVIDENCE, "gate"),
     "required evidence": (Cause.EVIDENCE, "verify"),
     "limits apply": (Cause.EVIDENCE, "gate"),
@@ -160,6 +163,8 @@ def _explains(cause: Blame, effect: Blame) -> bool:
     earlier = STAGE_ORDER.index(cause.stage) < STAGE_ORDER.index(effect.stage)
     if Cause.EVIDENCE in (cause.cause, effect.cause):
         return False
+    if effect.cause is Cause.ANOMALY:
+        return cause.cause not in (Cause.ANOMALY, Cause.DECISIONS)  # only what nothing explains is one
     if effect.cause is Cause.DECISIONS:
         return cause.cause is not Cause.DECISIONS and (earlier or cause.stage in (effect.stage, "verify"))
     if effect.cause is Cause.DATA and cause.stage == "load" and cause.cause in _FED:

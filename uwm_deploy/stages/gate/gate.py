@@ -15,6 +15,7 @@ from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Check, Result, Verdict, statement
 from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.gate.advice import advice_for
+from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
@@ -82,7 +83,7 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *belongs(report, beside), *limited, *_head_was_measured(report)]
+    general = [*sound, *as_published(report), *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     required = judge.required()
     good = [v for v in variants if v in executed and not _any_blocks(variants[v])]
@@ -206,6 +207,7 @@ class _Judge:
         found += self._risk(name, artifact.risk, artifact)
         return [
             *sound,
+            not_better(artifact),
             # Otherwise a precision that nobody thought of would be proven by passing nothing.
             *([] if limits else [statement("limits apply", name, False, "no limit is for this variant")]),
             *self._waived(found),
