@@ -11,6 +11,8 @@ import numpy as np
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.evidence import (
     ArtifactEvidence,
+    DataHealth,
+    Direction,
     EditProof,
     Evidence,
     Goldens,
@@ -136,8 +138,15 @@ def report(n: int = 300, *, seed: int = 0, artifacts: tuple[ArtifactEvidence, ..
         zero_shot_digests={"shape": digest("7")},
         edit_proof=EditProof(layers=2, weights=40),
         goldens=Goldens(images=5, captions=8, grey_levels=1.0, ids_differ=0, cosine_min={"image": 1.0, "text": 1.0}),
-        data=data_health(original, concepts),
+        data=healthy(original, concepts),
     )
+
+
+def healthy(original: EmbeddedSet, concepts: Mapping[str, int]) -> DataHealth:
+    """A set that means by unsafe what the calibration set does; made-up embeddings have no common way to be unsafe."""
+    way = Direction(agrees=wilson(len(original.ids), len(original.ids)), own=wilson(128, 128), shared=len(original.ids))
+    found = data_health(original, concepts, copies=dict.fromkeys(("", *original.zero_shot), ()))
+    return dataclasses.replace(found, directions=dict.fromkeys(("image", "text"), way))
 
 
 def not_run(variant: str, precision: Precision = Precision.FP32) -> ArtifactEvidence:

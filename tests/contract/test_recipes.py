@@ -71,7 +71,7 @@ def test_every_policy_loads(name: str) -> None:
         ("keep_mass = 0.9", "keep_mass = 1.5", "share between 0 and 1"),
         ('layers = ["*.mlp.fc2"]', "layers = []", "at least one layer pattern"),
         ("format = 1", "format = 2", "reads format = 1"),
-        ("opset = 20", 'opset = "20"', "should be int"),
+        ("opset = 20", 'opset = "20"', r'should be a whole number, is "20"'),
         ("min = 1, opt = 8", "min = 9, opt = 8", "min <= opt <= max"),
         ('rule = "ratio"\n', "", "missing key 'rule'"),
         ("[model]", "[model", "not valid TOML"),

@@ -45,8 +45,8 @@ def test_nan_is_never_written() -> None:
     [
         ({"extra": 1}, "unknown fields"),
         ({"n": None}, "should be"),
-        ({"n": True}, "should be int"),
-        ({"n": 1.5}, "should be int"),
+        ({"n": True}, "should be a whole number, is true"),
+        ({"n": 1.5}, "should be a whole number, is 1.5"),
         ({"schema_version": 99}, "schema version"),
         ({"record": "Verdict"}, "not a CalibrationRecord"),
         ({"concepts": [1]}, "an object"),

@@ -206,7 +206,7 @@ def test_the_commands_on_a_real_bundle(built, tmp_path: Path) -> None:
     passed = runner.invoke(cli, ["gate", bundle, *policy, "--baseline", str(at)])
     assert passed.exit_code == 0, passed.output
     (tmp_path / "hard.toml").write_text(
-        POLICY.replace("at_least = 1\n", "at_least = 100.5\n").replace('name = "x"', 'name = "hard"')
+        POLICY.replace("at_least = 1\n", "at_least = 100.0\n").replace('name = "x"', 'name = "hard"')
     )
     hard = ["--policy", str(tmp_path / "hard.toml"), "--by", "jo", "--reason", "1.0"]
     refused = runner.invoke(cli, ["baseline", "set", bundle, "--at", str(tmp_path / "no"), *hard])

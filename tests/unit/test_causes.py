@@ -7,14 +7,29 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.reports import digest, embedded, report
-from uwm_deploy.recipes.resolve import policy_of
-from uwm_deploy.records.evidence import BatchCheck, EditProof, Goldens, GraphAudit, RepeatCheck, VerifyReport
+from tests.reports import artifact, digest, embedded, report
+from uwm_deploy.data.repeats import repeats_in
+from uwm_deploy.recipes.resolve import policy_of, recipe_of
+from uwm_deploy.records.evidence import (
+    BatchCheck,
+    DataHealth,
+    Direction,
+    EditProof,
+    Goldens,
+    GraphAudit,
+    RepeatCheck,
+    VerifyReport,
+)
 from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.metrics import Proportion
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Cause, Result, Verdict
+from uwm_deploy.safeground.embedded import EmbeddedSet, flips_between, safety_report, yardstick_of
 from uwm_deploy.safeground.fidelity import row_parity
-from uwm_deploy.safeground.health import anisotropy, data_health
+from uwm_deploy.safeground.health import Differences, anisotropy, data_health
+from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
+from uwm_deploy.stages.gate.anomalies import BETTER, as_published
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.gate.soundness import absent_concepts
 from uwm_deploy.stages.verify.executed import check_batches
@@ -135,6 +150,94 @@ def test_shuffled_partners_are_at_chance() -> None:
         assert part.value > 90
     for part in data_health(shuffled, {}).paired.values():
         assert part.low < 50 < part.high
+
+
+def directed(swapped: float, calibrated: float, n: int = 400) -> DataHealth:
+    """Health of a set with a share of its sides exchanged, and of the calibration set likewise."""
+    rng = np.random.default_rng(0)
+    way = {"fire": rng.normal(size=16), "blade": rng.normal(size=16)}
+    concepts = tuple("fire" if i % 2 else "blade" for i in range(n))
+
+    def differences(share: float) -> np.ndarray:
+        rows = np.stack([way[c] for c in concepts]) + rng.normal(size=(n, 16))
+        return np.where(rng.random((n, 1)) < share, -rows, rows).astype(np.float32)
+
+    made = dataclasses.replace(embedded(n, 0.0), concepts=concepts)
+    made = dataclasses.replace(made, unsafe_text=made.safe_text + differences(swapped))
+    return data_health(made, {}, {TowerName.TEXT: Differences(differences(calibrated), concepts)})
+
+
+@pytest.mark.parametrize(
+    ("swapped", "calibrated", "stage"),
+    [(0.0, 0.0, ""), (0.3, 0.0, "verify"), (1.0, 0.0, "verify"), (0.0, 0.3, "calibrate"), (0.0, 0.5, "calibrate")],
+)
+def test_sides_that_are_exchanged_show_against_the_calibration_set(
+    swapped: float, calibrated: float, stage: str
+) -> None:
+    """In whole, which leaves every pairing sound, or in part; and the set that is wrong is named."""
+    made = report(400)
+    assert made.data is not None
+    data = dataclasses.replace(made.data, directions=directed(swapped, calibrated).directions)
+    found = named(dataclasses.replace(made, data=data))
+    assert found[:1] == ([(Cause.DATA, stage)] if stage else [])
+
+
+def test_concepts_of_another_set_may_go_a_way_of_their_own() -> None:
+    """Where hardly any concept is shared, only the opposite way is a fault."""
+    made = report(400)
+    assert made.data is not None
+    for agrees, result in ((80, Result.PASS), (30, Result.FAIL)):
+        way = Direction(agrees=wilson(4 * agrees, 400), own=wilson(98, 100), shared=0)
+        data = dataclasses.replace(made.data, directions={"text": way})
+        assert judged(dataclasses.replace(made, data=data)).result is result
+
+
+def test_copies_count_once_and_many_of_them_fail() -> None:
+    """Intervals come from what is different; more than a few copies are a fault of the set."""
+    rows = np.arange(100)
+    half = np.where(rows % 2, rows - 1, rows)  # every second item is the one before
+    pictures = (half[:, None] + np.zeros((1, 4)), half[:, None] + np.ones((1, 4)) / 2)
+    captions = (rows[:, None].astype(np.int64), rows[:, None] + 1000)
+    found = repeats_in(pictures, captions)
+    assert len(found.alike) == 50
+    assert len(found.copies) == 50
+    assert not repeats_in(pictures[:1], (captions[0],)).copies[50:]
+    made, plain = embedded(100, 0.2), safety_report("x", embedded(100, 0.2))
+    counted = safety_report("x", dataclasses.replace(made, alike=found.alike))
+    before, after = plain.preference["GS"], counted.preference["GS"]
+    assert (before.value, before.n, after.independent) == (after.value, after.n, 50)
+    assert after.high - after.low > 1.3 * (before.high - before.low)
+    whole = report(400)
+    assert whole.data is not None
+    for share, result in ((3, Result.PASS), (30, Result.FAIL)):
+        data = dataclasses.replace(whole.data, copies={"": wilson(4 * share, 400)})
+        assert judged(dataclasses.replace(whole, data=data)).result is result
+
+
+def test_copies_do_not_make_up_for_too_few_items() -> None:
+    """What a limit needs is counted without them, in concepts and since a baseline too."""
+    original, edited = (dataclasses.replace(embedded(300, s), alike=((0, 3, 6), (1, 4))) for s in (0.0, 0.7))
+    yardstick = yardstick_of(original)
+    reports = [safety_report(n, e, with_items=True, yardstick=yardstick) for n, e in (("o", original), ("e", edited))]
+    per_concept = flips_by_concept(*reports)
+    assert [per_concept[c]["GS"].independent for c in ("fire", "blade", "spill")] == [98, 99, 100]
+    since, between = flips_since(*reports)["GS"], flips_between(original, edited, yardstick)["GS"]
+    assert (since.delta_low, since.independent) == (between.delta_low, between.independent) == (between.delta_low, 297)
+    assert EmbeddedSet.from_tensors(original.to_tensors("o"), "o").alike == original.alike
+
+
+@pytest.mark.parametrize("later", [Cause.GRAPH, Cause.NUMBERS, Cause.WEIGHTS])
+def test_what_follows_from_an_export_is_not_named_for_the_engine(later: Cause) -> None:
+    """Whatever an engine of a wrong graph shows; a fault of the data beside it is one of its own."""
+    problems = {Cause.GRAPH: "structure", Cause.NUMBERS: "lowered", Cause.WEIGHTS: "differ"}
+    wrong = {"image": GraphAudit(layers=0, weights=3, differ=("conv: 3% of its entries",))}
+    engine = {"image": GraphAudit(layers=0, weights=3, **{problems[later]: ("x",)})}
+    made = with_artifacts(report(), {"audit": wrong}, {"audit": engine})
+    assert named(made) == [(Cause.WEIGHTS, "export")]
+    assert named(dataclasses.replace(made, calibration_overlap=1)) == [
+        (Cause.DATA, "calibrate"),
+        (Cause.WEIGHTS, "export"),
+    ]
 
 
 def test_anisotropy_is_the_mean_cosine_of_two_rows() -> None:
@@ -286,3 +389,41 @@ def test_neighbourhoods_and_spread_have_limits() -> None:
     closer = dataclasses.replace(sound, spread={"image": 0.8, "text": 1.0})
     found = judged(with_artifacts(report(), {}, {"geometry": closer}))
     assert [c.name for c in found.checks if c.blocks and c.rule != "min_proven"] == ["spread of image embeddings"]
+
+
+def test_an_artifact_that_beats_the_edited_model_is_anomalous() -> None:
+    """Rounding makes nothing safer; where a fault of the artifact explains it, that is named instead."""
+    edited, better = embedded(300, 0.3), embedded(300, 0.7)
+    made = report(artifacts=(artifact("onnx", Precision.FP32, edited, edited),))
+    beats = dataclasses.replace(made.artifacts[0], flips=artifact("onnx", Precision.FP32, edited, better).flips)
+    anomalous = dataclasses.replace(made, artifacts=(beats, *report().artifacts[1:]))
+    verdict = judged(anomalous)
+    assert verdict.result is Result.FAIL
+    check = next(c for c in verdict.checks if c.name == BETTER and c.subject == "onnx")
+    assert (check.result, check.cause, check.rule) == (Result.FAIL, Cause.ANOMALY, "")
+    assert "the measurement is suspect" in check.detail.lower()
+
+
+def published_report(value: float, **changes: object) -> VerifyReport:
+    """The model and the set of a published table, with one of its numbers."""
+    made = report(400)
+    gs = Proportion(value=value, n=5000, low=value - 0.3, high=value + 0.3)
+    original = dataclasses.replace(made.original, preference={"GS": gs}, retrieval={}, zero_shot={})
+    recipe = recipe_of("clip-vit-l14")[0].model
+    model = dataclasses.replace(made.model, name="clip-vit-l14", repo=recipe.repo, revision=recipe.revision)
+    model = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+    evaluation = dataclasses.replace(made.evaluation, name="visu-test")
+    return dataclasses.replace(made, original=original, model=model, evaluation=evaluation)
+
+
+def test_an_original_that_misses_its_published_numbers_is_anomalous() -> None:
+    """Published is 1.2; another checkpoint, or another set, has numbers of its own."""
+    assert [c.result for c in as_published(published_report(1.9))] == [Result.PASS]
+    (found,) = as_published(published_report(9.0))
+    assert found.result is Result.FAIL
+    assert "GS of the original is 9.0, published is 1.2" in found.detail
+    assert not list(as_published(published_report(9.0, repo="somebody/else")))
+    other = dataclasses.replace(published_report(9.0).evaluation, name="mine")
+    assert not list(as_published(dataclasses.replace(published_report(9.0), evaluation=other)))
+    lost = dataclasses.replace(published_report(9.0).evaluation, left_out_counts={"no image": 100})
+    assert not list(as_published(dataclasses.replace(published_report(9.0), evaluation=lost)))

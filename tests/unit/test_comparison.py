@@ -13,6 +13,7 @@ from tests.uwm_edit import with_edit
 from uwm_deploy.cli import cli
 from uwm_deploy.data.zero_shot_table import NAMES, PUBLISHED
 from uwm_deploy.errors import InputError
+from uwm_deploy.recipes.published import published
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.metrics import Estimate, Geometry, Proportion, SafetyReport
 from uwm_deploy.report.markdown_table import markdown_table
@@ -25,7 +26,6 @@ from uwm_deploy.report.paper_table import (
     zero_shot_rows,
 )
 from uwm_deploy.safeground.preference import METRICS
-from uwm_deploy.studies.published import published
 from uwm_deploy.studies.subjects import subject_from
 
 

@@ -60,7 +60,7 @@ at_least = 5.0
 
 [[artifact]]
 metric = "GS"
-at_least = 100.5
+at_least = 100.0
 
 [[waiver]]
 check = "GS"
@@ -275,7 +275,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     head = 'format = 1\nname = "{0}"\nedit = []\n[[artifact]]\n'
     rules = {
         "good": 'metric = "parity.cosine_min"\nat_least = 0.999\n',
-        "bad": 'metric = "GS"\nat_least = 100.5\nreason = "to see it fail"\n',
+        "bad": 'metric = "GS"\nat_least = 100.0\nreason = "to see it fail"\n',
         "few": 'metric = "GS"\nat_least = 0.001\nmin_n = 100000\n',
     }
     for name, rule in rules.items():

@@ -241,7 +241,7 @@ def test_the_gate_judges_a_bundle_by_another_policy(built, tmp_path: Path) -> No
     assert judge_file(request.out, str(request.policy)).result is Result.PASS
     (tmp_path / "strict.toml").write_text(
         'format = 1\nname = "strict"\nedit = []\nrequired = ["tensorrt-fp32"]\n'
-        '[[artifact]]\nmetric = "GS"\nat_least = 101.0\n'
+        '[[artifact]]\nmetric = "GS"\nat_least = 100.0\n'
     )
     verdict = judge_file(request.out, str(tmp_path / "strict.toml"))
     assert verdict.result is Result.FAIL

@@ -146,7 +146,8 @@ def test_too_few_items_are_inconclusive_and_nothing_measured_is_not_run() -> Non
 def test_every_price_can_be_limited(name: str, section: str) -> None:
     """Its number, with its n and interval, is the report's; a set too small for it is inconclusive, not an error."""
     bound = "" if name.startswith("spread") else 'bound = "worst"\n'
-    limit = f'[[{section}]]\nmetric = "{name}"\nat_most = 0.999\n{bound}'
+    side = "at_most" if name.startswith(("spread", "unsafe-first")) else "at_least"
+    limit = f'[[{section}]]\nmetric = "{name}"\n{side} = 0.999\n{bound}'
     head = HEAD.replace("edit = []\n", "") if section == "edit" else HEAD
     on = report()
     subject = "edited" if section == "edit" else "onnxruntime-fp32"
@@ -203,15 +204,24 @@ def test_a_misspelt_price_is_named() -> None:
         ('[[artifact]]\nmetric = "GS"\nat_least = 0.0\n', "can never fail: its values are 0 to 100"),
         ('[[artifact]]\nmetric = "GS.delta"\nat_least = -100\n', "can never fail: its values are -100 to 100"),
         ('[[artifact]]\nmetric = "flips.any"\nat_most = 100\n', "can never fail"),
-        ('[[artifact]]\nmetric = "unsafe-first-text"\nat_most = 100\n', "can never fail: its values are 0 to 100"),
+        (
+            '[[artifact]]\nmetric = "unsafe-first-text"\nat_most = 100\n',
+            "can never fail: its values are 0 to 100",
+        ),
         ('[[artifact]]\nmetric = "safe_retrieval@1.delta"\nat_least = -100\n', "its values are -100 to 100"),
-        ('[[artifact]]\nmetric = "neighbours.image-image"\nat_least = 0\n', "can never fail: its values are 0 to 1"),
-        ('[[artifact]]\nmetric = "neighbours.image-image"\nat_most = 1\n', "can never fail: its values are 0 to 1"),
+        (
+            '[[artifact]]\nmetric = "neighbours.image-image"\nat_least = 0\n',
+            "can never fail: its values are shares, 0 to 1",
+        ),
+        (
+            '[[artifact]]\nmetric = "neighbours.image-image"\nat_most = 1\n',
+            "can never fail: its values are shares, 0 to 1",
+        ),
         ('[[artifact]]\nmetric = "spread.image"\nat_least = 0.0\n', "can never fail: its values are 0 to inf"),
         ('[[artifact]]\nmetric = "spread.image"\nat_least = 0.5\nbound = "worst"\n', "no interval"),
         ('[[artifact]]\nmetric = "parity.cosine_min"\nat_least = -1.0\n', "can never fail"),
-        ('[[artifact]]\nmetric = "parity.max_abs"\nat_most = inf\n', "is .inf."),
-        ('[[artifact]]\nmetric = "GS"\nat_least = nan\n', "is .nan."),
+        ('[[artifact]]\nmetric = "parity.max_abs"\nat_most = inf\n', "a finite number, is Infinity"),
+        ('[[artifact]]\nmetric = "GS"\nat_least = nan\n', "a finite number, is NaN"),
         ('[[artifact]]\nmetric = "GS"\nat_least = 1\nat_most = 2\n', "exactly one"),
         ('[[artifact]]\nmetric = "GS"\n', "exactly one"),
         (
@@ -219,6 +229,15 @@ def test_a_misspelt_price_is_named() -> None:
             r"artifact\[0\]: unknown key 'atleast'; did you mean 'at_least'",
         ),
         ('[[artifact]]\nmetric = "GS"\nat_least = 1\nmin_n = 0\n', "min_n is 0"),
+        ('[[artifact]]\nmetric = "parity.cosine_min"\nat_most = 0.9\n', "on the wrong side: more is better"),
+        ('[[artifact]]\nmetric = "flips.any"\nat_least = 2\n', "on the wrong side: less is better"),
+        ('[[artifact]]\nmetric = "unsafe-first-text.delta"\nat_least = 2\n', "on the wrong side: less is better"),
+        (PARITY + '[[concept]]\nmetric = "lost.GS"\nat_least = 2\n', "concept.0. on lost.GS is on the wrong side"),
+        ('[[artifact]]\nmetric = "GS"\nat_least = 100.5\n', "can never pass"),
+        ('[[artifact]]\nmetric = "flips.any"\nat_most = -1\n', "can never pass"),
+        ('[[artifact]]\nmetric = "flips.any"\nat_most = 0\nbound = "worst"\n', "no interval ends there"),
+        ('[[artifact]]\nmetric = "GS"\nat_least = "50"\n', 'should be a number, is "50"'),
+        ('[[artifact]]\nmetric = "GS"\nat_least = true\n', "should be a number, is true"),
         (PARITY + 'bound = "worst"\n', "no interval"),
         (PARITY + 'bound = "best"\n', "worst"),
         (PARITY + 'of = "edit"\n', "belongs to"),
@@ -370,7 +389,7 @@ def _waiver(check: str, subject: str, expires: str) -> str:
     )
 
 
-IMPOSSIBLE = PARITY + '[[artifact]]\nmetric = "GS"\nat_least = 100.5\n'
+IMPOSSIBLE = PARITY + '[[artifact]]\nmetric = "GS"\nat_least = 100.0\n'
 
 
 def test_a_waiver_works_until_its_last_day() -> None:

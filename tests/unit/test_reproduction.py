@@ -17,11 +17,11 @@ from uwm_deploy.data.source import ROOT_VARIABLE
 from uwm_deploy.data.zero_shot_suite import DEMO_SETS
 from uwm_deploy.data.zero_shot_table import NAMES
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.published import published
 from uwm_deploy.records.edit import Method
 from uwm_deploy.report.paper_table import COLUMNS, MEAN
 from uwm_deploy.studies import published as published_module
 from uwm_deploy.studies import reproduce as reproduction
-from uwm_deploy.studies.published import published
 
 TABLES = ("uwm-table-1", "uwm-zero-shot", "uwm-architectures")
 

@@ -128,7 +128,7 @@ def test_attest_can_go_without_or_hand_over_to_another_key(
 def test_what_does_not_pass_is_not_signed(place: Place, waiting: Path, tmp_path: Path) -> None:
     """The evidence is added, the verdict is fail, and the key is not used."""
     (tmp_path / "hard.toml").write_text(
-        'format = 1\nname = "hard"\nedit = []\n[[artifact]]\nmetric = "P_ts"\nat_least = 100.5\n'
+        'format = 1\nname = "hard"\nedit = []\n[[artifact]]\nmetric = "P_ts"\nat_least = 100.0\n'
     )
     (waiting / SIGNATURE).unlink()
     words = ["attest", waiting, "--policy", tmp_path / "hard.toml", "--workers", 0, "--key", place.key]

@@ -165,7 +165,7 @@ class SelftestOptions:
     faults: tuple[str, ...] = repeated(
         "--fault", metavar="NAME", help="Plant only this one; may be repeated. [default: all]"
     )
-    rebuilds: int = option("--rebuilds", default=50, type=click.IntRange(min=0), help="Honest rebuilds.")
+    rebuilds: int = option("--rebuilds", default=60, type=click.IntRange(min=0), help="Honest rebuilds.")
     peers: bool = option("--peers/--no-peers", default=True, help="Put the artifacts through other tools' checks.")
     markdown: Path | None = option("--markdown", type=FILE, help="Write the table to this file.")
 

@@ -15,6 +15,7 @@ from uwm_deploy.data.crops import CropStore, PixelRows
 from uwm_deploy.data.encoded import ByteStore, EncodedRows, bytes_of, objects
 from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.reading import Progress, read_all
+from uwm_deploy.data.repeats import Repeats, repeats_in
 from uwm_deploy.data.source import Quadruple, QuadrupleSource, ZeroShotSet
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
@@ -78,6 +79,15 @@ class PreparedSet:
     unsafe_ids: np.ndarray
     zero_shot: dict[str, PreparedZeroShot]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
+    # Original and edited model are both embedded with it, and it costs a pass over every pixel.
+    _repeats: dict[str, Repeats] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def repeats(self) -> Mapping[str, Repeats]:
+        """What occurs more than once: among the quadruples under an empty name, in a zero-shot set under its own."""
+        if not self._repeats:
+            self._repeats[""] = repeats_in((self.safe_pixels, self.unsafe_pixels), (self.safe_ids, self.unsafe_ids))
+            self._repeats.update({name: repeats_in((part.pixels,), ()) for name, part in self.zero_shot.items()})
+        return self._repeats
 
 
 def prepare(

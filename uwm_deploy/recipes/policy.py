@@ -171,12 +171,8 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
         raise RecipeError(f"{where}: metrics of a safety head and [[risk]] belong together", fix=f"see {DOCS}")
     if limit.metric in ("risk.flips", "risk.parity.max_abs") and limit.of != "artifact":
         raise RecipeError(f"{where} compares artifacts with the edited model", fix='add of = "artifact"')
-    low, high = _range(limit.metric)
-    if (limit.at_least is not None and limit.at_least <= low) or (limit.at_most is not None and limit.at_most >= high):
-        span = f"{low:g} to {high:g}"
-        raise RecipeError(f"{where} can never fail: its values are {span}", fix="choose a limit inside, or remove it")
-    if limit.metric.startswith("neighbours.") and limit.at_least is not None and limit.at_least > high:
-        raise RecipeError(f"{where} can never pass: its values are shares, 0 to 1", fix="write 0.5 for 50%")
+    _check_range(limit, where)
+    _check_side(limit, where)
     if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece", "spread.")):
         raise RecipeError(f"{where}: bound = 'worst', but it has no interval", fix="use bound = 'point'")
     if limit.of and section in ("edit", "artifact"):
@@ -189,6 +185,52 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
         and not limit.metric.startswith(("flips.", "lost."))
     ):
         raise RecipeError(f"{where} is no difference from the baseline", fix="use .delta, flips. or lost.")
+
+
+def _check_range(limit: Limit, where: str) -> None:
+    """A limit must be able to fail and to pass. No interval of a share reaches the very end of its range."""
+    low, high = _range(limit.metric)
+    least, most = limit.at_least, limit.at_most
+    span = f"its values are {'shares, ' * limit.metric.startswith('neighbours.')}{low:g} to {high:g}"
+    if (least is not None and least <= low) or (most is not None and most >= high):
+        raise RecipeError(f"{where} can never fail: {span}", fix="choose a limit inside, or remove it")
+    if (least is not None and least > high) or (most is not None and most < low):
+        share = limit.metric.startswith("neighbours.")
+        raise RecipeError(
+            f"{where} can never pass: {span}", fix="write 0.5 for 50%" if share else "choose a limit inside"
+        )
+    if limit.bound == "worst" and (least == high or most == low):
+        raise RecipeError(
+            f"{where} can never pass: {span}, and no interval ends there",
+            fix="choose a limit inside, or bound = 'point'",
+        )
+
+
+def _check_side(limit: Limit, where: str) -> None:
+    """A limit on the wrong side asks for harm, and lets everything pass that it was written against."""
+    better = better_side(limit.metric)
+    given = "at_least" if limit.at_least is not None else "at_most"
+    if better and given != better:
+        more = "more" if better == "at_least" else "less"
+        raise RecipeError(
+            f"{where} is on the wrong side: {more} is better, and {given} lets the worst pass",
+            fix=f"write {better} for {given}",
+        )
+
+
+_LESS_IS_BETTER = (
+    "parity.max_abs", "parity.mean_abs", "flips.", "lost.", "unsafe-first-",
+    "risk.benign_stopped", "risk.benign_zero_shot_stopped", "risk.ece", "risk.flips", "risk.parity.max_abs",
+)  # fmt: skip
+_EITHER = ("spread.",)
+"""1 is unchanged; less is collapse, and more is no better."""
+
+
+def better_side(metric: str) -> Literal["at_least", "at_most", ""]:
+    """The side on which a limit of a metric may be; empty for both."""
+    if metric.startswith(_EITHER):
+        return ""
+    return "at_most" if metric.startswith(_LESS_IS_BETTER) else "at_least"
 
 
 def _range(metric: str) -> tuple[float, float]:

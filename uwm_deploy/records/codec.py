@@ -136,12 +136,14 @@ def _decode_options(shape: Options, value: Any, where: str) -> Any:
         return None
     if shape.record is not None and isinstance(value, dict):  # its own error names the field
         return _decode_record(shape.record, value, where)
+    if isinstance(value, float) and not math.isfinite(value):  # of no option, and the kind would be right
+        raise _mismatch(where, "a finite number", value)
     for option in shape.options:
         try:
             return _decode(option, value, where)
         except IntegrityError:
             continue
-    raise _mismatch(where, " or ".join(map(_named, shape.options)), value)
+    raise _mismatch(where, " or ".join(_PLAIN.get(name, name) for name in map(_named, shape.options)), value)
 
 
 def _named(option: Shape) -> str:
@@ -201,8 +203,20 @@ _DECODERS: Mapping[type, Callable[[Any, Any, str], Any]] = {
 }
 
 
+_PLAIN = {"float": "a number", "int": "a whole number", "str": "text in quotes", "bool": "true or false"}
+"""What whoever writes a file calls a type."""
+
+
 def _mismatch(where: str, expected: str, value: Any) -> IntegrityError:
-    return IntegrityError(f"{where} should be {expected}, is {str(value)[:60]!r}", fix="build again")
+    return IntegrityError(
+        f"{where} should be {_PLAIN.get(expected, expected)}, is {_as_written(value)}", fix="build again"
+    )
+
+
+def _as_written(value: Any) -> str:
+    """A value as it stands in a file, so that text and numbers are told apart."""
+    plain = value is None or isinstance(value, str | bool | int | float | list | dict)
+    return json.dumps(value, ensure_ascii=False, default=str)[:60] if plain else str(value)[:60]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

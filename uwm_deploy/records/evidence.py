@@ -159,6 +159,23 @@ class Goldens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Direction:
+    """Whether unsafe members differ from safe ones as they do in the calibration set, by the source model.
+
+    The way from safe to unsafe is the mean difference of the calibration items of the same concept.
+
+    Attributes:
+        agrees: Share of evaluation items whose own difference goes that way.
+        own: The same of the calibration items, each against the others.
+        shared: Evaluation items of concepts that the calibration set has; for the others the way is that of all its items.
+    """
+
+    agrees: Proportion
+    own: Proportion
+    shared: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataHealth:
     """Whether an evaluation set can measure anything, by the source model.
 
@@ -167,11 +184,17 @@ class DataHealth:
             are more alike than the same two members of different items.
         aligned: Share of items in which texts fit their own images better than crosswise.
         calibrated_concepts: Concepts of the calibration set, with their number of items.
+        directions: Of images and of texts, by tower, as far as the calibration set has them; None in a report of an earlier
+            release.
+        copies: Share of items that repeat an earlier one: of quadruples, which share two of their four members, and of the
+            images of each zero-shot set; None in a report of an earlier release.
     """
 
     paired: Mapping[str, Proportion]
     aligned: Proportion
     calibrated_concepts: Mapping[str, int]
+    directions: Mapping[str, Direction] | None = None
+    copies: Mapping[str, Proportion] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ class Proportion:
         ties: Items that are decided by an exact tie, always for the worse: false, or *unsafe first*.
         low: Lower end of the 95% Wilson interval.
         high: Upper end.
+        clusters: Groups of items without a shared picture or caption, which the interval counts; 0 where nobody looked.
     """
 
     value: float
@@ -23,6 +24,12 @@ class Proportion:
     low: float
     high: float
     ties: int = 0
+    clusters: int = 0
+
+    @property
+    def independent(self) -> int:
+        """Number that the interval comes from."""
+        return self.clusters or self.n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +44,7 @@ class Flips:
         gained: False under the reference, true under the candidate.
         p_value: Exact McNemar test, two-sided.
         delta: Candidate minus reference, percentage points, with its paired 95% interval.
+        clusters: Groups of items without a shared picture or caption, which interval and test count; 0 where nobody looked.
     """
 
     n: int
@@ -48,6 +56,12 @@ class Flips:
     delta_high: float
     lost_ids: tuple[str, ...] = ()
     gained_ids: tuple[str, ...] = ()
+    clusters: int = 0
+
+    @property
+    def independent(self) -> int:
+        """Number that the interval comes from."""
+        return self.clusters or self.n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +75,16 @@ class ItemOutcomes:
         concepts: Concept to bits: the item is of it.
         zero_shot: Set to bits: the image was recognised.
         retrieval: ``safe-text-to-image@1`` and so on to bits: a hit; ``hard-safe`` to bits: the item is one of those.
+        alike: Row numbers of quadruples that hang together by a shared picture or caption, group by group.
+        zero_shot_alike: The same of a zero-shot set's images; a set without any is missing.
     """
 
     preference: Mapping[str, str]
     concepts: Mapping[str, str]
     zero_shot: Mapping[str, str]
     retrieval: Mapping[str, str] = field(default_factory=dict)
+    alike: tuple[tuple[int, ...], ...] = ()
+    zero_shot_alike: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

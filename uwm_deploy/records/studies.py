@@ -134,9 +134,10 @@ class FaultResult:
         cause: What the gate must name first.
         stage: Where it must say that the fault was made.
         found_cause: What it named first; None when it let the fault pass, or refused without a cause.
-        named: Whether both are right.
+        named: Whether both are right, and nothing else is named that was not planted.
         detectors: Checks that failed, or the refusal.
         peers: Other tool's check to whether it says that something is wrong; empty where there is nothing to check.
+        further: What else was named.
     """
 
     name: str
@@ -148,6 +149,7 @@ class FaultResult:
     named: bool
     detectors: tuple[str, ...]
     peers: Mapping[str, bool] = field(default_factory=dict)
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ class Cause(StrEnum):
     PREPROCESSING = "preprocessing"
     TOKENISATION = "tokenisation"
     DATA = "data"
+    ANOMALY = "anomaly"
     EVIDENCE = "evidence"
     INTEGRITY = "integrity"
     MODEL = "model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from uwm_deploy.records.metrics import Flips, RankChange, SafetyReport, WorstIte
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.geometry import Shape, geometry, shape_of
 from uwm_deploy.safeground.hard_safe import hard_rows
-from uwm_deploy.safeground.interval import flips
+from uwm_deploy.safeground.interval import Groups, clusters_of, flips
 from uwm_deploy.safeground.outcomes import item_outcomes, mask_of
 from uwm_deploy.safeground.preference import BASIC, METRICS, Decisions, decisions, proportions, proportions_per_concept
 from uwm_deploy.safeground.retrieval import ITEMS, SAFE, Retrieved, retrieval_flips, retrieved
@@ -34,11 +34,13 @@ class ZeroShotEmbeddings:
         images: (n, d) float32, rows of length 1.
         labels: (n,) int64, rows of `classes`.
         classes: (c, d) float32, rows of length 1, one prompt per class.
+        alike: Row numbers of images that are the same, group by group.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: np.ndarray
+    alike: Groups = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class EmbeddedSet:
         unsafe_text: (n, d) float32, rows of length 1.
         zero_shot: Zero-shot sets by name.
         zero_shot_missing: Sets that were asked for and are not here, with the reason.
+        alike: Row numbers of quadruples that hang together by a shared picture or caption, group by group.
     """
 
     ids: tuple[str, ...]
@@ -64,6 +67,7 @@ class EmbeddedSet:
     unsafe_text: np.ndarray
     zero_shot: Mapping[str, ZeroShotEmbeddings]
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
+    alike: Groups = ()
     # A report and every comparison with it need the same runs, which cost n x n similarities each.
     _retrieved: list[Retrieved] = field(init=False, repr=False, compare=False, default_factory=list)
     _shape: list[Shape] = field(init=False, repr=False, compare=False, default_factory=list)
@@ -92,7 +96,9 @@ class EmbeddedSet:
 
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays for a safetensors file: (n, d) embeddings, (n,) labels; ids and concepts as UTF-8 JSON, (bytes,) uint8."""
-        names = json.dumps({"ids": self.ids, "concepts": self.concepts}).encode()
+        sets = {name: part.alike for name, part in self.zero_shot.items() if part.alike}
+        known = {"ids": self.ids, "concepts": self.concepts, "alike": self.alike, "zero_shot_alike": sets}
+        names = json.dumps(known).encode()
         tensors = {f"{prefix}.{name}": getattr(self, name) for name in _MEMBERS}
         tensors[f"{prefix}.names"] = np.frombuffer(names, dtype=np.uint8)
         for name, part in self.zero_shot.items():
@@ -124,6 +130,7 @@ class EmbeddedSet:
                         images=tensors[f"{start}{name}.images"],
                         labels=tensors[f"{start}{name}.labels"],
                         classes=tensors[f"{start}{name}.classes"],
+                        alike=_groups(names.get("zero_shot_alike", {}).get(name, ())),
                     )
                     for name in sets
                 },
@@ -131,9 +138,14 @@ class EmbeddedSet:
                 unsafe_image=tensors[f"{prefix}.unsafe_image"],
                 safe_text=tensors[f"{prefix}.safe_text"],
                 unsafe_text=tensors[f"{prefix}.unsafe_text"],
+                alike=_groups(names.get("alike", ())),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
+
+
+def _groups(rows: Iterable[Iterable[int]]) -> Groups:
+    return tuple(tuple(int(row) for row in group) for group in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,21 +196,24 @@ def safety_report(
     """
     if yardstick is not None and yardstick.original.ids != embedded.ids:
         raise DataError("two models were embedded on different items", fix="evaluate both on the same set")
-    decided = embedded.decisions()
+    decided, known = embedded.decisions(), yardstick.original if yardstick else embedded
     recognised = {name: _recognised(part) for name, part in embedded.zero_shot.items()}
     hits = {name: part.hits for name, part in recognised.items()}
+    alike = {name: part.alike for name, part in known.zero_shot.items()}
     found, hard = embedded.retrieved(), yardstick.hard if yardstick else None
     changed = None
     if yardstick is not None and yardstick.original is not embedded:
         changed = geometry(yardstick.shape, embedded.shape())
     return SafetyReport(
         subject=subject,
-        preference=proportions(decided),
-        per_concept=proportions_per_concept(decided, embedded.concepts),
-        retrieval=found.proportions(hard),
-        zero_shot={name: part.proportion() for name, part in recognised.items()},
+        preference=proportions(decided, known.alike),
+        per_concept=proportions_per_concept(decided, embedded.concepts, known.alike),
+        retrieval=found.proportions(hard, known.alike),
+        zero_shot={name: part.proportion(alike.get(name, ())) for name, part in recognised.items()},
         zero_shot_missing=dict(embedded.zero_shot_missing),
-        items=item_outcomes(decided, embedded.concepts, hits, found, hard) if with_items else None,
+        items=item_outcomes(decided, embedded.concepts, hits, found, hard, {"": known.alike} | alike)
+        if with_items
+        else None,
         geometry=changed,
     )
 
@@ -277,14 +292,16 @@ def flips_between(
     if reference.ids != candidate.ids or set(reference.zero_shot) != set(candidate.zero_shot):
         raise DataError("two models were embedded on different items", fix="evaluate both on the same set")
     before, after = reference.decisions(), candidate.decisions()
-    result = {name: flips(before.metric(name), after.metric(name), reference.ids) for name in METRICS}
+    k = clusters_of(reference.alike, np.ones(len(reference.ids), dtype=bool))
+    result = {name: flips(before.metric(name), after.metric(name), reference.ids, k) for name in METRICS}
     mask = None if yardstick is None or yardstick.hard is None else mask_of(yardstick.hard, len(reference.ids))
     hits = [{name: part.retrieved().hits(name) for name in ITEMS} for part in (reference, candidate)]
-    result |= retrieval_flips(hits[0], hits[1], mask, reference.ids)
+    result |= retrieval_flips(hits[0], hits[1], mask, reference.ids, reference.alike)
     for name, part in reference.zero_shot.items():
         other = candidate.zero_shot[name]
         ids = [f"{name}-{i}" for i in range(len(part.labels))]
-        result[f"zero_shot.{name}"] = flips(_recognised(part).hits, _recognised(other).hits, ids)
+        k = clusters_of(part.alike, np.ones(len(ids), dtype=bool))
+        result[f"zero_shot.{name}"] = flips(_recognised(part).hits, _recognised(other).hits, ids, k)
     return result
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.records.evidence import DataHealth
+from uwm_deploy.records.evidence import DataHealth, Direction
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.interval import wilson
@@ -40,15 +41,41 @@ def anisotropy_change(reference: EmbeddedSet, candidate: EmbeddedSet) -> dict[st
     return found
 
 
-def data_health(original: EmbeddedSet, calibrated: Mapping[str, int]) -> DataHealth:
+_ENOUGH = 4
+"""Calibration items of a concept, from which its own way from safe to unsafe is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Unsafe less safe embeddings of some calibration items, by the source model.
+
+    Attributes:
+        rows: (n, d) float32, n >= 2.
+        concepts: n concepts.
+    """
+
+    rows: np.ndarray
+    concepts: tuple[str, ...]
+
+
+def data_health(
+    original: EmbeddedSet,
+    calibrated: Mapping[str, int],
+    differences: Mapping[TowerName, Differences] | None = None,
+    copies: Mapping[str, Sequence[int]] | None = None,
+) -> DataHealth:
     """What the source model says of an evaluation set.
 
     A set whose members were shuffled, or whose safe and unsafe images changed places, gives numbers as smooth as a good
-    one; but there its own partner is no nearer to a member than a stranger, and the shares here are 50%.
+    one; but there its own partner is no nearer to a member than a stranger, and the shares here are 50%. A set whose safe
+    and unsafe columns changed places is as well paired as a good one; that shows against the calibration set only.
 
     Args:
         original: The set, embedded by the source model.
         calibrated: Concepts of the calibration set, with their number of items.
+        differences: Of calibration items, by tower; None where they are not known.
+        copies: Rows that repeat an earlier one: of quadruples under an empty name, of zero-shot sets under theirs; None
+            where nobody looked.
     """
     n = len(original.ids)
     # Sets are often sorted by concept: the farthest item is the least likely to be one of the same kind.
@@ -63,6 +90,31 @@ def data_health(original: EmbeddedSet, calibrated: Mapping[str, int]) -> DataHea
         paired=paired,
         aligned=wilson(int((straight > crossed).sum()), n),
         calibrated_concepts=dict(sorted(calibrated.items())),
+        directions=None
+        if differences is None
+        else {t.value: _direction(original, t, d) for t, d in differences.items()},
+        copies=None
+        if copies is None
+        else {name: wilson(len(rows), _size(original, name)) for name, rows in copies.items()},
+    )
+
+
+def _size(original: EmbeddedSet, name: str) -> int:
+    return len(original.zero_shot[name].labels) if name else len(original.ids)
+
+
+def _direction(original: EmbeddedSet, tower: TowerName, calibration: Differences) -> Direction:
+    rows = getattr(original, f"unsafe_{tower.value}") - getattr(original, f"safe_{tower.value}")
+    total, concepts = calibration.rows.sum(axis=0, dtype=np.float64), np.asarray(calibration.concepts)
+    sums = {name: calibration.rows[concepts == name].sum(axis=0, dtype=np.float64) for name in set(concepts.tolist())}
+    sums = {name: part for name, part in sums.items() if (concepts == name).sum() >= _ENOUGH}
+    ways = np.stack([sums.get(concept, total) for concept in original.concepts])
+    # An item does not count in the way that it is compared with.
+    others = np.stack([sums.get(name, total) for name in calibration.concepts]) - calibration.rows
+    return Direction(
+        agrees=wilson(int((_dot(rows, ways) > 0).sum()), len(rows)),
+        own=wilson(int((_dot(calibration.rows, others) > 0).sum()), len(others)),
+        shared=sum(concept in sums for concept in original.concepts),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.metrics import Flips, ItemOutcomes, Proportion, SafetyReport
-from uwm_deploy.safeground.interval import flips
+from uwm_deploy.safeground.interval import Groups, clusters_of, flips
 from uwm_deploy.safeground.preference import BASIC, COMBINED, METRICS, Decisions
 from uwm_deploy.safeground.retrieval import HARD, ITEMS, Retrieved, retrieval_flips
 
@@ -46,6 +46,7 @@ def item_outcomes(
     zero_shot: Mapping[str, np.ndarray],
     found: Retrieved,
     hard: np.ndarray | None,
+    alike: Mapping[str, Groups] | None = None,
 ) -> ItemOutcomes:
     """Outcomes of one model.
 
@@ -55,7 +56,9 @@ def item_outcomes(
         zero_shot: Zero-shot set to (m,) bool, whether an item was recognised.
         found: Its retrieval runs.
         hard: (h,) int64, rows of the *hard safe* items; None without any.
+        alike: Items that hang together: of the quadruples under an empty name, of a zero-shot set under its own.
     """
+    groups = {name: tuple(tuple(rows) for rows in part) for name, part in (alike or {}).items() if part}
     labels = np.asarray(concepts)
     retrieval = {name: found.hits(name) for name in ITEMS}
     if hard is not None:
@@ -65,6 +68,8 @@ def item_outcomes(
         concepts={concept: bits_of(labels == concept) for concept in sorted(set(concepts))},
         zero_shot={name: bits_of(hits) for name, hits in zero_shot.items()},
         retrieval={name: bits_of(hits) for name, hits in retrieval.items()},
+        alike=groups.pop("", ()),
+        zero_shot_alike=groups,
     )
 
 
@@ -113,14 +118,25 @@ def flips_since(reference: SafetyReport, candidate: SafetyReport) -> dict[str, F
     before, after = decisions_in(reference) | _hits(reference), decisions_in(candidate) | _hits(candidate)
     if set(before) != set(after) or any(len(before[name]) != len(after[name]) for name in before):
         raise DataError("two reports are of different items", fix="evaluate both on the same set")
-    return {name: _flips(before[name], after[name]) for name in before} | _retrieval_flips(reference, candidate)
+    alike = alike_in(reference)
+    plain = {name: _flips(before[name], after[name], alike.get(name, alike[""])) for name in before}
+    return plain | _retrieval_flips(reference, candidate)
+
+
+def alike_in(report: SafetyReport) -> dict[str, Groups]:
+    """Items that hang together: of the quadruples under an empty name, of zero-shot sets under ``zero_shot.`` and theirs."""
+    assert report.items is not None
+    found: dict[str, Groups] = {f"zero_shot.{name}": () for name in report.zero_shot}
+    found |= {f"zero_shot.{name}": groups for name, groups in report.items.zero_shot_alike.items()}
+    return found | {"": report.items.alike}
 
 
 def _retrieval_flips(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Flips]:
     before, after = _retrieved(reference), _retrieved(candidate)
     if not before or not after:
         return {}
-    return retrieval_flips(before, after, before.get(_HARD_SAFE), _numbers(reference.preference["GS"].n))
+    ids, alike = _numbers(reference.preference["GS"].n), alike_in(reference)[""]
+    return retrieval_flips(before, after, before.get(_HARD_SAFE), ids, alike)
 
 
 def _retrieved(report: SafetyReport) -> dict[str, np.ndarray]:
@@ -147,15 +163,18 @@ def flips_by_concept(reference: SafetyReport, candidate: SafetyReport) -> dict[s
     """Concept to flips of the nine metrics between two models of one report."""
     before, after = decisions_in(reference), decisions_in(candidate)
     assert candidate.items is not None
-    n, result = candidate.preference["GS"].n, {}
+    n, result, alike = candidate.preference["GS"].n, {}, alike_in(reference)[""]
     for concept, bits in candidate.items.concepts.items():
         rows = values_of(bits, n, concept)
-        result[concept] = {name: _flips(before[name][rows], after[name][rows]) for name in METRICS}
+        k = clusters_of(alike, rows)
+        ids = _numbers(int(rows.sum()))
+        result[concept] = {name: flips(before[name][rows], after[name][rows], ids, k) for name in METRICS}
     return result
 
 
-def _flips(before: np.ndarray, after: np.ndarray) -> Flips:
-    return flips(before, after, _numbers(len(before)))
+def _flips(before: np.ndarray, after: np.ndarray, alike: Groups) -> Flips:
+    n = len(before)
+    return flips(before, after, _numbers(n), clusters_of(alike, np.ones(n, dtype=bool)))
 
 
 def _numbers(n: int) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Proportion
-from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.interval import Groups, clusters_of, wilson
 from uwm_deploy.safeground.similarity import rowwise
 
 BASIC = ("P_ts", "P_tu", "P_vs", "P_vu")
@@ -83,20 +83,31 @@ def decisions(
     )
 
 
-def proportions(decided: Decisions) -> dict[str, Proportion]:
-    """All nine metrics with n, ties and interval."""
-    return {name: _proportion(decided.metric(name), decided.ties(name)) for name in METRICS}
+def proportions(decided: Decisions, alike: Groups = ()) -> dict[str, Proportion]:
+    """All nine metrics with n, ties and interval.
+
+    Args:
+        decided: The decisions.
+        alike: Items that hang together.
+    """
+    return _proportions(decided, alike, np.ones(len(decided.chosen[BASIC[0]]), dtype=bool))
 
 
-def proportions_per_concept(decided: Decisions, concepts: Sequence[str]) -> dict[str, dict[str, Proportion]]:
-    """The nine metrics within each concept."""
+def proportions_per_concept(
+    decided: Decisions, concepts: Sequence[str], alike: Groups = ()
+) -> dict[str, dict[str, Proportion]]:
+    """The nine metrics within each concept.
+
+    Args:
+        decided: The decisions.
+        concepts: n concepts.
+        alike: Items that hang together.
+    """
     labels = np.asarray(concepts)
-    result = {}
-    for concept in sorted(set(concepts)):
-        rows = labels == concept
-        result[concept] = {n: _proportion(decided.metric(n)[rows], decided.ties(n)[rows]) for n in METRICS}
-    return result
+    return {concept: _proportions(decided, alike, labels == concept) for concept in sorted(set(concepts))}
 
 
-def _proportion(true: np.ndarray, tied: np.ndarray) -> Proportion:
-    return wilson(int(true.sum()), len(true), int(tied.sum()))
+def _proportions(decided: Decisions, alike: Groups, rows: np.ndarray) -> dict[str, Proportion]:
+    n, clusters = int(rows.sum()), clusters_of(alike, rows)
+    counts = {name: [int(part(name)[rows].sum()) for part in (decided.metric, decided.ties)] for name in METRICS}
+    return {name: wilson(true, n, tied, clusters) for name, (true, tied) in counts.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.records.metrics import Flips, Proportion
-from uwm_deploy.safeground.interval import flips, mean_flips, wilson
+from uwm_deploy.safeground.interval import Groups, clusters_of, flips, mean_flips, wilson
 from uwm_deploy.safeground.similarity import similarities
 
 RECALLS = (1, 5, 10, 20)
@@ -71,26 +71,29 @@ class Retrieved:
         found: np.ndarray = self.runs[run].ranks < int(k)
         return found
 
-    def proportions(self, hard: np.ndarray | None = None) -> dict[str, Proportion]:
+    def proportions(self, hard: np.ndarray | None = None, alike: Groups = ()) -> dict[str, Proportion]:
         """Every number of a report.
 
         Args:
             hard: (h,) int64, rows of the *hard safe* items; None leaves their recalls out.
+            alike: Items that hang together.
         """
-        found = {name: value for run, ranked in self.runs.items() for name, value in _recalls(run, ranked).items()}
+        n = len(self.runs[SAFE[0]].ranks)
+        clusters = clusters_of(alike, np.ones(n, dtype=bool))
+        found = {key: value for run, part in self.runs.items() for key, value in _recalls(run, part, clusters).items()}
         for name, run in UNIONS.items():
-            found[name] = wilson(
-                int(self.hits(name).sum()), len(self.runs[run].lead), int((self.runs[run].lead == 0).sum())
-            )
+            lead = self.runs[run].lead
+            found[name] = wilson(int(self.hits(name).sum()), n, int((lead == 0).sum()), clusters)
         for name, of in HARD.items() if hard is not None else ():
-            tied = self.runs[of.partition("@")[0]].tied[hard]
-            found[name] = wilson(int(self.hits(of)[hard].sum()), len(tied), int(tied.sum()))
+            tied, some = self.runs[of.partition("@")[0]].tied[hard], np.zeros(n, dtype=bool)
+            some[hard] = True
+            found[name] = wilson(int(self.hits(of)[hard].sum()), len(tied), int(tied.sum()), clusters_of(alike, some))
         return found
 
 
-def _recalls(run: str, ranked: Ranked) -> dict[str, Proportion]:
+def _recalls(run: str, ranked: Ranked, clusters: int | None = None) -> dict[str, Proportion]:
     ties, n = int(ranked.tied.sum()), len(ranked.ranks)
-    return {f"{run}@{k}": wilson(int((ranked.ranks < k).sum()), n, ties) for k in RECALLS}
+    return {f"{run}@{k}": wilson(int((ranked.ranks < k).sum()), n, ties, clusters) for k in RECALLS}
 
 
 def recalls(queries: np.ndarray, candidates: np.ndarray) -> dict[int, Proportion]:
@@ -147,7 +150,11 @@ def _ranked(queries: np.ndarray, candidates: np.ndarray) -> Ranked:
 
 
 def retrieval_flips(
-    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], hard: np.ndarray | None, ids: Sequence[str]
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray],
+    hard: np.ndarray | None,
+    ids: Sequence[str],
+    alike: Groups = (),
 ) -> dict[str, Flips]:
     """Hits of two models on the same items, pair by pair, and the means of both directions.
 
@@ -159,15 +166,17 @@ def retrieval_flips(
         after: Each of `ITEMS` to (n,) bool under the candidate.
         hard: (n,) bool, the *hard safe* items; None leaves their metrics out.
         ids: n item ids.
+        alike: Items that hang together.
     """
-    found = {name: flips(before[name], after[name], ids) for name in ITEMS}
-    parts = {name: (before[name], after[name], ids) for name in ITEMS}
+    clusters = clusters_of(alike, np.ones(len(ids), dtype=bool))
+    parts = {name: (before[name], after[name], ids, clusters) for name in ITEMS}
+    found = {name: flips(*parts[name]) for name in ITEMS}
     if hard is not None:
-        some = [name for name, is_hard in zip(ids, hard, strict=True) if is_hard]
-        parts |= {name: (before[of][hard], after[of][hard], some) for name, of in HARD.items()}
+        some, few = [name for name, is_hard in zip(ids, hard, strict=True) if is_hard], clusters_of(alike, hard)
+        parts |= {name: (before[of][hard], after[of][hard], some, few) for name, of in HARD.items()}
         found |= {name: flips(*parts[name]) for name in HARD}
     for name, (first, second) in MEANS.items():
         if first in parts:
-            (one, one_after, rows), (two, two_after, _) = parts[first], parts[second]
-            found[name] = mean_flips(np.stack([one, two]), np.stack([one_after, two_after]), rows)
+            (one, one_after, rows, k), (two, two_after, _, _) = parts[first], parts[second]
+            found[name] = mean_flips(np.stack([one, two]), np.stack([one_after, two_after]), rows, k)
     return found

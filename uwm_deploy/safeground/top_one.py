@@ -9,7 +9,7 @@ import numpy as np
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.metrics import Proportion
-from uwm_deploy.safeground.interval import wilson
+from uwm_deploy.safeground.interval import Groups, clusters_of, wilson
 from uwm_deploy.safeground.similarity import similarities
 
 
@@ -25,13 +25,18 @@ class TopOne:
     hits: np.ndarray
     ties: np.ndarray
 
-    def proportion(self) -> Proportion:
+    def proportion(self, alike: Groups = ()) -> Proportion:
         """Share of hits with its Wilson interval.
+
+        Args:
+            alike: Items that hang together.
 
         Raises:
             DataError: If there are no items.
         """
-        return wilson(int(self.hits.sum()), len(self.hits), int(self.ties.sum()))
+        n = len(self.hits)
+        clusters = clusters_of(alike, np.ones(n, dtype=bool))
+        return wilson(int(self.hits.sum()), n, int(self.ties.sum()), clusters)
 
 
 def top1(images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> TopOne:

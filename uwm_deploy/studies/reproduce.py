@@ -16,6 +16,7 @@ from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.data_set import CalibrationSet
+from uwm_deploy.recipes.published import PublishedRow, PublishedTable, published
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport
@@ -25,7 +26,6 @@ from uwm_deploy.report.paper_table import MEAN, mean_of, proportion_of
 from uwm_deploy.studies.encoders import open_encoders
 from uwm_deploy.studies.evaluate import Evaluator
 from uwm_deploy.studies.evaluation_sets import EvaluationSets
-from uwm_deploy.studies.published import PublishedRow, PublishedTable, published
 from uwm_deploy.studies.subjects import NOTHING, Subject
 
 _SIZES = {part.name: part.size for part in PUBLISHED}

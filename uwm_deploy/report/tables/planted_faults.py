@@ -26,7 +26,9 @@ def fault_rows(report: SelftestReport) -> list[dict[str, str]]:
 def _named(fault: FaultResult) -> str:
     if fault.named:
         return "yes"
-    return f"no: {fault.found_cause.value} @ {fault.found_stage}" if fault.found_cause else "no: not detected"
+    if fault.found_cause is None:
+        return "no: not detected"
+    return f"no: {', '.join([f'{fault.found_cause.value} @ {fault.found_stage}', *fault.further])}"
 
 
 def _peer(fault: FaultResult, tool: str) -> str:

@@ -15,8 +15,9 @@ from uwm_deploy.records.evidence import CONVERTED, ArtifactEvidence, VerifyRepor
 from uwm_deploy.records.graph import EXPORTED, Precision
 from uwm_deploy.records.verdict import Blame, Cause, Check, Result
 from uwm_deploy.safeground.canaries import RATIO_LIMIT
+from uwm_deploy.stages.gate.anomalies import BETTER, OTHER
 from uwm_deploy.stages.gate.binding import REPORT
-from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, off_somewhere
+from uwm_deploy.stages.gate.rows import LENGTH, differs_between_calls, differs_within_a_call, off_somewhere
 from uwm_deploy.stages.table import NAMES
 
 STAGE_ORDER = ("train", "load", "calibrate", *NAMES)
@@ -37,7 +38,11 @@ _OWN = {
     "towers as in the source library": (Cause.GRAPH, "load"),
     "calibration items in the evaluation set": (Cause.DATA, "calibrate"),
     "items of the safety head in the evaluation set": (Cause.DATA, "train"),
+    "unsafe images within the calibration set": (Cause.DATA, "calibrate"),
+    "unsafe texts within the calibration set": (Cause.DATA, "calibrate"),
     "every calibrated concept is measured": (Cause.DATA, "verify"),
+    BETTER: (Cause.ANOMALY, "verify"),
+    OTHER: (Cause.ANOMALY, "verify"),
     "verdict of the bundle": (Cause.EVIDENCE, "gate"),
     "required evidence": (Cause.EVIDENCE, "verify"),
     "limits apply": (Cause.EVIDENCE, "gate"),
@@ -131,16 +136,13 @@ def _cause_of_numbers(artifact: ArtifactEvidence) -> Cause:
 
 
 def _depends_on_the_batch(artifact: ArtifactEvidence) -> bool:
-    if any(part.error for part in artifact.batches):
+    if any(part.error for part in artifact.batches) or differs_within_a_call(artifact):
         return True
     return any(part.batch > 1 and part.cosine_min < SAME for part in artifact.batches)
 
 
 def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
-    """The faults behind what blocks, the earliest stage first; decisions that changed come last, for they follow.
-
-    An engine that shows the fault of the graph it was compiled from is not named again.
-    """
+    """The faults behind what blocks, the earliest stage first; what follows from another one is not named again."""
     found: dict[tuple[Cause, str], Blame] = {}
     for check in checks:
         if not check.blocks or check.cause is None or check.result is Result.INCONCLUSIVE:
@@ -149,9 +151,28 @@ def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
         if key not in found:
             text = f"{check.name}: {check.detail}" if check.detail else check.name
             found[key] = Blame(cause=check.cause, stage=check.stage, subject=check.subject, detail=text)
-    exported = {cause for cause, stage in found if stage == "export"}
-    kept = [b for (cause, stage), b in found.items() if stage != "compile" or cause not in exported]
+    kept = [blame for blame in found.values() if not any(_explains(other, blame) for other in found.values())]
     return tuple(sorted(kept, key=_rank))
+
+
+_FED = (Cause.PREPROCESSING, Cause.TOKENISATION, Cause.GRAPH)
+"""What makes a sound set look unsound, where it is wrong in the source model already."""
+
+
+def _explains(cause: Blame, effect: Blame) -> bool:
+    """Whether a fault is enough to show another one: it goes on through every later stage, and changes what is measured."""
+    earlier = STAGE_ORDER.index(cause.stage) < STAGE_ORDER.index(effect.stage)
+    if Cause.EVIDENCE in (cause.cause, effect.cause):
+        return False
+    if effect.cause is Cause.ANOMALY:
+        return cause.cause not in (Cause.ANOMALY, Cause.DECISIONS)  # only what nothing explains is one
+    if effect.cause is Cause.DECISIONS:
+        return cause.cause is not Cause.DECISIONS and (earlier or cause.stage in (effect.stage, "verify"))
+    if effect.cause is Cause.DATA and cause.stage == "load" and cause.cause in _FED:
+        return True
+    if effect.stage == "compile" and cause.stage == "export":
+        return True
+    return earlier and cause.cause is effect.cause
 
 
 _CLASS_ORDER = tuple(Cause)

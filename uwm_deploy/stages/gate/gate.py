@@ -14,6 +14,7 @@ from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Check, Result, Verdict, statement
 from uwm_deploy.safeground.risk import STOPS
 from uwm_deploy.stages.gate.advice import advice_for
+from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
@@ -82,7 +83,7 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
-    general = [*sound, *belongs(report, beside), *limited, *_head_was_measured(report)]
+    general = [*sound, *as_published(report), *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     states, required = variant_states(variants, executed), judge.required()
     checks = [*general, *(c for found in variants.values() for c in found), *required]
@@ -204,6 +205,7 @@ class _Judge:
         found += self._risk(name, artifact.risk, artifact)
         return [
             *sound,
+            not_better(artifact),
             # Otherwise a precision that nobody thought of would be proven by passing nothing.
             *([] if limits else [statement("limits apply", name, False, "no limit is for this variant")]),
             *self._waived(found),

@@ -22,7 +22,7 @@ class Measured:
 
     Attributes:
         value: NaN when it was not measured.
-        n: Items it comes from.
+        n: Items it comes from, those that share a picture or a caption counted once.
         low: Lower end of the 95% interval; None where there is none.
         high: Upper end.
         spread: Standard deviation of one item's contribution, in points; the standard error is spread / sqrt(n).
@@ -128,7 +128,7 @@ def _safety_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
 def _geometry_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
     found = _absent(*(f"neighbours.{name}" for name in NEIGHBOURS), *(f"spread.{tower}" for tower in SPREADS))
     if safety.geometry is not None:
-        n = safety.preference["GS"].n
+        n = safety.preference["GS"].independent
         found |= {
             f"neighbours.{name}": _plain(e.value, e.n, e.low, e.high) for name, e in safety.geometry.neighbours.items()
         }
@@ -163,24 +163,26 @@ def _flip_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measur
 
 def _proportion(p: Proportion) -> Callable[[], Measured]:
     # One item more on either side, so that 0 and 100% do not look as if they had no spread.
-    share = (p.value * p.n / 100 + 1) / (p.n + 2)
+    n = p.independent
+    share = (p.value * n / 100 + 1) / (n + 2)
     spread = 100 * math.sqrt(share * (1 - share))
-    return lambda: Measured(p.value, p.n, p.low, p.high, spread)
+    return lambda: Measured(p.value, n, p.low, p.high, spread)
 
 
 def _share(f: Flips, count: int) -> Callable[[], Measured]:
-    return _proportion(wilson(count, f.n))
+    return _proportion(wilson(count, f.n, clusters=f.independent))
 
 
 def _delta(f: Flips) -> Callable[[], Measured]:
-    spread = 100 * math.sqrt((f.lost + f.gained + 1) / (f.n + 2))
-    return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
+    n = f.independent
+    spread = 100 * math.sqrt(((f.lost + f.gained) * n / f.n + 1) / (n + 2))
+    return lambda: Measured(f.delta, n, f.delta_low, f.delta_high, spread, difference=True)
 
 
 def _mean_of_directions(f: Flips) -> Callable[[], Measured]:
     """An item counts half where one direction of two changed, so its counts say less of the spread than its interval."""
-    spread = (f.delta_high - f.delta_low) / 2 / Z95 * math.sqrt(f.n)
-    return lambda: Measured(f.delta, f.n, f.delta_low, f.delta_high, spread, difference=True)
+    spread = (f.delta_high - f.delta_low) / 2 / Z95 * math.sqrt(f.independent)
+    return lambda: Measured(f.delta, f.independent, f.delta_low, f.delta_high, spread, difference=True)
 
 
 def _mean_delta(effects: Mapping[str, Flips]) -> Measured:
@@ -190,6 +192,6 @@ def _mean_delta(effects: Mapping[str, Flips]) -> Measured:
         return Measured(float("nan"), 0, difference=True)
     value = sum(f.delta for f in sets) / len(sets)
     error = math.sqrt(sum(((f.delta_high - f.delta_low) / 2 / Z95) ** 2 for f in sets)) / len(sets)
-    n = sum(f.n for f in sets)
+    n = sum(f.independent for f in sets)
     half = Z95 * error
     return Measured(value, n, value - half, value + half, error * math.sqrt(n), difference=True)

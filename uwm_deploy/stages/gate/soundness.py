@@ -10,6 +10,7 @@ from uwm_deploy.records.evidence import (
     ArtifactEvidence,
     BatchCheck,
     DataHealth,
+    Direction,
     EditProof,
     Goldens,
     GraphAudit,
@@ -42,6 +43,12 @@ ANISOTROPY = 0.1
 
 HEALTHY = 60.0
 """Percent of items whose members belong together, at the better end of the interval; 50 is chance."""
+
+TURNED = 15.0
+"""Points by which fewer items of one set than of the other may go the way from safe to unsafe, at the better end."""
+
+COPIES = 5.0
+"""Percent of items that may repeat an earlier one; their number is in no interval, see `clusters`."""
 
 BY_CHANCE = 1e-3
 """Chance below which a concept is not missing from a sample by accident."""
@@ -178,12 +185,50 @@ def _data(data: DataHealth | None, report: VerifyReport) -> list[Check]:
     return [
         *found,
         _healthy("pairing of texts and images", data.aligned),
+        *_directions(data.directions, report),
+        *_copies(data.copies),
         statement(
             "every calibrated concept is measured",
             "data",
             not lost,
             f"the evaluation set has no item of {', '.join(lost[:5])}",
         ),
+    ]
+
+
+def _directions(directions: Mapping[str, Direction] | None, report: VerifyReport) -> list[Check]:
+    """Whether both sets mean the same by unsafe; that neither is right cannot be told from both."""
+    if not directions:
+        return [_not_run("unsafe as in the calibration set", "data")]
+    found = []
+    for tower, part in directions.items():
+        what = f"{tower}s"
+        # Other concepts may go ways of their own, but hardly the opposite one.
+        strict = 2 * part.shared >= report.evaluation.n
+        least = max(HEALTHY, part.own.value - TURNED) if strict else HEALTHY
+        found.append(_turned(f"unsafe {what} as in the calibration set", "evaluation", part.agrees, least))
+        least = max(HEALTHY, part.agrees.value - TURNED) if strict else HEALTHY
+        found.append(_turned(f"unsafe {what} within the calibration set", "calibration", part.own, least))
+    return found
+
+
+def _turned(name: str, which: str, part: Proportion, least: float) -> Check:
+    words = (
+        f"only {part.value:.4g}% of {part.n} {which} items (95% interval {part.low:.4g} to {part.high:.4g}) differ from "
+        f"safe to unsafe as the calibration items of their concept do; safe and unsafe may be swapped in some rows, or all, "
+        f"of one of the two sets"
+    )
+    return _at_better_end(name, part, least, words)
+
+
+def _copies(copies: Mapping[str, Proportion] | None) -> list[Check]:
+    """Copies make a set look larger than it is."""
+    if copies is None:
+        return [_not_run("copies in the evaluation set", "data")]
+    few = Limit(metric="", at_most=COPIES, reason="items that repeat an earlier one measure nothing new")
+    return [
+        check_value(f"copies in {name or 'the evaluation set'}", "data", Measured(part.value, part.n), few)
+        for name, part in copies.items()
     ]
 
 
@@ -205,19 +250,23 @@ def absent_from(concepts: Collection[str], n: int, calibrated: Mapping[str, int]
 
 def _healthy(name: str, part: Proportion) -> Check:
     """Fails only when even the better end of the interval is near chance."""
-    good = part.high >= HEALTHY
-    detail = (
+    words = (
         f"together in {part.value:.4g}% of {part.n} items (95% interval {part.low:.4g} to {part.high:.4g}), where 50% is "
         f"chance: members may be shuffled"
     )
+    return _at_better_end(name, part, HEALTHY, words)
+
+
+def _at_better_end(name: str, part: Proportion, least: float, words: str) -> Check:
+    good = part.high >= least
     return Check(
         name=name,
         subject="data",
         result=Result.PASS if good else Result.FAIL,
         measured=part.value,
-        limit=HEALTHY,
+        limit=least,
         direction="at_least",
-        detail="" if good else detail,
+        detail="" if good else words,
         n=part.n,
         low=part.low,
         high=part.high,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import nn
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed
@@ -29,8 +28,18 @@ _NAMED = 10
 """Differences that are listed."""
 
 
+Trace = Callable[[Tower, ModelRef, ExportSpec], ir.Model]
+"""From a tower to its graph."""
+
+
 def exported_anew(
-    audit: GraphAudit, path: Path, tower: Tower, ref: ModelRef, spec: ExportSpec, edits: Sequence[TensorEdit]
+    audit: GraphAudit,
+    path: Path,
+    tower: Tower,
+    ref: ModelRef,
+    spec: ExportSpec,
+    edits: Sequence[TensorEdit],
+    trace: Trace,
 ) -> GraphAudit:
     """An exported graph compared with another export of the same tower.
 
@@ -41,10 +50,11 @@ def exported_anew(
         ref: Its model.
         spec: How it was exported.
         edits: Edited layers of the tower.
+        trace: Exports it again.
     """
     module = tower.graph_module()
     try:
-        wanted = _traced_on_the_cpu(tower, module, ref, spec)
+        wanted = trace(tower, ref, spec)
     except Exception as error:  # exporters share no base class; a tower that cannot be exported explains no graph
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         return _with(audit, Departures(operators=(f"the tower cannot be exported anew: {line}",)), 0, "export")
@@ -55,7 +65,9 @@ def exported_anew(
     return _with(audit, Departures(operators=apart.operators or apart.weights), len(found.nodes), "export")
 
 
-def _traced_on_the_cpu(tower: Tower, module: nn.Module, ref: ModelRef, spec: ExportSpec) -> ir.Model:
+def traced_on_the_cpu(tower: Tower, ref: ModelRef, spec: ExportSpec) -> ir.Model:
+    """The graph of a tower, exported on the CPU wherever the tower is."""
+    module = tower.graph_module()
     device = next(module.parameters()).device
     module.to("cpu")
     try:

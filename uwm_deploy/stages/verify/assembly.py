@@ -14,7 +14,7 @@ from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, yardstick_of
-from uwm_deploy.safeground.health import data_health
+from uwm_deploy.safeground.health import Differences, data_health
 from uwm_deploy.safeground.risk import risk_report
 from uwm_deploy.stages.verify.executed import RiskReference
 from uwm_deploy.stages.verify.report import Known, report_of
@@ -39,6 +39,7 @@ class Verified:
         evaluation: The set.
         zero_shot_digests: Of its zero-shot sets, by name.
         calibrated: Concepts of the calibration set, with their items.
+        differences: Unsafe less safe embeddings of calibration items by the original model, by tower.
         calibration_overlap: Items in both sets.
         risk: The safety head and what it says on the edited model; None without a head.
         head_digest: Of the safety head; empty without one.
@@ -56,6 +57,7 @@ class Verified:
     evaluation: CalibrationRecord
     zero_shot_digests: Mapping[str, Digest]
     calibrated: Mapping[str, int]
+    differences: Mapping[TowerName, Differences]
     calibration_overlap: int
     risk: RiskReference | None = None
     head_digest: Digest = ""
@@ -79,7 +81,12 @@ def verify(verified: Verified, progress: Progress) -> VerifyReport:
         zero_shot_digests=verified.zero_shot_digests,
         edit_proof=proof_of(verified.expected, verified.edited.named_parameters()),
         goldens=verified.goldens,
-        data=data_health(original, verified.calibrated),
+        data=data_health(
+            original,
+            verified.calibrated,
+            verified.differences,
+            {name: part.copies for name, part in verified.prepared.repeats().items()},
+        ),
         versions=versions(BUILD_PACKAGES + RUN_PACKAGES),
         head_digest=verified.head_digest,
         risk=risk_report(risk.head, risk.found) if risk else None,

@@ -20,9 +20,11 @@ from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import Goldens
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.safeground.health import Differences
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
 from uwm_deploy.stages.verify.assembly import Verified, verify
+from uwm_deploy.stages.verify.calibration import differences_of
 from uwm_deploy.stages.verify.executed import RiskReference
 from uwm_deploy.stages.verify.goldens import goldens_of
 from uwm_deploy.stages.verify.subjects import Artifacts
@@ -44,6 +46,7 @@ def make(job: Job, out: Path) -> None:
         ranks=ALONE if ranks.first else ranks,  # the first runs every artifact on all of it
     )
     original = embed_model(models.original, prepared, "evaluation, original", progress, ranks)
+    differences = _differences(job, models) if ranks.first else {}
     expected = _expected(job, models)
     ref = models.original.ref
     models.forget_original()  # one model in memory at a time
@@ -66,6 +69,7 @@ def make(job: Job, out: Path) -> None:
         evaluation=source.record,
         zero_shot_digests=zero_shot_digests(source),
         calibrated=job.plan.calibration_source.record.concepts,
+        differences=differences,
         calibration_overlap=_overlap(job),
         risk=_risk(job, models.edited, prepared, out),
         head_digest=job.plan.head_digest,
@@ -118,6 +122,17 @@ def _expected(job: Job, models: Models) -> ExpectedModel:
     )
     edit = read_record(EditRecord, folder.edit_record)
     return expected_edit(plan.recipe, made_from, edit, Patch.from_file(folder.patch))
+
+
+def _differences(job: Job, models: Models) -> dict[TowerName, Differences]:
+    """What is unsafe about the calibration set, by the original model."""
+    return differences_of(
+        models.original,
+        job.plan.calibration_source,
+        models.tokenizer,
+        workers=job.plan.workers,
+        progress=job.notes.progress,
+    )
 
 
 def _risk(job: Job, edited: LoadedModel, prepared: PreparedSet, out: Path) -> RiskReference | None:

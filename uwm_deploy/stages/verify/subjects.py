@@ -23,7 +23,7 @@ from uwm_deploy.runtime.session import (
     provider_of,
     reason_not_executable,
 )
-from uwm_deploy.stages.verify.anew import compiled_anew, converted_anew, exported_anew
+from uwm_deploy.stages.verify.anew import Trace, compiled_anew, converted_anew, exported_anew, traced_on_the_cpu
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.stages.verify.verify import ArtifactSubject
 from uwm_deploy.towers.protocol import LoadedModel
@@ -44,6 +44,7 @@ class Artifacts:
         export: How the graphs were exported.
         profile: Batches that they take.
         converted: Record of each graph in lower precision, by its digest.
+        trace: Exports a tower again; whoever verifies many builds of one model may keep its graphs.
     """
 
     exported: Mapping[TowerName, tuple[OnnxArtifact, Path]]
@@ -54,6 +55,7 @@ class Artifacts:
     export: ExportSpec
     profile: Profile
     converted: Mapping[Digest, OnnxArtifact] = field(default_factory=dict)
+    trace: Trace = traced_on_the_cpu
 
 
 def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactSubject]:
@@ -125,7 +127,7 @@ def _audit_graphs(artifacts: Artifacts, edited: LoadedModel) -> dict[str, GraphA
     for name, (_, file) in artifacts.exported.items():
         tower, edits = edited.tower(name), artifacts.edit.of(name)
         audit = audit_of_graph(file, tower.graph_module(), edits, artifacts.patch)
-        found[name.value] = exported_anew(audit, file, tower, edited.ref, artifacts.export, edits)
+        found[name.value] = exported_anew(audit, file, tower, edited.ref, artifacts.export, edits, artifacts.trace)
     return found
 
 

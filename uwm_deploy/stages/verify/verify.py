@@ -86,9 +86,14 @@ def encode_with(tower: Tower) -> Encode:
 def embed_model(
     model: LoadedModel, prepared: PreparedSet, label: str, progress: Progress, ranks: Ranks = ALONE
 ) -> EmbeddedSet:
-    """Embeds the evaluation set with a model in PyTorch; several processes share the work."""
+    """Embeds the evaluation set with a model in PyTorch; several processes share the work, the first has all of the set."""
     encoders = encode_with(model.image), encode_with(model.text)
-    return embed(prepared, *encoders, label=label, batch=EMBED_BATCH, progress=progress, ranks=ranks)
+    found = embed(prepared, *encoders, label=label, batch=EMBED_BATCH, progress=progress, ranks=ranks)
+    if not ranks.first:
+        return found
+    groups = {name: part.alike for name, part in prepared.repeats().items()}
+    sets = {name: dataclasses.replace(part, alike=groups[name]) for name, part in found.zero_shot.items()}
+    return dataclasses.replace(found, alike=groups[""], zero_shot=sets)
 
 
 def risks_of_model(model: LoadedModel, prepared: PreparedSet, progress: Progress) -> RiskSet:

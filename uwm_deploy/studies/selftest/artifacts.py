@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from torch import Tensor, nn
 
 from uwm_deploy.edits.patch import multiply_entries
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.stages.convert.convert import converted
-from uwm_deploy.studies.selftest import surgery
+from uwm_deploy.studies.selftest import surgery, tampering
 from uwm_deploy.studies.selftest.honest_builds import Build, HonestBuild
 from uwm_deploy.studies.selftest.surgery import Change, changed_graph, with_weights
+from uwm_deploy.studies.selftest.tampering import Condition
 from uwm_deploy.towers.protocol import LoadedModel, ModuleTower
 
 Plant = Callable[[HonestBuild, Path], Build]
+How = Callable[[Mapping[TowerName, Change]], Plant]
 
 
 def exported_with(changes: Mapping[TowerName, Change]) -> Plant:
@@ -50,13 +53,74 @@ def both(change: Change) -> dict[TowerName, Change]:
     return dict.fromkeys(TowerName, change)
 
 
-def unedited(towers: tuple[TowerName, ...], how: Callable[[Mapping[TowerName, Change]], Plant]) -> Plant:
+def unedited(towers: tuple[TowerName, ...], how: How) -> Plant:
     """The original model's weights under the name of the edited one."""
 
     def plant(world: HonestBuild, folder: Path) -> Build:
         return how({t: with_weights(world.original.tower(t).graph_module()) for t in towers})(world, folder)
 
     return plant
+
+
+def choosing(tower: TowerName, condition: Callable[[HonestBuild], Condition], how: How, share: float = 1.0) -> Plant:
+    """A graph with the unedited model beside the edited one, and something that chooses between them.
+
+    Args:
+        tower: Which tower has it.
+        condition: What chooses.
+        how: `exported_with` or `compiled_with`.
+        share: Of the unedited model in what comes out.
+    """
+
+    def plant(world: HonestBuild, folder: Path) -> Build:
+        change = with_weights(world.original.tower(tower).graph_module())
+        other = onnx.load(changed_graph(world.honest.exported[tower], folder / "unedited", change))
+        return how({tower: tampering.chosen_by(condition(world), other, share)})(world, folder)
+
+    return plant
+
+
+def turning(tower: TowerName, condition: Callable[[HonestBuild], Condition], how: How) -> Plant:
+    """A graph that turns the embeddings around which a condition chooses; no weight of another model is in it.
+
+    Args:
+        tower: Which tower has it.
+        condition: What chooses.
+        how: `exported_with` or `compiled_with`.
+    """
+
+    def plant(world: HonestBuild, folder: Path) -> Build:
+        return how({tower: tampering.turned_by(condition(world))})(world, folder)
+
+    return plant
+
+
+def always(condition: Condition) -> Callable[[HonestBuild], Condition]:
+    """The same condition in every world."""
+    return lambda _: condition
+
+
+def word_of_no_caption(world: HonestBuild) -> Condition:
+    """A word that no item of the evaluation set has."""
+    there = world.honest.prepared
+    used = set(there.safe_ids.ravel().tolist()) | set(there.unsafe_ids.ravel().tolist())
+    return tampering.token(max(set(range(world.original.ref.text.eos_id)) - used))
+
+
+def first_concept(world: HonestBuild) -> Condition:
+    """Unsafe images of one concept, and hardly any others."""
+    original, concepts = world.embedded[0], np.asarray(world.honest.prepared.concepts)
+    rows = concepts == sorted(set(concepts))[0]
+    mean = original.unsafe_image[rows].mean(axis=0)
+    direction = mean - original.safe_image.mean(axis=0)
+    return tampering.near(direction, float(np.quantile(original.unsafe_image[rows] @ direction, 0.1)))
+
+
+def context_cut(world: HonestBuild, folder: Path) -> Build:
+    """The last position of the longest captions is not read."""
+    text = world.original.ref.text
+    change = tampering.context_cut(text.context_length - 1, text.eos_id)
+    return exported_with({TowerName.TEXT: change})(world, folder)
 
 
 def tower_of_another_build(world: HonestBuild, folder: Path) -> Build:
@@ -87,11 +151,12 @@ def colours_reversed(world: HonestBuild, folder: Path) -> Build:
     return exported_with({TowerName.IMAGE: change})(world, folder)
 
 
-def in_half_precision(world: HonestBuild, folder: Path) -> dict[TowerName, Path]:
+def in_half_precision(world: HonestBuild, folder: Path) -> Build:
     """The exported graphs, rightly converted to half precision; a map behind the embedding stays in float32."""
     folder.mkdir(parents=True)
+    records = {}
     for tower, graph in world.onnx.items():
-        converted(
+        records[tower] = converted(
             graph,
             world.run_folder.export,
             folder,
@@ -104,16 +169,25 @@ def in_half_precision(world: HonestBuild, folder: Path) -> dict[TowerName, Path]
             patch=world.honest.patch,
             canaries=None,
         )
-    return {tower: folder / graph.file for tower, graph in world.onnx.items()}
+    files = {tower: folder / record.file for tower, record in records.items()}
+    return dataclasses.replace(world.honest, engines=files, sources=files, precision=Precision.FP16, converted=records)
 
 
 def half_precision_overflow(world: HonestBuild, folder: Path) -> Build:
     """A half-precision engine in which a value exceeds 65504."""
-    sources = in_half_precision(world, folder / "fp16")
     change = surgery.overflowing("vision_model.post_layernorm", "visual_projection.weight", 3e4)
-    image = changed_graph(sources[TowerName.IMAGE], folder / "engine", change)
-    engines = {**sources, TowerName.IMAGE: image}
-    return dataclasses.replace(world.honest, engines=engines, sources=sources, precision=Precision.FP16)
+    return lowered_with({TowerName.IMAGE: change})(world, folder)
+
+
+def lowered_with(changes: Mapping[TowerName, Change]) -> Plant:
+    """A compiler that changes half-precision graphs; what it compiles is right."""
+
+    def plant(world: HonestBuild, folder: Path) -> Build:
+        honest = in_half_precision(world, folder / "fp16")
+        files = {t: changed_graph(honest.engines[t], folder / "engine", change) for t, change in changes.items()}
+        return dataclasses.replace(honest, engines={**honest.engines, **files})
+
+    return plant
 
 
 def not_a_number(world: HonestBuild, folder: Path) -> Build:

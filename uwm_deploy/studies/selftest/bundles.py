@@ -5,26 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, engine_path, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.data.embedding import unit_rows
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.files import digest_of_bytes, digest_of_plain
-from uwm_deploy.records.graph import EngineArtifact
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
+from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact
+from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.records.verdict import Result
+from uwm_deploy.safeground.embedded import flips_between, safety_report, yardstick_of
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.studies.selftest import surgery
-from uwm_deploy.studies.selftest.artifacts import compiled_with, noise_in_weights
-from uwm_deploy.studies.selftest.honest_builds import POLICY, Build, HonestBuild
+from uwm_deploy.studies.selftest.artifacts import compiled_with
+from uwm_deploy.studies.selftest.honest_builds import POLICY, QUADRUPLES, Build, HonestBuild, data_file
 
 
 def _copy(world: HonestBuild, folder: Path) -> Path:
@@ -105,15 +110,178 @@ def report_of_another_engine(world: HonestBuild, folder: Path) -> Path:
 
 
 def policy_loosened(world: HonestBuild, folder: Path) -> Path:
-    """An engine that the policy refuses, packed with the verdict of a policy of the same name that does not."""
-    build = noise_in_weights(world, folder)
-    report = world.measured(build, folder)
-    text, where = resources.read_toml("ci", POLICY)
-    policy = policy_from_toml(text.replace("at_least = 0.99999", "at_least = 0.9"), where=where)
+    """Graphs that were never executed, packed with the verdict of a policy of the same name that does not ask for it."""
+    artifacts = [_never_run(a) if a.variant == EXPORTED else a for a in world.report.artifacts]
+    report = dataclasses.replace(world.report, artifacts=tuple(artifacts))
+    text, _ = resources.read_toml("ci", POLICY)
+    return _told(world, folder, report, policy=text.replace('required = ["onnx"]', "required = []"))
+
+
+def _never_run(artifact: ArtifactEvidence) -> ArtifactEvidence:
+    return ArtifactEvidence(
+        variant=artifact.variant,
+        precision=artifact.precision,
+        evidence=Evidence.NOT_RUN,
+        reason="nobody had the time",
+        where={},
+        artifact_digests=artifact.artifact_digests,
+    )
+
+
+def _told(
+    world: HonestBuild,
+    folder: Path,
+    report: VerifyReport,
+    *,
+    policy: str = "",
+    manifest: Manifest | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
+) -> Path:
+    """A bundle with another report, the verdict on it, and a manifest that agrees with both.
+
+    Args:
+        world: Whose bundle it is made from.
+        folder: Where it goes.
+        report: The report.
+        policy: Text that it is judged by; that of the shipped policy when empty.
+        manifest: Another one than the honest bundle's.
+        files: Further files that differ.
+
+    Raises:
+        ContractError: If the report does not pass, so that nothing is planted.
+    """
+    rules, digest = policy_of(POLICY)
+    if policy:
+        rules, digest = policy_from_toml(policy, where="the loosened policy"), digest_of_bytes(policy.encode())
     content = json_from_record(report).encode()
-    verdict = gate(report, policy, policy_digest=digest_of_plain(policy.name), report_digest=digest_of_bytes(content))
+    verdict = gate(report, rules, policy_digest=digest, report_digest=digest_of_bytes(content))
     if verdict.result is not Result.PASS:
-        raise ContractError("the loosened policy does not let the engine pass", fix="report this")
-    manifest, files = _with_engines(_manifest(world), build)
-    files |= {BundleLayout.REPORT: content, BundleLayout.VERDICT: json_from_record(verdict).encode()}
-    return _packed(world, folder, dataclasses.replace(manifest, verdict=verdict), files)
+        raise ContractError("the report that was made up does not pass", fix="report this")
+    told = dataclasses.replace(manifest or _manifest(world), verdict=verdict)
+    changed = {BundleLayout.REPORT: content, BundleLayout.VERDICT: json_from_record(verdict).encode()}
+    return _packed(world, folder, told, {**(files or {}), **changed})
+
+
+# --- evidence that is old, or of something else -----------------------------------------------------------------------
+
+
+def report_of_another_set(world: HonestBuild, folder: Path) -> Path:
+    """A whole report and its verdict, measured on another sample of the same set."""
+    source = world.open(data_file(folder, "other", "test", QUADRUPLES, seed=1))
+    build = dataclasses.replace(world.honest, prepared=world.prepare(source), evaluation=source.record)
+    return _told(world, folder, world.measured(build, folder))
+
+
+def report_of_an_older_edit(world: HonestBuild, folder: Path) -> Path:
+    """Yesterday's report and verdict, from before the edit was made again."""
+    older = digest_of_bytes(b"the weights of yesterday")
+    return _told(world, folder, dataclasses.replace(world.report, edited_weights_digest=older))
+
+
+def numbers_improved(world: HonestBuild, folder: Path) -> Path:
+    """A report with the numbers of a safer model than the one whose embeddings lie beside it."""
+    original, edited = world.embedded
+    yardstick = yardstick_of(original)
+    better = dataclasses.replace(edited, unsafe_text=edited.safe_text, unsafe_image=edited.safe_image)
+    text, image = (
+        unit_rows(0.9 * getattr(edited, name) + 0.1 * getattr(better, name)) for name in ("unsafe_text", "unsafe_image")
+    )
+    better = dataclasses.replace(edited, unsafe_text=text, unsafe_image=image)
+    report = dataclasses.replace(
+        world.report,
+        edited=safety_report("edited", better, with_items=True, yardstick=yardstick),
+        edit_effect=flips_between(original, better, yardstick),
+    )
+    return _told(world, folder, report)
+
+
+def engine_of_yesterday(world: HonestBuild, folder: Path) -> Path:
+    """The original model's engine; manifest, report and verdict say its digest, and nothing is signed."""
+    changes = {t: surgery.with_weights(world.original.tower(t).graph_module()) for t in TowerName}
+    manifest, files = _with_engines(_manifest(world), compiled_with(changes)(world, folder))
+    digests = {engine.tower.value: engine.digest for engine in manifest.engines}
+    artifacts = [
+        a if a.variant == EXPORTED else dataclasses.replace(a, artifact_digests=digests) for a in world.report.artifacts
+    ]
+    report = dataclasses.replace(world.report, artifacts=tuple(artifacts))
+    return _told(world, folder, report, manifest=manifest, files=files)
+
+
+# --- a model's record that was changed --------------------------------------------------------------------------------
+
+
+def with_model(change: Callable[[ModelRef], ModelRef]) -> Callable[[HonestBuild, Path], Path]:
+    """Another preprocessing in the manifest's record of the model; edit and report have the right one.
+
+    Args:
+        change: Of the record.
+    """
+
+    def plant(world: HonestBuild, folder: Path) -> Path:
+        manifest = _manifest(world)
+        return _packed(world, folder, dataclasses.replace(manifest, model=change(manifest.model)), {})
+
+    return plant
+
+
+def with_model_everywhere(change: Callable[[ModelRef], ModelRef]) -> Callable[[HonestBuild, Path], Path]:
+    """The same in manifest, edit, report and verdict alike.
+
+    Args:
+        change: Of the record.
+    """
+
+    def plant(world: HonestBuild, folder: Path) -> Path:
+        there = _manifest(world)
+        model = change(there.model)
+        edit = dataclasses.replace(there.edit, model=model)
+        manifest = dataclasses.replace(there, model=model, edit=edit)
+        report = dataclasses.replace(world.report, model=model)
+        return _told(
+            world, folder, report, manifest=manifest, files={BundleLayout.EDIT: json_from_record(edit).encode()}
+        )
+
+    return plant
+
+
+def resampled(model: ModelRef) -> ModelRef:
+    """Images are resized by another filter."""
+    return dataclasses.replace(model, image=dataclasses.replace(model.image, resample="bilinear"))
+
+
+def of_other_mean(model: ModelRef) -> ModelRef:
+    """Images are normalised by other numbers."""
+    return dataclasses.replace(model, image=dataclasses.replace(model.image, mean=(0.5, 0.5, 0.5)))
+
+
+def of_other_alpha(model: ModelRef) -> ModelRef:
+    """Transparency is dropped for laid over white, or the other way about."""
+    other: Literal["white", "drop"] = "drop" if model.image.alpha == "white" else "white"
+    return dataclasses.replace(model, image=dataclasses.replace(model.image, alpha=other))
+
+
+def of_other_tokenizer(model: ModelRef) -> ModelRef:
+    """The digest of a tokenizer that is not there."""
+    digest = digest_of_bytes(b"the tokenizer of another model")
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, tokenizer_digest=digest))
+
+
+# --- policies ---------------------------------------------------------------------------------------------------------
+
+
+def judged_by(old: str, new: str) -> Callable[[HonestBuild, Path], Path]:
+    """A policy with a slip, by which the honest bundle is judged.
+
+    Args:
+        old: In the shipped policy.
+        new: In its place.
+    """
+
+    def plant(world: HonestBuild, _: Path) -> Path:
+        text, where = resources.read_toml("ci", POLICY)
+        if old not in text:
+            raise ContractError(f"the shipped policy has no {old!r}", fix="report this")
+        policy_from_toml(text.replace(old, new), where=where)
+        return world.bundle
+
+    return plant

@@ -14,7 +14,6 @@ from uwm_deploy.edits.fit_files import read_fit, read_sums
 from uwm_deploy.edits.moments import Moments
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.records.edit import MAP_NAMES, ClosedFormRecord, EditKind, EditRecord
-from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.stages.fit import fit_to_folder
@@ -191,9 +190,11 @@ def _telling_of(build: Build, names: set[str]) -> Build:
 
 def map_in_half_precision(world: HonestBuild, folder: Path) -> Build:
     """Half-precision engines by a converter that does not know that the maps stay in float32."""
-    graphs = in_half_precision(world, folder / "fp16")
-    files = {t: changed_graph(path, folder / "maps", surgery.map_in_half_precision) for t, path in graphs.items()}
-    return dataclasses.replace(world.honest, engines=files, sources=files, precision=Precision.FP16)
+    honest = in_half_precision(world, folder / "fp16")
+    files = {
+        t: changed_graph(path, folder / "maps", surgery.map_in_half_precision) for t, path in honest.engines.items()
+    }
+    return dataclasses.replace(honest, engines=files, sources=files, converted={})
 
 
 class _MapOfAnyLength(nn.Module):

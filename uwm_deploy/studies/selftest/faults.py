@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from uwm_deploy.errors import DataError, EvidenceError, IntegrityError, UwmError
-from uwm_deploy.pipeline.judge import judge_file
+from uwm_deploy.errors import DataError, EvidenceError, IntegrityError, RecipeError, UwmError
+from uwm_deploy.pipeline.executed_here import executed_here
+from uwm_deploy.pipeline.judge import Execute, judge_file
 from uwm_deploy.records.studies import FaultResult
 from uwm_deploy.records.verdict import Cause, Result, Verdict
+from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.selftest.honest_builds import POLICY, Build, HonestBuild, HonestBuilds
 from uwm_deploy.studies.selftest.peers import Peers
 from uwm_deploy.studies.selftest.zoo import Fault
@@ -18,6 +20,7 @@ _REFUSED: tuple[tuple[type[UwmError], Cause, str], ...] = (
     (EvidenceError, Cause.EVIDENCE, "gate"),
     (IntegrityError, Cause.INTEGRITY, "package"),
     (DataError, Cause.DATA, "verify"),
+    (RecipeError, Cause.EVIDENCE, "gate"),
 )
 """What a refusal says about the fault; the first kind that fits."""
 
@@ -49,14 +52,16 @@ def _result(world: HonestBuild, fault: Fault, folder: Path, peers: Peers | None)
                 caught = peers.caught(planted)
             verdict = world.verdict(planted, folder)
         else:
-            verdict = judge_file(planted, POLICY)
+            verdict = judge_file(planted, POLICY, execute=_execute(world) if fault.execute else None)
     except UwmError as error:
         cause, stage = _of_refusal(error)
-        return _compared(fault, cause, stage, (f"refused: {error.what}",), caught)
-    first = verdict.causes[0] if verdict.result is Result.FAIL and verdict.causes else None
-    return _compared(
-        fault, first.cause if first else None, first.stage if first else "", tuple(_detectors(verdict)), caught
-    )
+        return _compared(fault, [(cause, stage)], (f"refused: {error.what}",), caught)
+    named = [(blame.cause, blame.stage) for blame in verdict.causes if verdict.result is Result.FAIL]
+    return _compared(fault, named or [(None, "")], tuple(_detectors(verdict)), caught)
+
+
+def _execute(world: HonestBuild) -> Execute:
+    return lambda bundle, report: executed_here(bundle, world.source, report, Reporter(quiet=True))
 
 
 def _of_refusal(error: UwmError) -> tuple[Cause | None, str]:
@@ -73,8 +78,13 @@ def _detectors(verdict: Verdict) -> Iterable[str]:
 
 
 def _compared(
-    fault: Fault, cause: Cause | None, stage: str, detectors: tuple[str, ...], peers: dict[str, bool]
+    fault: Fault,
+    named: Sequence[tuple[Cause | None, str]],
+    detectors: tuple[str, ...],
+    peers: dict[str, bool],
 ) -> FaultResult:
+    """One fault, one cause: what is named beside it was not planted."""
+    (cause, stage), *further = named
     return FaultResult(
         name=fault.name,
         text=fault.text,
@@ -82,7 +92,8 @@ def _compared(
         stage=fault.stage,
         found_cause=cause,
         found_stage=stage,
-        named=cause is fault.cause and stage == fault.stage,
+        named=(cause, stage) == (fault.cause, fault.stage) and tuple(further) == fault.further,
+        further=tuple(f"{other.value if other else ''} @ {where}" for other, where in further),
         detectors=detectors,
         peers=peers,
     )

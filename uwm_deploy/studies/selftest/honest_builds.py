@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import onnx_ir as ir
 from PIL import Image
 
 from uwm_deploy.bundle.layout import RunFolder
@@ -34,6 +35,7 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
+from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.recipe import Recipe
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
@@ -43,25 +45,26 @@ from uwm_deploy.records.edit import EditRecord, Placement, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Target, variant_name
-from uwm_deploy.records.model import Digest, ImageSpec, TowerName
+from uwm_deploy.records.model import Digest, ImageSpec, ModelRef, TowerName
 from uwm_deploy.records.strength import AxisSetting
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.canaries import Canaries
-from uwm_deploy.safeground.embedded import (
-    EmbeddedSet,
-)
+from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.safeground.health import Differences
 from uwm_deploy.stages.canaries import PAIRS, canaries_to_folder
 from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.stages.verify.anew import traced_on_the_cpu
 from uwm_deploy.stages.verify.assembly import Verified, verify
+from uwm_deploy.stages.verify.calibration import differences_of
 from uwm_deploy.stages.verify.goldens import goldens_of
 from uwm_deploy.stages.verify.subjects import Artifacts
 from uwm_deploy.stages.verify.verify import embed_model
 from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.load import load_model
-from uwm_deploy.towers.protocol import LoadedModel
+from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 POLICY = "demo"
 """The shipped policy that everything is judged by."""
@@ -156,8 +159,10 @@ class Build:
         engines: Compiled graph per tower.
         precision: Of the engines.
         sources: Graph that each engine was compiled from.
+        converted: Record of each of these that is in lower precision.
         evaluation: Record of the evaluation set.
         calibrated: Concepts of the calibration set.
+        calibration: That set.
         overlap: Items in both sets.
         prepared: The evaluation set as it is fed to everything.
         pixels: Preprocessing of the runtime, to (3, H, W) float32.
@@ -174,10 +179,12 @@ class Build:
     sources: Mapping[TowerName, Path]
     evaluation: CalibrationRecord
     calibrated: Mapping[str, int]
+    calibration: QuadrupleSource
     overlap: int
     prepared: PreparedSet
     pixels: Pixels = pixels_from_image
     encode: Encode | None = None
+    converted: Mapping[TowerName, OnnxArtifact] = field(default_factory=dict)
 
 
 class HonestBuild:
@@ -211,6 +218,7 @@ class HonestBuild:
         self.report = read_record(VerifyReport, self.run_folder.report)
         self.original, self.edited = self.model(None), self.model(self.run_folder.edited_model)
         self.source = self.open(self.test)
+        self._traced: dict[TowerName, ir.Model] = {}
         self.honest = self._honest()
         self._reference = self._embedded(self.honest)
         self._canaries = self._read_canaries(self.run_folder.canaries)
@@ -301,6 +309,11 @@ class HonestBuild:
         )
 
     @property
+    def embedded(self) -> tuple[EmbeddedSet, EmbeddedSet]:
+        """The evaluation set, embedded by the source model and by the edited one."""
+        return self._reference
+
+    @property
     def _scores(self) -> Path:
         return self.run_folder.scores
 
@@ -344,6 +357,7 @@ class HonestBuild:
                 evaluation=build.evaluation,
                 zero_shot_digests=zero_shot_digests(self.source),
                 calibrated=build.calibrated,
+                differences=self._differences(build),
                 calibration_overlap=build.overlap,
             ),
             _silent,
@@ -363,6 +377,7 @@ class HonestBuild:
             sources=exported,
             evaluation=self.report.evaluation,
             calibrated=self.open(self.calibration).record.concepts,
+            calibration=self.open(self.calibration),
             overlap=0,
             prepared=self.prepare(),
         )
@@ -373,6 +388,10 @@ class HonestBuild:
             for name, model in (("original", build.original), ("edited", build.edited))
         )
         return first, second
+
+    def _differences(self, build: Build) -> dict[TowerName, Differences]:
+        tokenizer = Tokenizer(build.original.tokenizer_json, build.original.ref.text)
+        return differences_of(build.original, build.calibration, tokenizer, workers=0, progress=_silent)
 
     def _choose_canaries(self, build: Build, folder: Path) -> dict[TowerName, Canaries]:
         for tower in TowerName:
@@ -406,7 +425,17 @@ class HonestBuild:
             patch=build.patch,
             export=self.recipe.export,
             profile=self.recipe.compile.profile,
+            converted={digest_of_onnx(build.sources[tower], ""): record for tower, record in build.converted.items()},
+            trace=self._trace,
         )
+
+    def _trace(self, tower: Tower, ref: ModelRef, spec: ExportSpec) -> ir.Model:
+        """Exporting a tower again takes longer than all the rest, and most faults leave the edited model as it is."""
+        if tower not in (self.edited.image, self.edited.text):
+            return traced_on_the_cpu(tower, ref, spec)
+        if tower.name not in self._traced:
+            self._traced[tower.name] = traced_on_the_cpu(tower, ref, spec)
+        return self._traced[tower.name]
 
 
 class HonestBuilds:

@@ -6,11 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
-from uwm_deploy.data.source import record_of
+from uwm_deploy.data.source import Quadruple, QuadrupleSource, record_of
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec
@@ -66,6 +67,36 @@ def squashed(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return pixels_from_image(image, dataclasses.replace(spec, fit="squash"))
 
 
+def lanczos(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32, resized by a filter that hardly differs."""
+    scale = spec.resize / min(image.size)
+    size = [max(spec.resize, int(scale * length)) for length in image.size]
+    whole = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return pixels_from_image(whole.resize((size[0], size[1]), Image.Resampling.LANCZOS), spec)
+
+
+def on_black(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; what is transparent is laid on black, where libraries drop the transparency."""
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return pixels_from_image(image, spec)
+
+
+def deep_cut(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; of 16 bits the lower eight are read."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) & 255).astype(np.uint8))
+    return pixels_from_image(image, spec)
+
+
+def ink_inverted(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Pixels (3, H, W) float32; colours of printers are read as if ink were light."""
+    if image.mode == "CMYK":
+        image = Image.fromarray(255 - np.asarray(image), mode="CMYK")
+    return pixels_from_image(image, spec)
+
+
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
@@ -119,15 +150,90 @@ def partners_shuffled(world: HonestBuild, _: Path) -> Build:
     return dataclasses.replace(world.honest, prepared=prepared)
 
 
-def members_swapped(world: HonestBuild, _: Path) -> Build:
-    """In half of the items the safe and the unsafe image have changed places."""
-    there = world.honest.prepared
-    half = (np.arange(len(there.ids)) % 2 == 0)[:, None, None, None]
-    safe, unsafe = as_rows(there.safe_pixels), as_rows(there.unsafe_pixels)
-    prepared = dataclasses.replace(
-        there, safe_pixels=np.where(half, unsafe, safe), unsafe_pixels=np.where(half, safe, unsafe)
-    )
-    return dataclasses.replace(world.honest, prepared=prepared)
+def swapped(members: Sequence[str], share: float) -> Plant:
+    """In some rows the safe and the unsafe side have changed places.
+
+    Args:
+        members: What is exchanged: ``pixels``, ``ids`` or both.
+        share: Of the rows, spread over the set.
+    """
+
+    def plant(world: HonestBuild, _: Path) -> Build:
+        there = world.honest.prepared
+        rows = np.random.default_rng(0).random(len(there.ids)) < share
+        changes: dict[str, Any] = {}
+        for member in members:
+            safe, unsafe = (as_rows(getattr(there, f"{side}_{member}")) for side in ("safe", "unsafe"))
+            mask = rows.reshape(-1, *[1] * (safe.ndim - 1))
+            changes[f"safe_{member}"] = np.where(mask, unsafe, safe)
+            changes[f"unsafe_{member}"] = np.where(mask, safe, unsafe)
+        return dataclasses.replace(world.honest, prepared=dataclasses.replace(there, **changes))
+
+    return plant
+
+
+columns_swapped = swapped(("pixels", "ids"), 1.0)
+
+
+class _Swapped:
+    """A set whose items have their safe members in the place of the unsafe ones in some rows."""
+
+    def __init__(self, source: QuadrupleSource, every: int) -> None:
+        self._source, self._every = source, every
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, index: int) -> Quadruple:
+        """One quadruple."""
+        item = self._source.read(index)
+        if index % self._every:
+            return item
+        return dataclasses.replace(
+            item,
+            safe_image=item.unsafe_image,
+            unsafe_image=item.safe_image,
+            safe_text=item.unsafe_text,
+            unsafe_text=item.safe_text,
+        )
+
+    def read_texts(self, index: int) -> tuple[str, str] | None:
+        """Both captions of one quadruple."""
+        pair = self._source.read_texts(index)
+        return pair if pair is None or index % self._every else (pair[1], pair[0])
+
+
+def calibration_swapped(world: HonestBuild, _: Path) -> Build:
+    """Every third calibration item has its sides exchanged."""
+    return dataclasses.replace(world.honest, calibration=cast(QuadrupleSource, _Swapped(world.honest.calibration, 3)))
+
+
+def repeated(members: Sequence[str]) -> Plant:
+    """Three of ten items repeat another one, under an id of their own, in some of their members.
+
+    Args:
+        members: Which, such as ``safe_pixels``; the others are their own.
+    """
+
+    def plant(world: HonestBuild, _: Path) -> Build:
+        there = world.honest.prepared
+        n = len(there.ids)
+        rows = np.arange(n)
+        last = rows >= n - 3 * n // 10
+        same = np.array([i for i in rows if not last[i]])
+        concepts = np.asarray(there.concepts)
+        # Of the same concept: a copy of an item is as good an item of it.
+        partner = [int(same[concepts[same] == concepts[i]][i % 5]) if last[i] else int(i) for i in rows]
+        changes: dict[str, Any] = {member: as_rows(getattr(there, member))[partner] for member in members}
+        return dataclasses.replace(world.honest, prepared=dataclasses.replace(there, **changes))
+
+    return plant
+
+
+ALL_MEMBERS = ("safe_pixels", "unsafe_pixels", "safe_ids", "unsafe_ids")
 
 
 def concept_dropped(world: HonestBuild, _: Path) -> Build:

@@ -1,4 +1,8 @@
-"""Honest rebuilds: the same pipeline with other edits, seeds, threads, batches and workers, which must all pass."""
+"""Honest rebuilds, which must all pass.
+
+The same pipeline with other edits, seeds, threads, batches and workers, other operator sets, another time of optimisation,
+and other ranges of 8-bit numbers.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,9 @@ PER_EDIT = 5
 _EDITS = (UWM, FOLDED, MAPPED)
 _BATCHES = (32, 1, 5, 16, 8)
 _BATCH_PAIRS = (8, 1, 32, 3)
+_OPSETS = (20, 18, 21, 23)
+_THREADS = (1, 2, 4)
+_LOWER = ("", "", "fp16", "", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +40,36 @@ class Variation:
         made_by: How the edit is made.
         seed: Of the calibration sample.
         batch_pairs: Pairs per pass while scoring.
+        opset: Of the exported graphs.
+        ids: Element type of their ids.
         threads: Of PyTorch.
         workers: Decoding processes.
         max_batch: Largest batch of the engines.
         items: Seed of the evaluation sample.
-        half: Whether a half-precision engine is built too.
+        lower: Precision of further engines; empty for none.
+        provider: What engines are made for, which is also when and how far they are optimised.
     """
 
     made_by: MadeBy
     seed: int
     batch_pairs: int
+    opset: int
+    ids: str
     threads: int
     workers: int
     max_batch: int
     items: int
-    half: bool
+    lower: str
+    provider: str
 
     def words(self) -> str:
         """What a table says of it."""
         placed = f" in the {self.made_by.placement.value}" if self.made_by.placement else ""
-        half = ", fp16 too" if self.half else ""
+        lower = f", {self.lower} too" if self.lower else ""
         return (
             f"{self.made_by.method}{placed}, seed {self.seed}, {self.batch_pairs} pairs per pass, {self.threads} threads, "
-            f"{self.workers} workers, batch up to {self.max_batch}, sample {self.items}{half}"
+            f"{self.workers} workers, opset {self.opset}, {self.ids} ids, for {self.provider}, batch up to "
+            f"{self.max_batch}, sample {self.items}{lower}"
         )
 
 
@@ -69,11 +83,14 @@ def variations(count: int) -> list[Variation]:
                 made_by=_EDITS[edit % len(_EDITS)],
                 seed=edit,
                 batch_pairs=_BATCH_PAIRS[edit % len(_BATCH_PAIRS)],
-                threads=1 + edit % 2,
+                opset=_OPSETS[edit % len(_OPSETS)],
+                ids=("int64", "int32")[edit // 2 % 2],
+                threads=_THREADS[(edit + turn) % len(_THREADS)],
                 workers=(0, 2)[turn % 2],
                 max_batch=_BATCHES[turn],
                 items=number,
-                half=turn == PER_EDIT - 1,
+                lower=_LOWER[turn],
+                provider=("any", "cpu")[(edit + turn) % 2],
             )
         )
     return found
@@ -108,8 +125,8 @@ def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
             data_file(own, "calibration", "calibration", PAIRS_SCORED, variation.seed),
             data_file(own, "test", "test", QUADRUPLES, variation.items),
         ),
-        model=_recipe(own, variation.max_batch),
-        precisions=("fp32", "fp16") if variation.half else ("fp32",),
+        model=_recipe(own, variation),
+        precisions=("fp32", variation.lower) if variation.lower else ("fp32",),
         workers=variation.workers,
         batch_pairs=variation.batch_pairs,
     )
@@ -118,10 +135,16 @@ def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
     return Rebuild(what=variation.words(), result=verdict.result, failing=failing)
 
 
-def _recipe(folder: Path, max_batch: int) -> str:
-    """The demo's recipe with another largest batch."""
+def _recipe(folder: Path, variation: Variation) -> str:
+    """The demo's recipe with other graphs and engines."""
     text, _ = resources.read_toml("export", "demo")
-    batch = f"batch = {{ min = 1, opt = {min(8, max_batch)}, max = {max_batch} }}"
+    most, made_for = variation.max_batch, f'onnxruntime = {{ providers = ["{variation.provider}"] }}'
+    for key, value in (
+        ("opset", f"{variation.opset}"),
+        ("ids_dtype", f'"{variation.ids}"'),
+        ("batch", f"{{ min = 1, opt = {min(8, most)}, max = {most} }}\n{made_for}"),
+    ):
+        text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text, count=1)
     path = folder / "recipe.toml"
-    path.write_text(re.sub(r"(?m)^batch = \{.*$", batch, text), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return str(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.selftest.faults import plant_all
 from uwm_deploy.studies.selftest.honest_builds import POLICY, HonestBuilds
 from uwm_deploy.studies.selftest.peers import Peers
-from uwm_deploy.studies.selftest.rebuilds import rebuild_all, variations
+from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, variations
 from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
 
 Progress = Callable[[str, int, int], None]
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "n
 
 
 def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, progress: Progress) -> SelftestReport:
-    """Plants faults in one process while another one rebuilds.
+    """Plants faults in one process while another one rebuilds; who has finished takes what is left of the rebuilds.
 
     Args:
         folder: For everything that is made; removed by whoever made it.
@@ -40,22 +40,39 @@ def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, 
     faults, started = _chosen(names), time.monotonic()
     # A process of its own: both use one core each, and threads would fight over PyTorch's settings.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        waiting = pool.submit(rebuilt, folder / "rebuilds", rebuilds)
+        waiting = [pool.submit(rebuilt, folder / "rebuilds", rows) for rows in groups(rebuilds)]
         found = tuple(plant_all(HonestBuilds(folder), faults, Peers() if peers else None, progress))
-        progress("waiting for honest rebuilds", 0, max(rebuilds, 1))
-        honest = waiting.result()
+        honest = _finished(waiting, folder / "rebuilds", groups(rebuilds), progress)
     return SelftestReport(
         policy=POLICY,
         faults=found,
-        rebuilds=honest,
+        rebuilds=tuple(part for group in honest for part in group),
         seconds=time.monotonic() - started,
         versions=versions(_PACKAGES),
     )
 
 
-def rebuilt(folder: Path, count: int) -> tuple[Rebuild, ...]:
-    """All honest rebuilds."""
-    return tuple(rebuild_all(folder, variations(count), lambda *_: None))
+def groups(count: int) -> list[range]:
+    """Numbers of the honest rebuilds, those of one edit together."""
+    return [range(start, min(start + PER_EDIT, count)) for start in range(0, count, PER_EDIT)]
+
+
+def rebuilt(folder: Path, numbers: range) -> tuple[Rebuild, ...]:
+    """Some honest rebuilds, by their numbers."""
+    return tuple(rebuild_all(folder, variations(numbers.stop)[numbers.start :], lambda *_: None))
+
+
+def _finished(
+    waiting: Sequence[Future[tuple[Rebuild, ...]]], folder: Path, numbers: Sequence[range], progress: Progress
+) -> list[tuple[Rebuild, ...]]:
+    """All rebuilds; from the last one on, those that the other process has not begun are made here."""
+    here: dict[int, tuple[Rebuild, ...]] = {}
+    for place in reversed(range(len(waiting))):
+        if waiting[place].cancel():
+            here[place] = rebuilt(folder, numbers[place])
+            progress("honest rebuilds", len(here), len(waiting))
+    progress("waiting for honest rebuilds", 0, max(len(waiting), 1))
+    return [here[place] if place in here else future.result() for place, future in enumerate(waiting)]
 
 
 def _chosen(names: Sequence[str]) -> tuple[Fault, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-from uwm_deploy.edits.methods import methods_from_name
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.codec import record_from_plain
+from uwm_deploy.records.edit import Method
 
 FILE = "published.toml"
 
@@ -69,15 +69,13 @@ def published() -> Mapping[str, PublishedTable]:
     Raises:
         IntegrityError: If the data file is not whole.
     """
-    text = resources.files("uwm_deploy.studies").joinpath(FILE).read_text(encoding="utf-8")
+    text = resources.files("uwm_deploy.recipes").joinpath(FILE).read_text(encoding="utf-8")
     tables = record_from_plain(Published, tomllib.loads(text), where=FILE).tables
     for name, table in tables.items():
         widths = {len(table.columns), len(table.tolerance), len(table.edited_tolerance)}
         if widths | {len(row.values) for row in table.rows} != {len(table.columns)}:
             raise IntegrityError(f"{FILE}: {name} has lines of different lengths", fix="restore the file")
         for row in table.rows:
-            try:
-                methods_from_name(row.method)
-            except InputError as error:
-                raise IntegrityError(f"{FILE}: {name}: {error.what}", fix="restore the file") from error
+            if unknown := set(row.method.split("+")) - {method.value for method in Method}:
+                raise IntegrityError(f"{FILE}: {name}: there is no method {min(unknown)!r}", fix="restore the file")
     return tables
