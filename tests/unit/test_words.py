@@ -50,7 +50,7 @@ def test_too_few_items_are_no_failure() -> None:
     verdict = _verdict(report(), FEW)
     assert verdict.result is Result.INCONCLUSIVE
     assert variants_by_word(verdict) == {"inconclusive": ("onnx", "onnxruntime-fp32")}
-    both = _verdict(report(), FEW + '[[artifact]]\nmetric = "P_ts"\nat_least = 100.5\n')
+    both = _verdict(report(), FEW + '[[artifact]]\nmetric = "P_ts"\nat_least = 100.0\n')
     assert (both.failed, both.inconclusive) == (("onnx", "onnxruntime-fp32"), ())
 
 
@@ -63,7 +63,7 @@ def test_attest_is_advised_only_where_it_can_help() -> None:
     assert "attest" not in advice["tensorrt-fp16"]
     assert "uwm-deploy build" in advice["tensorrt-fp16"]
     for measured, helps in ((built, True), (report(), False)):
-        verdict = _verdict(measured, 'metric = "P_ts"\nat_least = 100.5\n')
+        verdict = _verdict(measured, 'metric = "P_ts"\nat_least = 100.0\n')
         [few] = [c.advice for c in verdict.checks if c.name == "faithful variants"]
         assert ("attest" in few) is helps
 
@@ -79,7 +79,7 @@ def test_worst_quadruples_are_those_that_changed() -> None:
     model = embedded(300, 0.7)
     variant = dataclasses.replace(artifact("onnxruntime-int8", Precision.INT8, model, model), worst=worst)
     measured = with_artifact(report(), variant)
-    assert [i.id for i in _verdict(measured, 'metric = "P_ts"\nat_least = 100.5\n').worst] == ["lost", "near"]
+    assert [i.id for i in _verdict(measured, 'metric = "P_ts"\nat_least = 100.0\n').worst] == ["lost", "near"]
     since = '[[baseline]]\nmetric = "GS.delta"\nat_least = -1.0\n'
     assert _verdict(measured, EASY + since).worst == ()
 
@@ -191,7 +191,7 @@ EVIL = "c\n::error::x\x1b[2J\u202e\u2028 [a](http://b) ![i](//b) <b> `x` @me"
 
 def test_text_from_outside_is_seen_and_does_nothing(capsys) -> None:
     """In every format: no control, bidirectional or line-breaking character, no command, no link, picture or tag."""
-    verdict = _verdict(report(), 'metric = "P_ts"\nat_least = 100.5\n')
+    verdict = _verdict(report(), 'metric = "P_ts"\nat_least = 100.0\n')
     bad = [dataclasses.replace(c, concept=EVIL, detail=EVIL, subject=EVIL) for c in verdict.checks]
     verdict = dataclasses.replace(verdict, checks=tuple(bad), notes=(EVIL,))
     place = {"policy_file": "ci/x.toml", "lines": {}}

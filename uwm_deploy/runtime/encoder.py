@@ -120,11 +120,8 @@ class SafeEncoder:
             path, allow_failed=allow_unsafe, public_key=public_key, min_bundle_version=min_bundle_version
         )
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
-
-        def attempt(candidate: Candidate) -> dict[TowerName, Session]:
-            return _sessions(bundle, candidate, limits)
-
-        selection, sessions = take(found, attempt, asked=variant is not None or device != "auto")
+        asked = variant is not None or device != "auto"
+        selection, sessions = take(found, lambda candidate: _sessions(bundle, candidate, limits), asked=asked)
         chosen = selection.taken.variant
         if chosen not in bundle.manifest.verdict.proven:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
