@@ -9,6 +9,8 @@ from pathlib import Path
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
+from uwm_deploy.records.codec import json_from_record, read_record
+from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 
 TOKEN = "\N{CIRCLED DIVISION SLASH}"
@@ -31,7 +33,16 @@ def with_a_strange_token(bundle: Path, out: Path, *, older: bool) -> Path:
     text = dataclasses.replace(
         spec, tokenizer_digest=digest_of_bytes(content), vocabulary=0 if older else spec.vocabulary
     )
-    changed = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, text=text))
-    parts = {file.path: bundle / file.path for file in manifest.files} | {BundleLayout.TOKENIZER: content}
-    bundle_from_parts(out, changed, parts)
+    model = dataclasses.replace(manifest.model, text=text)
+    report = dataclasses.replace(read_record(VerifyReport, bundle / BundleLayout.REPORT), model=model)
+    edit = dataclasses.replace(manifest.edit, model=model)
+    reported = json_from_record(report).encode()
+    verdict = dataclasses.replace(manifest.verdict, report_digest=digest_of_bytes(reported))
+    parts: dict[str, Path | bytes] = {file.path: bundle / file.path for file in manifest.files}
+    parts |= {BundleLayout.TOKENIZER: content, BundleLayout.REPORT: reported}
+    parts |= {
+        name: json_from_record(record).encode()
+        for name, record in ((BundleLayout.EDIT, edit), (BundleLayout.VERDICT, verdict))
+    }
+    bundle_from_parts(out, dataclasses.replace(manifest, model=model, edit=edit, verdict=verdict), parts)
     return out

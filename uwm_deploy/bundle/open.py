@@ -354,7 +354,8 @@ def _first_difference(model: ModelRef, other: ModelRef, name: str) -> str:
     left, right = (plain_from_record(getattr(part, name)) for part in (model, other))
     if not isinstance(left, dict):
         return f"{left}, not {right}"
-    return next(f"{key} {value}, not {right[key]}" for key, value in left.items() if value != right[key])
+    names = sorted(left.keys() | right)  # a field that older releases lack may be in one only
+    return next(f"{key} {left.get(key)}, not {right.get(key)}" for key in names if left.get(key) != right.get(key))
 
 
 def _model_of(report: bytes) -> ModelRef:

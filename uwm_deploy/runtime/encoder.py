@@ -133,8 +133,7 @@ class SafeEncoder:
         except IntegrityError:
             encoder.close()
             raise
-        seconds = round(time.monotonic() - started, 3)
-        event(logging.INFO, "opened", seconds=seconds, why=str(selection), **encoder._identity)
+        event(logging.INFO, "opened", seconds=_since(started), why=str(selection), **encoder._identity)
         return encoder
 
     @property
@@ -347,6 +346,10 @@ class SafeEncoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
 
 
 def _check_head(head: SafetyHead | None, risk: bool) -> None:
