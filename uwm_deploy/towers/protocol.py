@@ -114,7 +114,8 @@ class ModuleTower:
         graph: The module; its parameters have their names in the source model.
         name: Image or text.
         embed_dim: Size of the embedding.
-        valid_tokens: From inputs and counts to (B, T) bool, see `ValidTokens`; None when all count.
+        valid_tokens: From ids (B, L) int64, and counts (B,) int64 or None, to the tokens that count, (B, T) bool; None
+            when all count.
         pools_at_end: See `Tower`.
         further: Names of the outputs after the embedding.
         reaches: Whether a layer, by name, has an effect on the output that the tower is used for; others cannot be edited.
@@ -211,7 +212,7 @@ def caption_tokens(spec: TextSpec) -> ValidTokens:
         spec: End token, padding token and padding side.
 
     Returns:
-        From ids (B, L) int64 and counts (B,) int64, or None, to (B, L) bool.
+        From ids (B, L) int64, and the tokens (B,) int64 of each that a mask counts or None, to (B, L) bool.
     """
 
     def valid(ids: Tensor, counts: Tensor | None) -> Tensor:
