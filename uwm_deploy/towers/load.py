@@ -70,7 +70,6 @@ def load_model(
     elif recipe.model.architecture is not None:
         with refusals(f"recipe {recipe.name}: model.architecture cannot be made", fix="correct its entries"):
             parts = adapter.from_architecture(recipe.model.architecture)
-        check_first_rows(parts, f"recipe {recipe.name}", "model.architecture")
     else:
         raise InputError(f"recipe {recipe.name} has no model.architecture", fix="add it, or use the checkpoint")
     ref = ModelRef(
@@ -83,6 +82,7 @@ def load_model(
         image=parts.image,
         text=with_vocabulary(parts, recipe.name),
     )
+    check_first_rows(parts, *_sizes_of(recipe, folder))
     model = LoadedModel(ref, parts.source, parts.image_tower, parts.text_tower, parts.tokenizer_json, parts.save)
     model.architecture = parts.architecture
     if folder is not None and (folder / MAPS).is_file() and weights != "random":
@@ -93,13 +93,17 @@ def load_model(
 
 
 def _from_folder(adapter: Adapter, folder: Path, companion: Path | None, *, random: bool) -> LoadedParts:
-    """A checkpoint whose towers have embedded two rows each."""
-    name, further = f"checkpoint {folder.name}", {"companion": companion} if companion else {}
-    with refusals(f"{name} cannot be loaded"):
-        parts = adapter.from_folder(folder, random=random, **further)
-    config = next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
-    check_first_rows(parts, name, config)
-    return parts
+    """A checkpoint folder; whatever a library raises is an error of one line."""
+    further = {"companion": companion} if companion else {}
+    with refusals(f"checkpoint {folder.name} cannot be loaded"):
+        return adapter.from_folder(folder, random=random, **further)
+
+
+def _sizes_of(recipe: Recipe, folder: Path | None) -> tuple[str, str]:
+    """Name of a model, and what names the sizes of its towers, for messages."""
+    if folder is None:
+        return f"recipe {recipe.name}", "model.architecture"
+    return f"checkpoint {folder.name}", next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
 
 
 _CONFIGS = ("open_clip_config.json", "config.json")
