@@ -213,7 +213,7 @@ def test_tokens_of_left_padding_are_those_of_the_mask(copy: Folder) -> None:
     ids = torch.from_numpy(Tokenizer(model.tokenizer_json, model.ref.text).encode(captions))
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)(captions, padding="max_length", max_length=32)
     assert ids.tolist() == theirs["input_ids"]
-    assert caption_tokens(model.ref.text)(ids).int().tolist() == theirs["attention_mask"]
+    assert caption_tokens(model.ref.text)(ids, None).int().tolist() == theirs["attention_mask"]
 
 
 @pytest.mark.parametrize(
