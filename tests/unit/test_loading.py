@@ -70,7 +70,8 @@ LISTED: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
     "another crop": (
         "hf-clip", "preprocessor_config.json", ("crop_size",), {"height": 24, "width": 24}, "24 pixels, .*image_size is 16",
     ),
-    "another size": ("open-clip", CONFIG, ("preprocess_cfg", "size"), 24, "24 pixels, .*image_size is 16"),
+    "cuts at the start": ("hf-clip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
+    "cuts SigLIP at the start": ("siglip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
     "a flag in words": ("open-clip", CONFIG, ("model_cfg", "quick_gelu"), "false", 'quick_gelu is "false"; it must be true'),
     "pools at a token that no caption has": (
         "open-clip", CONFIG, ("model_cfg", "text_cfg", "pool_type"), "eos", "the same embedding for every caption",
@@ -85,6 +86,11 @@ LISTED: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
     "type is a list": ("hf-clip", "config.json", ("model_type",), ["clip"], "is of type"),
     "another table of words": ("siglip", "config.json", ("text_config", "vocab_size"), 100, r"\(512, 16\) in the files"),
 }  # fmt: skip
+
+
+def test_the_size_of_open_clips_images_is_the_models(copy: Folder) -> None:
+    """open_clip itself puts it in place of another one in `preprocess_cfg`."""
+    assert load(change(copy("open-clip"), CONFIG, "preprocess_cfg", "size", to=24)).ref.image.crop == 16
 
 
 @pytest.mark.parametrize("case", LISTED)

@@ -295,8 +295,13 @@ def text_spec(tokenizer: Any, positions: int, where: str, *, fixed_length: bool 
         fixed_length: See `TextSpec`.
 
     Raises:
-        InputError: If it has no end token or no padding token.
+        InputError: If it has no end token or no padding token, or cuts long captions at their start.
     """
+    if tokenizer.truncation_side != "right":
+        raise InputError(
+            f"{where}: the tokenizer cuts long captions on the {tokenizer.truncation_side}, which is not supported",
+            fix='set truncation_side to "right" in tokenizer_config.json',
+        )
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
     for name, number in ids.items():
         if not isinstance(number, int):

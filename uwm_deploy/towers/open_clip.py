@@ -329,7 +329,7 @@ def _text_spec(positions: int, *, fixed_length: bool) -> tuple[TextSpec, bytes]:
 
 
 def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any], where: str) -> ImageSpec:
-    """Preprocessing as open_clip does it: a missing entry, or null, means the default."""
+    """Preprocessing as open_clip does it: a missing entry, or null, means the default, and the size is the model's."""
     usual = {
         "size": config["vision_cfg"].get("image_size", 224),
         "mode": "RGB",
@@ -338,7 +338,7 @@ def _image_spec(config: Mapping[str, Any], preprocess: Mapping[str, Any], where:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    found = usual | {key: value for key, value in preprocess.items() if value is not None}
+    found = usual | {key: value for key, value in preprocess.items() if value is not None and key != "size"}
     size, mode, resample = found["size"], found["resize_mode"], found["interpolation"]
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if (
