@@ -268,12 +268,13 @@ def test_noise_is_seen_between_calls_and_a_sound_graph_repeats_itself(exported: 
 def test_a_tower_that_cannot_be_exported_again_explains_nothing(exported: Exported) -> None:
     """An image that is smaller than a patch, a text without a place: the audit says so, and compares nothing."""
     from tests.reports import report
-    from uwm_deploy.stages.verify.anew import exported_anew
+    from uwm_deploy.stages.verify.anew import exported_anew, traced_on_the_cpu
 
     ref = report(64).model
     image, text = dataclasses.replace(ref.image, crop=7), dataclasses.replace(ref.text, context_length=4 * LENGTH)
     ref = dataclasses.replace(ref, image=image, text=text)
     path = exported.folder / exported.artifact.file
-    audit = exported_anew(CLEAN, path, exported.case.tower, ref, ExportSpec(), exported.case.edits)
+    edits, spec = exported.case.edits, ExportSpec()
+    audit = exported_anew(CLEAN, path, exported.case.tower, ref, spec, edits, traced_on_the_cpu)
     assert audit.operators == 0
     assert "cannot be exported anew" in audit.structure[0]
