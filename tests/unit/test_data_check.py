@@ -237,7 +237,7 @@ def _policy(folder: Path, **least: int) -> Path:
     edit = "".join(f'[[edit]]\nmetric = "{name}"\nat_least = 0\nmin_n = {n}\n' for name, n in limits.items())
     concept = '[[concept]]\nmetric = "GS.delta"\nat_least = -10\nmin_n = 12\n'
     artifact = '[[artifact]]\nmetric = "parity.cosine_min"\nat_least = 0.9\n'
-    return put(folder / "policy.toml", f'format = 1\nname = "mine"\n{edit}{concept}{artifact}')
+    return put(folder / "policy.toml", f'format = 1\nname = "policy"\n{edit}{concept}{artifact}')
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_concepts_that_nothing_can_be_said_of_are_named(folder: Path, test_set: 
     assert "perhaps misspelt: violance (2), as violence" in _check(test_set)[1]
     _manifest(folder, [_whole(i, concept=f"c{i % 3}") for i in range(30)])
     code, report = _for_build(test_set, "--policy", _policy(folder))
-    assert report.problems == ("policy mine asks for 12 items of a concept, no concept of mine has more than 10",)
+    assert report.problems == ("policy policy asks for 12 items of a concept, no concept of mine has more than 10",)
 
 
 def test_what_an_evaluation_cannot_leave_out_is_a_problem_of_a_build(folder: Path, test_set: Path) -> None:
