@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 from dataclasses import dataclass
 
 import click
@@ -86,8 +89,17 @@ def say(error: BaseException, *, as_json: bool) -> int:
         start = {"Interrupted": "", "InternalError": "internal error: "}.get(failure.kind, "error: ")
         click.echo(f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}", err=True)
     if as_json and speaks():
-        click.echo(json_of(failure))
+        try:
+            click.echo(json_of(failure))
+        except OSError:  # what failed may be the output itself
+            silence_output()
     return failure.exit_code
+
+
+def silence_output() -> None:
+    """Nothing more is written to standard output: the rest of it would fail again when the process ends."""
+    with contextlib.suppress(OSError):  # where a test or a notebook has put something else in its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def json_of(failure: Failure) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from uwm_deploy.commands.failure import say
+from uwm_deploy.commands.failure import say, silence_output
 from uwm_deploy.data.ranks import StoppedError
 from uwm_deploy.errors import UwmError, visible_lines
 
@@ -45,10 +44,7 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
     def printed(*, as_json: bool, debug: bool, **asked: Any) -> NoReturn:
         try:
             shown = command(**asked)
-            _print(shown, as_json)
-        except BrokenPipeError:  # whoever read has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            _print_while_read(shown, as_json)
         except KeyboardInterrupt as error:
             sys.exit(say(error, as_json=as_json))
         except Exception as error:
@@ -62,6 +58,14 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
         sys.exit(int(shown.code))
 
     return printed
+
+
+def _print_while_read(shown: Shown, as_json: bool) -> None:
+    """Prints until whoever reads has read enough; the exit code still says what was found."""
+    try:
+        _print(shown, as_json)
+    except (BrokenPipeError, SystemExit):  # the second is how rich ends a process then
+        silence_output()
 
 
 def _print(shown: Shown, as_json: bool) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 
 import onnx
 
+from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import Profile, Provider
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
+
+_UNWRITTEN = "Protobuf serialization failed"
+"""What ONNX Runtime says, without a reason, when the file it writes cannot grow."""
 
 _PREFIX: dict[Provider, str] = {"tensorrt": "trt", "tensorrt-rtx": "nv"}
 """Prefix of the names of a provider's own settings."""
@@ -28,7 +32,7 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
             ``fit_for_cpu``: whether it is an INT8 graph for the CPU.
 
     Raises:
-        PrerequisiteError: If the provider does not work here.
+        PrerequisiteError: If the provider does not work here, or the graph cannot be written.
         BuildFailed: If ONNX Runtime refuses the graph, or takes another provider.
     """
     import onnxruntime as ort
@@ -56,6 +60,9 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         session = ort.InferenceSession(source, options)
     except Exception as error:  # its errors share no base class
+        if _UNWRITTEN in str(error):
+            what = f"ONNX Runtime could not write {spec['engine']}"
+            raise PrerequisiteError(what, fix="free space, or raise the limit of a file's size") from error
         raise BuildFailed(str(error)) from error
     if (taken := session.get_providers()[0]) != NAMES[provider]:
         raise BuildFailed(f"ONNX Runtime took {taken} instead of {NAMES[provider]}")

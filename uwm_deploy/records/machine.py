@@ -30,11 +30,19 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|errno: (\d+)")
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|std::bad_alloc|bad allocation|failed to allocate|out of memory"
-    r"|malloc of size|realloc of size",
+    r"|malloc of size|realloc of size|failed to map segment",
     re.IGNORECASE,
 )
 """How libraries say it that know no number."""
 
+
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+"""How numpy says that a file did not take everything; why, it does not know."""
+
+_WORKER_LOST = re.compile(
+    r"process pool was terminated abruptly|DataLoader worker .*(exited unexpectedly|killed by signal)"
+)
+"""How libraries say that a process that they had started is gone."""
 
 _IN_PLACE = (errno.EXDEV, errno.EBUSY)
 """Of a folder that has to stay where it is."""
@@ -87,6 +95,9 @@ def failure_of_machine(error: BaseException, where: str | os.PathLike[str] = "")
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
+        if isinstance(found, RuntimeError) and _WORKER_LOST.search(str(found)[:2000]):
+            what = "a worker process was killed: is there enough memory?"
+            return PrerequisiteError(what, fix="use fewer workers (--workers) or smaller batches")
         if (number := _number_of(found)) in _FIXES:
             what, fix = _FIXES[number]
             name = _name_of(found) or os.fspath(where)
@@ -114,9 +125,11 @@ def _number_of(error: BaseException) -> int:
     text = str(error)[:2000]
     if numbers := _OS_ERROR.search(text):
         return int(next(filter(None, numbers.groups())))
+    if _CUT_SHORT.search(text):
+        return errno.ENOSPC
     if named := [number for number in _FIXES if os.strerror(number) in text]:
         return named[0]
-    return errno.ENOMEM if isinstance(error, RuntimeError) and _NO_MEMORY.search(text) else 0
+    return errno.ENOMEM if isinstance(error, (RuntimeError, ImportError)) and _NO_MEMORY.search(text) else 0
 
 
 def _name_of(error: BaseException) -> str:
