@@ -27,6 +27,7 @@ SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "gate": ("prove", "Judges a report or a bundle by a policy."),
         "attest": ("prove", "Executes what is unproven in a bundle, and adds evidence."),
         "verify-signature": ("prove", "Checks the signature of a bundle, and all its digests."),
+        "policy": ("policy", "Writes down what will count, before it is measured."),
         "baseline": ("baseline", "Keeps the accepted report that others are compared with."),
         "selftest": ("prove", "Tests the gate with planted faults and honest rebuilds."),
         "diagnose": ("prove", "Finds the first layer where an artifact goes wrong."),

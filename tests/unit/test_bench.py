@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from tests.uwm_edit import UWM
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import json_from_record, record_from_json
@@ -123,6 +123,32 @@ def test_one_that_does_not_open_is_not_run(bundle: Path) -> None:
     found = engine_bench.bench(opened, [contenders[0], broken], {}, batches=[1], seconds=0.01, progress=lambda *_: None)
     assert found.not_run == {"onnxruntime-int8": "built for another GPU"}
     assert {row.subject for row in found.warm} == {"onnxruntime-fp32"}
+
+
+def test_a_time_for_wrong_answers_is_no_result(bundle: Path, report: BenchReport) -> None:
+    """Every answer of the timed calls is compared with the edited model's; a turned one ends the run."""
+    opened = open_bundle(bundle, allow_failed=True)
+    contenders, _ = engine_bench.contenders_of(opened, ("onnxruntime-fp32",))
+
+    class Turned:
+        """A session that is fast and wrong from its third call on."""
+
+        def __init__(self, inner: engine_bench.Session) -> None:
+            self.inner, self.calls, self.where = inner, 0, inner.where
+            self.max_batch, self.concurrency = inner.max_batch, inner.concurrency
+
+        def run(self, batch: np.ndarray) -> np.ndarray:
+            self.calls += 1
+            return self.inner.run(batch) * (-1 if self.calls > 2 else 1)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    wrong = engine_bench.Contender(contenders[0].subject, lambda tower: Turned(contenders[0].open(tower)))  # type: ignore[arg-type,return-value]
+    with pytest.raises(IntegrityError, match="other embeddings than the edited model's while it was timed"):
+        engine_bench.bench(opened, [wrong], {}, batches=[1], seconds=0.2, progress=lambda *_: None)
+    for row in report.warm:
+        assert row.cosine_min > (0.9999 if row.subject == "onnxruntime-fp32" else 0.8)
 
 
 def test_bad_requests_are_refused(bundle: Path) -> None:

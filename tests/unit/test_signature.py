@@ -323,6 +323,22 @@ HOSTILE = {
 }
 
 
+def test_a_signature_that_holds_the_whole_key_is_read(place: Place) -> None:
+    """As `model-signing` wrote them before 1.1; the key in it is compared with the given one, and never used."""
+    body = json.loads((place.bundle / SIGNATURE).read_bytes())
+
+    def with_key(public: Path) -> bytes:
+        held = base64.b64encode(public.read_bytes()).decode()
+        material = {"publicKey": {"rawBytes": held, "keyDetails": "PKIX_ECDSA_P256_SHA_256"}}
+        return json.dumps(body | {"verificationMaterial": material}).encode()
+
+    assert signed_digests(with_key(place.public), place.public) == signed_digests(
+        (place.bundle / SIGNATURE).read_bytes(), place.public
+    )
+    with pytest.raises(IntegrityError, match="another key"):
+        signed_digests(with_key(place.other_public), place.public)
+
+
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_a_hostile_signature_file_is_an_integrity_error(name: str, place: Place) -> None:
     """Never any other exception."""

@@ -75,7 +75,7 @@ def problems(text: str) -> str | None:
     )
     from cyclonedx.schema import SchemaVersion
 
-    found = validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
+    found = validation.JsonStrictValidator(SchemaVersion.V1_7).validate_str(text)
     return None if found is None else str(found)
 
 

@@ -1,4 +1,4 @@
-"""The parts list of a bundle as CycloneDX 1.6 with a model card (ML-BOM), derived from its manifest and report."""
+"""The parts list of a bundle as CycloneDX 1.7 with a model card (ML-BOM), derived from its manifest and report."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def bom_of(manifest: Manifest, report: VerifyReport, files: Sequence[BundleFile]
         *(_file(file) for file in files),
     ]
     body: dict[str, Any] = {
-        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
         "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
+        "specVersion": "1.7",
         "version": 1,
         "metadata": {
             "timestamp": manifest.created,

@@ -150,14 +150,19 @@ def _envelope(signature: bytes) -> tuple[bytes, bytes, str]:
         (entry,) = envelope["signatures"]
         _only(entry, "sig", "keyid")
         _only(material, "publicKey", "tlogEntries")
-        _only(material["publicKey"], "hint")
+        _only(material["publicKey"], "hint", "rawBytes", "keyDetails")
         payload, signed = _decoded(envelope["payload"]), _decoded(entry["sig"])
-        hint = material["publicKey"].get("hint") or ""
+        hint = material["publicKey"].get("hint") or _hint_of(material["publicKey"].get("rawBytes"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _broken("is no envelope with one signature by a key") from error
     if envelope["payloadType"] != PAYLOAD_TYPE or not isinstance(hint, str):
         raise _broken(f"holds {str(envelope['payloadType'])[:60]!r}")
     return payload, signed, hint
+
+
+def _hint_of(key: str | None) -> str:
+    """Releases of `model-signing` before 1.1 put the whole key there, in PEM; it is compared, never used."""
+    return hashlib.sha256(_decoded(key)).hexdigest() if key else ""
 
 
 def _only(body: dict[str, Any], *known: str) -> None:

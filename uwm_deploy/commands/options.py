@@ -297,6 +297,8 @@ class OutputOptions:
     junit: Path | None = option("--junit", type=FILE, help="Write JUnit XML: one case per check.")
     markdown: Path | None = option("--markdown", type=FILE, help="Write Markdown for a pull request.")
     sarif: Path | None = option("--sarif", type=FILE, help="Write SARIF 2.1.0.")
+    in_toto: Path | None = option("--in-toto", type=FILE, help="Write an in-toto statement per measured check.")
+    oscal: Path | None = option("--oscal", type=FILE, help="Write OSCAL assessment results.")
     gitlab: Path | None = option(
         "--gitlab",
         type=click.Path(path_type=Path, file_okay=False),

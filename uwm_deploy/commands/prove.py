@@ -37,6 +37,13 @@ class AcceptedOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LockedOptions:
+    """Criteria from before the run."""
+
+    lock: Path | None = option("--lock", type=FILE, help="Lock of the criteria; others are refused (`policy lock`).")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecuteOptions:
     """Whether the artifacts themselves are asked."""
 
@@ -55,6 +62,7 @@ def gate(
     report: Path,
     policy: PolicyOptions,
     accepted: AcceptedOptions,
+    locked: LockedOptions,
     executed: ExecuteOptions,
     measured_on: BundleEvaluationOptions,
     trust: TrustOptions,
@@ -79,6 +87,7 @@ def gate(
         accepted.baseline,
         public_key=trust.public_key,
         min_bundle_version=trust.min_bundle_version,
+        lock=locked.lock,
         execute=_execute(measured_on.evaluation) if executed.execute else None,
     )
     return shown_verdict(verdict, policy.policy, outputs)

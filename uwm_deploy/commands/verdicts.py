@@ -32,6 +32,8 @@ def ci_lines(verdict: Verdict, policy: str, outputs: OutputOptions | None) -> tu
             junit=outputs.junit,
             markdown=outputs.markdown,
             sarif=outputs.sarif,
+            in_toto=outputs.in_toto,
+            oscal=outputs.oscal,
             gitlab=outputs.gitlab,
             github=outputs.github,
         )

@@ -12,6 +12,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
+from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
@@ -100,6 +101,7 @@ def judge_file(
     public_key: Path | None = None,
     min_bundle_version: int = 0,
     execute: Execute | None = None,
+    lock: Path | None = None,
 ) -> Verdict:
     """Judges the report of a bundle or a `verify.json`; nothing is written.
 
@@ -110,23 +112,34 @@ def judge_file(
         public_key: Whose signature the bundle must have.
         min_bundle_version: Oldest version the bundle may have.
         execute: Runs the bundle's artifacts here; None leaves that out.
+        lock: Criteria that were written down before the run, and must be these.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
+        EvidenceError: If the criteria are not those that were locked.
         IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
     """
     policy = policy_of(policy_name)
+
+    def locked(verdict: Verdict, report: VerifyReport, created: str = "") -> Verdict:
+        if lock is None:
+            return verdict
+        line = kept_lock(lock, policy[1], report, created)
+        return dataclasses.replace(verdict, notes=(*verdict.notes, line))
+
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        return judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
+        verdict = judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
+        return locked(verdict, report, bundle.manifest.created)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     if execute is not None:
         raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
-    return judge_with(*policy, _baseline_for(None, baseline))(*report_at(path))
+    report, digest = report_at(path)
+    return locked(judge_with(*policy, _baseline_for(None, baseline))(report, digest), report)
 
 
 def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:

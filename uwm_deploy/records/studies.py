@@ -233,6 +233,7 @@ class Latency:
         throughput_per_s: Rows per second.
         ratio: Its fastest call divided by the first subject's fastest call in the same round; the median over the rounds.
         ratio_low: Of the rounds, the lowest; `ratio_high` the highest.
+        cosine_min: Of all answers of the timed calls with the edited model's; 1 where those are not known.
     """
 
     subject: str
@@ -246,6 +247,7 @@ class Latency:
     ratio: float
     ratio_low: float
     ratio_high: float
+    cosine_min: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

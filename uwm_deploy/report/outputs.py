@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verdict
 from uwm_deploy.report.gitlab import CODE_QUALITY, METRICS, code_quality_from_verdict, metrics_from_verdict
+from uwm_deploy.report.in_toto import evaluations_from_verdict
 from uwm_deploy.report.junit import junit_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
+from uwm_deploy.report.oscal import oscal_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
 
 
@@ -26,6 +29,8 @@ def write_outputs(
     junit: Path | None = None,
     markdown: Path | None = None,
     sarif: Path | None = None,
+    in_toto: Path | None = None,
+    oscal: Path | None = None,
     gitlab: Path | None = None,
     github: bool = False,
 ) -> list[str]:
@@ -37,6 +42,8 @@ def write_outputs(
         junit: File.
         markdown: File.
         sarif: File.
+        in_toto: File.
+        oscal: File.
         gitlab: Folder.
         github: Annotations, and the files that the environment names.
 
@@ -51,6 +58,10 @@ def write_outputs(
         write_atomic(markdown, markdown_from_verdict(verdict))
     if sarif:
         write_atomic(sarif, sarif_from_verdict(verdict, version=__version__, **place))
+    if in_toto:
+        write_atomic(in_toto, evaluations_from_verdict(verdict, version=__version__))
+    if oscal:
+        write_atomic(oscal, oscal_from_verdict(verdict, version=__version__, at=datetime.now(UTC)))
     if gitlab:
         write_atomic(gitlab / CODE_QUALITY, code_quality_from_verdict(verdict, **place))
         write_atomic(gitlab / METRICS, metrics_from_verdict(verdict))

@@ -16,14 +16,16 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, Precision, TensorSpec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import WARM_ROUNDS, BenchReport, BenchSubject, ColdStart, Latency
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.machine import clocks, machine
+from uwm_deploy.runtime.selftest import stored_canaries
 from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.stages.gate.rows import COSINE, COSINE_8_BITS
 
 CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yellow triangle beside a grey wall")
 """Rows of text; every tower computes all positions, so their words do not matter."""
@@ -125,7 +127,7 @@ def bench(
     sizes, before = _batches(bundle, batches), clocks()
     tried = _Tried(running=list(contenders), not_run=dict(not_run))
     for tower in TowerName:
-        _measure_tower(tried, tower, inputs_of(bundle, tower, max(sizes)), sizes, seconds, progress)
+        _measure_tower(tried, tower, workload_of(bundle, tower, max(sizes)), sizes, seconds, progress)
     names = [one.subject.name for one in tried.running]
     if not names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in tried.not_run.items())
@@ -166,19 +168,19 @@ class _Tried:
 
 
 def _measure_tower(
-    tried: _Tried, tower: TowerName, inputs: np.ndarray, sizes: Sequence[int], seconds: float, progress: Progress
+    tried: _Tried, tower: TowerName, workload: Workload, sizes: Sequence[int], seconds: float, progress: Progress
 ) -> None:
     """Cold starts, then warm calls of all that started.
 
     Args:
         tried: Is added to.
         tower: Which tower.
-        inputs: (n, ...), at least as many rows as the largest batch.
+        workload: At least as many rows as the largest batch.
         sizes: Batches, the smallest first.
         seconds: See `bench`.
         progress: See `bench`.
     """
-    cold, failed = _cold(tried.running, tower, inputs[: sizes[0]], progress)
+    cold, failed = _cold(tried.running, tower, workload.inputs[: sizes[0]], progress)
     tried.cold += cold
     tried.not_run |= failed
     tried.running = [one for one in tried.running if one.subject.name not in failed]
@@ -189,7 +191,8 @@ def _measure_tower(
             sessions[one.subject.name] = session
             tried.subjects[one.subject.name] = replace(one.subject, where=where)
         for size in sizes:
-            tried.warm += _warm(sessions, tower, inputs[:size], seconds, progress)
+            least = {name: _least(tried.subjects[name]) for name in sessions}
+            tried.warm += _warm(sessions, least, tower, workload.first(size), seconds, progress)
     finally:
         for session in sessions.values():
             session.close()
@@ -203,6 +206,53 @@ def _batches(bundle: Bundle, asked: Sequence[int]) -> tuple[int, ...]:
             fix=f"take one from {profile.min} to {profile.max}",
         )
     return tuple(sorted(set(asked or (profile.min, profile.opt, profile.max))))
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is embedded again and again.
+
+    Attributes:
+        inputs: (n, ...), rows for a tower in the dtype of its input.
+        wanted: (n, d) float32, their embeddings by the edited model, of any length; None where the bundle does not know.
+    """
+
+    inputs: np.ndarray
+    wanted: np.ndarray | None
+
+    def first(self, rows: int) -> Workload:
+        """The first rows."""
+        return Workload(self.inputs[:rows], None if self.wanted is None else self.wanted[:rows])
+
+    def least_cosine(self, found: np.ndarray) -> float:
+        """Smallest cosine of a row with what it must be.
+
+        Args:
+            found: (n, d) float32, what was given.
+        """
+        if self.wanted is None:
+            return 1.0 if np.isfinite(found).all() else -1.0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(self.wanted, axis=1)
+            cosines = np.einsum("nd,nd->n", found, self.wanted) / lengths
+        return float(np.nan_to_num(cosines, nan=-1.0).min())
+
+
+def _least(subject: BenchSubject) -> float:
+    """Smallest cosine with the edited model; none is asked of what is known to be wrong, or to be another model."""
+    return -1.0 if subject.state in ("failed", "reference") else COSINE.get(subject.precision, COSINE_8_BITS)
+
+
+def workload_of(bundle: Bundle, tower: TowerName, rows: int) -> Workload:
+    """The bundle's canaries of a tower, as often as it takes: what is timed is also known.
+
+    A tower without canaries gets what `inputs_of` gives, and only finite numbers are asked of it.
+    """
+    canaries = stored_canaries(bundle).get(tower)
+    if canaries is None or not len(canaries.inputs):
+        return Workload(inputs_of(bundle, tower, rows), None)
+    order, dtype = np.resize(np.arange(len(canaries.inputs)), rows), inputs_of(bundle, tower, 1).dtype
+    return Workload(canaries.inputs[order].astype(dtype), canaries.edited[order])
 
 
 def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
@@ -270,30 +320,55 @@ def _cold(
 
 
 def _warm(
-    sessions: Mapping[str, Session], tower: TowerName, batch: np.ndarray, seconds: float, progress: Progress
+    sessions: Mapping[str, Session],
+    least: Mapping[str, float],
+    tower: TowerName,
+    batch: Workload,
+    seconds: float,
+    progress: Progress,
 ) -> list[Latency]:
-    """Some calls of one after some calls of the other, in random order, several times."""
-    names, order = list(sessions), np.random.default_rng(0)
+    """Some calls of one after some calls of the other, in random order, several times; every answer is checked."""
+    names, order, size = list(sessions), np.random.default_rng(0), len(batch.inputs)
     taken: dict[str, list[list[float]]] = {name: [] for name in names}
+    cosines = dict.fromkeys(names, 1.0)
     for turn in range(WARM_ROUNDS):
         for position in order.permutation(len(names)):
             name = names[position]
-            taken[name].append(_block(sessions[name], batch, seconds / WARM_ROUNDS))
-        progress(f"{tower.value}, batch {len(batch)}", turn + 1, WARM_ROUNDS)
-    return [latency_of(name, tower, len(batch), taken[name], taken[names[0]]) for name in names]
+            part, cosine = _block(sessions[name], batch, seconds / WARM_ROUNDS)
+            taken[name].append(part)
+            cosines[name] = min(cosines[name], cosine)
+            _refuse_other_answers(name, tower, size, cosine, least[name])
+        progress(f"{tower.value}, batch {size}", turn + 1, WARM_ROUNDS)
+    rows = [latency_of(name, tower, size, taken[name], taken[names[0]]) for name in names]
+    return [replace(row, cosine_min=cosines[row.subject]) for row in rows]
 
 
-def _block(session: Session, batch: np.ndarray, seconds: float) -> list[float]:
-    """Seconds per call of a few calls in a row."""
+def _block(session: Session, batch: Workload, seconds: float) -> tuple[list[float], float]:
+    """Seconds per call of a few calls in a row, and the smallest cosine of an answer; comparing is not timed."""
     time.sleep(PAUSE_SECONDS)
-    session.run(batch)  # not counted: what the others left in the caches is gone after it
+    session.run(batch.inputs)  # not counted: what the others left in the caches is gone after it
     taken: list[float] = []
-    end = time.perf_counter() + seconds
+    cosine, end = 1.0, time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
         started = time.perf_counter()
-        session.run(batch)
+        found = session.run(batch.inputs)
         taken.append(time.perf_counter() - started)
-    return taken
+        cosine = min(cosine, batch.least_cosine(found))
+    return taken, cosine
+
+
+def _refuse_other_answers(name: str, tower: TowerName, size: int, cosine: float, least: float) -> None:
+    """A time for wrong answers is no result.
+
+    Raises:
+        IntegrityError: If an answer is not the edited model's.
+    """
+    if cosine < least:
+        raise IntegrityError(
+            f"{name} gave other embeddings than the edited model's while it was timed ({tower.value}, batch {size}: cosine "
+            f"{cosine:.6g}, must be at least {least:g})",
+            fix="see `uwm-deploy gate BUNDLE --execute`, and build again",
+        )
 
 
 def latency_of(
