@@ -23,6 +23,7 @@ from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.names import is_inside, is_segment, segment_of
+from uwm_deploy.records.verdict import Result
 
 OUTSIDE = ("../../../target", "a/b", "..", ".", "", "/etc", "a\nb", "-x", ".lock", "ä", "a" * 129)
 
@@ -108,7 +109,8 @@ def test_hidden_characters_in_names_are_refused(key: str, character: str, tmp_pa
 
 def test_a_signature_has_no_further_bytes(made: Made, tmp_path: Path) -> None:
     """Nothing around the envelope, not even a blank; as it was written it is read."""
-    bundle = write_bundle(made, tmp_path / "tiny")
+    passing = dataclasses.replace(made.verdict(), result=Result.PASS)
+    bundle = write_bundle(made, tmp_path / "tiny", verdict=passing)
     key, public = write_keys(tmp_path, "key")
     sign_bundle(bundle, key)
     signature = (bundle / SIGNATURE).read_bytes()
