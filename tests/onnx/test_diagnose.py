@@ -353,7 +353,7 @@ def bundle_of(path: Path, out: Path) -> Path:
     model = dataclasses.replace(
         edit.model, text=dataclasses.replace(edit.model.text, tokenizer_digest=digest_of_bytes(b"{}"))
     )
-    edit = dataclasses.replace(edit, model=model)
+    edit = dataclasses.replace(edit, model=model, patch_digest=digest_of_bytes(b"patch"))
     recipe, _ = resources.read_toml("export", "demo")
     measured = json_from_record(report()).encode()
     verdict = Verdict(
@@ -369,6 +369,7 @@ def bundle_of(path: Path, out: Path) -> Path:
     )  # fmt: skip
     parts: dict[str, Path | bytes] = {
         "tokenizer.json": b"{}",
+        "patch.safetensors": b"patch",
         "recipe.toml": recipe.encode(),
         "evaluation.toml": b'format = 1\nname = "few"\nsource = "demo"\nsplit = "test"\nlimit = 9\n',
         "reports/verify.json": measured,

@@ -288,7 +288,9 @@ def write_bundle(made: Made, folder: Path, *, verdict: Verdict | None = None, bu
         "reports/verdict.json": json_from_record(verdict).encode(),
         "reports/plan.json": json_from_record(made.plan).encode(),
         "evidence/reference.safetensors": made.reference,
+        "patch.safetensors": b"patch",
     }
+    parts |= {f"onnx/{graph.file}": f"graph {graph.tower.value}".encode() for graph in made.onnx}
     parts |= {f"engines/{e.variant}/{e.file}": f"{e.variant} {e.tower.value}".encode() for e in engines}
     manifest = Manifest(
         name="tiny", tool_version="0", created="2026-01-02T03:04:05+00:00", model=made.model, edit=made.edit,

@@ -16,6 +16,7 @@ from uwm_deploy.bundle.held import RESTORE, HeldFiles, ReplacedError, check_plai
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
+from uwm_deploy.bundle.tied import check_names, check_tied
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
@@ -212,6 +213,7 @@ def _checked(
             f"{MANIFEST} has bundle version {manifest.bundle_version}, at least {min_bundle_version} is required",
             fix="deploy the current release",
         )
+    check_names(manifest)
     bundle = Bundle(folder, manifest, held)
     _check_files(held, manifest)
     _check_chain(manifest)
@@ -275,6 +277,7 @@ def _check_chain(manifest: Manifest) -> None:
     if manifest.verdict.edited_weights_digest != edited:
         raise EvidenceError("the verdict is about other weights", fix=_RESTORE)
     digests = {file.path: file.digest for file in manifest.files}
+    check_tied(manifest, digests)
     exported = {graph.digest for graph in manifest.onnx}
     for graph in (*manifest.onnx, *manifest.converted):
         if graph.weights_digest != edited:

@@ -200,9 +200,11 @@ def _resources(statement: Mapping[str, Any]) -> dict[str, Digest]:
 
 def _json(content: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(content, object_pairs_hook=_no_duplicates)
+        body = json.loads(content.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _broken("is not JSON") from error
+    if content != content.strip():
+        raise _broken("holds bytes before or behind its JSON")
     if not isinstance(body, dict):
         raise _broken("is not a JSON object")
     return body

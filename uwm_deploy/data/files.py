@@ -19,7 +19,7 @@ from uwm_deploy.data.finding import is_file, short
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot_suite import open_suite
-from uwm_deploy.errors import DataError, is_of_machine, unreadable
+from uwm_deploy.errors import DataError, is_hidden, is_of_machine, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
@@ -113,6 +113,7 @@ def index_of(spec: CalibrationSet, entries: Iterable[Entry | None], *, strict: b
             continue
         if not (_is_unicode(entry.id) and _is_unicode(entry.concept)):
             raise DataError(f"{entry.where}: id or concept holds half a character", fix="mend its encoding")
+        _refuse_hidden(entry)
         if spec.missing_images == "drop" and (reason := _missing(entry)):
             counts[reason] += 1
             first_missing = first_missing or next(filter(None, entry.missing), entry.where)
@@ -155,6 +156,14 @@ def _missing(entry: Entry) -> str:
         if file:
             return f"{side} image file is missing"
     return ""
+
+
+def _refuse_hidden(entry: Entry) -> None:
+    if any(map(is_hidden, entry.id + entry.concept)):
+        raise DataError(
+            f"{entry.where}: id {entry.id!r} or concept {entry.concept!r} holds a character that shows nothing",
+            fix="remove control and formatting characters",
+        )
 
 
 def _refuse_half(entry: Entry) -> None:

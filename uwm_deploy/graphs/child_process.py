@@ -44,9 +44,11 @@ def made_by_child(
         UwmError: If the child died.
     """
     (folder / f"{stem}.{step}.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")
-    command = [sys.executable, "-m", module, f"{stem}.{step}.json"]
+    command = [sys.executable, "-P", "-m", module, f"{stem}.{step}.json"]
     package_root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package_root), os.environ.get("PYTHONPATH", "")])}
+    # An empty part would be the folder the child runs in, whose files are no modules.
+    found = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package_root), *found])}
     with (folder / f"{stem}.{step}.log").open("w") as log:
         try:
             done = subprocess.run(

@@ -22,6 +22,7 @@ from uwm_deploy.recipes.edit_spec import (
 )
 from uwm_deploy.recipes.strict_toml import record_from_toml
 from uwm_deploy.records.edit import CLOSED_FORM, Rule, methods_name
+from uwm_deploy.records.names import SEGMENT_IS, is_segment
 
 Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
 
@@ -159,6 +160,8 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     """
     _refuse_one_table(text, where)
     recipe = record_from_toml(Recipe, text, where)
+    if not is_segment(recipe.name):
+        raise RecipeError(f"{where}: name is {recipe.name!r}, and names folders", fix=f"use {SEGMENT_IS}")
     check_steps([step.method for step in recipe.edit], f"{where}: edit")
     for number, step in enumerate(recipe.edit):
         check_step(step, f"{where}: edit[{number}]")

@@ -18,6 +18,7 @@ from uwm_deploy.records.files import (
     digest_of_plain,
 )
 from uwm_deploy.records.model import LOCAL, Digest
+from uwm_deploy.records.names import segment_of
 from uwm_deploy.records.training import TrainingRecord
 
 
@@ -58,7 +59,7 @@ def _recipe_of_folder(folder: Path) -> tuple[Recipe, str]:
     source = dataclasses.replace(
         recipe.model, repo=str(folder.resolve()), revision="", licence="unknown", parameters="", architecture=None
     )
-    recipe = dataclasses.replace(recipe, name=folder.resolve().name, model=source)
+    recipe = dataclasses.replace(recipe, name=segment_of(folder.resolve().name), model=source)
     return recipe, f"# The rules of {where} on a checkpoint folder.\n{text_of_built(text, recipe)}"
 
 
@@ -94,7 +95,7 @@ def _json_of(folder: Path, name: str) -> dict[str, Any]:
 
 def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, str]:
     """A model that `train` made: the recipe of its base, which is what it is compared with."""
-    name, base = folder.resolve().name, recipe_from_toml(training.recipe, where=TRAINING)
+    name, base = segment_of(folder.resolve().name), recipe_from_toml(training.recipe, where=TRAINING)
     known = training.base.repo != LOCAL  # a folder's path is in no record
     source = dataclasses.replace(
         base.model,

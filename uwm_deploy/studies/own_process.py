@@ -36,9 +36,9 @@ def run_measured(words: Sequence[str]) -> Usage:
     Raises:
         PrerequisiteError: If it ends with an error, which it has said itself.
     """
-    found = os.environ.get("PYTHONPATH", "")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), found]))}
-    command = [sys.executable, "-m", "uwm_deploy.cli", *words]
+    found = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGE_ROOT), *found])}
+    command = [sys.executable, "-P", "-m", "uwm_deploy.cli", *words]
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)  # noqa: S603 -- this program
     try:

@@ -1,0 +1,120 @@
+"""Names that become files, and what a manifest names: nothing leads out of a folder, nothing is about another file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.unit.test_report import Made, make, write_bundle
+from tests.unit.test_signature import write_keys
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.sign import sign_bundle
+from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
+from uwm_deploy.cli import cli
+from uwm_deploy.errors import IntegrityError, RecipeError, UwmError
+from uwm_deploy.graphs.child_process import made_by_child
+from uwm_deploy.recipes.recipe import recipe_from_toml
+from uwm_deploy.recipes.shipped import read_toml
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.names import is_inside, is_segment, segment_of
+from uwm_deploy.records.verdict import Result
+
+OUTSIDE = ("../../../target", "a/b", "..", ".", "", "/etc", "a\nb", "-x", ".lock", "ä", "a" * 129)
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    """Records of a tiny bundle."""
+    return make()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_recipe_name_is_one_segment(name: str) -> None:
+    """Run folders and bundles are named by it."""
+    assert not is_segment(name)
+    text, where = read_toml("export", "demo")
+    with pytest.raises(RecipeError, match="names folders"):
+        recipe_from_toml(text.replace('name = "demo"', f"name = {json.dumps(name)}", 1), where=where)
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "my model"])
+def test_any_folder_has_a_name_that_is_one(name: str) -> None:
+    """A checkpoint folder may be called anything."""
+    assert is_segment(segment_of(name))
+
+
+@pytest.mark.parametrize("path", ["/a", "a//b", "a/../b", "./a", "a/", "a\\b", ""])
+def test_a_listed_path_stays_inside(path: str) -> None:
+    """In one form only, so that no file has two names."""
+    assert not is_inside(path)
+    assert is_inside("engines/onnxruntime-fp32/image.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: {"name": "../../x"}, "not a plain name"),
+        (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], file="../../x"), *m.onnx[1:])}, "not a plain name"),
+        (lambda m: {"engines": (dataclasses.replace(m.engines[0], variant="../x"),)}, "not a plain name"),
+        (lambda m: {"files": (dataclasses.replace(m.files[0], path="../x"), *m.files[1:])}, "no path inside"),
+        (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], file="text.onnx"), *m.onnx[1:])}, "is not the graph"),
+        (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], external_data="w.bin"), *m.onnx[1:])}, "is not the graph"),
+        (lambda m: {"recipe": m.recipe + "\n# more"}, "the recipe in manifest.json"),
+    ],
+)
+def test_what_a_manifest_names_is_a_listed_file(change, says: str, made: Made, tmp_path: Path) -> None:
+    """Whole by its digests, canonical, and naming something else: exit code 5."""
+    bundle = write_bundle(made, tmp_path / "tiny")
+    text = (bundle / MANIFEST).read_bytes()
+    manifest = record_from_json(Manifest, text, where=MANIFEST)
+    open_bundle(bundle, allow_failed=True)
+    (bundle / MANIFEST).write_text(json_from_record(dataclasses.replace(manifest, **change(manifest))))
+    with pytest.raises(IntegrityError, match=says):
+        open_bundle(bundle, allow_failed=True)
+
+
+def test_a_patch_is_that_of_the_edit(made: Made, tmp_path: Path) -> None:
+    """A patch that is listed with its own digest, and not the edit's."""
+    edit = dataclasses.replace(made.edit, patch_digest="sha256:" + "0" * 64)
+    bundle = write_bundle(dataclasses.replace(made, edit=edit), tmp_path / "tiny")
+    with pytest.raises(IntegrityError, match="not the patch of the manifest's edit"):
+        open_bundle(bundle, allow_failed=True)
+
+
+def test_a_child_takes_no_module_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its current folder nor by an empty part of PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)
+    (tmp_path / "json.py").write_text("open('taken', 'w').close()\nraise SystemExit(1)\n")
+    with pytest.raises(UwmError):
+        made_by_child("uwm_deploy.graphs.engine_builder", {"engine": "x.engine"}, tool="x", stem="x", folder=tmp_path)
+    assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize("key", ["id", "concept"])
+@pytest.mark.parametrize("character", ["\x1b", "\n::error::", "\u202e", "\u200b"])
+def test_hidden_characters_in_names_are_refused(key: str, character: str, tmp_path: Path) -> None:
+    """When a set is read, before anything prints them."""
+    row = {"id": "a", "concept": "fire", "safe_text": "a", "unsafe_text": "b"} | {key: f"c{character}"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "s.toml").write_text('format = 1\nname = "s"\nsource = "manifest"\nmanifest = "p.jsonl"\n')
+    done = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "s.toml")])
+    assert (done.exit_code, "shows nothing" in done.output) == (2, True), done.output
+
+
+def test_a_signature_has_no_further_bytes(made: Made, tmp_path: Path) -> None:
+    """Nothing around the envelope, not even a blank; as it was written it is read."""
+    passing = dataclasses.replace(made.verdict(), result=Result.PASS)
+    bundle = write_bundle(made, tmp_path / "tiny", verdict=passing)
+    key, public = write_keys(tmp_path, "key")
+    sign_bundle(bundle, key)
+    signature = (bundle / SIGNATURE).read_bytes()
+    assert signed_digests(signature, public)
+    for changed in (signature + b"\n", signature + b" ", b" " + signature, signature + b"{}", signature + b"\xff"):
+        with pytest.raises(IntegrityError, match=f"{SIGNATURE} (is not JSON|holds bytes)"):
+            signed_digests(changed, public)

@@ -1,0 +1,60 @@
+"""What a manifest names lies inside the bundle, is listed there, and is what the manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.errors import IntegrityError
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.files import digest_of_bytes, joined_digest
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.names import is_inside, is_segment
+
+_RESTORE = "restore the bundle or build again"
+
+
+def check_names(manifest: Manifest) -> None:
+    """Every name is one path segment, and every listed path is made of such; checked before any file is opened by them.
+
+    Raises:
+        IntegrityError: If one could lead out of the bundle.
+    """
+    for file in manifest.files:
+        if not is_inside(file.path):
+            raise IntegrityError(f"{BundleLayout.MANIFEST} lists {file.path!r}, which is no path inside", fix=_RESTORE)
+    for field, name in _names(manifest):
+        if not is_segment(name):
+            raise IntegrityError(f"{BundleLayout.MANIFEST}: {field} is {name!r}, not a plain name", fix=_RESTORE)
+
+
+def _names(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What becomes a file or a folder, with the field it is in."""
+    yield "name", manifest.name
+    for engine in manifest.engines:
+        yield "engines.variant", engine.variant
+    for where, made in (("onnx", manifest.onnx), ("converted", manifest.converted), ("engines", manifest.engines)):
+        for item in made:
+            yield f"{where}.file", item.file
+            if item.external_data:
+                yield f"{where}.external_data", item.external_data
+
+
+def check_tied(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
+    """Graphs, patch and recipe are the listed files.
+
+    Args:
+        manifest: Of the bundle.
+        digests: Of each listed file, by its path.
+
+    Raises:
+        IntegrityError: If a record or a text in the manifest is about another file.
+    """
+    for graph in manifest.onnx:
+        paths = [BundleLayout.onnx(name) for name in (graph.file, graph.external_data) if name]
+        if joined_digest([digests.get(path, "") for path in paths]) != graph.digest:
+            raise IntegrityError(f"{paths[0]} is not the graph its record describes", fix=_RESTORE)
+    if digests.get(BundleLayout.PATCH) != manifest.edit.patch_digest:
+        raise IntegrityError(f"{BundleLayout.PATCH} is not the patch of the manifest's edit", fix=_RESTORE)
+    if digest_of_bytes(manifest.recipe.encode()) != manifest.recipe_digest:
+        raise IntegrityError(f"the recipe in {BundleLayout.MANIFEST} is not {BundleLayout.RECIPE}", fix=_RESTORE)
