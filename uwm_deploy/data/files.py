@@ -158,8 +158,13 @@ def _missing(entry: Entry) -> str:
     return ""
 
 
+_JOINERS = "\u200c\u200d"
+"""Formatting characters that words of several scripts are written with."""
+
+
 def _refuse_hidden(entry: Entry) -> None:
-    if any(map(is_hidden, entry.id + entry.concept)):
+    names = entry.id + entry.concept
+    if not names.isprintable() and any(is_hidden(c) and c not in _JOINERS for c in names):
         raise DataError(
             f"{entry.where}: id {entry.id!r} or concept {entry.concept!r} holds a character that shows nothing",
             fix="remove control and formatting characters",
