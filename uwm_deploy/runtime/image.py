@@ -1,4 +1,4 @@
-"""Images to pixels without torch, equal to the source model's processor within one grey level."""
+"""Images to pixels without torch, on Pillow as the source model's processor; docs/runtime.md says how near it comes."""
 
 from __future__ import annotations
 
