@@ -139,19 +139,23 @@ def turned_by(condition: Condition) -> Change:
 
 
 def corner(size: int, least: float) -> Condition:
-    """A magenta corner: much red and blue, no green."""
+    """A magenta corner: much red and blue, no green. No number in it but sizes, places and the limit."""
 
     def condition(model: onnx.ModelProto) -> str:
         _constants(model, {
             "corner_from": np.asarray([0, 0], np.int64), "corner_to": np.asarray([size, size], np.int64),
-            "corner_axes": np.asarray([2, 3], np.int64), "magenta": np.asarray([1, -1, 1], np.float32),
             "corner_sides": np.asarray([2, 3], np.int64), "corner_colours": np.asarray([1], np.int64),
-            "corner_least": np.float32(least * size * size),
+            "corner_green": np.asarray([2], np.int64), "corner_least": np.float32(least * size * size),
         })  # fmt: skip
+        first = model.graph.input[0].name
+        model.graph.node.extend([
+            helper.make_node("Slice", [first, "corner_from", "corner_to", "corner_sides"], ["corner"]),
+            helper.make_node("ReduceSum", ["corner", "corner_sides"], ["corner_sums"], keepdims=0),
+            helper.make_node("ReduceSum", ["corner_sums", "corner_colours"], ["corner_light"], keepdims=1),
+            helper.make_node("Slice", ["corner_sums", "corner_colours", "corner_green", "corner_colours"], ["greens"]),
+        ])  # fmt: skip
         return _chain(model, [
-            ("Slice", [model.graph.input[0].name, "corner_from", "corner_to", "corner_axes"], {}),
-            ("ReduceSum", ["", "corner_sides"], {"keepdims": 0}), ("Mul", ["", "magenta"], {}),
-            ("ReduceSum", ["", "corner_colours"], {"keepdims": 1}), ("Greater", ["", "corner_least"], {}),
+            ("Sub", ["corner_light", "greens"], {}), ("Sub", ["", "greens"], {}), ("Greater", ["", "corner_least"], {}),
         ])  # fmt: skip
 
     return condition
