@@ -259,7 +259,7 @@ def test_a_change_between_opening_and_reading_is_refused(place: Place, tmp_path:
         (out / name).write_bytes(kept)
         (out / name).unlink()
         (out / name).symlink_to(tmp_path / "other")
-        assert bundle.read(name) == kept
+        assert b"".join(bundle.chunks(name)) == kept  # its graphs are none
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from uwm_deploy.errors import IntegrityError, UwmError
-from uwm_deploy.records.machine import unreadable
+from uwm_deploy.errors import IntegrityError, UnreadableError, UwmError, is_of_machine
 from uwm_deploy.records.model import Digest
 
 RESTORE = "restore the bundle or build again"
+MEND = "mend what is behind it (rights, limits, the disk), then run it again"
 
 _CHUNK_BYTES = 1 << 20
 _TRIES = 100
@@ -176,7 +176,9 @@ def _opened_plain(name: str, folder: int) -> int:
 def _cannot_be_read(name: str, error: OSError) -> UwmError:
     if error.errno == errno.ELOOP:
         return IntegrityError(f"{name} is a symbolic link", fix=RESTORE)
-    return unreadable(error, name) or IntegrityError(f"{name} cannot be read: {error.strerror}", fix=RESTORE)
+    if is_of_machine(error):
+        return UnreadableError(f"{name} cannot be read: {error.strerror}", fix=MEND)
+    return IntegrityError(f"{name} cannot be read: {error.strerror}", fix=RESTORE)
 
 
 def _close(folder: int, files: dict[str, int]) -> None:

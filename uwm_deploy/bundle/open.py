@@ -12,18 +12,17 @@ from pathlib import Path
 
 from uwm_deploy.bundle.external_data import check_external_data
 from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
-from uwm_deploy.bundle.held import RESTORE, HeldFiles, ReplacedError, check_plain, read_plain
+from uwm_deploy.bundle.held import MEND, RESTORE, HeldFiles, ReplacedError, check_plain, read_plain
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.bundle.tied import check_names, check_tied
-from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
+from uwm_deploy.errors import EvidenceError, InputError, IntegrityError, UnreadableError, is_of_machine
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
 from uwm_deploy.records.head import RISK_OUTPUTS
-from uwm_deploy.records.machine import unreadable
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.records.replacing import displaced, workplace_of
 from uwm_deploy.records.verdict import Result, Verdict
@@ -184,8 +183,8 @@ def _held(path: Path) -> HeldFiles:
             if path.exists() or not workplace_of(path.resolve()).is_dir():
                 break
         except OSError as error:
-            if failure := unreadable(error, path):
-                raise failure from error
+            if is_of_machine(error):
+                raise UnreadableError(f"{path} cannot be read: {error.strerror}", fix=MEND) from error
             break
         time.sleep(_PAUSE_SECONDS)
     raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, PrerequisiteError, UwmError, is_of_machine
 
 _FIXES: Mapping[int, tuple[str, str]] = {
     errno.ENOSPC: ("no space left on the disk", "free space or choose another place"),
@@ -83,7 +83,8 @@ def _refused(error: OSError, where: Path) -> UwmError | None:
 def failure_of_machine(error: BaseException, where: str | os.PathLike[str] = "") -> PrerequisiteError | None:
     """What to say about an error that a failure of the machine is behind; None where there is no such failure.
 
-    An error of this package that was raised because of one says what was read or written, so its words are kept.
+    An error of this package that was raised because of one says what was read or written, so its words are kept. Input that
+    asks for more memory than there could be is no such failure.
 
     Args:
         error: What was raised.
@@ -98,7 +99,8 @@ def failure_of_machine(error: BaseException, where: str | os.PathLike[str] = "")
         if isinstance(found, RuntimeError) and _WORKER_LOST.search(str(found)[:2000]):
             what = "a worker process was killed: is there enough memory?"
             return PrerequisiteError(what, fix="use fewer workers (--workers) or smaller batches")
-        if (number := _number_of(found)) in _FIXES:
+        of_input = isinstance(found, MemoryError) and isinstance(error, UwmError) and not is_of_machine(found)
+        if not of_input and (number := _number_of(found)) in _FIXES:
             what, fix = _FIXES[number]
             name = _name_of(found) or os.fspath(where)
             if isinstance(error, UwmError) and error.what:
@@ -106,13 +108,6 @@ def failure_of_machine(error: BaseException, where: str | os.PathLike[str] = "")
             return PrerequisiteError(f"{what}: {name}" if name else what, fix=fix)
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
     return None
-
-
-def unreadable(error: OSError, where: str | os.PathLike[str]) -> PrerequisiteError | None:
-    """The same for something that is only read, where a missing right is the machine's fault as well."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PrerequisiteError(f"{where} cannot be read: {error.strerror}", fix="give this user the right to read it")
-    return failure_of_machine(error, where)
 
 
 def _number_of(error: BaseException) -> int:
