@@ -48,7 +48,9 @@ def activation_maxima(
         for name in filter(None, (path.name, external)):
             (folder / name).unlink()
     outputs = [_output_name(name) for name in wanted]
-    rows = [session.run(outputs, {model.graph.inputs[0].name: batch}) for batch in batches]
+    given = model.graph.inputs[0]
+    kind = given.dtype.numpy() if given.dtype else None  # ids may be int32 in the graph
+    rows = [session.run(outputs, {given.name: batch.astype(kind or batch.dtype, copy=False)}) for batch in batches]
     if not rows:
         raise ContractError("no input reached the graph, so its activations have no range", fix="use a larger set")
     maxima = {name: np.concatenate(parts) for name, parts in zip(wanted, zip(*rows, strict=True), strict=True)}
