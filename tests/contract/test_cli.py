@@ -248,11 +248,11 @@ def test_a_stage_adds_options_and_takes_none_of_a_later_one() -> None:
         "verify": {"--evaluation"},
         "build": {
             "--policy", "--baseline", "--out", "--bundle-version",
-            "--junit", "--markdown", "--sarif", "--gitlab", "--github",
+            "--junit", "--markdown", "--sarif", "--gitlab", "--github", "--in-toto", "--oscal",
         },
     }  # fmt: skip
     assert option_names("package") == option_names("build") - {
-        "--junit", "--markdown", "--sarif", "--gitlab", "--github",
+        "--junit", "--markdown", "--sarif", "--gitlab", "--github", "--in-toto", "--oscal",
     }  # fmt: skip
 
 

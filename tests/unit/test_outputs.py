@@ -104,6 +104,7 @@ def test_what_failed_comes_first_and_worst_first(failing: Verdict) -> None:
         ("onnxruntime-fp32", "flips.any"),
         ("onnxruntime-fp32", "GS"),
         ("onnxruntime-fp32", "P_vu"),
+        ("onnxruntime-fp32", "not better than the edited model"),
         ("tensorrt-fp32", "required evidence"),
         ("build", "faithful variants"),
         ("onnx", "GS"),
@@ -120,7 +121,7 @@ def test_junit_has_one_case_per_check(failing: Verdict) -> None:
     root = ET.fromstring(junit_from_verdict(failing))
     cases = root.findall("./testsuite/testcase")
     assert len(cases) == len(failing.checks) == int(root.get("tests"))
-    assert len(root.findall(".//failure")) == int(root.get("failures")) == 5
+    assert len(root.findall(".//failure")) == int(root.get("failures")) == 6
     assert [f.get("type") for f in root.findall(".//failure")].count("not run") == 1
     assert all("try:" in f.text for f in root.findall(".//failure"))
     [skipped] = root.findall(".//skipped")
@@ -216,7 +217,7 @@ def test_sarif_results_have_rules_places_and_fingerprints(failing: Verdict) -> N
         assert place["artifactLocation"]["uri"] == "ci/x.toml"
         assert place["region"]["startLine"] >= 1
         assert result["partialFingerprints"]["uwmDeployCheck/v1"]
-    assert [r["level"] for r in run["results"]] == ["error"] * 5 + ["note"]
+    assert [r["level"] for r in run["results"]] == ["error"] * 6 + ["note"]
     [suppression] = run["results"][-1]["suppressions"]
     assert suppression["kind"] == "external"
     assert "until 2026-12-31" in suppression["justification"]

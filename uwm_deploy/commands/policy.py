@@ -9,6 +9,7 @@ import click
 
 from uwm_deploy.commands.fields import FILE, option, takes_options
 from uwm_deploy.commands.group import InOrder
+from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import PolicyOptions
 from uwm_deploy.commands.shown import Shown, prints
 
@@ -30,7 +31,9 @@ class LockOptions:
 
     out: Path = option("--out", required=True, type=FILE, help="File that the lock is written to; never replaced.")
     by: str = option("--by", required=True, help="Who answers for it.")
-    evaluation: str = option("--evaluation", default="", help="Set that will be measured. [default: any]")
+    evaluation: str = option(
+        "--evaluation", default="", shell_complete=DATA_SETS, help="Set that will be measured. [default: any]"
+    )
 
 
 @policy.command("lock")
