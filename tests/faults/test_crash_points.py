@@ -25,7 +25,7 @@ from uwm_deploy.records.verdict import Result
 
 ROOT = Path(__file__).parents[2]
 MOST = int(os.environ.get("CRASH_POINTS", "24"))
-"""Kills of a command that takes seconds; docs/reliability.md has the table of all of them."""
+"""Kills of a command that takes seconds; `-m slow -s` prints the table of all of them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def killed(*jobs: dict[str, Any]) -> None:
     for row in json.loads(done.stdout):
         lost = sum("neither old nor new" in what for _, what in row["wrong"])
         cells = (row["name"], len(row["operations"]), row["killed"], row["old"], row["new"], lost)
-        print("| " + " | ".join(map(str, cells)) + " |")  # the table of docs/reliability.md, with -s
+        print("| " + " | ".join(map(str, cells)) + " |")  # the table of all kills, with -s
         assert row["code"] == row["ends"], row["output"]
         assert row["wrong"] == []
         assert row["killed"] >= 5
