@@ -46,7 +46,7 @@ def plain_from_record(value: Any) -> Any:
     """Dicts, lists and scalars of a (nested) record."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        return {f.name: plain_from_record(item) for f, item in named if f.metadata != LATER or item != f.default}
+        return {f.name: plain_from_record(item) for f, item in named if f.metadata != LATER or item != _default_of(f)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -54,6 +54,10 @@ def plain_from_record(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [plain_from_record(item) for item in value]
     return value
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:

@@ -10,6 +10,7 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.records.shape import LATER
 
 CONVERTED = "the converted graph: "
 """How a line of an audit begins that is about the graph in lower precision that an engine was compiled from."""
@@ -120,8 +121,8 @@ class GraphAudit:
     differ: tuple[str, ...] = ()
     lowered: tuple[str, ...] = ()
     structure: tuple[str, ...] = ()
-    operators: int = 0
-    anew: tuple[str, ...] = ()
+    operators: int = field(default=0, metadata=LATER)
+    anew: tuple[str, ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +194,8 @@ class DataHealth:
     paired: Mapping[str, Proportion]
     aligned: Proportion
     calibrated_concepts: Mapping[str, int]
-    directions: Mapping[str, Direction] | None = None
-    copies: Mapping[str, Proportion] | None = None
+    directions: Mapping[str, Direction] | None = field(default=None, metadata=LATER)
+    copies: Mapping[str, Proportion] | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,10 +243,10 @@ class ArtifactEvidence:
     risk: RiskReport | None = None
     risk_flips: Proportion | None = None
     risk_parity: tuple[OutputParity, ...] = ()
-    rows: Mapping[str, Mapping[str, RowParity]] = field(default_factory=dict)
-    repeats: tuple[RepeatCheck, ...] = ()
-    lengths: Mapping[str, float] = field(default_factory=dict)
-    geometry: Geometry | None = None
+    rows: Mapping[str, Mapping[str, RowParity]] = field(default_factory=dict, metadata=LATER)
+    repeats: tuple[RepeatCheck, ...] = field(default=(), metadata=LATER)
+    lengths: Mapping[str, float] = field(default_factory=dict, metadata=LATER)
+    geometry: Geometry | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from uwm_deploy.records.shape import LATER
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proportion:
@@ -24,7 +26,7 @@ class Proportion:
     low: float
     high: float
     ties: int = 0
-    clusters: int = 0
+    clusters: int = field(default=0, metadata=LATER)
 
     @property
     def independent(self) -> int:
@@ -56,7 +58,7 @@ class Flips:
     delta_high: float
     lost_ids: tuple[str, ...] = ()
     gained_ids: tuple[str, ...] = ()
-    clusters: int = 0
+    clusters: int = field(default=0, metadata=LATER)
 
     @property
     def independent(self) -> int:
@@ -83,8 +85,8 @@ class ItemOutcomes:
     concepts: Mapping[str, str]
     zero_shot: Mapping[str, str]
     retrieval: Mapping[str, str] = field(default_factory=dict)
-    alike: tuple[tuple[int, ...], ...] = ()
-    zero_shot_alike: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    alike: tuple[tuple[int, ...], ...] = field(default=(), metadata=LATER)
+    zero_shot_alike: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

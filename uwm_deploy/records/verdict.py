@@ -10,6 +10,7 @@ from typing import Literal
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.shape import LATER
 
 
 class Cause(StrEnum):
@@ -206,7 +207,7 @@ class Verdict:
     judged: Mapping[str, Mapping[str, Digest]] = field(default_factory=dict)
     head_digest: Digest = ""
     faithful: tuple[str, ...] = ()
-    inconclusive: tuple[str, ...] = ()
+    inconclusive: tuple[str, ...] = field(default=(), metadata=LATER)
     safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
 
     @property
