@@ -355,7 +355,7 @@ def bundle_of(path: Path, out: Path) -> Path:
     )
     edit = dataclasses.replace(edit, model=model, patch_digest=digest_of_bytes(b"patch"))
     recipe, _ = resources.read_toml("export", "demo")
-    measured = json_from_record(report()).encode()
+    measured = json_from_record(dataclasses.replace(report(), model=model)).encode()
     verdict = Verdict(
         result=Result.FAIL, checks=(), proven=(), unproven=(), failed=("onnxruntime-fp32",), policy="p",
         policy_digest="", report_digest=digest_of_bytes(measured), edited_weights_digest=WEIGHTS_DIGEST,

@@ -175,14 +175,15 @@ def test_our_own_graphs_pass(tmp_path: Path) -> None:
 def bundle_with(folder: Path, content: bytes) -> Bundle:
     """An opened bundle that lists a graph and 64 bytes beside it."""
     opened = open_bundle(write_bundle(make(), folder), allow_failed=True)
-    (folder / "onnx").mkdir()
+    (folder / "onnx").mkdir(exist_ok=True)
     (folder / "onnx" / "image.onnx").write_bytes(content)
     (folder / "onnx" / "w.data").write_bytes(bytes(64))
     names = ("onnx/image.onnx", "onnx/w.data")
     listed = tuple(
         BundleFile(path=n, size_bytes=(folder / n).stat().st_size, digest=digest_of_file(folder / n)) for n in names
     )
-    manifest = dataclasses.replace(opened.manifest, files=opened.manifest.files + listed)
+    others = tuple(file for file in opened.manifest.files if file.path not in names)
+    manifest = dataclasses.replace(opened.manifest, files=others + listed)
     return Bundle(folder, manifest)
 
 
@@ -190,7 +191,7 @@ def test_a_bundle_hands_out_no_such_graph(tmp_path: Path) -> None:
     """Properly listed, and still refused as it is read; its own folder's files are fine."""
     good = model(graph(outside()))
     assert bundle_with(tmp_path / "good", good).read("onnx/image.onnx") == good
-    for number, place in enumerate(("../recipe.toml", "/etc/passwd", "text.onnx", "onnx/w.data")):
+    for number, place in enumerate(("../recipe.toml", "/etc/passwd", "other.onnx", "onnx/w.data")):
         bundle = bundle_with(tmp_path / f"b{number}", model(graph(outside(location=place))))
         with pytest.raises(IntegrityError, match=r"onnx/image\.onnx has data in"):
             bundle.read("onnx/image.onnx")

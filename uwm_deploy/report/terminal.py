@@ -17,6 +17,9 @@ NAMED = 10
 """Items that are named under a count; the JSON names more of them."""
 
 _WIDTH_WITHOUT_TERMINAL = 120
+_SHORT = 12
+"""Cells of a column that is never wrapped."""
+
 _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
 
@@ -86,6 +89,7 @@ def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
     """
     widest = [max(map(cell_len, texts)) for texts in columns]
     words = [max((cell_len(word) for text in texts for word in text.split()), default=0) for texts in columns]
+    words = [wide if wide <= _SHORT else word for wide, word in zip(widest, words, strict=True)]
     spare, missing = room - sum(words), sum(widest) - sum(words)
     if spare < 0:
         return None
