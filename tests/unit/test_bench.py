@@ -35,7 +35,7 @@ from uwm_deploy.studies import bench as engine_bench
 
 ROOT = Path(__file__).parents[2]
 POLICY = """format = 1
-name = "small"
+name = "policy"
 required = []
 min_proven = 1
 edit = []

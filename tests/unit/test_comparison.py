@@ -157,6 +157,7 @@ def test_a_model_and_its_edit_are_compared(small: str, tmp_path: Path, monkeypat
     calibration = drawn_set(tmp_path / "sets", "calibration", 16)
     text = with_edit((Path(__file__).parents[2] / "export" / "demo.toml").read_text())
     recipe = tmp_path / "mine.toml"
+    text = text.replace('name = "demo"', 'name = "mine"', 1)
     recipe.write_text(text.replace('calibration = "demo"', f'calibration = "{calibration}"'))
     assert recipe.read_text() != text
     rows = ["--compare", f"CLIP={recipe}", "--compare", f"Edited={recipe}:uwm", "--evaluation", small]
