@@ -185,7 +185,7 @@ def test_a_model_and_its_edit_are_compared(small: str, tmp_path: Path, monkeypat
     assert code == 0
     assert "n = 12 quadruples" in out
     assert "score      unchanged, reused" in err
-    assert [p.name for p in (tmp_path / ".uwm" / "methods").iterdir() if p.is_dir()] == ["demo-uwm"]
+    assert [p.name for p in (tmp_path / ".uwm" / "methods").iterdir() if p.is_dir()] == ["mine-uwm"]
 
 
 @pytest.mark.parametrize(

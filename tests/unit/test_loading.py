@@ -290,7 +290,7 @@ def test_a_recipe_for_another_model_keeps_its_rules(name: str, tmp_path: Path) -
     recipe, text = recipe_of(name)
     assert text_of_built(text, recipe) == text
     model = dataclasses.replace(recipe.model, repo=str(tmp_path), revision="")
-    other = dataclasses.replace(recipe, name='o"ther', model=model)
+    other = dataclasses.replace(recipe, name="other-1", model=model)
     again = recipe_from_toml(text_of_built(text, other), where="again")
     assert again == dataclasses.replace(other, model=dataclasses.replace(model, repo="local"))
 
