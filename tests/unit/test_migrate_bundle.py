@@ -24,7 +24,8 @@ from uwm_deploy.cli import cli
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
-from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.codec import read_record, record_from_json
 from uwm_deploy.records.edit import Placement
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import Precision
@@ -285,4 +286,6 @@ def test_what_is_not_proven_or_not_whole_takes_nothing_over(axis: Path, tmp_path
     ):
         bundle_from_parts(tmp_path / "other", manifest, parts | {"patch.safetensors": save(changed)})
         with pytest.raises(IntegrityError, match=message):
-            migration_of(open_bundle(tmp_path / "other"), TowerName.IMAGE)
+            # Opening refuses a patch that is not the edit's; here it is read by who holds the bundle already.
+            listed = read_record(Manifest, tmp_path / "other" / "manifest.json")
+            migration_of(Bundle(tmp_path / "other", listed), TowerName.IMAGE)
