@@ -285,7 +285,7 @@ def test_what_is_not_proven_or_not_whole_takes_nothing_over(axis: Path, tmp_path
         (tensors | {"image_map.bias": tensors["image_map.bias"][:-1]}, "is no map of 64 numbers"),
     ):
         bundle_from_parts(tmp_path / "other", manifest, parts | {"patch.safetensors": save(changed)})
+        # Opening refuses a patch that is not the edit's; here it is read by who holds the bundle already.
+        listed = read_record(Manifest, tmp_path / "other" / "manifest.json")
         with pytest.raises(IntegrityError, match=message):
-            # Opening refuses a patch that is not the edit's; here it is read by who holds the bundle already.
-            listed = read_record(Manifest, tmp_path / "other" / "manifest.json")
             migration_of(Bundle(tmp_path / "other", listed), TowerName.IMAGE)
