@@ -16,11 +16,11 @@ from uwm_deploy.data.demo import world
 from uwm_deploy.data.source import ROOT_VARIABLE
 from uwm_deploy.data.zero_shot_suite import DEMO_SETS
 from uwm_deploy.data.zero_shot_table import NAMES
+from uwm_deploy.recipes import published as published_module
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.published import published
 from uwm_deploy.records.edit import Method
 from uwm_deploy.report.paper_table import COLUMNS, MEAN
-from uwm_deploy.studies import published as published_module
 from uwm_deploy.studies import reproduce as reproduction
 
 TABLES = ("uwm-table-1", "uwm-zero-shot", "uwm-architectures")
@@ -144,7 +144,7 @@ def test_without_weights_the_rows_are_not_run(sets: dict[str, str]) -> None:
     """Data alone is not enough, and nothing is fetched unasked."""
     code, body = _json("uwm-table-1", "--evaluation", sets["test"])
     assert code == 6
-    assert "are not on this machine" in body["rows"][0]["reason"]
+    assert "not on this machine" in body["rows"][0]["reason"]
     assert "--download" in body["rows"][0]["fix"]
 
 

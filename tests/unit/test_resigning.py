@@ -78,8 +78,10 @@ def waiting_bundle(built: tuple[Request, Outcome], key: Path, out: Path) -> Path
     verdict = gate(report, policy, policy_digest=digest, report_digest=digest_of_bytes(content))
     parts: dict[str, Path | bytes] = {f.path: request.out / f.path for f in outcome.manifest.files}
     parts |= {"reports/verify.json": content, "reports/verdict.json": json_from_record(verdict).encode()}
+    made = bundle_from_parts(out, dataclasses.replace(outcome.manifest, verdict=verdict), parts)
     sign = seal_for(Resigning(key=key), out).sign
-    bundle_from_parts(out, dataclasses.replace(outcome.manifest, verdict=verdict), parts, sign=sign)
+    assert sign is not None
+    (out / SIGNATURE).write_text(sign(out.name, made))
     return out
 
 

@@ -164,7 +164,7 @@ def test_valid_tokens_are_the_attention_mask(name: str, saved: Any) -> None:
     own, length = Tokenizer(model.tokenizer_json, model.ref.text), model.ref.text.context_length
     end = Backend.from_str(model.tokenizer_json.decode()).id_to_token(model.ref.text.eos_id)
     captions = [*CAPTIONS, f"a {end} fire", f"a fire{end}"]  # the end token as a word of the caption, and its last one
-    rows, counts = own.encode_masked(captions)
+    rows, counts = own.encode_masked(captions, "exact")
     ids = torch.from_numpy(rows)
     mask = model.text.valid_tokens(ids, torch.from_numpy(counts))
     assert mask is not None
@@ -320,7 +320,8 @@ def test_scoring_sees_the_tokenizers_mask(saved: Any, tmp_path: Path) -> None:
     texts = [("a calm sea", "a fire<|endoftext|> that is hidden"), ("a calm<|endoftext|>", "smoke")]
     rows = [{"id": str(i), "safe_text": safe, "unsafe_text": unsafe} for i, (safe, unsafe) in enumerate(texts)]
     stream = PairStream(
-        open_manifest(tmp_path, rows), TowerName.TEXT, model.ref.image, Tokenizer(model.tokenizer_json, model.ref.text),
+        open_manifest(tmp_path, rows), TowerName.TEXT, model.ref.image,
+        Tokenizer(model.tokenizer_json, model.ref.text, "exact"),
         batch_pairs=2, workers=0, max_broken_share=0, progress=lambda *_: None,
     )  # fmt: skip
     (batch,) = stream

@@ -53,8 +53,9 @@ class Evaluator:
         with self.reporter.stage("evaluate", f"{encoders.name} on {sets.name}"):
             report = SafetyReport(subject=encoders.name, preference={}, per_concept={}, retrieval={}, zero_shot={})
             if sets.source is not None:
+                prepared = self._inputs(sets.source, encoders)
                 embedded = embed(
-                    self._inputs(sets.source, encoders),
+                    prepared,
                     encoders.encode_image,
                     encoders.encode_text,
                     label=encoders.name,
@@ -62,7 +63,11 @@ class Evaluator:
                     progress=progress,
                     ranks=self.ranks,
                 )
-                report = self.ranks.first_only(lambda: self._report(encoders.name, embedded))
+                report = self.ranks.first_only(
+                    lambda: self._report(
+                        encoders.name, dataclasses.replace(embedded, alike=prepared.repeats()[""].alike)
+                    )
+                )
             zero_shot, missing = self._zero_shot(encoders)
         items = report.items
         if items is not None:
