@@ -144,7 +144,7 @@ def test_without_weights_the_rows_are_not_run(sets: dict[str, str]) -> None:
     """Data alone is not enough, and nothing is fetched unasked."""
     code, body = _json("uwm-table-1", "--evaluation", sets["test"])
     assert code == 6
-    assert "not on this machine" in body["rows"][0]["reason"]
+    assert "are not on this machine" in body["rows"][0]["reason"]
     assert "--download" in body["rows"][0]["fix"]
 
 

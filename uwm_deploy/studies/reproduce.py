@@ -182,7 +182,7 @@ class _MeasuredTable:
         source = recipe_of(model)[0].model
         try:
             return resources.checkpoint_folder(source.repo, source.revision, local_only=not self.settings.download)
-        except InputError as error:
+        except (InputError, PrerequisiteError) as error:
             if self.settings.download or not source.revision:
                 raise
             raise PrerequisiteError(
