@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,11 +83,18 @@ class PreparedSet:
     # Original and edited model are both embedded with it, and it costs a pass over every pixel.
     _repeats: dict[str, Repeats] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    def repeats(self) -> Mapping[str, Repeats]:
-        """What occurs more than once: among the quadruples under an empty name, in a zero-shot set under its own."""
+    def repeats(self, *, batch: int = 1, ranks: Ranks = ALONE) -> Mapping[str, Repeats]:
+        """What occurs more than once: among the quadruples under an empty name, in a zero-shot set under its own.
+
+        Args:
+            batch: See `prepare`.
+            ranks: The processes that share the rows, all of which ask now.
+        """
         if not self._repeats:
-            self._repeats[""] = repeats_in((self.safe_pixels, self.unsafe_pixels), (self.safe_ids, self.unsafe_ids))
-            self._repeats.update({name: repeats_in((part.pixels,), ()) for name, part in self.zero_shot.items()})
+            pictures, captions = (self.safe_pixels, self.unsafe_pixels), (self.safe_ids, self.unsafe_ids)
+            self._repeats[""] = repeats_in(pictures, captions, batch=batch, ranks=ranks)
+            for name, part in self.zero_shot.items():
+                self._repeats[name] = repeats_in((part.pixels,), (), batch=batch, ranks=ranks)
         return self._repeats
 
 
@@ -240,6 +248,20 @@ def embed(
         },
         zero_shot_missing=prepared.zero_shot_missing,
     )
+
+
+def with_groups(embedded: EmbeddedSet, prepared: PreparedSet, *, batch: int, ranks: Ranks = ALONE) -> EmbeddedSet:
+    """The same, knowing which items share a picture or a caption: intervals count groups of these.
+
+    Args:
+        embedded: What `embed` has made of the prepared set.
+        prepared: Inputs.
+        batch: As it was for `embed`.
+        ranks: As they were for `embed`.
+    """
+    groups = {name: part.alike for name, part in prepared.repeats(batch=batch, ranks=ranks).items()}
+    sets = {name: dataclasses.replace(part, alike=groups[name]) for name, part in embedded.zero_shot.items()}
+    return dataclasses.replace(embedded, alike=groups[""], zero_shot=sets)
 
 
 def risks(prepared: PreparedSet, encode_all: EncodeAll, *, label: str, batch: int, progress: Progress) -> RiskSet:

@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from uwm_deploy.data.crops import PixelRows
+from uwm_deploy.data.ranks import ALONE, Ranks
 
 Rows = np.ndarray | PixelRows
 
@@ -33,15 +34,18 @@ class Repeats:
     copies: tuple[int, ...]
 
 
-def repeats_in(pictures: Sequence[Rows], captions: Sequence[Rows]) -> Repeats:
+def repeats_in(pictures: Sequence[Rows], captions: Sequence[Rows], *, batch: int = 1, ranks: Ranks = ALONE) -> Repeats:
     """Compares members as a model sees them: pictures after preprocessing, captions as ids.
 
     Args:
         pictures: Safe and unsafe ones, (n, 3, H, W) float32 each.
         captions: Safe and unsafe ones, (n, L) int64 each; none for pictures alone, whose copies share that one member.
+        batch: Rows that are dealt at a time.
+        ranks: With several processes, each looks at the rows that are dealt to it, and all get all of it.
     """
     readers = [*(_reader(b"picture", rows) for rows in pictures), *(_reader(b"caption", rows) for rows in captions)]
-    members = [sorted({read(row) for read in readers}) for row in range(len(pictures[0]))]
+    parts = [[sorted({read(row) for read in readers}) for row in rows] for rows in ranks.dealt(len(pictures[0]), batch)]
+    members = [own for part in ranks.in_turn(parts) for own in part]
     return Repeats(alike=_groups(members), copies=_copies(members, min(_MEMBERS_OF_A_COPY, len(readers))))
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from uwm_deploy.data.embedding import PreparedSet, embed, prepare
+from uwm_deploy.data.embedding import PreparedSet, embed, prepare, with_groups
 from uwm_deploy.data.ranks import ALONE, Ranks, StoppedError
 from uwm_deploy.data.recognition import recognise
 from uwm_deploy.data.source import QuadrupleSource
@@ -63,11 +63,8 @@ class Evaluator:
                     progress=progress,
                     ranks=self.ranks,
                 )
-                report = self.ranks.first_only(
-                    lambda: self._report(
-                        encoders.name, dataclasses.replace(embedded, alike=prepared.repeats()[""].alike)
-                    )
-                )
+                grouped = with_groups(embedded, prepared, batch=encoders.batch, ranks=self.ranks)
+                report = self.ranks.first_only(lambda: self._report(encoders.name, grouped))
             zero_shot, missing = self._zero_shot(encoders)
         items = report.items
         if items is not None:

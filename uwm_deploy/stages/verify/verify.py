@@ -15,7 +15,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from uwm_deploy.data.embedding import Encode, EncodeAll, Inputs, PreparedSet, embed, risks
+from uwm_deploy.data.embedding import Encode, EncodeAll, Inputs, PreparedSet, embed, risks, with_groups
 from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, GraphAudit, OutputParity
@@ -89,11 +89,7 @@ def embed_model(
     """Embeds the evaluation set with a model in PyTorch; several processes share the work, the first has all of the set."""
     encoders = encode_with(model.image), encode_with(model.text)
     found = embed(prepared, *encoders, label=label, batch=EMBED_BATCH, progress=progress, ranks=ranks)
-    if not ranks.first:
-        return found
-    groups = {name: part.alike for name, part in prepared.repeats().items()}
-    sets = {name: dataclasses.replace(part, alike=groups[name]) for name, part in found.zero_shot.items()}
-    return dataclasses.replace(found, alike=groups[""], zero_shot=sets)
+    return with_groups(found, prepared, batch=EMBED_BATCH, ranks=ranks)
 
 
 def risks_of_model(model: LoadedModel, prepared: PreparedSet, progress: Progress) -> RiskSet:
