@@ -11,19 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.unit.test_runtime_parts import SPEC as CLIP
 from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.runtime.image import pixels_from_image
 
 DOCS = Path(__file__).parents[2] / "docs" / "runtime.md"
 SIZES = ((90, 70), (61, 133), (37, 41), (641, 427), (225, 224))
-CLIP = ImageSpec(
-    resize=56,
-    crop=56,
-    resample="bicubic",
-    rescale=1 / 255,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-)
 SPECS = (
     CLIP,
     dataclasses.replace(CLIP, resize=224, crop=224),
