@@ -128,7 +128,7 @@ FAULTS = (
     Fault("noise-in-engine", Cause.NONDETERMINISM, "compile", "noise of 1e-3 in a half-precision engine", lowered_with({IMAGE: surgery.noisy(1e-3)})),
     Fault("longer-by-2%", Cause.GRAPH, "compile", "half-precision embeddings of length 1.02", lowered_with({IMAGE: tampering.longer(1.02)})),
     Fault("longer-by-5", Cause.GRAPH, "compile", "half-precision embeddings of length 5", lowered_with({TEXT: tampering.longer(5.0)})),
-    Fault("noise-in-weights", Cause.GRAPH, "compile", "weights of an engine are 1% off", artifacts.noise_in_weights),
+    Fault("noise-in-weights", Cause.WEIGHTS, "compile", "weights of an engine are 1% off", artifacts.noise_in_weights),
     Fault("batch-in-engine", Cause.BATCHING, "compile", "an engine that mixes rows", compiled_with({IMAGE: surgery.rows_mixed(0.3)})),
     # --- the model and its inputs
     Fault("wrong-pooling-in-pytorch", Cause.GRAPH, "load", "reference and graph share the fault", artifacts.pooled_by_the_adapter),
