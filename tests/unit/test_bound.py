@@ -237,7 +237,7 @@ def test_pictures_and_texts_as_they_are_sent_become_what_they_were(built: Built,
     assert request.out is not None
     name = BundleLayout.raw_canaries(TowerName.IMAGE)
     tensors = load_file(request.out / name)
-    assert {key for key in tensors if key.startswith("item.")} == {f"item.{i}" for i in range(4)}
+    assert {key for key in tensors if key.startswith("item.")} == {f"item.{i}" for i in range(5)}  # the last has alpha
     SafeEncoder.open(request.out, serving=Serving(selftest_rows=CANARIES)).close()
     tensors["edited"] = np.ascontiguousarray(np.roll(tensors["edited"], 1, axis=0))
     manifest = open_bundle(request.out).manifest

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import save_file
 
 from uwm_deploy.data.encoded import bytes_of
 from uwm_deploy.data.order import some_of
-from uwm_deploy.data.source import PairBatch, Quadruple, QuadrupleSource
+from uwm_deploy.data.source import PairBatch, QuadrupleSource
 from uwm_deploy.edits.canary_files import canary_file, raw_canary_file
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import ImageSpec, TowerName
+from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.raw_canaries import RAW, RawCanaries
 from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.stages.job import Job
@@ -51,30 +55,62 @@ def canaries_to_folder(
     return [items[row] for row in rows], after[rows]
 
 
-def raw_canaries_to_folder(
-    tower: TowerName, source: QuadrupleSource, items: Sequence[tuple[str, str]], edited: np.ndarray, folder: Path
-) -> None:
-    """Saves some canaries of a tower as users send them.
+def raw_images(
+    source: QuadrupleSource, items: Sequence[tuple[str, str]], edited: np.ndarray, tower: Tower, spec: ImageSpec
+) -> RawCanaries:
+    """Some canaries of the image tower as users send them, and one of them that lets the light through.
 
     Args:
-        tower: Which.
         source: The set that they come from.
         items: Id and side of the item of each canary.
         edited: (k, d) float32, their embeddings by the edited tower.
-        folder: Where the file goes.
+        tower: The edited tower.
+        spec: How it prepares images.
     """
-    places = {name: place for place, name in enumerate(source.ids)}
-    found = [_sent(tower, source.read(places[name]), side) for name, side in items]
+    images = [member for member, _ in zip(_members(source, items, "image"), range(RAW), strict=False)]
+    if not images:  # both models are the same, which the gate says better
+        return RawCanaries((), edited)
+    seen_through, embedding = _transparent(images, tower, spec)
+    sent = (*(bytes_of(image) for image in images), bytes_of(seen_through))
+    return RawCanaries(sent, np.concatenate([edited[: len(images)], embedding]))
+
+
+def raw_texts(source: QuadrupleSource, items: Sequence[tuple[str, str]], edited: np.ndarray) -> RawCanaries:
+    """Some canaries of the text tower as users send them; see `raw_images`."""
+    texts = list(_members(source, items, "text"))
     # What is written between such brackets is letters to a server, and a special token to the model.
-    kept = [i for i, data in enumerate(found) if tower is TowerName.IMAGE or b"<" not in data][:RAW]
-    raw = RawCanaries(tuple(found[i] for i in kept), edited[kept])
-    save_file(raw.tensors(), raw_canary_file(folder, tower))
+    kept = [i for i, text in enumerate(texts) if "<" not in text][:RAW]
+    return RawCanaries(tuple(texts[i].encode() for i in kept), edited[kept])
 
 
-def _sent(tower: TowerName, item: Quadruple, side: str) -> bytes:
-    """One member of an item, encoded without loss."""
-    member = getattr(item, f"{side}_{tower.value}")
-    return member.encode() if tower is TowerName.TEXT else bytes_of(member)
+def _members(source: QuadrupleSource, items: Sequence[tuple[str, str]], kind: str) -> Iterator[Any]:
+    """Texts or images of a set, one after the other."""
+    places = {name: place for place, name in enumerate(source.ids)}
+    return (getattr(source.read(places[name]), f"{side}_{kind}") for name, side in items)
+
+
+def _transparent(images: Sequence[Image.Image], tower: Tower, spec: ImageSpec) -> tuple[Image.Image, np.ndarray]:
+    """The image that tells best what is laid beneath it, with alpha in steps, and its embedding, (1, d) float32.
+
+    A picture without an alpha channel is prepared alike whatever the record says of transparency.
+    """
+    layered = [_with_alpha(image) for image in images]
+    other: Literal["white", "drop"] = "drop" if spec.alpha == "white" else "white"
+    right, wrong = (
+        _embed(tower, np.stack([pixels_from_image(image, replace(spec, alpha=alpha)) for image in layered]))
+        for alpha in (spec.alpha, other)
+    )
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (right, wrong)]
+    best = int((units[0] * units[1]).sum(axis=1).argmin())
+    return layered[best], right[best : best + 1]
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """From opaque at the left to invisible at the right."""
+    steps = np.linspace(255, 0, image.width).astype(np.uint8)
+    found = image.convert("RGB")
+    found.putalpha(Image.fromarray(np.tile(steps, (image.height, 1))))
+    return found
 
 
 @torch.inference_mode()
@@ -95,4 +131,8 @@ def make(job: Job, out: Path) -> None:
         batch = USUAL_PAIRS[TowerName.IMAGE]
         pairs = models.pairs(source, tower, batch_pairs=batch, quiet=True, sort_by_length=False)
         chosen, edited = canaries_to_folder(models.original.tower(tower), models.edited.tower(tower), pairs, out)
-        raw_canaries_to_folder(tower, source, chosen, edited, out)
+        if tower is TowerName.IMAGE:
+            raw = raw_images(source, chosen, edited, models.edited.image, models.edited.ref.image)
+        else:
+            raw = raw_texts(source, chosen, edited)
+        save_file(raw.tensors(), raw_canary_file(out, tower))

@@ -173,6 +173,7 @@ FAULTS = (
     Fault("tokenizer-in-manifest", Cause.EVIDENCE, "gate", "the digest of another tokenizer", bundles.with_model(bundles.of_other_tokenizer)),
     Fault("resample-everywhere", Cause.EVIDENCE, "verify", "another filter in manifest, edit, report and verdict", bundles.with_model_everywhere(bundles.resampled), execute=True),
     Fault("mean-everywhere", Cause.EVIDENCE, "verify", "another mean in all four", bundles.with_model_everywhere(bundles.of_other_mean), execute=True),
+    Fault("alpha-everywhere", Cause.EVIDENCE, "verify", "another ground beneath transparency in all four", bundles.with_model_everywhere(bundles.of_other_alpha), execute=True),
     Fault("limit-on-the-wrong-side", Cause.EVIDENCE, "gate", "the smallest cosine must be at most 0.99999", bundles.judged_by("at_least = 0.99999", "at_most = 0.99999")),
     Fault("flips-on-the-wrong-side", Cause.EVIDENCE, "gate", "at least 2% of the decisions must differ", bundles.judged_by('metric = "flips.any"\nat_most', 'metric = "flips.any"\nat_least')),
     Fault("limit-never-kept", Cause.EVIDENCE, "gate", "a cosine of at least 99.999", bundles.judged_by("at_least = 0.99999", "at_least = 99.999")),
