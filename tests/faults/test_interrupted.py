@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.uwm_edit import UWM_OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,7 @@ def _stages(work: Path) -> set[str]:
     return {path.name for path in work.iterdir() if not path.name.startswith(".")}
 
 
+@pytest.mark.slow
 def test_an_ended_build_resumes(tmp_path: Path) -> None:
     """Killed within a stage, it resumes after the last whole shard; interrupted, after the last whole stage; then it passes.
 
@@ -97,3 +100,17 @@ def test_an_ended_build_resumes(tmp_path: Path) -> None:
     assert done <= set(result["reused"])
     assert result["verdict"]["result"] == "pass"
     assert not [path for path in work.iterdir() if path.name.startswith(".tmp-")]
+
+
+def test_interrupted_scoring_resumes(tmp_path: Path) -> None:
+    """Ctrl-C between two shards: one line, exit code 130, no stage; the same command goes on after the last whole shard."""
+    _command(tmp_path)
+    work = tmp_path / "work"
+    command = [sys.executable, str(tmp_path / "child.py"), "score", "--calibration", str(tmp_path / "cal.toml")]
+    command += ["--method", "uwm", "--work", str(work), "--device", "cpu", "--workers", "0"]
+    _ended(command, (work / ".scoring" / "image-0000.safetensors").exists, signal.SIGINT)
+    assert _stages(work) == set()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    last = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert last.stderr.count(": resumed after ") == 2
+    assert _stages(work) == {"score"}

@@ -382,6 +382,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 """
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_pairs(tmp_path: Path) -> None:
     """Six times the pairs cost an index; their features would be more than six times that."""
     peaks, sizes = [], (5_000, 30_000)

@@ -73,7 +73,7 @@ def uwm(small: Request) -> Path:
 @pytest.fixture(scope="module")
 def both(small: Request) -> Path:
     """The two, one after the other."""
-    return _built(small, "uwm+safety-axis", **AXIS)
+    return _built(small, "uwm+safety-axis", precisions=("fp32",), **AXIS)
 
 
 def _evidence(bundle: Path, whose: str) -> EmbeddedSet:

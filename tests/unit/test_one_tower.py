@@ -56,7 +56,7 @@ def request(sets: Path, kind: str, work: Path, towers: tuple[str, ...]) -> Reque
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.slow), "image"])
 def test_one_tower_is_edited_and_both_ship(kind: str, sets: Path, tmp_path: Path) -> None:
     """The whole chain; in the other tower nothing is selected, and its graph is proven to hold the unedited weights."""
     outcome = run(request(sets, kind, tmp_path, (kind,)), until="package", reporter=Reporter(quiet=True))

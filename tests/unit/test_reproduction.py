@@ -173,6 +173,7 @@ def test_bad_arguments_end_with_2(arguments: list[str], message: str) -> None:
 # --- the demo -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_runs_a_table_on_its_own_sets(tmp_path: Path) -> None:
     """The shipped test set: all columns measured, nothing compared, exit code 0."""
     code, body = _json("uwm-architectures", "--demo", "--calibration", drawn_set(tmp_path, "calibration", 96))
