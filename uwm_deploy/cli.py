@@ -11,6 +11,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.commands.failure import say
+from uwm_deploy.runtime.cores import wait_without_spinning
 from uwm_deploy.runtime.memory import leave_at_once
 
 SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
@@ -121,6 +122,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; the process ends here."""
+    wait_without_spinning()
     try:
         cli.main(args=list(arguments) if arguments is not None else None, prog_name="uwm-deploy")
     except SystemExit as ended:

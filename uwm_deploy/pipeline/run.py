@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from uwm_deploy.data.ranks import ALONE, Ranks
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
     from uwm_deploy.towers.protocol import LoadedModel
 
 
-def run(request: Request, *, until: str, reporter: Notes, ranks: Ranks = ALONE) -> Outcome:
+def run(
+    request: Request,
+    *,
+    until: str,
+    reporter: Notes,
+    ranks: Ranks = ALONE,
+    kept: Mapping[object, object] = MappingProxyType({}),
+) -> Outcome:
     """Makes a stage and everything that it reads; what did not change is reused.
 
     Args:
@@ -38,11 +46,12 @@ def run(request: Request, *, until: str, reporter: Notes, ranks: Ranks = ALONE) 
         reporter: Progress.
         ranks: The processes that share the work, all with the same request and run folder. Only the first writes, and
             only its outcome is whole.
+        kept: What stages share within a run (`Job.shared`) and this one takes over from others.
 
     Raises:
         UwmError: Of the kind that went wrong; finished stages are kept.
     """
-    made = Run(ranks.together(lambda: plan_of(request)), reporter, ranks=ranks)
+    made = Run(ranks.together(lambda: plan_of(request)), reporter, ranks=ranks, kept=kept)
     made.until(until)
     return made.outcome
 
@@ -55,14 +64,23 @@ class Run:
         notes: Progress.
         ranks: The processes that share the work.
         stages: Every stage that can be pulled, in order.
+        kept: What stages share within a run and this one takes over from others.
     """
 
-    def __init__(self, plan: Plan, notes: Notes, *, ranks: Ranks = ALONE, stages: Sequence[Stage] = STAGES) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        notes: Notes,
+        *,
+        ranks: Ranks = ALONE,
+        stages: Sequence[Stage] = STAGES,
+        kept: Mapping[object, object] = MappingProxyType({}),
+    ) -> None:
         self.plan, self.ranks = plan, ranks
         self._notes, self._stages = notes, {stage.name: stage for stage in stages}
         self._made: dict[str, tuple[Made, ...]] = {}
         self._skipped: dict[str, str] = {}
-        self._kept: dict[object, object] = {}
+        self._kept = dict(kept)
         self._source = cache(self._source_digest)
 
     @property

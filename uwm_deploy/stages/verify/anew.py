@@ -18,9 +18,10 @@ from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.evidence import CONVERTED, GraphAudit
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
-from uwm_deploy.records.model import ModelRef
+from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.runtime.providers import FLOAT32
 from uwm_deploy.runtime.session import optimisation_of, provider_of
+from uwm_deploy.stages.job import Notes, Plan
 from uwm_deploy.stages.traced import sample_for, traced
 from uwm_deploy.towers.protocol import Tower
 
@@ -74,6 +75,24 @@ def traced_on_the_cpu(tower: Tower, ref: ModelRef, spec: ExportSpec) -> ir.Model
         return traced(tower, sample_for(tower, ref, spec), spec)
     finally:
         module.to(device)
+
+
+def kept_traces() -> Trace:
+    """A way to export towers again that keeps its graphs, for who verifies many builds of the same weights."""
+    graphs: dict[tuple[TowerName, ModelRef, ExportSpec], ir.Model] = {}
+
+    def trace(tower: Tower, ref: ModelRef, spec: ExportSpec) -> ir.Model:
+        key = (tower.name, ref, spec)
+        if key not in graphs:
+            graphs[key] = traced_on_the_cpu(tower, ref, spec)
+        return graphs[key]
+
+    return trace
+
+
+def tracer(plan: Plan, notes: Notes) -> Trace:  # noqa: ARG001 -- the signature of what a run shares
+    """How a run exports towers again; a build does it once, so it keeps nothing."""
+    return traced_on_the_cpu
 
 
 def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported: Path) -> GraphAudit:

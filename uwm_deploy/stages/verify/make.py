@@ -23,6 +23,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.health import Differences
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
+from uwm_deploy.stages.verify.anew import tracer
 from uwm_deploy.stages.verify.assembly import Verified, verify
 from uwm_deploy.stages.verify.calibration import differences_of
 from uwm_deploy.stages.verify.executed import RiskReference
@@ -100,6 +101,7 @@ def artifacts_of(job: Job) -> Artifacts:
         export=job.plan.recipe.export,
         profile=job.plan.recipe.compile.profile,
         converted={graph.digest: graph for graph, _ in converted},
+        trace=job.shared(tracer),
     )
 
 

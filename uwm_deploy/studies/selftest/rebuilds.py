@@ -6,6 +6,7 @@ and other ranges of 8-bit numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.studies import Rebuild
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.stages.verify.anew import Trace, kept_traces, tracer
 from uwm_deploy.studies.selftest.honest_builds import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
 
 PER_EDIT = 5
@@ -106,19 +108,30 @@ def rebuild_all(
         chosen: What to build.
         progress: Called as it goes on.
     """
-    threads = torch.get_num_threads()
+    seed, trace = -1, kept_traces()
+    for number, variation in enumerate(chosen):
+        if variation.seed != seed:  # graphs of one edit at a time
+            seed, trace = variation.seed, kept_traces()
+        with threads(variation.threads):
+            rebuild = _rebuilt(variation, folder, trace)
+        yield rebuild
+        progress("honest rebuilds", number + 1, len(chosen))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads of PyTorch for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for number, variation in enumerate(chosen):
-            yield _rebuilt(variation, folder)
-            progress("honest rebuilds", number + 1, len(chosen))
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
+def _rebuilt(variation: Variation, folder: Path, trace: Trace) -> Rebuild:
     own = folder / f"edit-{variation.seed}"
     own.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(variation.threads)
     request = dataclasses.replace(
         variation.made_by.request(
             own,
@@ -130,7 +143,7 @@ def _rebuilt(variation: Variation, folder: Path) -> Rebuild:
         workers=variation.workers,
         batch_pairs=variation.batch_pairs,
     )
-    verdict = run(request, until="gate", reporter=Reporter(quiet=True)).left(Verdict)
+    verdict = run(request, until="gate", reporter=Reporter(quiet=True), kept={tracer: trace}).left(Verdict)
     failing = tuple(f"{c.subject}: {c.name}" for c in verdict.checks if c.result is not Result.PASS)
     return Rebuild(what=variation.words(), result=verdict.result, failing=failing)
 
