@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHOW = "import os, sys; from uwm_deploy.cli import main\ntry: main(['--version'])\nexcept SystemExit: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+SHOW = """
+import os, sys
+from uwm_deploy.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
 
 
 @pytest.mark.parametrize(
