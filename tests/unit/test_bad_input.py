@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import RecipeError
+from uwm_deploy.errors import InputError, RecipeError
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import recipe_from_toml
+from uwm_deploy.recipes.resolve import recipe_of
 
 ROOT = Path(__file__).parents[2]
 DEMO = resources.checkpoint_folder("shipped:demo", "")
@@ -223,6 +224,15 @@ def test_a_strength_without_meaning_is_refused_where_it_is_read(axis: str, said:
     """Before anything is loaded, with the name of what is wrong."""
     result = CliRunner().invoke(cli, ["edit", "--method", "safety-axis", "--axis", axis])
     assert (result.exit_code, said in result.output) == (2, True), result.output
+
+
+def test_a_shipped_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output of an earlier build in ``demo/`` does not become the model; ``./demo`` is the folder."""
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe_of("demo")[0].model.repo == "shipped:demo"
+    with pytest.raises(InputError, match="config"):
+        recipe_of("./demo")
 
 
 def test_a_recipe_of_the_release_before_is_told_what_to_write(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from uwm_deploy.records.training import TrainingRecord
 
 
 def recipe_of(model: str) -> tuple[Recipe, str]:
-    """Recipe and its text, by shipped name, TOML path, or checkpoint folder."""
-    if Path(model).is_dir():
+    """Recipe and its text, by shipped name, TOML path, or checkpoint folder; a folder of such a name goes by ``./NAME``."""
+    if Path(model).is_dir() and model not in resources.names("export"):
         training = read_training(Path(model))
         return _recipe_of_trained(Path(model), training) if training else _recipe_of_folder(Path(model))
     text, where = resources.read_toml("export", model)
