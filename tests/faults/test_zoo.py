@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from uwm_deploy.studies.selftest.peers import Peers
 from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, variations
 from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
 
+ROOT = Path(__file__).parents[2]
 BY_NAME = {fault.name: fault for fault in FAULTS}
 ONE_OF_EACH = list({(fault.cause, fault.stage, fault.world): fault for fault in reversed(FAULTS)}.values())
 
@@ -183,6 +185,17 @@ def test_the_zoo_covers_every_cause_and_stage() -> None:
     assert len(BY_NAME) == len(FAULTS) >= 100
     assert {fault.cause for fault in FAULTS} == set(Cause) - {Cause.MODEL, Cause.ANOMALY, Cause.DECISIONS}
     assert {fault.stage for fault in FAULTS} <= set(STAGE_ORDER)
+
+
+def test_the_pages_hold_every_fault() -> None:
+    """docs/faults.md has the run of all of them, each with what was named; the other pages say as many."""
+    page = (ROOT / "docs" / "faults.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in page.splitlines() if line.startswith("| ")][1:]
+    found = {name: (text, must, named) for name, text, must, named in rows if name in BY_NAME}
+    assert found == {f.name: (f.text, f"{f.cause} @ {f.stage}", "yes") for f in FAULTS}
+    for text in (page, (ROOT / "docs" / "policy.md").read_text()):
+        assert [int(n) for n in re.findall(r"(\d+) (?:of \d+ fail the gate|planted faults)", text)] == [len(FAULTS)]
+    assert "honest rebuilds: 0 of 60 do not pass" in page
 
 
 def test_the_command_fails_when_a_fault_is_not_there(tmp_path: Path) -> None:
