@@ -4,7 +4,7 @@
 #   ci/gate.sh REPORT [OUTPUT_FOLDER]        UWM_POLICY=strict UWM_BASELINE=ci/baseline ci/gate.sh dist/demo
 #   UWM_PUBLIC_KEY=key.pub UWM_MIN_BUNDLE_VERSION=3 ci/gate.sh dist/demo
 #
-# Exit codes: 0 pass, 3 failed, 4 inconclusive; 2, 5 and 6 mean that nothing was judged (docs/cli.md).
+# Exit codes: 0 pass, 3 failed, 4 inconclusive; 2, 5 and 6 mean that nothing was judged (docs/reference/cli.md).
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then

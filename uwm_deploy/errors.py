@@ -1,7 +1,7 @@
 """Errors a user can meet, and the exit code each kind ends with.
 
-Every message is one line: what is wrong, where (file and key, item id), how to fix it. Exit codes are frozen; `docs/cli.md`
-lists them.
+Every message is one line: what is wrong, where (file and key, item id), how to fix it. Exit codes are frozen;
+`docs/reference/cli.md` lists them.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
 What makes the search safer is the encoder of the query and of the pictures. It is no filter: 20 of 60 unsafe captions of
 the demo's test set find a safe picture first among their 60 safe and 60 unsafe ones, with the unedited model 5 of 60.
 
-Query and pictures must be embedded into the same space. So the index carries the id of its space (see docs/embedding.md)
-and is refused with an encoder of any other. An index of the model before a safety edit of placement `embedding` need not
+Query and pictures must be embedded into the same space. So the index carries the id of its space
+(docs/how-to/embedding.md) and is refused
+with an encoder of any other. An index of the model before a safety edit of placement `embedding` need not
 be made again: `uwm-deploy migrate` turns it into one of the edited model. Names of special tokens in a query are ordinary
 letters (the runtime's default), which keeps a query from hiding what follows them.
 """

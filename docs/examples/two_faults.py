@@ -3,7 +3,7 @@
 Usage: python docs/examples/two_faults.py magenta|captions RUN_FOLDER
 
 The graph, its record and the stamp of its folder are changed, so that a build goes on from it as from one that it made
-itself. docs/fault-walkthrough.md says what happens then.
+itself. docs/how-to/fault-walkthrough.md says what happens then.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pages for the next people say what is so: rooms, stages, and every path, name and command that they name exist.
 
-`python -m tests.contract.test_architecture` prints the table of stages for docs/architecture.md.
+`python -m tests.contract.test_architecture` prints the table of stages for docs/background/architecture.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from uwm_deploy.stages.table import STAGES, Stage
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "uwm_deploy"
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
+ARCHITECTURE = ROOT / "docs" / "background" / "architecture.md"
 LINES = {ARCHITECTURE: 250, ROOT / "CONTRIBUTING.md": 90, ROOT / "SECURITY.md": 80, ROOT / "README.md": 120}
 PAGES = [page for page in LINES if page.name != "README.md"]
 ENTRIES = 20

@@ -30,7 +30,7 @@ from uwm_deploy.stages.table import SOURCES
 from uwm_deploy.stages.table import STAGES as TABLE
 
 ROOT = Path(__file__).parents[2]
-CLI_PAGE = (ROOT / "docs" / "cli.md").read_text()
+CLI_PAGE = (ROOT / "docs" / "reference" / "cli.md").read_text()
 HEAVY = ("torch", "transformers", "open_clip", "onnx", "polygraphy", "onnxruntime")
 STAGES = tuple(stage.name for stage in TABLE)
 CONTEXT = click.Context(cli)
@@ -157,7 +157,7 @@ def test_every_option_has_help(name: str) -> None:
 
 
 def test_docs_name_every_command_in_its_section() -> None:
-    """docs/cli.md has a table for each section, in the order of the help."""
+    """docs/reference/cli.md has a table for each section, in the order of the help."""
     parts = re.split(r"^### ", CLI_PAGE.split("## Options")[0], flags=re.MULTILINE)
     tables = {part.splitlines()[0]: re.findall(r"^\| `([a-z -]+)` \|", part, re.MULTILINE) for part in parts[1:]}
     for section, commands in SECTIONS.items():
@@ -166,7 +166,7 @@ def test_docs_name_every_command_in_its_section() -> None:
 
 
 def test_docs_list_the_options_of_every_group() -> None:
-    """docs/cli.md has a row for each record that several commands have, with exactly its options."""
+    """docs/reference/cli.md has a row for each record that several commands have, with exactly its options."""
     rows = dict(re.findall(r"^\| ([a-z -]+) \| ((?:`--[a-z0-9-]+`(?:, )?)+) \|", CLI_PAGE, re.MULTILINE))
     for kind in records_in(options):
         name = re.sub(r"(?<=.)([A-Z])", r" \1", kind.__name__.removesuffix("Options")).lower()
@@ -175,7 +175,7 @@ def test_docs_list_the_options_of_every_group() -> None:
 
 
 def test_exit_codes_are_documented() -> None:
-    """Every exit code stands in docs/cli.md with its number."""
+    """Every exit code stands in docs/reference/cli.md with its number."""
     for code in (*map(int, ExitCode), INTERRUPTED):
         assert f"| {code} |" in CLI_PAGE
 
@@ -493,7 +493,7 @@ def test_a_process_that_only_helps_prints_no_object(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_kind_of_error_is_documented() -> None:
-    """docs/cli.md has the name of every type of error that the object can hold."""
+    """docs/reference/cli.md has the name of every type of error that the object can hold."""
 
     def kinds(base: type[UwmError]) -> Iterator[type[UwmError]]:
         for kind in base.__subclasses__():
@@ -570,7 +570,7 @@ def _completed(*words: str) -> list[str]:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_of_a_shell_is_printed_and_documented(shell: str) -> None:
-    """By the line that docs/cli.md gives."""
+    """By the line that docs/reference/cli.md gives."""
     line = f"_UWM_DEPLOY_COMPLETE={shell}_source uwm-deploy"
     assert line in CLI_PAGE
     environment = os.environ | {"_UWM_DEPLOY_COMPLETE": f"{shell}_source", "PATH": os.environ["PATH"]}

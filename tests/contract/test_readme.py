@@ -18,7 +18,7 @@ from uwm_deploy.commands.triton import DefaultGroup
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_readme_is_short_and_has_two_commands() -> None:

@@ -25,11 +25,11 @@ DEMO, WHERE = resources.read_toml("export", "demo")
 
 @pytest.mark.parametrize("name", resources.names("export"))
 def test_every_recipe_loads_and_is_documented(name: str) -> None:
-    """Each file of export/ parses, carries its own name, and stands in docs/recipes.md."""
+    """Each file of export/ parses, carries its own name, and stands in docs/reference/recipes.md."""
     text, where = resources.read_toml("export", name)
     recipe = recipe_from_toml(text, where=where)
     assert recipe.name == name
-    assert f"`{name}`" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"`{name}`" in (ROOT / "docs" / "reference" / "recipes.md").read_text()
     for data in (recipe.data.calibration, recipe.data.evaluation):
         assert data in resources.names("calibration")
 
@@ -49,10 +49,10 @@ def test_settings_of_both_flavours_are_read() -> None:
 
 @pytest.mark.parametrize("name", resources.names("calibration"))
 def test_every_data_set_loads_and_is_documented(name: str) -> None:
-    """Each file of calibration/ parses, carries its own name, and stands in docs/data.md."""
+    """Each file of calibration/ parses, carries its own name, and stands in docs/reference/data.md."""
     text, where = resources.read_toml("calibration", name)
     assert calibration_set_from_toml(text, where=where).name == name
-    assert f"`{name}`" in (ROOT / "docs" / "data.md").read_text()
+    assert f"`{name}`" in (ROOT / "docs" / "reference" / "data.md").read_text()
 
 
 @pytest.mark.parametrize("name", resources.names("ci"))
@@ -60,7 +60,7 @@ def test_every_policy_loads(name: str) -> None:
     """Each file of ci/ parses as a policy that limits artifacts, and the page names it."""
     text, where = resources.read_toml("ci", name)
     assert policy_from_toml(text, where=where).artifact
-    assert f"`{name}`" in (ROOT / "docs" / "policy.md").read_text()
+    assert f"`{name}`" in (ROOT / "docs" / "reference" / "policy.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -188,12 +188,12 @@ def test_the_zoo_covers_every_cause_and_stage() -> None:
 
 
 def test_the_pages_hold_every_fault() -> None:
-    """docs/faults.md has the run of all of them, each with what was named; the other pages say as many."""
-    page = (ROOT / "docs" / "faults.md").read_text()
+    """docs/reference/faults.md has the run of all of them, each with what was named; the other pages say as many."""
+    page = (ROOT / "docs" / "reference" / "faults.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in page.splitlines() if line.startswith("| ")][1:]
     found = {name: (text, must, named) for name, text, must, named in rows if name in BY_NAME}
     assert found == {f.name: (f.text, f"{f.cause} @ {f.stage}", "yes") for f in FAULTS}
-    for text in (page, (ROOT / "docs" / "policy.md").read_text()):
+    for text in (page, (ROOT / "docs" / "reference" / "policy.md").read_text()):
         assert [int(n) for n in re.findall(r"(\d+) (?:of \d+ fail the gate|planted faults)", text)] == [len(FAULTS)]
     assert "honest rebuilds: 0 of 60 do not pass" in page
 

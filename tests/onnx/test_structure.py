@@ -32,7 +32,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 
 def example() -> ModuleType:
-    """The script of docs/fault-walkthrough.md."""
+    """The script of docs/how-to/fault-walkthrough.md."""
     path = Path(__file__).parents[2] / "docs" / "examples" / "two_faults.py"
     spec = importlib.util.spec_from_file_location("two_faults", path)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""The safety axis written straight from docs/safety-axis.md sections 3 and 4: loops, two passes over the data, float64.
+"""The safety axis written straight from docs/background/safety-axis.md sections 3 and 4: loops, two passes, float64.
 
 Statistics subtract the mean first, solutions come from the data rather than from sums, and an equation is minimised by least
 squares wherever the document states it as an argmin.

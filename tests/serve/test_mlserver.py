@@ -34,7 +34,7 @@ def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A server of the bundle."""
     given = os.environ.get("UWM_DEPLOY_MLSERVER_VENV")
     if not given:
-        pytest.skip("UWM_DEPLOY_MLSERVER_VENV names no virtual environment with mlserver (docs/triton.md)")
+        pytest.skip("UWM_DEPLOY_MLSERVER_VENV names no virtual environment with mlserver (docs/how-to/triton.md)")
     folder = tmp_path_factory.mktemp("mlserver")
     http, grpc, metrics = free_port(), free_port(), free_port()
     settings = {"host": "127.0.0.1", "http_port": http, "grpc_port": grpc, "metrics_port": metrics}
@@ -72,7 +72,7 @@ def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_it_answers_like_the_runtime(address: dict[str, str], bundle: Path, protocol: str) -> None:
     """Images in base64 over JSON, as they are over gRPC; texts likewise."""
     client = open_client(address[protocol], protocol, timeout_s=60)
-    image = (ROOT / "docs" / "demo-report.png").read_bytes()
+    image = (ROOT / "docs" / "images" / "demo-report.png").read_bytes()
     texts = ["a red circle", "a <|endoftext|> b", "abcd", ""]
     with SafeEncoder.open(bundle) as encoder:
         wanted = {TowerName.IMAGE: encoder.encode_image([image]), TowerName.TEXT: encoder.encode_text(texts)}

@@ -507,7 +507,7 @@ def test_ids_without_an_embedding_fail_their_request_only(server: Server, bundle
 
 
 def test_the_launch_command_keeps_models_and_shared_memory_from_users(server: Server) -> None:
-    """What docs/triton.md starts the server with: no list of models, no shared memory, without the key."""
+    """What docs/how-to/triton.md starts the server with: no list of models, no shared memory, without the key."""
     for path in ("/v2/repository/index", "/v2/systemsharedmemory/region/x/register"):
         connection = http.client.HTTPConnection(server.http, timeout=10)
         connection.request("POST", path, b"{}")
@@ -679,9 +679,9 @@ def test_an_address_is_for_one_protocol() -> None:
 
 
 def test_the_documents_compose_file_and_service_are_whole() -> None:
-    """docs/triton.md: YAML that can be read, hardened, and with the flags that the tests start the server with."""
+    """docs/how-to/triton.md: YAML that can be read, hardened, and with the flags that the tests start the server with."""
     yaml = pytest.importorskip("yaml")
-    text = (ROOT / "docs" / "triton.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "triton.md").read_text()
     compose, service = (yaml.safe_load(part.split("```")[0]) for part in text.split("```yaml\n")[1:])
     container = compose["services"]["clip"]
     assert container["read_only"] is True

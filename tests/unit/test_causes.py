@@ -1,4 +1,4 @@
-"""Which fault the gate names, and what no policy can switch off; docs/faults.md has the real faults."""
+"""Which fault the gate names, and what no policy can switch off; docs/reference/faults.md has the real faults."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_an_odd_entry_loads_or_is_refused_in_one_line(library: str, whole: Any, 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", MAKERS)
 def test_every_odd_entry_loads_or_is_refused_in_one_line(library: str, whole: Any, tmp_path: Path) -> None:
-    """The printed counts are in docs/models.md."""
+    """The printed counts are in docs/reference/models.md."""
     counts = _check(whole(library), tmp_path / "model", all_changes(library))
     entries = len(entries_of(library))
     print(

@@ -100,7 +100,7 @@ def test_the_readme_shows_this_build(report: VerifyReport) -> None:
 
 def test_the_page_of_the_demo_shows_this_choice(report: VerifyReport, choice: StrengthChoice) -> None:
     """What items and concepts get that the fit did not see, and what the test set gets."""
-    page = (ROOT / "docs" / "demo.md").read_text()
+    page = (ROOT / "docs" / "background" / "demo.md").read_text()
     assert choice.chosen is not None
     kept = sum(candidate.keeps for candidate in choice.candidates)
     assert f"{kept} settings keep the limits" in page

@@ -388,9 +388,9 @@ def test_without_pyarrow_the_extra_is_named(bundle: Path, tmp_path: Path, monkey
 
 
 def test_ray_gives_the_rows_of_one_process(bundle: Path, shards: Path, tmp_path: Path) -> None:
-    """The driver of docs/embedding.md, run as it stands: it goes on after itself, and `embed` after it."""
+    """The driver of docs/how-to/embedding.md, run as it stands: it goes on after itself, and `embed` after it."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'uwm-deploy[ray]'")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "embedding.md").read_text(), re.DOTALL)
     script = put(tmp_path / "driver.py", code)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}
 

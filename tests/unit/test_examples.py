@@ -72,8 +72,8 @@ def encoder(bundle: Path) -> Any:
 
 
 def test_every_example_is_described_and_tested() -> None:
-    """docs/ways-in.md names each file; the client of Triton is tested where its server is."""
-    page = (ROOT / "docs" / "ways-in.md").read_text()
+    """docs/how-to/ways-in.md names each file; the client of Triton is tested where its server is."""
+    page = (ROOT / "docs" / "how-to" / "ways-in.md").read_text()
     for file in (entry for entry in EXAMPLES.iterdir() if entry.name != "__pycache__"):
         assert f"(examples/{file.name}" in page, file.name
 

@@ -652,9 +652,9 @@ def test_a_set_of_texts_is_one_line_of_error(tmp_path: Path) -> None:
 
 
 def test_every_method_is_documented() -> None:
-    """`--help` names each; docs/methods.md has each with the settings that it really has."""
+    """`--help` names each; docs/background/methods.md has each with the settings that it really has."""
     text = "".join(CliRunner().invoke(cli, ["build", "--help"]).output.split())  # names are broken at their hyphens
-    page = (ROOT / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "background" / "methods.md").read_text()
     for method, preset in PRESETS.items():
         assert method.value in text
         row = next(line for line in page.splitlines() if line.startswith(f"| `{method.value}` |"))

@@ -291,8 +291,8 @@ def test_a_variant_that_no_limit_is_for_is_not_proven() -> None:
 
 
 def test_the_page_documents_every_key() -> None:
-    """docs/policy.md has every key of the schema."""
-    page = (ROOT / "docs" / "policy.md").read_text()
+    """docs/reference/policy.md has every key of the schema."""
+    page = (ROOT / "docs" / "reference" / "policy.md").read_text()
     for record in (Policy, Limit, EvidenceRule, Waiver):
         for key in dataclasses.fields(record):
             assert f"`{key.name}`" in page or f"`[[{key.name}]]`" in page, (record.__name__, key.name)

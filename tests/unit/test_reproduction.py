@@ -72,8 +72,8 @@ def test_every_published_table_is_known_and_sourced() -> None:
 
 
 def test_tables_and_tolerances_are_documented() -> None:
-    """docs/reproduce.md names every table and states every tolerance in use."""
-    text = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
+    """docs/how-to/reproduce.md names every table and states every tolerance in use."""
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "reproduce.md").read_text()
     for name, table in published().items():
         assert f"| `{name}` |" in text
         assert all(f"| {t} |" in text for t in {*table.tolerance, *table.edited_tolerance})

@@ -15,7 +15,7 @@ from tests.unit.test_runtime_parts import SPEC as CLIP
 from uwm_deploy.records.model import ImageSpec
 from uwm_deploy.runtime.image import pixels_from_image
 
-DOCS = Path(__file__).parents[2] / "docs" / "runtime.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "runtime.md"
 SIZES = ((90, 70), (61, 133), (37, 41), (641, 427), (225, 224))
 SPECS = (
     CLIP,

@@ -1,4 +1,4 @@
-"""docs/fault-walkthrough.md: its commands end as it says."""
+"""docs/how-to/fault-walkthrough.md: its commands end as it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "fault-walkthrough.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "fault-walkthrough.md").read_text()
 COMMANDS = re.findall(r"^    ((?:uwm-deploy|python|rm) .+)$", PAGE, re.MULTILINE)
 
 

@@ -58,8 +58,8 @@ def test_the_tiny_sets_cover_the_papers_seventeen() -> None:
 
 @pytest.mark.parametrize("part", PUBLISHED, ids=NAMES)
 def test_every_set_is_documented(part: PublishedSet) -> None:
-    """Name, column, size, prompt and folders stand in one line of docs/zero-shot.md."""
-    text = (Path(__file__).parents[2] / "docs" / "zero-shot.md").read_text()
+    """Name, column, size, prompt and folders stand in one line of docs/reference/zero-shot.md."""
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "zero-shot.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(f"| `{part.name}` ")]
     for value in (part.column, f"{part.size:,}", part.template, *(f"`{folder}`" for folder in part.folders)):
         assert f" {value} |" in line or f" {value}," in line, value

@@ -1,4 +1,4 @@
-"""Signs a bundle with a private key, offline, and says whose signature a bundle has; docs/bundle.md."""
+"""Signs a bundle with a private key, offline, and says whose signature a bundle has; docs/reference/bundle.md."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ STATEMENT = "evidence/statement.json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:uwm-deploy:build:v1"
-"""Names the meaning of the parameters; docs/bundle.md."""
+"""Names the meaning of the parameters; docs/reference/bundle.md."""
 
 _SUBJECTS = ("onnx/", "engines/", "patch.safetensors", "tokenizer.json")
 """What the statement is about: everything that is loaded to serve, and the edit."""

@@ -39,7 +39,7 @@ def build(asked: UntilPackage, outputs: OutputOptions) -> Shown:
 def score(asked: UntilScore) -> Shown:
     """Scores the weights on the calibration set.
 
-    Scores are those of docs/methods.md (Eq. 8 to 10). A method that selects no entries has none.
+    Scores are those of docs/background/methods.md (Eq. 8 to 10). A method that selects no entries has none.
 
     \b
     Example:

@@ -23,7 +23,7 @@ _LONGEST = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a command ended without a result; docs/cli.md documents the JSON.
+    """Why a command ended without a result; docs/reference/cli.md documents the JSON.
 
     Attributes:
         kind: Name of the error's type; `UsageError`, `InternalError` or `Interrupted` where it is no `UwmError`.

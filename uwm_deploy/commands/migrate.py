@@ -49,7 +49,7 @@ def migrate(stored: Path, asked: MigrateOptions, trust: TrustOptions) -> Shown:
     """Turns stored embeddings into those of a bundle.
 
     STORED embeddings are of the unedited model; nothing is embedded again. This is for bundles that were built with
-    --placement embedding (docs/migrate.md). STORED is the folder that `embed` wrote, a .npy file, or a flat index of FAISS.
+    --placement embedding (docs/how-to/migrate.md). STORED is a folder of `embed`, a .npy file, or a flat index of FAISS.
     The same command goes on after it was stopped.
 
     \b

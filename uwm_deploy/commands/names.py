@@ -1,4 +1,4 @@
-"""Completes the names of recipes, data sets and policies in a shell; docs/cli.md says how it is switched on."""
+"""Completes the names of recipes, data sets and policies in a shell; docs/reference/cli.md says how it is switched on."""
 
 from __future__ import annotations
 

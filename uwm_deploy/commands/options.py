@@ -109,7 +109,7 @@ class MethodOptions:
     method: str | None = option(
         "--method",
         metavar="METHOD[+METHOD]",
-        help=f"How the model is edited (docs/methods.md): {', '.join(Method)}; or two steps, such as "
+        help=f"How the model is edited (docs/background/methods.md): {', '.join(Method)}; or two steps, such as "
         "uwm+safety-axis. Another method than the recipe's brings its own settings. [default: the recipe's]",
     )
     per_concept: bool = flag("--per-concept", help="One score per concept of the calibration set, selections united.")
@@ -184,7 +184,7 @@ class HeadOptions:
     safety_head: Path | None = option(
         "--safety-head",
         type=PATH,
-        help="Folder that `train safety-head` wrote: a head in the image graph (docs/safety-head.md).",
+        help="Folder that `train safety-head` wrote: a head in the image graph (docs/how-to/safety-head.md).",
     )
 
 
@@ -200,7 +200,7 @@ class TargetOptions:
     precisions: tuple[str, ...] = repeated(
         "--precision",
         type=click.Choice([precision.value for precision in Precision]),
-        help="Precision (docs/precision.md); repeatable, each is a variant of each target. [default: the recipe's]",
+        help="Precision (docs/how-to/precision.md); repeatable, each is a variant of each target. [default: the recipe's]",
     )
     budget: str | None = option(
         "--budget",
@@ -272,7 +272,7 @@ class TrustOptions:
         "--min-bundle-version",
         default=0,
         type=click.IntRange(min=0),
-        help="Refuse a bundle of an older version (docs/bundle.md).",
+        help="Refuse a bundle of an older version (docs/reference/bundle.md).",
     )
 
 

@@ -141,7 +141,7 @@ class SignerOptions:
         "--min-bundle-version",
         default=0,
         type=click.IntRange(min=0),
-        help="Refuse a bundle of an older version (docs/bundle.md).",
+        help="Refuse a bundle of an older version (docs/reference/bundle.md).",
     )
 
 

@@ -155,8 +155,8 @@ def compare(
 ) -> Shown:
     """Compares every safety method on one model.
 
-    All are made, measured on the same items, and shown with intervals and cost (docs/compare-methods.md). What was made is
-    reused by the next run. The exit code is 6 when a row could not run.
+    All are made, measured on the same items, and shown with intervals and cost (docs/how-to/compare-methods.md). What was
+    made is reused by the next run. The exit code is 6 when a row could not run.
 
     \b
     Example:

@@ -20,7 +20,7 @@ from uwm_deploy.records.training import Trainer
 def train() -> None:
     """Trains other systems of the field, or a safety head.
 
-    They are trained on a calibration set, for `build` and `compare` (docs/training.md).
+    They are trained on a calibration set, for `build` and `compare` (docs/how-to/training.md).
 
     \b
     Example:

@@ -109,8 +109,9 @@ class HeadTrainingOptions:
 def safety_head(edited: EditedModel, data: HeadData, rates: HeadRates, settings: HeadTrainingOptions) -> Shown:
     """Trains a safety head on the edited image tower.
 
-    The tower stays as it is (docs/safety-head.md). Options of `build` say which edited model: give both the same ones.
-    Tokens are kept in the run folder, so another run takes seconds; one that was interrupted begins again after them.
+    The tower stays as it is (docs/how-to/safety-head.md). Options of `build` say which edited model: give both the
+    same ones. Tokens are kept in the run folder, so another run takes seconds; one that
+    was interrupted begins again after them.
 
     \b
     Example:

@@ -32,7 +32,7 @@ class DefaultGroup(InOrder):
 def triton() -> None:
     """Writes a bundle for Triton, or checks a running server.
 
-    docs/triton.md explains both.
+    docs/how-to/triton.md explains both.
 
     \b
     Example:

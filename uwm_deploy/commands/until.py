@@ -103,7 +103,7 @@ class BundleOptions:
     baseline: Path | None = option(
         "--baseline",
         type=PATH,
-        help="Accepted report to compare with: folder, bundle or file (docs/policy.md); kept in the bundle.",
+        help="Accepted report to compare with: folder, bundle or file (docs/reference/policy.md); kept in the bundle.",
     )
     out: Path | None = option("--out", type=PATH, help="Bundle folder. [default: dist/MODEL]")
     bundle_version: int | None = option(

@@ -178,7 +178,9 @@ def _refuse_half(entry: Entry) -> None:
                 f"{entry.where}, item {entry.id}: unpaired {kind}", fix=f"give safe_{kind} and unsafe_{kind}"
             )
     if not any((*entry.images, *entry.texts)):
-        raise DataError(f"{entry.where}, item {entry.id} has neither images nor texts", fix="see docs/data.md")
+        raise DataError(
+            f"{entry.where}, item {entry.id} has neither images nor texts", fix="see docs/reference/data.md"
+        )
 
 
 def _plain(concept: str) -> str:

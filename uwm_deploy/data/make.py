@@ -73,7 +73,9 @@ def make_manifest(
                 fix="add it, or pass --drop-unpaired to leave them out",
             )
         if not walk.concepts:
-            raise DataError(f"{folder} has no pair of files with one name in safe/ and unsafe/", fix="see docs/data.md")
+            raise DataError(
+                f"{folder} has no pair of files with one name in safe/ and unsafe/", fix="see docs/reference/data.md"
+            )
     return MadeManifest(
         n=walk.concepts.total(),
         concepts=dict(sorted(walk.concepts.items())),
@@ -131,7 +133,7 @@ class _Walk:
     def _items(self, concept: str, folder: Path, prefix: str) -> Iterator[Row]:
         names = self._names(folder)
         if not set(names) & set(SIDES):
-            raise DataError(f"{folder} has neither safe/ nor unsafe/", fix="see docs/data.md for the layout")
+            raise DataError(f"{folder} has neither safe/ nor unsafe/", fix="see docs/reference/data.md for the layout")
         self._ignore(folder, [name for name in names if name not in SIDES])
         safe, unsafe = (self._files(folder / side) if side in names else {} for side in SIDES)
         for stem in sorted({*safe, *unsafe}):

@@ -69,13 +69,13 @@ def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
         if root is None:
             raise DataError(
                 f"data set {spec.name} expects its files in ${ROOT_VARIABLE}/{spec.folder}, and {ROOT_VARIABLE} is not set",
-                fix="set it to the folder of your data sets; docs/data.md says what goes where",
+                fix="set it to the folder of your data sets; docs/reference/data.md says what goes where",
             )
         folder = root / folder
     if not is_folder(folder):
         raise DataError(
             f"data set {spec.name} expects its files in {folder}, which is no folder",
-            fix=f"put them there or set {ROOT_VARIABLE}; docs/data.md says what goes where"
+            fix=f"put them there or set {ROOT_VARIABLE}; docs/reference/data.md says what goes where"
             if base is None
             else "check `folder` in its TOML file",
         )

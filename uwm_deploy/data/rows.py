@@ -255,7 +255,7 @@ def _lines(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is not an object", fix="one JSON object per item; see docs/data.md")
+        raise DataError(f"{where} is not an object", fix="one JSON object per item; see docs/reference/data.md")
     return value
 
 

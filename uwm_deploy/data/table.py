@@ -74,7 +74,9 @@ def _table_files(spec: CalibrationSet, folder: Path) -> list[Path]:
     name = spec.table.replace("{split}", spec.split)
     if not glob.has_magic(name):
         if not is_file(folder / name):
-            raise DataError(f"data set {spec.name} expects its table at {folder / name}", fix="see docs/data.md")
+            raise DataError(
+                f"data set {spec.name} expects its table at {folder / name}", fix="see docs/reference/data.md"
+            )
         return [folder / name]
     paths = matching(name, folder)
     if not paths:
@@ -190,7 +192,9 @@ class _Table:
     def _has_text(self, row: Row, column: str, where: str) -> bool:
         value = row.get(column) if column else None
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{where}: column {column!r} holds {str(value)[:40]!r}, not a text", fix="see docs/data.md")
+            raise DataError(
+                f"{where}: column {column!r} holds {str(value)[:40]!r}, not a text", fix="see docs/reference/data.md"
+            )
         return value is not None
 
     def _image(
@@ -208,7 +212,7 @@ class _Table:
                 continue
             if not isinstance(value, str):
                 raise DataError(
-                    f"{where}: image is {str(value)[:40]!r}, neither a path nor bytes", fix="see docs/data.md"
+                    f"{where}: image is {str(value)[:40]!r}, neither a path nor bytes", fix="see docs/reference/data.md"
                 )
             named.append(path_below(self._folder, value, where))
         if look and len(named) > 1:
@@ -221,7 +225,7 @@ class _Table:
 
     def _check_manifest_row(self, row: Row, where: str) -> None:
         if self._has is None and not all(isinstance(value, str) for value in row.values()):
-            raise DataError(f"{where} is not an object of strings", fix="see docs/data.md")
+            raise DataError(f"{where} is not an object of strings", fix="see docs/reference/data.md")
         _refuse_unknown(row, where)
 
 

@@ -1,4 +1,4 @@
-"""Opens zero-shot sets that are on this machine: by torchvision, or as folders of images (docs/zero-shot.md).
+"""Opens zero-shot sets that are on this machine: by torchvision, or as folders of images (docs/reference/zero-shot.md).
 
 Nothing is downloaded, ever: images and class names come from the user's folders.
 """
@@ -127,7 +127,9 @@ def published_set(spec: PublishedSet, root: Path) -> ZeroShotSet:
     """
     found = [root / folder for folder in spec.folders if is_folder(root / folder)]
     if not found:
-        raise PrerequisiteError(f"folder {short(root / spec.folders[0])} is not there", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(
+            f"folder {short(root / spec.folders[0])} is not there", fix="see docs/reference/zero-shot.md"
+        )
     if spec.loader == "torchvision":
         return _torchvision_set(spec, root, found[0])
     if spec.loader == "ucf101":
@@ -196,7 +198,9 @@ def _torchvision_set(spec: PublishedSet, root: Path, folder: Path) -> ZeroShotSe
         reason = (
             "files are missing or changed" if isinstance(error, RuntimeError) else str(error) or type(error).__name__
         )
-        raise DataError(f"folder {short(folder)} is not {spec.name}: {reason}", fix="see docs/zero-shot.md") from error
+        raise DataError(
+            f"folder {short(folder)} is not {spec.name}: {reason}", fix="see docs/reference/zero-shot.md"
+        ) from error
     keys = [_classes(part) for part in parts]
     if any(other != keys[0] for other in keys):
         raise DataError(f"folder {short(folder)}: its parts have different classes", fix="restore the set")
@@ -222,12 +226,14 @@ def _ucf101(spec: PublishedSet, folder: Path) -> ZeroShotSet:
     """Middle frames as images, and the three published test lists."""
     frames = next((folder / name for name in _FRAME_FOLDERS if is_folder(folder / name)), None)
     if frames is None:
-        raise PrerequisiteError(f"folder {short(folder / _FRAME_FOLDERS[0])} is not there", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(
+            f"folder {short(folder / _FRAME_FOLDERS[0])} is not there", fix="see docs/reference/zero-shot.md"
+        )
     videos: list[str] = []
     for number in (1, 2, 3):
         file = folder / "ucfTrainTestlist" / f"testlist0{number}.txt"
         if not is_file(file):
-            raise PrerequisiteError(f"file {short(file)} is not there", fix="see docs/zero-shot.md")
+            raise PrerequisiteError(f"file {short(file)} is not there", fix="see docs/reference/zero-shot.md")
         videos += [line.split()[0] for line in file.read_text("utf-8").splitlines() if line.strip()]
     there = {_squeezed(name): str(frames / name) for name in names_in(frames) if is_folder(frames / name)}
     keys = sorted({video.split("/")[0] for video in videos})
@@ -292,7 +298,7 @@ def _imagenet_names(folder: Path, home: Path) -> NameOf:
     candidates = [folder / NAMES_FILE, *(home / name for name in _IMAGENET_NAMES)]
     file = next((path for path in candidates if is_file(path)), None)
     if file is None:
-        raise PrerequisiteError(f"file {short(home / NAMES_FILE)} is not there", fix="see docs/zero-shot.md")
+        raise PrerequisiteError(f"file {short(home / NAMES_FILE)} is not there", fix="see docs/reference/zero-shot.md")
     names = _names_of_synsets(file)
     numbers = [key for key in _class_folders(folder) if key.isdecimal()]
     if not numbers:

@@ -178,6 +178,6 @@ def _open(text: str, root: Path | None, base: Path, demo_split: str) -> ZeroShot
     if root is None:
         raise PrerequisiteError(
             f"no folder of zero-shot sets: {ROOT_VARIABLE} is not set and no --data is given",
-            fix="see docs/zero-shot.md",
+            fix="see docs/reference/zero-shot.md",
         )
     return published_set(next(part for part in PUBLISHED if part.name == text), root)

@@ -1,1 +1,1 @@
-"""Unsafe Weights Manipulation (method.md sections 2 and 3) and the safety axis (docs/safety-axis.md): pure maths."""
+"""Unsafe Weights Manipulation (method.md sections 2 and 3) and the axis (docs/background/safety-axis.md): pure maths."""

@@ -1,4 +1,4 @@
-"""The safety axis: a closed-form edit of the last linear map of both towers (docs/safety-axis.md section 3).
+"""The safety axis: a closed-form edit of the last linear map of both towers (docs/background/safety-axis.md section 3).
 
 Everything is float64 and computed from sums (`Moments`). Each part of the formula is a function of its own, because the
 choice of the strength combines few parts into many settings.

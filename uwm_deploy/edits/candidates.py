@@ -33,7 +33,7 @@ PRESETS = {
     "G3": _setting(0.5, 0.5, 0.2, 1.0, 0.5),
     "G4": _setting(0.5, 1.0, 0.6, 0.5, 0.5),
 }
-"""Settings by their names in docs/safety-axis.md section 5."""
+"""Settings by their names in docs/background/safety-axis.md section 5."""
 
 TABLE = (
     _setting(0.5, 1.0, 0.1, 1.0, 0.0, 3e-2, (3, 0.2, 0.2)),

@@ -1,4 +1,4 @@
-"""A closed-form step, from the sums of a fit to tensors of the model (docs/safety-axis.md).
+"""A closed-form step, from the sums of a fit to tensors of the model (docs/background/safety-axis.md).
 
 The step is solved in float64 on the CPU. The caller checks the edited model against the solution on real inputs.
 """

@@ -1,4 +1,4 @@
-"""Placement `weights`: a map is folded into the model's own projection and bias (docs/safety-axis.md section 4)."""
+"""Placement `weights`: a map is folded into the model's projection and bias (docs/background/safety-axis.md section 4)."""
 
 from __future__ import annotations
 

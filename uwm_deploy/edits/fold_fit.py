@@ -1,4 +1,4 @@
-"""One fit applied to held-out items, for many settings at little cost (docs/safety-axis.md sections 3 and 5).
+"""One fit applied to held-out items, for many settings at little cost (docs/background/safety-axis.md sections 3 and 5).
 
 An edit has few parts: a score per (a, rho), repelling axes per rho, one redirect, one set of spare axes. A setting only
 combines them: with B = W + tau D and the spare axes U,

@@ -1,4 +1,4 @@
-"""Importance by gradients, the two published baselines: the mean over batches of ``|dL/dW|`` (docs/methods.md).
+"""Importance by gradients, the two published baselines: the mean over batches of ``|dL/dW|`` (docs/background/methods.md).
 
 The absolute value is taken of a batch's gradient, so the result depends on the batch size. The loss needs all of a batch's
 embeddings at once, the gradient of the weights does not: embeddings are computed without a graph, the loss is differentiated

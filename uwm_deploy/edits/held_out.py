@@ -1,4 +1,4 @@
-"""Outcomes of a fit on held-out items: decisions, retrieval, zero-shot (docs/safety-axis.md section 5)."""
+"""Outcomes of a fit on held-out items: decisions, retrieval, zero-shot (docs/background/safety-axis.md section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method as data: its formula, how it selects, and the settings it was published with (docs/methods.md).
+"""Every method as data: its formula, how it selects, and the settings it was published with (docs/background/methods.md).
 
 In comments, "field" is the survey in which the published numbers were collected, and run.sh is a script of the official
 code.
@@ -79,7 +79,7 @@ PRESETS = {
     Method.DIFFERENCE: Preset(text=_UWM_HARD, image=_UWM_HARD, pairing=Pairing.DIFFERENCE, signed=True),
     # The paper's wording of Eq. 10, otherwise the method itself.
     Method.RATIO_OF_MEANS: Preset(text=_UWM, image=_UWM, pairing=Pairing.RATIO_OF_MEANS),
-    # Closed form (docs/safety-axis.md): nothing is selected.
+    # Closed form (docs/background/safety-axis.md): nothing is selected.
     Method.SAFETY_AXIS: Preset(text=_NOTHING, image=_NOTHING),
     Method.LEACE: Preset(text=_NOTHING, image=_NOTHING),
     Method.NONE: Preset(text=_NOTHING, image=_NOTHING),

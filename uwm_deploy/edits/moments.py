@@ -1,4 +1,4 @@
-"""Sums over a tower's pooled features that the closed-form edit is fitted from (docs/safety-axis.md sections 2 and 3).
+"""Sums over a tower's pooled features, for a closed-form edit (docs/background/safety-axis.md sections 2 and 3).
 
 They are sums, so the batch size, the order of the batches and the number of processes do not change the fit.
 """
@@ -68,7 +68,7 @@ class Moments:
 
     @property
     def mean_length(self) -> float:
-        """Mean ||W x_s||, n in docs/safety-axis.md section 2."""
+        """Mean ||W x_s||, n in docs/background/safety-axis.md section 2."""
         return self.length_sum / self.count
 
     @property

@@ -1,4 +1,4 @@
-"""Choosing the strength of the safety axis from kept features (docs/safety-axis.md sections 5 and 8).
+"""Choosing the strength of the safety axis from kept features (docs/background/safety-axis.md sections 5 and 8).
 
 Every candidate is cross-validated: fitted without a fold, and measured on the held-out items of that fold. Folds are of two
 kinds: drawn at random, and whole concepts, which shows what happens to a hazard that the fit has not seen. Each item counts

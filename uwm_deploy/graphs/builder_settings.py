@@ -11,7 +11,7 @@ from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.graph import Profile
 
 _MIB = 1 << 20
-_SEE = "see docs/compile.md"
+_SEE = "see docs/how-to/compile.md"
 _HARDWARE = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
 
 

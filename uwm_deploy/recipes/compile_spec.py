@@ -51,7 +51,7 @@ CURRENT_GPU = "current"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuilderSpec:
-    """How one flavour of TensorRT builds its engines (docs/compile.md).
+    """How one flavour of TensorRT builds its engines (docs/how-to/compile.md).
 
     Attributes:
         workspace_mib: Most memory in MiB that a layer may take for itself while it runs; 0 sets no limit.
@@ -75,7 +75,7 @@ class BuilderSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxRuntimeSpec:
-    """What graphs for ONNX Runtime are made for (docs/compile.md).
+    """What graphs for ONNX Runtime are made for (docs/how-to/compile.md).
 
     Attributes:
         providers: One, or several; each is a variant of its own.

@@ -36,7 +36,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSet:
-    """One file of `calibration/`: which quadruples, never their content (docs/data.md).
+    """One file of `calibration/`: which quadruples, never their content (docs/reference/data.md).
 
     Attributes:
         source: ``"demo"`` (the drawn world), ``"manifest"`` (JSON Lines or Parquet with our own column names),
@@ -116,7 +116,7 @@ def _check_columns(spec: CalibrationSet, where: str) -> None:
                 f"{where}: columns name one {kind} of the pair", fix=f"give safe_{kind} and unsafe_{kind}"
             )
     if spec.source == "table" and not (columns.safe_text or columns.safe_image):
-        raise RecipeError(f"{where}: columns name neither texts nor images", fix="see docs/data.md")
+        raise RecipeError(f"{where}: columns name neither texts nor images", fix="see docs/reference/data.md")
 
 
 def _check_sampling(spec: CalibrationSet, where: str) -> None:

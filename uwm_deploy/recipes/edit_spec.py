@@ -45,7 +45,7 @@ class EditSpecs:
     """The step that selects entries, one EditSpec per tower; with the methods that select nothing it is empty-handed.
 
     Attributes:
-        method: The method that the values below are for (docs/methods.md).
+        method: The method that the values below are for (docs/background/methods.md).
         per_concept: One score per concept of the set, selections united.
         towers: Those that are scored and edited; the other one goes through the chain as it is.
     """
@@ -63,7 +63,7 @@ class EditSpecs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisSpec:
-    """How a closed-form step is placed, and how its strength is chosen (docs/safety-axis.md).
+    """How a closed-form step is placed, and how its strength is chosen (docs/background/safety-axis.md).
 
     Attributes:
         placement: Into the weights, or behind the embedding; `auto` takes the weights where the family can.
@@ -85,7 +85,7 @@ class StepSpec:
     """One ``[[edit]]`` of a recipe: a step of the edit.
 
     Attributes:
-        method: What the values below are for (docs/methods.md).
+        method: What the values below are for (docs/background/methods.md).
         per_concept: See `EditSpecs`.
         towers: See `EditSpecs`.
         text: Of a method that selects entries.
@@ -151,7 +151,7 @@ def check_step(step: StepSpec, where: str) -> None:
     for tower in BOTH_TOWERS:
         edit = step.image if tower is TowerName.IMAGE else step.text
         if edit is None:
-            raise RecipeError(f"{where}: missing key {tower.value!r}", fix="see docs/recipes.md")
+            raise RecipeError(f"{where}: missing key {tower.value!r}", fix="see docs/reference/recipes.md")
         _check_entries(edit, f"{where}.{tower.value}")
     assert step.text is not None
     assert step.image is not None
@@ -183,7 +183,7 @@ def _check_entries(edit: EditSpec, where: str) -> None:
     if edit.rule is Rule.MEAN_ABS_GRADIENT or edit.pairing in (Pairing.UNSAFE_ONLY, Pairing.DIFFERENCE):
         raise RecipeError(
             f"{where} asks for a formula that belongs to a method of its own",
-            fix="set edit.method; docs/methods.md lists them",
+            fix="set edit.method; docs/background/methods.md lists them",
         )
     if edit.gradient_batch < 0:
         raise RecipeError(f"{where}.gradient_batch is {edit.gradient_batch}", fix="use 0 for the published number")

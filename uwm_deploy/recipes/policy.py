@@ -1,4 +1,4 @@
-"""The limits of the gate (`ci/`): TOML to records, strictly. docs/policy.md is the whole schema.
+"""The limits of the gate (`ci/`): TOML to records, strictly. docs/reference/policy.md is the whole schema.
 
 A limit that every number keeps, and a policy that cannot fail anything, are refused.
 """
@@ -15,7 +15,7 @@ from uwm_deploy.errors import RecipeError
 from uwm_deploy.recipes.strict_toml import record_from_toml
 from uwm_deploy.records.graph import Precision, Target
 
-DOCS = "docs/policy.md"
+DOCS = "docs/reference/policy.md"
 
 SECTIONS = ("edit", "artifact", "concept", "baseline", "risk")
 """Arrays of limits; each says what is compared with what."""
@@ -26,7 +26,7 @@ class Limit:
     """One limit of a policy.
 
     Attributes:
-        metric: What is compared; docs/policy.md lists the names.
+        metric: What is compared; docs/reference/policy.md lists the names.
         at_least: Smallest value that passes.
         at_most: Largest value that passes.
         bound: Whether the measured value must keep it, or the end of its 95% interval that is worse (non-inferiority).

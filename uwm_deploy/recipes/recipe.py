@@ -89,7 +89,7 @@ class DataSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
-    """Settings of training that this model asks for; 0 takes the method's published number (docs/training.md).
+    """Settings of training that this model asks for; 0 takes the method's published number (docs/how-to/training.md).
 
     Attributes:
         rank: Of the adapters.

@@ -17,7 +17,7 @@ FORMAT = 1
 R = TypeVar("R")
 
 
-def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/recipes.md") -> R:
+def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/reference/recipes.md") -> R:
     """Parses a file of one kind.
 
     Args:

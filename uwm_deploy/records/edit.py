@@ -15,7 +15,7 @@ MAP_NAMES = {TowerName.IMAGE: "image_map", TowerName.TEXT: "text_map"}
 
 
 class Method(StrEnum):
-    """How entries are found; docs/methods.md. All end in the same kind of patch, verified and gated in the same way."""
+    """How entries are found, docs/background/methods.md. All end in a patch of one kind, verified and gated alike."""
 
     UWM = "uwm"
     GRADIENT_UNSAFE = "gradient-unsafe"
@@ -31,7 +31,7 @@ class Method(StrEnum):
 
 
 CLOSED_FORM = (Method.SAFETY_AXIS, Method.LEACE)
-"""Methods that replace the last linear map of both towers by a formula; docs/safety-axis.md."""
+"""Methods that replace the last linear map of both towers by a formula; docs/background/safety-axis.md."""
 
 
 def methods_name(methods: Iterable[Method]) -> str:

@@ -90,7 +90,7 @@ class HeadTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyHead:
-    """A head on the tokens of the edited image tower (docs/safety-head.md); its weights are a file beside the record.
+    """A head on the tokens of the edited image tower (docs/how-to/safety-head.md); its weights are a file beside the record.
 
     Attributes:
         categories: Of `risk_logits`, in order; the first is ``"safe"``, the others are the set's concepts.

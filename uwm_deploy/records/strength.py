@@ -9,7 +9,7 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisSetting:
-    """Strength of the safety axis (docs/safety-axis.md section 3); lengths are in units of the tower's mean embedding.
+    """Strength of the axis (docs/background/safety-axis.md section 3); lengths are in units of the tower's mean embedding.
 
     Attributes:
         g: Gain of the safety score on the axis that a tower scores on.
@@ -52,7 +52,7 @@ class StrengthLimit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrengthLimits:
-    """How much an edit may cost, points below the original; PS may not be lower at all (docs/safety-axis.md section 5).
+    """How much an edit may cost, points below the original; PS may not fall (docs/background/safety-axis.md section 5).
 
     Attributes:
         retrieval_loss: Of safe R@1, mean of both directions.

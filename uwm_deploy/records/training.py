@@ -12,7 +12,7 @@ from uwm_deploy.records.model import Digest, ModelRef
 
 
 class Trainer(StrEnum):
-    """How a model was trained for safety; docs/training.md."""
+    """How a model was trained for safety; docs/how-to/training.md."""
 
     SAFE_CLIP = "safe-clip"
     SAFER_CLIP = "safer-clip"

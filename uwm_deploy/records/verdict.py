@@ -14,7 +14,7 @@ from uwm_deploy.records.shape import LATER
 
 
 class Cause(StrEnum):
-    """What kind of fault a failing check points to; docs/faults.md lists who detects which."""
+    """What kind of fault a failing check points to; docs/reference/faults.md lists who detects which."""
 
     EDIT = "edit"
     WEIGHTS = "weights"

@@ -36,7 +36,7 @@ _ON_CPU = {
     Precision.FP16: "run on the CPU, which may compute in float32",
     Precision.FP8: "run on the CPU, computed in float32",
 }
-"""Precisions whose graphs run on a CPU that does not compute in them; docs/precision.md."""
+"""Precisions whose graphs run on a CPU that does not compute in them; docs/how-to/precision.md."""
 
 _PROVIDERS: dict[Provider, str] = {"cuda": "CUDA", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 

@@ -15,7 +15,7 @@ from uwm_deploy.records.verdict import Check, Verdict
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:uwm-deploy:evaluation-result:v1"
-"""docs/evidence.md has its fields."""
+"""docs/how-to/evidence.md has its fields."""
 
 SELF = "self_attested"
 """Who measures is who builds; a signature says who that is, and `gate --execute` measures again."""

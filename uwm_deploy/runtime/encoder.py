@@ -148,7 +148,7 @@ class SafeEncoder:
 
     @property
     def space(self) -> SpaceId:
-        """Id of the space of its embeddings; those of another space mean nothing beside them (docs/embedding.md)."""
+        """Id of the space of its embeddings; those of another space mean nothing beside them (docs/how-to/embedding.md)."""
         return space_of(self.manifest, self.variant)
 
     def encode_image(
@@ -166,7 +166,7 @@ class SafeEncoder:
                 which is read no faster than it is encoded; or an array (n, H, W, 3).
             dtype: Of the result.
             on_error: What becomes of the call when one of several images is broken.
-            risk: Give what the bundle's safety head says of each image, too, as `risk` of the result (docs/safety-head.md).
+            risk: Give what the safety head says of each image, too, as `risk` of the result (docs/how-to/safety-head.md).
 
         Returns:
             (n, d) in the asked dtype, rows of length 1; the row of a broken image is NaN and stands in `errors`.

@@ -1,4 +1,4 @@
-"""Images to pixels without torch, on Pillow as the source model's processor; docs/runtime.md says how near it comes."""
+"""Images to pixels without torch, by Pillow like the model's own processor; docs/reference/runtime.md says how near."""
 
 from __future__ import annotations
 

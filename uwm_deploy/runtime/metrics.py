@@ -1,7 +1,7 @@
 """What a serving process counts, in the classes of `prometheus_client`, one registry per encoder.
 
 Nothing is put into the registry of the host by itself: encoders of one process, and the host's own metrics, never meet
-unless the host registers one with the other (docs/runtime.md).
+unless the host registers one with the other (docs/reference/runtime.md).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ PROBED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precis
 def reason_not_executed(precision: Precision) -> str:
     """Empty when ONNX Runtime multiplies in a precision on the CPU, else what it says.
 
-    Being executed does not mean being fast, nor computing in that type: docs/precision.md.
+    Being executed does not mean being fast, nor computing in that type: docs/how-to/precision.md.
     """
     import numpy as np
     import onnxruntime as ort

@@ -22,7 +22,7 @@ MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
 
 LEAN_RUNTIME = "UWM_DEPLOY_LEAN_RUNTIME"
-"""Library of the TensorRT release that version-compatible engines were built with (docs/compile.md)."""
+"""Library of the TensorRT release that version-compatible engines were built with (docs/how-to/compile.md)."""
 
 
 @cache

@@ -36,7 +36,7 @@ PRECISIONS: Mapping[Place, tuple[Precision, ...]] = {
     "cuda": (Precision.FP16, Precision.BF16, Precision.AUTO, Precision.INT8, Precision.FP8, Precision.FP32),
     "cpu": (Precision.INT8, Precision.AUTO, Precision.FP32, Precision.BF16, Precision.FP16, Precision.FP8),
 }
-"""Of variants that are all proven, the one that is usually fastest there first (docs/runtime.md)."""
+"""Of variants that are all proven, the one that is usually fastest there first (docs/reference/runtime.md)."""
 
 
 @dataclass(frozen=True, slots=True)

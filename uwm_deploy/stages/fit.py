@@ -1,7 +1,7 @@
 """Stage `fit`: one pass over the pairs of both towers, summed for the closed-form step; some features kept for its strength.
 
 Sums only, in shards like scores: memory is flat, a killed run resumes, and any batch size and number of processes give the
-same step (docs/safety-axis.md).
+same step (docs/background/safety-axis.md).
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class _MeasuredTable:
             if self.no_quadruples:
                 return dataclasses.replace(not_run, reason=self.no_quadruples.what, fix=self.no_quadruples.fix)
             reasons = ", ".join(dict.fromkeys(sets.suite.missing.values()))
-            return dataclasses.replace(not_run, reason=reasons, fix="see docs/zero-shot.md")
+            return dataclasses.replace(not_run, reason=reasons, fix="see docs/reference/zero-shot.md")
         try:
             report = self.evaluator.measure(open_encoders(self._subject(row), self.reporter))
         except (InputError, PrerequisiteError) as error:  # the rows before it may have taken hours

@@ -1,4 +1,4 @@
-"""Placement `embedding`: one affine map behind a tower's embedding of length 1 (docs/safety-axis.md)."""
+"""Placement `embedding`: one affine map behind a tower's embedding of length 1 (docs/background/safety-axis.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every term of the trained systems' losses: pure functions of embeddings (docs/training.md).
+"""Every term of the trained systems' losses: pure functions of embeddings (docs/how-to/training.md).
 
 Safe-CLIP's terms are those of its released script, SafeR-CLIP's those of its paper; weights are in `training.settings`.
 """

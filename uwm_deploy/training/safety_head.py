@@ -1,4 +1,4 @@
-"""Trains a safety head on the tokens of a frozen vision tower (docs/safety-head.md)."""
+"""Trains a safety head on the tokens of a frozen vision tower (docs/how-to/safety-head.md)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _MORE_ITEMS = "measure on more items: a larger `limit` in the evaluation set, or
 
 _NO_ZERO_SHOT = (
     'name zero-shot sets that are here, such as `zero_shot = ["imagefolder:PATH"]`, in the evaluation set\'s TOML file '
-    "(docs/zero-shot.md); `uwm-deploy data check SET --for build` says which are missing"
+    "(docs/reference/zero-shot.md); `uwm-deploy data check SET --for build` says which are missing"
 )
 
 _SAFETY = ("GS", "PS", "PU", "P_", "Txt_s", "Img_s", "safe", "hard", "unsafe")
