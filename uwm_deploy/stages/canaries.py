@@ -76,7 +76,13 @@ def raw_images(
 
 
 def raw_texts(source: QuadrupleSource, items: Sequence[tuple[str, str]], edited: np.ndarray) -> RawCanaries:
-    """Some canaries of the text tower as users send them; see `raw_images`."""
+    """Some canaries of the text tower as users send them.
+
+    Args:
+        source: The set that they come from.
+        items: Id and side of the item of each canary.
+        edited: (k, d) float32, their embeddings by the edited tower.
+    """
     texts = list(_members(source, items, "text"))
     # What is written between such brackets is letters to a server, and a special token to the model.
     kept = [i for i, text in enumerate(texts) if "<" not in text][:RAW]
