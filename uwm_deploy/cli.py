@@ -11,7 +11,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.commands.failure import say
-from uwm_deploy.runtime.cores import wait_without_spinning
+from uwm_deploy.runtime.cores import fit_to_machine
 from uwm_deploy.runtime.memory import leave_at_once
 
 SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
@@ -122,7 +122,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; the process ends here."""
-    wait_without_spinning()
+    fit_to_machine()
     try:
         cli.main(args=list(arguments) if arguments is not None else None, prog_name="uwm-deploy")
     except SystemExit as ended:

@@ -20,7 +20,7 @@ import time
 SPIN = "while True: pass"
 OURS = "from uwm_deploy.cli import main; import sys; main(sys.argv[1:])"
 # The command's own choice is left out; nothing else is changed.
-DEFAULT = "import uwm_deploy.cli as c, sys; c.wait_without_spinning = lambda: None; c.main(sys.argv[1:])"
+DEFAULT = "import uwm_deploy.cli as c, sys; c.fit_to_machine = lambda: None; c.main(sys.argv[1:])"
 VARIANTS = {"spinning": (DEFAULT, {}), "now": (OURS, {}), "passive": (OURS, {"OMP_WAIT_POLICY": "PASSIVE"})}
 
 

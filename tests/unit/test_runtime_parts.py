@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -24,8 +25,9 @@ from uwm_deploy.errors import BusyError, ContractError, DataError, InputError, P
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import Profile, TensorSpec
 from uwm_deploy.records.model import ImageSpec, TextSpec
+from uwm_deploy.report.doctor import threads_of
 from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher
-from uwm_deploy.runtime.cores import cores
+from uwm_deploy.runtime.cores import affinity, cores, fit_to_machine
 from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
@@ -384,13 +386,34 @@ def test_events_reach_the_logger(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quota", "most"), [("100000 100000", 1), ("250000 100000", 3), ("max 100000", 10**6), ("", 10**6)]
+    ("given", "most"), [("100000 100000", 1), ("250000 100000", 3), ("max 100000", 10**6), ("", 10**6)]
 )
-def test_cores_keep_the_quota_of_a_container(tmp_path: Path, quota: str, most: int) -> None:
+def test_cores_keep_the_quota_of_a_container(tmp_path: Path, given: str, most: int) -> None:
     """A container with one core's time is not given the threads of its host."""
-    (tmp_path / "cpu.max").write_text(quota)
+    (tmp_path / "cpu.max").write_text(given)
     assert 1 <= cores(tmp_path / "cpu.max") <= most
     assert cores(tmp_path / "missing") >= 1
+    assert quota(tmp_path / "cpu.max") == {1: 1.0, 3: 2.5}.get(most)
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_threads_keep_the_quota_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+) -> None:
+    """Half a core is one thread of PyTorch; who said another number has it."""
+    (tmp_path / "cpu.max").write_text("50000 100000")
+    monkeypatch.setattr(os, "environ", given)
+    fit_to_machine(tmp_path / "cpu.max")
+    assert given.get("OMP_NUM_THREADS", "1") == found
+    assert ("OMP_NUM_THREADS" in given) == (affinity() > 1 or found == "3")
+    assert given["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_doctor_warns_of_a_quota() -> None:
+    """Half a core is told, with what helps; none is no word."""
+    half, none = threads_of(0.5), threads_of(None)
+    assert (half.ok, "quota of 0.5 cores" in half.detail) == (False, True)
+    assert (none.ok, "quota" in none.detail) == (True, False)
 
 
 def test_buckets_are_powers_of_two_and_the_profile() -> None:

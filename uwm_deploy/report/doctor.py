@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from uwm_deploy import __version__
 from uwm_deploy.records.graph import Precision, Provider, Target
+from uwm_deploy.runtime.cores import affinity, cores, quota
 from uwm_deploy.runtime.machine import gpus, processor
 from uwm_deploy.runtime.probe import PROBED, reason_not_executed
 from uwm_deploy.runtime.providers import provider_reason
@@ -62,12 +63,28 @@ def capabilities() -> list[Capability]:
         Capability(what="uwm-deploy", ok=True, detail=__version__),
         Capability(what="python", ok=True, detail=platform.python_version()),
         Capability(what="cpu", ok=True, detail=f"{os.cpu_count()} cores, {processor()}"),
+        threads_of(quota()),
         _gpu(),
         *map(_package, _PACKAGES),
         *map(_target, Target),
         *(_precision(target, precision, usable(target)) for target in Target for precision in PROBED),
         *_gpu_only(),
     ]
+
+
+def threads_of(limit: float | None) -> Capability:
+    """What commands use of the cores.
+
+    Args:
+        limit: Cores' time that a container is given; None where there is no limit.
+    """
+    used = os.environ.get("OMP_NUM_THREADS") or str(cores())
+    detail = f"{used} of {affinity()} usable cores"
+    if limit is not None and limit < affinity():
+        detail += (
+            f"; a container's quota of {limit:g} cores: what waits for its next turn looks slow, so give it whole cores"
+        )
+    return Capability(what="threads", ok=limit is None or limit >= 1, detail=detail)
 
 
 def _gpu() -> Capability:

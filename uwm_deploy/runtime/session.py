@@ -13,6 +13,7 @@ import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
@@ -242,6 +243,9 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if cores() < affinity():  # it counts the cores of the host, and a thread that spins eats the container's time
+            options.intra_op_num_threads = threads or cores()
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
         options.graph_optimization_level = {
             "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
