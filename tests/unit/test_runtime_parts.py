@@ -27,7 +27,7 @@ from uwm_deploy.records.graph import Profile, TensorSpec
 from uwm_deploy.records.model import ImageSpec, TextSpec
 from uwm_deploy.report.doctor import threads_of
 from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher
-from uwm_deploy.runtime.cores import affinity, cores, fit_to_machine
+from uwm_deploy.runtime.cores import affinity, cores, fit_to_machine, quota
 from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
