@@ -15,6 +15,10 @@ from uwm_deploy.runtime.cores import fit_to_machine
 from uwm_deploy.runtime.memory import leave_at_once
 
 SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "Start": {
+        "init": ("start", "Writes a small project that builds as it stands."),
+        "data": ("data", "Makes a data set of your own, or checks one."),
+    },
     "Build": {
         "build": ("build", "Makes a proven bundle of a model: the whole pipeline."),
         "score": ("build", "Scores the weights on the calibration set."),
@@ -55,7 +59,6 @@ SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "inspect": ("look", "Shows what a bundle or one of its files holds."),
         "report": ("look", "Writes a web page about a bundle or a run folder."),
         "models": ("look", "Lists the recipes that are shipped."),
-        "data": ("data", "Checks a data set, or writes a manifest of pictures."),
         "doctor": ("look", "Says what this machine can do."),
     },
 }

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import PATH, flag, option, repeated, takes_options
+from uwm_deploy.commands.fields import FOLDER, PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import PolicyOptions, WorkerOptions
 from uwm_deploy.commands.shown import Shown, prints
-from uwm_deploy.errors import ExitCode
+from uwm_deploy.errors import ExitCode, InputError
 
 
 @click.group(cls=InOrder)
 def data() -> None:
-    """Checks a data set, or writes a manifest of pictures.
+    """Makes a data set of your own, or checks one.
 
     \b
     Example:
@@ -91,7 +91,11 @@ class ManifestOptions:
         "--out",
         required=True,
         type=PATH,
-        help="Manifest: .jsonl or .parquet; in FOLDER or a folder above it.",
+        help="Manifest: .jsonl or .parquet; in SOURCE or a folder above it.",
+    )
+    unsafe: Path | None = option("--unsafe", type=FOLDER, help="Folder of the unsafe files; SOURCE has the safe ones.")
+    columns: tuple[str, ...] = repeated(
+        "--column", metavar="KEY=NAME", help="A table's column NAME is KEY; repeatable."
     )
     embed: bool = flag("--embed", help="Put the images into the Parquet file, which may then lie anywhere.")
     drop_unpaired: bool = flag(
@@ -101,22 +105,72 @@ class ManifestOptions:
 
 
 @data.command("make")
-@click.argument("folder", type=PATH)
+@click.argument("source", type=PATH)
 @takes_options
 @prints
-def data_make(folder: Path, asked: ManifestOptions) -> Shown:
-    """Writes a manifest of the pictures and captions in a folder.
+def data_make(source: Path, asked: ManifestOptions) -> Shown:
+    """Writes a manifest from folders, a table, or shards.
 
-    They are FOLDER/CONCEPT/{safe,unsafe}/NAME.jpg, with captions beside them in NAME.txt. Images alone and captions alone
-    will do; without folders for concepts, FOLDER/{safe,unsafe} is one concept.
+    \b
+    SOURCE is one of these:
+      a folder     SOURCE/{safe,unsafe}/NAME.jpg, with captions in NAME.txt;
+                   or SOURCE/CONCEPT/{safe,unsafe}, one folder per concept
+      two folders  SOURCE holds the safe files, --unsafe the others
+      a table      CSV, TSV, JSON, JSON Lines, Parquet or Arrow
+      a data set   a folder that Hugging Face save_to_disk wrote
+      WebDataset   a .tar file, or a folder of them
+
+    Pictures alone and captions alone will do. Columns are called id, concept, safe_image, unsafe_image, safe_text and
+    unsafe_text; --column gives another name.
 
     \b
     Example:
       uwm-deploy data make pictures --out pictures/pairs.jsonl
-      uwm-deploy data make pictures --out pairs.parquet --embed
+      uwm-deploy data make calm --unsafe wild --out pairs.parquet --embed
+      uwm-deploy data make pairs.csv --column safe_text=caption --out pairs.jsonl
     """
+    from uwm_deploy.data.gather import gather_manifest, is_other_form
     from uwm_deploy.data.make import make_manifest
     from uwm_deploy.report.tables.data_sets import print_made_manifest
 
-    made = make_manifest(folder, asked.out, embed=asked.embed, drop_unpaired=asked.drop_unpaired, force=asked.force)
+    if is_other_form(source):
+        if asked.unsafe is not None:
+            raise InputError("--unsafe is for two folders of files", fix="leave it out")
+        columns = _columns(asked.columns)
+        made = gather_manifest(
+            source,
+            asked.out,
+            columns=columns,
+            embed=asked.embed,
+            drop_unpaired=asked.drop_unpaired,
+            force=asked.force,
+        )
+    else:
+        if asked.columns:
+            raise InputError("--column is for tables", fix="leave it out, or pass a table")
+        made = make_manifest(
+            source,
+            asked.out,
+            unsafe=asked.unsafe,
+            embed=asked.embed,
+            drop_unpaired=asked.drop_unpaired,
+            force=asked.force,
+        )
     return Shown(data=made, text=lambda: print_made_manifest(made, asked.out))
+
+
+def _columns(asked: tuple[str, ...]) -> dict[str, str]:
+    """What `--column` says, by key.
+
+    Raises:
+        InputError: If a key is unknown or given twice.
+    """
+    from uwm_deploy.data.gather import KEYS
+
+    found: dict[str, str] = {}
+    for text in asked:
+        key, _, name = text.partition("=")
+        if key not in KEYS or not name or key in found:
+            raise InputError(f"--column {text}", fix=f"write KEY=NAME once, with one of {', '.join(KEYS)}")
+        found[key] = name
+    return found

@@ -254,6 +254,19 @@ class FileSource:
         safe, unsafe = self._texts(index)
         return None if safe is None or unsafe is None else (safe, unsafe)
 
+    def members(self, index: int) -> tuple[Texts, Images]:
+        """Captions and images of one quadruple as they lie in the files; nothing is decoded.
+
+        Raises:
+            DataError: If one cannot be read; the item is named.
+        """
+        try:
+            return self._texts(index), self._members.images(self._index.rows[index])
+        except DataError as error:
+            if error.what.startswith("item "):
+                raise
+            raise self._named(index, error) from error
+
     def zero_shot(self, name: str) -> ZeroShotSet:
         """One of the zero-shot sets."""
         return self._zero_shot[name]

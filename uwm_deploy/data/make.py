@@ -1,4 +1,4 @@
-"""Writes a manifest from folders: FOLDER/CONCEPT/{safe,unsafe}/NAME.{jpg,txt,...}."""
+"""Writes a manifest, from folders: FOLDER/CONCEPT/{safe,unsafe}/NAME.{jpg,txt,...}; or from a set of another form."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from uwm_deploy.data.files import NAMED_LEFT_OUT, SIDES
 from uwm_deploy.data.finding import is_file, is_folder, names_in
@@ -34,14 +34,36 @@ _COLUMNS = ("id", "concept", "safe_image", "unsafe_image", "safe_text", "unsafe_
 Row = dict[str, Any]
 
 
+class Gathered(Protocol):
+    """Items on their way into a manifest; what it counts is complete once `rows` has run through."""
+
+    concepts: Counter[str]
+    pairs: Counter[str]
+    unpaired: list[LeftOut]
+    unpaired_count: int
+    ignored: list[str]
+    ignored_count: int
+
+    def rows(self) -> Iterator[Row]:
+        """Rows of the manifest."""
+
+
 def make_manifest(
-    folder: Path, out: Path, *, embed: bool = False, drop_unpaired: bool = False, force: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    unsafe: Path | None = None,
+    embed: bool = False,
+    drop_unpaired: bool = False,
+    force: bool = False,
 ) -> MadeManifest:
-    """Writes the manifest of a folder, whole or not at all.
+    """Writes the manifest of folders, whole or not at all.
 
     Args:
-        folder: Holds a folder per concept, each with ``safe/`` and ``unsafe/``; or these two, for one concept.
+        folder: Holds a folder per concept, each with ``safe/`` and ``unsafe/``; or these two, for one concept; or the safe
+            files themselves, where `unsafe` is given.
         out: JSON Lines or Parquet, by its ending. Image paths in it start from its own folder.
+        unsafe: Folder with the unsafe files.
         embed: Put the images into the Parquet file.
         drop_unpaired: Leave out items without a counterpart, instead of refusing them.
         force: Replace `out`.
@@ -51,52 +73,103 @@ def make_manifest(
         DataError: If the folder has another layout, or a caption cannot be read.
         PrerequisiteError: If pyarrow is missing, or the disk is full.
     """
-    parquet = out.suffix.lower() in PARQUET
+    check_place(out, embed=embed, force=force)
+    for one in filter(None, (folder, unsafe)):
+        if not is_folder(one):
+            raise InputError(f"{one} is no folder", fix="check the path")
+        if not embed:
+            refuse_outside(one, out)
+    walk = _Walk(folder, unsafe, home=None if embed else out.parent)
+    return write_manifest(walk, folder, out, embed=embed, drop_unpaired=drop_unpaired)
+
+
+def check_place(out: Path, *, embed: bool, force: bool) -> None:
+    """Checks that a manifest can go where it is asked for.
+
+    Raises:
+        InputError: If it cannot.
+    """
     if not is_manifest(out.name):
         raise InputError(f"{out} is no manifest's name", fix=f"end it in {', '.join((*JSON_LINES, *PARQUET))}")
-    if embed and not parquet:
+    if embed and out.suffix.lower() not in PARQUET:
         raise InputError("only Parquet holds images", fix="end --out in .parquet, or leave --embed out")
-    if not is_folder(folder):
-        raise InputError(f"{folder} is no folder", fix="check the path")
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"{out} is there already", fix="pass --force to replace a file, or choose another --out")
-    walk = _Walk(folder, prefix=None if embed else _prefix(folder, out))
+
+
+def write_manifest(gathered: Gathered, source: Path, out: Path, *, embed: bool, drop_unpaired: bool) -> MadeManifest:
+    """Writes what was gathered, whole or not at all.
+
+    Args:
+        gathered: The items.
+        source: Where they are from, for messages.
+        out: JSON Lines or Parquet, by its ending.
+        embed: The rows hold images, not paths.
+        drop_unpaired: Leave out items without a counterpart, instead of refusing them.
+
+    Raises:
+        DataError: If an item has no counterpart, or there is no item.
+        PrerequisiteError: If pyarrow is missing, or the disk is full.
+    """
     with whole_file(out) as stream:
-        if parquet:
-            _write_parquet(walk.rows(), stream, out, images=embed)
+        if out.suffix.lower() in PARQUET:
+            _write_parquet(gathered.rows(), stream, out, images=embed)
         else:
-            stream.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in walk.rows())
-        if walk.unpaired_count and not drop_unpaired:
-            first = ", ".join(f"{item.id}: {item.reason}" for item in walk.unpaired[:_NAMED_IN_A_LINE])
+            stream.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in gathered.rows())
+        if gathered.unpaired_count and not drop_unpaired:
+            first = ", ".join(f"{item.id}: {item.reason}" for item in gathered.unpaired[:_NAMED_IN_A_LINE])
             raise DataError(
-                f"items of {folder} without a counterpart: {walk.unpaired_count} ({first})",
+                f"items of {source} without a counterpart: {gathered.unpaired_count} ({first})",
                 fix="add it, or pass --drop-unpaired to leave them out",
             )
-        if not walk.concepts:
+        if not gathered.concepts:
             raise DataError(
-                f"{folder} has no pair of files with one name in safe/ and unsafe/", fix="see docs/reference/data.md"
+                f"{source} has no pair of files with one name in safe/ and unsafe/", fix="see docs/reference/data.md"
             )
     return MadeManifest(
-        n=walk.concepts.total(),
-        concepts=dict(sorted(walk.concepts.items())),
-        image_pairs=walk.pairs["image"],
-        text_pairs=walk.pairs["text"],
-        unpaired_count=walk.unpaired_count,
-        unpaired=tuple(walk.unpaired),
-        ignored_count=walk.ignored_count,
-        ignored=tuple(walk.ignored),
+        n=gathered.concepts.total(),
+        concepts=dict(sorted(gathered.concepts.items())),
+        image_pairs=gathered.pairs["image"],
+        text_pairs=gathered.pairs["text"],
+        unpaired_count=gathered.unpaired_count,
+        unpaired=tuple(gathered.unpaired),
+        ignored_count=gathered.ignored_count,
+        ignored=tuple(gathered.ignored),
     )
 
 
-def _prefix(folder: Path, out: Path) -> str:
-    """Path of the folder as the manifest's rows give it; a manifest names nothing outside its own folder."""
-    path = os.path.relpath(folder, out.parent)
-    if path.split(os.sep)[0] == os.pardir:
+def refuse_outside(path: Path, out: Path) -> None:
+    """A manifest names nothing outside its own folder.
+
+    Args:
+        path: An image, or the folder of images.
+        out: The manifest.
+
+    Raises:
+        InputError: If the manifest would have to.
+    """
+    if os.path.relpath(path, out.parent).split(os.sep)[0] == os.pardir:
         raise InputError(
             f"{out} would have to name images above its own folder",
-            fix=f"write it into {folder} or a folder above it, or pass --embed with a Parquet file",
+            fix=f"write it into {path} or a folder above it, or pass --embed with a Parquet file",
         )
-    return "" if path == os.curdir else Path(path).as_posix() + "/"
+
+
+def relative_path(path: Path, home: Path) -> str:
+    """Path of an image as a manifest in `home` gives it."""
+    return Path(os.path.relpath(path, home)).as_posix()
+
+
+def unpaired_reason(safe: Collection[str], unsafe: Collection[str]) -> str:
+    """What an item lacks.
+
+    Args:
+        safe: Kinds of its safe members, ``image`` or ``text``.
+        unsafe: Of its unsafe ones.
+    """
+    missing = [f"unsafe {kind}" for kind in sorted(set(safe) - set(unsafe))]
+    missing += [f"safe {kind}" for kind in sorted(set(unsafe) - set(safe))]
+    return f"no {' and no '.join(missing)}"
 
 
 @dataclass(slots=True)
@@ -104,12 +177,14 @@ class _Walk:
     """Goes through a folder in the order of names, one concept at a time, and counts.
 
     Attributes:
-        folder: Of all concepts.
-        prefix: What image paths begin with; None takes the images themselves.
+        folder: Of all concepts; of the safe files where `unsafe` is given.
+        unsafe: Of the unsafe files.
+        home: Folder that image paths start from; None takes the images themselves.
     """
 
     folder: Path
-    prefix: str | None
+    unsafe: Path | None
+    home: Path | None
     concepts: Counter[str] = field(default_factory=Counter)
     pairs: Counter[str] = field(default_factory=Counter)
     unpaired: list[LeftOut] = field(default_factory=list)
@@ -119,23 +194,29 @@ class _Walk:
 
     def rows(self) -> Iterator[Row]:
         """Rows of the manifest."""
+        if self.unsafe is not None:
+            yield from self._items("all", (self.folder, self.unsafe), "")
+            return
         names = self._names(self.folder)
         if set(names) & set(SIDES):
-            self._ignore(self.folder, [name for name in names if name not in SIDES])
-            yield from self._items("all", self.folder, "")
+            yield from self._items("all", self._sides(self.folder), "")
             return
         for name in names:
             if is_folder(self.folder / name):
-                yield from self._items(name, self.folder / name, f"{name}/")
+                yield from self._items(name, self._sides(self.folder / name), f"{name}/")
             else:
                 self._ignore(self.folder, [name])
 
-    def _items(self, concept: str, folder: Path, prefix: str) -> Iterator[Row]:
+    def _sides(self, folder: Path) -> tuple[Path, Path]:
+        """Folders of both sides in the folder of a concept."""
         names = self._names(folder)
         if not set(names) & set(SIDES):
             raise DataError(f"{folder} has neither safe/ nor unsafe/", fix="see docs/reference/data.md for the layout")
         self._ignore(folder, [name for name in names if name not in SIDES])
-        safe, unsafe = (self._files(folder / side) if side in names else {} for side in SIDES)
+        return folder / SIDES[0], folder / SIDES[1]
+
+    def _items(self, concept: str, folders: tuple[Path, Path], prefix: str) -> Iterator[Row]:
+        safe, unsafe = (self._files(folder) if is_folder(folder) else {} for folder in folders)
         for stem in sorted({*safe, *unsafe}):
             item = f"{prefix}{stem}"
             kinds = [set(side.get(stem, {})) for side in (safe, unsafe)]
@@ -143,9 +224,9 @@ class _Walk:
                 self._leave_out(item, *kinds)
                 continue
             row: Row = {"id": item, "concept": concept}
-            for side, files in zip(SIDES, (safe[stem], unsafe[stem]), strict=True):
+            for side, folder, files in zip(SIDES, folders, (safe[stem], unsafe[stem]), strict=True):
                 for kind, name in files.items():
-                    row[f"{side}_{kind}"] = self._member(kind, folder / side / name, f"{prefix}{side}/{name}")
+                    row[f"{side}_{kind}"] = self._member(kind, folder / name)
             self.concepts[concept] += 1
             self.pairs.update(kinds[0])
             yield row
@@ -174,27 +255,25 @@ class _Walk:
                 raise DataError(f"{folder} has the name {name!r}, which is not UTF-8", fix="rename it") from error
         return names
 
-    def _member(self, kind: str, path: Path, below: str) -> str | bytes:
+    def _member(self, kind: str, path: Path) -> str | bytes:
         if kind == "text":
             return _caption(path)
-        return f"{self.prefix}{below}" if self.prefix is not None else _bytes(path, MAX_BYTES)
+        return relative_path(path, self.home) if self.home is not None else bytes_of(path)
 
     def _ignore(self, folder: Path, names: list[str]) -> None:
         self.ignored_count += len(names)
-        self.ignored += [(folder / name).relative_to(self.folder).as_posix() for name in names]
+        self.ignored += [relative_path(folder / name, self.folder) for name in names]
         del self.ignored[NAMED_LEFT_OUT:]
 
     def _leave_out(self, item: str, safe: set[str], unsafe: set[str]) -> None:
         self.unpaired_count += 1
         if len(self.unpaired) < NAMED_LEFT_OUT:
-            missing = [f"unsafe {kind}" for kind in sorted(safe - unsafe)]
-            missing += [f"safe {kind}" for kind in sorted(unsafe - safe)]
-            self.unpaired.append(LeftOut(id=item, reason=f"no {' and no '.join(missing)}"))
+            self.unpaired.append(LeftOut(id=item, reason=unpaired_reason(safe, unsafe)))
 
 
 def _caption(path: Path) -> str:
     try:
-        text = _bytes(path, _LARGEST_CAPTION).decode("utf-8-sig").strip()
+        text = bytes_of(path, _LARGEST_CAPTION).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason}", fix="write captions as UTF-8") from error
     if not text:
@@ -202,7 +281,16 @@ def _caption(path: Path) -> str:
     return text
 
 
-def _bytes(path: Path, most: int) -> bytes:
+def bytes_of(path: Path, most: int = MAX_BYTES) -> bytes:
+    """Content of a file.
+
+    Args:
+        path: The file.
+        most: Largest number of bytes.
+
+    Raises:
+        DataError: If it is larger, or cannot be read.
+    """
     try:
         if path.stat().st_size > most:
             raise DataError(f"{path} has more than {most} bytes", fix="make it smaller")

@@ -150,7 +150,7 @@ class ParquetRows:
         if name in self._bytes:
             return [UNREAD_IMAGE if valid else None for valid in column.is_valid().to_pylist()]
         if name in self._structs:
-            return _announced(column)
+            return announced_images(column)
         values: list[Any] = column.to_pylist()
         return values
 
@@ -204,8 +204,12 @@ def _types() -> Any:
     return types
 
 
-def _announced(column: Any) -> list[Any]:
-    """What each `{bytes, path}` struct of an array holds."""
+def announced_images(column: Any) -> list[Any]:
+    """What each `{bytes, path}` struct of an array holds.
+
+    Args:
+        column: An array of pyarrow.
+    """
     fields = {field.name for field in column.type}
     nothing = [None] * len(column)
     there = column.is_valid().to_pylist()

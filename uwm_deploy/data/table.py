@@ -1,4 +1,4 @@
-"""Quadruples of a table: JSON, JSON Lines, CSV or Parquet, with columns as the set's TOML file maps them."""
+"""Quadruples of a table: JSON, JSON Lines, CSV, Parquet or Arrow, with columns as the set's TOML file maps them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from uwm_deploy.data.arrow import ARROW, ArrowRows
 from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index_of
 from uwm_deploy.data.finding import is_file, matching
 from uwm_deploy.data.parquet import ParquetRows, UnreadImage, missing_column
@@ -60,14 +61,28 @@ def open_table(spec: CalibrationSet, folder: Path, base: Path | None) -> FileSou
     """
     manifest = spec.source == "manifest"
     paths = [folder / spec.manifest] if manifest else _table_files(spec, folder)
-    parts: list[Rows] = [
-        ParquetRows(path) if path.suffix.lower() in PARQUET else rows_of_text(path, lines=manifest) for path in paths
-    ]
+    parts = [rows_of(path, lines=manifest) for path in paths]
     rows = parts[0] if len(parts) == 1 else ManyFiles(parts)
     table = _Table(spec, rows, paths[0].parent if manifest else folder)
     if manifest and isinstance(parts[0], ParquetRows):
         table.keep_only(parts[0].columns, paths[0].name)
     return FileSource(spec, index_of(spec, table.entries(), strict=manifest), table, base)
+
+
+def rows_of(path: Path, *, lines: bool = False) -> Rows:
+    """Rows of a file of any format, by its ending.
+
+    Args:
+        path: The file.
+        lines: A text is JSON Lines, whatever it looks like.
+
+    Raises:
+        DataError: If it cannot be read.
+        PrerequisiteError: If pyarrow is needed and missing.
+    """
+    if path.suffix.lower() in PARQUET:
+        return ParquetRows(path)
+    return ArrowRows(path) if path.suffix.lower() in ARROW else rows_of_text(path, lines=lines)
 
 
 def _table_files(spec: CalibrationSet, folder: Path) -> list[Path]:

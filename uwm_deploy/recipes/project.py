@@ -1,0 +1,99 @@
+"""The files of a small project that builds as it stands: two sets, a recipe, a policy, and the gate in CI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from uwm_deploy.recipes.shipped import read_toml
+
+MODEL, TRAIN, TEST, POLICY = "model.toml", "train.toml", "test.toml", "policy.toml"
+CI = "ci.yml"
+
+_SET = """\
+# {what}
+# It is a set of the drawn demo world, so that the project builds as it stands.
+# For your own set, remove the lines from `source` to `limit`, and take the three lines below them.
+format = 1
+name = "{name}"
+source = "demo"
+split = "{split}"
+limit = {limit}
+# source = "manifest"
+# manifest = "{name}-pairs.jsonl"   # written by: uwm-deploy data make PICTURES --out {name}-pairs.jsonl
+# limit = 0                         # 0 takes all pairs
+{zero_shot}"""
+
+_OWN_ZERO_SHOT = """\
+# Labelled pictures measure what the model knows: one folder per class, below `labelled`.
+# zero_shot = ["imagefolder:labelled::a photo of a {}."]
+"""
+
+_RECIPE = """\
+# The recipe: which model, how it is edited, and what it is compiled for. docs/reference/recipes.md has every key.
+# For your own model, set `family` and `repo`. `repo` is a folder with config.json and safetensors, or a name on the hub with
+# its commit in `revision`. `uwm-deploy models` lists the shipped recipes: begin with the one of your family.
+"""
+
+_POLICY = """\
+# The policy: the limits that a build must keep. It begins as a copy of the policy `default`.
+"""
+
+_CI = """\
+# The gate as a job of GitHub Actions. Copy this file to .github/workflows/. The bundle must be in the repository, or come
+# from an earlier job. uwm-deploy is on no package index yet: put a wheel of it into wheels/ (pip wheel --no-deps .).
+name: gate
+on: [push, pull_request]
+jobs:
+  gate:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v4
+      - run: python3 -m pip install wheels/uwm_deploy-*.whl
+      - run: uwm-deploy gate {bundle} --policy {policy} --junit gate.xml --markdown gate.md
+"""
+
+
+def project_files(folder: Path) -> Mapping[str, str]:
+    """Content of each file of a project, by its name.
+
+    Args:
+        folder: Where they will lie, as the commands in them give it.
+    """
+    recipe = read_toml("export", "demo")[0]
+    policy = read_toml("ci", "default")[0]
+    shipped_sets = '["shape", "colour", "background"]'
+    return {
+        TRAIN: _SET.format(
+            what="Calibration: the edit is made from these pairs.",
+            name="train",
+            split="calibration",
+            limit=1024,
+            zero_shot="",
+        ),
+        TEST: _SET.format(
+            what="Evaluation: everything is measured on these quadruples, which the edit never saw.",
+            name="test",
+            split="test",
+            limit=1000,
+            zero_shot=f"zero_shot = {shipped_sets}\n{_OWN_ZERO_SHOT}",
+        ),
+        MODEL: _RECIPE + _named(_after_comments(recipe), "demo", "model"),
+        POLICY: _POLICY + _named(policy, "default", "policy"),
+        CI: _CI.format(bundle="dist/model", policy=(folder / POLICY).as_posix()),
+    }
+
+
+def _after_comments(text: str) -> str:
+    """A file without the comments that it begins with."""
+    lines = text.splitlines(keepends=True)
+    while lines and lines[0].startswith("#"):
+        del lines[0]
+    return "".join(lines)
+
+
+def _named(text: str, old: str, new: str) -> str:
+    """A file under another name; a name must be its file's."""
+    line = f'name = "{old}"'
+    assert line in text
+    return text.replace(line, f'name = "{new}"', 1)
