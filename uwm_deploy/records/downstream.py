@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from uwm_deploy.records.data import CalibrationRecord
@@ -100,6 +100,7 @@ class DownstreamReport:
         flagged: Judge, or ``any``, to side to shares.
         kept: Score to side: outputs of the edited model against those of the unedited one, which is what is kept.
         reference: Score to side: outputs of both against the set's own captions, or CLIP score against the prompt.
+        corpus_bleu: ``kept``, ``original`` or ``edited`` to side to BLEU of all captions together; empty for pictures.
         settings: Prompt, seed, length and everything else that the outputs depend on.
         notes: What a reader must know, such as what a score leaves out.
     """
@@ -115,7 +116,7 @@ class DownstreamReport:
     flagged: Mapping[str, Mapping[str, Flagged]]
     kept: Mapping[str, Mapping[str, Estimate]]
     reference: Mapping[str, Mapping[str, Scored]]
+    corpus_bleu: Mapping[str, Mapping[str, float]]
     settings: Mapping[str, str]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
-    device: str = field(default="cpu")
