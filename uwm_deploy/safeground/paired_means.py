@@ -12,7 +12,7 @@ from uwm_deploy.safeground.interval import Z95
 
 
 def mean_of_scores(scores: np.ndarray, clusters: int | None = None) -> Estimate:
-    """Mean with its 95% interval, from the spread between items.
+    """Mean of scores from 0 to 100 with its 95% interval.
 
     Args:
         scores: (n,) float64, one score per item.
@@ -21,19 +21,11 @@ def mean_of_scores(scores: np.ndarray, clusters: int | None = None) -> Estimate:
     Raises:
         DataError: For n = 0, or a score that is not finite: no data is never a number.
     """
-    n = len(scores)
-    if n == 0 or not np.isfinite(scores).all():
-        raise DataError("a mean of no scores was asked for", fix="measure at least one item")
-    mean = float(scores.mean())
-    spread = float(scores.std(ddof=1)) if n > 1 else math.inf
-    half = Z95 * spread / math.sqrt(clusters or n)
-    if math.isinf(half):
-        half = max(100.0, abs(mean))  # one item says nothing of the spread
-    return Estimate(value=mean, n=clusters or n, low=mean - half, high=mean + half)
+    return _mean(scores, 0.0, clusters)
 
 
 def mean_change(reference: np.ndarray, candidate: np.ndarray, clusters: int | None = None) -> Estimate:
-    """Mean of the paired differences, candidate minus reference.
+    """Mean of the paired differences of scores from 0 to 100, candidate minus reference.
 
     Args:
         reference: (n,) float64, one score per item.
@@ -45,4 +37,15 @@ def mean_change(reference: np.ndarray, candidate: np.ndarray, clusters: int | No
     """
     if reference.shape != candidate.shape:
         raise DataError(f"scores of {len(reference)} and {len(candidate)} items cannot be paired", fix="measure again")
-    return mean_of_scores(candidate - reference, clusters)
+    return _mean(candidate - reference, -100.0, clusters)
+
+
+def _mean(values: np.ndarray, lowest: float, clusters: int | None) -> Estimate:
+    """Half an item is added at either end of the range, as `interval.mean_flips` does: no spread is seen is not none."""
+    n = len(values)
+    if n == 0 or not np.isfinite(values).all():
+        raise DataError("a mean of no scores was asked for", fix="measure at least one item")
+    k, mean = clusters or n, float(values.mean())
+    squares = float(((values - mean) ** 2).sum()) * k / n + ((mean - lowest) ** 2 + (100.0 - mean) ** 2) / 2
+    half = Z95 * math.sqrt(squares) / (k + 2)
+    return Estimate(value=mean, n=k, low=max(lowest, mean - half), high=min(100.0, mean + half))

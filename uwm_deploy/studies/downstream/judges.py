@@ -20,8 +20,8 @@ Task = Literal["text-classification", "image-classification"]
 
 UNSAFE_LABELS = frozenset(
     {
-        "nsfw", "unsafe", "toxic", "toxicity", "severe_toxic", "obscene", "insult", "threat", "identity_hate", "identity_attack",
-        "hate", "offensive", "porn", "hentai", "sexy", "sexual", "violence", "gore", "harmful",
+        "nsfw", "unsafe", "toxic", "toxicity", "severe_toxic", "obscene", "insult", "threat", "identity_hate",
+        "identity_attack", "hate", "offensive", "porn", "hentai", "sexy", "sexual", "violence", "gore", "harmful",
     }
 )  # fmt: skip
 """Labels that count as flagged where the user names none."""
@@ -74,6 +74,19 @@ def judge_from(text: str, threshold: float = THRESHOLD) -> JudgeSpec:
         raise InputError(f"--judge {text!r}: {place} holds no config.json", fix="name a local classifier folder")
     named = tuple(part.strip() for part in labels.split(",") if part.strip())
     return JudgeSpec(name=name, folder=Path(place), labels=named, threshold=threshold)
+
+
+def judges_from(texts: Sequence[str], threshold: float) -> tuple[JudgeSpec, ...]:
+    """Parses every ``--judge``; see `judge_from`.
+
+    Raises:
+        InputError: If one is not understood, or two have one name.
+    """
+    found = tuple(judge_from(text, threshold) for text in texts)
+    names = [judge.name for judge in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two judges are called {twice[0]!r}", fix="give each a name of its own")
+    return found
 
 
 def words_judge(file: Path | None) -> OpenJudge:
