@@ -51,6 +51,7 @@ SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "sweep": ("study", "Measures many edits from one scoring pass."),
         "compare": ("study", "Compares every safety method on one model."),
         "evaluate": ("evaluate", "Measures models and bundles on an evaluation set."),
+        "downstream": ("downstream", "Measures what comes out behind an edited tower."),
         "reproduce": ("study", "Measures a published table again, and shows both."),
         "bench": ("bench", "Measures the speed of every variant of a bundle."),
         "train": ("train", "Trains other systems of the field, or a safety head."),

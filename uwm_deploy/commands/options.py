@@ -305,3 +305,10 @@ class OutputOptions:
         help="Folder for GitLab's code quality and metrics reports.",
     )
     github: bool = flag("--github", help="Annotations of GitHub Actions, its step summary and outputs.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkdownOptions:
+    """How the table is printed."""
+
+    markdown: bool = flag("--markdown", help="The table in Markdown.")

@@ -12,6 +12,7 @@ from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import (
     DataOptions,
     DeviceOptions,
+    MarkdownOptions,
     MethodOptions,
     ModelOptions,
     SelectionOptions,
@@ -204,13 +205,6 @@ class PublishedOptions:
     )
     download: bool = flag("--download", help="Fetch weights that are not on this machine.")
     work: Path | None = option("--work", type=PATH, help="Folder for the run folders of edits. [default: .uwm/methods]")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MarkdownOptions:
-    """How the table is printed."""
-
-    markdown: bool = flag("--markdown", help="The table in Markdown.")
 
 
 @click.command()

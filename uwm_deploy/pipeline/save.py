@@ -9,17 +9,18 @@ from pathlib import Path
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder
 from uwm_deploy.bundle.open import MANIFEST
 from uwm_deploy.errors import InputError, IntegrityError, UwmError
-from uwm_deploy.recipes.edit_spec import only_embeddings
+from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import read_record
-from uwm_deploy.records.edit import EditRecord, EditStep, Placement
+from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import Digest
 from uwm_deploy.report.card import CARD
 from uwm_deploy.stages.edit.edit import MODEL, RECORD
 from uwm_deploy.towers.formats import LAYOUTS, LibraryLayout, write_layout
 from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.protocol import LoadedModel
 
 _LIBRARY: dict[LibraryLayout, str] = {
     "transformers": "transformers", "open-clip": "open_clip", "sentence-transformers": "sentence-transformers",
@@ -56,15 +57,12 @@ def save_as(path: Path, layout: LibraryLayout, out: Path) -> Saved:
         IntegrityError: If the saved weights are not those that the edit made.
     """
     assert layout in LAYOUTS
-    folder, record = _edited_at(path)
+    folder, record = edited_at(path)
     if out.exists():
         raise InputError(f"{out} exists", fix="choose another --out")
-    if layout == "diffusers-text-encoder" and record.closed_form is not None:
-        raise InputError(_why_not_for_diffusion(record.closed_form), fix="use --method uwm, which changes those states")
-    recipe, _ = recipe_of(str(folder))
-    model = load_model(recipe, folder=folder, device="cpu")
-    if model.ref.weights_digest != record.edited_weights_digest:
-        raise IntegrityError(f"the weights in {folder} are not those that the edit made", fix="edit again")
+    if layout == "diffusers-text-encoder":
+        check_reaches_diffusion(record)
+    model = checked_model(folder, record)
     with whole_folder(out) as place:
         write_layout(model, folder, layout, place)
         if (told := _card_of(folder)).is_file():
@@ -86,14 +84,28 @@ def _card_of(model: Path) -> Path:
     return run.packaged.with_name(BundleLayout.CARD) if same else own
 
 
-def _why_not_for_diffusion(step: EditStep) -> str:
-    moved = step.axis is not None and step.axis.placement is Placement.WEIGHTS
-    more = ", and the bias of its last LayerNorm would move them" if moved else ""
-    return f"{only_embeddings(step.method)}: diffusion reads hidden states, which it does not make safer{more}"
+def checked_model(folder: Path, record: EditRecord, device: str = "cpu") -> LoadedModel:
+    """A saved edited model whose weights are those that the edit made.
+
+    Raises:
+        IntegrityError: If they are not.
+    """
+    recipe, _ = recipe_of(str(folder))
+    model = load_model(recipe, folder=folder, device=device)
+    if model.ref.weights_digest != record.edited_weights_digest:
+        raise IntegrityError(f"the weights in {folder} are not those that the edit made", fix="edit again")
+    return model
 
 
-def _edited_at(path: Path) -> tuple[Path, EditRecord]:
-    """The saved edited model and the record of the edit."""
+def edited_at(path: Path) -> tuple[Path, EditRecord]:
+    """The saved edited model at a path, and the record of the edit.
+
+    Args:
+        path: Run folder, its folder `edit`, or `edit/model`.
+
+    Raises:
+        InputError: If there is none.
+    """
     if (path / MANIFEST).is_file():
         raise InputError(f"{path} is a bundle, which holds graphs and no model", fix="pass the run folder (.uwm/MODEL)")
     found = next(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from uwm_deploy.records.codec import write_record
+from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.studies import MethodComparison, SweepReport
 from uwm_deploy.report.drawings import draw_comparison, draw_sweep
 from uwm_deploy.report.tables.compared_methods import markdown_of
+from uwm_deploy.report.tables.downstream import downstream_markdown
 from uwm_deploy.report.tables.sweep_points import sweep_csv, sweep_markdown
 
 
@@ -32,3 +34,9 @@ def write_comparison(result: MethodComparison, folder: Path) -> None:
     write_record(folder / "compare.json", result)
     (folder / "compare.md").write_text(markdown_of(result), encoding="utf-8")
     draw_comparison(result, folder / "compare.png")
+
+
+def write_downstream(report: DownstreamReport, folder: Path) -> None:
+    """Writes `caption.json` and `caption.md`, or `draw.json` and `draw.md`."""
+    write_record(folder / f"{report.kind}.json", report)
+    (folder / f"{report.kind}.md").write_text(downstream_markdown(report), encoding="utf-8")

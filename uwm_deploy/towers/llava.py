@@ -88,7 +88,11 @@ def from_architecture(architecture: Architecture) -> LoadedParts:
 
 def _hidden_state(model: nn.Module, layer: object) -> int:
     """Position of the select layer's output among the hidden states, counted from the front; 0 is the embedding."""
-    states = int(_clip(model).config.vision_config.num_hidden_layers) + 1
+    return _state_of(layer, int(_clip(model).config.vision_config.num_hidden_layers))
+
+
+def _state_of(layer: object, layers: int) -> int:
+    states = layers + 1
     if not isinstance(layer, int) or not 1 <= (found := layer % states if layer < 0 else layer) < states:
         raise InputError(f"{LAYER_KEY} is {layer!r}", fix=f"use one layer of the {states - 1}")
     return found
@@ -153,6 +157,89 @@ def vision_name(key: str) -> str:
     return after.removeprefix("vision_model.")
 
 
+def reads_of(llava: Path) -> Callable[[str], bool]:
+    """Whether a LLaVA checkpoint's language model reads what a tensor makes, by its name inside the vision model.
+
+    Raises:
+        InputError: If its features are selected otherwise than by one layer without the class token.
+    """
+    body = checkpoint.config_of_type(llava, ("llava",), FAMILY)
+    _check_selection(llava, body)
+    layers = int(checkpoint.table(body.get("vision_config"), "vision_config").get("num_hidden_layers", 24))
+    state = _state_of(body[LAYER_KEY], layers)
+    parts = ("embeddings.", "pre_layrnorm.", *(f"encoder.layers.{i}." for i in range(state)))
+    return lambda name: name.removeprefix("vision_model.").startswith(parts)
+
+
+def vision_of_edited(edited: Path, llava: Path, *, family_only: bool = False) -> dict[str, Tensor]:
+    """The vision weights of an edited model, for a LLaVA checkpoint.
+
+    Args:
+        edited: Saved edited model (`edit/model` of a run folder), or a checkpoint of CLIP such as Safe-CLIP's.
+        llava: LLaVA checkpoint folder.
+        family_only: Take only what a recipe of family llava made.
+
+    Returns:
+        Name inside the vision model to tensor.
+
+    Raises:
+        InputError: If one of the folders is of another kind, or the edit is behind the embeddings alone.
+    """
+    body = checkpoint.config_of_type(edited, ("clip",), FAMILY)
+    if (edited / MAPS).is_file():
+        raise InputError(
+            f"{edited.name} has maps behind its embeddings, and LLaVA uses the inner features before them",
+            fix="edit with --method uwm, which changes the layers that LLaVA uses",
+        )
+    _check_selection(llava, checkpoint.config_of_type(llava, ("llava",), FAMILY))
+    if family_only and LAYER_KEY not in body:
+        raise InputError(f"{edited.name} is no vision tower of LLaVA", fix="edit with a recipe of family llava")
+    return {
+        key.removeprefix("vision_model."): tensor
+        for file in checkpoint.weight_files(edited)
+        for key, tensor in load_file(file).items()
+        if key.startswith("vision_model.")
+    }
+
+
+def put_vision(model: nn.Module, new: dict[str, Tensor], edited: Path, reads: Callable[[str], bool]) -> int:
+    """Puts vision weights into a loaded LLaVA model.
+
+    Args:
+        model: LLaVA of `transformers`; changed.
+        new: See `vision_of_edited`.
+        edited: Where they are from, for messages.
+        reads: See `reads_of`.
+
+    Returns:
+        Number of tensors whose values changed and that its language model reads.
+
+    Raises:
+        InputError: If they do not fit, or nothing that is read changed.
+    """
+    reached = 0
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if not (name := vision_name(key)):
+                continue
+            if name not in new or new[name].shape != parameter.shape:
+                raise InputError(f"{key} does not fit {edited.name}", fix="edit this very checkpoint")
+            value = new[name].to(parameter.dtype).to(parameter.device)
+            reached += reads(name) and not torch.equal(value, parameter)
+            parameter.copy_(value)
+    if not reached:
+        raise nothing_reaches(edited)
+    return reached
+
+
+def nothing_reaches(edited: Path) -> InputError:
+    """The error for an edit that the language model would not notice."""
+    return InputError(
+        f"{edited.name} has the same weights as the checkpoint in every layer that its language model reads",
+        fix="edit with --method uwm and a recipe of family llava, which changes those layers",
+    )
+
+
 def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[str, int, int], None]) -> int:
     """Writes a LLaVA checkpoint with an edited vision tower; every other tensor and file stays as it is.
 
@@ -169,25 +256,11 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
         InputError: If one of the folders is of another kind, they do not fit each other, or the edit does not reach the
             layers that LLaVA uses.
     """
-    body = checkpoint.config_of_type(edited, ("clip",), FAMILY)
-    if (edited / MAPS).is_file():
-        raise InputError(
-            f"{edited.name} has maps behind its embeddings, and LLaVA uses the inner features before them",
-            fix="edit with --method uwm, which changes the layers that LLaVA uses",
-        )
-    llava_body = checkpoint.config_of_type(llava, ("llava",), FAMILY)
-    if LAYER_KEY not in body:
-        raise InputError(f"{edited.name} is no vision tower of LLaVA", fix="edit with a recipe of family llava")
-    new = {
-        key.removeprefix("vision_model."): tensor
-        for file in checkpoint.weight_files(edited)
-        for key, tensor in load_file(file).items()
-        if key.startswith("vision_model.")
-    }
-    _check_selection(llava, llava_body)
+    new = vision_of_edited(edited, llava, family_only=True)
+    reads = reads_of(llava)
     if out.exists():
         raise InputError(f"{out} exists", fix="choose another --out")
-    files, changed, placed = checkpoint.weight_files(llava), 0, set()
+    files, changed, reached, placed = checkpoint.weight_files(llava), 0, 0, set()
     with whole_folder(out) as folder:
         for position, file in enumerate(files):
             tensors = load_file(file)
@@ -196,7 +269,8 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
                 if name not in new or new[name].shape != tensors[key].shape:
                     raise InputError(f"{key} does not fit {edited.name}", fix="edit this very checkpoint")
                 value = new[name].to(tensors[key].dtype)
-                changed += not torch.equal(value, tensors[key])
+                differs = not torch.equal(value, tensors[key])
+                changed, reached = changed + differs, reached + (differs and reads(name))
                 tensors[key] = value
             placed |= set(ours.values())
             if ours:
@@ -206,6 +280,8 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
             progress("checkpoint files", position + 1, len(files))
         if missing := sorted(set(new) - placed):
             raise InputError(f"{llava.name} has no {missing[0]} in its vision tower", fix="edit this very checkpoint")
+        if not reached:
+            raise nothing_reaches(edited)
         for side in sorted(llava.iterdir()):
             if side.is_file() and side.suffix in (".json", ".txt", ".model", ".jinja"):
                 shutil.copyfile(side, folder / side.name)

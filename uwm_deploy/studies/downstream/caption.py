@@ -1,0 +1,247 @@
+"""Captions of a set's images by a language model, behind its own and behind an edited vision tower; judged and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uwm_deploy.data.open import open_source
+from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
+from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.pipeline.reach import check_reaches_language_model
+from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.records.downstream import SIDES, UNSAFE, DownstreamReport, EditedTower
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.versions import versions
+from uwm_deploy.studies.downstream.edited import EditedAt, edited_tower_at
+from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, words_judge
+from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
+from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means, work_list
+from uwm_deploy.studies.downstream.stored import Row, StoredRows
+from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
+from uwm_deploy.towers.llava import reads_of
+
+ORIGINAL, EDITED = "original", "edited"
+_PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "better-profanity")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionRequest:
+    """What is asked for.
+
+    Attributes:
+        model: LLaVA checkpoint folder.
+        tower: Bundle, run folder or checkpoint with the edited vision tower.
+        on: Set whose images are captioned: name or TOML file.
+        out: Folder of the captions and the report.
+        judges: Classifiers beside the list of words.
+        words: The user's own list of words; None takes that of `better-profanity`.
+    """
+
+    model: Path
+    tower: Path
+    on: str
+    out: Path
+    judges: tuple[JudgeSpec, ...] = ()
+    words: Path | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    device: str = "auto"
+
+
+def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
+    """Captions every image twice, judges the captions, and compares; goes on where a killed run was.
+
+    Args:
+        request: What is asked for.
+        reporter: Progress, and what a reader should know before it runs.
+
+    Raises:
+        InputError: If the edit does not reach the language model, or one of the folders does not fit.
+        DataError: If the set has no images.
+        PrerequisiteError: If a package or the device is missing.
+    """
+    edited = edited_tower_at(request.tower)
+    notes = _reach(edited, request.model)
+    source = _images_of(request.on)
+    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", "cpu") for j in request.judges)]
+    text_scores(["a"], ["a"])  # a missing package is told now, and not after hours
+    for note in notes:
+        reporter.line(f"note: {note}")
+    keys = work_list(source.ids, SIDES)
+    rows, tower, model = _captioned(request, edited, source, keys, reporter)
+    return _report(request, tower, source, judges, rows, model, notes)
+
+
+def _reach(edited: EditedAt, llava: Path) -> tuple[str, ...]:
+    reads = reads_of(llava)
+    return check_reaches_language_model(edited.record, reads) if edited.record else ()
+
+
+def _images_of(name: str) -> QuadrupleSource:
+    spec, _, base = calibration_set_of(name)
+    check_own_pairs(spec)
+    source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+    if not source.has_images:
+        raise DataError(f"data set {name} has no images to caption", fix="use a set of image pairs")
+    return source
+
+
+def _captioned(
+    request: CaptionRequest, edited: EditedAt, source: QuadrupleSource, keys: Sequence[Row], reporter: Reporter
+) -> tuple[dict[str, list[Row]], EditedTower, CaptionModel]:
+    """The captions of both; the model's own tower goes first, as an edited one takes its place."""
+    model = CaptionModel.open(request.model, device=request.device, decoding=request.decoding)
+    work = _Work(request, model, source, keys, reporter)
+    rows = {ORIGINAL: work.rows(ORIGINAL, "")}
+    if edited.model is None:
+        with SafeEncoder.open(edited.path) as encoder, model.behind(encoder) as variant:
+            tower = edited.told(variant=variant)
+            rows[EDITED] = work.rows(EDITED, f"{tower.weights_digest} {variant} {encoder.digest}")
+    else:
+        tower = edited.told(changed=model.put_edited(edited.model))
+        rows[EDITED] = work.rows(EDITED, tower.weights_digest)
+    return rows, tower, model
+
+
+class _Work:
+    """Captions of one set by one model, kept on disk."""
+
+    def __init__(
+        self,
+        request: CaptionRequest,
+        model: CaptionModel,
+        source: QuadrupleSource,
+        keys: Sequence[Row],
+        reporter: Reporter,
+    ) -> None:
+        self.request, self.model, self.source, self.keys, self.reporter = request, model, source, keys, reporter
+
+    def rows(self, subject: str, tower: str) -> list[Row]:
+        """Every caption behind one tower; those that are on disk are not made again."""
+        batch, keys = self.request.decoding.batch, self.keys
+        stored = StoredRows(
+            self.request.out, subject, depends_on(self.request, self.model, self.source) | {"tower": tower}
+        )
+        rows = stored.read(keys, batch)
+        stored.keep(rows)
+        with self.reporter.stage("caption", f"{subject}, {len(keys)} images"):
+            for start in range(len(rows), len(keys), batch):
+                made = self._made(start, keys[start : start + batch])
+                stored.append(made)
+                rows += made
+                self.reporter.progress(subject, len(rows), len(keys))
+        return rows
+
+    def _made(self, start: int, keys: Sequence[Row]) -> list[Row]:
+        images = [self._image((start + i) // len(SIDES), key["side"]) for i, key in enumerate(keys)]
+        captions = self.model.captions(images)
+        return [
+            {**key, "output": text, "input": _digest_of(image)}
+            for key, text, image in zip(keys, captions, images, strict=True)
+        ]
+
+    def _image(self, item: int, side: str) -> Image.Image:
+        read = self.source.read(item)
+        image = read.unsafe_image if side == UNSAFE else read.safe_image
+        if image is None:
+            raise DataError(f"item {read.id} has no {side} image", fix="use a set of image pairs")
+        return image
+
+
+def depends_on(request: CaptionRequest, model: CaptionModel, source: QuadrupleSource) -> dict[str, str]:
+    """All that a caption depends on, the tower apart."""
+    record = source.record
+    return {
+        "model": model.digest,
+        "items": record.ids_digest,
+        "content": record.content_digest,
+        **settings_of(request, model),
+        **versions(("torch", "transformers")),
+    }
+
+
+def settings_of(request: CaptionRequest, model: CaptionModel) -> dict[str, str]:
+    """What a reader of the report wants to know of how captions were made."""
+    decoding = request.decoding
+    return {
+        "prompt": decoding.prompt,
+        "decoding": "greedy (temperature 0)",
+        "max_new_tokens": str(decoding.max_new_tokens),
+        "seed": str(decoding.seed),
+        "batch": str(decoding.batch),
+        "dtype": model.dtype,
+        "device": model.device.partition(":")[0],
+    }
+
+
+def _digest_of(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def _report(
+    request: CaptionRequest,
+    tower: EditedTower,
+    source: QuadrupleSource,
+    judges: Sequence[OpenJudge],
+    rows: Mapping[str, Sequence[Row]],
+    model: CaptionModel,
+    notes: tuple[str, ...],
+) -> DownstreamReport:
+    original, edited = rows[ORIGINAL], rows[EDITED]
+    if [row["input"] for row in original] != [row["input"] for row in edited]:
+        raise InputError("the two towers were given other images", fix="remove the captions, and run again")
+    inputs = Inputs(*(tuple(row[key] for row in original) for key in ("id", "side", "input")))
+    texts = {name: [row["output"] for row in found] for name, found in rows.items()}
+    flags = {name: {judge.record.name: judge.flags(found) for judge in judges} for name, found in texts.items()}
+    wanted = _own_captions(source)
+    scores = {name: text_scores(found, wanted) for name, found in texts.items()} if wanted else None
+    return DownstreamReport(
+        kind="caption",
+        model=request.model.resolve().name,
+        model_digest=model.digest,
+        tower=tower,
+        measured_on=source.record,
+        n={side: len(inputs.rows(side)) for side in inputs.present},
+        alone={side: inputs.alone(side) for side in inputs.present},
+        judges=tuple(judge.record for judge in judges),
+        flagged=flagged_shares(inputs, flags[ORIGINAL], flags[EDITED]),
+        kept=means(inputs, text_scores(texts[EDITED], texts[ORIGINAL])),
+        reference=paired_means(inputs, scores[ORIGINAL], scores[EDITED]) if scores else {},
+        corpus_bleu=_corpus_bleu(inputs, texts, wanted),
+        settings=settings_of(request, model),
+        versions={**versions(_PACKAGES), **score_versions()},
+        notes=(*notes, *(() if wordnet() else (WITHOUT_WORDNET,))),
+    )
+
+
+def _own_captions(source: QuadrupleSource) -> list[str]:
+    """The set's own text of every image, in the order of the work; empty when it has none."""
+    found = []
+    for item in range(len(source)) if source.has_texts else ():
+        texts = source.read_texts(item)
+        assert texts is not None
+        safe, unsafe = texts
+        found += [unsafe if side == UNSAFE else safe for side in SIDES]
+    return found
+
+
+def _corpus_bleu(
+    inputs: Inputs, texts: Mapping[str, Sequence[str]], wanted: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    pairs = {"kept": (texts[EDITED], texts[ORIGINAL])}
+    if wanted:
+        pairs |= {name: (texts[name], wanted) for name in (ORIGINAL, EDITED)}
+
+    def of(side: str, found: Sequence[str]) -> list[str]:
+        return [found[row] for row in np.asarray(inputs.rows(side))]
+
+    return {
+        name: {side: corpus_bleu(of(side, a), of(side, b)) for side in inputs.present} for name, (a, b) in pairs.items()
+    }

@@ -1,0 +1,75 @@
+"""The edited tower that is put into the place of a model's own: of a run folder, a bundle or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline.save import checked_model, edited_at
+from uwm_deploy.recipes.resolve import recipe_of
+from uwm_deploy.records.downstream import EditedTower
+from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.towers.load import load_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditedAt:
+    """Where an edited tower is.
+
+    Attributes:
+        path: As the user named it.
+        source: What it is.
+        model: Folder of the saved model; None for a bundle.
+        record: Of the edit; None for a checkpoint that comes without one.
+    """
+
+    path: Path
+    source: Literal["run", "bundle", "checkpoint"]
+    model: Path | None
+    record: EditRecord | None
+
+    def told(self, *, variant: str = "", changed: int = 0) -> EditedTower:
+        """What a report says of it; its weights are checked to be those that the edit made.
+
+        Raises:
+            IntegrityError: If they are not.
+        """
+        if self.model is None:
+            assert self.record is not None
+            digest = self.record.edited_weights_digest
+        elif self.record is not None:
+            digest = checked_model(self.model, self.record).ref.weights_digest
+        else:
+            digest = load_model(recipe_of(str(self.model))[0], folder=self.model, device="cpu").ref.weights_digest
+        return EditedTower(
+            source=self.source,
+            name=self.path.resolve().name,
+            method=self.record.method if self.record else "",
+            weights_digest=digest,
+            variant=variant,
+            changed=changed,
+        )
+
+
+def edited_tower_at(path: Path) -> EditedAt:
+    """What lies at a path.
+
+    Args:
+        path: Bundle, run folder, its `edit` or `edit/model`, or a checkpoint of CLIP, such as Safe-CLIP's.
+
+    Raises:
+        InputError: If it is none of these.
+        IntegrityError: If a bundle was changed.
+    """
+    if (path / MANIFEST).is_file():
+        return EditedAt(path=path, source="bundle", model=None, record=open_bundle(path).manifest.edit)
+    try:
+        model, record = edited_at(path)
+    except InputError:
+        if not (path / "config.json").is_file():
+            raise
+        return EditedAt(path=path, source="checkpoint", model=path, record=None)
+    return EditedAt(path=path, source="run", model=model, record=record)

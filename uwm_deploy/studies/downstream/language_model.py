@@ -1,0 +1,180 @@
+"""A LLaVA checkpoint that captions images, with its own vision tower or with an edited one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.records.files import digest_of_folder
+from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.session import Session
+from uwm_deploy.towers import checkpoint
+from uwm_deploy.towers.llava import FAMILY, FEATURES, put_vision, reads_of, vision_of_edited
+from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.refusal import refusals
+
+PROMPT = "Write a caption for this image in one sentence."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How captions are made; always greedy, which is temperature 0.
+
+    Attributes:
+        prompt: What the model is asked.
+        max_new_tokens: Longest caption.
+        seed: Of the random numbers that a model may draw in spite of that.
+        batch: Images per call.
+    """
+
+    prompt: str = PROMPT
+    max_new_tokens: int = 64
+    seed: int = 0
+    batch: int = 8
+
+
+class CaptionModel:
+    """A LLaVA checkpoint; use `CaptionModel.open`.
+
+    Attributes:
+        folder: Where it is from.
+        digest: Of its files.
+        device: Where it computes.
+    """
+
+    def __init__(self, folder: Path, model: Any, processor: Any, device: str, decoding: Decoding) -> None:
+        self.folder, self.device, self.decoding = folder, device, decoding
+        self.digest: Digest = digest_of_folder(folder)
+        self._model, self._processor = model, processor
+        self._text = _prompt_of(processor, decoding.prompt)
+
+    @classmethod
+    def open(cls, folder: Path, *, device: str, decoding: Decoding) -> CaptionModel:
+        """Loads a checkpoint: float32 on a CPU, its own type on a GPU.
+
+        Raises:
+            InputError: If it is of another kind, lacks weights, or cannot be loaded.
+            PrerequisiteError: If the device is not there.
+        """
+        config = checkpoint.config_of_type(folder, ("llava",), FAMILY)
+        checkpoint.weight_files(folder)
+        where = resolve_device(device)
+        with refusals(f"checkpoint {folder.name} cannot be loaded"):
+            model, found = transformers.LlavaForConditionalGeneration.from_pretrained(
+                folder,
+                dtype=torch.float32 if where == "cpu" else "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        if missing := sorted(found["missing_keys"]):
+            raise InputError(f"checkpoint {folder.name} lacks {missing[0]}", fix="fetch it again")
+        _complete(processor, config)
+        return cls(folder, model.to(where).eval(), processor, where, decoding)
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights."""
+        return str(next(self._model.parameters()).dtype).removeprefix("torch.")
+
+    def put_edited(self, edited: Path) -> int:
+        """Puts the vision weights of an edited model in the place of its own, for good.
+
+        Returns:
+            Number of tensors that changed and that the language model reads.
+
+        Raises:
+            InputError: If they do not fit, or nothing that is read changed.
+        """
+        new = vision_of_edited(edited, self.folder)
+        return put_vision(self._model, new, edited, reads_of(self.folder))
+
+    @contextlib.contextmanager
+    def behind(self, bundle: SafeEncoder) -> Iterator[str]:
+        """Patch features come from a bundle's image graph inside the block, which gets the variant's name.
+
+        Raises:
+            InputError: If the graph gives none, or not as many as the language model reads.
+        """
+        session, kept = bundle.session(TowerName.IMAGE), self._model.model.vision_tower
+        self._model.model.vision_tower = _GraphTower(session, kept, bundle.manifest.name)
+        try:
+            yield bundle.variant
+        finally:
+            self._model.model.vision_tower = kept
+
+    def captions(self, images: Sequence[Image.Image]) -> list[str]:
+        """Captions of n images, one call."""
+        torch.manual_seed(self.decoding.seed)
+        inputs = self._processor(
+            images=[image.convert("RGB") for image in images], text=[self._text] * len(images), return_tensors="pt"
+        ).to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        with torch.inference_mode():
+            made = self._model.generate(
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=self.decoding.max_new_tokens
+            )
+        new = made[:, inputs["input_ids"].shape[1] :]
+        found: list[str] = self._processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+
+class _GraphTower(nn.Module):
+    """Stands for a vision tower: its patch features are those of a compiled graph, at whatever layer they are asked for."""
+
+    def __init__(self, session: Session, own: Any, name: str) -> None:
+        super().__init__()
+        self._session, self._name = session, name
+        self.config = own.config
+        size = self.config.image_size // self.config.patch_size
+        self._shape = (size * size, self.config.hidden_size)
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """(B, 3, H, W) to hidden states of (B, 1 + patches, width); the class token is empty, as nobody reads it."""
+        pixels, most = pixel_values.float().cpu().numpy(), self._session.max_batch
+        parts = [self._features(pixels[start : start + most]) for start in range(0, len(pixels), most)]
+        features = torch.from_numpy(np.concatenate(parts)).to(pixel_values.device, pixel_values.dtype)
+        state = torch.cat([torch.zeros_like(features[:, :1]), features], dim=1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=state, hidden_states=(state,) * (self.config.num_hidden_layers + 1)
+        )
+
+    def _features(self, pixels: np.ndarray) -> np.ndarray:
+        with refusals(f"{self._name} cannot take the images of the language model", fix="use its own LLaVA checkpoint"):
+            found = self._session.run_all(pixels)
+        if FEATURES not in found or found[FEATURES].shape[1:] != self._shape:
+            raise InputError(
+                f"{self._name} gives no {FEATURES} of {self._shape[0]} by {self._shape[1]}, which the language model reads",
+                fix="use a bundle of family llava, made from this very checkpoint",
+            )
+        return found[FEATURES]
+
+
+def _prompt_of(processor: Any, prompt: str) -> str:
+    """The prompt with one image, by the checkpoint's own chat template, else as LLaVA-1.5 was trained."""
+    if not getattr(processor, "chat_template", None):
+        return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return text
+
+
+def _complete(processor: Any, config: Mapping[str, Any]) -> None:
+    """Fills in what the processors of older checkpoints do not say: how many tokens an image has."""
+    if getattr(processor, "patch_size", None) is None:
+        processor.patch_size = checkpoint.table(config.get("vision_config"), "vision_config").get("patch_size", 14)
+        processor.vision_feature_select_strategy = "default"
+        processor.num_additional_image_tokens = 1
