@@ -48,7 +48,7 @@ def main(folder: Path, cases: int, name: str) -> None:
             print(json.dumps([name, *found, str(kept)]), flush=True)
 
     if atheris is None:
-        chance = random.Random(0)  # noqa: S311 -- nothing secret
+        chance = random.Random(0)
         for number in range(cases):
             tried(mutated(chance.choice(reader.seeds), reader.form, number))
         return
@@ -71,7 +71,7 @@ def _guided(
         return change(data or seeds[seed % len(seeds)], seed)[:most]
 
     options = [
-        f"-runs={cases}", "-seed=1", f"-max_len={longest}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEMORY_MB}", "-close_fd_mask=0",
+        f"-runs={cases}", "-seed=1", f"-max_len={longest}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEMORY_MB}",
         f"-artifact_prefix={folder}/", "-len_control=0", "-verbosity=0",
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], tried, custom_mutator=mutator)
@@ -91,7 +91,11 @@ def said_of(read: Callable[[bytes], object], data: bytes) -> tuple[str, str] | N
         if failure.exit_code in (2, 3, 5) and "\n" not in failure.what:
             return None
         frames = [f"{os.path.basename(f.filename)}:{f.name}" for f in traceback.extract_tb(error.__traceback__)]
-        ours = [frame for frame, full in zip(frames, traceback.extract_tb(error.__traceback__), strict=True) if "uwm_deploy" in full.filename]
+        ours = [
+            frame
+            for frame, full in zip(frames, traceback.extract_tb(error.__traceback__), strict=True)
+            if "uwm_deploy" in full.filename
+        ]
         return f"{type(error).__name__} in {(ours or frames)[-1]}", f"{failure.exit_code}: {failure.what[:200]}"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -46,6 +47,7 @@ from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.raw_canaries import raw_canaries
 from uwm_deploy.runtime.selftest import stored_canaries
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.safeground.embedded import yardstick_of
 from uwm_deploy.serve.embed.parts import FORMAT, METADATA
 
 DEMO = shipped.checkpoint_folder("shipped:demo", "")
@@ -72,7 +74,10 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
     Args:
         folder: Where they may write.
     """
-    return {name: lambda make=make, name=name: make(_new(folder / name.replace(" ", "-"))) for name, make in _READERS.items()}
+    return {
+        name: lambda make=make, name=name: make(_new(folder / name.replace(" ", "-")))
+        for name, make in _READERS.items()
+    }
 
 
 def _new(folder: Path) -> Path:
@@ -116,7 +121,9 @@ def _passing(folder: Path) -> Path:
 
 def _manifest(folder: Path) -> Reader:
     bundle = _passing(folder / "bundle")
-    return Reader("json", [(bundle / MANIFEST).read_bytes()], _written(bundle / MANIFEST, lambda _: open_bundle(bundle)))
+    return Reader(
+        "json", [(bundle / MANIFEST).read_bytes()], _written(bundle / MANIFEST, lambda _: open_bundle(bundle))
+    )
 
 
 def _record(name: str) -> Callable[[Path], Reader]:
@@ -164,7 +171,7 @@ def _listed(folder: Path, name: str, read: Callable[[Bundle], object]) -> Callab
     def from_bytes(data: bytes) -> object:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-        listed = (BundleFile(name, len(data), digest_of_bytes(data)),)
+        listed = (BundleFile(path=name, size_bytes=len(data), digest=digest_of_bytes(data)),)
         return read(Bundle(folder, dataclasses.replace(bundle.manifest, files=listed)))
 
     return from_bytes
@@ -197,13 +204,16 @@ def _raw_canaries(folder: Path) -> Reader:
 def _reference(folder: Path) -> Reader:
     from uwm_deploy.pipeline.stored import reference_of
 
-    return Reader("tensors", [make().reference], _listed(folder, BundleLayout.REFERENCE, reference_of))
+    return Reader(
+        "tensors",
+        [make().reference],
+        _listed(folder, BundleLayout.REFERENCE, lambda bundle: yardstick_of(reference_of(bundle))),
+    )
 
 
 def _patch(_: Path) -> Reader:
-    from uwm_deploy.edits.patch import Patch
-
     from tests.unit.test_patch import whole
+    from uwm_deploy.edits.patch import Patch
 
     return Reader("tensors", [whole()[0].to_bytes()], lambda data: Patch.from_bytes(data, "patch.safetensors"))
 
@@ -217,7 +227,11 @@ def _head(folder: Path) -> Reader:
 def _stamp(folder: Path) -> Reader:
     (folder / "x").write_text("x")
     stamp(folder, {"a": "b"})
-    return Reader("json", [(folder / "stage.json").read_bytes()], _written(folder / "stage.json", lambda _: current(folder, {"a": "b"})))
+    return Reader(
+        "json",
+        [(folder / "stage.json").read_bytes()],
+        _written(folder / "stage.json", lambda _: current(folder, {"a": "b"})),
+    )
 
 
 # --- graphs and checkpoints ---------------------------------------------------------------------------------------------
@@ -249,11 +263,11 @@ def _onnx(folder: Path) -> Reader:
 
 def _checkpoint(name: str, form: Form) -> Callable[[Path], Reader]:
     """A file of a checkpoint folder, up to the model that is made of it; `load_model` has the same block."""
-    from uwm_deploy.towers.refusal import refusals
-
-    from uwm_deploy.towers import hf_clip
 
     def make_reader(folder: Path) -> Reader:
+        from uwm_deploy.towers import hf_clip
+        from uwm_deploy.towers.refusal import refusals
+
         shutil.copytree(DEMO, folder / "clip")
 
         def load(_: Path) -> None:
@@ -266,21 +280,28 @@ def _checkpoint(name: str, form: Form) -> Callable[[Path], Reader]:
     return make_reader
 
 
+def _text_spec(content: bytes) -> TextSpec:
+    return TextSpec(
+        context_length=16, eos_id=1, pad_id=0, padding_side="right", fixed_length=False,
+        tokenizer_digest=digest_of_bytes(content),
+    )  # fmt: skip
+
+
 def _tokenizer(_: Path) -> Reader:
     content = (DEMO / "tokenizer.json").read_bytes()
-    spec = TextSpec(context_length=16, eos_id=1, pad_id=0, padding_side="right", fixed_length=False, tokenizer_digest="")
+    spec = _text_spec(content)
 
     def read(data: bytes) -> None:
+        named = dataclasses.replace(spec, tokenizer_digest=digest_of_bytes(data))
         for mode in ("neutral", "exact"):
-            Tokenizer(data, spec).rows(["a red circle", "<|endoftext|> ü"], mode)
+            Tokenizer(data, named).rows(["a red circle", "<|endoftext|> ü"], mode)
 
     return Reader("json", [content], read)
 
 
 def _captions(_: Path) -> Reader:
     content = (DEMO / "tokenizer.json").read_bytes()
-    spec = TextSpec(context_length=16, eos_id=1, pad_id=0, padding_side="right", fixed_length=False, tokenizer_digest="")
-    tokenizer = Tokenizer(content, spec)
+    tokenizer = Tokenizer(content, _text_spec(content))
 
     def read(data: bytes) -> None:
         tokenizer.rows([data.decode(errors="surrogateescape"), data.decode("latin-1")])
@@ -317,8 +338,14 @@ def _table(name: str, seeds: Callable[[], list[bytes]], **keys: Any) -> Callable
 
 
 def _csv() -> list[bytes]:
-    rows = [",".join(_PAIRS[0]), *(",".join(map(str, row.values())) for row in _PAIRS)]
-    return ["\n".join(rows).encode(), "\r\n".join(rows).replace("calm", '"c,\nalm"').encode()]
+    found = []
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, list(_PAIRS[0]), quoting=quoting)
+        writer.writeheader()
+        writer.writerows([{**row, "unsafe_text": "a fire,\nand more"} for row in _PAIRS])
+        found.append(stream.getvalue().encode())
+    return found
 
 
 def _columns(kind: str) -> dict[str, Any]:
@@ -365,8 +392,8 @@ def _embedded(name: str, seeds: Callable[[Path], list[bytes]], form: Form = "byt
 def _images(_: Path) -> Reader:
     picture = Image.effect_noise((40, 30), 60)
     wanted: Mapping[str, tuple[str, dict[str, Any]]] = {
-        "PNG": ("RGBA", {}), "JPEG": ("RGB", {"progressive": True}), "WEBP": ("RGB", {}), "GIF": ("P", {}), "BMP": ("RGB", {}),
-        "TIFF": ("CMYK", {"compression": "tiff_lzw"}),
+        "PNG": ("RGBA", {}), "JPEG": ("RGB", {"progressive": True}), "WEBP": ("RGB", {}), "GIF": ("P", {}),
+        "BMP": ("RGB", {}), "TIFF": ("CMYK", {"compression": "tiff_lzw"}),
     }  # fmt: skip
     seeds = []
     for kind, (mode, more) in wanted.items():
@@ -408,7 +435,11 @@ def _parts(folder: Path) -> Reader:
 
 
 def _names(_: Path) -> Reader:
-    return Reader("bytes", [b"{000..009}-{a,b}.tar", b"a{0..3}/{x,{1..2}}*.parquet"], lambda data: expanded(data.decode(errors="replace")))
+    return Reader(
+        "bytes",
+        [b"{000..009}-{a,b}.tar", b"a{0..3}/{x,{1..2}}*.parquet"],
+        lambda data: expanded(data.decode(errors="replace")),
+    )
 
 
 def _inspected(name: str, seed: Callable[[], bytes], form: Form) -> Callable[[Path], Reader]:
