@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from uwm_deploy.records.codec import plain_from_record, record_from_json
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.safeground.risk import SAFE, STEPS
 
 RECORD, WEIGHTS, TEXTS, ITEMS = "head.json", "head.safetensors", "texts.json", "items.json"
@@ -118,7 +118,7 @@ def texts_from(content: bytes) -> tuple[str, ...]:
 
 def _texts_of(name: str, content: bytes) -> tuple[str, ...]:
     try:
-        found = json.loads(content)
+        found = value_from_json(content)
     except ValueError as error:
         raise IntegrityError(f"{name} is not JSON: {error}", fix=_AGAIN) from error
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):

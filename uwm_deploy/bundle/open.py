@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
 from uwm_deploy.records.head import RISK_OUTPUTS
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.records.replacing import displaced, workplace_of
 from uwm_deploy.records.verdict import Result, Verdict
 
@@ -363,7 +363,7 @@ def _first_difference(model: ModelRef, other: ModelRef, name: str) -> str:
 def _model_of(report: bytes) -> ModelRef:
     """The model that a report is about; the rest of the report is not needed to open a bundle."""
     try:
-        body = json.loads(report)["model"]
+        body = value_from_json(report)["model"]
     except (ValueError, KeyError, TypeError) as error:
         raise EvidenceError(f"{BundleLayout.REPORT} does not say what it is about", fix=_RESTORE) from error
     return record_from_plain(ModelRef, body, where=f"{BundleLayout.REPORT}.model")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uwm_deploy.errors import DataError, InputError, is_of_machine, unreadable
+from uwm_deploy.records.plain_json import value_from_json
 
 Row = Mapping[str, Any]
 
@@ -102,13 +103,13 @@ class JsonLines(TextRows):
 
     def _parsed(self, line: bytes, where: str) -> Row:
         try:
-            value = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
+            value = value_from_json(line.decode())
+        except ValueError as error:
             raise DataError(f"{self.path.name} {where} is not JSON: {error}", fix="one JSON object per line") from error
         return _object(value, f"{self.path.name} {where}")
 
     def _row(self, text: str) -> Row:
-        return _object(json.loads(text), self.path.name)
+        return _object(value_from_json(text), self.path.name)
 
 
 class JsonArray(TextRows):
@@ -154,7 +155,7 @@ class JsonArray(TextRows):
         return DataError(f"{self.path.name} {where} is not JSON: {why}", fix="one array of objects, or JSON Lines")
 
     def _row(self, text: str) -> Row:
-        return _object(json.loads(text), self.path.name)
+        return _object(value_from_json(text), self.path.name)
 
 
 class _Buffer:

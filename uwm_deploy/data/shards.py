@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import tarfile
 import weakref
@@ -17,6 +16,7 @@ from uwm_deploy.data.files import SIDES, Entry, FileSource, Images, Texts, index
 from uwm_deploy.data.finding import matching
 from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.runtime.image import MAX_BYTES
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -130,8 +130,8 @@ class _Shards:
         if data is None:
             return {}
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            body = value_from_json(data)
+        except ValueError as error:
             raise DataError(f"{where}: .json is not JSON: {error}", fix="write one object per item") from error
         if not isinstance(body, dict):
             raise DataError(f"{where}: .json is not an object", fix="write one object per item")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.bundle.tensors import arrays_of
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.canaries import Canaries
 
@@ -31,7 +28,4 @@ def read_canaries(folder: Path, tower: TowerName) -> Canaries | None:
     path = canary_file(folder, tower)
     if not path.is_file():
         return None
-    try:
-        return Canaries(**load_file(path))
-    except (SafetensorError, TypeError) as error:
-        raise IntegrityError(f"{path.name} cannot be read: {error}", fix="remove the run folder") from error
+    return Canaries.from_tensors(arrays_of(path, fix="remove the run folder"), path.name)

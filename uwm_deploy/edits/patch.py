@@ -20,6 +20,7 @@ from torch import Tensor
 from uwm_deploy.errors import ContractError, InputError, IntegrityError
 from uwm_deploy.records.edit import EditKind
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.towers.digests import digest_of_tensor
 
 _FORMAT = "uwm-patch-2"
@@ -111,14 +112,14 @@ class Patch:
             InputError: If it is not whole.
         """
         try:
-            tensors, header = load(content), json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            tensors, header = load(content), value_from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
             metadata = header.get("__metadata__", {})
             if metadata.get("format") != _FORMAT:
                 raise InputError(
                     f"{name} is no patch file of this release ({metadata.get('format', 'no format')})",
                     fix="pass patch.safetensors of a bundle that this release built",
                 )
-            about = json.loads(metadata["tensors"])
+            about = value_from_json(metadata["tensors"])
             return cls({key: _part(tensors[key], **about[key]) for key in sorted(about)})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{name} is not a whole patch file: {error}", fix="restore it") from error

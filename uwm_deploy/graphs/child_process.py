@@ -14,6 +14,7 @@ from typing import Any
 from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError, UwmError
 from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
 from uwm_deploy.records.machine import failure_of_machine
+from uwm_deploy.records.plain_json import value_from_json
 
 _KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
 
@@ -75,7 +76,7 @@ def made_by_child(
 def _result(path: Path) -> dict[str, Any]:
     """What the child wrote; empty where it could not write it to its end."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = value_from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return body if isinstance(body, dict) else {}

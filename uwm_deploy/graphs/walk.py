@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from uwm_deploy.errors import ContractError
+from uwm_deploy.errors import ContractError, IntegrityError
 from uwm_deploy.graphs.write import INLINE_BYTES
 from uwm_deploy.records.diagnosis import Difference, WalkedValue
 
@@ -51,7 +52,10 @@ class Graph:
     """An ONNX graph by the names of its values."""
 
     def __init__(self, path: Path) -> None:
-        self.proto = onnx.load(path)
+        try:
+            self.proto = onnx.load(path)
+        except (DecodeError, ValueError) as error:
+            raise IntegrityError(f"{path.name} is not a whole ONNX file: {error}", fix="build again") from error
         graph = self.proto.graph
         self.nodes = list(graph.node)
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}

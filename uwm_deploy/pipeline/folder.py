@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uwm_deploy.records.files import digest_of_file, digest_of_plain
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.plain_json import value_from_json
 
 STAMP = "stage.json"
 """Name of the record in a finished stage folder; it is written last."""
@@ -31,7 +32,7 @@ def current(folder: Path, inputs: Mapping[str, str]) -> Digest | None:
         None where the folder is missing, was made from something else, or was changed since.
     """
     try:
-        body = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        body = value_from_json((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(body, dict) or body.get("inputs") != dict(inputs):

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.data.embedding import Inputs, PreparedSet, unit_rows
 from uwm_deploy.data.reading import Progress
-from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, GraphAudit, OutputParity, VerifyReport
 from uwm_deploy.records.graph import EXPORTED, Precision, Profile
@@ -159,10 +157,7 @@ def reference_of(bundle: Bundle, whose: Literal["original", "edited"] = "edited"
     Raises:
         IntegrityError: If they cannot be read.
     """
-    try:
-        tensors = load(bundle.read(BundleLayout.REFERENCE))
-    except SafetensorError as error:
-        raise IntegrityError(f"{BundleLayout.REFERENCE} cannot be read: {error}", fix="build again") from error
+    tensors = arrays_from(bundle.read(BundleLayout.REFERENCE), BundleLayout.REFERENCE)
     return EmbeddedSet.from_tensors(tensors, whose)
 
 
@@ -174,10 +169,8 @@ def risk_reference_of(bundle: Bundle) -> RiskReference | None:
     """
     if (head := bundle.manifest.head) is None:
         return None
-    try:
-        return RiskReference(head, RiskSet.from_tensors(load(bundle.read(BundleLayout.RISKS))))
-    except SafetensorError as error:
-        raise IntegrityError(f"{BundleLayout.RISKS} cannot be read: {error}", fix="build again") from error
+    tensors = arrays_from(bundle.read(BundleLayout.RISKS), BundleLayout.RISKS)
+    return RiskReference(head, RiskSet.from_tensors(tensors))
 
 
 def _parity(tower: TowerName, running: Running, inputs: Inputs, wanted: np.ndarray, batch: int) -> OutputParity:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from uwm_deploy.records.files import (
 )
 from uwm_deploy.records.model import LOCAL, Digest
 from uwm_deploy.records.names import segment_of
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.records.training import TrainingRecord
 
 
@@ -81,12 +81,12 @@ def _rules_of(folder: Path) -> str:
 
 def _json_of(folder: Path, name: str) -> dict[str, Any]:
     try:
-        body = json.loads((folder / name).read_bytes())
+        body = value_from_json((folder / name).read_bytes())
     except OSError as error:
         raise InputError(
             f"{folder} has no readable {name}", fix="pass a Hugging Face checkpoint folder or a recipe"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again") from error
     if not isinstance(body, dict):
         raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again")

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
 from uwm_deploy.records.codec import read_record, record_from_json
@@ -201,10 +198,7 @@ def _listed(path: Path, file: Path) -> BundleFile:
 
 
 def _margins(content: bytes, where: str) -> Margins:
-    try:
-        tensors: dict[str, np.ndarray] = load(content)
-    except SafetensorError as error:
-        raise IntegrityError(f"{where} cannot be read: {error}", fix="build again") from error
+    tensors = arrays_from(content, where)
     original, edited = (EmbeddedSet.from_tensors(tensors, name) for name in ("original", "edited"))
     if original.ids != edited.ids:
         raise IntegrityError(f"{where}: original and edited are of different items", fix="build again")

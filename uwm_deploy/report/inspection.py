@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.recipes import shipped
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
 from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.report.bundle_words import described_bundle
 
@@ -32,8 +32,8 @@ def describe(path: Path) -> dict[str, Any]:
         return _describe_safetensors(path)
     if path.suffix == ".json" and path.is_file():
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            body = value_from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}", fix="pass a file of a bundle or a run folder") from error
         return body if isinstance(body, dict) else {"content": body}
     raise InputError(f"{path} is neither a bundle, a .json nor a .safetensors file", fix="check the path")

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.space import weights_before
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import ContractError, IntegrityError
 from uwm_deploy.records.edit import MAP_NAMES
 from uwm_deploy.records.model import TowerName
@@ -106,7 +105,7 @@ def maps_of_bundle(bundle: Bundle) -> dict[TowerName, EmbeddingMap]:
         IntegrityError: If its patch file is not what it should be.
     """
     weights_before(bundle.manifest.edit)
-    tensors = _tensors(bundle.read(_PATCH))
+    tensors = arrays_from(bundle.read(_PATCH), _PATCH)
     return {tower: _map(tensors, name, bundle.manifest.model.embed_dim) for tower, name in MAP_NAMES.items()}
 
 
@@ -119,11 +118,3 @@ def _map(tensors: Mapping[str, np.ndarray], name: str, dim: int) -> EmbeddingMap
     if (weight.shape, bias.shape) != ((dim, dim), (dim,)) or not all(np.isfinite(one).all() for one in (weight, bias)):
         raise IntegrityError(f"{name} in {_PATCH} is no map of {dim} numbers", fix="build again")
     return EmbeddingMap(weight, bias)
-
-
-def _tensors(data: bytes) -> dict[str, np.ndarray]:
-    try:
-        tensors: dict[str, np.ndarray] = load(data)
-    except SafetensorError as error:
-        raise IntegrityError(f"{_PATCH} cannot be read: {error}", fix="build again") from error
-    return tensors

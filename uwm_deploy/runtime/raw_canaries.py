@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.model import TowerName
@@ -58,12 +57,12 @@ def raw_canaries(bundle: Bundle, towers: Iterable[TowerName]) -> dict[TowerName,
 
 
 def _read(data: bytes, name: str) -> RawCanaries:
-    try:
-        tensors: Mapping[str, np.ndarray] = load(data)
-        edited = tensors["edited"]
-        return RawCanaries(tuple(tensors[f"item.{i}"].tobytes() for i in range(len(edited))), edited)
-    except (SafetensorError, KeyError) as error:
-        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
+    tensors: Mapping[str, np.ndarray] = arrays_from(data, name)
+    edited = tensors.get("edited", np.empty(0))
+    items = [tensors.get(f"item.{i}") for i in range(len(tensors) - 1)]
+    if edited.ndim != 2 or edited.dtype != np.float32 or len(edited) != len(items):
+        raise IntegrityError(f"{name} does not hold an embedding for each item", fix="build again")
+    return RawCanaries(tuple(b"" if item is None else item.tobytes() for item in items), edited)
 
 
 Embed = Callable[[TowerName, Sequence[bytes]], np.ndarray]

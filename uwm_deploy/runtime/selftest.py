@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import unit_mean
@@ -68,21 +67,10 @@ def reference_mean(bundle: Bundle, tower: TowerName) -> np.ndarray | None:
     name = BundleLayout.REFERENCE
     if name not in {file.path for file in bundle.manifest.files}:
         return None
-    tensors = _tensors(bundle.read(name), name)
+    tensors = arrays_from(bundle.read(name), name)
     rows = [tensors[key] for key in (f"edited.safe_{tower.value}", f"edited.unsafe_{tower.value}") if key in tensors]
     return unit_mean(np.concatenate(rows)) if rows else None
 
 
 def _canaries(data: bytes, name: str) -> Canaries:
-    try:
-        return Canaries(**_tensors(data, name))
-    except TypeError as error:
-        raise IntegrityError(f"{name} holds other tensors: {error}", fix="build again") from error
-
-
-def _tensors(data: bytes, name: str) -> dict[str, np.ndarray]:
-    try:
-        tensors: dict[str, np.ndarray] = load(data)
-    except SafetensorError as error:
-        raise IntegrityError(f"{name} cannot be read: {error}", fix="build again") from error
-    return tensors
+    return Canaries.from_tensors(arrays_from(data, name), name)

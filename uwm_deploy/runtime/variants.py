@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +9,12 @@ from typing import Literal, TypeVar
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import EvidenceError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records.codec import record_from_plain
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
 from uwm_deploy.records.graph import Precision, Provider, Target
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import Device, provider_of, usable
@@ -181,8 +181,11 @@ def _evidence(bundle: Bundle) -> dict[str, ArtifactEvidence]:
     where = BundleLayout.REPORT
     unread: dict[str, object] = {"parity": [], "safety": None, "flips": {}, "worst": [], "batches": [], "audit": {}}
     unread |= {"risk": None, "risk_flips": None, "risk_parity": []}
-    artifacts = json.loads(bundle.read(where))["artifacts"]
-    found = [record_from_plain(ArtifactEvidence, {**artifact, **unread}, where=where) for artifact in artifacts]
+    try:
+        artifacts = [{**artifact, **unread} for artifact in value_from_json(bundle.read(where))["artifacts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvidenceError(f"{where} does not say what was executed", fix="build again") from error
+    found = [record_from_plain(ArtifactEvidence, artifact, where=where) for artifact in artifacts]
     return {artifact.variant: artifact for artifact in found}
 
 

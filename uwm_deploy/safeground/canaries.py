@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, IntegrityError
 
 CANARIES = 16
 """Inputs per tower."""
@@ -32,6 +33,28 @@ class Canaries:
     inputs: np.ndarray
     original: np.ndarray
     edited: np.ndarray
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], name: str) -> Canaries:
+        """Canaries of a file's arrays.
+
+        Args:
+            tensors: By name; any shape and dtype, which is checked.
+            name: Of the file, for messages.
+
+        Raises:
+            IntegrityError: If they are other arrays, or of other shapes.
+        """
+        if set(tensors) != {"inputs", "original", "edited"}:
+            raise IntegrityError(f"{name} holds other tensors: {', '.join(sorted(tensors))[:200]}", fix="build again")
+        found = cls(**tensors)
+        shapes = [len(part.shape) for part in (found.inputs, found.original, found.edited)]
+        rows = {part.shape[:1] for part in (found.inputs, found.original, found.edited)}
+        floats = all(part.dtype == np.float32 for part in (found.original, found.edited))
+        same = len(rows) == 1 and found.original.shape == found.edited.shape
+        if shapes not in ([2, 2, 2], [4, 2, 2]) or not same or not floats:
+            raise IntegrityError(f"{name} contradicts itself: its tensors do not belong together", fix="build again")
+        return found
 
     def worst(self, found: np.ndarray) -> float:
         """Largest of the `ratios` of an artifact's embeddings; `FAR` if it is infinite, since reports hold numbers.

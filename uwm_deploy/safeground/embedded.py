@@ -12,6 +12,7 @@ from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.evidence import OutputParity
 from uwm_deploy.records.metrics import Flips, RankChange, SafetyReport, WorstItem
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.safeground.geometry import Shape, geometry, shape_of
 from uwm_deploy.safeground.hard_safe import hard_rows
 from uwm_deploy.safeground.interval import Groups, clusters_of, flips
@@ -94,6 +95,28 @@ class EmbeddedSet:
         parts += [rows for part in self.zero_shot.values() for rows in (part.images, part.classes)]
         return all(bool(np.isfinite(rows).all()) for rows in parts)
 
+    def _check_shapes(self) -> None:
+        """A file may hold anything.
+
+        Raises:
+            ValueError: If its arrays do not belong together.
+        """
+        n, dim = self.safe_image.shape
+        members = [getattr(self, name) for name in _MEMBERS]
+        if any(part.shape != (n, dim) or part.dtype.kind != "f" for part in members):
+            raise ValueError("its members are not of one shape")
+        if (len(self.ids), len(self.concepts)) != (n, n) or not all(
+            isinstance(x, str) for x in (*self.ids, *self.concepts)
+        ):
+            raise ValueError("it does not name every row")
+        if any(not 0 <= row < n for group in self.alike for row in group):
+            raise ValueError("it groups rows that are not there")
+        for name, part in self.zero_shot.items():
+            (m, width), (classes, other) = part.images.shape, part.classes.shape
+            whole = part.labels.shape == (m,) and part.labels.dtype.kind == "i" and width == other == dim
+            if not whole or (m and not 0 <= part.labels.min() <= part.labels.max() < classes):
+                raise ValueError(f"its zero-shot set {name} contradicts itself")
+
     def to_tensors(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays for a safetensors file: (n, d) embeddings, (n,) labels; ids and concepts as UTF-8 JSON, (bytes,) uint8."""
         sets = {name: part.alike for name, part in self.zero_shot.items() if part.alike}
@@ -119,10 +142,10 @@ class EmbeddedSet:
             IntegrityError: If an array is missing.
         """
         try:
-            names = json.loads(tensors[f"{prefix}.names"].tobytes())
+            names = value_from_json(tensors[f"{prefix}.names"].tobytes())
             start = f"{prefix}.zero_shot."
             sets = sorted({key.removeprefix(start).rsplit(".", 1)[0] for key in tensors if key.startswith(start)})
-            return cls(
+            found = cls(
                 ids=tuple(names["ids"]),
                 concepts=tuple(names["concepts"]),
                 zero_shot={
@@ -140,7 +163,9 @@ class EmbeddedSet:
                 unsafe_text=tensors[f"{prefix}.unsafe_text"],
                 alike=_groups(names.get("alike", ())),
             )
-        except (KeyError, ValueError, TypeError) as error:
+            found._check_shapes()
+            return found
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise IntegrityError(f"reference embeddings are incomplete: {error}", fix="build again") from error
 
 

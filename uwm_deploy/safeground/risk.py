@@ -12,6 +12,7 @@ import numpy as np
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.head import Action, SafetyHead
 from uwm_deploy.records.metrics import CategoryRisk, Estimate, Proportion, RiskReport
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.safeground.interval import Z95, wilson
 
 SAFE = "safe"
@@ -92,7 +93,7 @@ class RiskSet:
         try:
             parts = {name: RiskRows(tensors[f"{name}.logits"], tensors[f"{name}.level"]) for name in names}
             return cls(
-                concepts=tuple(json.loads(tensors["concepts"].tobytes())),
+                concepts=tuple(value_from_json(tensors["concepts"].tobytes())),
                 safe=parts["safe"],
                 unsafe=parts["unsafe"],
                 zero_shot={n.removeprefix("zero_shot."): p for n, p in parts.items() if n.startswith("zero_shot.")},

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.serve.config import Message, protobuf
 
 _NUMPY = {"FP32": np.float32, "FP16": np.float16, "INT64": np.int64, "INT32": np.int32}
@@ -304,7 +305,7 @@ class HttpClient(Client):
             headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}
         answer, length = self._request("POST", f"/v2/models/{model}/infer", body + tail, headers)
         with self._wellformed(model):
-            head = json.loads(answer[:length])
+            head = value_from_json(answer[:length])
             tail = answer[length:] if length is not None else b""
             found = {output: _output(head, tail, output) for output in outputs}
         return {output: _there(rows, model, output) for output, rows in found.items()}
@@ -332,7 +333,7 @@ class HttpClient(Client):
     def _json(self, method: str, path: str) -> dict[str, Any]:
         answer, _ = self._request(method, path, None, {})
         try:
-            found = json.loads(answer)
+            found = value_from_json(answer)
         except ValueError as error:
             raise AnswerError(f"{self.url}{path}: the answer is no JSON") from error
         if not isinstance(found, dict):
@@ -404,7 +405,7 @@ def _reason(error: Exception) -> str:
 
 def _error_text(answer: bytes) -> str:
     try:
-        return str(json.loads(answer)["error"])
+        return str(value_from_json(answer)["error"])
     except (ValueError, KeyError, TypeError):
         return ascii(answer.decode(errors="replace")[:200])
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from uwm_deploy.bundle.external_data import check_external_data
 from uwm_deploy.bundle.held import read_plain
@@ -19,6 +17,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_paths
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
 from uwm_deploy.bundle.space import space_of
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import IntegrityError, PrerequisiteError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
@@ -70,10 +69,7 @@ class ModelPart:
         if not any(tensor.changed for tensor in self.bundle.manifest.edit.of(tower)):
             return None
         name = canary_file(tower)
-        try:
-            return Canaries(**load(self.bundle.read(name)))
-        except (SafetensorError, TypeError) as error:
-            raise IntegrityError(f"{name} cannot be read: {error}", fix=_AGAIN) from error
+        return Canaries.from_tensors(arrays_from(self.bundle.read(name), name, fix=_AGAIN), name)
 
     def engine_bytes(self, tower: TowerName, file: str) -> tuple[bytes, dict[str, bytes]]:
         """The engine's file and its further one, as they were proven.

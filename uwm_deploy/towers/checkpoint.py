@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TextSpec
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.towers.protocol import MAPS
 from uwm_deploy.towers.refusal import MEND, refusals
 
@@ -39,7 +40,7 @@ def json_file(folder: Path, name: str) -> dict[str, Any]:
     with refusals(f"checkpoint {folder.name} has no readable {name}", fix="use a complete checkpoint"):
         content = (folder / name).read_bytes()
     with refusals(f"{folder.name}/{name} is not JSON", fix="fetch the checkpoint again"):
-        body = json.loads(content)
+        body = value_from_json(content)
     return table(body, f"{folder.name}/{name}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.codec import plain_from_record, record_from_plain
 from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.records.training import EpochResult
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -69,7 +70,7 @@ def read_state(path: Path, key: str) -> State | None:
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
+            about: dict[str, Any] = value_from_json((file.metadata() or {})["about"])
             if about["key"] != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping

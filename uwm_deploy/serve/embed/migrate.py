@@ -6,12 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.bundle.space import SpaceId, space_before, space_of, weights_before
+from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import DataError, EvidenceError, InputError, IntegrityError, unreadable
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import VerifyReport
@@ -232,10 +230,7 @@ def _other_space(label: Label, wanted: SpaceId) -> EvidenceError:
 
 def _evidence(bundle: Bundle, tower: TowerName, least: float) -> KnownEmbeddings:
     """What is recorded of the evaluation set; the original is the model before all steps, not before the last."""
-    try:
-        tensors = load(bundle.read(BundleLayout.REFERENCE))
-    except SafetensorError as error:
-        raise IntegrityError(f"{BundleLayout.REFERENCE} cannot be read: {error}", fix="build again") from error
+    tensors = arrays_from(bundle.read(BundleLayout.REFERENCE), BundleLayout.REFERENCE)
     edit = bundle.manifest.edit
     alone = weights_before(edit) == edit.model.weights_digest
     original = EmbeddedSet.from_tensors(tensors, "original") if alone else None

@@ -14,6 +14,7 @@ import numpy as np
 from uwm_deploy.data.parquet import parquet_errors, parquet_module
 from uwm_deploy.errors import EvidenceError, InputError
 from uwm_deploy.records.files import whole_file
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.serve.embed.batch import ItemKind
 
 METADATA = b"uwm-deploy"
@@ -121,7 +122,10 @@ def said_by(path: Path, file: Any) -> dict[str, Any]:
         InputError: If another program, or another release, wrote it.
     """
     said = (file.schema_arrow.metadata or {}).get(METADATA)
-    body = json.loads(said) if said else None
+    try:
+        body = value_from_json(said) if said else None
+    except ValueError:
+        body = None
     if not isinstance(body, dict) or "format" not in body:
         raise InputError(f"{path} was not written by this command", fix="choose another --out")
     if body["format"] != FORMAT:

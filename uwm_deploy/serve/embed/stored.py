@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from uwm_deploy.bundle.space import SpaceId
 from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.runtime.embedding_map import Mapper
 
 Known = tuple[str, np.ndarray]
@@ -149,7 +149,7 @@ def said_beside(path: Path) -> dict[str, Any]:
     if about == path or not about.is_file():
         return {}
     try:
-        body = json.loads(about.read_text(encoding="utf-8"))
+        body = value_from_json(about.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise unreadable(str(about), error, fix=f"it is to say what {path.name} is; mend it") from error
     if not isinstance(body, dict):  # a file of somebody's own

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
 from uwm_deploy.bundle.layout import tower_record
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.bundle.tensors import arrays_of
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import VerifyReport
@@ -47,10 +44,7 @@ def _beside(job: Job) -> Beside:
         }
         for made in job.inputs["compile"]
     }
-    try:
-        tensors = load_file(job.folder.reference)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{job.folder.reference.name} cannot be read: {error}", fix="verify again") from error
+    tensors = arrays_of(job.folder.reference, fix="verify again")
     return Beside(
         model=edit.model,
         edited_weights_digest=edit.edited_weights_digest,

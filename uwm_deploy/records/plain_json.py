@@ -1,0 +1,21 @@
+"""JSON from outside: whatever a text is, it is a value or a `ValueError`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def value_from_json(content: str | bytes) -> Any:
+    """What JSON says.
+
+    Args:
+        content: The text, or its bytes.
+
+    Raises:
+        ValueError: If it is not JSON, has a number of thousands of digits, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
