@@ -13,14 +13,20 @@ if [ $# -lt 1 ] || [ $# -gt 2 ]; then
 fi
 report=$1
 out=${2:-gate-reports}
-mkdir -p "$out"
+if ! mkdir -p "$out"; then
+  echo "gate: $out cannot be made, so there is no place for the reports" >&2
+  exit 2
+fi
 
 options=(--policy "${UWM_POLICY:-default}")
 if [ -n "${UWM_BASELINE:-}" ]; then
   options+=(--baseline "$UWM_BASELINE")
 fi
 if [ -n "${UWM_PUBLIC_KEY:-}" ]; then
-  options+=(--public-key "$UWM_PUBLIC_KEY" --min-bundle-version "${UWM_MIN_BUNDLE_VERSION:-0}")
+  options+=(--public-key "$UWM_PUBLIC_KEY")
+fi
+if [ "${UWM_MIN_BUNDLE_VERSION:-0}" != 0 ]; then
+  options+=(--min-bundle-version "$UWM_MIN_BUNDLE_VERSION")
 fi
 
 code=0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.uwm_edit import UWM_OPTIONS
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.edits.patch import Patch
-from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.attest import attest_bundle
 from uwm_deploy.pipeline.judge import judge_file
 from uwm_deploy.pipeline.request import Request
@@ -233,6 +233,23 @@ def test_evaluate_measures_the_bundle_itself(built) -> None:
     proven = next(a for a in outcome.report.artifacts if a.variant == again.subject)
     assert again.preference == proven.safety.preference
     assert again.zero_shot == proven.safety.zero_shot
+
+
+def test_another_set_of_the_same_name_is_not_measured_as_the_bundles_own(built, tmp_path: Path) -> None:
+    """What lies under its name now is not what the report is about, so the numbers would be compared with others."""
+    request, outcome = built
+    known = dataclasses.replace(outcome.report.evaluation, content_digest=f"sha256:{0:064x}")
+    report = dataclasses.replace(outcome.report, evaluation=known)
+    _repackage(request, open_bundle(request.out).manifest, report, tmp_path / "bundle")
+    with pytest.raises(InputError, match="is not the one the bundle was measured on"):
+        evaluate(
+            [subject_from(str(tmp_path / "bundle"))],
+            evaluation=None,
+            zero_shot=None,
+            data=None,
+            workers=0,
+            reporter=Reporter(quiet=True),
+        )
 
 
 def test_the_gate_judges_a_bundle_by_another_policy(built, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.errors import ContractError, DataError
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TextSpec, TowerName
-from uwm_deploy.runtime.batching import HOLD, Batcher
+from uwm_deploy.runtime.batching import HOLD, Batcher, _checked
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.tokenizer import Tokenizer, without_embedding
 from uwm_deploy.serve.embed.batch import EmbedBatch
@@ -232,6 +232,30 @@ def test_an_engine_that_answers_nothing_gives_its_own_error() -> None:
     found, _ = _answers(run, [np.ones(2)] * 8)
     assert all(isinstance(answer, OSError) for answer in found)
     assert len(calls) == 15
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"), MemoryError("none")]
+)
+def test_a_failure_of_the_machine_is_no_fact_about_a_row(error: Exception) -> None:
+    """A row that met it keeps that error, which a job does not write down, though its neighbours were answered."""
+    rows = [np.array([-1.0 if n == 2 else 1.0, n]) for n in range(8)]
+    found, _ = _answers(_engine_that_refuses(lambda row: row[0] < 0, error), rows)
+    assert [answer is error for answer in found] == [n == 2 for n in range(8)]
+
+
+def test_a_row_that_spoils_the_numbers_of_all_fails_alone() -> None:
+    """An engine that says nothing and gives NaN for a whole batch is asked for its halves, too."""
+    rows = [np.array([-1.0 if n == 5 else 1.0, n]) for n in range(8)]
+    found, _ = _answers(lambda batch: batch * (np.nan if (batch[:, 0] < 0).any() else 1.0), rows)
+    assert [isinstance(answer, ContractError) for answer in found] == [n == 5 for n in range(8)]
+
+
+def test_numbers_behind_the_embedding_have_to_be_finite() -> None:
+    """Risks of a safety head stand behind it in the same row."""
+    found = _checked(np.array([[3.0, 4.0, 0.5], [3.0, 4.0, np.inf]]), 2, 2)
+    np.testing.assert_allclose(found[0], [0.6, 0.8, 0.5])
+    assert isinstance(found[1], ContractError)
 
 
 def test_a_batch_that_is_too_large_is_cut() -> None:

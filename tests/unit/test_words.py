@@ -159,6 +159,25 @@ def test_a_taken_place_is_refused_before_the_data_and_the_hub(tmp_path: Path) ->
     assert (done.exit_code, "exists and is not a bundle" in done.output) == (2, True), done.output
 
 
+@pytest.mark.parametrize("make", ["file", "link"])
+def test_a_place_below_no_folder_is_refused_before_the_data(tmp_path: Path, make: str) -> None:
+    """A file or a dangling link above --out is known before anything is scored."""
+    place = tmp_path / "place"
+    place.write_text("mine") if make == "file" else place.symlink_to(tmp_path / "nowhere")
+    command = [
+        "build",
+        "--model",
+        "clip-vit-b32",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(place / "deep" / "out"),
+    ]
+    done = CliRunner().invoke(cli, command)
+    assert (done.exit_code, f"{place} is " in done.output) == (2, True), done.output
+    assert not (tmp_path / "work" / "score").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["a", "b", "c"]])
 def test_the_gate_script_says_how_it_is_used(words: list[str]) -> None:
     """Too few or too many words are bad usage, which has exit code 2 as everywhere."""

@@ -13,10 +13,10 @@ from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.data.finding import is_file, is_folder
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.records.codec import json_from_record, record_from_json
-from uwm_deploy.records.data import EvaluationPlace
+from uwm_deploy.records.data import CalibrationRecord, EvaluationPlace
 
 _FIX = "pass --evaluation with the TOML file of the set that the bundle was measured on"
 
@@ -74,6 +74,24 @@ def evaluation_source_in(bundle: Bundle) -> QuadrupleSource:
     spec, base = evaluation_set_in(bundle)
     with of_bundle():
         return open_source(spec, base=base)
+
+
+def check_measured_on(source: QuadrupleSource, known: CalibrationRecord) -> None:
+    """Refuses another set than the one that a bundle was measured on, whatever its name: its numbers mean something else.
+
+    Args:
+        source: The set that was found.
+        known: What the bundle's report says of its own.
+
+    Raises:
+        InputError: If ids or content differ.
+    """
+    found = source.record
+    if (found.ids_digest, found.content_digest) != (known.ids_digest, known.content_digest):
+        raise InputError(
+            f"data set {found.name} is not the one the bundle was measured on ({known.name})",
+            fix="pass the same evaluation set",
+        )
 
 
 @contextlib.contextmanager

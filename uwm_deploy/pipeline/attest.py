@@ -18,9 +18,10 @@ from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.bundle.write import Part, rewriting
 from uwm_deploy.data.embedding import Inputs, PreparedSet, prepare
+from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.pipeline.judge import judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import bundle_with_card, evaluation_source_of, note_signature
 from uwm_deploy.pipeline.stored import SINGLE_ROWS, Running, Stored, known_of_files, measured_against, stored_in
@@ -68,11 +69,7 @@ def attest(
     """
     manifest = bundle.manifest
     report = record_from_json(VerifyReport, bundle.read(BundleLayout.REPORT), where=BundleLayout.REPORT)
-    if source.record.ids_digest != report.evaluation.ids_digest:
-        raise InputError(
-            f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
-            fix="pass the same evaluation set",
-        )
+    check_measured_on(source, report.evaluation)
     waiting = [a.variant for a in report.artifacts if a.evidence is Evidence.NOT_RUN]
     reasons = {v: reason_not_here(bundle, v) for v in waiting}
     here = [variant for variant in waiting if not reasons[variant]]

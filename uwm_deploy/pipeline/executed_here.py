@@ -14,9 +14,10 @@ import numpy as np
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.data.embedding import PreparedSet, prepare
+from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.data.order import some_of
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import InputError, IntegrityError, UwmError
+from uwm_deploy.errors import IntegrityError, UwmError
 from uwm_deploy.pipeline.attest import reason_not_here, running_here
 from uwm_deploy.pipeline.stored import Running, Stored, measured_against, stored_in
 from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
@@ -47,11 +48,7 @@ def executed_here(bundle: Bundle, source: QuadrupleSource, report: VerifyReport,
     Raises:
         InputError: If the set is another one.
     """
-    if source.record.ids_digest != report.evaluation.ids_digest:
-        raise InputError(
-            f"data set {source.record.name} is not the one the bundle was measured on ({report.evaluation.name})",
-            fix="pass the same evaluation set",
-        )
+    check_measured_on(source, report.evaluation)
     some, stored = some_of(source, SAMPLE), stored_in(bundle)
     sample = _sample(stored, some.ids)
     model, tokenizer_json = bundle.manifest.model, bundle.read(BundleLayout.TOKENIZER)

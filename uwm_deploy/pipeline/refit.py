@@ -19,6 +19,7 @@ from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.bundle.sign import seal_for
 from uwm_deploy.bundle.write import refuse_no_bundle
 from uwm_deploy.data.embedding import PreparedSet, prepare
+from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
@@ -203,12 +204,7 @@ def _variants(job: Refitting) -> tuple[list[str], dict[str, str]]:
 def _evaluation(job: Refitting) -> QuadrupleSource:
     """The set the bundle was measured on: what is known of the original model holds for it alone."""
     source = evaluation_source_of(job.bundle, job.request.evaluation)
-    known = job.report.evaluation
-    if (source.record.ids_digest, source.record.content_digest) != (known.ids_digest, known.content_digest):
-        raise InputError(
-            f"data set {source.record.name} is not the one the bundle was measured on ({known.name})",
-            fix="pass the same evaluation set",
-        )
+    check_measured_on(source, job.report.evaluation)
     return source
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.data.embedding import PreparedSet, encoded
-from uwm_deploy.errors import ExitCode, InputError
+from uwm_deploy.data.evaluation import check_measured_on
+from uwm_deploy.errors import ExitCode
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import evaluation_source_of
 from uwm_deploy.pipeline.stored import Running, known_of_files, measured_against, stored_in
@@ -150,11 +151,7 @@ def _identified(bundle: Bundle, request: ServedRequest) -> tuple[Served, Identit
 
 def _prepared(bundle: Bundle, request: ServedRequest, reporter: Reporter) -> PreparedSet:
     source, measured_on = evaluation_source_of(bundle, request.evaluation), report_of_bundle(bundle)[0].evaluation
-    if source.record.ids_digest != measured_on.ids_digest:
-        raise InputError(
-            f"data set {source.record.name} is not the one the bundle was measured on ({measured_on.name})",
-            fix="pass the same evaluation set",
-        )
+    check_measured_on(source, measured_on)
     return encoded(source, workers=request.workers, progress=reporter.progress)
 
 

@@ -71,9 +71,11 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def _refused(error: OSError, where: Path) -> UwmError | None:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"{where} cannot be written: {error.strerror}", fix="choose another --out")
+        return InputError(f"{where} cannot be written: {error.strerror}", fix="choose another place")
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return InputError(f"{where} is in the way: {error.strerror}", fix="choose another --out")
+        return InputError(f"{where} is in the way: {error.strerror}", fix="choose another place")
+    if error.errno == errno.ENOENT and not where.exists():  # as below /proc, where nothing can be made
+        return InputError(f"{where} cannot be made: {error.strerror}", fix="choose another place")
     if error.errno in _IN_PLACE:
         what = f"{where} cannot be replaced: it is a mount point, or part of a container's image"
         return PrerequisiteError(what, fix="work on a copy, or mount the folder above it")

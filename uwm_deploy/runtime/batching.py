@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from uwm_deploy.errors import BusyError, ContractError, InputError, UwmError
+from uwm_deploy.records.machine import failure_of_machine
 
 _LOG = logging.getLogger("uwm_deploy.runtime")
 
@@ -248,6 +249,9 @@ class Batcher:
         try:
             found = self._run(np.stack([waiting.row for waiting in batch]))
             answers = _checked(found, len(batch), self._width)
+            spoilt = [answer for answer in answers if isinstance(answer, Exception)]
+            if len(spoilt) == len(batch) > 1:  # one row may spoil all of them; alone the others are answered
+                return [], spoilt[0]
         except BaseException as error:  # whatever it is, callers wait for an answer and this thread must live
             return [], as_exception(error)
         # First what is counted, then the answers: who has an answer finds it counted.
@@ -269,8 +273,8 @@ def _own(answers: list[np.ndarray | Exception]) -> list[np.ndarray | Exception]:
 
 
 def _refused(error: Exception) -> Exception:
-    if isinstance(error, UwmError | MemoryError):
-        return error
+    if isinstance(error, UwmError | MemoryError) or failure_of_machine(error) is not None:
+        return error  # which says nothing about the item
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
     refused = ContractError(f"the engine cannot embed this item: {line}", fix="leave it out; other items are answered")
     refused.__cause__ = error

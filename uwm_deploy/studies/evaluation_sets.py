@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from uwm_deploy.data.evaluation import evaluation_set_in, of_bundle
+from uwm_deploy.data.evaluation import check_measured_on, evaluation_set_in, of_bundle
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.zero_shot_suite import Suite, open_suite
+from uwm_deploy.pipeline.judge import report_of_bundle
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.studies.subjects import Subject, open_subject_bundle
@@ -50,7 +51,7 @@ def open_evaluation_sets(
         concepts: Only items of these are measured; all when empty.
 
     Raises:
-        InputError: If there is no such set.
+        InputError: If there is no such set, or it is not the one that the bundle was measured on.
         DataError: If it is empty or malformed.
     """
     spec, base = _evaluation_of(default) if evaluation is None else calibration_set_of(evaluation)[::2]
@@ -68,6 +69,8 @@ def open_evaluation_sets(
     only = tuple(concepts) or spec.concepts
     with of_bundle() if evaluation is None and default.is_bundle else contextlib.nullcontext():
         source = open_source(dataclasses.replace(spec, zero_shot=(), concepts=only), base=base)
+        if evaluation is None and default.is_bundle and not concepts:
+            check_measured_on(source, report_of_bundle(open_subject_bundle(default))[0].evaluation)
     return EvaluationSets(name=spec.name, source=source, suite=suite)
 
 
