@@ -57,6 +57,7 @@ SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "train": ("train", "Trains other systems of the field, or a safety head."),
     },
     "Look": {
+        "look": ("look", "Serves a page to search with a bundle, before and after."),
         "inspect": ("look", "Shows what a bundle or one of its files holds."),
         "report": ("look", "Writes a web page about a bundle or a run folder."),
         "models": ("look", "Lists the recipes that are shipped."),

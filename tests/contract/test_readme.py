@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -56,6 +58,18 @@ def test_commands_in_docs_exist(page: Path) -> None:
         text = CliRunner().invoke(cli, [*words, "--help"]).output
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in text, (command, option)
+
+
+def test_pictures_are_as_young_as_what_draws_them() -> None:
+    """`python docs/pictures.py dist/demo` draws them anew."""
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(pictures := importlib.util.module_from_spec(spec))
+    made = json.loads(pictures.MADE.read_text())
+    assert set(made) == set(pictures.SOURCES)
+    old = [name for name in made if made[name] != pictures.digest_of_sources(name)]
+    assert not old, "draw them anew: python docs/pictures.py dist/demo"
 
 
 def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.strength import FoldKind, StrengthChoice
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.report.sections import MEANING
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.safeground.embedded import EmbeddedSet
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
@@ -84,18 +85,35 @@ def test_what_the_edit_must_reach_on_the_test_set(report: VerifyReport) -> None:
 
 
 def test_the_readme_shows_this_build(report: VerifyReport) -> None:
-    """Rows of its table, and what the text under it says of them."""
-    page = (ROOT / "README.md").read_text()
+    """Rows of its table with the words of the report page, and what the sentences under it say got better and worse."""
+    page = " ".join((ROOT / "README.md").read_text().split())
+    engine = next(artifact.safety for artifact in report.artifacts if artifact.variant == "onnxruntime-fp32")
+    assert engine is not None
+    subjects = (report.original, report.edited, engine)
     for name in ("P_ts", "P_tu", "P_vs", "P_vu", "PS", "PU", "GS"):
-        before, after = (part.preference[name].value for part in (report.original, report.edited))
-        assert re.search(rf"│ {name} +│ +{before:.1f} │ +{after:.1f} │", page), name
+        cells = " | ".join(f"{part.preference[name].value:.1f}" for part in subjects)
+        assert f"| {MEANING[name]} | `{name}` | {cells} |" in page, name
     for name in ("safe-text-to-image@1", "hard-safe-text-to-image@10", "unsafe-first-text"):
-        before, after = (part.retrieval[name].value for part in (report.original, report.edited))
-        assert re.search(rf"│ {name} +│ +{before:.1f} │ +{after:.1f} │", page), name
-    rise = [f"{part.preference['GS'].value:.1f}%" for part in (report.original, report.edited)]
-    assert f"rises from {rise[0]} to {rise[1]}" in page
+        cells = " | ".join(f"{part.retrieval[name].value:.1f}" for part in subjects)
+        assert f"| `{name}` | {cells} |" in page, name
+    assert f"`zero-shot mean` | {' | '.join(f'{zero_shot_mean(part):.1f}' for part in subjects)} |" in page
+    before, after = (part.preference["GS"].value for part in subjects[:2])
+    assert f"in all four ways rises from {before:.1f}% to {after:.1f}%" in page
+    before, after = (part.retrieval["safe-text-to-image@1"].value for part in subjects[:2])
+    assert f"image first in {after:.1f}% instead of {before:.1f}%" in page
+    before, after = (part.retrieval["hard-safe-text-to-image@10"].value for part in subjects[:2])
+    assert f"finds it among ten in {after:.1f}% instead of {before:.1f}%" in page
     effect = report.edit_effect["GS"]
     assert f"GS.delta +{effect.delta:.1f} (95% interval {effect.delta_low:.1f} to {effect.delta_high:.1f})" in page
+
+
+def test_the_finding_of_the_readme_is_measured() -> None:
+    """Its cosine and its flips are those of the row of the page that it links."""
+    readme = (ROOT / "README.md").read_text()
+    found = re.search(r"smallest cosine of (0\.\d+) changed (\d+) of 1,000", readme)
+    assert found is not None
+    page = (ROOT / "docs" / "how-to" / "precision.md").read_text()
+    assert f"A cosine of {found[1]} looks harmless and flips {found[2]} decisions" in " ".join(page.split())
 
 
 def test_the_page_of_the_demo_shows_this_choice(report: VerifyReport, choice: StrengthChoice) -> None:

@@ -171,7 +171,7 @@ def heat_map(
     """
     strongest = max((abs(value) for row in values for value in row), default=0.0) or 1.0
     left, wide, high = 86.0, (WIDTH - 86.0) / max(len(columns), 1), 22
-    parts = [_text(left + wide * (i + 0.5), 12, name, "label middle") for i, name in enumerate(columns)]
+    parts = [_text(left + wide * (i + 0.5), 12, name, "cell-head middle") for i, name in enumerate(columns)]
     for r, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = 18 + r * high
         parts.append(_text(left - 6, y + 15, clipped(name, 15), "label end"))

@@ -147,10 +147,12 @@ def _kind(verdict: Verdict | None) -> str:
     return _KIND[verdict.result]
 
 
-def _sentence(dossier: Dossier) -> str:
+def _sentence(dossier: Dossier) -> Child:
     verdict = dossier.verdict
     if verdict is None:
-        return "These numbers were measured and not judged; run `uwm-deploy gate`."
+        return join(
+            "These numbers were measured and not judged. Run ", tag("code", {}, "uwm-deploy gate"), " to judge them."
+        )
     passed = sum(check.result is Result.PASS for check in verdict.checks)
     lines = [f"{passed} of {len(verdict.checks)} checks pass under policy {verdict.policy}."]
     if verdict.result is not Result.PASS:
