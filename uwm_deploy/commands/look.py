@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import PATH, flag, option, takes_options
+from uwm_deploy.commands.fields import PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.shown import Shown, prints
 
 _THERE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -47,6 +47,9 @@ class PageOptions:
     compared: Path | None = option(
         "--compared", type=_THERE, help="A compare.json of the same model, for the methods side by side."
     )
+    downstream: tuple[Path, ...] = repeated(
+        "--downstream", type=_THERE, help="A caption.json or draw.json of the same edit; repeatable."
+    )
     opened: bool = flag("--open", help="Show it in the browser.")
 
 
@@ -70,7 +73,7 @@ def report(path: Path, asked: PageOptions) -> Shown:
     from uwm_deploy.report.html import page, place_of
 
     target = place_of(path, asked.out)
-    dossier = dossier_of(path, asked.sweep, asked.bench, asked.compared)
+    dossier = dossier_of(path, asked.sweep, asked.bench, asked.compared, asked.downstream)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict
     if asked.opened and not webbrowser.open(target.resolve().as_uri()):
