@@ -27,10 +27,7 @@ from uwm_deploy.towers.load import load_model
 
 PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
-_WORDS = [
-    *["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe", "nsfw", "safe"],
-    *f"{BAD} {GOOD}".split(),
-]
+_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe"]
 _LANGUAGE = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1,
     "num_attention_heads": 4, "vocab_size": 32, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
@@ -47,7 +44,7 @@ def write_set(folder: Path, name: str = "pictures", split: str = "test", limit: 
 
 def words_tokenizer() -> Any:
     """One token per word."""
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(_WORDS))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *f"{BAD} {GOOD}".split()]))}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from uwm_deploy.commands.fields import PATH, flag, option, takes_options
+from uwm_deploy.commands.fields import PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.shown import Shown, prints
 
@@ -54,6 +54,9 @@ class PageOptions:
     compared: Path | None = option(
         "--compared", type=_THERE, help="A compare.json of the same model, for the methods side by side."
     )
+    downstream: tuple[Path, ...] = repeated(
+        "--downstream", type=_THERE, help="A caption.json or draw.json of the same edit; repeatable."
+    )
     opened: bool = flag("--open", help="Show it in the browser.")
 
 
@@ -77,7 +80,7 @@ def report(path: Path, asked: PageOptions) -> Shown:
     from uwm_deploy.report.html import page, place_of
 
     target = place_of(path, asked.out)
-    dossier = dossier_of(path, asked.sweep, asked.bench, asked.compared)
+    dossier = dossier_of(path, asked.sweep, asked.bench, asked.compared, asked.downstream)
     write_atomic(target, page(dossier))
     verdict = dossier.verdict
     if asked.opened and not webbrowser.open(target.resolve().as_uri()):

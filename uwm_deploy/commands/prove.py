@@ -54,6 +54,17 @@ class ExecuteOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BehindOptions:
+    """What came out behind the edited towers."""
+
+    downstream: tuple[Path, ...] = repeated(
+        "--downstream",
+        type=FILE,
+        help="A caption.json or draw.json of this very edit, for the policy's [[downstream]] limits; repeatable.",
+    )
+
+
 @click.command()
 @click.argument("report", type=PATH)
 @takes_options
@@ -64,6 +75,7 @@ def gate(
     accepted: AcceptedOptions,
     locked: LockedOptions,
     executed: ExecuteOptions,
+    behind: BehindOptions,
     measured_on: BundleEvaluationOptions,
     trust: TrustOptions,
     outputs: OutputOptions,
@@ -88,6 +100,7 @@ def gate(
         public_key=trust.public_key,
         min_bundle_version=trust.min_bundle_version,
         lock=locked.lock,
+        downstream=behind.downstream,
         execute=_execute(measured_on.evaluation) if executed.execute else None,
     )
     return shown_verdict(verdict, policy.policy, outputs)

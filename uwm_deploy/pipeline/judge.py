@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
-from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.codec import read_record, record_from_json
+from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import (
     digest_of_bytes,
@@ -102,6 +103,7 @@ def judge_file(
     min_bundle_version: int = 0,
     execute: Execute | None = None,
     lock: Path | None = None,
+    downstream: Sequence[Path] = (),
 ) -> Verdict:
     """Judges the report of a bundle or a `verify.json`; nothing is written.
 
@@ -113,6 +115,7 @@ def judge_file(
         min_bundle_version: Oldest version the bundle may have.
         execute: Runs the bundle's artifacts here; None leaves that out.
         lock: Criteria that were written down before the run, and must be these.
+        downstream: Reports of captions and pictures behind the edited towers.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
@@ -120,6 +123,7 @@ def judge_file(
         IntegrityError: If the bundle, the report or the baseline was changed, or the bundle is not signed or too old.
     """
     policy = policy_of(policy_name)
+    behind = read_downstream(downstream)
 
     def locked(verdict: Verdict, report: VerifyReport, created: str = "") -> Verdict:
         if lock is None:
@@ -132,14 +136,28 @@ def judge_file(
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        verdict = judge(report, digest, earlier=bundle.manifest.verdict, beside=beside)
+        verdict = judge(report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=behind)
         return locked(verdict, report, bundle.manifest.created)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     if execute is not None:
         raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
     report, digest = report_at(path)
-    return locked(judge_with(*policy, _baseline_for(None, baseline))(report, digest), report)
+    return locked(judge_with(*policy, _baseline_for(None, baseline))(report, digest, downstream=behind), report)
+
+
+def read_downstream(files: Sequence[Path]) -> tuple[DownstreamReport, ...]:
+    """Reports of what came out behind edited towers.
+
+    Raises:
+        InputError: If one cannot be read, or two are of one kind.
+        IntegrityError: If one is no such report.
+    """
+    found = tuple(read_record(DownstreamReport, file) for file in files)
+    kinds = [report.kind for report in found]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise InputError(f"two reports are of {twice[0]}", fix="pass one of each kind")
+    return found
 
 
 def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:

@@ -17,8 +17,14 @@ from uwm_deploy.records.graph import Precision, Target
 
 DOCS = "docs/reference/policy.md"
 
-SECTIONS = ("edit", "artifact", "concept", "baseline", "risk")
+SECTIONS = ("edit", "artifact", "concept", "baseline", "risk", "downstream")
 """Arrays of limits; each says what is compared with what."""
+
+_DOWNSTREAM = re.compile(
+    r"downstream\.(?P<kind>caption|draw)\."
+    r"((?P<side>unsafe|benign)\.[\w-]+(\.delta)?|kept\.(rouge_l|meteor|bleu)|kept\.clip_score\.delta)"
+)
+_KEPT = {"caption": "downstream.caption.kept.rouge_l", "draw": "downstream.draw.kept.clip_score.delta"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,7 @@ class Policy:
         concept: The same for every concept with at least `min_n` items.
         baseline: Limits on what changed since the accepted report.
         risk: Limits on the safety head, of bundles that have one.
+        downstream: Limits on captions and pictures behind the edited towers.
         evidence: Where variants must have been executed.
         waiver: Checks that do not block for a while.
         required: Variants, or ``"onnx"``, that must have been executed; missing evidence fails.
@@ -109,6 +116,7 @@ class Policy:
     concept: tuple[Limit, ...] = ()
     baseline: tuple[Limit, ...] = ()
     risk: tuple[Limit, ...] = ()
+    downstream: tuple[Limit, ...] = ()
     evidence: tuple[EvidenceRule, ...] = ()
     waiver: tuple[Waiver, ...] = ()
     required: tuple[str, ...] = ()
@@ -131,6 +139,7 @@ def policy_from_toml(text: str, *, where: str) -> Policy:
             f"{where}: the policy cannot fail anything", fix="limit an artifact metric and min_proven >= 1"
         )
     _check_risk(policy, where)
+    _check_downstream(policy, where)
     _check_waivers(policy, where)
     if policy.baseline_digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", policy.baseline_digest):
         raise RecipeError(f"{where}: baseline_digest is no digest", fix="copy it from `uwm-deploy baseline show`")
@@ -162,6 +171,18 @@ def _check_risk(policy: Policy, where: str) -> None:
         )
 
 
+def _check_downstream(policy: Policy, where: str) -> None:
+    """A model that says nothing, or draws noise, is never flagged: it is never judged without what it keeps."""
+    found = [match for limit in policy.downstream if (match := _DOWNSTREAM.fullmatch(limit.metric))]
+    for kind in sorted({match["kind"] for match in found if match["side"] == "unsafe"}):
+        kept = any(match["kind"] == kind and match["side"] is None for match in found)
+        if not kept:
+            raise RecipeError(
+                f"{where}: flagged outputs of {kind} are limited, and what it keeps is not",
+                fix=f"limit {_KEPT[kind]}, too",
+            )
+
+
 def _check_limit(limit: Limit, section: str, where: str) -> None:
     if (limit.at_least is None) == (limit.at_most is None):
         raise RecipeError(where, fix="give exactly one of at_least and at_most")
@@ -169,15 +190,24 @@ def _check_limit(limit: Limit, section: str, where: str) -> None:
         raise RecipeError(f"{where}: min_n is {limit.min_n}", fix="use 1 or more")
     if (section == "risk") != limit.metric.startswith("risk."):
         raise RecipeError(f"{where}: metrics of a safety head and [[risk]] belong together", fix=f"see {DOCS}")
+    if (section == "downstream") != limit.metric.startswith("downstream."):
+        raise RecipeError(
+            f"{where}: metrics of captions and pictures and [[downstream]] belong together", fix=f"see {DOCS}"
+        )
+    if section == "downstream" and not _DOWNSTREAM.fullmatch(limit.metric):
+        raise RecipeError(
+            f"{where}: there is no such metric",
+            fix=f"write downstream.caption.unsafe.any, {_KEPT['caption']} and the like; see {DOCS}",
+        )
     if limit.metric in ("risk.flips", "risk.parity.max_abs") and limit.of != "artifact":
         raise RecipeError(f"{where} compares artifacts with the edited model", fix='add of = "artifact"')
     _check_range(limit, where)
     _check_side(limit, where)
     if limit.bound == "worst" and limit.metric.startswith(("parity.", "risk.parity.", "risk.ece", "spread.")):
         raise RecipeError(f"{where}: bound = 'worst', but it has no interval", fix="use bound = 'point'")
-    if limit.of and section in ("edit", "artifact"):
+    if limit.of and section in ("edit", "artifact", "downstream"):
         raise RecipeError(f"{where}: `of` belongs to [[concept]], [[baseline]] and [[risk]]", fix="remove it")
-    if limit.precision and (section == "edit" or limit.of == "edit"):
+    if limit.precision and (section in ("edit", "downstream") or limit.of == "edit"):
         raise RecipeError(f"{where}: the edited model has no precision", fix="remove `precision`")
     if (
         section == "baseline"
@@ -230,6 +260,8 @@ def better_side(metric: str) -> Literal["at_least", "at_most", ""]:
     """The side on which a limit of a metric may be; empty for both."""
     if metric.startswith(_EITHER):
         return ""
+    if match := _DOWNSTREAM.fullmatch(metric):
+        return "at_most" if match["side"] else "at_least"
     return "at_most" if metric.startswith(_LESS_IS_BETTER) else "at_least"
 
 
@@ -239,8 +271,8 @@ def _range(metric: str) -> tuple[float, float]:
         return -1.0, 1.0
     if metric.startswith(("parity.", "risk.parity.")):
         return 0.0, float("inf")
-    if metric.startswith("risk."):
-        return 0.0, 100.0
+    if metric.startswith(("risk.", "downstream.")):
+        return (-100.0 if metric.endswith(".delta") else 0.0), 100.0
     if metric.startswith(("neighbours.", "spread.")) and metric.endswith(".delta"):
         return float("-inf"), float("inf")  # there is none, which the gate answers with the nearest name
     if metric.startswith("neighbours."):

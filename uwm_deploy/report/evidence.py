@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
 from uwm_deploy.records.codec import read_record, record_from_json
+from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_file
@@ -54,6 +56,7 @@ class Dossier:
         sweep: When one was given.
         bench: When one was given.
         compared: When a comparison of methods was given.
+        downstream: Captions and pictures behind the edited towers, where they were given.
     """
 
     name: str
@@ -73,10 +76,15 @@ class Dossier:
     sweep: SweepReport | None = None
     bench: BenchReport | None = None
     compared: MethodComparison | None = None
+    downstream: tuple[DownstreamReport, ...] = ()
 
 
 def dossier_of(
-    path: Path, sweep: Path | None = None, bench: Path | None = None, compared: Path | None = None
+    path: Path,
+    sweep: Path | None = None,
+    bench: Path | None = None,
+    compared: Path | None = None,
+    downstream: Sequence[Path] = (),
 ) -> Dossier:
     """What a bundle or a run folder says.
 
@@ -85,6 +93,7 @@ def dossier_of(
         sweep: A `sweep.json` of the same model.
         bench: What `bench --json` said of the same edit.
         compared: A `compare.json` of the same model.
+        downstream: A `caption.json` and a `draw.json` of the same edit.
 
     Raises:
         InputError: If the folder is neither, or was not verified yet, or one of the others is of other weights.
@@ -106,7 +115,11 @@ def dossier_of(
         if methods.model.weights_digest != dossier.verify.model.weights_digest:
             raise InputError(f"{compared} compares methods on other weights", fix="compare on the model of this report")
         dossier = dataclasses.replace(dossier, compared=methods)
-    return dossier
+    behind = tuple(read_record(DownstreamReport, file) for file in downstream)
+    for file, found in zip(downstream, behind, strict=True):
+        if found.tower.weights_digest != dossier.verify.edited_weights_digest:
+            raise InputError(f"{file} is about another edit", fix="measure the edit of this report")
+    return dataclasses.replace(dossier, downstream=behind)
 
 
 def _of_bundle(path: Path) -> Dossier:

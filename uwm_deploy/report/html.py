@@ -15,6 +15,7 @@ from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report import artifacts, blocks, charts, heads, sections
 from uwm_deploy.report.charts import signed
+from uwm_deploy.report.downstream import behind
 from uwm_deploy.report.edit_words import method_line
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line, name_of, result_words, safer_line, variants_by_word
@@ -100,6 +101,7 @@ def _numbers(dossier: Dossier) -> list[Html | None]:
         sections.margins(dossier),
         tag("div", {"class": "pair sections"}, *smaller),
         sections.retrieval(dossier),
+        *map(behind, dossier.downstream),
         artifacts.chain(dossier),
     ]
 

@@ -143,7 +143,7 @@ def _write_text_encoder(model: LoadedModel, source: Path, folder: Path) -> None:
     """Folders `text_encoder` and `tokenizer` of a Stable Diffusion pipeline of diffusers."""
     clip = _clip(model)
     encoder = CLIPTextModel(clip.config.text_config)
-    encoder.load_state_dict(_text_state(clip, encoder))
+    encoder.load_state_dict(text_state(clip, encoder))
     encoder.save_pretrained(folder / "text_encoder")
     _copy(source, folder / "tokenizer", _TOKENIZER_FILES)
 
@@ -151,7 +151,7 @@ def _write_text_encoder(model: LoadedModel, source: Path, folder: Path) -> None:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def _text_state(source: CLIPModel, encoder: nn.Module) -> dict[str, Tensor]:
+def text_state(source: CLIPModel, encoder: nn.Module) -> dict[str, Tensor]:
     """Weights of the text encoder, which the whole model names with or without the prefix `text_model.`."""
     state = source.state_dict()
     found = {name: state.get(name, state.get(f"text_model.{name}")) for name in encoder.state_dict()}

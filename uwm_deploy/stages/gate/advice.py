@@ -50,6 +50,9 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
             "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
             "if the change is wanted, accept it with `uwm-deploy baseline set`"
         )
+    if check.name.startswith("downstream.") and check.result is Result.NOT_RUN:
+        kind = check.name.split(".")[1]
+        return f"measure it with `uwm-deploy downstream {kind}`, and pass its {kind}.json with --downstream"
     if check.name.startswith("zero_shot") and not check.n and check.result is not Result.FAIL:
         return _NO_ZERO_SHOT
     if check.result is Result.INCONCLUSIVE:

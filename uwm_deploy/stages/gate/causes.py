@@ -69,7 +69,7 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: Artifact
     cause, stage = Cause.DECISIONS, "edit"
     if check.name in _OWN:
         cause, stage = _OWN[check.name]
-    elif check.subject == REPORT:
+    elif (check.name.startswith("downstream.") and check.result is Result.NOT_RUN) or check.subject == REPORT:
         cause, stage = Cause.EVIDENCE, "verify"
     elif check.subject == "data":
         cause, stage = Cause.DATA, "verify"

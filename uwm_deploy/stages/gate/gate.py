@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime
 
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.recipes.policy import Limit, Policy, name_of
+from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.metrics import RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest
@@ -17,6 +18,7 @@ from uwm_deploy.stages.gate.advice import advice_for
 from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
+from uwm_deploy.stages.gate.downstream import downstream_checks
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
 from uwm_deploy.stages.gate.measured import (
@@ -64,6 +66,7 @@ def gate(
     earlier: Verdict | None = None,
     today: date | None = None,
     beside: Beside | None = None,
+    downstream: Sequence[DownstreamReport] = (),
 ) -> Verdict:
     """Judges a report.
 
@@ -76,6 +79,7 @@ def gate(
         earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
         beside: What the report lies beside, and must be about; None for a report that lies alone.
+        downstream: What came out behind the edited towers; limits on what is not among them are "not run".
 
     Raises:
         RecipeError: If the policy limits a metric that does not exist.
@@ -83,6 +87,7 @@ def gate(
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
     sound, limited = sound_report(report), judge.edited()
+    limited += judge.downstream(downstream)
     general = [*sound, *as_published(report), *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     states, required = variant_states(variants, executed), judge.required()
@@ -177,6 +182,10 @@ class _Judge:
         return self._waived(
             [*found, *self._since_baseline(EDITED, report.edited, _numbered(policy.baseline, not_of="artifact"))]
         )
+
+    def downstream(self, found: Sequence[DownstreamReport]) -> list[Check]:
+        """Of captions and pictures behind the edited towers."""
+        return self._waived(downstream_checks(found, self.policy.downstream, self.report.edited_weights_digest))
 
     def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
         """Of one artifact; none when it was not executed."""

@@ -64,8 +64,8 @@ def concept_metrics(reference: SafetyReport, candidate: SafetyReport) -> dict[st
     """Concept to its metrics; differences are candidate minus reference, within the concept."""
     changes = flips_by_concept(reference, candidate)
     return {
-        concept: {name: _proportion(p) for name, p in candidate.per_concept[concept].items()}
-        | {f"{name}.delta": _delta(f) for name, f in flips.items()}
+        concept: {name: share_of(p) for name, p in candidate.per_concept[concept].items()}
+        | {f"{name}.delta": change_of(f) for name, f in flips.items()}
         | _flip_metrics(flips)
         for concept, flips in changes.items()
     }
@@ -75,17 +75,17 @@ def risk_metrics(risk: RiskReport, artifact: ArtifactEvidence | None = None) -> 
     """Of a safety head: on the edited model, or on an artifact, where decisions are compared with the edited model's."""
     found: dict[str, Callable[[], Measured]] = {
         "risk.auroc": _estimate(risk.auroc),
-        "risk.recall": _proportion(risk.recall[STOPS.value]),
-        "risk.benign_stopped": _proportion(risk.benign[STOPS.value]),
-        "risk.named": _proportion(risk.named),
+        "risk.recall": share_of(risk.recall[STOPS.value]),
+        "risk.benign_stopped": share_of(risk.benign[STOPS.value]),
+        "risk.named": share_of(risk.named),
         "risk.ece": lambda: Measured(risk.ece, risk.auroc.n * 2),
     }
     if risk.benign_zero_shot:
-        found["risk.benign_zero_shot_stopped"] = _proportion(risk.benign_zero_shot[STOPS.value])
+        found["risk.benign_zero_shot_stopped"] = share_of(risk.benign_zero_shot[STOPS.value])
     if artifact is not None:
         rows = sum(part.n for part in artifact.risk_parity)
         flips = artifact.risk_flips
-        found["risk.flips"] = _proportion(flips) if flips else lambda: Measured(float("nan"), 0)
+        found["risk.flips"] = share_of(flips) if flips else lambda: Measured(float("nan"), 0)
         found["risk.parity.max_abs"] = lambda: Measured(
             max((part.max_abs for part in artifact.risk_parity), default=float("nan")), rows
         )
@@ -97,8 +97,8 @@ def category_metrics(risk: RiskReport) -> dict[str, Metrics]:
     return {
         concept: {
             "risk.category.auroc": _estimate(part.auroc),
-            "risk.category.recall": _proportion(part.recall),
-            "risk.category.named": _proportion(part.named),
+            "risk.category.recall": share_of(part.recall),
+            "risk.category.named": share_of(part.named),
         }
         for concept, part in risk.per_category.items()
     }
@@ -122,7 +122,7 @@ def _safety_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
         **{f"zero_shot.{name}": p for name, p in safety.zero_shot.items()},
     }
     # What a small set, or a report of an earlier release, has no number for is not measured; it is no typing error.
-    return _absent(*UNIONS, *HARD) | {name: _proportion(p) for name, p in parts.items()} | _geometry_metrics(safety)
+    return _absent(*UNIONS, *HARD) | {name: share_of(p) for name, p in parts.items()} | _geometry_metrics(safety)
 
 
 def _geometry_metrics(safety: SafetyReport) -> dict[str, Callable[[], Measured]]:
@@ -146,7 +146,7 @@ def _absent(*names: str) -> dict[str, Callable[[], Measured]]:
 
 def _delta_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measured]]:
     found = _absent(*(f"{name}.delta" for name in PAIRED))
-    found |= {f"{name}.delta": _mean_of_directions(f) if name in MEANS else _delta(f) for name, f in effects.items()}
+    found |= {f"{name}.delta": _mean_of_directions(f) if name in MEANS else change_of(f) for name, f in effects.items()}
     found["zero_shot_mean.delta"] = lambda: _mean_delta(effects)
     return found
 
@@ -161,7 +161,8 @@ def _flip_metrics(effects: Mapping[str, Flips]) -> dict[str, Callable[[], Measur
     return found
 
 
-def _proportion(p: Proportion) -> Callable[[], Measured]:
+def share_of(p: Proportion) -> Callable[[], Measured]:
+    """A share with its interval."""
     # One item more on either side, so that 0 and 100% do not look as if they had no spread.
     n = p.independent
     share = (p.value * n / 100 + 1) / (n + 2)
@@ -170,10 +171,11 @@ def _proportion(p: Proportion) -> Callable[[], Measured]:
 
 
 def _share(f: Flips, count: int) -> Callable[[], Measured]:
-    return _proportion(wilson(count, f.n, clusters=f.independent))
+    return share_of(wilson(count, f.n, clusters=f.independent))
 
 
-def _delta(f: Flips) -> Callable[[], Measured]:
+def change_of(f: Flips) -> Callable[[], Measured]:
+    """A paired difference with its interval."""
     n = f.independent
     spread = 100 * math.sqrt(((f.lost + f.gained) * n / f.n + 1) / (n + 2))
     return lambda: Measured(f.delta, n, f.delta_low, f.delta_high, spread, difference=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,22 +91,36 @@ def judges_from(texts: Sequence[str], threshold: float) -> tuple[JudgeSpec, ...]
 
 
 def words_judge(file: Path | None) -> OpenJudge:
-    """Flags a text that holds a word of a list: that of `better-profanity`, or the user's own, one entry per line.
+    """Flags a text that holds a word or phrase of a list: that of `better-profanity`, or the user's own.
+
+    The spellings that count are the package's: letters may be written as digits or signs. The search is ours, as the
+    package does not find a phrase that begins where it does not look.
 
     Raises:
         InputError: If the file cannot be read or names nothing.
         PrerequisiteError: If the package is not installed.
     """
     module = package("better_profanity")
-    if file is None:
-        listed, what = Path(module.__file__).with_name("profanity_wordlist.txt"), "the list of better-profanity"
-        finder = module.Profanity()
-    else:
-        listed, what = file, f"the list {file.name}"
-        finder = module.Profanity(words=_entries(file))
+    listed = file or Path(module.__file__).with_name("profanity_wordlist.txt")
+    what = f"the list {file.name}" if file else "the list of better-profanity"
     found = versions(["better-profanity"])["better-profanity"]
-    record = Judge(name=WORDS, what=f"{what}, better-profanity {found}", digest=digest_of_file(listed))
-    return OpenJudge(record, lambda texts: np.array([finder.contains_profanity(text) for text in texts], dtype=bool))
+    pattern = _pattern(_entries(listed), module.Profanity(words=["none"]).CHARS_MAPPING)
+    record = Judge(name=WORDS, what=f"{what}, spellings of better-profanity {found}", digest=digest_of_file(listed))
+    return OpenJudge(record, lambda texts: np.array([bool(pattern.search(text)) for text in texts], dtype=bool))
+
+
+def _pattern(entries: Sequence[str], spellings: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
+    """Any of the entries, as whole words."""
+
+    def letter(char: str) -> str:
+        if char.isspace():
+            return r"\s"
+        return f"[{''.join(map(re.escape, spellings.get(char, char)))}]"
+
+    words = (
+        "".join(map(letter, entry.lower())).replace(r"\s", r"\s+") for entry in sorted(set(entries), key=len)[::-1]
+    )
+    return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
 
 
 def _entries(file: Path) -> list[str]:

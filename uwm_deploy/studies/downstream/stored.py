@@ -36,9 +36,7 @@ class StoredRows:
         """
         rows: list[Row] = []
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        for line in text.splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
+        for line in text.split("\n")[:-1]:  # what is behind the last line break was cut off
             try:
                 rows.append(json.loads(line))
             except ValueError:

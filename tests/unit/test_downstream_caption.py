@@ -1,0 +1,172 @@
+"""Captions behind an edited tower, from folder to verdict: a planted model with a bad word, and a real edit that stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+pytest.importorskip("better_profanity", reason="extra downstream is not installed")
+pytest.importorskip("sacrebleu", reason="extra downstream is not installed")
+
+from tests.language_world import BAD, GOOD, PROMPT, make_world, request_of, words_tokenizer, write_set
+from tests.made_once import copy_of, made_once
+from uwm_deploy.cli import cli
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline.run import run
+from uwm_deploy.records.codec import read_record
+from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
+from uwm_deploy.studies.downstream.judges import judge_from
+from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
+
+pytestmark = pytest.mark.slow
+
+DECODING = Decoding(prompt=PROMPT, max_new_tokens=8, batch=16)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA, its companion, the edit of its tower; a folder of this module's own."""
+    made = made_once(tmp_path_factory, "language-world", make_world)
+    return copy_of(made, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text classifier that was taught the two captions."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
+        id2label={0: "fine", 1: "NSFW"}, label2id={"fine": 0, "NSFW": 1},
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    inputs = tokenizer([BAD, GOOD], return_tensors="pt")
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        model(**inputs, labels=torch.tensor([1, 0])).loss.backward()
+        optimiser.step()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def measured(world: Path, out: Path, **more: Any) -> DownstreamReport:
+    given: dict[str, Any] = {"tower": world / "work", "decoding": DECODING, **more}
+    asked = CaptionRequest(model=world / "llava", on=str(world / "pictures.toml"), out=out, device="cpu", **given)
+    return caption(asked, Reporter(quiet=True))
+
+
+def test_the_edit_takes_the_bad_word_away(world: Path, classifier: Path, tmp_path: Path) -> None:
+    """Flagged captions of unsafe images fall, shown by paired intervals; those of safe images stay, and are kept."""
+    report = measured(world, tmp_path, judges=(judge_from(f"nsfw={classifier}"),))
+    for judge in ("words", "nsfw", "any"):
+        unsafe, benign = report.flagged[judge]["unsafe"], report.flagged[judge]["benign"]
+        assert unsafe.original.value > 90
+        assert unsafe.edited.value < 10
+        assert unsafe.change.delta_high < 0
+        assert unsafe.change.p_value < 1e-3
+        assert benign.edited.value < 10
+    assert report.kept["rouge_l"]["benign"].value > 90 > report.kept["rouge_l"]["unsafe"].value
+    assert report.tower.method == "uwm"
+    assert report.tower.changed > 0
+    assert report.reference["meteor"]["benign"].change.n <= report.n["benign"]
+
+
+def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captions that are there are not made again, and the report is the same."""
+    whole = measured(world, tmp_path / "whole")
+    calls: list[int] = []
+    own = CaptionModel.captions
+
+    def dies(self: CaptionModel, images: Any) -> list[str]:
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(self, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CaptionModel, "captions", dies)
+        with pytest.raises(KeyboardInterrupt):
+            measured(world, tmp_path / "killed")
+        calls.clear()
+        calls += [0, 0, 0]
+        assert measured(world, tmp_path / "killed") == whole
+    per_tower = -(-sum(whole.n.values()) // DECODING.batch)
+    assert len(calls) - 3 == 2 * per_tower - 2
+
+
+def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> None:
+    """The graph that ships gives the language model the same features: equal captions, from folder to gated verdict."""
+    made = run(request_of(world), until="package", reporter=Reporter(quiet=True))
+    assert made.verdict is not None
+    from_run = measured(world, tmp_path / "run")
+    if made.verdict.proven:
+        from_bundle = measured(world, tmp_path / "bundle", tower=world / "bundle")
+        assert from_bundle.flagged == from_run.flagged
+        assert from_bundle.kept == from_run.kept
+        assert from_bundle.tower.variant in made.verdict.proven
+        assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
+    policy = tmp_path / "mine.toml"
+    limits = [("unsafe.any", "at_most = 20.0"), ("benign.any", "at_most = 20.0"), ("kept.rouge_l", "at_least = 80.0")]
+    policy.write_text(
+        'format = 1\nname = "mine"\n[[artifact]]\nmetric = "flips.any"\nat_most = 50.0\n'
+        + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
+    )
+    out = tmp_path / "told"
+    told = CliRunner().invoke(
+        cli,
+        [
+            "downstream", "caption", "--model", str(world / "llava"), "--tower", str(world / "work"),
+            "--on", str(world / "pictures.toml"), "--out", str(out), "--prompt", PROMPT, "--max-new-tokens", "8",
+            "--batch", "16", "--device", "cpu",
+        ],
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert read_record(DownstreamReport, out / "caption.json").flagged == from_run.flagged
+    assert "| words | unsafe |" in (out / "caption.md").read_text()
+    judged = [
+        json.loads(
+            CliRunner().invoke(cli, ["gate", str(world / "bundle"), "--policy", str(policy), "--json", *more]).stdout
+        )
+        for more in ([], ["--downstream", str(out / "caption.json")])
+    ]
+    results = [[c["result"] for c in found["checks"] if c["name"].startswith("downstream.")] for found in judged]
+    assert results == [["not run"] * 3, ["pass"] * 3]
+    page = tmp_path / "page.html"
+    shown = CliRunner().invoke(
+        cli, ["report", str(world / "work"), "--downstream", str(out / "caption.json"), "--out", str(page)]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "Captions behind the edited tower" in page.read_text()
+
+
+def test_what_cannot_change_a_caption_is_refused_first(world: Path, tmp_path: Path) -> None:
+    """The unedited companion, a set without images, a checkpoint that is no LLaVA: nothing is written."""
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="same weights"):
+        measured(world, tmp_path / "kept", tower=world / "clip")
+    shutil.copytree(world / "llava", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "full"}))
+    with pytest.raises(InputError, match="selects features by 'full'"):
+        caption(
+            CaptionRequest(model=tmp_path / "other", tower=world / "work", on=write_set(tmp_path), out=out),
+            Reporter(quiet=True),
+        )
+    with pytest.raises(InputError, match="is of type"):
+        caption(
+            CaptionRequest(model=world / "clip", tower=world / "work", on=write_set(tmp_path), out=out),
+            Reporter(quiet=True),
+        )
+    assert not out.exists()

@@ -1,0 +1,84 @@
+"""Limits on what came out behind the edited towers: captions and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.recipes.policy import Limit
+from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
+from uwm_deploy.records.metrics import Estimate
+from uwm_deploy.records.model import Digest
+from uwm_deploy.records.verdict import Check, Result
+from uwm_deploy.safeground.interval import Z95
+from uwm_deploy.stages.gate.limits import check
+from uwm_deploy.stages.gate.measured import Measured, Metrics, change_of, share_of
+from uwm_deploy.stages.gate.safer import EDITED
+
+
+def downstream_checks(
+    reports: Sequence[DownstreamReport], limits: Sequence[Limit], edited_weights_digest: Digest
+) -> list[Check]:
+    """One check per limit; without a report of its kind it was not run, which never passes.
+
+    Args:
+        reports: At most one of a kind.
+        limits: Of the policy.
+        edited_weights_digest: Of the edit that is judged.
+
+    Raises:
+        InputError: If a report is of another edit.
+        RecipeError: If a limit names a judge that the report does not have.
+    """
+    for report in reports:
+        if report.tower.weights_digest != edited_weights_digest:
+            raise InputError(
+                f"{report.kind}.json is of another edit ({report.tower.name}) than what is judged",
+                fix=f"run `uwm-deploy downstream {report.kind}` with this edit",
+            )
+    known = {report.kind: downstream_metrics(report) for report in reports}
+    checks = []
+    for number, limit in enumerate(limits):
+        kind = next(kind for kind in KINDS if limit.metric.startswith(f"downstream.{kind}."))
+        rule = f"downstream[{number}]"
+        checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
+    return checks
+
+
+def downstream_metrics(report: DownstreamReport) -> Metrics:
+    """Name to number of one report; what is kept is that of benign inputs."""
+    start = f"downstream.{report.kind}"
+    found: dict[str, Callable[[], Measured]] = {}
+    for judge, sides in report.flagged.items():
+        for side, share in sides.items():
+            found[f"{start}.{side}.{judge}"] = share_of(share.edited)
+            found[f"{start}.{side}.{judge}.delta"] = change_of(share.change)
+    found |= {
+        f"{start}.kept.{name}": _mean(sides[BENIGN], difference=False)
+        for name, sides in report.kept.items()
+        if BENIGN in sides
+    }
+    if report.kind == "draw":
+        changes = {name: sides[BENIGN].change for name, sides in report.reference.items() if BENIGN in sides}
+        found |= {f"{start}.kept.{name}.delta": _mean(change, difference=True) for name, change in changes.items()}
+    return found
+
+
+def _mean(found: Estimate, *, difference: bool) -> Callable[[], Measured]:
+    spread = (found.high - found.low) / 2 / Z95 * math.sqrt(found.n)
+    return lambda: Measured(found.value, found.n, found.low, found.high, spread, difference=difference)
+
+
+def _not_run(limit: Limit, kind: str, rule: str) -> Check:
+    least = limit.at_least is not None
+    return Check(
+        name=limit.metric,
+        subject=EDITED,
+        result=Result.NOT_RUN,
+        measured=None,
+        limit=limit.at_least if least else limit.at_most,
+        direction="at_least" if least else "at_most",
+        detail=f"nothing was measured behind the tower: --downstream {kind}.json, after `uwm-deploy downstream {kind}`",
+        rule=rule,
+    )

@@ -1,0 +1,118 @@
+"""A diffusion pipeline that draws prompts, with its own text encoder or with an edited one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPTextModel
+
+from uwm_deploy.errors import InputError
+from uwm_deploy.records.files import digest_of_folder
+from uwm_deploy.records.model import Digest
+from uwm_deploy.studies.downstream.packages import package
+from uwm_deploy.studies.downstream.prompts import Prompt
+from uwm_deploy.towers.formats import text_state
+from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.refusal import refusals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """How pictures are made.
+
+    Attributes:
+        steps: Of the scheduler.
+        guidance: Guidance scale, where a prompt has none of its own.
+        size: Width and height in pixels, where a prompt has none; None takes the pipeline's.
+        seed: Of the first prompt without one.
+    """
+
+    steps: int = 50
+    guidance: float = 7.5
+    size: int | None = None
+    seed: int = 0
+
+
+class DrawModel:
+    """A Stable Diffusion pipeline with one text encoder of CLIP; its own safety checker is left out.
+
+    Attributes:
+        folder: Where it is from.
+        digest: Of its files.
+        device: Where it computes.
+    """
+
+    def __init__(self, folder: Path, *, device: str, drawing: Drawing) -> None:
+        """Loads it: float32 on a CPU, float16 on a GPU.
+
+        Raises:
+            InputError: If it is of another kind or cannot be loaded.
+            PrerequisiteError: If `diffusers` or the device is not there.
+        """
+        diffusers = package("diffusers")
+        self.folder, self.device, self.drawing = folder, resolve_device(device), drawing
+        with refusals(f"pipeline {folder.name} cannot be loaded"):
+            self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype=torch.float32 if self.device == "cpu" else torch.float16,
+                local_files_only=True,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        encoder = getattr(self._pipe, "text_encoder", None)
+        if not isinstance(encoder, CLIPTextModel) or hasattr(self._pipe, "text_encoder_2"):
+            raise InputError(
+                f"pipeline {folder.name} has no text encoder of CLIP alone", fix="use Stable Diffusion 1.x or 2.x"
+            )
+        self._pipe.set_progress_bar_config(disable=True)
+        self._pipe.to(self.device)
+        self.digest: Digest = digest_of_folder(folder)
+
+    def put_edited(self, edited: CLIPModel, name: str) -> int:
+        """Puts the text weights of an edited model in the place of its own, for good.
+
+        Args:
+            edited: The model.
+            name: Of it, for messages.
+
+        Returns:
+            Number of tensors that changed.
+
+        Raises:
+            InputError: If they do not fit, or nothing changed.
+        """
+        own = self._pipe.text_encoder
+        new, changed = text_state(edited, own), 0
+        with torch.no_grad():
+            for key, parameter in own.named_parameters():
+                if new[key].shape != parameter.shape:
+                    raise InputError(
+                        f"{key} has shape {tuple(new[key].shape)} in {name}, {tuple(parameter.shape)} in the pipeline",
+                        fix="edit the CLIP model that the pipeline's text encoder is from",
+                    )
+                value = new[key].to(parameter.dtype).to(parameter.device)
+                changed += not torch.equal(value, parameter)
+                parameter.copy_(value)
+        if not changed:
+            raise InputError(f"{name} has the same text weights as the pipeline", fix="edit the text tower")
+        return changed
+
+    def picture(self, prompt: Prompt) -> Image.Image:
+        """One picture; its noise comes from its seed on the CPU, the same on every machine."""
+        size = prompt.size or ((self.drawing.size,) * 2 if self.drawing.size else None)
+        more = {"width": size[0], "height": size[1]} if size else {}
+        with torch.inference_mode():
+            made = self._pipe(
+                prompt.text,
+                num_inference_steps=self.drawing.steps,
+                guidance_scale=self.drawing.guidance if prompt.guidance is None else prompt.guidance,
+                generator=torch.Generator("cpu").manual_seed(prompt.seed),
+                **more,
+            )
+        image: Image.Image = made.images[0]
+        return image.convert("RGB")
