@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def main(folder: Path, cases: int, name: str) -> None:
     if atheris is None:
         chance = random.Random(0)
         for number in range(cases):
+            signal.alarm(SECONDS)  # ends the process
             tried(mutated(chance.choice(reader.seeds), reader.form, number))
         return
     _guided(folder, cases, [*reader.seeds], tried, lambda data, seed: mutated(data, reader.form, seed))

@@ -204,11 +204,8 @@ def _raw_canaries(folder: Path) -> Reader:
 def _reference(folder: Path) -> Reader:
     from uwm_deploy.pipeline.stored import reference_of
 
-    return Reader(
-        "tensors",
-        [make().reference],
-        _listed(folder, BundleLayout.REFERENCE, lambda bundle: yardstick_of(reference_of(bundle))),
-    )
+    read = _listed(folder, BundleLayout.REFERENCE, lambda bundle: yardstick_of(reference_of(bundle)))
+    return Reader("tensors", [make().reference], read)
 
 
 def _patch(_: Path) -> Reader:
@@ -261,6 +258,18 @@ def _onnx(folder: Path) -> Reader:
     return Reader("bytes", [_graph()], read)
 
 
+def _small_checkpoint(folder: Path) -> None:
+    """A checkpoint of kilobytes: a larger one would be in memory as often as it was changed."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shutil.copytree(DEMO, folder)
+    body = json.loads((folder / "config.json").read_text())
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for part in ("text_config", "vision_config"):
+        body[part] |= small | {"projection_dim": 8}
+    CLIPModel(CLIPConfig.from_dict(body | {"projection_dim": 8})).save_pretrained(folder)
+
+
 def _checkpoint(name: str, form: Form) -> Callable[[Path], Reader]:
     """A file of a checkpoint folder, up to the model that is made of it; `load_model` has the same block."""
 
@@ -268,7 +277,7 @@ def _checkpoint(name: str, form: Form) -> Callable[[Path], Reader]:
         from uwm_deploy.towers import hf_clip
         from uwm_deploy.towers.refusal import refusals
 
-        shutil.copytree(DEMO, folder / "clip")
+        _small_checkpoint(folder / "clip")
 
         def load(_: Path) -> None:
             with refusals("checkpoint clip cannot be loaded"):
@@ -495,3 +504,7 @@ _READERS: Mapping[str, Callable[[Path], Reader]] = {
     "inspect json": _inspected("x.json", lambda: json.dumps({"a": [1, {"b": None}], "c": "d"}).encode(), "json"),
     "inspect tensors": _inspected("x.safetensors", _small_tensors, "tensors"),
 }
+
+NAMES = tuple(_READERS)
+TORCH = ("patch", "config.json", "preprocessor", "weights", "tokenizer config")
+"""Readers that need torch, whose import alone takes seconds."""

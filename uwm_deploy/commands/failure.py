@@ -58,6 +58,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
     line = visible(" ".join(str(error).split()), _LONGEST)
     if is_of_machine(error):
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            line = visible(f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}", _LONGEST)
         fix = "mend that on this machine, and run again; finished work is kept"
         return Failure(
             kind="PrerequisiteError", what=line or "not enough memory", fix=fix, exit_code=int(ExitCode.ENVIRONMENT)

@@ -6,11 +6,18 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from uwm_deploy.errors import DataError, MissingFileError, is_of_machine, unreadable
 
 _MOST_SHARDS = 100_000
 _BLOCK = 512
+_LARGEST_HEADER = 1 << 20
+"""Bytes of a header that goes on behind its block, such as a long name; it is read into memory."""
+
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
@@ -38,6 +45,27 @@ def expanded(name: str) -> list[str]:
     return names
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose size can be."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See `tarfile.TarInfo`.
+
+        Args:
+            buf: The block.
+            encoding: Of names.
+            errors: What becomes of names that are not in it.
+
+        Raises:
+            ReadError: If its size is negative, or it goes on for too long.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENDED and header.size > _LARGEST_HEADER):
+            raise tarfile.ReadError(f"a header claims {header.size} bytes")
+        return header
+
+
 def members(path: Path) -> Iterator[tarfile.TarInfo]:
     """Headers of all members but folders, in order; contents are not read.
 
@@ -45,9 +73,15 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
         DataError: If the shard is missing, broken, cut off or compressed; perhaps after some members.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
+            whole = path.stat().st_size
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if member.size < 0 or (member.isreg() and member.size > whole - member.offset_data):
+                    raise DataError(
+                        f"shard {path}: {member.name!r} claims {member.size} bytes, more than there are",
+                        fix="write it again",
+                    )
                 if not member.isdir():
                     yield member
             end = archive.offset

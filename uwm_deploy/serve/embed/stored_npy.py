@@ -56,7 +56,7 @@ class NpyFile:
             raise DataError(f"{path} is no file", fix="check the path")
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # the library reads the header as Python, and raises whatever that raises
             raise unreadable(str(path), error, fix="save it with numpy.save") from error
         if not isinstance(found, np.memmap) or found.ndim != 2 or found.dtype not in (np.float32, np.float16):
             raise DataError(f"{path} does not hold (n, d) numbers in float32 or float16", fix="save such an array")
