@@ -135,9 +135,10 @@ def _fingerprint(
     Raises:
         ContractError: If the edit is lost.
     """
-    before = ir.load(source)
-    wanted = _weights(before) | _spread_weights(before, chosen)
-    fingerprint, zeroed = fingerprint_of_lowered(wanted, _weights(model), edits, patch.tensors)
+    before, after = ir.load(source), _weights(model)
+    changed = _spread_weights(before, chosen)
+    wanted = _weights(before) | {name: rows for name, rows in changed.items() if after[name].dtype == np.int8}
+    fingerprint, zeroed = fingerprint_of_lowered(wanted, after, edits, patch.tensors)
     if fingerprint.mismatches:
         raise ContractError(
             f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
