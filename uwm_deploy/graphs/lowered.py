@@ -10,7 +10,8 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import LARGEST, EightBitType, input_names, quantise_graph
+from uwm_deploy.graphs.quantise import LARGEST, NEAREST, EightBitType, input_names, quantise_graph
+from uwm_deploy.graphs.smoothing import Chosen, spread_name
 from uwm_deploy.records.graph import Precision
 
 HALF = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
@@ -18,7 +19,11 @@ EIGHT_BITS: dict[Precision, EightBitType] = {Precision.INT8: "int8", Precision.F
 
 
 def lowered_graph(
-    source: Path, precision: Precision, keep: Sequence[str], largest: Mapping[str, float]
+    source: Path,
+    precision: Precision,
+    keep: Sequence[str],
+    largest: Mapping[str, float],
+    chosen: Chosen = NEAREST,
 ) -> tuple[ir.Model, int]:
     """A graph in lower precision, in memory.
 
@@ -27,6 +32,7 @@ def lowered_graph(
         precision: Half precision casts everything, 8 bits quantises linear layers.
         keep: Linear layers, and globs over layers, nodes and operators, that stay in float32.
         largest: Largest absolute value of each activation, for 8 bits.
+        chosen: What was chosen on calibration inputs, for INT8.
 
     Returns:
         The graph, and the number of clamped constants.
@@ -43,7 +49,7 @@ def lowered_graph(
     if precision in HALF:
         return model, cast_graph(model, HALF[precision], kept)
     low = {name for name, layer in names.items() if layer.node not in kept}
-    quantise_graph(model, low, largest, EIGHT_BITS[precision])
+    quantise_graph(model, low, largest, EIGHT_BITS[precision], chosen)
     return model, 0
 
 
@@ -57,7 +63,9 @@ def largest_in(lowered: ir.Model, source: Path, precision: Precision) -> dict[st
     """
     model, found = ir.load(source), {}
     for name in input_names(model, set(linear_layers(model))).values():
-        scale = lowered.graph.initializers.get(f"{name}.scale")
-        if scale is not None and scale.const_value is not None and scale.const_value.size == 1:
-            found[name] = float(scale.const_value.numpy().reshape(-1)[0]) * LARGEST[EIGHT_BITS[precision]]
+        for part in (name, spread_name(name)):
+            scale = lowered.graph.initializers.get(f"{part}.scale")
+            if scale is None or scale.const_value is None or scale.const_value.size != 1:
+                continue
+            found[part] = float(scale.const_value.numpy().reshape(-1)[0]) * LARGEST[EIGHT_BITS[precision]]
     return found

@@ -1,8 +1,8 @@
 """Explicit quantisation of linear layers: Q/DQ pairs around the input, a DQ behind an 8-bit weight of the same name.
 
 Quantisation is symmetric, since TensorRT takes no other: INT8 has a scale per output channel of a weight and one per
-activation, FP8 (E4M3) one scale per tensor. Scales of weights come from their largest absolute values, so negating entries
-does not change them.
+activation, FP8 (E4M3) one scale per tensor. Scales of weights come from absolute values, so negating entries does not change
+them. What was chosen on calibration inputs (`graphs.smoothing`) goes in here; without it, all is rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
+from uwm_deploy.graphs.rounding import paired_scale
+from uwm_deploy.graphs.smoothing import Channels, Chosen, correct_bias, spread, spread_weight, stored_as_rows
 
 EightBitType = Literal["int8", "fp8"]
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 _NUMPY = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+NEAREST = Chosen()
+"""No activation is changed, and every weight is rounded to the nearest number."""
 _SMALLEST_SCALE = 1e-12
 """Scale of a channel of zeros, which would otherwise be 0."""
 
@@ -30,7 +34,9 @@ def input_names(model: ir.Model, layers: Set[str]) -> dict[str, str]:
     return {name: _input_of(layer).name or "" for name, layer in linear_layers(model).items() if name in layers}
 
 
-def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: EightBitType) -> None:
+def quantise_graph(
+    model: ir.Model, layers: Set[str], largest: Mapping[str, float], kind: EightBitType, chosen: Chosen = NEAREST
+) -> None:
     """Quantises layers in place; all others stay as they are.
 
     Args:
@@ -38,6 +44,7 @@ def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, floa
         layers: Names, as `linear_layers` gives them.
         largest: Activation by name to its largest absolute value on calibration inputs.
         kind: 8-bit type.
+        chosen: Activations whose channels are changed, and the weights of the layers that read them.
 
     Raises:
         ContractError: If an activation has no range, or a weight is used by another node as well.
@@ -49,11 +56,15 @@ def quantise_graph(model: ir.Model, layers: Set[str], largest: Mapping[str, floa
     for name in [name for name in found if name in layers]:
         layer = found[name]
         entering = _input_of(layer)
+        channels = chosen.channels.get(entering.name or "")
         if entering not in shared:
-            if not np.isfinite(bound := largest.get(entering.name or "", np.nan)):
-                raise ContractError(f"activation {entering.name} has no range", fix="calibrate on this graph")
-            shared[entering] = _quantised_activation(model, entering, bound, kind)
-        _quantise_weight(model, layer, kind)
+            changed = spread(model, entering, channels) if channels else entering
+            if not np.isfinite(bound := largest.get(changed.name or "", np.nan)):
+                raise ContractError(f"activation {changed.name} has no range", fix="calibrate on this graph")
+            shared[entering] = _quantised_activation(model, changed, bound, kind)
+        if channels:
+            correct_bias(layer, channels)
+        _quantise_weight(model, layer, kind, channels, chosen.codes.get(name))
         back = ir.node("DequantizeLinear", shared[entering], name=f"dequantise_for_{layer.node.name}")
         result = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with its own DQ
         result.name, result.dtype, result.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
@@ -86,18 +97,21 @@ def _quantised_activation(
     return quantised, scale, zero
 
 
-def _quantise_weight(model: ir.Model, layer: LinearLayer, kind: EightBitType) -> None:
+def _quantise_weight(
+    model: ir.Model, layer: LinearLayer, kind: EightBitType, channels: Channels | None, codes: np.ndarray | None
+) -> None:
     """8-bit weight in the orientation of the multiplication, under its own name, and a DQ behind it."""
     users = {node for node, _ in layer.weight.uses()}
     if len(users) > 1:
         raise ContractError(f"weight {layer.weight.name} is used by {len(users)} nodes", fix="leave its layer out")
-    assert layer.weight.const_value is not None
-    weight = np.asarray(layer.weight.const_value.numpy(), dtype=np.float32)
-    if layer.transpose is not None:
-        weight = np.ascontiguousarray(weight.T)
+    weight = stored_as_rows(layer).astype(np.float32)  # (out, in)
     axis = 0 if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transB", 0) == 1 else 1
-    scale = weight_scale(weight, axis, kind)
-    rounded = rounded_weight(weight, scale, axis, kind)
+    if channels is not None and codes is not None:
+        scale, rounded = paired_scale(spread_weight(weight, channels)), codes
+    else:
+        scale = weight_scale(weight, 0, kind)
+        rounded = rounded_weight(weight, scale, 0, kind)
+    rounded = np.ascontiguousarray(rounded if axis == 0 else rounded.T)
     value = layer.weight
     value.const_value = ir.tensor(rounded, dtype=_TYPE[kind], name=value.name)
     value.dtype, value.shape = _TYPE[kind], ir.Shape(rounded.shape)

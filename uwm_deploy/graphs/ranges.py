@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,11 +32,36 @@ def activation_maxima(
     Raises:
         ContractError: If an activation is not in the graph, or a maximum is not finite.
     """
-    import onnxruntime as ort
-
     model = ir.load(source)
     wanted = list(dict.fromkeys(names))
     _watch(model, wanted)
+    session, given = opened_for(model, source, folder)
+    outputs = [_output_name(name) for name in wanted]
+    rows = [session.run(outputs, given(batch)) for batch in batches]
+    if not rows:
+        raise ContractError("no input reached the graph, so its activations have no range", fix="use a larger set")
+    maxima = {name: np.concatenate(parts) for name, parts in zip(wanted, zip(*rows, strict=True), strict=True)}
+    for name, values in maxima.items():
+        if not np.isfinite(values).all():
+            raise ContractError(f"activation {name} is not finite", fix="mend the model or the inputs")
+    return maxima
+
+
+def opened_for(
+    model: ir.Model, source: Path, folder: Path
+) -> tuple[Any, Callable[[np.ndarray], dict[str, np.ndarray]]]:
+    """Opens a graph with outputs of its own in ONNX Runtime.
+
+    Args:
+        model: The graph.
+        source: The file it was read from.
+        folder: Folder for a temporary file.
+
+    Returns:
+        The session, and what makes its input of a batch, (b, ...) float32 pixels or int64 ids.
+    """
+    import onnxruntime as ort
+
     path = folder / f".tmp-watched-{source.name}"
     external = f"{path.name}.data" if sum(v.const_value.nbytes for v in _weights(model)) > INLINE_BYTES else ""
     write_graph(model, path, external)
@@ -47,17 +73,9 @@ def activation_maxima(
     finally:
         for name in filter(None, (path.name, external)):
             (folder / name).unlink()
-    outputs = [_output_name(name) for name in wanted]
     given = model.graph.inputs[0]
     kind = given.dtype.numpy() if given.dtype else None  # ids may be int32 in the graph
-    rows = [session.run(outputs, {given.name: batch.astype(kind or batch.dtype, copy=False)}) for batch in batches]
-    if not rows:
-        raise ContractError("no input reached the graph, so its activations have no range", fix="use a larger set")
-    maxima = {name: np.concatenate(parts) for name, parts in zip(wanted, zip(*rows, strict=True), strict=True)}
-    for name, values in maxima.items():
-        if not np.isfinite(values).all():
-            raise ContractError(f"activation {name} is not finite", fix="mend the model or the inputs")
-    return maxima
+    return session, lambda batch: {given.name or "": batch.astype(kind or batch.dtype, copy=False)}
 
 
 def _weights(model: ir.Model) -> list[ir.Value]:

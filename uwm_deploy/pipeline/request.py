@@ -112,7 +112,7 @@ def with_overrides(recipe: Recipe, request: Request) -> Recipe:
         float32=(*spec.float32, *request.float32),
         refittable=spec.refittable or request.refittable,
     )
-    if spec.quantiser != "built-in" and Precision.AUTO in spec.precisions:
+    if spec.quantiser not in ("built-in", "nearest") and Precision.AUTO in spec.precisions:
         raise RecipeError(
             f"compile.quantiser is {spec.quantiser} with precision auto, whose search quantises by itself",
             fix="use int8 or fp8, or the built-in one",

@@ -42,7 +42,7 @@ class AutoSpec:
     items: int = 512
 
 
-Quantiser = Literal["built-in", "modelopt-entropy", "modelopt-max"]
+Quantiser = Literal["built-in", "nearest", "modelopt-entropy", "modelopt-max"]
 
 
 CURRENT_GPU = "current"
@@ -94,7 +94,8 @@ class CompileSpec:
         batch: Profile, or several, each optimised for on its own; together they leave no batch out.
         float32: Globs over layer names, node names and operator types that stay in float32 whatever the precision.
         auto: How `auto` searches.
-        quantiser: What makes INT8 and FP8 graphs: this program, or nvidia-modelopt with one of its ways to find ranges.
+        quantiser: What makes INT8 and FP8 graphs: this program, which chooses on the calibration set how INT8 is rounded,
+            or rounds to the nearest, which a refit can do again; or nvidia-modelopt with one of its ways to find ranges.
         refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
         onnxruntime: Which providers graphs for ONNX Runtime are made for.
         tensorrt: How engines of TensorRT are built.

@@ -17,8 +17,9 @@ from uwm_deploy.graphs.achieved_precision import achieved_precision, low_share
 from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered, refuse_zeroed
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.lowered import lowered_graph
-from uwm_deploy.graphs.quantise import input_names
+from uwm_deploy.graphs.quantise import NEAREST, input_names
 from uwm_deploy.graphs.ranges import activation_maxima
+from uwm_deploy.graphs.smoothing import Chosen, spread_weight, stored_as_rows
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import (
@@ -49,10 +50,12 @@ class Ranges:
     Attributes:
         largest: Activation to its largest absolute value over all inputs.
         coverage: How held-out inputs lie in the ranges of the others, per class.
+        chosen: What was chosen for INT8 on the same inputs.
     """
 
     largest: Mapping[str, float]
     coverage: Mapping[str, ActivationCoverage]
+    chosen: Chosen = NEAREST
 
 
 def ranges_of(source: Path, batches: Mapping[str, Iterable[np.ndarray]], folder: Path) -> Ranges:
@@ -119,18 +122,23 @@ def lower(
     Returns:
         The graph, and the number of clamped constants.
     """
-    return lowered_graph(source, precision, (*patterns, *layers), ranges.largest if ranges else {})
+    if ranges is None:
+        return lowered_graph(source, precision, (*patterns, *layers), {})
+    return lowered_graph(source, precision, (*patterns, *layers), ranges.largest, ranges.chosen)
 
 
 def _fingerprint(
-    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision
+    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision, chosen: Chosen
 ) -> tuple[Fingerprint, int]:
     """The edit, looked up in the weights of the new graph, and the number of edited entries that became 0.
 
     Raises:
         ContractError: If the edit is lost.
     """
-    fingerprint, zeroed = fingerprint_of_lowered(_weights(ir.load(source)), _weights(model), edits, patch.tensors)
+    before, after = ir.load(source), _weights(model)
+    changed = _spread_weights(before, chosen)
+    wanted = _weights(before) | {name: rows for name, rows in changed.items() if after[name].dtype == np.int8}
+    fingerprint, zeroed = fingerprint_of_lowered(wanted, after, edits, patch.tensors)
     if fingerprint.mismatches:
         raise ContractError(
             f"the edit was lost in {lowered.value}: {'; '.join(fingerprint.mismatches[:3])}", fix="report this"
@@ -205,7 +213,8 @@ def converted(
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = _written(model, folder / graph.file, external)
-    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered)
+    chosen = ranges.chosen if ranges and not quantised else NEAREST
+    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, chosen)
     worst = _worst_canary(graph, folder / graph.file, lowered, canaries, external)
     return dataclasses.replace(
         graph,
@@ -223,9 +232,28 @@ def converted(
             coverage=ranges.coverage if ranges else {},
             canary_ratio_max=worst,
             canaries=len(canaries.inputs) if worst is not None and canaries is not None else 0,
-            quantiser=quantised[1] if quantised else "built-in" if ranges else "",
+            quantiser=quantised[1] if quantised else _own_name(ranges),
         ),
     )
+
+
+def _own_name(ranges: Ranges | None) -> str:
+    """What the record calls this program's own ways."""
+    if ranges is None:
+        return ""
+    return "built-in" if ranges.chosen.codes else "nearest"
+
+
+def _spread_weights(model: ir.Model, chosen: Chosen) -> dict[str, np.ndarray]:
+    """Weights that read changed channels, as they are stored, float32, (out, in) or (in, out)."""
+    found = {}
+    for layer in linear_layers(model).values():
+        entering = layer.node.inputs[0]
+        channels = chosen.channels.get((entering.name or "") if entering is not None else "")
+        if channels is not None:
+            rows = spread_weight(stored_as_rows(layer).astype(np.float32), channels)
+            found[layer.weight.name or ""] = rows if layer.transposed else rows.T
+    return found
 
 
 def _check_achieved(

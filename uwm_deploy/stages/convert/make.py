@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from uwm_deploy.graphs.lowered import EIGHT_BITS
 from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.records.codec import read_record, write_record
-from uwm_deploy.records.edit import MAP_NAMES, EditRecord
+from uwm_deploy.records.edit import MAP_NAMES, EditRecord, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
 from uwm_deploy.stages.convert.convert import Ranges, converted, ranges_of
 from uwm_deploy.stages.convert.search import Source, search
 from uwm_deploy.stages.job import Job
@@ -42,7 +44,8 @@ class _Graph:
     Attributes:
         record: Of the float32 graph.
         file: The float32 graph.
-        float32: Patterns of what stays in float32 in every precision: its safety head, a map behind its embedding.
+        float32: Patterns of what stays in float32 in every precision: its safety head, a map behind its embedding; and
+            layers of one row, where INT8 is calibrated.
         ranges: Of its activations, for 8 bits.
         quantised: The graph and the name of the quantiser, where another one than our own is asked for.
     """
@@ -60,7 +63,7 @@ def make(job: Job, out: Path) -> None:
     assert precision is not None
     lowered = spec.auto.lowest if precision is Precision.AUTO else precision
     edit, patch = read_record(EditRecord, job.folder.edit_record), Patch.from_file(job.folder.patch)
-    graphs = [_graph(job, tower, lowered, out) for tower in TowerName]
+    graphs = [_graph(job, tower, lowered, out, edit.of(tower)) for tower in TowerName]
     plan = _searched(job, graphs, out) if precision is Precision.AUTO else None
     for graph in graphs:
         tower = graph.record.tower
@@ -81,7 +84,7 @@ def make(job: Job, out: Path) -> None:
         write_record(tower_record(out, tower), artifact)
 
 
-def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path) -> _Graph:
+def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Sequence[TensorEdit]) -> _Graph:
     record = read_record(OnnxArtifact, tower_record(job.folder.export, tower))
     file, kept = job.folder.export / record.file, _float32_parts(job, record)
     ranges, quantised = None, None
@@ -89,12 +92,22 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path) -> _Graph:
         job.notes.progress(f"ranges of the {tower.value} tower", 0, 1)
         batches = list(_pairs(job, tower))
         rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
-        ranges = ranges_of(file, rows, out)
-        if job.plan.recipe.compile.quantiser != "built-in":
-            every = [*rows["safe"], *rows["unsafe"]]
+        ranges, quantiser = ranges_of(file, rows, out), job.plan.recipe.compile.quantiser
+        every = [*rows["safe"], *rows["unsafe"]]
+        if quantiser == "built-in" and lowered is Precision.INT8:
+            kept = (*kept, *one_row_layers(file))
+            patterns = (*job.plan.recipe.compile.float32, *kept)
+            chosen, largest = chosen_for(file, patterns, _vectors(edits), every, out)
+            ranges = dataclasses.replace(ranges, largest={**ranges.largest, **largest}, chosen=chosen)
+        elif quantiser not in ("built-in", "nearest"):
             patterns = (*job.plan.recipe.compile.float32, *kept)
             quantised = _by_modelopt(job, file, EIGHT_BITS[lowered], patterns, every, out)
     return _Graph(record=record, file=file, float32=kept, ranges=ranges, quantised=quantised)
+
+
+def _vectors(edits: Sequence[TensorEdit]) -> set[str]:
+    """Edited tensors that are no matrices: a graph in lower precision must hold them as they are."""
+    return {edit.name for edit in edits if len(edit.shape) < 2}
 
 
 def _pairs(job: Job, tower: TowerName) -> PairStream:

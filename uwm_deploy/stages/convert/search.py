@@ -111,11 +111,12 @@ class Search:
 
     def run(self) -> PrecisionPlan:
         """The plan."""
-        sensitivity = self._sensitivities()
-        order = sorted(self.work, key=lambda layer: (-sensitivity[layer] / self.work[layer], layer))
         limit = SHARE_OF_BUDGET * self.spec.flips
+        enough = self.flips(frozenset(), "all lowered") <= limit
+        sensitivity = dict.fromkeys(self.work, 0.0) if enough else self._sensitivities()
+        order = sorted(self.work, key=lambda layer: (-sensitivity[layer] / self.work[layer], layer))
         low, high = 0, len(order)  # everything in float32 flips nothing
-        if self.flips(frozenset(), "all lowered") > limit:
+        if not enough:
             while high - low > 1:
                 middle = (low + high) // 2
                 flips = self.flips(frozenset(order[:middle]), f"{middle} most sensitive kept")

@@ -13,6 +13,8 @@ from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.lowered import EIGHT_BITS, HALF, largest_in, lowered_graph
 from uwm_deploy.graphs.onnx_builder import optimised
+from uwm_deploy.graphs.quantise import NEAREST
+from uwm_deploy.graphs.smoothing import chosen_in
 from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
@@ -24,6 +26,9 @@ from uwm_deploy.runtime.session import optimisation_of, provider_of
 from uwm_deploy.stages.job import Notes, Plan
 from uwm_deploy.stages.traced import sample_for, traced
 from uwm_deploy.towers.protocol import Tower
+
+OWN = ("built-in", "nearest")
+"""Quantisers that are this program's."""
 
 _NAMED = 10
 """Differences that are listed."""
@@ -107,12 +112,13 @@ def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported
         exported: The graph that it was made from.
     """
     made = record.conversion
-    if made is None or (made.lowered in EIGHT_BITS and made.quantiser != "built-in"):
+    if made is None or (made.lowered in EIGHT_BITS and made.quantiser not in OWN):
         return audit
     model = ir.load(path)
     largest = {} if made.lowered in HALF else largest_in(model, exported, made.lowered)
     try:
-        wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest)
+        chosen = chosen_in(model, ir.load(exported)) if made.lowered is Precision.INT8 else NEAREST
+        wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest, chosen)
     except UwmError as error:
         text = f"{CONVERTED}it cannot be made anew: {error.what}"
         return _with(audit, Departures(operators=(text,)), 0, "convert")
