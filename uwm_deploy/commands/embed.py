@@ -60,7 +60,7 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
     Embeddings go into Parquet parts; the same command goes on after it was stopped. SOURCE is a folder, WebDataset shards
     (a .tar, wildcards or a brace range), or a .parquet or .jsonl table. Broken items are rows with an error. Exit codes: 2
     when a whole shard or table is broken, files of items are missing (they get no row, so the same command tries them
-    again), or every row has an error; the others are embedded all the same. 6 when this machine cannot read something.
+    again), or every row has an error; the other rows are still embedded. 6 when this machine cannot read something.
 
     \b
     Example:
