@@ -205,7 +205,7 @@ def test_a_manifest_is_replaced_only_with_force(pictures: Path) -> None:
         (["pictures", "--out", "pictures/fire/pairs.jsonl"], "above its own folder"),
         (["nowhere", "--out", "pairs.jsonl"], "is no folder"),
         (["pictures/fire/safe/0.x.txt", "--out", "pairs.jsonl"], "is no folder"),
-        (["pictures"], "Missing option '--out'"),
+        (["pictures"], "missing option '--out'"),
     ],
 )
 def test_wrong_usage_is_one_line(

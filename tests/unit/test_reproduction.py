@@ -160,7 +160,7 @@ def test_without_weights_the_rows_are_not_run(sets: dict[str, str]) -> None:
         (["uwm-table-1", "--evaluation", "visu-tset"], "visu-test"),
         (["uwm-table-1", "--evaluation", "nowhere.toml"], "does not exist"),
         (["uwm-zero-shot", "--data", "nowhere"], "does not exist"),
-        ([], "Missing argument"),
+        ([], "missing argument"),
     ],
 )
 def test_bad_arguments_end_with_2(arguments: list[str], message: str) -> None:

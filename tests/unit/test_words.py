@@ -21,6 +21,7 @@ from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Result, Verdict
+from uwm_deploy.report.console import Reporter, time_left
 from uwm_deploy.report.findings import variants_by_word
 from uwm_deploy.report.github import annotations_from_verdict
 from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
@@ -261,3 +262,46 @@ def test_json_that_no_parser_reads_is_said_so(tmp_path: Path) -> None:
     body = json_from_record(_verdict(report(), EASY)).replace('"policy": "x"', '"policy": "\\ud800"')
     with pytest.raises(IntegrityError, match="is not valid JSON"):
         record_from_json(Verdict, body, where="verdict.json")
+
+
+# --- progress --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "done", "missing", "words"),
+    [
+        (5.0, 1, 1, ", about 5 s left"),
+        (5.0, 10, 1, ""),
+        (60.0, 1, 2, ", about 2 min 0 s left"),
+        (60.0, 1, 100, ", about 1 h 40 min left"),
+        (60.0, 0, 5, ""),
+        (60.0, 5, 0, ""),
+    ],
+)
+def test_what_takes_long_says_how_much_is_left(elapsed: float, done: int, missing: int, words: str) -> None:
+    """From 10 s in all on; nothing where no pace is known."""
+    assert time_left(elapsed, done, missing) == words
+
+
+def test_a_plain_line_says_how_much_is_left(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal, from the pace since the first call."""
+    clock = iter([0.0, 1.0, 31.0, 40.0])
+    monkeypatch.setattr("uwm_deploy.report.console.time.perf_counter", lambda: next(clock))
+    reporter = Reporter()
+    with reporter.stage("score", "demo"):
+        reporter.progress("pairs", 1, 7)
+        reporter.progress("pairs", 4, 7)
+    assert "pairs: 4/7, about 30 s left" in capsys.readouterr().err
+
+
+def test_quiet_shows_the_result_only(tmp_path: Path) -> None:
+    """The same result on standard output, and nothing on standard error; errors are still said."""
+    (tmp_path / "pairs.jsonl").write_text('{"id": "1", "safe_text": "a", "unsafe_text": "b"}\n')
+    command = ["data", "check", str(tmp_path / "pairs.jsonl"), "--workers", "0"]
+    loud, quiet = (CliRunner().invoke(cli, [*command, *more]) for more in ([], ["--quiet"]))
+    assert (loud.exit_code, quiet.exit_code) == (0, 0)
+    assert loud.stdout == quiet.stdout != ""
+    assert (bool(loud.stderr), quiet.stderr) == (True, "")
+    failed = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "nowhere.jsonl"), "--quiet"])
+    assert (failed.exit_code, failed.stderr.startswith("error: ")) == (2, True)
+    assert CliRunner().invoke(cli, command).stderr  # the next command is not quiet

@@ -51,7 +51,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         fix = f"see `{context.command_path} --help`" if context else ""
-        what = visible(" ".join(error.format_message().split()), LONGEST_LINE)
+        what = _as_ours(visible(" ".join(error.format_message().split()), LONGEST_LINE))
         return Failure(kind="UsageError", what=what, fix=fix, exit_code=error.exit_code)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "finished stages are kept, the next run resumes after them"
@@ -72,6 +72,11 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
+def _as_ours(sentence: str) -> str:
+    """What click says, in the form of every other error: no capital, no full stop."""
+    return sentence[:1].lower() + sentence[1:].removesuffix(".")
+
+
 def say(error: BaseException, *, as_json: bool) -> int:
     """Says why a command failed, once for a group of processes.
 
@@ -85,8 +90,8 @@ def say(error: BaseException, *, as_json: bool) -> int:
     failure = failure_of(error)
     if isinstance(error, StoppedError) and not speaks():
         return failure.exit_code
-    if isinstance(error, click.ClickException):
-        error.show()
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()  # the help, which a group without a command is asked for
     else:
         start = {"Interrupted": "", "InternalError": "internal error: "}.get(failure.kind, "error: ")
         click.echo(f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -36,14 +37,16 @@ class Shown:
 
 
 def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
-    """`--json` and `--debug`: prints the result of a command, or why there is none."""
+    """`--json`, `--quiet` and `--debug`: prints the result of a command, or why there is none."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("--quiet", is_flag=True, help="Show no progress; results and errors only.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     @functools.wraps(command)
-    def printed(*, as_json: bool, debug: bool, **asked: Any) -> NoReturn:
+    def printed(*, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> NoReturn:
         try:
-            shown = command(**asked)
+            with _progress(shown=not quiet):
+                shown = command(**asked)
             _print_while_read(shown, as_json)
         except KeyboardInterrupt as error:
             sys.exit(say(error, as_json=as_json))
@@ -58,6 +61,15 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
         sys.exit(int(shown.code))
 
     return printed
+
+
+def _progress(*, shown: bool) -> contextlib.AbstractContextManager[None]:
+    """Shows progress on standard error, or none of it."""
+    if shown:
+        return contextlib.nullcontext()
+    from uwm_deploy.report.console import without_progress
+
+    return without_progress()
 
 
 def _print_while_read(shown: Shown, as_json: bool) -> None:
