@@ -72,29 +72,24 @@ def test_pictures_are_as_young_as_what_draws_them() -> None:
     assert not old, "draw them anew: python docs/pictures.py dist/demo"
 
 
-def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
-    """The wheel has all modules, the TOML files under _shipped, the demo model, and nothing else at its top."""
-    source = tmp_path / "source"  # building writes into the source tree
+def _wheel(tmp_path: Path) -> Path:
+    """A wheel of the tracked files; building writes into the source tree, so they are copied first."""
+    source = tmp_path / "source"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
     for name in filter(None, tracked):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    return next(tmp_path.glob("*.whl"))
+
+
+def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
+    """The wheel has all modules, the TOML files under _shipped, the demo model, and nothing else at its top."""
+    names = set(zipfile.ZipFile(_wheel(tmp_path)).namelist())
     assert {name.split("/")[0] for name in names} == {"uwm_deploy", "uwm_deploy-0.1.0.dist-info"}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "uwm_deploy").rglob("*.py")}
     assert modules <= names
@@ -104,3 +99,26 @@ def test_the_wheel_holds_package_recipes_and_demo(tmp_path: Path) -> None:
         assert shipped <= names
     assert {"uwm_deploy/py.typed", "uwm_deploy/data/demo/model/model.safetensors"} <= names
     assert not any("tests" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_runs(tmp_path: Path) -> None:
+    """Slow: the same wheel, in an environment of its own that sees the packages of this one, away from the source."""
+    wheel = _wheel(tmp_path)
+    home = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    python = home / "bin" / "python"
+    install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, cwd=tmp_path)
+    (folder,) = home.glob("lib/python*/site-packages")
+    (folder / "packages.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("site-packages")))
+
+    def said(*words: str) -> str:
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    tool = str(home / "bin" / "uwm-deploy")
+    assert said(tool, "--version").startswith("uwm-deploy, version ")
+    assert "clip-vit-l14" in said(tool, "models", "--json")
+    assert "mine/model.toml" in said(tool, "init", "mine")
+    code = "import uwm_deploy.report.search_page as page; print(page.__file__); assert page.style_text()"
+    assert said(str(python), "-c", code).startswith(str(home))

@@ -1,4 +1,4 @@
-"""The last section of docs/tutorial.md, run as it stands: it ends with a bundle that opens."""
+"""The last section of docs/tutorial.md, run as it stands: it ends with a bundle that opens, is gated and is looked at."""
 
 from __future__ import annotations
 
@@ -7,36 +7,57 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "uwm_deploy" / "data" / "demo" / "model"
+
+
+def _words(command: str) -> list[str]:
+    words = shlex.split(command.replace("MODEL", str(MODEL)))
+    return [sys.executable, *(["-m", "uwm_deploy.cli"] if words[0] == "uwm-deploy" else []), *words[1:]]
 
 
 @pytest.mark.slow
 def test_your_own_data_end_with_a_bundle_that_opens(tmp_path: Path) -> None:
     """Slow, because it is a whole build on 512 quadruples of somebody's own."""
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    section = text[text.index("## 6.") :]
+    section = text[text.index("## 7.") :]
     (draw,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     train, test = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
-    (tmp_path / "my-train.toml").write_text(train, encoding="utf-8")
-    (tmp_path / "my-test.toml").write_text(test, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
     commands = re.findall(r"^    (uwm-deploy .*|python -c .*)$", section, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["uwm-deploy"] * 4 + ["python"]
-    for command in commands:
-        words = shlex.split(command.replace("MODEL", str(ROOT / "uwm_deploy" / "data" / "demo" / "model")))
-        start = ["-m", "uwm_deploy.cli"] if words[0] == "uwm-deploy" else []
+    names = [command.split()[1] for command in commands]
+    assert names == ["init", "data", "data", "data", "build", "gate", "-c", "look"]
+    for command in commands[:-1]:
         done = subprocess.run(
-            [sys.executable, *start, *words[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            _words(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+        if command.split()[1] == "init":
+            subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
+            (tmp_path / "my-project" / "train.toml").write_text(train, encoding="utf-8")
+            (tmp_path / "my-project" / "test.toml").write_text(test, encoding="utf-8")
     assert done.stdout.strip() == "onnxruntime-fp32"
+    _look(_words(commands[-1]), tmp_path, environment)
+
+
+def _look(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """The page of a search comes, with both rankings."""
+    with subprocess.Popen(
+        [*words, "--port", "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    ) as page:
+        assert page.stderr is not None
+        found = re.match(r"(http://\S+)", page.stderr.readline())
+        try:
+            assert found is not None
+            with urllib.request.urlopen(found[1], timeout=60) as answer:
+                body = answer.read().decode()
+        finally:
+            page.terminate()
+    assert "Before the edit" in body
+    assert "After the edit" in body
+    assert body.count("<img ") == 24
