@@ -297,7 +297,7 @@ def _names(job: Job) -> list[str]:
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".tmp-"))
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock" and not p.name.startswith(".tmp-"))
 
 
 def _digest(files: Iterable[tuple[Path, Path]]) -> str:

@@ -26,6 +26,9 @@ WORKPLACE = ".tmp-"
 """Its name is this and the name of the folder, so a run folder's own clean-up takes it as well."""
 
 _LOCK, _NEW, _OLD, _REPLACES = ".lock", "new", "old", "replaces"
+_DONE = stat.S_ISVTX
+"""Mode of a workplace in which nothing is left to do but to clear it: it goes with the folder itself, after all files."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """Without the call, by the file system, and by what filters system calls in a container."""
@@ -53,6 +56,7 @@ class Workplace:
             with disk_errors(self.path):
                 remove(new)
                 new.mkdir()
+                self.folder.chmod(0o700)
                 yield new
                 _sync(new)
                 self._put_in_place(new)
@@ -79,6 +83,7 @@ class Workplace:
             self.path.rename(self.folder / _OLD)
             new.rename(self.path)
         sync_folder(self.path.parent)
+        self.folder.chmod(0o700 | _DONE)
 
 
 @contextlib.contextmanager
@@ -192,6 +197,9 @@ def _recovered(target: Path, folder: Path) -> bool:
         sync_folder(target.parent)
     before = replaces.read_text() if replaces.is_file() else None
     finished = before is not None and _identity(target) not in (0, int(before or 0))
+    if finished:
+        folder.chmod(0o700 | _DONE)
+    finished = bool(folder.stat().st_mode & _DONE)
     _cleared(folder)
     return finished
 

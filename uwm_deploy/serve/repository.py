@@ -13,6 +13,7 @@ from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.replacing import Workplace, replacing
 from uwm_deploy.runtime.variants import Place as Kind
 from uwm_deploy.runtime.variants import measured_where, proven_variants, reason_unproven
 from uwm_deploy.serve.config import Message, Plan, ServerSettings, configs, text_of, version_of
@@ -79,7 +80,19 @@ def write_repository(
         IntegrityError: If the variant is not proven, or a file was changed.
         PrerequisiteError: If the package `tritonclient` is missing.
     """
-    _check_free(path, force)
+    with replacing(path) as place:
+        _check_free(path, force or place.finished)
+        return _written(place, bundle, path, variant, settings, further)
+
+
+def _written(
+    place: Workplace,
+    bundle: Bundle,
+    path: Path,
+    variant: str | None,
+    settings: ServerSettings | None,
+    further: Sequence[Bundle],
+) -> Written:
     settings = settings or ServerSettings()
     chosen = variant or _best(bundle, settings)
     if reason := reason_unproven(bundle, chosen):
@@ -94,7 +107,7 @@ def write_repository(
     digest = bundle.digest
     made = configs(bundle.manifest, digest, chosen, settings, plans)
     version = version_of(bundle.manifest)
-    with whole_folder(path) as folder:
+    with place.whole() as folder:
         _write_models(folder, made, str(version))
         for tower, engine in engines.items():
             _write_engine(folder / ENCODERS[tower] / str(version), bundle, engine, sources)
