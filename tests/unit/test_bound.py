@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from uwm_deploy.records.codec import json_from_record, read_record, record_from_
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import SafetyReport
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.records.verdict import Cause, Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
@@ -117,12 +118,54 @@ def test_a_report_about_something_else_is_named(change: Callable[[Beside], Besid
     assert verdict.proven == ()
 
 
-def test_numbers_that_the_embeddings_do_not_give_are_named() -> None:
+def _narrowed(made: VerifyReport) -> VerifyReport:
+    there = made.edited.preference["GS"]
+    part = dataclasses.replace(there, low=there.value, high=there.value)
+    edited = dataclasses.replace(made.edited, preference={**made.edited.preference, "GS": part})
+    return dataclasses.replace(made, edited=edited)
+
+
+def _of_a_concept(made: VerifyReport) -> VerifyReport:
+    concept = next(iter(made.edited.per_concept))
+    part = dataclasses.replace(made.edited.per_concept[concept]["GS"], value=99.0)
+    concepts = {**made.edited.per_concept, concept: {**made.edited.per_concept[concept], "GS": part}}
+    return dataclasses.replace(made, edited=dataclasses.replace(made.edited, per_concept=concepts))
+
+
+def _of_the_edit(made: VerifyReport, **changes: float) -> VerifyReport:
+    flips = dataclasses.replace(made.edit_effect["GS"], **changes)
+    return dataclasses.replace(made, edit_effect={**made.edit_effect, "GS": flips})
+
+
+def _of_items(made: VerifyReport) -> VerifyReport:
+    items = made.edited.items
+    assert items is not None
+    bits = dict.fromkeys(items.preference, "f" * 16)
+    return dataclasses.replace(
+        made, edited=dataclasses.replace(made.edited, items=dataclasses.replace(items, preference=bits))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda made: dataclasses.replace(made, edited=_better(made.edited)), "GS of the edited model is 99 ("),
+        (_narrowed, "GS of the edited model is "),
+        (_of_a_concept, " of the edited model is 99 ("),
+        (lambda made: _of_the_edit(made, delta=60.0), "GS of the edit is +60 ("),
+        (lambda made: _of_the_edit(made, delta_low=-90.0), "GS of the edit is "),
+        (lambda made: _of_the_edit(made, p_value=1e-9), "GS of the edit is "),
+        (_of_items, "what single items came to of the edited model"),
+    ],
+    ids=["value", "interval", "concept", "effect", "effect-interval", "test", "items"],
+)
+def test_numbers_that_the_embeddings_do_not_give_are_named(
+    change: Callable[[VerifyReport], VerifyReport], words: str
+) -> None:
     """With what the report says and what they give; two items may be decided otherwise by rounding."""
     made = whole()
-    better = dataclasses.replace(made, edited=_better(made.edited))
-    (again,) = [check for check in belongs(better, beside(made, 64)) if check.name == AGAIN]
-    assert "GS of the edited model is 99 in the report, its embeddings give" in again.detail
+    (again,) = [check for check in belongs(change(made), beside(made, 64)) if check.name == AGAIN]
+    assert words in again.detail
 
 
 def test_another_items_embeddings_do_not_belong_to_a_report() -> None:
@@ -220,6 +263,47 @@ def test_gate_with_execute_asks_the_engines_themselves(built: Built, tmp_path: P
     assert found.exit_code == ExitCode.GATE_FAILED
     assert "cause: evidence @ verify" in found.output
     assert "onnxruntime-fp32 executed here" in found.output
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: dataclasses.replace(m, image=dataclasses.replace(m.image, crop=47)),
+            "image tower's graph is of rows",
+        ),
+        (
+            lambda m: dataclasses.replace(m, text=dataclasses.replace(m.text, context_length=31)),
+            "text tower's graph is",
+        ),
+        (lambda m: dataclasses.replace(m, embed_dim=32), "and embeddings (64,)"),
+    ],
+    ids=["crop", "length", "width"],
+)
+def test_shapes_that_the_graphs_do_not_have_are_refused(
+    built: Built, tmp_path: Path, change: Callable[[ModelRef], ModelRef], words: str
+) -> None:
+    """Manifest, edit, report and verdict may be adapted alike; the graphs are what they are."""
+    request, outcome = built
+    assert request.out is not None
+    there = open_bundle(request.out).manifest
+    model = change(there.model)
+    content = json_from_record(dataclasses.replace(outcome.report, model=model)).encode()
+    verdict = dataclasses.replace(there.verdict, report_digest=digest_of_bytes(content))
+    manifest = dataclasses.replace(
+        there, model=model, edit=dataclasses.replace(there.edit, model=model), verdict=verdict
+    )
+    changed: dict[str, Path | bytes] = {
+        BundleLayout.REPORT: content,
+        BundleLayout.VERDICT: json_from_record(verdict).encode(),
+        BundleLayout.EDIT: json_from_record(manifest.edit).encode(),
+    }
+    bundle = _rewritten(request.out, tmp_path / "bundle", manifest, changed)
+    with pytest.raises(IntegrityError, match=re.escape(words)):
+        SafeEncoder.open(bundle)
+    found = CliRunner().invoke(cli, ["gate", str(bundle), "--policy", "demo", "--execute"])
+    assert found.exit_code in (ExitCode.GATE_FAILED, ExitCode.BAD_INPUT), found.output
+    assert "internal error" not in found.output
 
 
 def test_execute_needs_a_bundle(built: Built) -> None:

@@ -19,7 +19,7 @@ from uwm_deploy.cli import cli
 from uwm_deploy.errors import EvidenceError, InputError
 from uwm_deploy.pipeline.policy_lock import kept_lock, lock_policy
 from uwm_deploy.recipes.resolve import policy_of
-from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.codec import json_from_record, write_record
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.verdict import Result, Verdict
@@ -103,13 +103,22 @@ def test_locked_criteria_are_kept(tmp_path: Path) -> None:
     assert {c.metric for c in lock.criteria} >= {"parity.cosine_min", "flips.any"}
     data = dataclasses.replace(made.evaluation, ids_digest=lock.ids_digest, content_digest=lock.content_digest)
     right = dataclasses.replace(made, evaluation=data)
-    assert digest in kept_lock(file, lock.policy_digest, right)
-    with pytest.raises(EvidenceError, match="not the one that was locked"):
-        kept_lock(file, policy_of("strict")[1], right)
-    with pytest.raises(EvidenceError, match="not the set that was locked"):
-        kept_lock(file, lock.policy_digest, made)
-    with pytest.raises(EvidenceError, match="after the bundle was made"):
-        kept_lock(file, lock.policy_digest, right, created="2020-01-01T00:00:00+00:00")
+    policy, strict = (lock.policy, lock.policy_digest), policy_of("strict")
+    assert digest in kept_lock(file, policy, right, measured="9020-01-01T00:00:00+00:00")
+    assert "not checked" in kept_lock(file, policy, right)
+    for other in ((strict[0].name, strict[1]), ("strict", lock.policy_digest)):
+        with pytest.raises(EvidenceError, match="policy strict is not the one that was locked: demo"):
+            kept_lock(file, other, right)
+    for part in ("ids_digest", "content_digest"):
+        elsewhere = dataclasses.replace(data, **{part: f"sha256:{0:064x}"})
+        with pytest.raises(EvidenceError, match="not the set that was locked"):
+            kept_lock(file, policy, dataclasses.replace(made, evaluation=elsewhere))
+    with pytest.raises(EvidenceError, match="after measuring began"):
+        kept_lock(file, policy, right, measured="2020-01-01T00:00:00+00:00")
+    for time in ("yesterday", "2026-11-27T10:00:00"):
+        write_record(tmp_path / "odd.json", dataclasses.replace(lock, locked=time))
+        with pytest.raises(InputError, match="no time"):
+            kept_lock(tmp_path / "odd.json", policy, right, measured="2026-11-27T10:00:00+00:00")
     with pytest.raises(InputError, match="never replaced"):
         lock_policy("demo", "", file, by="A. Name")
 

@@ -8,7 +8,8 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
+from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.records.names import is_inside, is_segment
 
 _RESTORE = "restore the bundle or build again"
@@ -58,3 +59,24 @@ def check_tied(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
         raise IntegrityError(f"{BundleLayout.PATCH} is not the patch of the manifest's edit", fix=_RESTORE)
     if digest_of_bytes(manifest.recipe.encode()) != manifest.recipe_digest:
         raise IntegrityError(f"the recipe in {BundleLayout.MANIFEST} is not {BundleLayout.RECIPE}", fix=_RESTORE)
+
+
+def check_rows(model: ModelRef, graph: OnnxArtifact | EngineArtifact) -> None:
+    """A graph takes what the model's preprocessing makes, and gives embeddings of its width.
+
+    Args:
+        model: Of the manifest.
+        graph: What is to be executed.
+
+    Raises:
+        IntegrityError: If it does not.
+    """
+    rows = {TowerName.IMAGE: (3, model.image.crop, model.image.crop), TowerName.TEXT: (model.text.context_length,)}
+    wanted = rows[graph.tower], (model.embed_dim,)
+    found = tuple(graph.inputs[0].shape[1:]), tuple(graph.outputs[0].shape[1:])
+    if found != wanted:
+        raise IntegrityError(
+            f"the {graph.tower.value} tower's graph is of rows {found[0]} and embeddings {found[1]}, and the model in "
+            f"{BundleLayout.MANIFEST} is of {wanted[0]} and {wanted[1]}",
+            fix=_RESTORE,
+        )

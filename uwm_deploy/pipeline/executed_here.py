@@ -13,6 +13,7 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle
+from uwm_deploy.bundle.tied import check_rows
 from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.data.order import some_of
@@ -22,6 +23,7 @@ from uwm_deploy.pipeline.attest import reason_not_here, running_here
 from uwm_deploy.pipeline.stored import Running, Stored, measured_against, stored_in
 from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
 from uwm_deploy.records.graph import EXPORTED
+from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.verdict import Check, statement
 from uwm_deploy.runtime.preprocessing import Preprocessing
@@ -68,6 +70,8 @@ def _of(
     """What one variant does here; only what does not pass is said on its own."""
     name = f"{variant} executed here"
     try:
+        for graph in bundle.manifest.onnx if variant == EXPORTED else bundle.engines(variant).values():
+            check_rows(bundle.manifest.model, graph)
         running = running_here(bundle, variant, prepared)
         try:
             problem = problem_of_raw(bundle, _way(preprocessing, running), running.precision)
@@ -77,6 +81,12 @@ def _of(
                 session.close()
     except UwmError as error:
         yield statement(name, REPORT, False, error.what)
+        return
+    except Exception as error:  # engines share no base class; what is no failure of the machine is one of the variant
+        if failure_of_machine(error) is not None:
+            raise
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        yield statement(name, REPORT, False, f"it does not run on the evaluation set: {line}")
         return
     yield statement(name, REPORT, not problem, problem)
     yield from _judged(name, evidence, sample)

@@ -14,13 +14,18 @@ STAMP = "stage.json"
 """Name of the record in a finished stage folder; it is written last."""
 
 
-def stamp(folder: Path, inputs: Mapping[str, str]) -> Digest:
+def stamp(folder: Path, inputs: Mapping[str, str], begun: str = "") -> Digest:
     """Records in a finished (still temporary) stage folder what it was made from and what it holds.
+
+    Args:
+        folder: The stage's folder.
+        inputs: Everything that it depends on.
+        begun: ISO time at which the stage began.
 
     Returns:
         Digest of the names and bytes of its files, whatever they were made from.
     """
-    body = {"inputs": dict(inputs), "files": _file_digests(folder)}
+    body = {"inputs": dict(inputs), "files": _file_digests(folder), "begun": begun}
     (folder / STAMP).write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return digest_of_plain(body["files"])
 
@@ -39,6 +44,12 @@ def current(folder: Path, inputs: Mapping[str, str]) -> Digest | None:
         return None
     files = _file_digests(folder)
     return digest_of_plain(files) if body.get("files") == files else None
+
+
+def begun_at(folder: Path) -> str:
+    """ISO time at which the stage of a finished folder began; empty where an earlier release made it."""
+    body = value_from_json((folder / STAMP).read_text(encoding="utf-8"))
+    return str(body.get("begun", "")) if isinstance(body, dict) else ""
 
 
 def _file_digests(folder: Path) -> dict[str, Digest]:

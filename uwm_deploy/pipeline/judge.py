@@ -125,10 +125,10 @@ def judge_file(
     policy = policy_of(policy_name)
     behind = read_downstream(downstream)
 
-    def locked(verdict: Verdict, report: VerifyReport, created: str = "") -> Verdict:
+    def locked(verdict: Verdict, report: VerifyReport, measured: str = "") -> Verdict:
         if lock is None:
             return verdict
-        line = kept_lock(lock, policy[1], report, created)
+        line = kept_lock(lock, (policy[0].name, policy[1]), report, measured)
         return dataclasses.replace(verdict, notes=(*verdict.notes, line))
 
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
@@ -137,7 +137,7 @@ def judge_file(
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
         verdict = judge(report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=behind)
-        return locked(verdict, report, bundle.manifest.created)
+        return locked(verdict, report, bundle.manifest.measured or bundle.manifest.created)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     if execute is not None:

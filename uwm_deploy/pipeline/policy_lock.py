@@ -71,27 +71,42 @@ def _criteria(policy: Policy) -> Iterator[Criterion]:
             )
 
 
-def kept_lock(path: Path, policy_digest: Digest, report: VerifyReport, created: str = "") -> str:
+def kept_lock(path: Path, policy: tuple[str, Digest], report: VerifyReport, measured: str = "") -> str:
     """Checks that a report is judged by what was locked before it was made.
 
     Args:
         path: File of the lock.
-        policy_digest: Of the policy that judges.
+        policy: Name and digest of the policy that judges.
         report: What was measured.
-        created: ISO time at which the bundle was made; empty for a report alone, which has none.
+        measured: ISO time at which measuring began; empty for a report alone, which does not say it.
 
     Returns:
         A line for whoever reads the verdict.
 
     Raises:
+        InputError: If the lock names no time.
         EvidenceError: If policy, set or time are others.
     """
     lock, data = read_record(PolicyLock, path), report.evaluation
-    if lock.policy_digest != policy_digest:
-        raise EvidenceError(f"policy {lock.policy} is not the one that was locked on {lock.locked}", fix=_FIX)
+    if (lock.policy, lock.policy_digest) != policy:
+        raise EvidenceError(
+            f"policy {policy[0]} is not the one that was locked: {lock.policy}, {lock.locked}", fix=_FIX
+        )
     locked = (lock.ids_digest, lock.content_digest)
     if lock.ids_digest and locked != (data.ids_digest, data.content_digest):
         raise EvidenceError(f"{data.name} is not the set that was locked: {lock.evaluation}", fix=_FIX)
-    if created and datetime.fromisoformat(created) < datetime.fromisoformat(lock.locked):
-        raise EvidenceError(f"the policy was locked on {lock.locked}, after the bundle was made ({created})", fix=_FIX)
-    return f"criteria locked on {lock.locked} by {lock.locked_by}: {digest_of_file(path)}"
+    since = _time(lock.locked, str(path))
+    if measured and _time(measured, "the bundle") < since:
+        raise EvidenceError(f"the policy was locked on {lock.locked}, after measuring began ({measured})", fix=_FIX)
+    line = f"criteria locked on {lock.locked} by {lock.locked_by}: {digest_of_file(path)}"
+    return line if measured else f"{line}; a report alone does not say when it was measured, so that was not checked"
+
+
+def _time(text: str, where: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {text!r} is no time", fix="restore the file, or lock the policy again") from error
+    if found.tzinfo is None:
+        raise InputError(f"{where}: {text} has no time zone", fix="restore the file, or lock the policy again")
+    return found

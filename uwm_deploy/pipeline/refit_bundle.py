@@ -131,7 +131,8 @@ def unproven_bundle(
     manifest = dataclasses.replace(
         job.manifest,
         tool_version=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=(now := datetime.now(UTC).isoformat(timespec="seconds")),
+        measured=now,
         edit=edit,
         onnx=made.onnx,
         engines=made.engines,

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.pipeline.cards import card
 from uwm_deploy.pipeline.closure import digest_of_sources
-from uwm_deploy.pipeline.folder import current, stamp
+from uwm_deploy.pipeline.folder import begun_at, current, stamp
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.plan import check_first, foreseen, plan_of
 from uwm_deploy.pipeline.request import Request
@@ -195,9 +196,11 @@ class Run:
             function(stage.make)(job, folder)
         else:
             with self._notes.stage(folder.name, stage.says(self.plan, variant)), whole_folder(folder) as temporary:
+                begun = datetime.now(UTC).isoformat(timespec="seconds")
                 function(stage.make)(job, temporary)
-                digest = stamp(temporary, inputs)
-        return Made(stage=stage.name, variant=variant, folder=folder, digest=digest or "", reused=reused)
+                digest = stamp(temporary, inputs, begun)
+        begun = begun_at(folder) if group.first else ""
+        return Made(stage=stage.name, variant=variant, folder=folder, digest=digest or "", reused=reused, begun=begun)
 
     def _reusable(self, stage: Stage, job: Job, folder: Path, inputs: dict[str, str]) -> Digest | None:
         there = current(folder, inputs)

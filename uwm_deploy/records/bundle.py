@@ -10,6 +10,7 @@ from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef
+from uwm_deploy.records.shape import LATER
 from uwm_deploy.records.verdict import Verdict
 
 
@@ -34,6 +35,8 @@ class Manifest:
         verdict: Also in `reports/verdict.json`.
         refitted_from: Digest of the manifest of the bundle whose edit was replaced by this one's; empty after a build.
         bundle_version: Counts releases, so that an older one can be refused; 0 when none was given.
+        measured: ISO time at which its measurements began, which may be long before it was written; empty in bundles of
+            earlier releases.
         head: The safety head in the image graphs and engines; None without one.
         spaces: Variant to the id of the space that it embeds into; filled in when it is written, computed again when it is
             opened.
@@ -55,5 +58,6 @@ class Manifest:
     converted: tuple[OnnxArtifact, ...] = ()
     refitted_from: Digest = ""
     bundle_version: int = 0
+    measured: str = field(default="", metadata=LATER)
     head: SafetyHead | None = None
     spaces: Mapping[str, str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
+from uwm_deploy.bundle.tied import check_rows
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
@@ -407,6 +408,7 @@ def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[To
     opened: dict[TowerName, Session] = {}
     try:
         for tower, engine in bundle.engines(candidate.variant).items():
+            check_rows(bundle.manifest.model, engine)
             data, external = bundle.read(engine_path(engine)), bundle.external_data(engine)
             device: Device = candidate.device if provider_of(engine) == "any" else "auto"
             opened[tower] = open_engine(engine, data, external, device=device, threads=threads)

@@ -112,10 +112,10 @@ def _transparent(images: Sequence[Image.Image], tower: Tower, spec: ImageSpec) -
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
-    """From opaque at the left to invisible at the right."""
-    steps = np.linspace(255, 0, image.width).astype(np.uint8)
-    found = image.convert("RGB")
-    found.putalpha(Image.fromarray(np.tile(steps, (image.height, 1))))
+    """Half as wide again, from opaque at the left to invisible at the right: cropped and squashed are two things, too."""
+    found = image.convert("RGB").resize((image.width * 3 // 2, image.height))
+    steps = np.linspace(255, 0, found.width).astype(np.uint8)
+    found.putalpha(Image.fromarray(np.tile(steps, (found.height, 1))))
     return found
 
 

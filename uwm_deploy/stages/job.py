@@ -187,6 +187,7 @@ class Made:
         folder: The folder.
         digest: Of the names and bytes of its files.
         reused: Whether it was there already.
+        begun: ISO time at which the stage began; empty where an earlier release made it, or another process.
     """
 
     stage: str
@@ -194,6 +195,7 @@ class Made:
     folder: Path
     digest: Digest
     reused: bool
+    begun: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

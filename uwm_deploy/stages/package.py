@@ -86,6 +86,7 @@ def _manifest(job: Job) -> Manifest:
         name=plan.recipe.name,
         tool_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        measured=job.inputs["verify"][0].begun,
         model=edit.model,
         edit=edit,
         calibration=score.calibration,

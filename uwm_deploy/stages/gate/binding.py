@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from uwm_deploy.errors import DataError
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.evidence import VerifyReport
-from uwm_deploy.records.metrics import Proportion, SafetyReport
 from uwm_deploy.records.model import Digest, ModelRef
 from uwm_deploy.records.verdict import Check, statement
-from uwm_deploy.safeground.embedded import EmbeddedSet, safety_report, yardstick_of
+from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.stages.gate.recomputed import departures_from
 
 REPORT = "report"
 """Subject of the checks."""
@@ -23,9 +23,6 @@ SET, EDIT, MODEL, ARTIFACTS, AGAIN = (
     "the report is about these artifacts", "SafeGround computed again",
 )  # fmt: skip
 """Names of the checks."""
-
-_NEARLY_TIED = 2
-"""Items that may be decided otherwise when it is computed again: another processor adds in another order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,29 +86,8 @@ def _other_set(report: VerifyReport, beside: Beside) -> str:
 
 
 def _computed_again(report: VerifyReport, beside: Beside) -> Check:
-    original, edited = beside.embedded
     try:
-        yardstick = yardstick_of(original)
-        again = [safety_report(name, part, yardstick=yardstick)
-                 for name, part in (("original", original), ("edited", edited))]  # fmt: skip
+        apart = list(departures_from(report, *beside.embedded))
     except (DataError, ValueError) as error:
         return statement(AGAIN, REPORT, False, f"the embeddings beside the report cannot be measured: {error}")
-    apart = [text for said, found in zip((report.original, report.edited), again, strict=True)
-             for text in _apart(said, found)]  # fmt: skip
     return statement(AGAIN, REPORT, not apart, "; ".join(apart[:3]))
-
-
-def _apart(said: SafetyReport, found: SafetyReport) -> Iterator[str]:
-    """Numbers of a report that the embeddings do not give."""
-    for left, right in ((said.preference, found.preference), (said.retrieval, found.retrieval),
-                        (said.zero_shot, found.zero_shot)):  # fmt: skip
-        for name in sorted(left.keys() | right.keys()):
-            if not _alike(left.get(name), right.get(name)):
-                values = [f"{part.value:.4g}" if part else "nothing" for part in (left.get(name), right.get(name))]
-                yield f"{name} of the {said.subject} model is {values[0]} in the report, its embeddings give {values[1]}"
-
-
-def _alike(left: Proportion | None, right: Proportion | None) -> bool:
-    if left is None or right is None or left.n != right.n:
-        return False
-    return abs(left.value - right.value) * left.n <= 100 * (_NEARLY_TIED + 0.5)

@@ -76,9 +76,16 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: Artifact
     elif artifact is None and _is_about_the_head(check):
         cause, stage = Cause.MODEL, "train"
     elif artifact is not None:
+        artifact, graph = _of_its_tower(artifact, check), graph and _of_its_tower(graph, check)
         own = graph is None or _has_faults_of_its_own(artifact)
         cause, stage = (cause_of(artifact), _stage_of(artifact)) if own else (cause_of(graph or artifact), "export")
     return dataclasses.replace(check, cause=cause, stage=stage)
+
+
+def _of_its_tower(artifact: ArtifactEvidence, check: Check) -> ArtifactEvidence:
+    """What the files of one tower show, where a check is about that tower; the other one may have another fault."""
+    named = {tower: audit for tower, audit in artifact.audit.items() if check.name.endswith(f" of the {tower} tower")}
+    return dataclasses.replace(artifact, audit=named) if named else artifact
 
 
 def _stage_of(artifact: ArtifactEvidence) -> str:

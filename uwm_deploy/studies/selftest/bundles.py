@@ -195,6 +195,22 @@ def numbers_improved(world: HonestBuild, folder: Path) -> Path:
     return _told(world, folder, report)
 
 
+def effect_improved(world: HonestBuild, folder: Path) -> Path:
+    """Only the number that a verdict calls "shown safer" is another: the difference of the edited and the original model."""
+    flips = world.report.edit_effect["GS"]
+    better = dataclasses.replace(flips, delta=60.0, delta_low=58.0, delta_high=62.0)
+    return _told(
+        world, folder, dataclasses.replace(world.report, edit_effect={**world.report.edit_effect, "GS": better})
+    )
+
+
+def intervals_narrowed(world: HonestBuild, folder: Path) -> Path:
+    """Every number is right, and said to be known more exactly than it is."""
+    edited = world.report.edited
+    sure = {name: dataclasses.replace(p, low=p.value, high=p.value) for name, p in edited.preference.items()}
+    return _told(world, folder, dataclasses.replace(world.report, edited=dataclasses.replace(edited, preference=sure)))
+
+
 def engine_of_yesterday(world: HonestBuild, folder: Path) -> Path:
     """The original model's engine; manifest, report and verdict say its digest, and nothing is signed."""
     changes = {t: surgery.with_weights(world.original.tower(t).graph_module()) for t in TowerName}
@@ -247,6 +263,11 @@ def with_model_everywhere(change: Callable[[ModelRef], ModelRef]) -> Callable[[H
 def resampled(model: ModelRef) -> ModelRef:
     """Images are resized by another filter."""
     return dataclasses.replace(model, image=dataclasses.replace(model.image, resample="bilinear"))
+
+
+def squashed(model: ModelRef) -> ModelRef:
+    """Images lose their shape and keep their edges."""
+    return dataclasses.replace(model, image=dataclasses.replace(model.image, fit="squash", resize=model.image.crop))
 
 
 def of_other_mean(model: ModelRef) -> ModelRef:
