@@ -125,11 +125,8 @@ def test_a_wheel_installs_and_runs(tmp_path: Path) -> None:
 
 
 def test_every_promise_of_security_names_a_test() -> None:
-    """The tests that SECURITY.md names are there, and every promise of its table names one."""
-    text = (ROOT / "SECURITY.md").read_text()
-    for file, test in re.findall(r"`(?:tests/)?([\w/]+\.py)::(\w+)`", text):
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
-    table = text.split("## Promised against whom", 1)[1].split("\n## ", 1)[0]
+    """That the tests are there is checked with all other paths of the page."""
+    table = (ROOT / "SECURITY.md").read_text().split("## Promised against whom", 1)[1].split("\n## ", 1)[0]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("|")][2:]
     assert len(rows) > 20
-    assert all("::" in row[3] or row[2].strip().startswith("**not**") for row in rows)
+    assert all(":test_" in row[3] or row[2].strip().startswith("**not**") for row in rows)
