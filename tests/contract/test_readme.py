@@ -122,3 +122,11 @@ def test_a_wheel_installs_and_runs(tmp_path: Path) -> None:
     assert "mine/model.toml" in said(tool, "init", "mine")
     code = "import uwm_deploy.report.search_page as page; print(page.__file__); assert page.style_text()"
     assert said(str(python), "-c", code).startswith(str(home))
+
+
+def test_every_promise_of_security_names_a_test() -> None:
+    """That the tests are there is checked with all other paths of the page."""
+    table = (ROOT / "SECURITY.md").read_text().split("## Promised against whom", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    assert all(":test_" in row[3] or row[2].strip().startswith("**not**") for row in rows)

@@ -7,6 +7,7 @@ as JSON, one line each; a crash, an abort or a hang ends the process.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.faults.fuzz_reader import Reader
 
 try:
     import atheris
@@ -32,10 +37,12 @@ def main(folder: Path, cases: int, name: str) -> None:
     """Breaks one reader's files as often as told."""
     watched = atheris.instrument_imports(include=["uwm_deploy", "tarfile"]) if atheris else contextlib.nullcontext()
     with watched:
-        from tests.faults.fuzz_readers import readers
+        from tests.faults.fuzz_reader import TORCH
         from tests.faults.mutations import mutated
 
-        reader = readers(folder)[name]()
+        place = "fuzz_checkpoints" if name in TORCH else "fuzz_readers"
+        (work := folder / "work").mkdir()
+        reader: Reader = importlib.import_module(f"tests.faults.{place}").READERS[name](work)
         for seed in reader.seeds:
             reader.read(seed)  # a whole file is read
     logging.disable()

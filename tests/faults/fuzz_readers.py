@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.data_sets import members, open_set, pair, png, write_shard
+from tests.faults.fuzz_reader import DEMO, TORCH, Reader, new_folder, written
 from tests.faults.mutations import Form
 from tests.unit.test_report import make, write_bundle, write_run
 from tests.unit.test_signature import write_keys
@@ -50,50 +50,6 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import yardstick_of
 from uwm_deploy.serve.embed.parts import FORMAT, METADATA
 
-DEMO = shipped.checkpoint_folder("shipped:demo", "")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reader:
-    """One kind of file, and what reads it.
-
-    Attributes:
-        form: What its parser reads.
-        seeds: Whole files.
-        read: Reads one, as a user's command would.
-    """
-
-    form: Form
-    seeds: list[bytes]
-    read: Callable[[bytes], object]
-
-
-def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
-    """Every reader by name, made when it is asked for.
-
-    Args:
-        folder: Where they may write.
-    """
-    return {
-        name: lambda make=make, name=name: make(_new(folder / name.replace(" ", "-")))
-        for name, make in _READERS.items()
-    }
-
-
-def _new(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _written(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    """A reader of files."""
-
-    def from_bytes(data: bytes) -> object:
-        path.write_bytes(data)
-        return read(path)
-
-    return from_bytes
-
 
 def _text(read: Callable[..., object]) -> Callable[[bytes], object]:
     """A reader of text; what is no UTF-8 is refused where the file is read."""
@@ -121,9 +77,7 @@ def _passing(folder: Path) -> Path:
 
 def _manifest(folder: Path) -> Reader:
     bundle = _passing(folder / "bundle")
-    return Reader(
-        "json", [(bundle / MANIFEST).read_bytes()], _written(bundle / MANIFEST, lambda _: open_bundle(bundle))
-    )
+    return Reader("json", [(bundle / MANIFEST).read_bytes()], written(bundle / MANIFEST, lambda _: open_bundle(bundle)))
 
 
 def _record(name: str) -> Callable[[Path], Reader]:
@@ -131,7 +85,7 @@ def _record(name: str) -> Callable[[Path], Reader]:
 
     def make_reader(folder: Path) -> Reader:
         run = write_run(make(), folder / "run")
-        return Reader("json", [(run / name).read_bytes()], _written(run / name, lambda _: page(dossier_of(run))))
+        return Reader("json", [(run / name).read_bytes()], written(run / name, lambda _: page(dossier_of(run))))
 
     return make_reader
 
@@ -145,7 +99,7 @@ def _signature(folder: Path) -> Reader:
 
 def _keys(folder: Path) -> Reader:
     key, public = write_keys(folder, "key")
-    private = _written(folder / "broken.pem", lambda path: seal_for(Resigning(key=path), folder))
+    private = written(folder / "broken.pem", lambda path: seal_for(Resigning(key=path), folder))
 
     def read(data: bytes) -> None:
         (private if b"PRIVATE" in data else load_public_key)(data)
@@ -161,7 +115,7 @@ def _baseline(folder: Path) -> Reader:
     opened = open_bundle(bundle)
     write_baseline(folder / "kept", accepted(report_of_bundle(opened)[0], opened.manifest.verdict, by="jo", reason="x"))
     file = folder / "kept" / "baseline.json"
-    return Reader("json", [file.read_bytes()], _written(file, read_baseline))
+    return Reader("json", [file.read_bytes()], written(file, read_baseline))
 
 
 def _listed(folder: Path, name: str, read: Callable[[Bundle], object]) -> Callable[[bytes], object]:
@@ -183,7 +137,7 @@ def _canaries(folder: Path) -> Reader:
     rows = np.eye(4, 8, dtype=np.float32)
     seed = safetensors.numpy.save({"inputs": np.ones((4, 5), dtype=np.int64), "original": rows, "edited": rows})
     inside = _listed(folder / "inside", BundleLayout.canaries(TowerName.TEXT), stored_canaries)
-    beside = _written(folder / "text.safetensors", lambda _: read_canaries(folder, TowerName.TEXT))
+    beside = written(folder / "text.safetensors", lambda _: read_canaries(folder, TowerName.TEXT))
 
     def read(data: bytes) -> None:
         try:
@@ -208,13 +162,6 @@ def _reference(folder: Path) -> Reader:
     return Reader("tensors", [make().reference], read)
 
 
-def _patch(_: Path) -> Reader:
-    from tests.unit.test_patch import whole
-    from uwm_deploy.edits.patch import Patch
-
-    return Reader("tensors", [whole()[0].to_bytes()], lambda data: Patch.from_bytes(data, "patch.safetensors"))
-
-
 def _head(folder: Path) -> Reader:
     from uwm_deploy.bundle.head import texts_from
 
@@ -227,7 +174,7 @@ def _stamp(folder: Path) -> Reader:
     return Reader(
         "json",
         [(folder / "stage.json").read_bytes()],
-        _written(folder / "stage.json", lambda _: current(folder, {"a": "b"})),
+        written(folder / "stage.json", lambda _: current(folder, {"a": "b"})),
     )
 
 
@@ -256,37 +203,6 @@ def _onnx(folder: Path) -> Reader:
         Graph(folder / "x.onnx").depends_on_input()
 
     return Reader("bytes", [_graph()], read)
-
-
-def _small_checkpoint(folder: Path) -> None:
-    """A checkpoint of kilobytes: a larger one would be in memory as often as it was changed."""
-    from transformers import CLIPConfig, CLIPModel
-
-    shutil.copytree(DEMO, folder)
-    body = json.loads((folder / "config.json").read_text())
-    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    for part in ("text_config", "vision_config"):
-        body[part] |= small | {"projection_dim": 8}
-    CLIPModel(CLIPConfig.from_dict(body | {"projection_dim": 8})).save_pretrained(folder)
-
-
-def _checkpoint(name: str, form: Form) -> Callable[[Path], Reader]:
-    """A file of a checkpoint folder, up to the model that is made of it; `load_model` has the same block."""
-
-    def make_reader(folder: Path) -> Reader:
-        from uwm_deploy.towers import hf_clip
-        from uwm_deploy.towers.refusal import refusals
-
-        _small_checkpoint(folder / "clip")
-
-        def load(_: Path) -> None:
-            with refusals("checkpoint clip cannot be loaded"):
-                hf_clip.from_folder(folder / "clip", random=False)
-
-        file = folder / "clip" / name
-        return Reader(form, [file.read_bytes()], _written(file, load))
-
-    return make_reader
 
 
 def _text_spec(content: bytes) -> TextSpec:
@@ -340,7 +256,7 @@ def _table(name: str, seeds: Callable[[], list[bytes]], **keys: Any) -> Callable
     def make_reader(folder: Path) -> Reader:
         for number in range(6):
             (folder / f"{number}.png").write_bytes(png(number))
-        read = _written(folder / name, lambda _: _read_all(open_set(folder, **keys)))
+        read = written(folder / name, lambda _: _read_all(open_set(folder, **keys)))
         return Reader("json" if name.endswith("json") else "bytes", seeds(), read)
 
     return make_reader
@@ -378,7 +294,7 @@ def _tar(folder: Path) -> bytes:
 
 
 def _shards(folder: Path) -> Reader:
-    read = _written(folder / "s.tar", lambda _: _read_all(open_set(folder, source="webdataset", shards="s.tar")))
+    read = written(folder / "s.tar", lambda _: _read_all(open_set(folder, source="webdataset", shards="s.tar")))
     return Reader("bytes", [_tar(folder)], read)
 
 
@@ -395,7 +311,7 @@ def _embedded(name: str, seeds: Callable[[Path], list[bytes]], form: Form = "byt
             except DataError:
                 continue
 
-    return lambda folder: Reader(form, seeds(folder), _written(folder / name, read))
+    return lambda folder: Reader(form, seeds(folder), written(folder / name, read))
 
 
 def _images(_: Path) -> Reader:
@@ -418,7 +334,7 @@ def _stored(folder: Path) -> Reader:
 
     stream = io.BytesIO()
     np.save(stream, np.eye(6, 8, dtype=np.float32))
-    return Reader("bytes", [stream.getvalue()], _written(folder / "rows.npy", open_stored))
+    return Reader("bytes", [stream.getvalue()], written(folder / "rows.npy", open_stored))
 
 
 def _beside(folder: Path) -> Reader:
@@ -426,7 +342,7 @@ def _beside(folder: Path) -> Reader:
 
     np.save(folder / "rows.npy", np.eye(6, 8, dtype=np.float32))
     seed = json.dumps({"tower": "image", "space": "space:sha256:" + "0" * 64, "names": [f"k{i}" for i in range(6)]})
-    read = _written(folder / "rows.json", lambda _: list(open_stored(folder / "rows.npy").known(lambda key: True)))
+    read = written(folder / "rows.json", lambda _: list(open_stored(folder / "rows.npy").known(lambda key: True)))
     return Reader("json", [seed.encode()], read)
 
 
@@ -438,8 +354,8 @@ def _parts(folder: Path) -> Reader:
     said = {"format": FORMAT, "kind": "images", "space": "space:sha256:" + "0" * 64}
     table = pa.table({"key": list("abcd"), "embedding": rows, "error": [None, None, None, "x"]})
     parquet.write_table(table.replace_schema_metadata({METADATA: json.dumps(said)}), stream)
-    store = _new(folder / "store")
-    read = _written(store / "part-00000.parquet", lambda _: list(open_stored(store).known(lambda key: True)))
+    store = new_folder(folder / "store")
+    read = written(store / "part-00000.parquet", lambda _: list(open_stored(store).known(lambda key: True)))
     return Reader("bytes", [stream.getvalue()], read)
 
 
@@ -453,14 +369,14 @@ def _names(_: Path) -> Reader:
 
 def _inspected(name: str, seed: Callable[[], bytes], form: Form) -> Callable[[Path], Reader]:
     """What `inspect` is given."""
-    return lambda folder: Reader(form, [seed()], _written(folder / name, lambda path: plain_lines(describe(path))))
+    return lambda folder: Reader(form, [seed()], written(folder / name, lambda path: plain_lines(describe(path))))
 
 
 def _small_tensors() -> bytes:
     return safetensors.numpy.save({"a": np.eye(3, dtype=np.float32)}, {"x": "y"})
 
 
-_READERS: Mapping[str, Callable[[Path], Reader]] = {
+READERS: Mapping[str, Callable[[Path], Reader]] = {
     "recipe": _toml("export", recipe_from_toml),
     "policy": _toml("ci", policy_from_toml),
     "data set": _toml("calibration", calibration_set_from_toml),
@@ -476,14 +392,9 @@ _READERS: Mapping[str, Callable[[Path], Reader]] = {
     "canaries": _canaries,
     "raw canaries": _raw_canaries,
     "embeddings": _reference,
-    "patch": _patch,
     "head texts": _head,
     "stamp": _stamp,
     "onnx": _onnx,
-    "config.json": _checkpoint("config.json", "json"),
-    "preprocessor": _checkpoint("preprocessor_config.json", "json"),
-    "weights": _checkpoint("model.safetensors", "tensors"),
-    "tokenizer config": _checkpoint("tokenizer_config.json", "json"),
     "tokenizer": _tokenizer,
     "captions": _captions,
     "csv": _table("rows.csv", _csv, **_columns("csv")),
@@ -505,6 +416,5 @@ _READERS: Mapping[str, Callable[[Path], Reader]] = {
     "inspect tensors": _inspected("x.safetensors", _small_tensors, "tensors"),
 }
 
-NAMES = tuple(_READERS)
-TORCH = ("patch", "config.json", "preprocessor", "weights", "tokenizer config")
-"""Readers that need torch, whose import alone takes seconds."""
+NAMES = (*READERS, *TORCH)
+"""Of every reader."""

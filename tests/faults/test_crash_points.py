@@ -24,6 +24,13 @@ from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.records.verdict import Result
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reliability.md"
+KILLED = ("sign", "baseline set", "attest", "refit", "embed", "triton", "migrate", "build")
+"""Rows of the page's table of kills."""
+
+FAULTY = ("sign", "verify-signature", "baseline set", "embed", "triton", "migrate")
+"""Rows of its table of faults."""
+
 MOST = int(os.environ.get("CRASH_POINTS", "24"))
 """Kills of a command that takes seconds; `-m slow -s` prints the table of all of them."""
 
@@ -142,3 +149,57 @@ def test_a_kill_before_any_operation_of_a_build(tmp_path: Path) -> None:
     places = ["--calibration", "cal.toml", "--evaluation", "eval.toml", "--work", "work", "--out", "bundle"]
     words = ["build", *UWM_OPTIONS, "--policy", "demo", "--workers", 0, *places]
     killed(Scene(template, tmp_path / "run", "demo").job("build", *words, most=MOST))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_fault_in_any_operation_of_a_command_on_a_real_bundle(scene: Scene) -> None:
+    """Whatever is read or written fails once: exit code 6 in one line, and the run without the fault is as undisturbed."""
+    accept = ["--by", "jo", "--reason", "1.0", "--policy", scene.policy, "--key", "key.pem"]
+    embed = ["--kind", "texts", "--out", "rows", "--part-rows", 4, "--batch", 2]
+    verify = ["verify-signature", "signed", "--public-key", "key.pub"]
+    killed(
+        scene.job("sign", "sign", "plain", "--key", "key.pem", shown="plain", faults=True, most=MOST),
+        scene.job("verify-signature", *verify, shown="signed", faults=True, most=MOST),
+        scene.job(
+            "baseline set",
+            "baseline",
+            "set",
+            "signed",
+            "--at",
+            "signed",
+            *accept,
+            shown="signed",
+            faults=True,
+            most=MOST,
+        ),
+        scene.job("embed", "embed", "signed", "texts.jsonl", *embed, shown="rows", rows=12, faults=True, most=MOST),
+        scene.job("triton", "triton", "signed", "models", shown="models", faults=True, most=MOST),
+    )
+
+
+def _table(title: str) -> list[list[str]]:
+    """Rows of the page's table below a heading, without its head."""
+    text = PAGE.read_text().split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+@pytest.mark.parametrize(("title", "names"), [("Kills", KILLED), ("Faults", FAULTY)])
+def test_the_page_has_a_row_for_every_command(title: str, names: tuple[str, ...]) -> None:
+    """As the slow tests print them: what was killed is old or new, and nothing is lost."""
+    rows = _table(title)
+    assert tuple(row[0] for row in rows) == names
+    for name, *numbers in rows:
+        operations, stopped, old, new, lost = map(int, numbers)
+        assert (stopped <= operations, old + new, lost) == (True, stopped, 0), name
+
+
+def test_the_page_has_a_row_for_every_reader() -> None:
+    """At least 20,000 broken files, no finding, no process that ended by itself, and less than 1 GB each."""
+    from tests.faults.fuzz_readers import NAMES
+
+    rows = _table("Broken files")
+    assert tuple(row[0] for row in rows) == NAMES
+    assert sum(int(row[1]) for row in rows) >= 20_000
+    assert all((row[2], row[3]) == ("0", "0") and int(row[4]) < 1000 for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import resource
@@ -22,6 +23,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.data_sets import members, open_manifest, open_set, pair, png, put, toml, write_shard
+from tests.unit.test_report import make, write_bundle
+from tests.unit.test_signature import write_keys
+from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.commands.failure import failure_of
 from uwm_deploy.data.check import check, opened
@@ -37,6 +41,7 @@ from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.records.data import DataReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
+from uwm_deploy.records.verdict import Result
 from uwm_deploy.runtime.image import image_from
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
@@ -335,3 +340,35 @@ def test_a_parquet_file_that_ends_the_library_does_not_end_the_command(tmp_path:
     parquet.write_table(pa.table({"a": [b"x", b"y"], "b": [b"x", None]}), tmp_path / "whole.parquet")
     assert never_null(parquet.ParquetFile(tmp_path / "whole.parquet").metadata, ["a", "b"]) == {"a"}
     assert CliRunner().invoke(cli, ["data", "check", str(file), "--workers", "0"]).exit_code == done.returncode
+
+
+WITHOUT_RIGHTS = """
+import ctypes, os, sys
+for capability in (1, 2):  # to read whatever one likes, which root may
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-m", "uwm_deploy.cli", *sys.argv[1:]])
+"""
+
+
+def test_what_may_not_be_read_is_no_fact_about_a_bundle(tmp_path: Path) -> None:
+    """A folder or a file without the right to read it: "cannot be read" and exit code 6, never "not a bundle"."""
+    made = make()
+    passing = dataclasses.replace(made.verdict(), result=Result.PASS)
+    bundle = write_bundle(made, tmp_path / "shelf" / "bundle", verdict=passing)
+    key, _ = write_keys(tmp_path, "key")
+    sign_bundle(bundle, key)
+    verify, inspect = ["verify-signature", "--public-key", "key.pub"], ["inspect"]
+    for command, place in (
+        (verify, bundle), (verify, bundle / "manifest.json"), (inspect, bundle / "reports"), (inspect, bundle.parent)
+    ):  # fmt: skip
+        place.chmod(0)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", WITHOUT_RIGHTS, *command, str(bundle)],
+                capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+        finally:
+            place.chmod(0o755)
+        assert (done.returncode, done.stderr.count("\n")) == (6, 1), done.stderr
+        assert "cannot be read" in done.stderr
+        assert "Permission denied" in done.stderr

@@ -12,7 +12,7 @@ from uwm_deploy.errors import IntegrityError, is_of_machine, unreadable
 
 
 def arrays_from(content: bytes, name: str, *, fix: str = "build again") -> dict[str, np.ndarray]:
-    """Arrays of a file by name, (any shape), of any dtype that numpy has.
+    """Arrays of a file by name, any shape, of any dtype that numpy has.
 
     Args:
         content: Of the file.
@@ -32,7 +32,7 @@ def arrays_from(content: bytes, name: str, *, fix: str = "build again") -> dict[
 
 
 def arrays_of(path: Path, *, fix: str = "build again") -> dict[str, np.ndarray]:
-    """The same for a file on the disk; see `arrays_from`.
+    """Arrays of a file on the disk by name, any shape, of any dtype that numpy has; see `arrays_from`.
 
     Args:
         path: The file.

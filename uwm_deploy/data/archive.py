@@ -11,6 +11,10 @@ from typing import Self
 from uwm_deploy.errors import DataError, MissingFileError, is_of_machine, unreadable
 
 _MOST_SHARDS = 100_000
+_LONGEST_NAME = 4096
+_MOST_CHARACTERS = 20_000_000
+"""Of all names together."""
+
 _BLOCK = 512
 _LARGEST_HEADER = 1 << 20
 """Bytes of a header that goes on behind its block, such as a long name; it is read into memory."""
@@ -18,7 +22,7 @@ _LARGEST_HEADER = 1 << 20
 _EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -26,23 +30,36 @@ def expanded(name: str) -> list[str]:
     """Every name that brace ranges (``{000..009}``) and choices (``{a,b}``) stand for.
 
     Raises:
-        DataError: If they stand for too many.
+        DataError: If they stand for too many, or for too long ones.
     """
-    found = _RANGE.search(name) or _CHOICE.search(name)
+    if len(name) > _LONGEST_NAME:
+        raise DataError(f"shards {name[:40]!r} has {len(name)} characters", fix=f"write at most {_LONGEST_NAME}")
+    names, whole = [name], False
+    while not whole:
+        before, names, characters = names, [], 0
+        for one in before:
+            part = _once_expanded(one, name)
+            characters += sum(map(len, part))
+            names += part
+            if len(names) > _MOST_SHARDS or characters > _MOST_CHARACTERS:
+                raise DataError(f"shards {name!r} stands for too many names", fix=f"name at most {_MOST_SHARDS}")
+        whole = names == before
+    return names
+
+
+def _once_expanded(text: str, name: str) -> list[str]:
+    """The names that the first innermost braces stand for; the text itself where there are none."""
+    found = _RANGE.search(text) or _CHOICE.search(text)
     if found is None:
-        return [name]
+        return [text]
     if found.re is _RANGE:
         first, last = int(found[1]), int(found[2])
         if not 0 <= last - first < _MOST_SHARDS:
             raise DataError(f"shards {name!r} is a range of {last - first + 1} names", fix="write it as {first..last}")
-        width = len(found[1])
-        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
+        values = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
     else:
         values = found[1].split(",")
-    names = [rest for value in values for rest in expanded(name[: found.start()] + value + name[found.end() :])]
-    if len(names) > _MOST_SHARDS:
-        raise DataError(f"shards {name!r} stands for {len(names)} names", fix=f"name at most {_MOST_SHARDS}")
-    return names
+    return [text[: found.start()] + value + text[found.end() :] for value in values]
 
 
 class _Header(tarfile.TarInfo):
