@@ -14,6 +14,7 @@ from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.files import digest_of_folder, digest_of_plain
 from uwm_deploy.records.graph import Precision, variant_name
+from uwm_deploy.recipes.recipe import is_folder
 from uwm_deploy.records.model import LOCAL, TowerName
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import missing_package, usable
@@ -92,7 +93,7 @@ def _checkpoint(plan: Plan) -> object:
     return [
         plan.recipe.name,
         source.family,
-        LOCAL if Path(source.repo).is_dir() else [source.repo, source.revision],
+        LOCAL if is_folder(source.repo) else [source.repo, source.revision],
         digest_of_folder(plan.checkpoint) if plan.checkpoint else digest_of_plain(plan.recipe_text),
         digest_of_folder(plan.companion) if plan.companion else "",
         plan.weights,
