@@ -102,12 +102,12 @@ def in_folder(source: ModelSource, base: Path) -> ModelSource:
         source: As a recipe's file names it.
         base: Folder of that file.
     """
-    full = {
-        key: str((base / Path(repo).expanduser()).resolve())
-        for key in ("repo", "base", "companion")
-        if is_relative(repo := getattr(source, key)) or is_folder(repo)
-    }
-    return dataclasses.replace(source, **full)
+
+    def full(repo: str) -> str:
+        is_path = is_relative(repo) or is_folder(repo)
+        return str((base / Path(repo).expanduser()).resolve()) if is_path else repo
+
+    return dataclasses.replace(source, repo=full(source.repo), base=full(source.base), companion=full(source.companion))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

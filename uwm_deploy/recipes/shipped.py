@@ -67,9 +67,7 @@ def _instead(kind: Kind, name: str, known: Sequence[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}; or name a file that ends in .toml"
 
 
-def checkpoint_folder(
-    repo: str, revision: str, *, family: Family | None = None, local_only: bool = False
-) -> Path:
+def checkpoint_folder(repo: str, revision: str, *, family: Family | None = None, local_only: bool = False) -> Path:
     """Folder that holds a checkpoint's files; which one does not depend on the working folder.
 
     Args:

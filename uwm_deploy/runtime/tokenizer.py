@@ -208,11 +208,12 @@ class Tokenizer:
         The end token may be the unknown one, too: letters that nobody knows are no end, and stay what they are.
         """
         parts = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
-        found = {offsets for number, framing, offsets in parts if number in self._special and not framing}
-        if self._unknown in self._special:
-            name = backend.id_to_token(self.spec.eos_id)
-            found = {(start, end) for start, end in found if _holds(backend, text[start:end], name)}
-        return sorted(found)
+        found = {(number, *offsets) for number, framing, offsets in parts if number in self._special and not framing}
+        return sorted(
+            (start, end)
+            for number, start, end in found
+            if number != self._unknown or _holds(backend, text[start:end], number)
+        )
 
 
 def _unknown_id(backend: Backend, model: Mapping[str, Any]) -> int | None:
@@ -221,8 +222,9 @@ def _unknown_id(backend: Backend, model: Mapping[str, Any]) -> int | None:
     return backend.token_to_id(unknown) if unknown else model.get("unk_id")
 
 
-def _holds(backend: Backend, piece: str, name: str) -> bool:
+def _holds(backend: Backend, piece: str, number: int) -> bool:
     """Whether a piece of a text has a token's name in it, as it is written or as the tokenizer reads it."""
+    name = backend.id_to_token(number) or ""
     return name in piece or (backend.normalizer is not None and name in backend.normalizer.normalize_str(piece))
 
 

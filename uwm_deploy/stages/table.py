@@ -10,11 +10,11 @@ from pathlib import Path
 from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.methods import needs_gradients, selects
 from uwm_deploy.errors import PrerequisiteError, UwmError
+from uwm_deploy.recipes.recipe import is_folder
 from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.files import digest_of_folder, digest_of_plain
 from uwm_deploy.records.graph import Precision, variant_name
-from uwm_deploy.recipes.recipe import is_folder
 from uwm_deploy.records.model import LOCAL, TowerName
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import missing_package, usable

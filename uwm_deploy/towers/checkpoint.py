@@ -207,6 +207,7 @@ def check_amount(folder: Path, config: str, make: Callable[[], Module]) -> None:
     Raises:
         InputError: If it does, or the model cannot be made.
     """
+
     def entries() -> dict[str, Any]:
         return json_file(folder, config)
 

@@ -158,4 +158,3 @@ def _roomiest(needed_bytes: int) -> str:
     free = {index: torch.cuda.mem_get_info(index)[0] for index in choice}
     best = max(free, key=free.__getitem__)
     return f"cuda:{best}" if free[best] >= needed_bytes else "cpu"
-

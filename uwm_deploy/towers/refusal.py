@@ -15,9 +15,7 @@ MEND = "correct that entry, or fetch the checkpoint again"
 
 
 @contextlib.contextmanager
-def refusals(
-    what: str, *, fix: str = MEND, entries: Callable[[], Mapping[str, Any]] | None = None
-) -> Iterator[None]:
+def refusals(what: str, *, fix: str = MEND, entries: Callable[[], Mapping[str, Any]] | None = None) -> Iterator[None]:
     """Turns whatever is raised inside the block into an error of one line; errors of ours pass as they are.
 
     Libraries raise every type for a value that they did not expect, so nothing narrower would do.
