@@ -219,7 +219,8 @@ def _model(job: Refitting) -> LoadedModel | None:
     recipe = job.recipe
     source = recipe.model
     try:
-        folder = job.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
+        named = job.request.checkpoint
+        folder = named or resources.checkpoint_folder(source.repo, source.revision, family=source.family)
         companion = (
             resources.checkpoint_folder(source.companion, source.companion_revision) if source.companion else None
         )
