@@ -74,6 +74,7 @@ LISTED: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
     "another crop": (
         "hf-clip", "preprocessor_config.json", ("crop_size",), {"height": 24, "width": 24}, "24 pixels, .*image_size is 16",
     ),
+    "padded images": ("hf-clip", "preprocessor_config.json", ("do_pad",), True, "not supported"),
     "cuts at the start": ("hf-clip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
     "cuts SigLIP at the start": ("siglip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
     "a flag in words": ("open-clip", CONFIG, ("model_cfg", "quick_gelu"), "false", 'quick_gelu is "false"; it must be true'),
@@ -144,6 +145,7 @@ def test_a_failing_disk_is_no_fault_of_the_checkpoint() -> None:
     """Exit code 6 where the machine failed; another where a file is missing."""
     for error, kind in (
         (OSError(5, "Input/output error"), PrerequisiteError),
+        (PermissionError(13, "Permission denied"), PrerequisiteError),
         (FileNotFoundError(2, "gone"), InputError),
     ):
         with pytest.raises(kind), refusal.refusals("x"):
