@@ -7,10 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.made_once import made_once
 from tests.small_folders import MAKERS, OPEN_CLIP, SIDE, WIDTH, changed, open_clip
@@ -21,8 +23,10 @@ from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.recipes.shipped import checkpoint_folder, names
+from uwm_deploy.runtime.image import pixels_from_image
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.towers import refusal
+from uwm_deploy.towers.library import library_of
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.protocol import LoadedModel, caption_tokens
 
@@ -70,6 +74,7 @@ LISTED: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
     "another crop": (
         "hf-clip", "preprocessor_config.json", ("crop_size",), {"height": 24, "width": 24}, "24 pixels, .*image_size is 16",
     ),
+    "padded images": ("hf-clip", "preprocessor_config.json", ("do_pad",), True, "not supported"),
     "cuts at the start": ("hf-clip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
     "cuts SigLIP at the start": ("siglip", "tokenizer_config.json", ("truncation_side",), "left", "set truncation_side to"),
     "a flag in words": ("open-clip", CONFIG, ("model_cfg", "quick_gelu"), "false", 'quick_gelu is "false"; it must be true'),
@@ -140,6 +145,7 @@ def test_a_failing_disk_is_no_fault_of_the_checkpoint() -> None:
     """Exit code 6 where the machine failed; another where a file is missing."""
     for error, kind in (
         (OSError(5, "Input/output error"), PrerequisiteError),
+        (PermissionError(13, "Permission denied"), PrerequisiteError),
         (FileNotFoundError(2, "gone"), InputError),
     ):
         with pytest.raises(kind), refusal.refusals("x"):
@@ -300,3 +306,128 @@ def test_links_of_a_changed_folder_are_whole(copy: Folder, tmp_path: Path) -> No
     folder = copy("siglip")
     body = json.loads((folder / "config.json").read_text())
     assert load(changed(folder, tmp_path / "linked", "config.json", body)).ref.image.crop == SIDE
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "kind"),
+    [
+        ("image_processor_type", "SiglipImageProcessor", "Siglip"),
+        ("image_processor_type", "SiglipImageProcessorFast", "Siglip"),
+        ("image_processor_type", "ViTImageProcessor", "ViT"),
+        ("image_processor_type", "ViTImageProcessorFast", "ViT"),
+        ("feature_extractor_type", "ViTFeatureExtractor", "ViT"),
+        ("image_processor_type", "BlipImageProcessor", "Blip"),
+        ("feature_extractor_type", "CLIPFeatureExtractor", "CLIP"),
+        ("image_processor_type", "BitImageProcessorFast", "Bit"),
+    ],
+)
+@pytest.mark.parametrize("library", ["hf-clip", "siglip"])
+def test_images_are_prepared_by_the_class_that_the_file_names(
+    library: str, key: str, name: str, kind: str, copy: Folder
+) -> None:
+    """With that class's mean, filter and crop, whatever type of model it stands beside; as the library itself does it."""
+    import transformers
+
+    folder = copy(library)
+    short = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    sizes = short if kind in ("CLIP", "Bit") else {"size": {"height": SIDE, "width": SIDE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({key: name, **sizes}))
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    model = load(folder)
+    wanted, found = getattr(transformers, f"{kind}ImageProcessorPil")(), model.ref.image
+    assert (found.mean, found.std) == (tuple(wanted.image_mean), tuple(wanted.image_std))
+    assert found.resample == {2: "bilinear", 3: "bicubic"}[wanted.resample]
+    assert found.fit == ("crop" if wanted.do_center_crop else "squash")
+    levels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    reference = library_of(recipe_of(str(folder))[0].model.family, model.source, folder, model.ref.text)
+    theirs = reference.pixels(Image.fromarray(levels))
+    np.testing.assert_allclose(pixels_from_image(Image.fromarray(levels), found), theirs, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"image_processor_type": "CLIPImageProcesor"},
+        {"image_processor_type": "ConvNextImageProcessor"},
+        {"image_processor_type": ["CLIPImageProcessor"]},
+        {"feature_extractor_type": "WhisperFeatureExtractor"},
+        {"auto_map": {"AutoImageProcessor": "image_processing.Own"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_a_class_of_unknown_steps_is_refused(body: dict[str, Any], file: str, copy: Folder) -> None:
+    """A misspelt one, one with steps of its own, code that came with the files: the library would take CLIP's instead."""
+    folder = copy("hf-clip")
+    sizes = json.loads((folder / "preprocessor_config.json").read_text())
+    settings = {key: value for key, value in sizes.items() if key != "image_processor_type"} | body
+    nested = settings if file == "preprocessor_config.json" else {"image_processor": settings}
+    (folder / file).write_text(json.dumps(nested))
+    with pytest.raises(
+        InputError, match=rf"model/{file}: {next(iter(body))} is .* not known; name the one that"
+    ) as caught:
+        load(folder)
+    assert caught.value.exit_code is ExitCode.BAD_INPUT
+
+
+def test_the_config_of_the_model_names_the_class_where_the_settings_do_not(copy: Folder) -> None:
+    """As the library looks it up."""
+    folder = change(copy("hf-clip"), "config.json", "image_processor_type", to="SiglipImageProcessor")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": SIDE, "width": SIDE}}))
+    assert load(folder).ref.image.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("library", "files"),
+    [("hf-clip", "tokenizer.json"), ("siglip", "tokenizer.json"), ("hf-clip", "vocab.json and merges.txt")],
+)
+def test_a_tokenizer_that_knows_no_word_is_said_to_have_no_vocabulary(library: str, files: str, copy: Folder) -> None:
+    """And not what its ids do not fit: the advice would be wrong, and lead from one error to the next."""
+    folder = copy(library)
+    if files == "tokenizer.json":
+        body = json.loads((folder / files).read_text())
+        body["model"] |= {"vocab": {}, "merges": []}
+        (folder / files).write_text(json.dumps(body))
+    else:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text("{}")
+        (folder / "merges.txt").write_text("")
+    with pytest.raises(InputError, match=r"has a tokenizer without a vocabulary.*copy the tokenizer files"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("library", "file", "keys", "value"),
+    [
+        ("hf-clip", "config.json", ("text_config", "hidden_act"), "swish9"),
+        ("siglip", "config.json", ("vision_config", "hidden_act"), "gelu_fancy"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["checkpoint", "random"])
+def test_a_value_that_is_looked_up_in_vain_is_named_with_its_key(
+    library: str, file: str, keys: tuple[str, ...], value: str, weights: Literal["checkpoint", "random"], copy: Folder
+) -> None:
+    """The library says the value only."""
+    folder = change(copy(library), file, *keys, to=value)
+    with pytest.raises(InputError, match=rf'{".".join(keys)} is "{value}", which the library does not know'):
+        load_model(recipe_of(str(folder))[0], folder=folder, device="cpu", weights=weights)
+
+
+def test_a_recipes_activation_is_named_with_its_key() -> None:
+    """So it is where no checkpoint is read."""
+    recipe = recipe_of("clip-vit-b32")[0]
+    tables = dataclasses.replace(recipe.model.architecture, text={"hidden_act": "swish9", "num_hidden_layers": 1})
+    wrong = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, architecture=tables))
+    with pytest.raises(InputError, match=r'text\.hidden_act is "swish9", which the library does not know'):
+        load_model(wrong, folder=None, weights="random", device="cpu")
+
+
+@pytest.mark.parametrize("library", ["hf-clip", "siglip"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+@pytest.mark.parametrize("keys", [(), ("text_config",), ("vision_config",)])
+def test_quantised_towers_are_refused(library: str, method: str, keys: tuple[str, ...], copy: Folder) -> None:
+    """Wherever the config says so, and before the library asks for a package."""
+    folder = change(copy(library), "config.json", *keys, "quantization_config", to={"quant_method": method})
+    name = ".".join([*keys, "quantization_config"])
+    with pytest.raises(InputError, match=f"config.json has a {name}: its weights are quantised"):
+        load(folder)

@@ -36,7 +36,7 @@ from uwm_deploy.data.reading import read_all
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.zero_shot_readers import folder_set
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.errors import DataError, MissingFileError, UnreadableError
+from uwm_deploy.errors import DataError, MissingFileError, UnreadableError, unreadable
 from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.records.data import DataReport
 from uwm_deploy.records.files import digest_of_bytes
@@ -239,6 +239,28 @@ def test_a_worker_that_is_ended_is_the_machines_fault(tmp_path: Path) -> None:
 
     with pytest.raises(UnreadableError, match="a process that reads items was ended"):
         list(read_all(read, 40, 1, "items", lambda *_: None))
+
+
+_OF_THE_MACHINE = (
+    errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE, errno.EHOSTDOWN, errno.EAGAIN, errno.EBUSY, errno.ENODEV,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", _OF_THE_MACHINE, ids=errno.errorcode.get)
+def test_what_another_try_or_user_may_read_is_no_fact_about_an_item(number: int) -> None:
+    """A right that is missing, a share that is gone, a limit: exit code 6 with the system's words, never a broken item."""
+    said = unreadable("1.png", OSError(number, os.strerror(number)), fix="mend it")
+    assert isinstance(said, UnreadableError)
+    assert (said.exit_code, os.strerror(number) in str(said)) == (6, True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, None])
+def test_what_is_wrong_about_a_path_is_a_fact_about_the_item(number: int | None) -> None:
+    """It is so tomorrow, too; and libraries that parse files raise the error without a number."""
+    said = unreadable("1.png", OSError(number, "x") if number else OSError("cannot identify it"), fix="mend it")
+    assert isinstance(said, DataError)
+    assert isinstance(said, MissingFileError) is (number in (errno.ENOENT, errno.ENOTDIR))
 
 
 def test_what_nobody_caught_has_the_code_of_the_machine() -> None:

@@ -66,6 +66,32 @@ def test_unknown_letters_are_ordinary_text(text: str) -> None:
     assert 2 in tokenizer.encode([text])[0].tolist()
 
 
+def _end_is_unknown() -> Backend:
+    """As CLIP has it: letters that nobody knows are the end token."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("a", -1.0), ("\u2581", -2.0)]
+    words += [(letter, -3.0) for letter in "bcxyz"]
+    backend = Backend(models.Unigram(words, unk_id=1))
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<pad>", "</s>"])
+    return _framed(backend)
+
+
+@pytest.mark.parametrize("text", ["~ q", "~", "a ~~ q a", "q水a", "<", "s", "a > b", "~" * 200])
+def test_unknown_letters_that_are_the_end_token_are_ordinary_text(text: str) -> None:
+    """Both modes have the same ids, and no letter is lost."""
+    tokenizer = _tokenizer(_end_is_unknown())
+    assert tokenizer.encode([text]).tolist() == tokenizer.encode([text], "exact").tolist()
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "a</S>b", "a\uff1c/s\uff1eb"])
+def test_an_end_that_is_written_is_none_where_unknown_letters_are(text: str) -> None:
+    """Its name stands in the text, as it is or as the tokenizer reads it: it is broken up, as with any other vocabulary."""
+    tokenizer = _tokenizer(_end_is_unknown())
+    apart = {"a</s>b": "a< /s>b", "a</S>b": "a< /s>b", "a\uff1c/s\uff1eb": "a\uff1c /s\uff1eb"}[text]
+    assert tokenizer.encode([text]).tolist() == tokenizer.encode([apart], "exact").tolist()
+
+
 def test_an_end_that_is_written_is_still_no_end() -> None:
     """Unknown letters beside it, and more of it than any number of tries, bring no second end."""
     tokenizer = _tokenizer(_unigram())
@@ -219,6 +245,15 @@ def test_a_row_that_the_engine_refuses_fails_alone(places: set[int], error: Base
     if isinstance(error, RuntimeError):
         assert "cannot embed this item: index out of range" in str(found[min(places)])
     assert counts.failed == 1, "one failure is told, not one for each try"
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), DataError("this item is empty")])
+def test_what_is_known_about_a_row_is_told_as_it_is(error: Exception) -> None:
+    """A machine without memory is no fact about the item: its caller may try again. Errors with words of ours keep them."""
+    rows = [np.array([-1.0 if n == 3 else 1.0, n]) for n in range(8)]
+    found, _ = _answers(_engine_that_refuses(lambda row: row[0] < 0, error), rows)
+    assert found[3] is error
+    assert sum(isinstance(answer, Exception) for answer in found) == 1
 
 
 def test_an_engine_that_answers_nothing_gives_its_own_error() -> None:

@@ -15,7 +15,7 @@ from uwm_deploy.pipeline.baseline import read_baseline
 from uwm_deploy.pipeline.foreseen import shortages
 from uwm_deploy.pipeline.request import Request, with_overrides
 from uwm_deploy.recipes.built import text_of_built
-from uwm_deploy.recipes.recipe import Recipe
+from uwm_deploy.recipes.recipe import Recipe, is_folder
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of, read_training, recipe_of
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.graph import Target
@@ -121,4 +121,4 @@ def _recipe_of_base(recipe: Recipe, request: Request) -> Recipe:
 
 
 def _training_at(repo: str) -> TrainingRecord | None:
-    return read_training(Path(repo)) if Path(repo).is_dir() else None
+    return read_training(Path(repo)) if is_folder(repo) else None

@@ -40,6 +40,7 @@ from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.model import LOCAL
 from uwm_deploy.records.replacing import replacing
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -219,10 +220,11 @@ def _model(job: Refitting) -> LoadedModel | None:
     recipe = job.recipe
     source = recipe.model
     try:
-        folder = job.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
-        companion = (
-            resources.checkpoint_folder(source.companion, source.companion_revision) if source.companion else None
-        )
+        named = job.request.checkpoint
+        folder = named or resources.checkpoint_folder(source.repo, source.revision, family=source.family)
+        companion = None  # of one that was a folder, whose path is in no record, the loader says that it is missing
+        if source.companion not in ("", LOCAL):
+            companion = resources.checkpoint_folder(source.companion, source.companion_revision, family="hf-clip")
     except InputError as error:
         why = "a factor that forgets weights is taken back" if job.request.revert else "the new edit is measured"
         raise InputError(f"{error.what}; with the source weights {why}", fix="pass --checkpoint") from error

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 
-from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
-from uwm_deploy.records.model import LOCAL
+from uwm_deploy.recipes.recipe import Recipe, is_folder, public_repo, recipe_from_toml
 
 
 def text_of_built(text: str, recipe: Recipe) -> str:
@@ -19,16 +17,19 @@ def text_of_built(text: str, recipe: Recipe) -> str:
         recipe: What is built. Its repository may be a folder, whose path gets into no record.
     """
     file, model = recipe_from_toml(text, where="recipe"), recipe.model
-    if (file.name, file.model) == (recipe.name, model):
+    in_folder = any(is_folder(repo) for repo in (model.repo, model.base, model.companion))
+    if (file.name, file.model) == (recipe.name, model) and not in_folder:
         return text
     body = tomllib.loads(text)
     told = {
-        "repo": LOCAL if Path(model.repo).is_dir() else model.repo,
+        "repo": public_repo(model.repo),
         "revision": model.revision,
         "licence": model.licence,
         "parameters": model.parameters,
-        "base": LOCAL if Path(model.base).is_dir() and model.base else model.base,
+        "base": public_repo(model.base),
         "base_revision": model.base_revision,
+        "companion": public_repo(model.companion),
+        "companion_revision": model.companion_revision,
     }
     kept = {key: value for key, value in body["model"].items() if key not in told}
     if model.architecture is None:

@@ -31,8 +31,9 @@ _OWN_ZERO_SHOT = """\
 
 _RECIPE = """\
 # The recipe: which model, how it is edited, and what it is compiled for. docs/reference/recipes.md has every key.
-# For your own model, set `family` and `repo`. `repo` is a folder with config.json and safetensors, or a name on the hub with
-# its commit in `revision`. `uwm-deploy models` lists the shipped recipes: begin with the one of your family.
+# For your own model, set `family` and `repo`. `repo` is a folder with config.json and safetensors (`./NAME` is
+# one beside this file), or a name on the hub with its commit in `revision`. `uwm-deploy models` lists the shipped recipes:
+# begin with the one of your family.
 """
 
 _POLICY = """\

@@ -6,6 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from uwm_deploy.errors import RecipeError
@@ -22,6 +23,7 @@ from uwm_deploy.recipes.edit_spec import (
 )
 from uwm_deploy.recipes.strict_toml import record_from_toml
 from uwm_deploy.records.edit import CLOSED_FORM, Rule, methods_name
+from uwm_deploy.records.model import LOCAL
 from uwm_deploy.records.names import SEGMENT_IS, is_segment
 
 Family = Literal["hf-clip", "siglip", "open-clip", "llava"]
@@ -50,7 +52,8 @@ class ModelSource:
 
     Attributes:
         family: Tower adapter.
-        repo: ``"shipped:<folder>"``, a Hugging Face id, or a local folder.
+        repo: ``"shipped:<folder>"``, a Hugging Face id, or a folder: a full path, or one from the recipe's own folder that
+            begins with ``./`` or ``../``.
         revision: Hub commit; needed for a hub id so that a build can be repeated.
         licence: SPDX name or a short statement, shown by `uwm-deploy models`.
         parameters: Approximate number, shown by `uwm-deploy models`.
@@ -72,6 +75,39 @@ class ModelSource:
     companion_revision: str = ""
     base: str = ""
     base_revision: str = ""
+
+
+def is_folder(repo: str) -> bool:
+    """Whether `repo`, `base` or `companion` of a model is a folder of this machine: its full path, which `in_folder` makes.
+
+    Everything else is a name, whatever lies in the working folder.
+    """
+    return Path(repo).is_absolute()
+
+
+def is_relative(repo: str) -> bool:
+    """Whether it is written as a folder's path that starts from somewhere."""
+    return repo in (".", "..") or repo.startswith(("./", "../", "~"))
+
+
+def public_repo(repo: str) -> str:
+    """What records call it: a folder's path must not get into a bundle."""
+    return LOCAL if is_folder(repo) else repo
+
+
+def in_folder(source: ModelSource, base: Path) -> ModelSource:
+    """The source with full paths in place of relative ones.
+
+    Args:
+        source: As a recipe's file names it.
+        base: Folder of that file.
+    """
+
+    def full(repo: str) -> str:
+        is_path = is_relative(repo) or is_folder(repo)
+        return str((base / Path(repo).expanduser()).resolve()) if is_path else repo
+
+    return dataclasses.replace(source, repo=full(source.repo), base=full(source.base), companion=full(source.companion))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

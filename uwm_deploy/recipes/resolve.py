@@ -11,7 +11,7 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
-from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
+from uwm_deploy.recipes.recipe import Recipe, in_folder, recipe_from_toml
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import (
     digest_of_plain,
@@ -30,6 +30,8 @@ def recipe_of(model: str) -> tuple[Recipe, str]:
     text, where = resources.read_toml("export", model)
     recipe = recipe_from_toml(text, where=where)
     _check_name(recipe.name, where)
+    if where == model:  # a file, not a shipped name
+        recipe = dataclasses.replace(recipe, model=in_folder(recipe.model, Path(where).resolve().parent))
     return recipe, text
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.hub import hub_checkpoint
+from uwm_deploy.recipes.recipe import Family, is_folder, is_relative
 from uwm_deploy.records.model import LOCAL
 
 Kind = Literal["export", "calibration", "ci"]
@@ -66,12 +67,13 @@ def _instead(kind: Kind, name: str, known: Sequence[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}; or name a file that ends in .toml"
 
 
-def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> Path:
-    """Folder that holds a checkpoint's files.
+def checkpoint_folder(repo: str, revision: str, *, family: Family | None = None, local_only: bool = False) -> Path:
+    """Folder that holds a checkpoint's files; which one does not depend on the working folder.
 
     Args:
-        repo: ``"shipped:demo"``, a local folder, or a Hugging Face id.
+        repo: ``"shipped:demo"``, a folder's full path, or a Hugging Face id.
         revision: Hub commit; needed for a hub id.
+        family: Of the model, which says what files it needs; None asks for weights and a config.
         local_only: Take what is on this machine; download nothing.
 
     Raises:
@@ -80,15 +82,21 @@ def checkpoint_folder(repo: str, revision: str, *, local_only: bool = False) -> 
     """
     if repo.startswith("shipped:"):
         return Path(__file__).resolve().parents[1] / "data" / repo.removeprefix("shipped:") / "model"
-    if repo != LOCAL and Path(repo).is_dir():
-        return Path(repo)
     if repo == LOCAL:
         raise InputError("the model came from a folder, whose path is in no record", fix="pass --checkpoint FOLDER")
-    if repo.startswith((".", "/", "~")):
-        raise InputError(f"checkpoint folder {repo} does not exist", fix="check the path")
+    if is_folder(repo):
+        if not Path(repo).is_dir():
+            raise InputError(f"checkpoint folder {repo} does not exist", fix="check the path")
+        return Path(repo)
+    if is_relative(repo):
+        raise InputError(
+            f"the model came from the folder {repo}, and what that path starts from is not known here",
+            fix="pass --checkpoint FOLDER",
+        )
     if not revision:
         raise InputError(
             f"no revision is pinned for {repo}",
-            fix="pass --revision with a commit of the hub repository, or --checkpoint with a folder",
+            fix="pass --revision with a commit of the hub repository, or --checkpoint with a folder; in a recipe's file a "
+            "folder begins with ./ or /",
         )
-    return hub_checkpoint(repo, revision, local_only=local_only)
+    return hub_checkpoint(repo, revision, family=family, local_only=local_only)

@@ -53,6 +53,7 @@ class Tokenizer:
         self._backends: dict[SpecialTokens, Backend] = {}
         self._lock = threading.Lock()
         self._special: frozenset[int] = frozenset()
+        self._unknown: int | None = None
         self._backend(special_tokens)
 
     def encode(self, texts: Sequence[str], special_tokens: SpecialTokens | None = None) -> np.ndarray:
@@ -165,7 +166,8 @@ class Tokenizer:
             content = _as_ordinary(body, ordinary) if ordinary and mode == "neutral" else self._content.decode()
             backend = Backend.from_str(content)
             if mode == "neutral":
-                self._special = self._special_ids(backend, body["model"])
+                self._unknown = _unknown_id(backend, body["model"])
+                self._special = self._special_ids(backend)
         except Exception as error:  # the backend raises bare Exception for every malformed file
             raise IntegrityError(f"tokenizer.json cannot be read: {error}", fix="restore it") from error
         backend.encode_special_tokens = mode == "neutral"
@@ -178,12 +180,10 @@ class Tokenizer:
         name = token["content"]
         return token["special"] and token["id"] != self.spec.eos_id and (len(name) == 1 or name.isalpha())
 
-    def _special_ids(self, backend: Backend, model: Mapping[str, Any]) -> frozenset[int]:
+    def _special_ids(self, backend: Backend) -> frozenset[int]:
         """Ids that a caption must not bring along itself; that of unknown letters comes from ordinary ones."""
         added = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
-        unknown = model.get("unk_token")  # but a Unigram model has its number
-        number = backend.token_to_id(unknown) if unknown else model.get("unk_id")
-        return frozenset((added - {number}) | {self.spec.eos_id})
+        return frozenset((added - {self._unknown}) | {self.spec.eos_id})
 
     def _neutral(self, backend: Backend, encoding: Any, text: str) -> list[int] | DataError:
         """Ids without special ones but those that frame every caption.
@@ -192,7 +192,7 @@ class Tokenizer:
         normalising may make one: then it is broken up by a space.
         """
         for _ in range(_TRIES):
-            found = self._brought(encoding)
+            found = self._brought(backend, encoding, text)
             if not found:
                 ids: list[int] = encoding.ids
                 return ids
@@ -202,10 +202,30 @@ class Tokenizer:
             encoding = backend.encode(text)
         return DataError("it is made of names of special tokens", fix="remove them, or ask for special_tokens='exact'")
 
-    def _brought(self, encoding: Any) -> list[tuple[int, int]]:
-        """Where the text has special tokens that framing did not add, as characters from and to, in order."""
+    def _brought(self, backend: Backend, encoding: Any, text: str) -> list[tuple[int, int]]:
+        """Where the text has special tokens that framing did not add, as characters from and to, in order.
+
+        The end token may be the unknown one, too: letters that nobody knows are no end, and stay what they are.
+        """
         parts = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
-        return sorted({offsets for number, framing, offsets in parts if number in self._special and not framing})
+        found = {(number, *offsets) for number, framing, offsets in parts if number in self._special and not framing}
+        return sorted(
+            (start, end)
+            for number, start, end in found
+            if number != self._unknown or _holds(backend, text[start:end], number)
+        )
+
+
+def _unknown_id(backend: Backend, model: Mapping[str, Any]) -> int | None:
+    """Id of letters that the vocabulary does not know; None where there is none."""
+    unknown = model.get("unk_token")  # but a Unigram model has its number
+    return backend.token_to_id(unknown) if unknown else model.get("unk_id")
+
+
+def _holds(backend: Backend, piece: str, number: int) -> bool:
+    """Whether a piece of a text has a token's name in it, as it is written or as the tokenizer reads it."""
+    name = backend.id_to_token(number) or ""
+    return name in piece or (backend.normalizer is not None and name in backend.normalizer.normalize_str(piece))
 
 
 def without_embedding(ids: np.ndarray, spec: TextSpec) -> np.ndarray:

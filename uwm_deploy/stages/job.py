@@ -17,7 +17,7 @@ from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.recipes import shipped
 from uwm_deploy.recipes.data_set import CalibrationSet
-from uwm_deploy.recipes.recipe import ModelSource, Recipe
+from uwm_deploy.recipes.recipe import ModelSource, Recipe, is_folder
 from uwm_deploy.records.graph import Precision, Provider, Target
 from uwm_deploy.records.model import Digest
 
@@ -118,9 +118,9 @@ class Plan:
     def checkpoint(self) -> Path | None:
         """Folder of the source checkpoint; None for random weights of the recipe's own architecture."""
         source = self.recipe.model
-        if self.weights == "random" and source.architecture and not Path(source.repo).is_dir():
+        if self.weights == "random" and source.architecture and not is_folder(source.repo):
             return None
-        return shipped.checkpoint_folder(source.repo, source.revision)
+        return shipped.checkpoint_folder(source.repo, source.revision, family=source.family)
 
     @cached_property
     def companion(self) -> Path | None:
@@ -128,12 +128,13 @@ class Plan:
         source = self.recipe.model
         if not source.companion or self.checkpoint is None:
             return None
-        return shipped.checkpoint_folder(source.companion, source.companion_revision)
+        return shipped.checkpoint_folder(source.companion, source.companion_revision, family="hf-clip")
 
     @cached_property
     def trained_folder(self) -> Path | None:
         """Folder of the trained weights; None with another method."""
-        return shipped.checkpoint_folder(self.trained.repo, self.trained.revision) if self.trained else None
+        source = self.trained
+        return shipped.checkpoint_folder(source.repo, source.revision, family=source.family) if source else None
 
     @cached_property
     def calibration_source(self) -> QuadrupleSource:

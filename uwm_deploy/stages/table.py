@@ -10,6 +10,7 @@ from pathlib import Path
 from uwm_deploy.data.zero_shot_suite import zero_shot_digests
 from uwm_deploy.edits.methods import needs_gradients, selects
 from uwm_deploy.errors import PrerequisiteError, UwmError
+from uwm_deploy.recipes.recipe import is_folder
 from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.edit import Method
 from uwm_deploy.records.files import digest_of_folder, digest_of_plain
@@ -92,7 +93,7 @@ def _checkpoint(plan: Plan) -> object:
     return [
         plan.recipe.name,
         source.family,
-        LOCAL if Path(source.repo).is_dir() else [source.repo, source.revision],
+        LOCAL if is_folder(source.repo) else [source.repo, source.revision],
         digest_of_folder(plan.checkpoint) if plan.checkpoint else digest_of_plain(plan.recipe_text),
         digest_of_folder(plan.companion) if plan.companion else "",
         plan.weights,

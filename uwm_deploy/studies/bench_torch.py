@@ -122,7 +122,7 @@ def _loaded(recipe: Recipe) -> LoadedModel:
     companion = source.companion
     return load_model(
         recipe,
-        folder=checkpoint_folder(source.repo, source.revision, local_only=True),
+        folder=checkpoint_folder(source.repo, source.revision, family=source.family, local_only=True),
         companion=checkpoint_folder(companion, source.companion_revision, local_only=True) if companion else None,
         device="auto",
     )

@@ -87,7 +87,9 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
     recipe, _ = recipe_of(subject.model)
     if subject.method == NOTHING:
         source = recipe.model
-        folder = subject.request.checkpoint or resources.checkpoint_folder(source.repo, source.revision)
+        folder = subject.request.checkpoint or resources.checkpoint_folder(
+            source.repo, source.revision, family=source.family
+        )
     else:
         outcome = run(_edit_request(subject, recipe.name), until="edit", reporter=reporter, ranks=ranks)
         folder = RunFolder(outcome.work).edited_model

@@ -181,7 +181,9 @@ class _MeasuredTable:
             return self.settings.checkpoints[model]
         source = recipe_of(model)[0].model
         try:
-            return resources.checkpoint_folder(source.repo, source.revision, local_only=not self.settings.download)
+            return resources.checkpoint_folder(
+                source.repo, source.revision, family=source.family, local_only=not self.settings.download
+            )
         except (InputError, PrerequisiteError) as error:
             if self.settings.download or not source.revision:
                 raise

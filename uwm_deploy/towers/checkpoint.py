@@ -90,11 +90,13 @@ def refuse_adapters(folder: Path) -> None:
 
 
 def _refuse_quantised(folder: Path, body: Mapping[str, Any]) -> None:
-    if body.get("quantization_config") is not None:
-        raise InputError(
-            f"{folder.name}/config.json has a quantization_config: its weights are quantised",
-            fix="use the checkpoint in float32 or bfloat16; --precision quantises what is built",
-        )
+    towers = {f"{key}.": part for key, part in body.items() if isinstance(part, dict)}
+    for key, part in {"": body, **towers}.items():
+        if part.get("quantization_config") is not None:
+            raise InputError(
+                f"{folder.name}/config.json has a {key}quantization_config: its weights are quantised",
+                fix="use the checkpoint in float32 or bfloat16; --precision quantises what is built",
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -205,7 +207,12 @@ def check_amount(folder: Path, config: str, make: Callable[[], Module]) -> None:
     Raises:
         InputError: If it does, or the model cannot be made.
     """
-    with refusals(f"{folder.name}/{config} describes no model that can be made"), torch.device("meta"):
+
+    def entries() -> dict[str, Any]:
+        return json_file(folder, config)
+
+    what = f"{folder.name}/{config} describes no model that can be made"
+    with refusals(what, entries=entries), torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in make().parameters())
     held = sum(math.prod(shape) for shape in _shapes(folder))
     if wanted > 2 * held:
@@ -283,7 +290,27 @@ def tokenizer_of(folder: Path) -> Any:
     with refusals(f"checkpoint {folder.name} has no usable tokenizer", fix=fix):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.backend_tokenizer.to_str()
+    check_vocabulary(tokenizer, folder)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Refuses a tokenizer that knows no word: what its ids then do not fit is no help to whoever reads it.
+
+    Args:
+        tokenizer: Of `transformers`.
+        folder: Checkpoint folder, for the message.
+
+    Raises:
+        InputError: If its vocabulary is empty, but for special tokens and what was added.
+    """
+    backend = tokenizer.backend_tokenizer
+    added = {str(token) for token in backend.get_added_tokens_decoder().values()}
+    if not set(backend.get_vocab(with_added_tokens=False)) - added - set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"checkpoint {folder.name} has a tokenizer without a vocabulary: it knows no word, only special tokens",
+            fix="copy the tokenizer files of the model that it was made from",
+        )
 
 
 def text_spec(tokenizer: Any, positions: int, where: str, *, fixed_length: bool = False) -> tuple[TextSpec, bytes]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uwm_deploy.recipes.recipe import Family
 from uwm_deploy.records.model import TextSpec
-from uwm_deploy.towers import checkpoint, preprocessing
+from uwm_deploy.towers import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,14 @@ def library_of(family: Family, source: nn.Module, folder: Path, spec: TextSpec) 
 
 
 def _transformers(source: Any, folder: Path, spec: TextSpec, *, siglip: bool) -> Library:
+    from transformers import AutoImageProcessor
+
     from uwm_deploy.towers import siglip as adapter
 
-    processor = preprocessing.processor_of(folder, "Siglip" if siglip else "CLIP")
+    # What the library itself picks, so that a class that was picked wrongly by us is seen.
+    processor = AutoImageProcessor.from_pretrained(
+        folder, backend="pil", local_files_only=True, trust_remote_code=False
+    )
     # SigLIP 2 wants lower-case captions, which its published tokenizer files do not make.
     tokenizer = adapter.tokenizer_for(folder, source.config) if siglip else checkpoint.tokenizer_of(folder)
     device = next(source.parameters()).device

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
 
 from uwm_deploy.errors import InputError, PrerequisiteError
-from uwm_deploy.recipes.recipe import Architecture, Family, Recipe
-from uwm_deploy.records.model import LOCAL, ModelRef
+from uwm_deploy.recipes.recipe import Architecture, Family, Recipe, public_repo
+from uwm_deploy.records.model import ModelRef
 from uwm_deploy.runtime.memory import without_collection
+from uwm_deploy.towers.checkpoint import json_file
 from uwm_deploy.towers.digests import digest_of_weights
 from uwm_deploy.towers.embedding_map import load_maps
 from uwm_deploy.towers.first_rows import check_first_rows
@@ -68,14 +69,16 @@ def load_model(
     if folder is not None:
         parts = _from_folder(adapter, folder, companion, random=weights == "random")
     elif recipe.model.architecture is not None:
-        with refusals(f"recipe {recipe.name}: model.architecture cannot be made", fix="correct its entries"):
-            parts = adapter.from_architecture(recipe.model.architecture)
+        architecture = recipe.model.architecture
+        what = f"recipe {recipe.name}: model.architecture cannot be made"
+        with refusals(what, fix="correct its entries", entries=lambda: dataclasses.asdict(architecture)):
+            parts = adapter.from_architecture(architecture)
     else:
         raise InputError(f"recipe {recipe.name} has no model.architecture", fix="add it, or use the checkpoint")
     ref = ModelRef(
         name=recipe.name,
         family=recipe.model.family,
-        repo="random" if weights == "random" or folder is None else _public_name(recipe.model.repo),
+        repo="random" if weights == "random" or folder is None else public_repo(recipe.model.repo),
         revision=recipe.model.revision,
         weights_digest=digest_of_weights(dict(parts.source.named_parameters())),
         embed_dim=parts.embed_dim,
@@ -95,7 +98,11 @@ def load_model(
 def _from_folder(adapter: Adapter, folder: Path, companion: Path | None, *, random: bool) -> LoadedParts:
     """A checkpoint folder; whatever a library raises is an error of one line."""
     further = {"companion": companion} if companion else {}
-    with refusals(f"checkpoint {folder.name} cannot be loaded"):
+
+    def entries() -> dict[str, Any]:
+        return json_file(folder, _config_in(folder))
+
+    with refusals(f"checkpoint {folder.name} cannot be loaded", entries=entries):
         return adapter.from_folder(folder, random=random, **further)
 
 
@@ -103,7 +110,11 @@ def _sizes_of(recipe: Recipe, folder: Path | None) -> tuple[str, str]:
     """Name of a model, and what names the sizes of its towers, for messages."""
     if folder is None:
         return f"recipe {recipe.name}", "model.architecture"
-    return f"checkpoint {folder.name}", next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
+    return f"checkpoint {folder.name}", _config_in(folder)
+
+
+def _config_in(folder: Path) -> str:
+    return next((file for file in _CONFIGS if (folder / file).is_file()), _CONFIGS[-1])
 
 
 _CONFIGS = ("open_clip_config.json", "config.json")
@@ -147,8 +158,3 @@ def _roomiest(needed_bytes: int) -> str:
     free = {index: torch.cuda.mem_get_info(index)[0] for index in choice}
     best = max(free, key=free.__getitem__)
     return f"cuda:{best}" if free[best] >= needed_bytes else "cpu"
-
-
-def _public_name(repo: str) -> str:
-    """Name of a repository for records: a local folder's path must not get into a bundle."""
-    return LOCAL if Path(repo).is_dir() else repo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -14,28 +15,66 @@ from uwm_deploy.towers.refusal import refusals
 _FILTERS: dict[int, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
 
 
+PREPROCESSOR = "preprocessor_config.json"
+
+_PLAIN = ("CLIP", "Siglip", "ViT", "Blip", "Bit", "DeiT", "ChineseCLIP")
+"""Classes of the library, without `ImageProcessor`, that resize, crop, rescale and normalise and do nothing else."""
+
+
 def processor_of(folder: Path, kind: str) -> Any:
-    """The library's image processor, which finds its settings in the files by the library's own rules.
+    """The library's image processor: of the class that the files name, with that class's defaults for missing settings.
 
     It is the one on Pillow, with which these models were trained: the default of newer releases differs by up to 9 grey
     levels.
 
     Args:
         folder: Checkpoint folder.
-        kind: Name of the class without `ImageProcessor`, such as `CLIP`.
+        kind: Class that the library takes for this type of model where the files name none, without `ImageProcessor`.
 
     Raises:
-        InputError: If the settings are missing or broken.
+        InputError: If the settings are missing or broken, or of a class whose steps are not known.
     """
     import transformers
 
-    name = f"{kind}ImageProcessor"
-    loader = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     with refusals(f"checkpoint {folder.name} has no usable {PREPROCESSOR}", fix="use a complete checkpoint"):
+        name = _named_class(folder) or f"{kind}ImageProcessor"
+        loader = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
         return loader.from_pretrained(folder, local_files_only=True)
 
 
-PREPROCESSOR = "preprocessor_config.json"
+def _named_class(folder: Path) -> str:
+    """Name of the class that the files ask for, without what only says how it is written; empty where they name none.
+
+    The library itself takes another class for a name that it does not know, so such a name must not reach it.
+
+    Raises:
+        InputError: If its steps are not known.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+    where = f"{folder.name}/{_image_file(folder)}"
+    key, name = "image_processor_type", settings.get("image_processor_type")
+    own = settings.get("auto_map")
+    if name is None and own:
+        key, name = "auto_map", own
+    elif name is None and (older := settings.get("feature_extractor_type")) is not None:
+        key, name = "feature_extractor_type", older
+    elif name is None:
+        where, name = f"{folder.name}/config.json", json_file(folder, "config.json").get(key)
+    if name is None:
+        return ""
+    known = {f"{kind}ImageProcessor" for kind in _PLAIN}
+    plain = name if isinstance(name, str) else ""
+    if key == "feature_extractor_type":
+        plain = plain.replace("FeatureExtractor", "ImageProcessor")
+    plain = plain.removesuffix("Fast").removesuffix("Pil")
+    if plain not in known:
+        raise InputError(
+            f"{where}: {key} is {json.dumps(name)[:80]}, and how that class prepares images is not known",
+            fix=f"name the one that the model was trained with: {', '.join(sorted(known))}",
+        )
+    return plain
 
 
 def image_spec(folder: Path, kind: str) -> ImageSpec:
@@ -63,16 +102,16 @@ def _image_file(folder: Path) -> str:
 
 
 def _image_spec(processor: Any, where: str) -> ImageSpec:
-    size, crop = processor.size, processor.crop_size
-    squash = size.height is not None and not processor.do_center_crop
+    size, crop, cropped = processor.size, processor.crop_size, bool(processor.do_center_crop)
+    squash = size.height is not None and not cropped
     resize = size.height if squash else size.shortest_edge
     square = size if squash else crop
-    side = square.height
+    side = square.height if square else None
     steps = [getattr(processor, f"do_{step}") for step in ("resize", "rescale", "normalize")]
     resample = _FILTERS.get(processor.resample)
     if not (
-        is_side(resize) and is_side(side) and side == square.width and all(steps) and resample
-        and (squash or processor.do_center_crop)
+        is_side(resize) and square and is_side(side) and side == square.width and all(steps) and resample
+        and (squash or cropped) and not getattr(processor, "do_pad", None)
     ):  # fmt: skip
         raise InputError(f"{where} asks for preprocessing that is not supported", fix=_SUPPORTED)
     mean, std = (three(getattr(processor, key), f"{where}: {key}") for key in ("image_mean", "image_std"))

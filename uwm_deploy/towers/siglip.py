@@ -141,7 +141,9 @@ def _tokenizer_of(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"checkpoint {folder.name} has no tokenizer.json", fix="convert its spiece.model to one")
     with refusals(f"checkpoint {folder.name} has no usable tokenizer", fix="fetch it again"):
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    checkpoint.check_vocabulary(tokenizer, folder)
+    return tokenizer
 
 
 def _lowercase(tokenizer: Any) -> None:

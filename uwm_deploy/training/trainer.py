@@ -118,7 +118,7 @@ class _Run:
 
     def _load(self) -> LoadedModel:
         source = self.recipe.model
-        folder = resources.checkpoint_folder(source.repo, source.revision)
+        folder = resources.checkpoint_folder(source.repo, source.revision, family=source.family)
         return load_model(self.recipe, folder=folder, device=str(self.device))
 
     def made(self, there: TrainingRecord) -> bool:
