@@ -289,7 +289,7 @@ class ManyFiles:
 
 
 def rows_of_text(path: Path, *, lines: bool) -> Rows:
-    """Rows of a CSV, JSON Lines or JSON file; the last two are told separated by their first character.
+    """Rows of a CSV, JSON Lines or JSON file; the last two are told apart by their first character.
 
     Args:
         path: The file.
