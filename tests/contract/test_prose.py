@@ -41,8 +41,8 @@ DIALECT = {
 }
 """What is no term of the field, with what to write instead."""
 
-OFF = ("typography", "needless_variants", "weasel_words")
-"""Checks of proselint that are about taste (quotes), or against the field's terms (saliency)."""
+OFF = ("typography", "needless_variants", "weasel_words", "lexical_illusions")
+"""Checks of proselint about quotes, against the field's terms (saliency), or that spans of code mislead."""
 
 
 def prose(text: str) -> str:
