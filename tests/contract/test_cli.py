@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -147,6 +148,15 @@ def test_help_begins_with_a_short_sentence_and_has_an_example(name: str) -> None
     shown = CliRunner().invoke(cli, [*name.split(), "-h"])
     assert shown.exit_code == 0
     assert f"uwm-deploy {name}" in shown.output.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("name", ["", *ALL])
+def test_help_fits_80_columns(name: str) -> None:
+    """Every page of it, examples too; a long example is one command for a shell."""
+    shown = CliRunner().invoke(cli, [*name.split(), "--help"], terminal_width=80).output
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    for example in re.findall(r"^ +(uwm-deploy (?:.*\\\n)*.*)$", shown, re.MULTILINE):
+        assert "\\" not in "".join(shlex.split(example)).replace("\n", ""), example
 
 
 @pytest.mark.parametrize("name", list(ALL))

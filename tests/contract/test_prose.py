@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,16 @@ DIALECT = {
     r"\bfor ever\b": "never ends, always",
     r"\bwas not to be had\b": "was missing",
     r"\bcome[s]? to nothing\b": "fails",
+    r"\bapart by\b": "separated by",
+    r"\bmeans nothing on another\b": "is of no use with another",
     r"\butili[sz]e": "use",
     r"\bleverage": "use",
     r"\bin order to\b": "to",
 }
 """What is no term of the field, with what to write instead."""
 
-OFF = ("typography", "needless_variants", "weasel_words")
-"""Checks of proselint that are about taste (quotes), or against the field's terms (saliency)."""
+OFF = ("typography", "needless_variants", "weasel_words", "lexical_illusions")
+"""Checks of proselint about quotes, against the field's terms (saliency), or that spans of code mislead."""
 
 
 def prose(text: str) -> str:
@@ -88,6 +92,28 @@ def test_help_uses_the_words_of_the_field(name: str) -> None:
     text = " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())
     found = {pattern: words for pattern, words in DIALECT.items() if re.search(pattern, text)}
     assert not found
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Errors, their fixes, log lines and help of options: where each stands, and its words."""
+    for path in sorted((ROOT / "uwm_deploy").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            if name.endswith("Error") or name in ("line", "print_line", "option", "flag", "repeated"):
+                for value in (*call.args, *(word.value for word in call.keywords)):
+                    parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+                    words = (part.value if isinstance(part, ast.Constant) else "X" for part in parts)
+                    yield f"{path.name}:{call.lineno}", "".join(word for word in words if isinstance(word, str))
+
+
+def test_errors_and_log_lines_use_the_words_of_the_field() -> None:
+    """The same for what the program says."""
+    said = list(messages())
+    assert sum("no manifest" in text for _, text in said) == 1  # they are found
+    found = [(where, words) for where, text in said for pattern, words in DIALECT.items() if re.search(pattern, text)]
+    assert found == []
 
 
 def test_proselint_finds_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -47,6 +49,8 @@ def _csv(folder: Path) -> Path:
             table.writerow([f"n{i}", "Fire", f"calm {i}", f"wild {i}", f"images/s{i}.png", f"images/u{i}.png"])
     return folder / "pairs.csv"
 
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "own-data.md").read_text()
 
 COLUMNS = [
     word for key in ("id=number", "concept=tag", "safe_text=good", "unsafe_text=bad") for word in ("--column", key)
@@ -175,3 +179,33 @@ def test_a_source_that_cannot_be_used_says_why(case: str, tmp_path: Path) -> Non
         words = "Arrow was expected"
     code, output = _make(source, *more, "--out", tmp_path / "out.parquet", "--embed")
     assert (code, words in " ".join(output.split()), (tmp_path / "out.parquet").exists()) == (2, True, False), output
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that makes or checks a manifest, on what the page says lies there; captions alone make an edit."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(ITEMS):
+        for side, folder, shade in (("safe", "calm", i), ("unsafe", "wild", 100 + i)):
+            for place in (folder, f"pictures/fire/{side}"):
+                put(tmp_path / place / f"{i}.png", png(shade))
+                put(tmp_path / place / f"{i}.txt", f"{folder} {i}")
+    put(tmp_path / "pairs.csv", _csv(tmp_path).read_text().replace("good,bad", "caption,nsfw_caption"))
+    (tmp_path / "saved").mkdir()
+    _saved(tmp_path / "saved" / "train")
+    (tmp_path / "shards").mkdir()
+    _shard(tmp_path / "shards" / "a.tar")
+    (captions,) = re.findall(r"```csv\n(.*?)```", PAGE, re.DOTALL)
+    put(tmp_path / "captions.csv", captions)
+    put(tmp_path / "captions.toml", *re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+    commands = re.findall(r"^    uwm-deploy (.*)$", PAGE, re.MULTILINE)
+    assert [" ".join(command.split()[:2]) for command in commands].count("data make") == 6
+    for command in commands:
+        words = shlex.split(command)
+        if "my-test.toml" in words:  # tests of the check itself have sets that are large enough
+            continue
+        for made in (*tmp_path.glob("pairs.parquet"), *tmp_path.glob("pairs.jsonl")):
+            made.unlink()
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, (command, done.output)
+    record = json.loads((tmp_path / ".uwm" / "demo" / "edit" / "edit.json").read_text())
+    assert {tensor["tower"] for tensor in record["tensors"] if tensor["selected"]} == {"text"}

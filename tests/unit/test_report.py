@@ -417,6 +417,14 @@ def test_what_safety_costs_is_on_the_page(run_folder: Path, made: Made) -> None:
     assert "safe-text-to-image" not in decisions
 
 
+def test_commands_on_the_page_are_set_as_code(made: Made, tmp_path: Path) -> None:
+    """No raw backtick, whether or not latencies were measured and the numbers were judged."""
+    for judged in (True, False):
+        shown = page(dossier_of(write_run(made, tmp_path / str(judged), judged=judged)))
+        assert "`" not in shown[shown.index("<body>") :]
+        assert "<code>uwm-deploy bench BUNDLE --json</code>" in shown
+
+
 def test_what_was_not_run_is_said(run_folder: Path) -> None:
     """Unproven variants, missing sets and left-out items are listed with their reasons, before the numbers."""
     text = page(dossier_of(run_folder))
@@ -424,7 +432,7 @@ def test_what_was_not_run_is_said(run_folder: Path) -> None:
     for words in ("tensorrt-rtx-auto", "not run, so unproven: this machine has no NVIDIA driver", "no folder birds"):
         assert words in gaps
     assert "3 items left out: a broken image" in gaps
-    assert "Not measured: `uwm-deploy bench" in text
+    assert "Not measured: <code>uwm-deploy bench" in text
     assert "not run: no folder birds" in text[text.index('id="zero-shot"') :]
 
 

@@ -42,14 +42,14 @@ class MeasureOptions:
     )
     zero_shot: tuple[str, ...] = repeated(
         "--zero-shot",
-        help="Zero-shot sets: all, none, names apart by commas, or imagefolder:PATH::TEMPLATE; repeatable. "
+        help="Zero-shot sets: all, none, names separated by commas, or imagefolder:PATH::TEMPLATE; repeatable. "
         "[default: the evaluation set's]",
     )
     data: ZeroShotDataOptions
     leave_out: str | None = option(
         "--leave-out",
         metavar="CONCEPTS",
-        help="Concepts, apart by commas, that edits are made without; only items of these are measured: what an unseen "
+        help="Concepts, separated by commas, that edits are made without; only items of these are measured: what an unseen "
         "hazard gets.",
     )
     markdown: bool = flag("--markdown", help="The paper's table in Markdown.")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+
+from uwm_deploy.commands.help_width import within_80_columns
 
 
 class InOrder(click.Group):
     """Lists its commands in the order in which they were written."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.help = within_80_columns(self.help, margin=4)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         """Names in that order."""

@@ -49,7 +49,7 @@ class PageOptions:
         "--sweep", type=_THERE, help="A sweep.json of the same model, for the picture of the trade-off."
     )
     bench: Path | None = option(
-        "--bench", type=_THERE, help="What `bench --json` said of the same bundle, for the latencies."
+        "--bench", type=_THERE, help="Output of `bench --json` for the same bundle, for the latencies."
     )
     compared: Path | None = option(
         "--compared", type=_THERE, help="A compare.json of the same model, for the methods side by side."

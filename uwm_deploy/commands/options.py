@@ -110,7 +110,7 @@ class MethodOptions:
         "--method",
         metavar="METHOD[+METHOD]",
         help=f"How the model is edited (docs/background/methods.md): {', '.join(Method)}; or two steps, such as "
-        "uwm+safety-axis. Another method than the recipe's brings its own settings. [default: the recipe's]",
+        "uwm+safety-axis. A method that is not the recipe's has its own settings. [default: the recipe's]",
     )
     per_concept: bool = flag("--per-concept", help="One score per concept of the calibration set, selections united.")
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from uwm_deploy.commands.failure import say, silence_output
+from uwm_deploy.commands.help_width import within_80_columns
 from uwm_deploy.data.ranks import StoppedError
 from uwm_deploy.errors import UwmError, visible_lines
 
@@ -60,6 +61,7 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
         _leave_group(in_order=True)
         sys.exit(int(shown.code))
 
+    printed.__doc__ = within_80_columns(printed.__doc__, margin=4)
     return printed
 
 

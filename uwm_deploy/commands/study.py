@@ -107,7 +107,7 @@ class RowOptions:
         "--methods",
         default="none,uwm,safety-axis,safety-axis@embedding,uwm+safety-axis,leace,gradient-unsafe,gradient-safe-clip,"
         "safe-clip,safer-clip,uwm+safe-clip",
-        help="Rows, apart by commas: a --method of build, a command of train, an edit on top of that (uwm+safe-clip), or "
+        help="Rows, separated by commas: a --method of build, a command of train, an edit on top of it (uwm+safe-clip), or "
         "LABEL=MODEL[:METHOD] as in evaluate. The others are compared with the first.",
     )
 

@@ -278,7 +278,7 @@ def _looked_up(file: Path, names: dict[str, str]) -> NameOf:
 
 
 def _names_in(file: Path) -> dict[str, str]:
-    """Lines of key and name, apart by a tab, or by the first space."""
+    """Lines of key and name, separated by a tab, or by the first space."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -43,7 +43,7 @@ def zero_shot_root(data: Path | None = None) -> Path | None:
 
 
 def names_from(texts: Sequence[str]) -> tuple[str, ...]:
-    """Set names of the command line: apart by commas; `all` is the paper's 17, `none` is none, a folder stands alone.
+    """Set names of the command line: separated by commas; `all` is the paper's 17, `none` is none, a folder stands alone.
 
     Raises:
         InputError: For an unknown name.

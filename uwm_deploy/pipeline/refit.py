@@ -99,7 +99,7 @@ def refit(request: RefitRequest, reporter: Notes) -> Refitted:
         bundle = open_bundle(request.bundle, allow_failed=True, public_key=seal.public_key)
         if bundle.manifest.head is not None:
             raise InputError(
-                f"{request.bundle} has a safety head, which was trained on its edit and means nothing on another",
+                f"{request.bundle} has a safety head, which was trained on its edit and is of no use with another",
                 fix="train a head on the new edit and build again",
             )
         content = bundle.read(PATCH)

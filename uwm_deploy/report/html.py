@@ -20,7 +20,7 @@ from uwm_deploy.report.edit_words import method_line
 from uwm_deploy.report.evidence import Dossier
 from uwm_deploy.report.findings import cause_line, name_of, result_words, safer_line, variants_by_word
 from uwm_deploy.report.latency import latency
-from uwm_deploy.report.markup import NOTHING, Child, Html, join, tag
+from uwm_deploy.report.markup import NOTHING, Child, Html, coded, join, tag
 from uwm_deploy.report.measured_subjects import executed_artifacts
 from uwm_deploy.report.methods import compared
 from uwm_deploy.report.strength import strength
@@ -152,9 +152,7 @@ def _kind(verdict: Verdict | None) -> str:
 def _sentence(dossier: Dossier) -> Child:
     verdict = dossier.verdict
     if verdict is None:
-        return join(
-            "These numbers were measured and not judged. Run ", tag("code", {}, "uwm-deploy gate"), " to judge them."
-        )
+        return coded("These numbers were measured and not judged. Run `uwm-deploy gate` to judge them.")
     passed = sum(check.result is Result.PASS for check in verdict.checks)
     lines = [f"{passed} of {len(verdict.checks)} checks pass under policy {verdict.policy}."]
     if verdict.result is not Result.PASS:
@@ -181,8 +179,8 @@ def _failed(check: Check) -> Html:
         tag("span", {"class": "chip"}, f"{_SIGN[check.result]} {check.result.value}{waived}"),
         tag("strong", {}, f"{check.subject}: {name_of(check)}"),
         numbers,
-        tag("span", {"class": "detail"}, reason) if reason else None,
-        tag("span", {"class": "detail"}, "Try: ", check.advice) if check.advice else None,
+        tag("span", {"class": "detail"}, coded(reason)) if reason else None,
+        tag("span", {"class": "detail"}, "Try: ", coded(check.advice)) if check.advice else None,
     )
 
 

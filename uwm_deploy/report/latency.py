@@ -8,19 +8,13 @@ from uwm_deploy.records.studies import BenchReport, Latency
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, section
 from uwm_deploy.report.charts import Bar, Group
-from uwm_deploy.report.markup import NOTHING, TIMES, Child, Html, join, tag
+from uwm_deploy.report.markup import NOTHING, TIMES, Child, Html, coded, tag
 
 
 def latency(report: BenchReport | None) -> Html:
     """Warm calls of every variant, and its cold start; says so when nothing was measured."""
     if report is None:
-        how = join(
-            "Not measured: ",
-            tag("code", {}, "uwm-deploy bench BUNDLE --json"),
-            " measures it, ",
-            tag("code", {}, "--bench"),
-            " puts it here.",
-        )
+        how = coded("Not measured: `uwm-deploy bench BUNDLE --json` measures it, `--bench` puts it here.")
         return section("latency", "Latency", how)
     states = {subject.name: subject.state for subject in report.subjects}
     cold = {(c.subject, c.tower): c.open_ms + c.first_call_ms for c in report.cold}

@@ -47,3 +47,11 @@ def tag(name: str, attributes: Attributes | None = None, *children: Child) -> Ht
 def join(*children: Child) -> Html:
     """Elements one after the other."""
     return Html("".join(map(text_of, children)))
+
+
+def coded(text: str) -> Html:
+    """A sentence in which what stands between backticks is code; with one backtick too many it stays as it is."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return join(text)
+    return join(*(tag("code", {}, part) if number % 2 else part for number, part in enumerate(parts)))

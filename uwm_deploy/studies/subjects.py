@@ -77,7 +77,7 @@ def concepts_from(text: str) -> tuple[str, ...]:
     """
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
-        raise InputError("--leave-out names no concept", fix="name some, apart by commas, or leave the option out")
+        raise InputError("--leave-out names no concept", fix="name some, separated by commas, or leave the option out")
     return found
 
 
