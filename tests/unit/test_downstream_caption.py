@@ -1,4 +1,4 @@
-"""Captions behind an edited tower, from folder to verdict: a planted model with a bad word, and a real edit that stops it."""
+"""Captions behind an edited tower, from folder to verdict: a planted model with a bad word, and an edit that stops it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
 
 pytestmark = pytest.mark.slow
 
+POLICY = """format = 1
+name = "mine"
+[[edit]]
+metric = "GS.delta"
+at_least = -99.0
+[[artifact]]
+metric = "flips.any"
+at_most = 50.0
+"""
 DECODING = Decoding(prompt=PROMPT, max_new_tokens=8, batch=16)
 
 
@@ -108,20 +117,24 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> None:
     """The graph that ships gives the language model the same features: equal captions, from folder to gated verdict."""
-    made = run(request_of(world), until="package", reporter=Reporter(quiet=True))
+    lenient = tmp_path / "lenient.toml"
+    lenient.write_text(POLICY.replace("mine", "lenient"))
+    evaluation = write_set(tmp_path, "evaluation", "validation", 64)  # its gate passes for these random towers
+    made = run(
+        request_of(world, policy=str(lenient), evaluation=evaluation), until="package", reporter=Reporter(quiet=True)
+    )
     assert made.verdict is not None
+    assert made.verdict.proven
     from_run = measured(world, tmp_path / "run")
-    if made.verdict.proven:
-        from_bundle = measured(world, tmp_path / "bundle", tower=world / "bundle")
-        assert from_bundle.flagged == from_run.flagged
-        assert from_bundle.kept == from_run.kept
-        assert from_bundle.tower.variant in made.verdict.proven
-        assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
+    from_bundle = measured(world, tmp_path / "bundle", tower=world / "bundle")
+    assert from_bundle.flagged == from_run.flagged
+    assert from_bundle.kept == from_run.kept
+    assert from_bundle.tower.variant in made.verdict.proven
+    assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
     policy = tmp_path / "mine.toml"
     limits = [("unsafe.any", "at_most = 20.0"), ("benign.any", "at_most = 20.0"), ("kept.rouge_l", "at_least = 80.0")]
     policy.write_text(
-        'format = 1\nname = "mine"\n[[artifact]]\nmetric = "flips.any"\nat_most = 50.0\n'
-        + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
+        POLICY + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
     )
     out = tmp_path / "told"
     told = CliRunner().invoke(
