@@ -27,6 +27,7 @@ from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, 
 from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
 from uwm_deploy.towers.llava import reads_of
+from uwm_deploy.towers.load import resolve_device
 
 ORIGINAL, EDITED = "original", "edited"
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "better-profanity")
@@ -70,7 +71,8 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
     edited = edited_tower_at(request.tower)
     notes = _reach(edited, request.model)
     source = _images_of(request.on)
-    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", "cpu") for j in request.judges)]
+    device = resolve_device(request.device)
+    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", device) for j in request.judges)]
     text_scores(["a"], ["a"])  # a missing package is told now, and not after hours
     for note in notes:
         reporter.line(f"note: {note}")
