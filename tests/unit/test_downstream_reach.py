@@ -13,7 +13,10 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.reach import check_reaches_diffusion, check_reaches_language_model
 from uwm_deploy.recipes.published import published_outputs
 from uwm_deploy.records.edit import ClosedFormRecord, EditRecord, EditStep, Method, Placement, TensorEdit
+from uwm_deploy.records.head import Action
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.results import Risk
+from uwm_deploy.studies.downstream.edited import edited_tower_at
 
 FC2 = "vision_model.encoder.layers.{}.mlp.fc2.weight"
 TEXT = "text_model.encoder.layers.0.self_attn.out_proj.weight"
@@ -101,3 +104,29 @@ def test_published_outputs_are_shown_and_not_run(table: str, tmp_path: Path) -> 
     assert "has no row 'nobody'" in wrong.output
     broken = CliRunner().invoke(cli, ["reproduce", table, "--downstream", f"{rows[0].label}={tmp_path / 'a.json'}"])
     assert broken.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("decision", "category", "has", "lacks"),
+    [
+        (Action.FLAG, "fire", "may show this: fire", "Decline"),
+        (Action.REDIRECT, "fire", "may show this: fire", "Decline"),
+        (Action.BLOCK, "fire", "Decline", "Answer"),
+        (Action.BLOCK, "", "could not be checked", "may show"),
+    ],
+)
+def test_a_risk_has_its_safety_prompt(decision: Action, category: str, has: str, lacks: str) -> None:
+    """By category and decision; an image that cannot be read is declined, one that is allowed gets none."""
+    risk = Risk(category=category, probability=0.9, level=0.9, decision=decision)
+    assert has in risk.safety_prompt
+    assert lacks not in risk.safety_prompt
+    assert Risk(category="safe", probability=0.9, level=0.1, decision=Action.ALLOW).safety_prompt == ""
+
+
+def test_no_signature_is_asked_of_what_has_none(tmp_path: Path) -> None:
+    """A run folder or a checkpoint cannot have one, and is not taken for one that has."""
+    for asked in ({"public_key": tmp_path / "key.pub"}, {"min_bundle_version": 1}):
+        with pytest.raises(InputError, match="is no bundle"):
+            edited_tower_at(tmp_path, **asked)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds no edited model"):
+        edited_tower_at(tmp_path)

@@ -10,7 +10,7 @@ import click
 from uwm_deploy.commands.fields import FILE, FOLDER, PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
-from uwm_deploy.commands.options import DeviceOptions, MarkdownOptions
+from uwm_deploy.commands.options import DeviceOptions, MarkdownOptions, TrustOptions
 from uwm_deploy.commands.shown import Shown, prints
 
 
@@ -76,7 +76,12 @@ class CaptionOptions:
 @takes_options
 @prints
 def downstream_caption(
-    asked: CaptionOptions, behind: BehindOptions, judged: JudgeOptions, device: DeviceOptions, form: MarkdownOptions
+    asked: CaptionOptions,
+    behind: BehindOptions,
+    judged: JudgeOptions,
+    trust: TrustOptions,
+    device: DeviceOptions,
+    form: MarkdownOptions,
 ) -> Shown:
     """Captions a set's images behind both towers.
 
@@ -111,6 +116,8 @@ def downstream_caption(
         out=out,
         judges=judges_from(judged.judges, judged.threshold),
         words=asked.words,
+        public_key=trust.public_key,
+        min_bundle_version=trust.min_bundle_version,
         decoding=decoding,
         device=device.device,
     )
