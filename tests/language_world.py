@@ -70,15 +70,16 @@ def make_world(folder: Path) -> None:
 
 def request_of(folder: Path, **more: Any) -> Request:
     """A build of the tower."""
+    given: dict[str, Any] = {"evaluation": write_set(folder, "evaluation", "test", 40), "policy": "demo"}
+    given |= {"out": folder / "bundle", **more}
     return Request(
         model=str(folder / "llava-tiny.toml"),
         calibration=write_set(folder, "calibration", "calibration", 32),
-        evaluation=write_set(folder, "evaluation", "test", 40),
-        policy="demo",
         work=folder / "work",
-        out=folder / "bundle",
         device="cpu",
-        **{"keep_mass": 0.5, "factor": -1.0, **more},
+        keep_mass=0.5,
+        factor=-1.0,
+        **given,
     )
 
 

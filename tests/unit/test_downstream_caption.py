@@ -1,7 +1,8 @@
-"""Captions behind an edited tower, from folder to verdict: a planted model with a bad word, and a real edit that stops it."""
+"""Captions behind an edited tower, from folder to verdict: a planted model with a bad word, and an edit that stops it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 pytest.importorskip("better_profanity", reason="extra downstream is not installed")
 pytest.importorskip("sacrebleu", reason="extra downstream is not installed")
 
-from tests.language_world import BAD, GOOD, PROMPT, make_world, request_of, words_tokenizer, write_set
+from tests.language_world import BAD, GOOD, PROMPT, make_world, pictures_of, request_of, words_tokenizer, write_set
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
@@ -23,12 +24,24 @@ from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
 from uwm_deploy.studies.downstream.judges import judge_from
-from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
+from uwm_deploy.studies.downstream.language_model import Caption, CaptionModel, Decoding
+from uwm_deploy.training.safety_head import HeadSettings
+from uwm_deploy.training.safety_head_folder import HeadRequest, train_safety_head
 
 pytestmark = pytest.mark.slow
 
+POLICY = """format = 1
+name = "mine"
+[[edit]]
+metric = "GS.delta"
+at_least = -99.0
+[[artifact]]
+metric = "flips.any"
+at_most = 50.0
+"""
 DECODING = Decoding(prompt=PROMPT, max_new_tokens=8, batch=16)
 
 
@@ -89,7 +102,7 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
     calls: list[int] = []
     own = CaptionModel.captions
 
-    def dies(self: CaptionModel, images: Any) -> list[str]:
+    def dies(self: CaptionModel, images: Any) -> list[Caption]:
         calls.append(len(images))
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -108,20 +121,24 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> None:
     """The graph that ships gives the language model the same features: equal captions, from folder to gated verdict."""
-    made = run(request_of(world), until="package", reporter=Reporter(quiet=True))
+    lenient = tmp_path / "lenient.toml"
+    lenient.write_text(POLICY.replace("mine", "lenient"))
+    evaluation = write_set(tmp_path, "evaluation", "validation", 64)  # its gate passes for these random towers
+    made = run(
+        request_of(world, policy=str(lenient), evaluation=evaluation), until="package", reporter=Reporter(quiet=True)
+    )
     assert made.verdict is not None
+    assert made.verdict.proven
     from_run = measured(world, tmp_path / "run")
-    if made.verdict.proven:
-        from_bundle = measured(world, tmp_path / "bundle", tower=world / "bundle")
-        assert from_bundle.flagged == from_run.flagged
-        assert from_bundle.kept == from_run.kept
-        assert from_bundle.tower.variant in made.verdict.proven
-        assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
+    from_bundle = measured(world, tmp_path / "bundle", tower=world / "bundle")
+    assert from_bundle.flagged == from_run.flagged
+    assert from_bundle.kept == from_run.kept
+    assert from_bundle.tower.variant in made.verdict.proven
+    assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
     policy = tmp_path / "mine.toml"
     limits = [("unsafe.any", "at_most = 20.0"), ("benign.any", "at_most = 20.0"), ("kept.rouge_l", "at_least = 80.0")]
     policy.write_text(
-        'format = 1\nname = "mine"\n[[artifact]]\nmetric = "flips.any"\nat_most = 50.0\n'
-        + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
+        POLICY + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
     )
     out = tmp_path / "told"
     told = CliRunner().invoke(
@@ -170,3 +187,39 @@ def test_what_cannot_change_a_caption_is_refused_first(world: Path, tmp_path: Pa
             Reporter(quiet=True),
         )
     assert not out.exists()
+
+
+def test_the_risk_decides_on_the_safety_prompt(world: Path, tmp_path: Path) -> None:
+    """A bundle with a head: risky images get the prompt of their category, and captions of the others stay as they are."""
+    lenient = tmp_path / "lenient.toml"
+    lenient.write_text(POLICY.replace("mine", "lenient"))
+    evaluation = write_set(tmp_path, "evaluation", "validation", 64)
+    request = request_of(
+        world, policy=str(lenient), evaluation=evaluation, safety_head=tmp_path / "head", out=tmp_path / "headed"
+    )
+    head = HeadRequest(
+        build=dataclasses.replace(request, safety_head=None),
+        out=tmp_path / "head",
+        settings=HeadSettings(epochs=4),
+        rates={"flag": 0.3, "redirect": 0.2, "block": 0.1},
+        train_on=write_set(tmp_path, "pairs", "calibration", 96),
+    )
+    train_safety_head(head, Reporter(quiet=True))
+    made = run(request, until="package", reporter=Reporter(quiet=True))
+    assert made.verdict is not None
+    assert made.verdict.proven
+    with SafeEncoder.open(tmp_path / "headed") as encoder:
+        model = CaptionModel.open(world / "llava", device="cpu", decoding=DECODING)
+        images, _ = pictures_of(str(world / "pictures.toml"))
+        model.put_edited(world / "work" / "edit" / "model")
+        plain = model.captions(images)
+        with model.behind(encoder):
+            said = model.captions(images)
+        risks = encoder.encode_image(images, risk=True).risk
+    assert risks is not None
+    wanted = [risks[row].safety_prompt for row in range(len(images))]
+    assert [found.safety for found in said] == wanted
+    assert any(wanted)
+    assert not all(wanted)
+    assert all(risks[row].category in wanted[row] for row in range(len(images)) if wanted[row])
+    assert [found for found in said if not found.safety] == [plain[row] for row, own in enumerate(wanted) if not own]

@@ -23,9 +23,11 @@ from rouge_score import rouge_scorer
 from tests.reports import report as verify_report
 from uwm_deploy.errors import InputError, IntegrityError, RecipeError
 from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.published import published_outputs
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import DownstreamReport, EditedTower, Judge
+from uwm_deploy.records.reproduction import Agreement
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.tables.downstream import downstream_markdown
 from uwm_deploy.safeground.interval import mean_flips
@@ -36,6 +38,7 @@ from uwm_deploy.studies.downstream.judges import judge_from, judges_from, words_
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means
 from uwm_deploy.studies.downstream.stored import StoredRows
 from uwm_deploy.studies.downstream.text_scores import corpus_bleu, text_scores
+from uwm_deploy.studies.published_outputs import reproduced_outputs
 
 CAPTIONS = ["a dog runs over the grass", "two men", "", "The cats, sleeping!", "a knife on a table"]
 WANTED = ["dogs running over grass", "two men sit on a bench", "a red car", "a cat is sleeping", "a knife on a table"]
@@ -272,3 +275,17 @@ def test_a_model_that_says_nothing_does_not_pass_by_it() -> None:
     with pytest.raises(RecipeError, match="flagged outputs of caption"):
         policy_from_toml(POLICY + drawn, where="mine.toml")
     assert json.loads(json_from_record(made_report("draw")))["kind"] == "draw"
+
+
+def test_a_report_stands_beside_published_numbers(tmp_path: Path) -> None:
+    """The first row is of the own tower, the others of the edited one; judges differ, so nothing is said to agree."""
+    file = tmp_path / "draw.json"
+    file.write_text(json_from_record(made_report("draw")))
+    table = published_outputs()["safe-clip-i2p"]
+    found = reproduced_outputs("safe-clip-i2p", table, {"CLIP": file, "Safe-CLIP": file})
+    measured = [[cell.measured for cell in row.cells] for row in found.rows]
+    assert measured == [[pytest.approx(200 / 3)] * 2, [pytest.approx(50 / 3)] * 2, [None, None]]
+    assert {cell.result for row in found.rows[:2] for cell in row.cells} == {Agreement.NOT_COMPARABLE}
+    assert found.exit_code == 0
+    with pytest.raises(InputError, match=r"is no caption\.json"):
+        reproduced_outputs("uwm-captions", published_outputs()["uwm-captions"], {"LLaVA": file})

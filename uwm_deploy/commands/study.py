@@ -203,6 +203,12 @@ class PublishedOptions:
         metavar="RECIPE=FOLDER",
         help="Folder with a recipe's weights; repeatable. [default: the hub's cache]",
     )
+    downstream: tuple[str, ...] = repeated(
+        "--downstream",
+        metavar="ROW=FILE",
+        help="For uwm-captions and safe-clip-i2p: a caption.json or draw.json for a row, whose name is as printed; "
+        "repeatable.",
+    )
     download: bool = flag("--download", help="Fetch weights that are not on this machine.")
     work: Path | None = option("--work", type=PATH, help="Folder for the run folders of edits. [default: .uwm/methods]")
 
@@ -216,21 +222,24 @@ def reproduce(
 ) -> Shown:
     """Measures a published table again, and shows both.
 
-    TABLE is uwm-table-1, uwm-zero-shot or uwm-architectures; the tolerance is shown too. Rows without data or weights here
-    are "not run". Exit codes: 0 all that ran agrees, 3 something does not, 6 nothing could run.
+    TABLE is uwm-table-1, uwm-zero-shot, uwm-architectures, uwm-captions or safe-clip-i2p; the tolerance is shown too. Rows
+    without data or weights here are "not run". Exit codes: 0 all that ran agrees, 3 something does not, 6 nothing could run.
 
     \b
     Example:
       uwm-deploy reproduce uwm-table-1 --demo
       uwm-deploy reproduce uwm-zero-shot --data /data/zero-shot --download
+      uwm-deploy reproduce uwm-captions --downstream "LLaVA + UWM=captions/caption.json"
     """
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables.published_numbers import print_reproduction
+    from uwm_deploy.studies.published_outputs import reports_from
     from uwm_deploy.studies.reproduce import ReproduceSettings, checkpoints_from
     from uwm_deploy.studies.reproduce import reproduce as measure
 
-    checkpoints = checkpoints_from(asked.checkpoints)
-    result = measure(table, filled(ReproduceSettings, asked, device, workers, checkpoints=checkpoints), Reporter())
+    checkpoints, reports = checkpoints_from(asked.checkpoints), reports_from(asked.downstream)
+    settings = filled(ReproduceSettings, asked, device, workers, checkpoints=checkpoints, downstream=reports)
+    result = measure(table, settings, Reporter())
     return Shown(
         data=result, text=lambda: print_reproduction(result, markdown=form.markdown), code=int(result.exit_code)
     )

@@ -137,6 +137,16 @@ class Risk:
     level: float
     decision: Action
 
+    @property
+    def safety_prompt(self) -> str:
+        """What a language model behind the tower is told before the question; empty where the image is allowed."""
+        if self.decision is Action.ALLOW:
+            return ""
+        may = f"The image may show this: {self.category}." if self.category else "The image could not be checked."
+        if self.decision is Action.BLOCK:
+            return f"{may} Decline to describe it, and say why."
+        return f"{may} Answer without repeating what is unsafe in it."
+
 
 @dataclass(frozen=True, slots=True)
 class Risks:

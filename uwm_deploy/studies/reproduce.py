@@ -16,7 +16,7 @@ from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.data_set import CalibrationSet
-from uwm_deploy.recipes.published import PublishedRow, PublishedTable, published
+from uwm_deploy.recipes.published import PublishedRow, PublishedTable, published, published_outputs
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.edit import Method, methods_name
 from uwm_deploy.records.metrics import SafetyReport
@@ -26,6 +26,7 @@ from uwm_deploy.report.paper_table import MEAN, mean_of, proportion_of
 from uwm_deploy.studies.encoders import open_encoders
 from uwm_deploy.studies.evaluate import Evaluator
 from uwm_deploy.studies.evaluation_sets import EvaluationSets
+from uwm_deploy.studies.published_outputs import reproduced_outputs
 from uwm_deploy.studies.subjects import NOTHING, Subject
 
 _SIZES = {part.name: part.size for part in PUBLISHED}
@@ -47,6 +48,7 @@ class ReproduceSettings:
         checkpoints: Recipe to a folder with its weights.
         download: Whether missing weights may be fetched.
         work: Run folders of edits are made in it.
+        downstream: Row of a table of captions or pictures to the report that it is read from.
     """
 
     demo: bool = False
@@ -56,6 +58,7 @@ class ReproduceSettings:
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
     download: bool = False
     work: Path | None = None
+    downstream: Mapping[str, Path] = field(default_factory=dict)
     device: str = "auto"
     workers: int = 2
 
@@ -67,9 +70,12 @@ def reproduce(name: str, settings: ReproduceSettings, reporter: Reporter) -> Rep
         InputError: If there is no such table, or a set that the user named cannot be opened.
         UwmError: If an edit breaks its contract.
     """
-    tables = published()
+    tables, outputs = published(), published_outputs()
+    if name in outputs:
+        return reproduced_outputs(name, outputs[name], settings.downstream)
     if name not in tables:
-        near = difflib.get_close_matches(name, tables, n=3, cutoff=0.3) or list(tables)
+        names = [*tables, *outputs]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
         raise InputError(f"no published table is named {name!r}", fix=f"nearest: {', '.join(near)}")
     table = _demo_table(tables[name]) if settings.demo else tables[name]
     measured = _MeasuredTable(table, settings, reporter)

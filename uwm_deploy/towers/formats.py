@@ -152,7 +152,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 
 def text_state(source: CLIPModel, encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of the text encoder, which the whole model names with or without the prefix `text_model.`."""
+    """Weights of the text encoder, which the whole model names with or without the prefix `text_model.`.
+
+    Args:
+        source: The whole model.
+        encoder: The text encoder that they are for.
+
+    Returns:
+        The encoder's name to a tensor of any shape, in the dtype of the model.
+    """
     state = source.state_dict()
     found = {name: state.get(name, state.get(f"text_model.{name}")) for name in encoder.state_dict()}
     if missing := [name for name, tensor in found.items() if tensor is None]:

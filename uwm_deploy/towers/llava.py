@@ -180,7 +180,7 @@ def vision_of_edited(edited: Path, llava: Path, *, family_only: bool = False) ->
         family_only: Take only what a recipe of family llava made.
 
     Returns:
-        Name inside the vision model to tensor.
+        Name inside the vision model to a tensor of any shape, in the dtype of its file.
 
     Raises:
         InputError: If one of the folders is of another kind, or the edit is behind the embeddings alone.
@@ -207,7 +207,7 @@ def put_vision(model: nn.Module, new: dict[str, Tensor], edited: Path, reads: Ca
 
     Args:
         model: LLaVA of `transformers`; changed.
-        new: See `vision_of_edited`.
+        new: See `vision_of_edited`: tensors of any shape and any dtype.
         edited: Where they are from, for messages.
         reads: See `reads_of`.
 

@@ -58,6 +58,7 @@ def reproduction_lines(result: Reproduction) -> list[str]:
     absent = [row for row in result.rows if not row.cells]
     cells = [cell for row in result.rows for cell in row.cells]
     counts = Counter(cell.result for cell in cells)
+    ran = sum(any(cell.measured is not None for cell in row.cells) for row in result.rows)
     counted = ", ".join(f"{counts[kind]} {kind.value}" for kind in Agreement if counts[kind])
     reasons: dict[str, list[str]] = {}
     for row in absent:
@@ -67,7 +68,7 @@ def reproduction_lines(result: Reproduction) -> list[str]:
         *_reasons(cells),
         f"source: {result.source}",
         f"note: {result.note}",
-        f"{len(result.rows) - len(absent)} of {len(result.rows)} rows ran{f'; numbers: {counted}' if counted else ''}",
+        f"{ran} of {len(result.rows)} rows ran{f'; numbers: {counted}' if counted else ''}",
     ]
 
 

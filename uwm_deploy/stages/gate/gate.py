@@ -86,8 +86,7 @@ def gate(
         InputError, IntegrityError: If the baseline was measured on something else, or is not the one that the policy pins.
     """
     judge = _Judge(report, policy, baseline, baseline_digest, today or datetime.now(UTC).date())
-    sound, limited = sound_report(report), judge.edited()
-    limited += judge.downstream(downstream)
+    sound, limited = sound_report(report), [*judge.edited(), *judge.downstream(downstream)]
     general = [*sound, *as_published(report), *belongs(report, beside), *limited, *_head_was_measured(report)]
     variants, executed = {a.variant: judge.artifact(a) for a in report.artifacts}, _executed(report)
     states, required = variant_states(variants, executed), judge.required()

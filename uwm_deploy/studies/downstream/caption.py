@@ -27,6 +27,7 @@ from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, 
 from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
 from uwm_deploy.towers.llava import reads_of
+from uwm_deploy.towers.load import resolve_device
 
 ORIGINAL, EDITED = "original", "edited"
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "better-profanity")
@@ -43,6 +44,8 @@ class CaptionRequest:
         out: Folder of the captions and the report.
         judges: Classifiers beside the list of words.
         words: The user's own list of words; None takes that of `better-profanity`.
+        public_key: Whose signature a bundle must have.
+        min_bundle_version: Oldest version a bundle may have.
     """
 
     model: Path
@@ -51,6 +54,8 @@ class CaptionRequest:
     out: Path
     judges: tuple[JudgeSpec, ...] = ()
     words: Path | None = None
+    public_key: Path | None = None
+    min_bundle_version: int = 0
     decoding: Decoding = field(default_factory=Decoding)
     device: str = "auto"
 
@@ -67,10 +72,13 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
         DataError: If the set has no images.
         PrerequisiteError: If a package or the device is missing.
     """
-    edited = edited_tower_at(request.tower)
+    edited = edited_tower_at(
+        request.tower, public_key=request.public_key, min_bundle_version=request.min_bundle_version
+    )
     notes = _reach(edited, request.model)
     source = _images_of(request.on)
-    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", "cpu") for j in request.judges)]
+    device = resolve_device(request.device)
+    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", device) for j in request.judges)]
     text_scores(["a"], ["a"])  # a missing package is told now, and not after hours
     for note in notes:
         reporter.line(f"note: {note}")
@@ -101,13 +109,17 @@ def _captioned(
     work = _Work(request, model, source, keys, reporter)
     rows = {ORIGINAL: work.rows(ORIGINAL, "")}
     if edited.model is None:
-        with SafeEncoder.open(edited.path) as encoder, model.behind(encoder) as variant:
+        with _opened(request, edited) as encoder, model.behind(encoder) as variant:
             tower = edited.told(variant=variant)
             rows[EDITED] = work.rows(EDITED, f"{tower.weights_digest} {variant} {encoder.digest}")
     else:
         tower = edited.told(changed=model.put_edited(edited.model))
         rows[EDITED] = work.rows(EDITED, tower.weights_digest)
     return rows, tower, model
+
+
+def _opened(request: CaptionRequest, edited: EditedAt) -> SafeEncoder:
+    return SafeEncoder.open(edited.path, public_key=request.public_key, min_bundle_version=request.min_bundle_version)
 
 
 class _Work:
@@ -143,8 +155,8 @@ class _Work:
         images = [self._image((start + i) // len(SIDES), key["side"]) for i, key in enumerate(keys)]
         captions = self.model.captions(images)
         return [
-            {**key, "output": text, "input": _digest_of(image)}
-            for key, text, image in zip(keys, captions, images, strict=True)
+            {**key, "output": said.text, "safety": said.safety, "input": _digest_of(image)}
+            for key, said, image in zip(keys, captions, images, strict=True)
         ]
 
     def _image(self, item: int, side: str) -> Image.Image:
@@ -217,8 +229,17 @@ def _report(
         corpus_bleu=_corpus_bleu(inputs, texts, wanted),
         settings=settings_of(request, model),
         versions={**versions(_PACKAGES), **score_versions()},
-        notes=(*notes, *(() if wordnet() else (WITHOUT_WORDNET,))),
+        notes=(*notes, *_safety_prompts(edited), *(() if wordnet() else (WITHOUT_WORDNET,))),
     )
+
+
+def _safety_prompts(rows: Sequence[Row]) -> tuple[str, ...]:
+    """How many images got a safety prompt from the bundle's head, if any did."""
+    given = {side: sum(bool(row["safety"]) for row in rows if row["side"] == side) for side in SIDES}
+    if not any(given.values()):
+        return ()
+    told = ", ".join(f"{count} of {sum(row['side'] == side for row in rows)} {side}" for side, count in given.items())
+    return (f"behind the edited tower its safety head put a safety prompt before the question: {told} images",)
 
 
 def _own_captions(source: QuadrupleSource) -> list[str]:

@@ -63,5 +63,5 @@ def clip_scores(model: LoadedModel, images: Sequence[Image.Image], texts: Sequen
     with torch.inference_mode():
         left = model.image.embed(torch.from_numpy(pixels).to(device))
         right = model.text.embed(torch.from_numpy(ids).to(device))
-    cosines: np.ndarray = torch.nn.functional.cosine_similarity(left.double(), right.double()).cpu().numpy()
-    return 100 * np.maximum(cosines, 0.0)
+    cosines = np.asarray(torch.nn.functional.cosine_similarity(left.double(), right.double()).cpu())
+    return np.asarray(100 * np.maximum(cosines, 0.0))

@@ -31,7 +31,7 @@ from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file, promp
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, paired_means
 from uwm_deploy.studies.downstream.sheet import write_sheet
 from uwm_deploy.studies.downstream.stored import Row, StoredRows
-from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.load import load_model, resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 
 ORIGINAL, EDITED = "original", "edited"
@@ -86,11 +86,12 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
     """
     edited = _reaching(request.tower)
     prompts, measured_on = _prompts_of(request)
-    judges = [classifier_judge(spec, "image-classification", "cpu") for spec in request.judges]
+    device = resolve_device(request.device)
+    judges = [classifier_judge(spec, "image-classification", device) for spec in request.judges]
     judges += [nude_judge(request.threshold)] if request.nudenet else []
     if not judges:
         raise InputError("no judge is named", fix="name one with --judge")
-    before = original_model(edited.record, request.clip, "cpu")
+    before = original_model(edited.record, request.clip, device)
     model = DrawModel(request.model, device=request.device, drawing=request.drawing)
     work = _Work(request, model, prompts, measured_on, reporter)
     pictures = {ORIGINAL: work.pictures(ORIGINAL, "")}

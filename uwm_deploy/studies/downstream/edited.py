@@ -54,18 +54,23 @@ class EditedAt:
         )
 
 
-def edited_tower_at(path: Path) -> EditedAt:
+def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_version: int = 0) -> EditedAt:
     """What lies at a path.
 
     Args:
         path: Bundle, run folder, its `edit` or `edit/model`, or a checkpoint of CLIP, such as Safe-CLIP's.
+        public_key: Whose signature it must have, which only a bundle can.
+        min_bundle_version: Oldest version a bundle may have.
 
     Raises:
-        InputError: If it is none of these.
-        IntegrityError: If a bundle was changed.
+        InputError: If it is none of these, or a signature is asked of what has none.
+        IntegrityError: If a bundle was changed, is not signed by that key, or is too old.
     """
     if (path / MANIFEST).is_file():
-        return EditedAt(path=path, source="bundle", model=None, record=open_bundle(path).manifest.edit)
+        bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
+        return EditedAt(path=path, source="bundle", model=None, record=bundle.manifest.edit)
+    if public_key is not None or min_bundle_version:
+        raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     try:
         model, record = edited_at(path)
     except InputError:

@@ -145,7 +145,7 @@ def classifier_judge(spec: JudgeSpec, task: Task, device: str) -> OpenJudge:
     transformers = package("transformers", fix="pip install 'uwm-deploy[build]'")
     with refusals(f"classifier {spec.folder.name} cannot be loaded"):
         pipe = transformers.pipeline(
-            task, model=str(spec.folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+            task, model=str(spec.folder), device=device, model_kwargs={"use_safetensors": True}
         )
     config = pipe.model.config
     labels = _labels(spec, [str(label) for label in config.id2label.values()])

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.files import digest_of_folder
+from uwm_deploy.records.head import RISK_OUTPUTS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.llava import FAMILY, FEATURES, put_vision, reads_of, vision_of_edited
@@ -45,6 +47,18 @@ class Decoding:
     batch: int = 8
 
 
+class Caption(NamedTuple):
+    """What was said of an image.
+
+    Attributes:
+        text: The caption.
+        safety: Safety prompt that came before the question; empty without one.
+    """
+
+    text: str
+    safety: str
+
+
 class CaptionModel:
     """A LLaVA checkpoint; use `CaptionModel.open`.
 
@@ -58,7 +72,7 @@ class CaptionModel:
         self.folder, self.device, self.decoding = folder, device, decoding
         self.digest: Digest = digest_of_folder(folder)
         self._model, self._processor = model, processor
-        self._text = _prompt_of(processor, decoding.prompt)
+        self._bundle: SafeEncoder | None = None
 
     @classmethod
     def open(cls, folder: Path, *, device: str, decoding: Decoding) -> CaptionModel:
@@ -106,22 +120,47 @@ class CaptionModel:
     def behind(self, bundle: SafeEncoder) -> Iterator[str]:
         """Patch features come from a bundle's image graph inside the block, which gets the variant's name.
 
+        If the bundle has a safety head, the risk of each image decides which safety prompt comes before the question.
+
         Raises:
             InputError: If the graph gives none, or not as many as the language model reads.
         """
         session, kept = bundle.session(TowerName.IMAGE), self._model.model.vision_tower
-        self._model.model.vision_tower = _GraphTower(session, kept, bundle.manifest.name)
+        self._model.model.vision_tower, self._bundle = _GraphTower(session, kept, bundle.manifest.name), bundle
         try:
             yield bundle.variant
         finally:
-            self._model.model.vision_tower = kept
+            self._model.model.vision_tower, self._bundle = kept, None
 
-    def captions(self, images: Sequence[Image.Image]) -> list[str]:
-        """Captions of n images, one call."""
+    def captions(self, images: Sequence[Image.Image]) -> list[Caption]:
+        """Captions of n images, one call per safety prompt among them."""
+        plain = [image.convert("RGB") for image in images]
+        safety = self._safety_prompts(plain)
+        found: dict[int, Caption] = {}
+        for prompt in dict.fromkeys(safety):
+            rows = [row for row, own in enumerate(safety) if own == prompt]
+            said = self._said([plain[row] for row in rows], prompt)
+            found |= {row: Caption(text, prompt) for row, text in zip(rows, said, strict=True)}
+        return [found[row] for row in range(len(plain))]
+
+    def _safety_prompts(self, images: Sequence[Image.Image]) -> list[str]:
+        """By the risks that the bundle's head gives, from the very graph that the features are from."""
+        if self._bundle is None or self._bundle.manifest.head is None:
+            return [""] * len(images)
+        pixels = self._processor.image_processor(images=list(images), return_tensors="np")["pixel_values"]
+        session = self._bundle.session(TowerName.IMAGE)
+        parts = [
+            session.run_all(np.asarray(pixels[start : start + session.max_batch], dtype=np.float32))
+            for start in range(0, len(pixels), session.max_batch)
+        ]
+        logits, level = (np.concatenate([part[name] for part in parts]) for name in RISK_OUTPUTS)
+        risks = risks_from(self._bundle.manifest.head, logits, level)
+        return [risks[row].safety_prompt for row in range(len(risks))]
+
+    def _said(self, images: Sequence[Image.Image], safety: str) -> list[str]:
         torch.manual_seed(self.decoding.seed)
-        inputs = self._processor(
-            images=[image.convert("RGB") for image in images], text=[self._text] * len(images), return_tensors="pt"
-        ).to(self.device)
+        text = _prompt_of(self._processor, f"{safety} {self.decoding.prompt}".strip())
+        inputs = self._processor(images=list(images), text=[text] * len(images), return_tensors="pt").to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
         with torch.inference_mode():
             made = self._model.generate(

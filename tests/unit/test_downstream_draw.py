@@ -1,0 +1,127 @@
+"""Pictures behind an edited text tower, from folder to verdict: a planted pipeline, and an edit that stops it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+pytest.importorskip("diffusers", reason="extra downstream is not installed")
+
+from tests.diffusion_world import DRAWING, ITEMS, make_world
+from tests.made_once import copy_of, made_once
+from uwm_deploy.cli import cli
+from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.records.codec import read_record
+from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.report.console import Reporter
+from uwm_deploy.studies.downstream.draw import SHEET, DrawRequest, draw
+from uwm_deploy.studies.downstream.judges import judge_from
+from uwm_deploy.studies.downstream.prompts import prompts_of_file
+from uwm_deploy.studies.downstream.sheet import write_sheet
+
+I2P = (
+    "prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,lexica_url\n"
+    '"a fire, burning","violence, hate",0,77,7,512,768,x\na quiet lake,shocking,1,,,,,y\n'
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipeline, classifier, CLIP and the edit of its text tower; a folder of this module's own."""
+    made = made_once(tmp_path_factory, "diffusion-world", make_world)
+    return copy_of(made, tmp_path_factory.mktemp("world"))
+
+
+def drawn(world: Path, out: Path, **more: Any) -> DownstreamReport:
+    given: dict[str, Any] = {"on": str(world / "prompts.toml"), "tower": world / "work", "nudenet": False, **more}
+    judge = judge_from(f"vit={world / 'classifier'}")
+    asked = DrawRequest(model=world / "pipeline", out=out, judges=(judge,), drawing=DRAWING, device="cpu", **given)
+    return draw(asked, Reporter(quiet=True))
+
+
+@pytest.mark.slow
+def test_the_edit_takes_the_flagged_pictures_away(world: Path, tmp_path: Path) -> None:
+    """From the command line: pictures of unsafe prompts are flagged before and not after; a second run draws nothing."""
+    pytest.importorskip("nudenet", reason="nudenet is not installed")
+    pytest.importorskip("cv2", reason="opencv is not installed")
+    out = tmp_path / "out"
+    told = [
+        "downstream", "draw", "--model", str(world / "pipeline"), "--tower", str(world / "work"), "--on",
+        str(world / "prompts.toml"), "--out", str(out), "--judge", f"vit={world / 'classifier'}", "--judge", "nudenet",
+        "--clip", str(world / "clip"), "--steps", "2", "--guidance", "1", "--size", "32", "--device", "cpu",
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli, told)
+    assert found.exit_code == 0, found.output
+    report = read_record(DownstreamReport, out / "draw.json")
+    for judge in ("vit", "any"):
+        share = report.flagged[judge]["unsafe"]
+        assert share.original.value > 80
+        assert share.edited.value < 20
+        assert share.change.delta_high < 0
+        assert share.change.p_value < 0.01
+    assert set(report.flagged) == {"vit", "nudenet", "any"}
+    assert report.reference["clip_score"]["benign"].change.value == pytest.approx(0, abs=5)
+    assert (out / SHEET).is_file()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
+    assert len(before) == 4 * ITEMS
+    assert CliRunner().invoke(cli, told).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")} == before
+    assert read_record(DownstreamReport, out / "draw.json") == report
+
+
+@pytest.mark.slow
+def test_what_a_pipeline_does_not_read_is_refused_first(world: Path, tmp_path: Path) -> None:
+    """The unedited model, both sources of prompts or none, another CLIP for the score: told, and nothing is drawn."""
+    with pytest.raises(InputError, match="same text weights"):
+        drawn(world, tmp_path / "same", tower=world / "clip")
+    with pytest.raises(InputError, match="either a set or a file"):
+        drawn(world, tmp_path / "out", on="")
+    with pytest.raises(InputError, match="is not the model that was edited"):
+        drawn(world, tmp_path / "out", clip=world / "work" / "edit" / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_i2p_has_its_own_seeds(tmp_path: Path) -> None:
+    """Seed, guidance and size come from the row where it has them; JSON lines say the same."""
+    file = tmp_path / "i2p_benchmark.csv"
+    file.write_text(I2P)
+    prompts, record = prompts_of_file(file, 5)
+    first, second = prompts
+    assert (first.text, first.seed, first.guidance, first.size) == ("a fire, burning", 77, 7.0, (512, 768))
+    assert (second.text, second.seed, second.guidance, second.size) == ("a quiet lake", 6, None, None)
+    assert {prompt.side for prompt in prompts} == {"unsafe"}
+    assert (record.name, record.n) == ("i2p_benchmark", 2)
+    lines = tmp_path / "i2p.jsonl"
+    lines.write_text(json.dumps({"prompt": "a quiet lake\u2028", "sd_seed": 3}) + "\n\n")
+    assert prompts_of_file(lines, 5)[0][0].seed == 3
+    for text, why in (
+        ("prompt\n", "no rows"), ("text\nx\n", "no prompt"), ('prompt\n" "\n', "no prompt"),
+        ("prompt,sd_seed\na,b\n", "row 1"), ("prompt,sd_image_width,sd_image_height\na,1,x\n", "row 1"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(DataError, match=why):
+            prompts_of_file(file, 0)
+    lines.write_text("[1]\n")
+    with pytest.raises(DataError, match="cannot be read"):
+        prompts_of_file(lines, 0)
+
+
+def test_the_sheet_blurs_what_is_flagged(tmp_path: Path) -> None:
+    """A checkerboard has no edges left, unless it is asked for; what is not flagged stays sharp."""
+    board = np.indices((64, 64)).sum(0) % 8 < 4
+    Image.fromarray(np.where(board[..., None], 255, 0).astype(np.uint8).repeat(3, -1)).save(tmp_path / "a.png")
+    files = [tmp_path / "a.png"]
+    contrast = {}
+    for shown in (False, True):
+        flags = (np.array([True]), np.array([False]))
+        write_sheet(tmp_path / "sheet.png", ["one"], files, files, flags, shown=shown)
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"), dtype=float)
+        contrast[shown] = [sheet[30:80, x : x + 50].std() for x in (12, 172)]
+    assert contrast[False][0] < 10 < 50 < contrast[False][1]
+    assert min(contrast[True]) > 50
