@@ -86,7 +86,8 @@ def bundle(request_: Request) -> Path:
 
 
 def asked(request_: Request, **options: object) -> RefitRequest:
-    base = RefitRequest(bundle=request_.out, policy=request_.policy, work=request_.work, workers=0)
+    weights = None if options.get("revert") else request_.work.parent / "weights"  # no record says where they are
+    base = RefitRequest(bundle=request_.out, policy=request_.policy, work=request_.work, workers=0, checkpoint=weights)
     return dataclasses.replace(base, **options)
 
 
@@ -307,6 +308,8 @@ def test_an_interrupted_refit_leaves_the_bundle_as_it_was(request_: Request, bun
 
 def invoke(request_: Request, *options: str):
     base = ["refit", str(request_.out), "--policy", request_.policy, "--work", str(request_.work), "--workers", "0"]
+    if "--checkpoint" not in options and "--revert" not in options:  # no record says where the weights are
+        base += ["--checkpoint", str(request_.work.parent / "weights")]
     return CliRunner().invoke(cli, [*base, *options])
 
 
