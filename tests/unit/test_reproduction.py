@@ -152,7 +152,7 @@ def test_without_weights_the_rows_are_not_run(sets: dict[str, str]) -> None:
     ("arguments", "message"),
     [
         (["uwm-tabel-1"], "nearest: uwm-table-1"),
-        (["nonsense"], "uwm-architectures"),
+        (["qqq"], "uwm-architectures"),
         (["uwm-table-1", "--checkpoint", "x"], "RECIPE=FOLDER"),
         (["uwm-table-1", "--checkpoint", "clip-vit-l41=."], "no recipe is named"),
         (["uwm-table-1", "--checkpoint", "clip-vit-l14=nowhere"], "no such folder"),

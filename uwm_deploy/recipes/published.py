@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 from uwm_deploy.errors import IntegrityError
@@ -81,7 +81,7 @@ class Published:
 
     format: int
     tables: Mapping[str, PublishedTable]
-    outputs: Mapping[str, PublishedOutputs]
+    outputs: Mapping[str, PublishedOutputs] = field(default_factory=dict)
 
 
 def published() -> Mapping[str, PublishedTable]:
