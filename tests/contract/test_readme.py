@@ -42,6 +42,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
+def test_every_page_is_on_the_site(page: Path) -> None:
+    """It is in the site's list and on the first page, and links nothing that is not in docs/."""
+    docs = ROOT / "docs"
+    name = page.relative_to(docs).as_posix()
+    assert re.search(rf"^ +- (?:[\w-]+: )?{re.escape(name)}$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert name == "index.md" or f"]({name})" in (docs / "index.md").read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in link or (page.parent / link).resolve().is_relative_to(docs), link
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_docs_exist(page: Path) -> None:
     """Every `uwm-deploy X` in README and docs is a command, and its options are known."""
