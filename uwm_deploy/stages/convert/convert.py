@@ -23,6 +23,8 @@ from uwm_deploy.graphs.smoothing import Chosen, spread_weight, stored_as_rows
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import (
+    BUILT_IN,
+    CALIBRATED,
     ActivationCoverage,
     Conversion,
     Fingerprint,
@@ -241,7 +243,7 @@ def _own_name(ranges: Ranges | None) -> str:
     """What the record calls this program's own ways."""
     if ranges is None:
         return ""
-    return "built-in" if ranges.chosen.codes else "nearest"
+    return CALIBRATED if ranges.chosen.codes else BUILT_IN
 
 
 def _spread_weights(model: ir.Model, chosen: Chosen) -> dict[str, np.ndarray]:
