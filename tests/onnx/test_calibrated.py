@@ -105,7 +105,7 @@ def test_a_layer_that_stays_in_float32_keeps_its_weight(exported: Exported, cali
     graph = converted_with(exported, tmp_path / "kept", calibrated, name)
     model, source = ir.load(tmp_path / "kept" / graph.file), ir.load(exported.folder / exported.artifact.file)
     values = [m.graph.initializers[f"{name}.weight"].const_value for m in (model, source)]
-    assert np.array_equal(values[0].numpy(), values[1].numpy())  # type: ignore[union-attr]
+    assert np.array_equal(values[0].numpy(), values[1].numpy())
     file = exported.folder / exported.artifact.file
     assert not converted_anew(CLEAN, tmp_path / "kept" / graph.file, graph, file).structure
     assert achieved_precision(model)["linear"]["fp32"] > 1

@@ -195,8 +195,8 @@ def _variants(job: Refitting) -> tuple[list[str], dict[str, str]]:
     reasons: dict[str, str] = {}
     for engine in job.manifest.engines:
         conversion = made.get(engine.onnx_digest)
-        chosen = conversion is not None and conversion.quantiser == CALIBRATED
-        reasons[engine.variant] = reasons.get(engine.variant) or (_CHOSEN if chosen else reason_against(engine))
+        calibrated = conversion is not None and conversion.quantiser == CALIBRATED
+        reasons[engine.variant] = reasons.get(engine.variant) or (_CHOSEN if calibrated else reason_against(engine))
     if asked:
         reasons = {v: reason if v in asked else "it was not asked for" for v, reason in reasons.items()}
     for variant in asked:

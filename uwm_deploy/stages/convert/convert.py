@@ -130,7 +130,7 @@ def lower(
 
 
 def _fingerprint(
-    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision, chosen: Chosen
+    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision, ranges: Ranges | None
 ) -> tuple[Fingerprint, int]:
     """The edit, looked up in the weights of the new graph, and the number of edited entries that became 0.
 
@@ -138,7 +138,7 @@ def _fingerprint(
         ContractError: If the edit is lost.
     """
     before, after = ir.load(source), _weights(model)
-    changed = _spread_weights(before, chosen)
+    changed = _spread_weights(before, ranges.chosen) if ranges else {}
     wanted = _weights(before) | {name: rows for name, rows in changed.items() if after[name].dtype == np.int8}
     fingerprint, zeroed = fingerprint_of_lowered(wanted, after, edits, patch.tensors)
     if fingerprint.mismatches:
@@ -215,8 +215,7 @@ def converted(
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = _written(model, folder / graph.file, external)
-    chosen = ranges.chosen if ranges and not quantised else NEAREST
-    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, chosen)
+    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, None if quantised else ranges)
     worst = _worst_canary(graph, folder / graph.file, lowered, canaries, external)
     return dataclasses.replace(
         graph,
