@@ -53,7 +53,9 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     shutil.copytree(resources.checkpoint_folder("shipped:demo", ""), folder / "weights")
     text, _ = resources.read_toml("export", "demo")
     (folder / "small.toml").write_text(
-        text.replace("shipped:demo", str(folder / "weights")).replace('name = "demo"', 'name = "small"')
+        text.replace("shipped:demo", str(folder / "weights"))
+        .replace('name = "demo"', 'name = "small"')
+        .replace("[compile]\n", '[compile]\nquantiser = "nearest"\n')
     )
     drawn_set(folder, "test", 32, name="eval")  # by a relative path, from no folder that a test works in
     for name, split, limit in (("cal", "calibration", 32), ("other", "test", 30)):

@@ -32,4 +32,10 @@ def computed_away(path: Path) -> frozenset[str]:
             for node in users
         )
 
-    return frozenset(name for name, value in model.graph.initializers.items() if gone(value))
+    def folded(value: ir.Value) -> bool:
+        """Weight or bias of a normalisation that takes up the factors behind it (`graphs.norm_folding`)."""
+        norms = [node for node, _ in value.uses() if node.op_type == "LayerNormalization"]
+        after = [node for norm in norms for node, _ in norm.outputs[0].uses()]
+        return [node.op_type for node in after] == ["Mul"] and after[0].inputs[1] in constant
+
+    return frozenset(name for name, value in model.graph.initializers.items() if gone(value) or folded(value))

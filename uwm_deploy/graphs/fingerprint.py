@@ -264,9 +264,10 @@ def _follows(edit: TensorEdit, weight: np.ndarray, lowered: np.ndarray) -> bool:
 
 
 def _is_scaled(weight: np.ndarray, lowered: np.ndarray) -> bool:
-    """Whether an 8-bit tensor is a weight divided by a scale, per row, per column or for all, up to one step."""
+    """Whether an 8-bit tensor is a weight divided by a scale, per row, per column or for all, up to two steps."""
     low = lowered.astype(np.float32)
-    steps = np.ones_like(low) if lowered.dtype.kind == "i" else np.maximum(np.abs(low) / 8, 2.0**-9)
+    # An integer may be rounded up or down, and the scale is read off the largest one, which may be, too.
+    steps = np.full_like(low, 2) if lowered.dtype.kind == "i" else np.maximum(np.abs(low) / 8, 2.0**-9)
     for axis in (1, 0, None):
         largest = np.abs(low).max(axis=axis, keepdims=True)
         scale = np.abs(weight).max(axis=axis, keepdims=True) / np.where(largest == 0, np.inf, largest)

@@ -40,6 +40,7 @@ from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import CALIBRATED
 from uwm_deploy.records.model import LOCAL
 from uwm_deploy.records.replacing import replacing
 from uwm_deploy.records.verdict import Verdict
@@ -182,12 +183,20 @@ def _what(job: Refitting) -> str:
     return f"keep_mass {job.request.keep_mass:g}" if job.request.keep_mass is not None else "another patch"
 
 
+_CHOSEN = 'its weights are rounded as the calibration set showed; build with quantiser = "nearest", or again'
+
+
 def _variants(job: Refitting) -> tuple[list[str], dict[str, str]]:
     """Variants that are refitted, and why others are not."""
     asked = job.request.variants
     for variant in asked:
         job.bundle.engines(variant)
-    reasons = {engine.variant: reason_against(engine) for engine in job.manifest.engines}
+    made = {graph.digest: graph.conversion for graph in job.manifest.converted}
+    reasons: dict[str, str] = {}
+    for engine in job.manifest.engines:
+        conversion = made.get(engine.onnx_digest)
+        calibrated = conversion is not None and conversion.quantiser == CALIBRATED
+        reasons[engine.variant] = reasons.get(engine.variant) or (_CHOSEN if calibrated else reason_against(engine))
     if asked:
         reasons = {v: reason if v in asked else "it was not asked for" for v, reason in reasons.items()}
     for variant in asked:

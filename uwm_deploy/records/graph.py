@@ -13,6 +13,10 @@ EXPORTED = "onnx"
 """Name of the exported graphs in a report; they are evidence, not a variant that ships."""
 
 
+BUILT_IN, CALIBRATED = "built-in", "built-in, calibrated"
+"""What the record of a conversion calls this program's own ways: to the nearest, or as chosen on the calibration set."""
+
+
 class Precision(StrEnum):
     """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions."""
 

@@ -23,6 +23,8 @@ from uwm_deploy.graphs.smoothing import Chosen, spread_weight, stored_as_rows
 from uwm_deploy.graphs.write import weightless, write_graph
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import (
+    BUILT_IN,
+    CALIBRATED,
     ActivationCoverage,
     Conversion,
     Fingerprint,
@@ -128,7 +130,7 @@ def lower(
 
 
 def _fingerprint(
-    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision, chosen: Chosen
+    source: Path, model: ir.Model, edits: Sequence[TensorEdit], patch: Patch, lowered: Precision, ranges: Ranges | None
 ) -> tuple[Fingerprint, int]:
     """The edit, looked up in the weights of the new graph, and the number of edited entries that became 0.
 
@@ -136,7 +138,7 @@ def _fingerprint(
         ContractError: If the edit is lost.
     """
     before, after = ir.load(source), _weights(model)
-    changed = _spread_weights(before, chosen)
+    changed = _spread_weights(before, ranges.chosen) if ranges else {}
     wanted = _weights(before) | {name: rows for name, rows in changed.items() if after[name].dtype == np.int8}
     fingerprint, zeroed = fingerprint_of_lowered(wanted, after, edits, patch.tensors)
     if fingerprint.mismatches:
@@ -213,8 +215,7 @@ def converted(
     _check_achieved(achieved, lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = _written(model, folder / graph.file, external)
-    chosen = ranges.chosen if ranges and not quantised else NEAREST
-    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, chosen)
+    fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, None if quantised else ranges)
     worst = _worst_canary(graph, folder / graph.file, lowered, canaries, external)
     return dataclasses.replace(
         graph,
@@ -241,7 +242,7 @@ def _own_name(ranges: Ranges | None) -> str:
     """What the record calls this program's own ways."""
     if ranges is None:
         return ""
-    return "built-in" if ranges.chosen.codes else "nearest"
+    return CALIBRATED if ranges.chosen.codes else BUILT_IN
 
 
 def _spread_weights(model: ir.Model, chosen: Chosen) -> dict[str, np.ndarray]:

@@ -19,16 +19,13 @@ from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.evidence import CONVERTED, GraphAudit
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
+from uwm_deploy.records.graph import BUILT_IN, CALIBRATED, EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.runtime.providers import FLOAT32
 from uwm_deploy.runtime.session import optimisation_of, provider_of
 from uwm_deploy.stages.job import Notes, Plan
 from uwm_deploy.stages.traced import sample_for, traced
 from uwm_deploy.towers.protocol import Tower
-
-OWN = ("built-in", "nearest")
-"""Quantisers that are this program's."""
 
 _NAMED = 10
 """Differences that are listed."""
@@ -112,7 +109,7 @@ def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported
         exported: The graph that it was made from.
     """
     made = record.conversion
-    if made is None or (made.lowered in EIGHT_BITS and made.quantiser not in OWN):
+    if made is None or (made.lowered in EIGHT_BITS and made.quantiser not in (BUILT_IN, CALIBRATED)):
         return audit
     model = ir.load(path)
     largest = {} if made.lowered in HALF else largest_in(model, exported, made.lowered)

@@ -1,0 +1,139 @@
+"""INT8 that is chosen on calibration inputs: channels get scales of their own, weights are rounded together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.onnx.conftest import Exported
+from tests.onnx.test_precision import PROFILE, convert, ranges_for, reference, rows
+from uwm_deploy.errors import ContractError
+from uwm_deploy.graphs.achieved_precision import achieved_precision
+from uwm_deploy.graphs.rounding import PAIR, fits, is_rounded, paired_scale, rounded_by_moments
+from uwm_deploy.graphs.smoothing import chosen_in
+from uwm_deploy.records.evidence import GraphAudit
+from uwm_deploy.records.graph import CALIBRATED, OnnxArtifact, Precision, Target
+from uwm_deploy.runtime.session import open_engine
+from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
+from uwm_deploy.stages.convert.convert import Ranges, embed_with
+from uwm_deploy.stages.verify.anew import converted_anew
+
+CLEAN = GraphAudit(layers=0, weights=0)
+
+
+def correlated(count: int, size: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    few: np.ndarray = rng.normal(size=(count, 3)) @ rng.normal(size=(3, size)) + 0.05 * rng.normal(size=(count, size))
+    return few
+
+
+@pytest.mark.parametrize("size", [31, 96, 130])
+def test_rounding_together_moves_outputs_less_and_never_overflows(size: int) -> None:
+    """Every entry is one of its neighbours, with its sign; two neighbours fit into 16 bits; less error than the nearest."""
+    inputs = correlated(400, size)
+    weight = np.random.default_rng(1).normal(size=(24, size)).astype(np.float32)
+    codes = rounded_by_moments(weight, inputs.T @ inputs / len(inputs))
+    scale = paired_scale(weight)[:, None]
+    assert is_rounded(weight, codes)
+    assert fits(codes.T)
+    even = np.abs(codes[:, : size // 2 * 2].astype(int))
+    assert (even[:, 0::2] + even[:, 1::2]).max() <= PAIR
+    nearest = np.rint(weight / scale)
+    errors = [float(np.abs(inputs @ (weight - one * scale).T).mean()) for one in (codes, nearest)]
+    assert errors[0] < 0.9 * errors[1]
+    assert np.array_equal(paired_scale(np.abs(weight)), paired_scale(weight))
+    wrong = codes.copy()
+    wrong[3, 5] += 2
+    assert not is_rounded(weight, wrong)
+    flipped = np.where(np.abs(codes) > 1, -codes, codes)
+    assert not is_rounded(weight, flipped)
+
+
+def test_weights_that_would_overflow_do_not_fit() -> None:
+    """Two neighbours of 64 and 65 are too much; apart they are not, nor is the last of an odd number."""
+    assert fits(np.array([[64], [64], [127]], np.int8))
+    assert not fits(np.array([[64], [65]], np.int8))
+    assert not fits(np.array([[-64], [65]], np.int8))
+    assert fits(np.array([[1], [127], [1], [127]], np.int8))
+
+
+@pytest.fixture
+def calibrated(exported: Exported, tmp_path: Path) -> Ranges:
+    source, found = exported.folder / exported.artifact.file, ranges_for(exported, tmp_path)
+    batches = [rows(exported, 8, seed) for seed in (1, 2, 3)]
+    chosen, largest = chosen_for(source, one_row_layers(source), (), batches, tmp_path)
+    return dataclasses.replace(found, largest={**found.largest, **largest}, chosen=chosen)
+
+
+def converted_with(exported: Exported, folder: Path, ranges: Ranges, *more: str) -> OnnxArtifact:
+    kept = one_row_layers(exported.folder / exported.artifact.file)
+    return convert(exported, folder, Precision.INT8, ranges=ranges, patterns=(*kept, *more))
+
+
+def test_a_calibrated_graph_can_be_made_anew(exported: Exported, calibrated: Ranges, tmp_path: Path) -> None:
+    """Near float32; equal bytes twice; anew the same; a tampered weight is named."""
+    graph = converted_with(exported, tmp_path / "one", calibrated)
+    assert graph.conversion is not None
+    assert graph.conversion.quantiser == CALIBRATED
+    assert graph.fingerprint.layers == len(exported.case.edits)
+    assert converted_with(exported, tmp_path / "two", calibrated).digest == graph.digest
+    found = embed_with(graph, tmp_path / "one" / graph.file, Precision.INT8, [rows(exported, 8)])
+    assert (found * reference(exported, 8)).sum(1).min() > 0.99
+    source, path = exported.folder / exported.artifact.file, tmp_path / "one" / graph.file
+    assert not converted_anew(CLEAN, path, graph, source).structure
+    model = ir.load(path)
+    layer = next(iter(calibrated.chosen.codes))
+    value = model.graph.initializers[f"{layer}.weight"]
+    assert value.const_value is not None
+    codes = np.array(value.const_value.numpy())
+    codes[0, 0] += 3 if codes[0, 0] < 0 else -3
+    value.const_value = ir.tensor(codes, name=value.name)
+    with pytest.raises(ContractError, match=layer):
+        chosen_in(model, ir.load(source))
+    ir.save(model, path)
+    assert layer in " ".join(converted_anew(CLEAN, path, graph, source).structure)
+
+
+def test_a_layer_that_stays_in_float32_keeps_its_weight(exported: Exported, calibrated: Ranges, tmp_path: Path) -> None:
+    """Query in float32 beside key and value in INT8: it reads the activation as it was, and the edit is found in all."""
+    name = next(name for name in calibrated.chosen.codes if name.endswith("q_proj"))
+    graph = converted_with(exported, tmp_path / "kept", calibrated, name)
+    model, source = ir.load(tmp_path / "kept" / graph.file), ir.load(exported.folder / exported.artifact.file)
+    values = [m.graph.initializers[f"{name}.weight"].const_value for m in (model, source)]
+    assert np.array_equal(values[0].numpy(), values[1].numpy())
+    file = exported.folder / exported.artifact.file
+    assert not converted_anew(CLEAN, tmp_path / "kept" / graph.file, graph, file).structure
+    assert achieved_precision(model)["linear"]["fp32"] > 1
+
+
+def test_an_edited_bias_is_not_moved(exported: Exported, tmp_path: Path) -> None:
+    """A bias that must stay as it is takes no shift; its activation is scaled only."""
+    source = exported.folder / exported.artifact.file
+    biases = {name for name in ir.load(source).graph.initializers if name.endswith("fc1.bias")}
+    chosen, _ = chosen_for(source, one_row_layers(source), biases, [rows(exported, 8, 1)], tmp_path)
+    still = [channels for channels in chosen.channels.values() if channels.shift is None]
+    assert 0 < len(still) < len(chosen.channels)
+
+
+def test_the_engine_for_a_cpu_holds_the_same_weights(exported: Exported, calibrated: Ranges, tmp_path: Path) -> None:
+    """They fit as they are, so nothing is narrowed; what scales channels goes into the normalisation before it."""
+    graph = converted_with(exported, tmp_path / "graph", calibrated)
+    (tmp_path / "engine").mkdir()
+    engine = engine_from_onnx(
+        graph, tmp_path / "graph", Target.ONNXRUNTIME, PROFILE, exported.case.edits, tmp_path / "engine"
+    )
+    path = tmp_path / "engine" / engine.file
+    session = open_engine(engine, path.read_bytes(), {}, device="cpu")
+    assert (session.run(rows(exported, 5)) * reference(exported, 5)).sum(1).min() > 0.98
+    held = [value.const_value.numpy() for value in ir.load(path).graph.initializers.values() if value.const_value]
+    wide = [array for array in held if array.dtype == np.int8 and array.ndim == 2]
+    assert wide
+    assert max(int(np.abs(array.astype(int)).max()) for array in wide) > 64
+    operators = [node.op_type for node in ir.load(path).graph]
+    before = [node.op_type for node in ir.load(tmp_path / "graph" / graph.file).graph]
+    assert operators.count("Mul") < before.count("Mul")
