@@ -99,6 +99,15 @@ def test_weights_come_before_what_they_do() -> None:
     assert named(with_artifacts(report(), {"batches": mixing}, {})) == [(Cause.BATCHING, "export")]
 
 
+def test_two_faults_in_two_towers_are_two_causes() -> None:
+    """Weights of another model in one tower do not hide an operator that should not be there in the other."""
+    audit = {
+        "image": GraphAudit(layers=1, weights=3, differ=("conv: 3% of its entries",)),
+        "text": GraphAudit(layers=1, weights=3, structure=("Slice of input_ids is not in the model",)),
+    }
+    assert named(with_artifacts(report(), {"audit": audit}, {})) == [(Cause.WEIGHTS, "export"), (Cause.GRAPH, "export")]
+
+
 def test_a_map_that_was_rounded_is_about_numbers() -> None:
     """What must stay in float32 and did not is another fault than weights of another model."""
     audit = {"image": GraphAudit(layers=2, weights=0, lowered=("image_map.weight: is not there in float32",))}
