@@ -28,8 +28,8 @@ main(sys.argv[1:])
 PAIRS, SHARDS = 8, 8
 
 
-def _command(folder: Path) -> list[str]:
-    for name, split, limit in (("cal", "calibration", PAIRS * SHARDS), ("eval", "test", 40)):
+def _command(folder: Path, shards: int = SHARDS) -> list[str]:
+    for name, split, limit in (("cal", "calibration", PAIRS * shards), ("eval", "test", 40)):
         text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
         (folder / f"{name}.toml").write_text(text)
     (folder / "policy.toml").write_text(
@@ -104,7 +104,7 @@ def test_an_ended_build_resumes(tmp_path: Path) -> None:
 
 def test_interrupted_scoring_resumes(tmp_path: Path) -> None:
     """Ctrl-C between two shards: one line, exit code 130, no stage; the same command goes on after the last whole shard."""
-    _command(tmp_path)
+    _command(tmp_path, shards=3)
     work = tmp_path / "work"
     command = [sys.executable, str(tmp_path / "child.py"), "score", "--calibration", str(tmp_path / "cal.toml")]
     command += ["--method", "uwm", "--work", str(work), "--device", "cpu", "--workers", "0"]

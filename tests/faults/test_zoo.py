@@ -41,7 +41,11 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> HonestBuilds:
     return HonestBuilds(tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.mark.parametrize("fault", ONE_OF_EACH, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f.world is MAPPED)) for f in ONE_OF_EACH],
+    ids=lambda fault: fault.name,
+)
 def test_a_planted_fault_is_named(fault: Fault, worlds: HonestBuilds) -> None:
     """The gate fails, and its first cause is the one that was planted; of a closed-form step whatever the policy limits."""
     (found,) = plant_all(worlds, [fault], None, lambda *_: None)
@@ -127,7 +131,11 @@ def test_a_bundle_that_was_changed_is_refused(fault: Fault, worlds: HonestBuilds
     assert found.named, found.detectors
 
 
-@pytest.mark.parametrize("made_by", [UWM, FOLDED, MAPPED], ids=["uwm", "weights", "embedding"])
+@pytest.mark.parametrize(
+    "made_by",
+    [UWM, FOLDED, pytest.param(MAPPED, marks=pytest.mark.slow)],
+    ids=["uwm", "weights", "embedding"],
+)
 def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: HonestBuilds, tmp_path: Path) -> None:
     """Measured by the same code, what nobody touched passes every check."""
     world = worlds.of(made_by)
@@ -137,6 +145,7 @@ def test_the_honest_build_has_no_cause(made_by: MadeBy, worlds: HonestBuilds, tm
     assert all(check.cause is None for check in verdict.checks)
 
 
+@pytest.mark.slow
 def test_a_map_in_float32_is_no_fault_of_an_engine_in_half_precision(worlds: HonestBuilds, tmp_path: Path) -> None:
     """Only a map that was rounded too is named."""
     world = worlds.of(MAPPED)

@@ -352,7 +352,13 @@ def test_only_what_is_computed_without_an_input_may_be_gone(trained: Exported, t
     assert len(fingerprint_by_source(arrays, source, negated, {positions}).mismatches) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=[pytest.mark.slow] * (f not in ("clip-vit-l14", "siglip-base", "coca-vit-l14")))
+        for f in FAMILIES
+    ],
+)
 def test_a_model_of_every_family_may_be_trained_as_a_whole(family: str, tmp_path: Path) -> None:
     """Every parameter in the exported graph, and in the compiled one but for a learned query that is computed away."""
     model, recipe = load_model(reduced(family), folder=None, weights="random", device="cpu"), reduced(family)

@@ -445,7 +445,8 @@ def test_auto_returns_only_what_decisions_depend_on(
     assert {(layer.tower, layer.name) for layer in plan.layers} == {
         (t, n) for t, names in layers.items() for n in names
     }
-    assert all(layer.sensitivity > 0 for layer in plan.layers)
+    # Where everything in INT8 keeps the budget, the search is over before it asks what each layer does.
+    assert all((layer.sensitivity > 0) == (flips < 100) for layer in plan.layers)
     kept = sum(len(names) for names in plan.kept.values())
     assert kept == sum(layer.kept for layer in plan.layers)
     assert plan.steps[0].what == "all lowered"

@@ -38,6 +38,9 @@ PAIRS = 6
 AGREEMENT = 0.9995
 LOWERED = ("clip-vit-b32", "siglip-base", "coca-vit-b32")
 """Recipes that are taken through the precisions; all but the first where slow tests are asked for."""
+FAST = ("clip-vit-l14", "siglip2-base", "coca-vit-l14", "llava-1.5-7b")
+"""One recipe of each kind of tower, for what the others do alike."""
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LOWERED[1:]]
 
 PROFILE = Profile(min=1, opt=2, max=5)
@@ -55,7 +58,9 @@ def pairs_of(model: LoadedModel, name: TowerName) -> PairStream:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAMILIES]
+)
 def test_from_score_to_onnx_runtime(name: str, tmp_path: Path) -> None:
     """Scores, edits, saves, loads, exports with its fingerprint; ONNX Runtime embeds as PyTorch does."""
     from_score_to_onnx_runtime(name, tmp_path)

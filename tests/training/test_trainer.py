@@ -236,6 +236,7 @@ def test_what_cannot_be_trained_is_refused(
         train(request_for(Trainer.SAFE_CLIP, tmp_path, small_set, 1, validation_share=0.1), QUIET)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(small_set: str, tmp_path: Path) -> None:
     """Two processes on the CPU: one writes and speaks, each sees half of the quadruples, their gradients are averaged."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"batch": 8}).items()]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 from pyarrow import parquet
 
@@ -99,6 +100,7 @@ def test_a_parquet_manifest_of_100_000_lines(tmp_path: Path) -> None:
     _assert_flat(small, large, 90_000, 90_000 * 2 * len(_noise()))
 
 
+@pytest.mark.slow
 def test_a_text_only_manifest_of_100_000_lines(tmp_path: Path) -> None:
     """Captions stay in their file too."""
     peaks = []
@@ -128,6 +130,7 @@ def _shard(path: Path, first: int, n: int) -> None:
         stream.write(bytes(1024))
 
 
+@pytest.mark.slow
 def test_a_stream_of_shards(tmp_path: Path) -> None:
     """Ten shards take the memory of one."""
     peaks = []

@@ -75,7 +75,7 @@ def test_every_example_is_described_and_tested() -> None:
     """docs/how-to/ways-in.md names each file; the client of Triton is tested where its server is."""
     page = (ROOT / "docs" / "how-to" / "ways-in.md").read_text()
     for file in (entry for entry in EXAMPLES.iterdir() if entry.name != "__pycache__"):
-        assert f"(examples/{file.name}" in page, file.name
+        assert f"(../examples/{file.name}" in page, file.name
 
 
 def test_faiss_search(bundle: Path, pictures: Path, encoder: SafeEncoder, tmp_path: Path) -> None:

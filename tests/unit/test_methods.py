@@ -571,6 +571,7 @@ def test_scores_serve_other_settings_but_no_other_method(request_of: Request) ->
     assert outcome.edit.first.settings["image"].pairing is Pairing.MEAN_OF_RATIOS
 
 
+@pytest.mark.slow
 def test_a_build_of_nothing_fails_with_its_reason(request_of: Request) -> None:
     """Exit code 3 and the reason; an unedited model through every stage; a bundle that says so and is never served."""
     command = ["build", "--method", "none", "--workers", "0", "--target", "onnxruntime", "--work", str(request_of.work)]

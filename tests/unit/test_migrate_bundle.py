@@ -158,6 +158,7 @@ def test_an_edit_of_weights_is_refused_with_what_to_do(uwm: Path, axis: Path, tm
         maps_of_bundle(Bundle(opened.path, dataclasses.replace(opened.manifest, edit=edit)))
 
 
+@pytest.mark.slow
 def test_parts_of_the_step_before_become_those_of_the_last_step(
     uwm: Path, both: Path, axis: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_parts_of_the_step_before_become_those_of_the_last_step(
     assert open_bundle(both).manifest.spaces[FP32] in mixed.stderr
 
 
+@pytest.mark.slow
 def test_an_index_of_the_example_finds_the_same_as_one_made_again(uwm: Path, both: Path, tmp_path: Path) -> None:
     """An index of the bundle before is refused by the encoder of the bundle after; migrated, it answers like a new one."""
     pytest.importorskip("faiss", reason="needs the extra [examples]")
@@ -223,6 +225,7 @@ def _parts(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_the_space_before_is_that_of_the_bundle_with_the_steps_before(uwm: Path, both: Path, axis: Path) -> None:
     """So what `embed` recorded tells whether rows can be taken over; each precision has its own."""
     first, second = open_bundle(uwm).manifest, open_bundle(both).manifest
