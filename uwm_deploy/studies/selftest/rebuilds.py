@@ -27,8 +27,7 @@ PER_EDIT = 5
 """Rebuilds that share scores, edit and export, and are compiled and verified anew."""
 
 MANY = 640
-"""Quadruples that 8-bit numbers are measured on. They do change decisions: of 160 four may be others by chance, and the policy
-allows 2%."""
+"""Quadruples for 8-bit numbers, which do change decisions: four of 160 may differ by chance, and the policy allows 2%."""
 
 _EDITS = (UWM, FOLDED, MAPPED)
 _BATCHES = (32, 1, 5, 16, 8)
