@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from tests.made_once import copy_of
 from tests.unit.test_report import make, write_bundle
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.sign import sign_bundle
@@ -225,7 +226,8 @@ def test_a_build_takes_its_version_from_the_option_or_the_recipe(
     key, public = write_keys(tmp_path, "key")
     text, _ = read_toml("export", "demo")
     (tmp_path / "demo.toml").write_text(text.replace('name = "demo"\n', 'name = "demo"\nbundle_version = 4\n', 1))
-    by_recipe = dataclasses.replace(request, out=tmp_path / "demo", model=str(tmp_path / "demo.toml"))
+    work = copy_of(request.work, tmp_path / "work")  # other tests look at what the build left
+    by_recipe = dataclasses.replace(request, out=tmp_path / "demo", work=work, model=str(tmp_path / "demo.toml"))
     for asked, version in ((by_recipe, 4), (dataclasses.replace(by_recipe, bundle_version=5), 5)):
         made = run(asked, until="package", reporter=Reporter())
         assert {"score", "edit", "export", "verify", "gate"} <= set(made.reused)
