@@ -1,7 +1,7 @@
 """Kills a command before each of its file operations, or lets the operation fail; a program, since audit hooks stay.
 
 Reads jobs as JSON from standard input and writes what it found as JSON. The process imports everything once and then forks
-for every run, so that a run costs what the command itself costs.
+for every run, so that a run costs what the command itself costs. `every_point.py` takes all operations of a command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from tests.faults.trees import Trees, digest_of
 
 FAULTS = ("EIO", "EMFILE", "ENOSPC", "EFBIG", "ENOMEM")
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
@@ -55,6 +57,7 @@ class Job:
         most: At most so many kills.
         faults: Operations fail with these errors in turn instead of a kill, and what is read counts as an operation too.
         without_exchange: The file system cannot exchange two names.
+        whole: Every operation, and each of the errors in each, as `every_point.py` does it.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Job:
     rows: int = 0
     faults: bool = False
     without_exchange: bool = False
+    whole: bool = False
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def main() -> None:
     jobs = [Job(**job) for job in json.load(sys.stdin)]
     _import_all(jobs)
     sys.addaudithook(_hook)
-    found = [_ran(job) for job in jobs]
+    found = [_every_point(job) if job.whole else ran(job) for job in jobs]
     json.dump(found, sys.stdout)
 
 
@@ -94,80 +98,246 @@ def _import_all(jobs: list[Job]) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"uwm_deploy.{name}")
     importlib.import_module("tests.unit.test_migrate")
+    if any(job.words[0] == "build" for job in jobs):
+        closure = importlib.import_module("uwm_deploy.pipeline.closure")
+        closure.sources_of("uwm_deploy.pipeline.run")  # read once for all runs
 
 
 COMMANDS = ("baseline", "attest", "refit", "build", "embed", "triton")
 
 
-def _ran(job: Job) -> dict[str, Any]:
-    """A kill before each operation, or a fault: what was there then, and what the same command did about it."""
-    _begin(job)
-    before = _state(job)
-    code, operations, output = _run(job)
-    after, beside, bytes_after = _state(job), _names(job), _steady(job)
-    found: dict[str, Any] = {
-        "name": job.name, "code": code, "ends": job.ends, "operations": operations, "output": output,
-        "old": 0, "new": 0, "wrong": [],
-    }  # fmt: skip
+def _every_point(job: Job) -> dict[str, Any]:
+    from tests.faults.every_point import every_point
+
+    return every_point(job)
+
+
+def ran(job: Job) -> dict[str, Any]:
+    """A kill before some operations, or a fault: what was there then, and what the same command did about it."""
+    trees = trees_of(job)
+    wanted = undisturbed(job)
+    operations = wanted.operations
+    found: dict[str, Any] = row_of(job, wanted)
     chosen = range(0, len(operations), job.every)
     if job.most and len(chosen) > job.most:
         chosen = range(0, len(operations), -(-len(operations) // job.most))
     for number, place in enumerate(chosen):
-        _begin(job)
-        fault = FAULTS[number % len(FAULTS)]
-        killed, _, told = _run(job, stop_at=place, fault=fault)
-        if job.faults and (wrong := _unclear(killed, told, job.ends)):
+        begin(job)
+        fault = FAULTS[number % len(FAULTS)] if job.faults else ""
+        stop = Stop(trees, place, fault)
+        stopped = run(job, stop)
+        if job.faults and (wrong := unclear(stopped.code, stopped.said, job.ends)):
             found["wrong"].append([operations[place], f"{fault}: {wrong}"])
-        assert job.faults or killed == -signal.SIGKILL, (job.name, place, killed)
-        state = _state(job)
-        again, _, told = _run(job)
-        if state not in (before, after) and not (job.rows and state.endswith("rows")):
-            found["wrong"].append([operations[place], f"neither old nor new: {state}"])
-        found["new" if state == after else "old"] += 1
-        if again != code:
-            found["wrong"].append([operations[place], f"exit code {again} afterwards: {told[-300:]}"])
-        if _state(job) != after or _steady(job) != bytes_after:
-            found["wrong"].append([operations[place], "the same command gave something else afterwards"])
-        if (names := _names(job)) != beside:
-            found["wrong"].append([operations[place], f"left: {sorted(set(names) ^ set(beside))}"])
-    found["killed"] = len(chosen)
-    print(
-        job.name, len(operations), len(chosen), found["old"], found["new"], found["wrong"], file=sys.stderr, flush=True
-    )
+        assert job.faults or stopped.code == -signal.SIGKILL, (job.name, place, stopped)
+        if not job.faults and stopped.found != digest_of(trees.now()):
+            found["wrong"].append([operations[place], "SIGKILL left another tree than there was"])
+        state, wrongs = judged(job, wanted)
+        found["new" if state == wanted.after else "old"] += 1
+        found["wrong"] += [[operations[place], wrong] for wrong in wrongs]
+    found["stopped"] = len(chosen)
     return found
 
 
-def _begin(job: Job) -> None:
+def row_of(job: Job, wanted: Wanted) -> dict[str, Any]:
+    """What is told of a job; nothing was stopped yet."""
+    return {
+        "name": job.name, "code": wanted.code, "ends": job.ends, "operations": wanted.operations, "output": wanted.said,
+        "old": 0, "new": 0, "wrong": [],
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What an undisturbed run does, and what is there before and after it."""
+
+    before: str
+    after: str
+    names: list[str]
+    content: str
+    code: int
+    operations: list[str]
+    said: str
+
+
+def undisturbed(job: Job) -> Wanted:
+    """Runs the command, and nothing happens to it."""
+    begin(job)
+    before = _state(job)
+    done = run(job)
+    return Wanted(
+        before=before, after=_state(job), names=_names(job), content=_steady(job),
+        code=done.code, operations=done.operations, said=done.said,
+    )  # fmt: skip
+
+
+def judged(job: Job, wanted: Wanted, watch: Watch | None = None) -> tuple[str, list[str]]:
+    """What is in the folder now, and what is wrong with it or with the same command in it.
+
+    Args:
+        job: The command.
+        wanted: What an undisturbed run gives.
+        watch: Of the run; what it found counts if it ended the run with `JOINED`.
+    """
+    wrong = []
+    state = _state(job)
+    if state not in (wanted.before, wanted.after) and not (job.rows and state.endswith("rows")):
+        wrong.append(f"neither old nor new: {state}")
+    again = run(job, watch)
+    if again.code == JOINED:
+        return state, wrong
+    if again.code != wanted.code:
+        wrong.append(f"exit code {again.code} afterwards: {again.said[-300:]}")
+    if _state(job) != wanted.after or _steady(job) != wanted.content:
+        wrong.append("the same command gave something else afterwards")
+    if (names := _names(job)) != wanted.names:
+        wrong.append(f"left: {sorted(set(names) ^ set(wanted.names))}")
+    if watch is not None and not wrong:
+        watch.ended_well(again.found)
+    return state, wrong
+
+
+JOINED = 77
+"""Exit code of a run that stands where another stood that ended well."""
+
+
+def trees_of(job: Job) -> Trees:
+    """States of its folder."""
+    return Trees(Path(job.folder), Path(job.folder).with_name("contents"))
+
+
+def begin(job: Job) -> None:
+    """The folder as it is at the beginning; of bundles only those that the command names."""
     shutil.rmtree(job.folder, ignore_errors=True)
-    shutil.copytree(job.template, job.folder, symlinks=True)
+    Path(job.folder).mkdir(parents=True)
+    for path in Path(job.template).iterdir():
+        if not path.is_dir():
+            shutil.copy2(path, job.folder)
+        elif path.name in {*job.words, job.shown.partition("/")[0]}:
+            shutil.copytree(path, Path(job.folder) / path.name, symlinks=True)
 
 
-def _run(job: Job, stop_at: int | None = None, fault: str = "") -> tuple[int, list[str], str]:
-    """Runs the command in a forked process: its exit code or signal, its operations and what it said."""
+class Watch(Protocol):
+    """Is asked before each operation of a run, in its process."""
+
+    def __call__(self, number: int, operation: str, name: str) -> None:
+        """May end the process or raise an error.
+
+        Args:
+            number: Of the operation.
+            operation: What it does, without what differs from run to run.
+            name: What it does it to.
+        """
+
+    def told(self) -> Any:
+        """What it found, for the process that started the run."""
+
+    def ended_well(self, found: Any) -> None:
+        """Hears, in that process, of a run after which everything was as it should be."""
+
+
+@dataclasses.dataclass(slots=True)
+class Stop:
+    """Kills the process before one operation, or lets it fail."""
+
+    trees: Trees
+    at: int
+    fault: str
+    found: str = ""
+
+    def __call__(self, number: int, operation: str, name: str) -> None:
+        if number != self.at:
+            return
+        if self.fault:
+            raise fault_of(self.fault, name)
+        tell([[], "", digest_of(self.trees.now())])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def told(self) -> None:
+        """Nothing: the process did not stop."""
+
+    def ended_well(self, found: Any) -> None:
+        """Nothing to remember."""
+
+
+def fault_of(fault: str, name: str) -> OSError:
+    """The error that the system would raise."""
+    number = getattr(errno, fault)
+    return OSError(number, os.strerror(number), name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """A run in a process of its own.
+
+    Attributes:
+        code: Exit code or signal.
+        operations: What it did.
+        said: Its output.
+        found: What the watch found.
+    """
+
+    code: int
+    operations: list[str]
+    said: str
+    found: Any
+
+
+_pipe = -1
+"""Where a forked process tells what it did."""
+
+
+def tell(what: list[Any]) -> None:
+    """Tells it to the process that started this one."""
+    with os.fdopen(_pipe, "w") as stream:
+        json.dump(what, stream)
+
+
+def run(job: Job, watch: Watch | None = None) -> Done:
+    """Runs the command in a forked process."""
+
+    def command(operations: list[str]) -> int:
+        return _called(job, operations, watch)
+
+    return forked(command, watch)
+
+
+def forked(command: Callable[[list[str]], int], watch: Watch | None) -> Done:
+    """Runs a function in a forked process; it returns its exit code and lists its operations."""
+    global _pipe
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        _pipe = writing
         said = io.StringIO()
         operations: list[str] = []
         code = 99
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = _called(job, operations, stop_at, fault)
+                code = command(operations)
         except BaseException as error:
             said.write(repr(error))
-        with os.fdopen(writing, "w") as stream:
-            json.dump([operations, said.getvalue()[-4000:]], stream)
+        tell([operations, said.getvalue()[-4000:], watch.told() if watch else None])
         os._exit(code)
     os.close(writing)
+    return heard(pid, reading)
+
+
+def heard(pid: int, reading: int) -> Done:
+    """Waits for a forked process, and for what it tells."""
     with os.fdopen(reading) as stream:
         text = stream.read()
     _, status = os.waitpid(pid, 0)
-    operations, said = json.loads(text) if text else ([], "")
-    return os.waitstatus_to_exitcode(status), operations, said
+    return Done(os.waitstatus_to_exitcode(status), *(json.loads(text) if text else ([], "", None)))
 
 
-def _unclear(code: int, told: str, ends: int) -> str:
+def disarm() -> None:
+    """Nothing is watched any more in this process."""
+    global _armed
+    _armed = None
+
+
+def unclear(code: int, told: str, ends: int) -> str:
     """What is wrong with how a fault was told: it is one line and exit code 6, if anything failed at all."""
     errors = [line for line in told.splitlines() if line.startswith(("error:", "internal error:"))]
     if code == ends and not errors:
@@ -177,8 +347,7 @@ def _unclear(code: int, told: str, ends: int) -> str:
     return ""
 
 
-def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) -> int:
-    global _armed
+def _called(job: Job, operations: list[str], watch: Watch | None) -> int:
     here = os.getpid()
     from uwm_deploy.commands.failure import say
     from uwm_deploy.records import replacing
@@ -195,14 +364,17 @@ def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) ->
         ):
             return
         operations.append(operation.replace(job.folder, "").replace(str(here), "PID"))
-        if len(operations) - 1 == stop_at:
-            if not job.faults:
-                os.kill(here, signal.SIGKILL)
-            number = getattr(errno, fault)
-            raise OSError(number, os.strerror(number), name)
+        if watch is not None:
+            disarm()  # it looks at files itself
+            watch(len(operations) - 1, operations[-1], name)
+            arm()
+
+    def arm() -> None:
+        global _armed
+        _armed = before
 
     os.chdir(job.folder)
-    _armed = before
+    arm()
     try:
         if function := _FUNCTIONS.get(job.words[0]):
             try:
@@ -216,7 +388,7 @@ def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) ->
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
-        _armed = None
+        disarm()
     return 0
 
 
