@@ -147,13 +147,41 @@ def row_of(job: Job, wanted: Wanted) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What is in a folder.
+
+    Attributes:
+        state: What a reader finds.
+        content: Digest of the bytes that are the same in every run.
+        names: Of all files and folders.
+    """
+
+    state: str
+    content: str
+    names: list[str]
+
+
+def left_by(job: Job) -> Left:
+    """What a run left."""
+    return Left(state=_state(job), content=_steady(job), names=_names(job))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What an undisturbed run does, and what is there before and after it."""
+    """What an undisturbed run does, and what is there before and after it.
+
+    Attributes:
+        before: What a reader finds.
+        after: The same.
+        left: Of the whole folder.
+        code: Exit code.
+        operations: What it did.
+        said: Its output.
+    """
 
     before: str
     after: str
-    names: list[str]
-    content: str
+    left: Left
     code: int
     operations: list[str]
     said: str
@@ -164,10 +192,10 @@ def undisturbed(job: Job) -> Wanted:
     begin(job)
     before = _state(job)
     done = run(job)
+    left = left_by(job)
     return Wanted(
-        before=before, after=_state(job), names=_names(job), content=_steady(job),
-        code=done.code, operations=done.operations, said=done.said,
-    )  # fmt: skip
+        before=before, after=left.state, left=left, code=done.code, operations=done.operations, said=done.said
+    )
 
 
 def judged(job: Job, wanted: Wanted, watch: Watch | None = None) -> tuple[str, list[str]]:
@@ -187,10 +215,11 @@ def judged(job: Job, wanted: Wanted, watch: Watch | None = None) -> tuple[str, l
         return state, wrong
     if again.code != wanted.code:
         wrong.append(f"exit code {again.code} afterwards: {again.said[-300:]}")
-    if _state(job) != wanted.after or _steady(job) != wanted.content:
+    left = left_by(job)
+    if (left.state, left.content) != (wanted.after, wanted.left.content):
         wrong.append("the same command gave something else afterwards")
-    if (names := _names(job)) != wanted.names:
-        wrong.append(f"left: {sorted(set(names) ^ set(wanted.names))}")
+    if left.names != wanted.left.names:
+        wrong.append(f"left: {sorted(set(left.names) ^ set(wanted.left.names))}")
     if watch is not None and not wrong:
         watch.ended_well(again.found)
     return state, wrong
@@ -285,6 +314,12 @@ class Done:
 _pipe = -1
 """Where a forked process tells what it did."""
 
+_here = -1
+"""The process whose operations count, not those that it starts."""
+
+_watch: Watch | None = None
+"""Who is asked before its operations."""
+
 
 def tell(what: list[Any]) -> None:
     """Tells it to the process that started this one."""
@@ -296,19 +331,18 @@ def run(job: Job, watch: Watch | None = None) -> Done:
     """Runs the command in a forked process."""
 
     def command(operations: list[str]) -> int:
-        return _called(job, operations, watch)
+        return _called(job, operations)
 
     return forked(command, watch)
 
 
 def forked(command: Callable[[list[str]], int], watch: Watch | None) -> Done:
     """Runs a function in a forked process; it returns its exit code and lists its operations."""
-    global _pipe
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _pipe = writing
+        go_on(watch, writing)
         said = io.StringIO()
         operations: list[str] = []
         code = 99
@@ -317,7 +351,7 @@ def forked(command: Callable[[list[str]], int], watch: Watch | None) -> Done:
                 code = command(operations)
         except BaseException as error:
             said.write(repr(error))
-        tell([operations, said.getvalue()[-4000:], watch.told() if watch else None])
+        tell([operations, said.getvalue()[-4000:], _watch.told() if _watch else None])
         os._exit(code)
     os.close(writing)
     return heard(pid, reading)
@@ -331,10 +365,16 @@ def heard(pid: int, reading: int) -> Done:
     return Done(os.waitstatus_to_exitcode(status), *(json.loads(text) if text else ([], "", None)))
 
 
-def disarm() -> None:
-    """Nothing is watched any more in this process."""
+def arm(hook: Callable[[str], None] | None) -> None:
+    """Calls this before each operation from now on."""
     global _armed
-    _armed = None
+    _armed = hook
+
+
+def go_on(watch: Watch | None, pipe: int) -> None:
+    """A copy of a process is watched by another, and tells what it does through a pipe of its own."""
+    global _here, _pipe, _watch
+    _here, _pipe, _watch = os.getpid(), pipe, watch
 
 
 def unclear(code: int, told: str, ends: int) -> str:
@@ -347,8 +387,7 @@ def unclear(code: int, told: str, ends: int) -> str:
     return ""
 
 
-def _called(job: Job, operations: list[str], watch: Watch | None) -> int:
-    here = os.getpid()
+def _called(job: Job, operations: list[str]) -> int:
     from uwm_deploy.commands.failure import say
     from uwm_deploy.records import replacing
 
@@ -358,23 +397,21 @@ def _called(job: Job, operations: list[str], watch: Watch | None) -> int:
     def before(operation: str) -> None:
         reads, name = operation.startswith("read "), operation.partition(" ")[2]
         if (
-            os.getpid() != here
+            os.getpid() != _here
             or (reads and not job.faults)
             or (os.path.isabs(name) and not name.startswith(job.folder))
         ):
             return
-        operations.append(operation.replace(job.folder, "").replace(str(here), "PID"))
-        if watch is not None:
-            disarm()  # it looks at files itself
-            watch(len(operations) - 1, operations[-1], name)
-            arm()
-
-    def arm() -> None:
-        global _armed
-        _armed = before
+        operations.append(operation.replace(job.folder, "").replace(str(_here), "PID"))
+        if _watch is not None:
+            arm(None)  # it looks at files itself
+            try:
+                _watch(len(operations) - 1, operations[-1], name)
+            finally:
+                arm(before)
 
     os.chdir(job.folder)
-    arm()
+    arm(before)
     try:
         if function := _FUNCTIONS.get(job.words[0]):
             try:
@@ -388,7 +425,7 @@ def _called(job: Job, operations: list[str], watch: Watch | None) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
-        disarm()
+        arm(None)
     return 0
 
 
@@ -400,9 +437,9 @@ def _migrate_store(stored: Path, out: Path) -> None:
 
 def _accept(bundle: Path, at: Path) -> None:
     """What `baseline set` does with a report that passes, for one that does not."""
-    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.bundle.open import is_bundle, open_bundle
     from uwm_deploy.bundle.write import rewriting
-    from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline, write_baseline_into
+    from uwm_deploy.pipeline.baseline import accepted, write_baseline, write_baseline_into
     from uwm_deploy.pipeline.judge import report_of_bundle
 
     opened = open_bundle(bundle, allow_failed=True)

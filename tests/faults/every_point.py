@@ -26,12 +26,14 @@ from tests.faults.crash_points import (
     Stop,
     Wanted,
     begin,
-    disarm,
     fault_of,
+    go_on,
     heard,
     judged,
+    left_by,
     row_of,
     run,
+    tell,
     trees_of,
     unclear,
     undisturbed,
@@ -55,7 +57,8 @@ def every_point(job: Job) -> dict[str, Any]:
     begin(job)
     keep = Keep(trees, faults=job.faults)
     done = run(job, keep)
-    assert (done.code, done.operations) == (wanted.code, wanted.operations), (job.name, done)
+    same = (done.code, done.operations, left_by(job)) == (wanted.code, wanted.operations, wanted.left)
+    assert same, f"{job.name}: the run that was looked at is not as an undisturbed one: {done.said}"
     keep.hear(done)
     judge = Judge(job, wanted, trees, keep)
     stops = keep.faulted(job) if job.faults else [("", number, tree) for number, tree in enumerate(keep.before)]
@@ -92,7 +95,7 @@ class Judge:
         if tree not in self.known:
             self._trees.lay_out(self._keep.trees[tree])
             self.known[tree] = judged(self._job, self._wanted, self._joins)
-            print(self._job.name, number, fault, *self.known[tree], file=sys.stderr, flush=True)
+            print(self._job.name, number, fault, self.known[tree][1], file=sys.stderr, flush=True)
         state, wrongs = self.known[tree]
         return state, wrong + wrongs
 
@@ -111,6 +114,7 @@ class Keep:
         self.before: list[str] = []
         self.places: list[str] = []
         self.failed: list[tuple[int, str, str, Done | None]] = []
+        self._ended: dict[str, tuple[str, Done]] = {}
 
     def __call__(self, number: int, operation: str, name: str) -> None:
         tree = self.hold(self._trees.now())
@@ -126,25 +130,30 @@ class Keep:
 
     def _fail(self, number: int, fault: str, name: str, tree: str) -> None:
         files = open_files(self._trees.root)
-        held = set(locks._HELD)
+        held, numbers = set(locks._HELD), self._trees.numbers()
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
-            from tests.faults import crash_points
-
-            disarm()
             os.close(reading)
-            crash_points._pipe = writing
-            self.__init__(self._trees, faults=False)  # type: ignore[misc] # what the parent found is told by the parent
             signal.alarm(_SECONDS)
+            go_on(Join(self._trees, set(self._ended)), writing)
             raise fault_of(fault, name)
         os.close(writing)
         done = heard(pid, reading)
         left = self._trees.now()
         if digest_of(left) != tree:
             self._trees.put_back(self.trees[tree])
+            self._trees.stand_for(numbers)
         point_back(files, held)
-        self.failed.append((number, fault, self.hold(left), done))
+        self._note(number, fault, self.hold(left), done)
+
+    def _note(self, number: int, fault: str, left: str, done: Done) -> None:
+        """What a copy did, or the one that it joined."""
+        if done.code == JOINED:
+            left, done = self._ended[done.found[-1]]
+        elif done.found:
+            self._ended |= dict.fromkeys(done.found, (left, done))
+        self.failed.append((number, fault, left, done))
 
     def hold(self, tree: Tree) -> str:
         """Keeps a tree, by its digest."""
@@ -166,7 +175,7 @@ class Keep:
     def faulted(self, job: Job) -> list[tuple[str, int, str]]:
         """Fault, operation and the tree that it left; no tree where a run of its own must show it."""
         return [
-            (fault, number, tree if done and done.code == 6 and not unclear(6, done.said, job.ends) else "")
+            (fault, number, tree if done and not unclear(done.code, done.said, job.ends) else "")
             for number, fault, tree, done in self.failed
         ]
 
@@ -187,12 +196,13 @@ class Join:
         self._met: list[str] = []
 
     def __call__(self, number: int, operation: str, name: str) -> None:
-        if operation.startswith("read "):
+        if operation.startswith("read ") or sys.exc_info()[1] is not None:  # what is told of an error depends on it
             return
         place = place_of(digest_of(self._trees.now()), operation)
-        if place in self._good:
-            os._exit(JOINED)
         self._met.append(place)
+        if place in self._good:
+            tell([[], "", self._met])
+            os._exit(JOINED)
 
     def told(self) -> list[str]:
         """Where it stood."""
@@ -230,7 +240,7 @@ def _sampled(job: Job, keep: Keep) -> Iterable[list[str]]:
         else:
             ((tree, copy),) = [(t, d) for n, f, t, d in keep.failed if (n, f) == (number, fault)]
             same = copy is None or (copy.code == done.code and _outline(keep.trees[tree]) == names)
-            same = same or (copy is not None and copy.code != 6)  # judged by a run of its own
+            same = same or (copy is not None and bool(unclear(copy.code, copy.said, job.ends)))  # was run anew
         if not same:
             wrong.append([done.operations[-1:] or "", f"{fault} a run that is really stopped gives another tree"])
     return wrong

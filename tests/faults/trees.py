@@ -91,6 +91,21 @@ class Trees:
         for name in sorted(tree, reverse=True):
             _dress(self.root / name, tree[name])
 
+    def numbers(self) -> dict[str, int]:
+        """By which the disk knows each file and folder now."""
+        return {name: at.st_ino for name, (_, at) in self._walk(str(self.root), "")}
+
+    def stand_for(self, numbers: Mapping[str, int]) -> None:
+        """What was put back counts as the file or folder that had its name, for a process that compares them.
+
+        Args:
+            numbers: As they were.
+        """
+        for name, number in self.numbers().items():
+            if (before := numbers[name]) != number:
+                _FIRST[number] = _FIRST.get(before, before)
+        os.path.samestat = _is_same
+
     def _walk(self, path: str, below: str) -> Iterator[tuple[str, tuple[str, os.stat_result]]]:
         with os.scandir(path) as entries:
             for entry in list(entries):
@@ -136,6 +151,15 @@ class Trees:
             path.symlink_to(entry.content)
         elif entry.kind == "file":
             path.write_bytes((self.store / entry.content).read_bytes())
+
+
+_FIRST: dict[int, int] = {}
+"""Number of a file that was put back, and of the first that had its name."""
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    numbers = [_FIRST.get(at.st_ino, at.st_ino) for at in (one, other)]
+    return numbers[0] == numbers[1] and one.st_dev == other.st_dev
 
 
 def _key(at: os.stat_result) -> tuple[int, ...]:
@@ -189,12 +213,12 @@ def point_back(files: list[OpenFile], locks: set[int]) -> None:
         locks: Descriptors that hold a lock.
     """
     for file in files:
-        is_folder = stat.S_ISDIR(os.fstat(file.number).st_mode)
-        if not os.path.samestat(os.fstat(file.number), os.stat(file.path)):
+        held = os.fstat(file.number)
+        if held.st_ino != os.stat(file.path).st_ino:
             made = os.open(file.path, file.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC))
             os.dup2(made, file.number, inheritable=False)
             os.close(made)
             if file.number in locks:
                 fcntl.flock(file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not is_folder:
+        if not stat.S_ISDIR(held.st_mode):
             os.lseek(file.number, file.position, os.SEEK_SET)
