@@ -57,15 +57,17 @@ def every_point(job: Job) -> dict[str, Any]:
     begin(job)
     keep = Keep(trees, faults=job.faults)
     done = run(job, keep)
-    same = (done.code, done.operations, left_by(job)) == (wanted.code, wanted.operations, wanted.left)
+    # A disk lists files that were put back in another order.
+    same = sorted(done.operations) == sorted(wanted.operations) and done.code == wanted.code
+    same = same and left_by(job) == wanted.left
     assert same, f"{job.name}: the run that was looked at is not as an undisturbed one: {done.said}"
     keep.hear(done)
     judge = Judge(job, wanted, trees, keep)
-    stops = keep.faulted(job) if job.faults else [("", number, tree) for number, tree in enumerate(keep.before)]
-    for fault, number, tree in stops:
-        state, wrongs = judge(fault, number, tree)
+    stops = keep.faulted(job) if job.faults else [("", number, tree, False) for number, tree in enumerate(keep.before)]
+    for fault, number, tree, ended in stops:
+        state, wrongs = judge(fault, number, tree, ended=ended)
         row["new" if state == wanted.after else "old"] += 1
-        row["wrong"] += [[wanted.operations[number], f"{fault} {wrong}"] for wrong in wrongs]
+        row["wrong"] += [[done.operations[number], f"{fault} {wrong}"] for wrong in wrongs]
     row["stopped"], row["trees"] = len(stops), len(judge.known)
     row["wrong"] += _sampled(job, keep)
     told = (row["name"], len(wanted.operations), row["stopped"], row["old"], row["new"], len(row["wrong"]))
@@ -79,10 +81,10 @@ class Judge:
     def __init__(self, job: Job, wanted: Wanted, trees: Trees, keep: Keep) -> None:
         self._job, self._wanted, self._trees, self._keep = job, wanted, trees, keep
         self._joins = Join(trees, set(keep.places))
-        self.known: dict[str, tuple[str, list[str]]] = {}
+        self.known: dict[tuple[str, bool], tuple[str, list[str]]] = {}
         self.real = 0
 
-    def __call__(self, fault: str, number: int, tree: str) -> tuple[str, list[str]]:
+    def __call__(self, fault: str, number: int, tree: str, *, ended: bool) -> tuple[str, list[str]]:
         """State and what is wrong; of a fault that a forked copy cannot show, in a run of its own."""
         wrong = []
         if not tree:
@@ -91,12 +93,13 @@ class Judge:
             done = run(self._job, Stop(self._trees, number, fault))
             if message := unclear(done.code, done.said, self._job.ends):
                 wrong = [message]
-            tree = self._keep.hold(self._trees.now())
-        if tree not in self.known:
+            tree, ended = self._keep.hold(self._trees.now()), done.code == self._job.ends
+        if (tree, ended) not in self.known:
             self._trees.lay_out(self._keep.trees[tree])
-            self.known[tree] = judged(self._job, self._wanted, self._joins)
-            print(self._job.name, number, fault, self.known[tree][1], file=sys.stderr, flush=True)
-        state, wrongs = self.known[tree]
+            found = judged(self._job, self._wanted, self._joins, ended=ended)
+            self.known[tree, ended] = found
+            print(self._job.name, number, fault, found[1], file=sys.stderr, flush=True)
+        state, wrongs = self.known[tree, ended]
         return state, wrong + wrongs
 
 
@@ -172,12 +175,16 @@ class Keep:
         self.trees = {digest: {n: Entry(*entry) for n, entry in tree.items()} for digest, tree in trees.items()}
         self.failed = [(*where, Done(*one) if one else None) for *where, one in failed]
 
-    def faulted(self, job: Job) -> list[tuple[str, int, str]]:
-        """Fault, operation and the tree that it left; no tree where a run of its own must show it."""
-        return [
-            (fault, number, tree if done and not unclear(done.code, done.said, job.ends) else "")
-            for number, fault, tree, done in self.failed
-        ]
+    def faulted(self, job: Job) -> list[tuple[str, int, str, bool]]:
+        """Fault, operation, the tree that it left, and whether it went unnoticed.
+
+        There is no tree where a run of its own must show it.
+        """
+        found = []
+        for number, fault, tree, done in self.failed:
+            clear = done is not None and not unclear(done.code, done.said, job.ends)
+            found.append((fault, number, tree if clear else "", done is not None and done.code == job.ends))
+        return found
 
     def ended_well(self, found: Any) -> None:
         """Nothing to remember: this is the first run."""

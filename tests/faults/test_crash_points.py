@@ -21,8 +21,14 @@ from tests.unit.test_report import make, write_bundle
 from tests.unit.test_resigning import waiting_bundle
 from tests.unit.test_signature import write_keys
 from tests.uwm_edit import UWM_OPTIONS
+from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.sign import sign_bundle
+from uwm_deploy.errors import InputError
+from uwm_deploy.pipeline.save import edited_at
+from uwm_deploy.records.replacing import workplace_of
 from uwm_deploy.records.verdict import Result
+from uwm_deploy.studies.build_files import build_files
+from uwm_deploy.studies.subjects import Subject
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -92,6 +98,21 @@ def test_a_kill_before_any_operation_loses_nothing(tiny: Scene) -> None:
         tiny.job("baseline set, folder", "accept", "bundle", "baseline", shown="baseline/baseline.json"),
         tiny.job("migrate", "migrate-store", "rows.npy", "new.npy", shown="new.npy", most=10),
     )
+
+
+def test_a_bundle_without_a_name_for_a_moment_is_a_bundle(tiny: Scene) -> None:
+    """Where a process was killed between two renames, nothing is put in the place of the bundle, and readers find it."""
+    place = tiny.template / "bundle"
+    (beside := workplace_of(place)).mkdir()
+    assert not is_bundle(beside)
+    place.rename(beside / "old")
+    assert is_bundle(place)
+    assert Subject(label="it", model=str(place)).is_bundle
+    assert build_files(place).name == open_bundle(beside / "old", allow_failed=True).manifest.name
+    with pytest.raises(InputError, match="is a bundle"):
+        edited_at(place)
+    shutil.rmtree(beside / "old")
+    assert not is_bundle(place)
 
 
 def test_a_fault_in_any_operation_is_told_and_costs_nothing(tiny: Scene) -> None:
