@@ -25,7 +25,7 @@ from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import edited_at
-from uwm_deploy.records.replacing import workplace_of
+from uwm_deploy.records.replacing import replacing, workplace_of
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.studies.build_files import build_files
 from uwm_deploy.studies.subjects import Subject
@@ -113,6 +113,29 @@ def test_a_bundle_without_a_name_for_a_moment_is_a_bundle(tiny: Scene) -> None:
         edited_at(place)
     shutil.rmtree(beside / "old")
     assert not is_bundle(place)
+
+
+def _fails(folder: Path, *, placed: bool) -> None:
+    """Puts another folder in its place, and fails before or after."""
+    with replacing(folder) as place:
+        with place.whole() as new:
+            (new / "file").touch()
+            if not placed:
+                raise OSError("now")
+        raise OSError("now")
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_failure_after_the_new_folder_is_in_place_leaves_it_as_a_kill_would(tmp_path: Path, placed: bool) -> None:
+    """The next command knows that the work is done, and clears up; one that failed before has left nothing to know."""
+    (folder := tmp_path / "bundle").mkdir()
+    with pytest.raises(OSError, match="now"):
+        _fails(folder, placed=placed)
+    assert (folder / "file").exists() == placed
+    assert workplace_of(folder).exists() == placed
+    with replacing(folder) as place:
+        assert place.finished == placed
+    assert not workplace_of(folder).exists()
 
 
 def test_a_fault_in_any_operation_is_told_and_costs_nothing(tiny: Scene) -> None:
