@@ -28,11 +28,11 @@ def build_small(factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
     return request, run(request, until="package", reporter=Reporter(quiet=True))
 
 
-def write_sets(folder: Path) -> None:
-    """The data sets of the build, as files."""
-    for name, split, limit in (("cal", "calibration", 96), ("eval", "test", 240)):
-        zero_shot = 'zero_shot = ["colour"]\nzero_shot_limit = 210\n' if name == "eval" else ""
-        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n{zero_shot}'
+def write_sets(folder: Path, calibration: int = 96, evaluation: int = 240, zero_shot: int = 210) -> None:
+    """The data sets of the build, as files; so many quadruples and images each."""
+    for name, split, limit in (("cal", "calibration", calibration), ("eval", "test", evaluation)):
+        labelled = f'zero_shot = ["colour"]\nzero_shot_limit = {zero_shot}\n' if name == "eval" else ""
+        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n{labelled}'
         (folder / f"{name}.toml").write_text(text)
 
 

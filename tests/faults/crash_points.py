@@ -1,7 +1,7 @@
 """Kills a command before each of its file operations, or lets the operation fail; a program, since audit hooks stay.
 
 Reads jobs as JSON from standard input and writes what it found as JSON. The process imports everything once and then forks
-for every run, so that a run costs what the command itself costs.
+for every run, so that a run costs what the command itself costs. `every_point.py` takes all operations of a command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from tests.faults.trees import Trees, digest_of
 
 FAULTS = ("EIO", "EMFILE", "ENOSPC", "EFBIG", "ENOMEM")
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
@@ -55,6 +57,7 @@ class Job:
         most: At most so many kills.
         faults: Operations fail with these errors in turn instead of a kill, and what is read counts as an operation too.
         without_exchange: The file system cannot exchange two names.
+        whole: Every operation, and each of the errors in each, as `every_point.py` does it.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Job:
     rows: int = 0
     faults: bool = False
     without_exchange: bool = False
+    whole: bool = False
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def main() -> None:
     jobs = [Job(**job) for job in json.load(sys.stdin)]
     _import_all(jobs)
     sys.addaudithook(_hook)
-    found = [_ran(job) for job in jobs]
+    found = [_every_point(job) if job.whole else ran(job) for job in jobs]
     json.dump(found, sys.stdout)
 
 
@@ -94,80 +98,296 @@ def _import_all(jobs: list[Job]) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"uwm_deploy.{name}")
     importlib.import_module("tests.unit.test_migrate")
+    if any(job.words[0] == "build" for job in jobs):
+        closure = importlib.import_module("uwm_deploy.pipeline.closure")
+        closure.sources_of("uwm_deploy.pipeline.run")  # read once for all runs
 
 
 COMMANDS = ("baseline", "attest", "refit", "build", "embed", "triton")
 
 
-def _ran(job: Job) -> dict[str, Any]:
-    """A kill before each operation, or a fault: what was there then, and what the same command did about it."""
-    _begin(job)
-    before = _state(job)
-    code, operations, output = _run(job)
-    after, beside, bytes_after = _state(job), _names(job), _steady(job)
-    found: dict[str, Any] = {
-        "name": job.name, "code": code, "ends": job.ends, "operations": operations, "output": output,
-        "old": 0, "new": 0, "wrong": [],
-    }  # fmt: skip
+def _every_point(job: Job) -> dict[str, Any]:
+    from tests.faults.every_point import every_point
+
+    return every_point(job)
+
+
+def ran(job: Job) -> dict[str, Any]:
+    """A kill before some operations, or a fault: what was there then, and what the same command did about it."""
+    trees = trees_of(job)
+    wanted = undisturbed(job)
+    operations = wanted.operations
+    found: dict[str, Any] = row_of(job, wanted)
     chosen = range(0, len(operations), job.every)
     if job.most and len(chosen) > job.most:
         chosen = range(0, len(operations), -(-len(operations) // job.most))
     for number, place in enumerate(chosen):
-        _begin(job)
-        fault = FAULTS[number % len(FAULTS)]
-        killed, _, told = _run(job, stop_at=place, fault=fault)
-        if job.faults and (wrong := _unclear(killed, told, job.ends)):
+        begin(job)
+        fault = FAULTS[number % len(FAULTS)] if job.faults else ""
+        stop = Stop(trees, place, fault)
+        stopped = run(job, stop)
+        if job.faults and (wrong := unclear(stopped.code, stopped.said, job.ends)):
             found["wrong"].append([operations[place], f"{fault}: {wrong}"])
-        assert job.faults or killed == -signal.SIGKILL, (job.name, place, killed)
-        state = _state(job)
-        again, _, told = _run(job)
-        if state not in (before, after) and not (job.rows and state.endswith("rows")):
-            found["wrong"].append([operations[place], f"neither old nor new: {state}"])
-        found["new" if state == after else "old"] += 1
-        if again != code:
-            found["wrong"].append([operations[place], f"exit code {again} afterwards: {told[-300:]}"])
-        if _state(job) != after or _steady(job) != bytes_after:
-            found["wrong"].append([operations[place], "the same command gave something else afterwards"])
-        if (names := _names(job)) != beside:
-            found["wrong"].append([operations[place], f"left: {sorted(set(names) ^ set(beside))}"])
-    found["killed"] = len(chosen)
-    print(
-        job.name, len(operations), len(chosen), found["old"], found["new"], found["wrong"], file=sys.stderr, flush=True
-    )
+        assert job.faults or stopped.code == -signal.SIGKILL, (job.name, place, stopped)
+        if not job.faults and stopped.found != digest_of(trees.now()):
+            found["wrong"].append([operations[place], "SIGKILL left another tree than there was"])
+        state, wrongs = judged(job, wanted, ended=stopped.code == job.ends)
+        found["new" if state == wanted.after else "old"] += 1
+        found["wrong"] += [[operations[place], wrong] for wrong in wrongs]
+    found["stopped"] = len(chosen)
     return found
 
 
-def _begin(job: Job) -> None:
+def row_of(job: Job, wanted: Wanted) -> dict[str, Any]:
+    """What is told of a job; nothing was stopped yet."""
+    return {
+        "name": job.name, "code": wanted.code, "ends": job.ends, "operations": wanted.operations, "output": wanted.said,
+        "old": 0, "new": 0, "wrong": [],
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What is in a folder.
+
+    Attributes:
+        state: What a reader finds.
+        content: Digest of the bytes that are the same in every run.
+        names: Of all files and folders.
+    """
+
+    state: str
+    content: str
+    names: list[str]
+
+
+def left_by(job: Job) -> Left:
+    """What a run left."""
+    return Left(state=_state(job), content=_steady(job), names=_names(job))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What an undisturbed run does, and what is there before and after it.
+
+    Attributes:
+        before: What a reader finds.
+        after: The same.
+        left: Of the whole folder.
+        again: Exit code of the same command where it did its work already.
+        code: Exit code.
+        operations: What it did.
+        said: Its output.
+    """
+
+    before: str
+    after: str
+    left: Left
+    again: int
+    code: int
+    operations: list[str]
+    said: str
+
+
+def undisturbed(job: Job) -> Wanted:
+    """Runs the command, and nothing happens to it."""
+    begin(job)
+    before = _state(job)
+    done = run(job)
+    left = left_by(job)
+    again = run(job).code
+    return Wanted(
+        before=before,
+        after=left.state,
+        left=left,
+        again=again,
+        code=done.code,
+        operations=done.operations,
+        said=done.said,
+    )
+
+
+def judged(job: Job, wanted: Wanted, watch: Watch | None = None, *, ended: bool = False) -> tuple[str, list[str]]:
+    """What is in the folder now, and what is wrong with it or with the same command in it.
+
+    Args:
+        job: The command.
+        wanted: What an undisturbed run gives.
+        watch: Of the run; what it found counts if it ended the run with `JOINED`.
+        ended: The run that left this said that it did its work, so the same command may find nothing to do.
+    """
+    wrong = []
+    state = _state(job)
+    if state not in (wanted.before, wanted.after) and not (job.rows and state.endswith("rows")):
+        wrong.append(f"neither old nor new: {state}")
+    again = run(job, watch)
+    if again.code == JOINED:
+        return state, wrong
+    if again.code != wanted.code and not (ended and state == wanted.after and again.code == wanted.again):
+        wrong.append(f"exit code {again.code} afterwards: {again.said[-300:]}")
+    left = left_by(job)
+    if (left.state, left.content) != (wanted.after, wanted.left.content):
+        wrong.append("the same command gave something else afterwards")
+    if left.names != wanted.left.names:
+        wrong.append(f"left: {sorted(set(left.names) ^ set(wanted.left.names))}")
+    if watch is not None and not wrong:
+        watch.ended_well(again.found)
+    return state, wrong
+
+
+JOINED = 77
+"""Exit code of a run that stands where another stood that ended well."""
+
+
+def trees_of(job: Job) -> Trees:
+    """States of its folder."""
+    return Trees(Path(job.folder), Path(job.folder).with_name("contents"))
+
+
+def begin(job: Job) -> None:
+    """The folder as it is at the beginning; of bundles only those that the command names."""
     shutil.rmtree(job.folder, ignore_errors=True)
-    shutil.copytree(job.template, job.folder, symlinks=True)
+    Path(job.folder).mkdir(parents=True)
+    for path in Path(job.template).iterdir():
+        if not path.is_dir():
+            shutil.copy2(path, job.folder)
+        elif path.name in {*job.words, job.shown.partition("/")[0]}:
+            shutil.copytree(path, Path(job.folder) / path.name, symlinks=True)
 
 
-def _run(job: Job, stop_at: int | None = None, fault: str = "") -> tuple[int, list[str], str]:
-    """Runs the command in a forked process: its exit code or signal, its operations and what it said."""
+class Watch(Protocol):
+    """Is asked before each operation of a run, in its process."""
+
+    def __call__(self, number: int, operation: str, name: str) -> None:
+        """May end the process or raise an error.
+
+        Args:
+            number: Of the operation.
+            operation: What it does, without what differs from run to run.
+            name: What it does it to.
+        """
+
+    def told(self) -> Any:
+        """What it found, for the process that started the run."""
+
+    def ended_well(self, found: Any) -> None:
+        """Hears, in that process, of a run after which everything was as it should be."""
+
+
+@dataclasses.dataclass(slots=True)
+class Stop:
+    """Kills the process before one operation, or lets it fail."""
+
+    trees: Trees
+    at: int
+    fault: str
+    found: str = ""
+
+    def __call__(self, number: int, operation: str, name: str) -> None:
+        if number != self.at:
+            return
+        if self.fault:
+            raise fault_of(self.fault, name)
+        tell([[], "", digest_of(self.trees.now())])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def told(self) -> None:
+        """Nothing: the process did not stop."""
+
+    def ended_well(self, found: Any) -> None:
+        """Nothing to remember."""
+
+
+def fault_of(fault: str, name: str) -> OSError:
+    """The error that the system would raise."""
+    number = getattr(errno, fault)
+    return OSError(number, os.strerror(number), name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """A run in a process of its own.
+
+    Attributes:
+        code: Exit code or signal.
+        operations: What it did.
+        said: Its output.
+        found: What the watch found.
+    """
+
+    code: int
+    operations: list[str]
+    said: str
+    found: Any
+
+
+_pipe = -1
+"""Where a forked process tells what it did."""
+
+_here = -1
+"""The process whose operations count, not those that it starts."""
+
+_watch: Watch | None = None
+"""Who is asked before its operations."""
+
+
+def tell(what: list[Any]) -> None:
+    """Tells it to the process that started this one."""
+    with os.fdopen(_pipe, "w") as stream:
+        json.dump(what, stream)
+
+
+def run(job: Job, watch: Watch | None = None) -> Done:
+    """Runs the command in a forked process."""
+
+    def command(operations: list[str]) -> int:
+        return _called(job, operations)
+
+    return forked(command, watch)
+
+
+def forked(command: Callable[[list[str]], int], watch: Watch | None) -> Done:
+    """Runs a function in a forked process; it returns its exit code and lists its operations."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        go_on(watch, writing)
         said = io.StringIO()
         operations: list[str] = []
         code = 99
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = _called(job, operations, stop_at, fault)
+                code = command(operations)
         except BaseException as error:
             said.write(repr(error))
-        with os.fdopen(writing, "w") as stream:
-            json.dump([operations, said.getvalue()[-4000:]], stream)
+        tell([operations, said.getvalue()[-4000:], _watch.told() if _watch else None])
         os._exit(code)
     os.close(writing)
+    return heard(pid, reading)
+
+
+def heard(pid: int, reading: int) -> Done:
+    """Waits for a forked process, and for what it tells."""
     with os.fdopen(reading) as stream:
         text = stream.read()
     _, status = os.waitpid(pid, 0)
-    operations, said = json.loads(text) if text else ([], "")
-    return os.waitstatus_to_exitcode(status), operations, said
+    return Done(os.waitstatus_to_exitcode(status), *(json.loads(text) if text else ([], "", None)))
 
 
-def _unclear(code: int, told: str, ends: int) -> str:
+def arm(hook: Callable[[str], None] | None) -> None:
+    """Calls this before each operation from now on."""
+    global _armed
+    _armed = hook
+
+
+def go_on(watch: Watch | None, pipe: int) -> None:
+    """A copy of a process is watched by another, and tells what it does through a pipe of its own."""
+    global _here, _pipe, _watch
+    _here, _pipe, _watch = os.getpid(), pipe, watch
+
+
+def unclear(code: int, told: str, ends: int) -> str:
     """What is wrong with how a fault was told: it is one line and exit code 6, if anything failed at all."""
     errors = [line for line in told.splitlines() if line.startswith(("error:", "internal error:"))]
     if code == ends and not errors:
@@ -177,9 +397,7 @@ def _unclear(code: int, told: str, ends: int) -> str:
     return ""
 
 
-def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) -> int:
-    global _armed
-    here = os.getpid()
+def _called(job: Job, operations: list[str]) -> int:
     from uwm_deploy.commands.failure import say
     from uwm_deploy.records import replacing
 
@@ -189,20 +407,21 @@ def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) ->
     def before(operation: str) -> None:
         reads, name = operation.startswith("read "), operation.partition(" ")[2]
         if (
-            os.getpid() != here
+            os.getpid() != _here
             or (reads and not job.faults)
             or (os.path.isabs(name) and not name.startswith(job.folder))
         ):
             return
-        operations.append(operation.replace(job.folder, "").replace(str(here), "PID"))
-        if len(operations) - 1 == stop_at:
-            if not job.faults:
-                os.kill(here, signal.SIGKILL)
-            number = getattr(errno, fault)
-            raise OSError(number, os.strerror(number), name)
+        operations.append(operation.replace(job.folder, "").replace(str(_here), "PID"))
+        if _watch is not None:
+            arm(None)  # it looks at files itself
+            try:
+                _watch(len(operations) - 1, operations[-1], name)
+            finally:
+                arm(before)
 
     os.chdir(job.folder)
-    _armed = before
+    arm(before)
     try:
         if function := _FUNCTIONS.get(job.words[0]):
             try:
@@ -216,7 +435,7 @@ def _called(job: Job, operations: list[str], stop_at: int | None, fault: str) ->
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:
-        _armed = None
+        arm(None)
     return 0
 
 
@@ -228,9 +447,9 @@ def _migrate_store(stored: Path, out: Path) -> None:
 
 def _accept(bundle: Path, at: Path) -> None:
     """What `baseline set` does with a report that passes, for one that does not."""
-    from uwm_deploy.bundle.open import open_bundle
+    from uwm_deploy.bundle.open import is_bundle, open_bundle
     from uwm_deploy.bundle.write import rewriting
-    from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline, write_baseline_into
+    from uwm_deploy.pipeline.baseline import accepted, write_baseline, write_baseline_into
     from uwm_deploy.pipeline.judge import report_of_bundle
 
     opened = open_bundle(bundle, allow_failed=True)
@@ -307,4 +526,4 @@ def _digest(files: Iterable[tuple[Path, Path]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("tests.faults.crash_points").main()  # as the module that `every_point` imports

@@ -172,6 +172,11 @@ def open_bundle(
     raise IntegrityError(f"{folder.name} is replaced again and again, or files disappear from it", fix=_RESTORE)
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, or was one when the process was killed that was about to put another in its place."""
+    return any((folder / MANIFEST).is_file() for folder in (path, displaced(path)) if folder is not None)
+
+
 def _held(path: Path) -> HeldFiles:
     """The folder's files; while it is being replaced there may be none for a moment, or it lies elsewhere."""
     for _ in range(_TRIES):

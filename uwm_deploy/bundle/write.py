@@ -10,7 +10,7 @@ from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.mlbom import BOM, bom_of
-from uwm_deploy.bundle.open import MANIFEST, Kept, open_bundle
+from uwm_deploy.bundle.open import MANIFEST, Kept, is_bundle, open_bundle
 from uwm_deploy.bundle.signature import SIGNATURE
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.bundle.statement import STATEMENT, statement_of
@@ -18,7 +18,7 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.records.bundle import BundleFile, Manifest
 from uwm_deploy.records.codec import record_from_json, write_record
 from uwm_deploy.records.evidence import VerifyReport
-from uwm_deploy.records.replacing import Workplace, displaced, replacing
+from uwm_deploy.records.replacing import Workplace, replacing
 from uwm_deploy.records.verdict import Result
 
 Sign = Callable[[str, Manifest], str]
@@ -92,7 +92,7 @@ def refuse_no_bundle(path: Path) -> None:
     Raises:
         InputError: If there is no bundle.
     """
-    if not (path / MANIFEST).is_file() and displaced(path) is None:
+    if not is_bundle(path):
         open_bundle(path, allow_failed=True)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from uwm_deploy.bundle.open import open_bundle
+from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.bundle.write import rewriting
 from uwm_deploy.errors import InputError
-from uwm_deploy.pipeline.baseline import accepted, is_bundle, write_baseline, write_baseline_into
+from uwm_deploy.pipeline.baseline import accepted, write_baseline, write_baseline_into
 from uwm_deploy.pipeline.judge import judge_with, report_at
 from uwm_deploy.pipeline.shipping import note_signature
 from uwm_deploy.recipes.resolve import policy_of

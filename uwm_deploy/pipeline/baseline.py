@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
+from uwm_deploy.bundle.open import Bundle, is_bundle, open_bundle
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.codec import json_from_record, record_from_json
@@ -111,11 +111,6 @@ def _checked(content: bytes, where: str) -> tuple[Baseline, Digest]:
     if _digest(baseline.report) != baseline.report_digest or json_from_record(baseline).encode() != content:
         raise IntegrityError(f"{where}: the baseline is not the report that was accepted", fix="restore it")
     return baseline, digest_of_bytes(content)
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle."""
-    return (path / MANIFEST).is_file()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

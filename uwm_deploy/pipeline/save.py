@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder
-from uwm_deploy.bundle.open import MANIFEST
+from uwm_deploy.bundle.open import is_bundle
 from uwm_deploy.errors import InputError, IntegrityError, UwmError
 from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.recipes.resolve import recipe_of
@@ -106,7 +106,7 @@ def edited_at(path: Path) -> tuple[Path, EditRecord]:
     Raises:
         InputError: If there is none.
     """
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         raise InputError(f"{path} is a bundle, which holds graphs and no model", fix="pass the run folder (.uwm/MODEL)")
     found = next(
         (p for p in (path / "edit", path, path.parent) if (p / RECORD).is_file() and (p / MODEL).is_dir()), None

@@ -90,7 +90,8 @@ class Workplace:
 def replacing(path: Path) -> Iterator[Workplace]:
     """The right to replace a folder, for one process at a time; a symbolic link is followed first.
 
-    What a killed process left is put right: the folder is there again, and what was beside it is gone.
+    What a killed process left is put right: the folder is there again, and what was beside it is gone. What fails when the
+    new folder is in place already leaves things as a killed process would, so the next command knows that the work is done.
 
     Raises:
         InputError: If another process has it.
@@ -103,8 +104,13 @@ def replacing(path: Path) -> Iterator[Workplace]:
         with disk_errors(path):
             finished = _recovered(target, folder)
         yield Workplace(path=target, folder=folder, finished=finished)
-    finally:
-        _left(folder, lock)
+    except BaseException:
+        if _in_place(target, folder):
+            release(lock)
+        else:
+            _left(folder, lock)
+        raise
+    _left(folder, lock)
 
 
 def tidied(path: Path) -> None:
@@ -191,17 +197,22 @@ def _left(folder: Path, lock: int) -> None:
 
 def _recovered(target: Path, folder: Path) -> bool:
     """Puts right what a killed process left; whether its folder was in place already."""
-    old, replaces = folder / _OLD, folder / _REPLACES
+    old = folder / _OLD
     if old.exists() and not os.path.lexists(target):
         old.rename(target)
         sync_folder(target.parent)
-    before = replaces.read_text() if replaces.is_file() else None
-    finished = before is not None and _identity(target) not in (0, int(before or 0))
-    if finished:
+    if _in_place(target, folder):
         folder.chmod(0o700 | _DONE)
     finished = bool(folder.stat().st_mode & _DONE)
     _cleared(folder)
     return finished
+
+
+def _in_place(target: Path, folder: Path) -> bool:
+    """Whether the new folder took the place of the one that was there when it was about to."""
+    replaces = folder / _REPLACES
+    before = replaces.read_text() if replaces.is_file() else None
+    return before is not None and _identity(target) not in (0, int(before or 0))
 
 
 def _cleared(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
-from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
@@ -99,7 +99,7 @@ def dossier_of(
         InputError: If the folder is neither, or was not verified yet, or one of the others is of other weights.
         IntegrityError: If a digest or a record is not what it should be.
     """
-    dossier = _of_bundle(path) if (path / MANIFEST).is_file() else _of_run(path)
+    dossier = _of_bundle(path) if is_bundle(path) else _of_run(path)
     if sweep is not None:
         swept = read_record(SweepReport, sweep)
         if swept.model.weights_digest != dossier.verify.model.weights_digest:

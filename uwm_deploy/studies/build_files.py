@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
-from uwm_deploy.bundle.open import MANIFEST, Bundle, engine_path, open_bundle
+from uwm_deploy.bundle.open import Bundle, engine_path, is_bundle, open_bundle
 from uwm_deploy.data.evaluation import evaluation_source_in
 from uwm_deploy.edits.canary_files import read_canaries
 from uwm_deploy.errors import InputError
@@ -79,7 +79,7 @@ def build_files(path: Path) -> BuildFiles:
         InputError: If the folder is neither.
         IntegrityError: If a bundle's digests do not match.
     """
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         return _files_of_bundle(open_bundle(path, allow_failed=True))
     return _files_of_run(path)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uwm_deploy.bundle.open import MANIFEST, Bundle, open_bundle
+from uwm_deploy.bundle.open import Bundle, is_bundle, open_bundle
 from uwm_deploy.edits.methods import methods_from_name
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.request import Request
@@ -43,7 +43,7 @@ class Subject:
     @property
     def is_bundle(self) -> bool:
         """Whether it is a bundle, which needs no torch."""
-        return self.bundle or (Path(self.model) / MANIFEST).is_file()
+        return self.bundle or is_bundle(Path(self.model))
 
 
 def subject_from(text: str, request: Request | None = None) -> Subject:

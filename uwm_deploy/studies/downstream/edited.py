@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from uwm_deploy.bundle.open import MANIFEST, open_bundle
+from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import checked_model, edited_at
 from uwm_deploy.recipes.resolve import recipe_of
@@ -66,7 +66,7 @@ def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_ve
         InputError: If it is none of these, or a signature is asked of what has none.
         IntegrityError: If a bundle was changed, is not signed by that key, or is too old.
     """
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
         return EditedAt(path=path, source="bundle", model=None, record=bundle.manifest.edit)
     if public_key is not None or min_bundle_version:
