@@ -86,7 +86,10 @@ def commands(page: Path) -> list[Command]:
             found.append(Command(page=name, line=block.line, text=text, python=True, before=block.before))
         elif block.language in (None, "", *_SHELLS):
             joined = re.sub(r"\\\n\s*", "", "\n".join(block.lines))
-            for line in (line.strip().removeprefix("$ ") for line in joined.split("\n")):
-                if line and (block.language in _SHELLS or _PROGRAMS.match(line)):
-                    found.append(Command(page=name, line=block.line, text=line, python=False, before=block.before))
+            lines = (line.strip().removeprefix("$ ") for line in joined.split("\n"))
+            found += [
+                Command(page=name, line=block.line, text=line, python=False, before=block.before)
+                for line in lines
+                if line and (block.language in _SHELLS or _PROGRAMS.match(line))
+            ]
     return found

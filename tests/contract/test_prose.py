@@ -18,7 +18,7 @@ from uwm_deploy.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MEAN_WORDS, MEAN_WORDS_OF_A_PAGE = 20, 25
+MEAN_WORDS, MEAN_WORDS_OF_A_PAGE, MOST_WORDS = 15, 20, 30
 
 DIALECT = {
     r"undone on top of": "replaced",
@@ -54,13 +54,21 @@ def prose(text: str) -> str:
     return re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "\n\n", text, flags=re.MULTILINE)
 
 
-def sentence_lengths(text: str) -> list[int]:
-    """Words of each sentence; a span of code is one word."""
+def sentences(text: str) -> list[str]:
+    """Each sentence of a page; a span of code is one word."""
     plain = re.sub(r"`[^`]*`", "X", prose(text)).replace("**", "")
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
-    sentences = itertools.chain.from_iterable(re.split(r"(?<=[.!?])\s+(?=[A-Z\"(*])", part) for part in paragraphs)
-    counts = (len(re.findall(r"[A-Za-z0-9][\w'%.,/-]*", sentence)) for sentence in sentences)
-    return [count for count in counts if count]
+    return [found for part in paragraphs for found in re.split(r"(?<=[.!?])\s+(?=[A-Z\"(*])", part) if words_of(found)]
+
+
+def words_of(sentence: str) -> int:
+    """Numbers count as words."""
+    return len(re.findall(r"[A-Za-z0-9][\w'%.,/-]*", sentence))
+
+
+def sentence_lengths(text: str) -> list[int]:
+    """Words of each sentence."""
+    return [words_of(sentence) for sentence in sentences(text)]
 
 
 def test_sentences_are_counted_as_a_reader_would() -> None:
@@ -76,6 +84,12 @@ def test_sentences_are_short() -> None:
     assert {name: mean for name, mean in long.items() if mean > MEAN_WORDS_OF_A_PAGE} == {}
     every = [count for found in lengths.values() for count in found]
     assert sum(every) / len(every) <= MEAN_WORDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_sentence_is_long(page: Path) -> None:
+    """One idea each: what needs more words is two sentences; the message shows where to split."""
+    assert [text for text in sentences(page.read_text()) if words_of(text) > MOST_WORDS] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

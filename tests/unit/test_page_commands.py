@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,9 +196,7 @@ def looked_at(words: list[str], folder: Path) -> None:
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, built: tuple[Request, Outcome], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], Path]]:
+def place(tmp_path: Path, built: tuple[Request, Outcome], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """A folder as a reader of the page has it."""
     request, _ = built
 
@@ -223,7 +221,7 @@ def place(
         _data(tmp_path, page)
         return tmp_path
 
-    yield ready
+    return ready
 
 
 def _data(folder: Path, page: str) -> None:
