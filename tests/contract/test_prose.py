@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -106,6 +108,24 @@ def test_help_uses_the_words_of_the_field(name: str) -> None:
     text = " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())
     found = {pattern: words for pattern, words in DIALECT.items() if re.search(pattern, text)}
     assert not found
+
+
+def _options(command: click.Command) -> Iterator[click.Option]:
+    yield from (option for option in command.params if isinstance(option, click.Option))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context := click.Context(command)):
+            yield from _options(cast("click.Command", command.get_command(context, name)))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_of_an_option_says_what_it_is(name: str) -> None:
+    """It begins with a noun or a verb of its own, so that it is understood without the option above it."""
+    command = cast("click.Command", cli.get_command(click.Context(cli), name))
+    found = [option.help for option in _options(command) if option.help]
+    assert found
+    assert [
+        text for text in found if re.match(r"(?:Of|For each|Whose|At most|The same|Only this|A certain|Why)\b", text)
+    ] == []
 
 
 def messages() -> Iterator[tuple[str, str]]:
