@@ -58,6 +58,8 @@ DEAR_PAGES = ("docs/how-to/safety-head.md",)
 LOOSE = """format = 1
 name = "loose"
 required = ["onnx"]
+min_proven = 1
+edit = []
 [[artifact]]
 metric = "parity.cosine_min"
 at_least = 0.5
@@ -72,6 +74,7 @@ BEFORE = {
         "uwm-deploy build --model demo --method none --work none --out dist/none",
         "uwm-deploy embed dist/none photos --out embeddings",
     ],
+    "docs/how-to/refit.md": ["uwm-deploy build --model demo"],
     "docs/reference/report.md": [
         "uwm-deploy build --model demo --precision fp32 --precision int8 --target onnxruntime",
         "uwm-deploy sweep --model demo --method uwm --keep-mass 0.9,0.98",
