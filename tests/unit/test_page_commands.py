@@ -223,6 +223,8 @@ def place(tmp_path: Path, built: tuple[Request, Outcome], monkeypatch: pytest.Mo
         shutil.copytree(ROOT / "ci", tmp_path / "ci")
         (tmp_path / "docs").symlink_to(ROOT / "docs")
         write_sets(tmp_path)
+        calibration = (tmp_path / "cal.toml").read_text()
+        put(tmp_path / "cal.toml", calibration.replace("limit = 96", "limit = 160"))  # training holds out 16 or more
         recipe = (ROOT / "export" / "demo.toml").read_text()
         recipe = recipe.replace('"demo-test"', '"eval.toml"').replace(
             'calibration = "demo"', 'calibration = "cal.toml"'
