@@ -53,7 +53,7 @@ DEAR = re.compile(
     r"uwm-deploy (?:build|edit|score|sweep|evaluate|compare|refit|compile|train|reproduce|diagnose|bench|look|save)\b"
     r"|g\+\+|ln |\./embed|.*--sweep|model_signing"
 )
-DEAR_PAGES = ("docs/how-to/safety-head.md",)
+DEAR_PAGES = ("docs/how-to/safety-head.md", "docs/how-to/migrate.md")
 
 LOOSE = """format = 1
 name = "loose"
