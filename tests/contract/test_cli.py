@@ -395,7 +395,7 @@ def error_of(result: Result) -> Mapping[str, Any]:
         (["build", "--model", "demo", "--keep-mass", "1.5"], 2, "range"),
         (["gate", "nowhere"], 2, "nowhere"),
         (["inspect", "nowhere"], 2, "nowhere"),
-        (["nonsense"], 2, "no such command"),
+        (["nonsense"], 2, "no command 'nonsense'"),
     ],
 )
 def test_bad_usage_is_one_line_with_its_exit_code(
@@ -408,6 +408,38 @@ def test_bad_usage_is_one_line_with_its_exit_code(
     assert message in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["biuld"], "no command 'biuld'; nearest: build; see `cli --help`"),
+        (["data", "chek"], "no command 'chek'; nearest: check; see `cli data --help`"),
+        (["build", "--modle", "x"], "no option '--modle'; nearest: --model, --method; see `cli build --help`"),
+        (
+            ["train", "safe-clip", "--epoch=3"],
+            "no option '--epoch'; nearest: --epochs; see `cli train safe-clip --help`",
+        ),
+        (["build", "--model"], "option '--model' has no value; write it behind the option"),
+        (["build", "more"], "unexpected argument 'more'; see `cli build --help`"),
+        (
+            ["bench", "x", "--batch", "zero"],
+            "invalid value for '--batch': 'zero' is not a whole number; see `cli bench --help`",
+        ),
+        (
+            ["bench", "x", "--seconds", "a"],
+            "invalid value for '--seconds': 'a' is not a number; see `cli bench --help`",
+        ),
+        (
+            ["build", "--workers", "a"],
+            "invalid value for '--workers': 'a' is not a whole number; see `cli build --help`",
+        ),
+        (["gate"], "missing argument 'REPORT'; see `cli gate --help`"),
+    ],
+)
+def test_errors_of_click_look_like_ours(arguments: list[str], line: str) -> None:
+    """What is wrong, a semicolon, how to fix it: the same words for the same thing, the nearest name first."""
+    assert CliRunner().invoke(cli, arguments).stderr == f"error: {line}\n"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +20,7 @@ from uwm_deploy.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MEAN_WORDS, MEAN_WORDS_OF_A_PAGE = 20, 25
+MEAN_WORDS, MEAN_WORDS_OF_A_PAGE, MOST_WORDS = 15, 20, 30
 
 DIALECT = {
     r"undone on top of": "replaced",
@@ -54,13 +56,21 @@ def prose(text: str) -> str:
     return re.sub(r"^\s*(?:[-*]|\d+\.)\s+", "\n\n", text, flags=re.MULTILINE)
 
 
-def sentence_lengths(text: str) -> list[int]:
-    """Words of each sentence; a span of code is one word."""
+def sentences(text: str) -> list[str]:
+    """Each sentence of a page; a span of code is one word."""
     plain = re.sub(r"`[^`]*`", "X", prose(text)).replace("**", "")
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", plain))
-    sentences = itertools.chain.from_iterable(re.split(r"(?<=[.!?])\s+(?=[A-Z\"(*])", part) for part in paragraphs)
-    counts = (len(re.findall(r"[A-Za-z0-9][\w'%.,/-]*", sentence)) for sentence in sentences)
-    return [count for count in counts if count]
+    return [found for part in paragraphs for found in re.split(r"(?<=[.!?])\s+(?=[A-Z\"(*])", part) if words_of(found)]
+
+
+def words_of(sentence: str) -> int:
+    """Numbers count as words."""
+    return len(re.findall(r"[A-Za-z0-9][\w'%.,/-]*", sentence))
+
+
+def sentence_lengths(text: str) -> list[int]:
+    """Words of each sentence."""
+    return [words_of(sentence) for sentence in sentences(text)]
 
 
 def test_sentences_are_counted_as_a_reader_would() -> None:
@@ -79,6 +89,12 @@ def test_sentences_are_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_sentence_is_long(page: Path) -> None:
+    """One idea each: what needs more words is two sentences; the message shows where to split."""
+    assert [text for text in sentences(page.read_text()) if words_of(text) > MOST_WORDS] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_pages_use_the_words_of_the_field(page: Path) -> None:
     """None of the dialect; the message says what to write."""
     text = " ".join(prose(page.read_text()).split())
@@ -92,6 +108,24 @@ def test_help_uses_the_words_of_the_field(name: str) -> None:
     text = " ".join(CliRunner().invoke(cli, [name, "--help"]).output.split())
     found = {pattern: words for pattern, words in DIALECT.items() if re.search(pattern, text)}
     assert not found
+
+
+def _options(command: click.Command) -> Iterator[click.Option]:
+    yield from (option for option in command.params if isinstance(option, click.Option))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context := click.Context(command)):
+            yield from _options(cast("click.Command", command.get_command(context, name)))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_of_an_option_says_what_it_is(name: str) -> None:
+    """It begins with a noun or a verb of its own, so that it is understood without the option above it."""
+    command = cast("click.Command", cli.get_command(click.Context(cli), name))
+    found = [option.help for option in _options(command) if option.help]
+    assert found
+    assert [
+        text for text in found if re.match(r"(?:Of|For each|Whose|At most|The same|Only this|A certain|Why)\b", text)
+    ] == []
 
 
 def messages() -> Iterator[tuple[str, str]]:

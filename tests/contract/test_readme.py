@@ -42,6 +42,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_link_is_called_by_what_it_leads_to(page: Path) -> None:
+    """Never by the name of a file, which a reader of the site does not see."""
+    assert re.findall(r"\[[\w./-]+\.md\]\([^)]*\)", page.read_text()) == []
+
+
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
 def test_every_page_is_on_the_site(page: Path) -> None:
     """It is in the site's list and on the first page, and links nothing that is not in docs/."""

@@ -30,8 +30,8 @@ class AcceptOptions:
     """Where the report is kept, who accepts it, and why."""
 
     at: Path = option("--at", required=True, type=PATH, help="Folder, or a bundle, that the baseline is stored in.")
-    by: str = option("--by", required=True, help="Who accepts it.")
-    reason: str = option("--reason", required=True, help="Why.")
+    by: str = option("--by", required=True, help="Who accepts the report.")
+    reason: str = option("--reason", required=True, help="Reason to accept it.")
 
 
 @baseline.command("set")

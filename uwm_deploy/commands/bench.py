@@ -32,7 +32,7 @@ class TimingOptions:
         "--seconds",
         default=2.0,
         type=click.FloatRange(0, 3600, min_open=True),
-        help="For each variant, tower and batch.",
+        help="Seconds to measure each variant, tower and batch.",
     )
     reference: str = option(
         "--torch",
@@ -44,7 +44,7 @@ class TimingOptions:
         "--threads",
         default=0,
         type=click.IntRange(min=0),
-        help="Of each on the CPU, PyTorch too. [default: what each takes, which may differ; shown]",
+        help="CPU threads of every variant and of PyTorch. [default: each one's own choice, which the result shows]",
     )
     table: Path | None = option("--csv", type=PATH, help="Write the numbers here as CSV.")
     picture: Path | None = option("--picture", type=PATH, help="Write a picture here (PNG).")

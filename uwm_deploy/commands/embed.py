@@ -28,9 +28,9 @@ class EmbedOptions:
     out: Path = option(
         "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of Parquet parts."
     )
-    kind: str = option("--kind", default="images", type=click.Choice(["images", "texts"]), help="Of SOURCE.")
+    kind: str = option("--kind", default="images", type=click.Choice(["images", "texts"]), help="What SOURCE holds.")
     dtype: str = option(
-        "--dtype", default="float32", type=click.Choice(["float32", "float16"]), help="Of the embeddings."
+        "--dtype", default="float32", type=click.Choice(["float32", "float16"]), help="Type of the embeddings."
     )
     key: str = option("--key", default="key", help="Column of a table with the items' keys.")
     column: str = option(
@@ -43,9 +43,9 @@ class EmbedOptions:
         type=click.IntRange(1, 1 << 20),
         help="Rows per part; a killed run loses at most these.",
     )
-    variant: str | None = option("--variant", help="A certain variant. [default: the best one for this machine]")
+    variant: str | None = option("--variant", help="Variant to embed with. [default: the best one for this machine]")
     device: str = option(
-        "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where it must run."
+        "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Device that it must run on."
     )
 
 

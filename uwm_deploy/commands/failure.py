@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -49,10 +51,8 @@ def failure_of(error: BaseException) -> Failure:
         kind = error.kind if isinstance(error, StoppedError) else type(error).__name__
         return Failure(kind=kind, what=error.what, fix=error.fix, exit_code=int(error.exit_code))
     if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        fix = f"see `{context.command_path} --help`" if context else ""
-        what = _as_ours(visible(" ".join(error.format_message().split()), LONGEST_LINE))
-        return Failure(kind="UsageError", what=what, fix=fix, exit_code=error.exit_code)
+        what, fix = _as_ours(error)
+        return Failure(kind="UsageError", what=visible(what, LONGEST_LINE), fix=fix, exit_code=error.exit_code)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "finished stages are kept, the next run resumes after them"
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
@@ -72,9 +72,40 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
-def _as_ours(sentence: str) -> str:
-    """What click says, in the form of every other error: no capital, no full stop."""
-    return sentence[:1].lower() + sentence[1:].removesuffix(".")
+_SAID = (
+    (r"[.,]? ?\(?Did you mean (?:one of: )?.*", ""),
+    (r"^[Nn]o such (command|option):? ", r"no \1 "),
+    (r"is not a valid (?:integer|int)(?: range)?", "is not a whole number"),
+    (r"is not a valid float(?: range)?", "is not a number"),
+    (r"^[Gg]ot unexpected extra arguments? \((.*)\)", r"unexpected argument '\1'"),
+    (r"^Option '(.*)' requires an argument", r"option '\1' has no value"),
+)
+"""What click says, and what every other error of this project would say."""
+
+
+def _as_ours(error: click.ClickException) -> tuple[str, str]:
+    """What click says, in the form of every other error: no capital, no full stop, the nearest names in the fix."""
+    what = " ".join(error.format_message().split())
+    for theirs, ours in _SAID:
+        what = re.sub(theirs, ours, what)
+    context = getattr(error, "ctx", None)
+    near = _nearest(error, context)
+    fixes = [f"nearest: {', '.join(near)}"] if near else []
+    if isinstance(error, click.BadOptionUsage):
+        fixes.append("write it behind the option")
+    if context:
+        fixes.append(f"see `{context.command_path} --help`")
+    return what[:1].lower() + what[1:].removesuffix("."), "; ".join(fixes)
+
+
+def _nearest(error: click.ClickException, context: click.Context | None) -> list[str]:
+    """Commands or options with a name like the one that there is not."""
+    if isinstance(error, click.NoSuchOption):
+        return difflib.get_close_matches(error.option_name, error.possibilities or (), n=3, cutoff=0.4)
+    name = re.match(r"No such command '(.*?)'", error.format_message())
+    if name is None or context is None or not isinstance(context.command, click.Group):
+        return []
+    return difflib.get_close_matches(name[1], context.command.list_commands(context), n=3, cutoff=0.5)
 
 
 def say(error: BaseException, *, as_json: bool) -> int:

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class MigrateOptions:
     """Whose embeddings they are, and whose they are to become."""
 
-    bundle: Path = option("--bundle", required=True, type=PATH, help="Whose embeddings they are to become.")
+    bundle: Path = option("--bundle", required=True, type=PATH, help="Bundle into whose space the embeddings go.")
     out: Path = option("--out", required=True, type=PATH, help="New store, of the same kind as STORED.")
     tower: str | None = option(
         "--tower",
         type=click.Choice(["image", "text"]),
-        help="Whose embeddings they are, where STORED does not say it.",
+        help="Tower that made the embeddings, where STORED does not say it.",
     )
     variant: str | None = option(
-        "--variant", help="Whose embeddings they are to lie beside. [default: a proven one in float32]"
+        "--variant", help="Variant that makes the embeddings beside them. [default: a proven one in float32]"
     )
     keys: Path | None = option(
         "--keys",

@@ -259,7 +259,7 @@ class ScoringOptions:
         "--score-dtype",
         default="fp32",
         type=click.Choice(["fp32", "bf16"]),
-        help="Of the forward passes while scoring; with bf16 masks may differ, by how much is printed.",
+        help="Precision of the forward passes while scoring; with bf16 masks may differ, and the difference is printed.",
     )
 
 

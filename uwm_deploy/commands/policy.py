@@ -30,7 +30,7 @@ class LockOptions:
     """What is locked, by whom, and where it is written."""
 
     out: Path = option("--out", required=True, type=FILE, help="File that the lock is written to; never replaced.")
-    by: str = option("--by", required=True, help="Who answers for it.")
+    by: str = option("--by", required=True, help="Who answers for the criteria.")
     evaluation: str = option(
         "--evaluation", default="", shell_complete=DATA_SETS, help="Set that will be measured. [default: any]"
     )

@@ -185,9 +185,9 @@ class SelftestOptions:
     """What the gate is tested with."""
 
     faults: tuple[str, ...] = repeated(
-        "--fault", metavar="NAME", help="Plant only this one; may be repeated. [default: all]"
+        "--fault", metavar="NAME", help="Plant only this fault; repeatable. [default: all]"
     )
-    rebuilds: int = option("--rebuilds", default=60, type=click.IntRange(min=0), help="Honest rebuilds.")
+    rebuilds: int = option("--rebuilds", default=60, type=click.IntRange(min=0), help="Number of honest rebuilds.")
     peers: bool = option("--peers/--no-peers", default=True, help="Put the artifacts through other tools' checks.")
     markdown: Path | None = option("--markdown", type=FILE, help="Write the table to this file.")
 
@@ -230,7 +230,9 @@ def selftest(asked: SelftestOptions) -> Shown:
 class DiagnosedOptions:
     """What is looked into."""
 
-    variant: str | None = option("--variant", help="Only this one. [default: those that failed, or all when none did]")
+    variant: str | None = option(
+        "--variant", help="Variant to walk through. [default: those that failed, or all when none did]"
+    )
 
 
 @click.command()

@@ -154,7 +154,7 @@ class SaveOptions:
         type=click.Choice(["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]),
         help="Library that is to load it.",
     )
-    out: Path = option("--out", required=True, type=PATH, help="New folder.")
+    out: Path = option("--out", required=True, type=PATH, help="Folder for the result.")
 
 
 @click.command()

@@ -47,7 +47,7 @@ class SweepOptions:
         type=click.FloatRange(min=0),
         help="Pick the highest GS among the points that lose at most this many points of zero-shot mean.",
     )
-    out: Path | None = option("--out", type=PATH, help="Folder. [default: .uwm/MODEL/sweep]")
+    out: Path | None = option("--out", type=PATH, help="Folder of the results. [default: .uwm/MODEL/sweep]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +119,10 @@ class ComparedOptions:
     calibration: str | None = option(
         "--calibration",
         shell_complete=DATA_SETS,
-        help="Set that all are made on: name or TOML. [default: the recipe's]",
+        help="Set that all rows are made on: name or TOML. [default: the recipe's]",
     )
     evaluation: str | None = option(
-        "--evaluation", shell_complete=DATA_SETS, help="Set that all are measured on. [default: the recipe's]"
+        "--evaluation", shell_complete=DATA_SETS, help="Set that all rows are measured on. [default: the recipe's]"
     )
     zero_shot: tuple[str, ...] = repeated(
         "--zero-shot", help="Zero-shot sets, as in evaluate. [default: the evaluation set's]"
@@ -131,7 +131,7 @@ class ComparedOptions:
     train_options: tuple[str, ...] = repeated(
         "--train-option",
         metavar="--NAME=VALUE",
-        help="Passed on to every train command, such as --epochs=3; repeatable.",
+        help="Option for every train command, such as --epochs=3; repeatable.",
     )
 
 
@@ -139,8 +139,8 @@ class ComparedOptions:
 class ComparisonFolders:
     """Where models and tables go."""
 
-    work: Path | None = option("--work", type=PATH, help="Models. [default: .uwm/MODEL/compare]")
-    out: Path | None = option("--out", type=PATH, help="Tables, picture. [default: WORK/report]")
+    work: Path | None = option("--work", type=PATH, help="Folder of the models. [default: .uwm/MODEL/compare]")
+    out: Path | None = option("--out", type=PATH, help="Folder of tables and picture. [default: WORK/report]")
 
 
 @click.command()
@@ -190,7 +190,7 @@ def compare(
 class PublishedOptions:
     """What a published table is measured with."""
 
-    demo: bool = flag("--demo", help="The same code on the demo model and its sets; nothing is published for it.")
+    demo: bool = flag("--demo", help="Run the code on the demo model and its sets; nothing is published for it.")
     calibration: str | None = option(
         "--calibration", shell_complete=DATA_SETS, help="Set that edits are made from. [default: the table's]"
     )

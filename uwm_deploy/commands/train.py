@@ -60,7 +60,7 @@ class PublishedSettings:
     """What a user may change of the published settings."""
 
     epochs: int | None = option(
-        "--epochs", type=click.IntRange(1), help="At most so many. [default: the recipe's or published]"
+        "--epochs", type=click.IntRange(1), help="Most epochs. [default: the recipe's or published]"
     )
     batch: int | None = option(
         "--batch", type=click.IntRange(2), help="Quadruples per step. [default: the recipe's or published]"
@@ -68,14 +68,16 @@ class PublishedSettings:
     rate: float | None = option(
         "--rate", type=_ABOVE_0, help="Learning rate of Adam. [default: the recipe's or published]"
     )
-    rank: int | None = option("--rank", type=click.IntRange(1), help="Of the adapters. [default: the recipe's or 16]")
+    rank: int | None = option(
+        "--rank", type=click.IntRange(1), help="Rank of the adapters. [default: the recipe's or 16]"
+    )
     alpha: float | None = option(
-        "--alpha", type=_ABOVE_0, help="Adapters count alpha / rank. [default: the recipe's or 1]"
+        "--alpha", type=_ABOVE_0, help="Weight of the adapters: alpha / rank. [default: the recipe's or 1]"
     )
     patience: int | None = option(
         "--patience",
         type=click.IntRange(1),
-        help="Epochs without a better loss or recall before it ends. [default: 5]",
+        help="Epochs without a better loss or recall before training ends. [default: 5]",
     )
     validation_share: float | None = option(
         "--validation-share",
@@ -90,9 +92,9 @@ class PublishedSettings:
     precision: str | None = option(
         "--precision",
         type=click.Choice(["fp32", "bf16"]),
-        help="Of the forward passes; weights stay float32. [default: fp32]",
+        help="Precision of the forward passes; weights stay float32. [default: fp32]",
     )
-    seed: int | None = option("--seed", type=click.IntRange(0), help="Of adapters and order. [default: 0]")
+    seed: int | None = option("--seed", type=click.IntRange(0), help="Seed of adapters and order. [default: 0]")
 
 
 def _trained(method: Trainer, source: TrainSource, settings: PublishedSettings) -> Shown:

@@ -79,8 +79,8 @@ class HeadRates:
     """Percent of safe images that each action is for."""
 
     flag: float = option("--flag", default=10.0, type=_RATE, help="Percent of safe images to flag.")
-    redirect: float = option("--redirect", default=5.0, type=_RATE, help="The same, to redirect.")
-    block: float = option("--block", default=1.0, type=_RATE, help="The same, to block.")
+    redirect: float = option("--redirect", default=5.0, type=_RATE, help="Percent of safe images to redirect.")
+    block: float = option("--block", default=1.0, type=_RATE, help="Percent of safe images to block.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +95,11 @@ class HeadTrainingOptions:
         type=click.FloatRange(0, min_open=True),
         help="Learning rate of AdamW at its peak.",
     )
-    width: int = option("--width", default=64, type=_SOME, help="Of the safety projector.")
+    width: int = option("--width", default=64, type=_SOME, help="Width of the safety projector.")
     tokens: int = option("--tokens", default=8, type=_SOME, help="Learned safety tokens.")
-    heads: int = option("--heads", default=4, type=_SOME, help="Of the attention.")
+    heads: int = option("--heads", default=4, type=_SOME, help="Heads of the attention.")
     seed: int = option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of first weights and order."
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of first weights and order."
     )
 
 

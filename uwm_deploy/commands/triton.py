@@ -46,21 +46,23 @@ class RepositoryOptions:
     """What is in the repository, and how the server runs it."""
 
     variant: str | None = option(
-        "--variant", help="A certain variant. [default: the first proven one that Triton serves]"
+        "--variant", help="Variant to serve. [default: the first proven one that Triton serves]"
     )
     place: str = option(
         "--place",
         default="auto",
         type=click.Choice(["auto", "cpu", "gpu"]),
-        help="Of the encoders; auto leaves it to the server, gpu makes it refuse to start without one.",
+        help="Where the encoders run; with auto the server decides, with gpu it does not start without one.",
     )
-    instances: int = option("--instances", default=1, type=click.IntRange(1, 64), help="Of each encoder, per device.")
+    instances: int = option(
+        "--instances", default=1, type=click.IntRange(1, 64), help="Instances of each encoder per device."
+    )
     preparing: int = option("--preparing", default=2, type=click.IntRange(1, 256), help="Processes that decode images.")
     max_delay_ms: float = option(
         "--max-delay-ms",
         default=2.0,
         type=click.FloatRange(0, 1000),
-        help="Longest wait of a row for others to fill a batch with.",
+        help="Longest time in ms that a row waits for a batch to fill.",
     )
     further: tuple[Path, ...] = repeated(
         "--further",
@@ -134,11 +136,13 @@ def triton_backends(folder: Path) -> Shown:
 class ServerOptions:
     """What the server should serve, and how it is asked."""
 
-    bundle: Path = option("--bundle", required=True, type=PATH, help="What it should serve.")
+    bundle: Path = option("--bundle", required=True, type=PATH, help="Bundle that the server should serve.")
     protocol: str = option(
         "--protocol", default="grpc", type=click.Choice(["grpc", "http"]), help="How the server is asked."
     )
-    timeout_s: float = option("--timeout", default=60.0, type=click.FloatRange(0.1, 3600), help="Of a call, in s.")
+    timeout_s: float = option(
+        "--timeout", default=60.0, type=click.FloatRange(0.1, 3600), help="Longest time of a call in s."
+    )
 
 
 @triton.command("check")

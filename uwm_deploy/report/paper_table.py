@@ -42,9 +42,9 @@ PRICE = {
 PRICE_COLUMNS = (*PRICE, *NEIGHBOURS, *SPREADS)
 
 _PRICE_NOTE = (
-    "hard: recall at 10 of the tenth of safe queries that look most unsafe to the first model; unsafe first: share of "
-    "unsafe queries whose first hit is unsafe, less is better; near: share of the ten nearest safe neighbours kept, and "
-    "spread: spread of safe embeddings, both against the first model"
+    "hard: recall at 10 of the tenth of safe queries that look most unsafe to the first model. Unsafe first: share of "
+    "unsafe queries whose first hit is unsafe, less is better. Near: share of the ten nearest safe neighbours kept. "
+    "Spread: spread of safe embeddings. The last two are against the first model."
 )
 
 _HEADS = {part.name: part.column for part in PUBLISHED}
