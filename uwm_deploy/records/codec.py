@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.model import SCHEMA_VERSION
 from uwm_deploy.records.shape import (
     LATER,
@@ -100,7 +100,7 @@ def read_record(cls: type[R], path: Path) -> R:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
+        raise unreadable(str(path), error, fix="check the path", kind=InputError) from error
     return record_from_json(cls, content, where=path.name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, unreadable
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import BENIGN, UNSAFE
 from uwm_deploy.records.files import digest_of_bytes
@@ -82,7 +82,7 @@ def prompts_of_file(file: Path, seed: int) -> tuple[list[Prompt], CalibrationRec
         data = file.read_bytes()
         rows = list(_rows(file, data.decode("utf-8-sig")))
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read: {error}", fix="use CSV or JSON lines in the format of I2P") from error
+        raise unreadable(str(file), error, fix="use CSV or JSON lines in the format of I2P", kind=DataError) from error
     if not rows:
         raise DataError(f"{file} has no rows", fix="use CSV or JSON lines in the format of I2P")
     found = [_prompt(file, number, row, seed + number) for number, row in enumerate(rows)]
