@@ -26,7 +26,7 @@ class EmbedOptions:
     """What the source holds, and how and where it is embedded."""
 
     out: Path = option(
-        "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of Parquet parts."
+        "--out", required=True, type=click.Path(path_type=Path, file_okay=False, readable=False), help="Folder of Parquet parts."
     )
     kind: str = option("--kind", default="images", type=click.Choice(["images", "texts"]), help="What SOURCE holds.")
     dtype: str = option(

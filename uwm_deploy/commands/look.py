@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from uwm_deploy.pipeline.search import Search
     from uwm_deploy.serve.local_page import LocalPage
 
-_THERE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_THERE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=False)
 
 
 @click.command()
