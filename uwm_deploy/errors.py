@@ -181,11 +181,6 @@ def visible(text: str, longest: int = LONGEST) -> str:
     return "".join(f"\\u{{{ord(c):x}}}" if is_hidden(c) else c for c in short)
 
 
-def visible_lines(text: str) -> str:
-    """The same for text of several lines, whose breaks are its own."""
-    return "\n".join(visible(line, LONGEST_LINE) for line in text.split("\n"))
-
-
 def is_hidden(character: str) -> bool:
     """Whether a character must be written out to be seen."""
     return unicodedata.category(character) in _HIDDEN
