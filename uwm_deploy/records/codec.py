@@ -142,6 +142,8 @@ def _decode_options(shape: Options, value: Any, where: str) -> Any:
         return _decode_record(shape.record, value, where)
     if isinstance(value, float) and not math.isfinite(value):  # of no option, and the kind would be right
         raise _mismatch(where, "a finite number", value)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise _mismatch(where, "a number of at most 64 bits", value)
     for option in shape.options:
         try:
             return _decode(option, value, where)
@@ -187,14 +189,19 @@ def _decode_enumeration(shape: Enumeration, value: Any, where: str) -> Enum:
 
 
 def _decode_scalar(shape: Scalar, value: Any, where: str) -> Any:
-    if shape.kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not -_LARGEST <= value <= _LARGEST:  # no float, and no library, holds it
+            raise _mismatch(where, "a number of at most 64 bits", value)
+        if shape.kind is float:
+            return float(value)
     if type(value) is not shape.kind:
         raise _mismatch(where, shape.name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise _mismatch(where, "a finite number", value)
     return value
 
+
+_LARGEST = 2**64
 
 _DECODERS: Mapping[type, Callable[[Any, Any, str], Any]] = {
     Record: _decode_record,
