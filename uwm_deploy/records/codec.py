@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.model import SCHEMA_VERSION
+from uwm_deploy.records.plain_json import reason_of
 from uwm_deploy.records.shape import (
     LATER,
     Choice,
@@ -75,7 +76,9 @@ def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
         body = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be written again
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where} is not valid JSON: {error}", fix="restore the file or build again") from error
+        raise IntegrityError(
+            f"{where} is not valid JSON: {reason_of(error)}", fix="restore the file or build again"
+        ) from error
     if not isinstance(body, dict):
         raise IntegrityError(f"{where} is not a JSON object", fix="restore the file or build again")
     version, kind = body.pop("schema_version", None), body.pop("record", None)

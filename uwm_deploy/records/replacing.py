@@ -33,6 +33,9 @@ _DONE = stat.S_ISVTX
 _LONGEST_NAME = 255
 """Bytes of a name in a folder."""
 
+_DIGITS = 20
+"""Of the number of a file, which has 64 bits."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """Without the call, by the file system, and by what filters system calls in a container."""
@@ -237,8 +240,8 @@ def _number_in(replaces: Path) -> int | None:
     """The identity that a killed process wrote; None where there is none, or where something else wrote the file."""
     if replaces.is_symlink() or not replaces.is_file():
         return None
-    said = replaces.read_bytes()[:_LONGEST_NAME]
-    return int(said) if said.isdigit() else None
+    said = replaces.read_bytes()
+    return int(said) if said.isdigit() and len(said) <= _DIGITS else None
 
 
 def _cleared(folder: Path) -> None:

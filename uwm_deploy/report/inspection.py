@@ -41,10 +41,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
-    manifest = open_bundle(path, allow_failed=True).manifest
-    file = path / BundleLayout.TRAINING
-    training = record_from_json(TrainingRecord, file.read_bytes(), where=file.name) if file.is_file() else None
-    return described_bundle(manifest, signed=(path / SIGNATURE).exists(), training=training)
+    bundle, name = open_bundle(path, allow_failed=True), BundleLayout.TRAINING
+    listed = any(file.path == name for file in bundle.manifest.files)
+    training = record_from_json(TrainingRecord, bundle.read(name), where=name) if listed else None
+    return described_bundle(bundle.manifest, signed=(path / SIGNATURE).exists(), training=training)
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:

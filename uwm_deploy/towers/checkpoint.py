@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn import Module
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TextSpec
 from uwm_deploy.records.plain_json import value_from_json
@@ -117,7 +117,27 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         with opened_weights(file) as opened:
             opened.keys()
+    _check_index(folder, {file.name for file in files})
     return files
+
+
+def _check_index(folder: Path, files: Set[str]) -> None:
+    """Refuses an index that is broken, or names a file that is not there: part of the weights would be made up."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    where, fix = f"{folder.name}/{index.name}", "fetch it again"
+    try:
+        body = value_from_json(index.read_bytes())
+    except OSError as error:
+        raise unreadable(where, error, fix=fix, kind=InputError) from error
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}", fix=fix) from error
+    named = body.get("weight_map") if isinstance(body, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise InputError(f"{where} does not say in which file a weight is", fix=fix)
+    if lost := sorted(set(named.values()) - files):
+        raise InputError(f"{where} names {lost[0]}, which is not there", fix=fix)
 
 
 def opened_weights(file: Path) -> AbstractContextManager[Any]:

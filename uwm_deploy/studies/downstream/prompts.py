@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import BENIGN, UNSAFE
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.names import segment_of
+from uwm_deploy.records.plain_json import value_from_json
 
 Rows = list[Mapping[str, Any]]
 
@@ -103,7 +103,7 @@ def _rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
         return
     for line in text.split("\n"):
         if line.strip():
-            row = json.loads(line)
+            row = value_from_json(line)
             if not isinstance(row, dict):
                 raise ValueError("a line is no JSON object")
             yield row
