@@ -12,6 +12,9 @@ _ALL = 100 + 1e-6
 """Percent, with room for rounding."""
 
 
+_PREFERENCE = frozenset(("P_ts", "P_tu", "P_vs", "P_vu", "Txt_s", "Img_s", "PS", "PU", "GS"))
+
+
 def _refuse_unless(possible: bool, what: str) -> None:
     if not possible:
         raise IntegrityError(f"there is no such number as {what}", fix="restore the file or build again")
@@ -190,6 +193,15 @@ class SafetyReport:
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
     items: ItemOutcomes | None = None
     geometry: Geometry | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a report that lacks one of the metrics, or has another one: all nine come from the same rows."""
+        for found in (self.preference, *self.per_concept.values()):
+            if wrong := set(found) ^ _PREFERENCE:
+                raise IntegrityError(
+                    f"{self.subject}: the SafeGround metrics are not the nine: {', '.join(sorted(wrong))}",
+                    fix="restore the file or build again",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
