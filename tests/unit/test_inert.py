@@ -28,8 +28,9 @@ RENDERER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 FROM_DATA = [
     r"\[click\](//evil.example/x)", "[click](//evil.example/x)", r"\\[c\\](x)", "![i](x)", r"!\[i\](x)", "[c][d]", "[c]: /x",
     "<b>x</b>", r"\<b>x\</b>", "<https://e.x>", "https://e.x", "www.e.x", "WWW.e.x", "a@b.c", "mailto:a@b.c", "&lt;b&gt;",
-    "`x`", r"\`x\`", "*x*", "**x**", r"\*x\*", "_x_", "__x__", "~~x~~", "# x", "#", "> x", "- x", "+ x", "* x", "1. x", "1) x",
-    "---", "***", "===", "    x", "a | b", r"a \| b", "\\", "|---|", "-", "x\n# y", "a\n\n<b>", "$x$", "snake_case_name",
+    "`x`", r"\`x\`", "*x*", "**x**", r"\*x\*", "_x_", "__x__", "~~x~~", "# x", "#", "> x", "- x", "+ x", "* x",
+    "1. x", "1) x", "---", "***", "===", "    x", "a | b", r"a \| b", "\\", "|---|", "-", "x\n# y", "a\n\n<b>", "$x$",
+    "snake_case_name",
 ]  # fmt: skip
 _TEXT = {"text", "paragraph_open", "paragraph_close", "inline", "text_special"}
 

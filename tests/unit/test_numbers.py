@@ -124,7 +124,22 @@ def test_a_report_has_all_nine_metrics() -> None:
     """One that is renamed is missing where it is read."""
     nine = dict.fromkeys(("P_ts", "P_tu", "P_vs", "P_vu", "Txt_s", "Img_s", "PS", "PU", "GS"), Proportion(**_SHARE))
     SafetyReport(subject="x", preference=nine, per_concept={"a": nine}, retrieval={}, zero_shot={})
-    for wrong in ({}, nine | {"P_tux": nine["PS"]}, {k: v for k, v in nine.items() if k != "P_tu"}):
+    SafetyReport(subject="x", preference={}, per_concept={}, retrieval={}, zero_shot={})
+    for wrong in (nine | {"P_tux": nine["PS"]}, {k: v for k, v in nine.items() if k != "P_tu"}):
         for preference, concepts in ((wrong, {"a": nine}), (nine, {"a": wrong})):
             with pytest.raises(IntegrityError, match="not the nine"):
                 SafetyReport(subject="x", preference=preference, per_concept=concepts, retrieval={}, zero_shot={})
+
+
+@pytest.mark.parametrize("place", [("original", "preference"), ("edited", "preference"), ("edit_effect",)])
+def test_a_report_measures_and_compares_two_models(place: tuple[str, ...], report: str, tmp_path: Path) -> None:
+    """One metric under another name, or none at all: refused where the report is read."""
+    for renamed in (True, False):
+        body = json.loads(report)
+        part = body[place[0]] if len(place) == 1 else body[place[0]][place[1]]
+        kept = dict(part)
+        part.clear()
+        if renamed:
+            part |= {f"{name}x" if name == "GS" else name: value for name, value in kept.items()}
+        code, output = _gate(json.dumps(body), tmp_path)
+        assert (code, "GS" in output) == (5, True), output[-300:]

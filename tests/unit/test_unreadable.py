@@ -70,15 +70,20 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 """Name of the file and its reader."""
 
 
+def _code_of(read: Callable[[Path], object], file: Path) -> int:
+    try:
+        read(file)
+    except UwmError as error:
+        return int(error.exit_code)
+    return 0
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_that_cannot_be_read_is_no_fact_about_the_input(name: str, tmp_path: Path) -> None:
     """Broken, it is refused or passed over as such; without a descriptor, or on a broken disk, the command ends with 6."""
     file, read = tmp_path / READERS[name][0], READERS[name][1]
     file.write_bytes(b"\xff")
-    try:
-        read(file)
-    except UwmError as error:
-        assert error.exit_code in (2, 3, 5), error
+    assert _code_of(read, file) in (0, 2, 3, 5)
     with no_more_files(), pytest.raises(UnreadableError, match=r"cannot be read: Too many open files"):
         read(file)
     if name == "graph":  # it is mapped, which does not read yet

@@ -12,7 +12,8 @@ _ALL = 100 + 1e-6
 """Percent, with room for rounding."""
 
 
-_PREFERENCE = frozenset(("P_ts", "P_tu", "P_vs", "P_vu", "Txt_s", "Img_s", "PS", "PU", "GS"))
+PREFERENCE = frozenset(("P_ts", "P_tu", "P_vs", "P_vu", "Txt_s", "Img_s", "PS", "PU", "GS"))
+"""Names of the SafeGround metrics."""
 
 
 def _refuse_unless(possible: bool, what: str) -> None:
@@ -195,9 +196,9 @@ class SafetyReport:
     geometry: Geometry | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a report that lacks one of the metrics, or has another one: all nine come from the same rows."""
+        """Refuses a report with some of the metrics, or another one: all nine come from the same rows."""
         for found in (self.preference, *self.per_concept.values()):
-            if wrong := set(found) ^ _PREFERENCE:
+            if found and (wrong := set(found) ^ PREFERENCE):
                 raise IntegrityError(
                     f"{self.subject}: the SafeGround metrics are not the nine: {', '.join(sorted(wrong))}",
                     fix="restore the file or build again",
