@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.unit.test_machine_failures import no_more_files
 from tests.unit.test_report import make, write_bundle
 from tests.unit.test_signature import write_keys
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.graphs.timing_cache import _alone
 from uwm_deploy.records.files import locked, write_atomic
 from uwm_deploy.records.locks import hold, release
@@ -89,6 +90,14 @@ def test_a_workplace_with_a_garbled_note_is_cleared(content: bytes, tmp_path: Pa
     with replacing(tmp_path / "b") as place:
         assert not place.finished
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_lock_that_cannot_be_made_leaves_no_workplace(tmp_path: Path) -> None:
+    """As without a descriptor: exit code 6, and nothing beside the bundle."""
+    (tmp_path / "b").mkdir()
+    with no_more_files(), pytest.raises(PrerequisiteError, match="too many files are open"), replacing(tmp_path / "b"):
+        pass
+    assert os.listdir(tmp_path) == ["b"]
 
 
 @pytest.mark.parametrize("name", ["b" * 252, "ü" * 126, "b" * 255])

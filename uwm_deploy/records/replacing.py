@@ -83,9 +83,7 @@ class Workplace:
             sync_folder(self.path)
 
     def _put_in_place(self, new: Path) -> None:
-        half = self.folder / f"{_REPLACES}.half"
-        half.write_text(str(_identity(self.path)))
-        half.rename(self.folder / _REPLACES)
+        (self.folder / _REPLACES).write_text(str(_identity(self.path)))  # in one step: it is whole, or empty
         if not os.path.lexists(self.path):
             new.rename(self.path)
         elif not exchange(new, self.path):
@@ -201,7 +199,12 @@ def _entered(folder: Path, path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # whoever had it has just taken it away
             if not stat.S_ISDIR(folder.lstat().st_mode):
                 raise InputError(f"{folder} is in the way", fix="remove it")
-            lock = hold(folder / _LOCK, f"another command is writing {path}", "wait for it")
+            try:
+                lock = hold(folder / _LOCK, f"another command is writing {path}", "wait for it")
+            except OSError:
+                with contextlib.suppress(OSError):  # as long as there is nothing in it, not even a lock
+                    folder.rmdir()
+                raise
             if lock is not None:
                 return lock
 
