@@ -128,18 +128,24 @@ def _has_memory() -> bool:
     return True
 
 
-def unreadable(what: str, error: BaseException, *, fix: str) -> UwmError:
+def unreadable(what: str, error: BaseException, *, fix: str, kind: type[UwmError] | None = None) -> UwmError:
     """The error for a file that cannot be read: of bad input, or of the machine where that is the reason.
+
+    This is the one rule for every reader: a file that is there and cannot be read, for want of a right as well, says nothing
+    about the input, and ends with exit code 6.
 
     Args:
         what: What was read, by name.
         error: What reading has raised.
         fix: How to mend the input.
+        kind: Of the error where the input is at fault; of a data set where it is left out.
     """
     reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or "it takes too much memory"
     told = f"{what} cannot be read: {reason}"
     if is_of_machine(error):
         return UnreadableError(told, fix="mend that on this machine, and run again")
+    if kind is not None:
+        return kind(told, fix=fix)
     missing = isinstance(error, OSError) and error.errno in _MISSING
     return MissingFileError(told, fix=fix) if missing else DataError(told, fix=fix)
 
@@ -173,11 +179,6 @@ def visible(text: str, longest: int = LONGEST) -> str:
     if short.isprintable():
         return short
     return "".join(f"\\u{{{ord(c):x}}}" if is_hidden(c) else c for c in short)
-
-
-def visible_lines(text: str) -> str:
-    """The same for text of several lines, whose breaks are its own."""
-    return "\n".join(visible(line, LONGEST_LINE) for line in text.split("\n"))
 
 
 def is_hidden(character: str) -> bool:

@@ -168,6 +168,42 @@ def _head(folder: Path) -> Reader:
     return Reader("json", [json.dumps(["a safe text", "another"]).encode()], texts_from)
 
 
+def _judged(folder: Path) -> Reader:
+    """A report up to the verdict, and every form in which the verdict is handed on."""
+    from datetime import UTC, datetime
+
+    from uwm_deploy.pipeline.judge import judge_file
+    from uwm_deploy.report.findings import verdict_line
+    from uwm_deploy.report.in_toto import evaluations_from_verdict
+    from uwm_deploy.report.markdown import markdown_from_verdict
+    from uwm_deploy.report.oscal import oscal_from_verdict
+
+    def read(path: Path) -> None:
+        verdict = judge_file(path, "demo")
+        verdict_line(verdict)
+        markdown_from_verdict(verdict)
+        evaluations_from_verdict(verdict, version="1")
+        oscal_from_verdict(verdict, version="1", at=datetime(2026, 1, 1, tzinfo=UTC))
+
+    seed = (write_run(make(), folder / "run") / "verify/verify.json").read_bytes()
+    return Reader("json", [seed], written(folder / "verify.json", read))
+
+
+def _workplace(folder: Path) -> Reader:
+    """What a killed process left beside a bundle."""
+    from uwm_deploy.records.replacing import replacing, workplace_of
+
+    def read(data: bytes) -> None:
+        (folder / "b").mkdir(exist_ok=True)
+        (place := workplace_of(folder / "b")).mkdir()
+        (place / "replaces").write_bytes(data)
+        with replacing(folder / "b"):
+            pass
+        assert not place.exists()
+
+    return Reader("bytes", [b"123456", b"0"], read)
+
+
 def _stamp(folder: Path) -> Reader:
     (folder / "x").write_text("x")
     stamp(folder, {"a": "b"})
@@ -386,6 +422,8 @@ READERS: Mapping[str, Callable[[Path], Reader]] = {
     "edit record": _record("edit/edit.json"),
     "score record": _record("score/score.json"),
     "engine record": _record("compile-onnxruntime-fp32/image.json"),
+    "judged report": _judged,
+    "workplace": _workplace,
     "baseline": _baseline,
     "model.sig": _signature,
     "keys": _keys,

@@ -19,7 +19,13 @@ ODD: tuple[Any, ...] = (
     "", "x", "x" * 5000, "../../x", "/etc", "a\nb", "\u202e\x1b[2J", "\x00", [], {}, [[]], [None], {"": None}, [1, "x"],
     _DEEP, _DIGITS, _HALF,
 )  # fmt: skip
+LARGE: tuple[Any, ...] = (
+    10**308, 10**309, -(10**309), 10**400, 10**4299, 1e308, -1e308, 1.7976931348623157e308, 2**64, 2**64 + 1, -1, 0, 5e-324,
+)  # fmt: skip
+"""Numbers that a parser gives, and that do not fit a float, a file's number, or arithmetic."""
+
 _TOML = (
+    "1" + "0" * 309, "-1" + "0" * 400, "9" * 4300, "1e308", "-1.7976931348623157e308",
     "-1", "0", "1e400", "nan", "inf", "true", '""', '"\\u0000"', '"../../x"', "[]", "{}", "[[[]]]", "1979-05-27", "07:32:00",
     "9" * 5000, "[" * 3000 + "]" * 3000, "a = 1", '"""x', "0x" + "f" * 300, '"' + "x" * 5000 + '"',
 )  # fmt: skip
@@ -139,8 +145,13 @@ def _changed(body: Any, chance: random.Random) -> Any:
         return chance.choice(ODD)
     part, key = chance.choice(places)
     other = chance.choice(places)
-    kind = chance.randrange(5)
-    if kind == 0:
+    kind = chance.randrange(7)
+    if kind == 5:
+        part, key = chance.choice([(p, k) for p, k in places if _is_number(p[k])] or [(part, key)])
+        part[key] = chance.choice(LARGE)
+    elif kind == 6:
+        _everywhere(places, chance)
+    elif kind == 0:
         del part[key]
     elif kind == 1 and isinstance(part, dict):
         part[f"{key}x"] = part.pop(key)
@@ -149,6 +160,19 @@ def _changed(body: Any, chance: random.Random) -> Any:
     else:
         part[key] = chance.choice(ODD)
     return body
+
+
+def _everywhere(places: list[tuple[Any, Any]], chance: random.Random) -> None:
+    """One number in the place of every float, of every whole number, or of all that have one name."""
+    kind, large = chance.choice((int, float)), chance.choice(LARGE)
+    name = chance.choice(places)[1] if chance.random() < 0.3 else None
+    for part, key in places:
+        if _is_number(part[key]) and (key == name if name is not None else isinstance(part[key], kind)):
+            part[key] = large
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text_of(body: Any) -> str:

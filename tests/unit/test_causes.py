@@ -29,6 +29,7 @@ from uwm_deploy.safeground.fidelity import row_parity
 from uwm_deploy.safeground.health import Differences, anisotropy, data_health
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.safeground.outcomes import flips_by_concept, flips_since
+from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.stages.gate.anomalies import BETTER, as_published
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.gate.soundness import absent_concepts
@@ -417,7 +418,8 @@ def published_report(value: float, **changes: object) -> VerifyReport:
     """The model and the set of a published table, with one of its numbers."""
     made = report(400)
     gs = Proportion(value=value, n=5000, low=value - 0.3, high=value + 0.3)
-    original = dataclasses.replace(made.original, preference={"GS": gs}, retrieval={}, zero_shot={})
+    others = dict.fromkeys(METRICS, dataclasses.replace(gs, low=0.0, high=100.0))
+    original = dataclasses.replace(made.original, preference=others | {"GS": gs}, retrieval={}, zero_shot={})
     recipe = recipe_of("clip-vit-l14")[0].model
     model = dataclasses.replace(made.model, name="clip-vit-l14", repo=recipe.repo, revision=recipe.revision)
     model = dataclasses.replace(model, **changes)  # type: ignore[arg-type]

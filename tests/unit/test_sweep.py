@@ -22,6 +22,7 @@ from uwm_deploy.records.metrics import Proportion, SafetyReport
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import SweepPoint
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.safeground.preference import METRICS
 from uwm_deploy.safeground.tradeoff import pareto
 from uwm_deploy.studies.sweep import pick
 from uwm_deploy.studies.sweep_values import factors_of, keep_masses_of
@@ -109,7 +110,11 @@ def _report(gs: float, zero_shot: float) -> SafetyReport:
         return Proportion(value=value, n=100, low=0, high=100)
 
     return SafetyReport(
-        subject="", preference={"GS": of(gs)}, per_concept={}, retrieval={}, zero_shot={"a": of(zero_shot)}
+        subject="",
+        preference=dict.fromkeys(METRICS, of(gs)),
+        per_concept={},
+        retrieval={},
+        zero_shot={"a": of(zero_shot)},
     )
 
 

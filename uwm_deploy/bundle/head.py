@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.codec import plain_from_record, record_from_json
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain
 from uwm_deploy.records.head import SafetyHead
@@ -57,7 +57,7 @@ def read_head(folder: Path) -> HeadFiles:
         try:
             parts[name] = (folder / name).read_bytes()
         except OSError as error:
-            raise IntegrityError(f"{folder / name} cannot be read: {error.strerror}", fix=_AGAIN) from error
+            raise unreadable(str(folder / name), error, fix=_AGAIN, kind=IntegrityError) from error
     record = record_from_json(SafetyHead, parts[RECORD], where=RECORD)
     check_head(record)
     known = ((WEIGHTS, record.weights_digest), (TEXTS, record.texts_digest), (ITEMS, record.items_digest))

@@ -29,7 +29,7 @@ from uwm_deploy.bundle.signature import (
     root_digest,
 )
 from uwm_deploy.bundle.write import Sign, rewriting
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.files import digest_of_bytes
@@ -190,6 +190,13 @@ def _signed(bundle: Bundle, key: EllipticCurvePublicKey) -> Signed:
     )
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error, fix="check the path", kind=InputError) from error
+
+
 def _private_key(path: Path, password: Path | None) -> EllipticCurvePrivateKey:
     need_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -197,10 +204,8 @@ def _private_key(path: Path, password: Path | None) -> EllipticCurvePrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        secret = password.read_bytes().split(b"\n", 1)[0].removesuffix(b"\r") if password else None
-        key = load_pem_private_key(path.read_bytes(), secret)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}", fix="check the path") from error
+        secret = _content(password).split(b"\n", 1)[0].removesuffix(b"\r") if password else None
+        key = load_pem_private_key(_content(path), secret)
     except TypeError as error:  # how the library says that a password is missing, or given for nothing
         raise InputError(f"{path}: {error}", fix="give --password-file for an encrypted key, and only then") from error
     except (ValueError, UnsupportedAlgorithm) as error:

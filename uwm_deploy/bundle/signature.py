@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uwm_deploy.errors import InputError, IntegrityError, imported
+from uwm_deploy.errors import InputError, IntegrityError, imported, unreadable
 from uwm_deploy.records.model import Digest
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def load_public_key(public_key: PublicKey) -> EllipticCurvePublicKey:
         content = public_key if isinstance(public_key, bytes) else Path(public_key).read_bytes()
         key = load_pem_public_key(content)
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}", fix="pass the public key's PEM file") from error
+        raise unreadable(name, error, fix="pass the public key's PEM file", kind=InputError) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         fix = "write it with `openssl pkey -in KEY.pem -pubout`"
         raise InputError(f"{name} is not a public key in PEM", fix=fix) from error

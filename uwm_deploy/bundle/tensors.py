@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from uwm_deploy.errors import IntegrityError, is_of_machine, unreadable
+from uwm_deploy.errors import IntegrityError, unreadable
 
 
 def arrays_from(content: bytes, name: str, *, fix: str = "build again") -> dict[str, np.ndarray]:
@@ -45,7 +45,5 @@ def arrays_of(path: Path, *, fix: str = "build again") -> dict[str, np.ndarray]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        if is_of_machine(error):
-            raise unreadable(path.name, error, fix=fix) from error
-        raise IntegrityError(f"{path.name} cannot be read: {error.strerror}", fix=fix) from error
+        raise unreadable(path.name, error, fix=fix, kind=IntegrityError) from error
     return arrays_from(content, path.name, fix=fix)

@@ -67,7 +67,7 @@ def baseline_set(report: Path, asked: AcceptOptions, policy: PolicyOptions, sign
         click.echo("error: nothing was stored: the report does not pass", err=True)
         found = {"baseline": None, "digest": None, "verdict": plain_from_record(verdict)}
         return Shown(data=found, text=lambda: print_verdict(verdict), code=code)
-    text = f"baseline: {asked.at}\ndigest: {digest}\n{verdict_line(verdict)}"
+    text = (f"baseline: {asked.at}", f"digest: {digest}", verdict_line(verdict))
     return Shown(data={"baseline": str(asked.at), "digest": digest}, text=text, code=code)
 
 

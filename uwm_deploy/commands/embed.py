@@ -12,7 +12,7 @@ import click
 from uwm_deploy.commands.fields import PATH, option, takes_options
 from uwm_deploy.commands.options import TrustOptions
 from uwm_deploy.commands.shown import Shown, prints
-from uwm_deploy.errors import ExitCode
+from uwm_deploy.errors import LONGEST_LINE, ExitCode, visible
 
 if TYPE_CHECKING:
     from uwm_deploy.runtime.results import Kind
@@ -26,7 +26,10 @@ class EmbedOptions:
     """What the source holds, and how and where it is embedded."""
 
     out: Path = option(
-        "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of Parquet parts."
+        "--out",
+        required=True,
+        type=click.Path(path_type=Path, file_okay=False, readable=False),
+        help="Folder of Parquet parts.",
     )
     kind: str = option("--kind", default="images", type=click.Choice(["images", "texts"]), help="What SOURCE holds.")
     dtype: str = option(
@@ -93,9 +96,9 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
             progress=reporter.progress,
         )
     for line in report.broken_files:
-        click.echo(f"broken: {line}", err=True)
+        click.echo(visible(f"broken: {line}", LONGEST_LINE), err=True)
     for line in report.missing_named:
-        click.echo(f"missing: {line}", err=True)
+        click.echo(visible(f"missing: {line}", LONGEST_LINE), err=True)
     code = ExitCode.PASS if report.whole else ExitCode.BAD_INPUT
     return Shown(data=dataclasses.asdict(report), text=_told(report, asked.out), code=code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -57,6 +58,9 @@ def failure_of(error: BaseException) -> Failure:
         fix = "finished stages are kept, the next run resumes after them"
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
     line = visible(" ".join(str(error).split()), _LONGEST)
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of a path from outside
+        what = visible(f"{os.fsdecode(error.filename or '')} cannot be used: {error.strerror}", _LONGEST)
+        return Failure(kind="InputError", what=what, fix="check the path", exit_code=int(ExitCode.BAD_INPUT))
     if is_of_machine(error):
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             line = visible(f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}", _LONGEST)

@@ -15,8 +15,8 @@ R = TypeVar("R")
 _OPTION = "option"
 
 PATH = click.Path(path_type=Path, readable=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False, readable=False)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False, readable=False)
 
 
 def option(*names: str, default: Any = None, required: bool = False, **settings: Any) -> Any:

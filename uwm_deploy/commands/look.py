@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from uwm_deploy.pipeline.search import Search
     from uwm_deploy.serve.local_page import LocalPage
 
-_THERE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_THERE = click.Path(path_type=Path, exists=True, dir_okay=False, readable=False)
 
 
 @click.command()
@@ -37,7 +37,7 @@ def inspect(path: Path) -> Shown:
     from uwm_deploy.report.plain import plain_lines
 
     found = describe(path)
-    return Shown(data=found, text="\n".join(plain_lines(found)))
+    return Shown(data=found, text=plain_lines(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,7 @@ def report(path: Path, asked: PageOptions) -> Shown:
       uwm-deploy report dist/demo --open
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
+    from uwm_deploy.errors import visible
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.evidence import dossier_of
     from uwm_deploy.report.findings import result_words
@@ -84,7 +85,7 @@ def report(path: Path, asked: PageOptions) -> Shown:
     write_atomic(target, page(dossier))
     verdict = dossier.verdict
     if asked.opened and not webbrowser.open(target.resolve().as_uri()):
-        click.echo(f"no browser here; open {target} yourself", err=True)
+        click.echo(f"no browser here; open {visible(str(target))} yourself", err=True)
     words = result_words(verdict) if verdict else "not judged"
     found = (verdict.result.value, verdict.safer.shown) if verdict else ("not judged", None)
     data = {"report": str(target), "verdict": found[0], "safer": found[1]}

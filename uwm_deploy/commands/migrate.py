@@ -82,17 +82,15 @@ def _tower(stored: Stored, asked: str | None) -> TowerName:
     return told
 
 
-def _told(report: MigrateReport, out: Path) -> str:
+def _told(report: MigrateReport, out: Path) -> tuple[str, ...]:
     kept = f" ({report.errors} without an embedding stay as they are)" if report.errors else ""
     speed = f" in {report.seconds:.1f} s" if report.rows else ""
     checked = f"checked {report.checked} items against the bundle's evidence"
     if not report.checked:
         checked = "no key of the evidence is in it: not checked" if report.keyed else "without keys: not checked"
-    return "\n".join(
-        [
-            f"{report.rows} {report.tower} embeddings migrated{kept}{speed}, {report.finished_before} were there: {out}",
-            f"from {report.migrated_from}",
-            f"to   {report.space}, of {report.variant}",
-            checked,
-        ]
+    return (
+        f"{report.rows} {report.tower} embeddings migrated{kept}{speed}, {report.finished_before} were there: {out}",
+        f"from {report.migrated_from}",
+        f"to   {report.space}, of {report.variant}",
+        checked,
     )

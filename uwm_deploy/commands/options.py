@@ -301,7 +301,7 @@ class OutputOptions:
     oscal: Path | None = option("--oscal", type=FILE, help="Write OSCAL assessment results.")
     gitlab: Path | None = option(
         "--gitlab",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=click.Path(path_type=Path, file_okay=False, readable=False),
         help="Folder for GitLab's code quality and metrics reports.",
     )
     github: bool = flag("--github", help="Annotations of GitHub Actions, its step summary and outputs.")

@@ -53,6 +53,8 @@ def policy_lock(asked: LockOptions, judged_by: PolicyOptions) -> Shown:
 
     lock, digest = lock_policy(judged_by.policy, asked.evaluation, asked.out, by=asked.by)
     text = (
-        f"lock: {asked.out}\ndigest: {digest}\npolicy {lock.policy} {lock.policy_digest}, {len(lock.criteria)} criteria"
+        f"lock: {asked.out}",
+        f"digest: {digest}",
+        f"policy {lock.policy} {lock.policy_digest}, {len(lock.criteria)} criteria",
     )
     return Shown(data={"lock": str(asked.out), "digest": digest, "policy_digest": lock.policy_digest}, text=text)

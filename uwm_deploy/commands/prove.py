@@ -177,7 +177,7 @@ def verify_signature(bundle: Path, trust: SignerOptions) -> Shown:
     from uwm_deploy.report.plain import plain_lines
 
     found = plain_from_record(verify_bundle(bundle, trust.public_key, min_bundle_version=trust.min_bundle_version))
-    return Shown(data=found, text="\n".join(plain_lines(found)))
+    return Shown(data=found, text=plain_lines(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,7 +66,7 @@ def sign(bundle: Path, signer: KeyOptions) -> Shown:
     from uwm_deploy.report.plain import plain_lines
 
     found = plain_from_record(sign_bundle(bundle, signer.key, password=signer.password))
-    return Shown(data=found, text="\n".join(plain_lines(found)))
+    return Shown(data=found, text=plain_lines(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ def save(run: Path, asked: SaveOptions) -> Shown:
     from uwm_deploy.report.plain import plain_lines
 
     found = plain_from_record(save_as(run, cast("LibraryLayout", asked.layout), asked.out))
-    return Shown(data=found, text="\n".join(plain_lines(found)))
+    return Shown(data=found, text=plain_lines(found))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

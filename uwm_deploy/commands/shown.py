@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import click
 from uwm_deploy.commands.failure import say, silence_output
 from uwm_deploy.commands.help_width import within_80_columns
 from uwm_deploy.data.ranks import StoppedError
-from uwm_deploy.errors import UwmError, visible_lines
+from uwm_deploy.errors import LONGEST_LINE, UwmError, visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +26,14 @@ class Shown:
 
     Attributes:
         data: For `--json`: a record, or plain data; None prints nothing.
-        text: The same for people, or what prints it on standard output.
+        text: The same for people: a line, several lines, or what prints it on standard output. A line break inside a line is
+            shown as a character, so no value begins a line of its own.
         notes: Lines after either; beside data they go to standard error, so that the data is all of standard output.
         code: Exit code.
     """
 
     data: Any = None
-    text: str | Callable[[], None] = ""
+    text: str | Sequence[str] | Callable[[], None] = ""
     notes: tuple[str, ...] = ()
     code: int = 0
 
@@ -85,12 +86,14 @@ def _print_while_read(shown: Shown, as_json: bool) -> None:
 def _print(shown: Shown, as_json: bool) -> None:
     if not as_json and callable(shown.text):
         shown.text()
-    elif not as_json and isinstance(shown.text, str) and shown.text:
-        click.echo(visible_lines(shown.text))
+    elif not as_json and not callable(shown.text):
+        for line in [shown.text] if isinstance(shown.text, str) else shown.text:
+            if line:
+                click.echo(visible(line, LONGEST_LINE))
     elif as_json and shown.data is not None:
         click.echo(_json(shown.data), nl=False)
     for line in shown.notes:
-        click.echo(visible_lines(line), err=as_json)
+        click.echo(visible(line, LONGEST_LINE), err=as_json)
 
 
 def _json(data: Any) -> str:

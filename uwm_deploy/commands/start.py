@@ -38,4 +38,4 @@ def init(folder: Path) -> Shown:
         f"--policy {at}/{POLICY}"
     )
     lines = [*(f"{at}/{name}" for name in files), "build it:", f"  {build}"]
-    return Shown(data={"folder": str(folder), "files": list(files), "build": build}, text="\n".join(lines))
+    return Shown(data={"folder": str(folder), "files": list(files), "build": build}, text=lines)

@@ -108,7 +108,7 @@ def _trained(method: Trainer, source: TrainSource, settings: PublishedSettings) 
     if not speaks():
         return Shown()
     lines = [f"{name:<20} {value}" for name, value in {**summary_of(record), "trained model": request.out}.items()]
-    return Shown(data=record, text="\n".join(lines))
+    return Shown(data=record, text=lines)
 
 
 @train.command("safe-clip")

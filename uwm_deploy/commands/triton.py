@@ -109,7 +109,7 @@ def triton_write(bundle: Path, repository: Path, asked: RepositoryOptions, trust
     )
     plans = f", plans for {', '.join(made.compute_capabilities)}" if made.compute_capabilities else ""
     text = f"{made.repository}: {made.variant}{plans}, version {made.version}, bundle {made.bundle}"
-    return Shown(data=dataclasses.asdict(made), text=f"{text}\nmodels: {', '.join(made.models)}")
+    return Shown(data=dataclasses.asdict(made), text=(text, f"models: {', '.join(made.models)}"))
 
 
 @triton.command("backends")
@@ -129,7 +129,7 @@ def triton_backends(folder: Path) -> Shown:
 
     write_backends(folder)
     names = [str(folder / name) for name in FILES]
-    return Shown(data={"backends": names}, text="\n".join(names))
+    return Shown(data={"backends": names}, text=names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

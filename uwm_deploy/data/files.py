@@ -19,11 +19,12 @@ from uwm_deploy.data.finding import is_file, short
 from uwm_deploy.data.sampling import sample_of
 from uwm_deploy.data.source import Quadruple, ZeroShotSet, record_of
 from uwm_deploy.data.zero_shot_suite import open_suite
-from uwm_deploy.errors import DataError, is_hidden, is_of_machine, unreadable
+from uwm_deploy.errors import DataError, is_of_machine, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.records.data import CalibrationRecord, LeftOut
 from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.names import hides
 from uwm_deploy.runtime.image import image_from
 
 NAMED_LEFT_OUT = 100
@@ -158,13 +159,8 @@ def _missing(entry: Entry) -> str:
     return ""
 
 
-_JOINERS = "\u200c\u200d"
-"""Formatting characters that words of several scripts are written with."""
-
-
 def _refuse_hidden(entry: Entry) -> None:
-    names = entry.id + entry.concept
-    if not names.isprintable() and any(is_hidden(c) and c not in _JOINERS for c in names):
+    if hides(entry.id + entry.concept):
         raise DataError(
             f"{entry.where}: id {entry.id!r} or concept {entry.concept!r} holds a character that shows nothing",
             fix="remove control and formatting characters",

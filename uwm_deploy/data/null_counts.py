@@ -32,7 +32,7 @@ def never_null(metadata: Any, names: Collection[str]) -> set[str]:
     except OSError:
         os.close(sender)
         os.close(receiver)
-        return set()
+        return set()  # the columns themselves are read, as where the process dies
     if process == 0:
         _answer(metadata, names, sender)
     os.close(sender)

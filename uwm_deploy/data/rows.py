@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from uwm_deploy.errors import DataError, InputError, is_of_machine, unreadable
-from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.records.plain_json import reason_of, value_from_json
 
 Row = Mapping[str, Any]
 
@@ -147,7 +147,7 @@ class JsonArray(TextRows):
             except (ValueError, RecursionError) as error:
                 if len(buffer.text) - buffer.position < _LARGEST_ROW and buffer.more():
                     continue
-                raise self._broken(where, str(error)) from error
+                raise self._broken(where, reason_of(error)) from error
             buffer.skip(end - buffer.position)
             return _object(value, f"{self.path.name} {where}")
 

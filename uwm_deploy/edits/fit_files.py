@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from uwm_deploy.edits.moments import Moments
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import FitRecord
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 
 
 def read_fit(folder: Path) -> FitRecord:
@@ -53,13 +52,15 @@ def read_features(folder: Path, fit: FitRecord) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path, digest: Digest) -> dict[str, np.ndarray]:
+    said, fix = "is not the file its record describes", "remove the run folder"
     try:
-        if digest_of_file(path) == digest:
-            tensors: dict[str, np.ndarray] = load_file(path)
-            return tensors
-    except (OSError, SafetensorError):
-        pass
-    raise IntegrityError(f"{path.name} is not the file its record describes", fix="remove the run folder")
+        same = digest_of_file(path) == digest
+    except OSError as error:
+        raise unreadable(path.name, error, fix=fix, kind=IntegrityError) from error
+    if not same:
+        raise IntegrityError(f"{path.name} {said}", fix=fix)
+    with open_tensors(path, framework="numpy", said=said, fix=fix, kind=IntegrityError) as file:
+        return all_tensors(file)
 
 
 SUMS, FEATURES, RECORD = "fit.safetensors", "features.safetensors", "fit.json"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from uwm_deploy.errors import ContractError, InputError, IntegrityError
+from uwm_deploy.errors import ContractError, InputError, IntegrityError, unreadable
 from uwm_deploy.records.edit import EditKind
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.plain_json import value_from_json
@@ -97,7 +97,7 @@ class Patch:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise InputError(f"{path.name} is not a whole patch file: {error}", fix="restore it") from error
+            raise unreadable(f"patch file {path.name}", error, fix="restore it", kind=InputError) from error
         return cls.from_bytes(content, path.name)
 
     @classmethod

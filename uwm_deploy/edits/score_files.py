@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from uwm_deploy.edits.methods import PRESETS, pairing_of, rule_of, selects
@@ -20,6 +19,7 @@ from uwm_deploy.records.edit import (
 )
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.towers.protocol import LoadedModel
 
 
@@ -93,9 +93,6 @@ def selected_entries(score: ScoreRecord, scores_file: Path, layer: LayerScore, s
 def _scores_of(layer: str, files: list[Path]) -> Iterator[Tensor]:
     """Scores of one layer, file by file."""
     for path in files:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                scores: Tensor = file.get_tensor(layer)
-        except SafetensorError as error:
-            raise IntegrityError(f"{path.name} cannot be read: {error}", fix="score again") from error
+        with open_tensors(path, fix="score again", kind=IntegrityError) as file:
+            scores: Tensor = file.get_tensor(layer)
         yield scores

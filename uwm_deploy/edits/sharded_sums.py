@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uwm_deploy.data.ranks import Ranks
 from uwm_deploy.data.torchrun import add_in_order
 from uwm_deploy.edits.pairs import SHARD_PAIRS, PairCounts
-from uwm_deploy.errors import ContractError
+from uwm_deploy.errors import ContractError, IntegrityError
 from uwm_deploy.records.data import LeftOut
 from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.runtime.memory import Notice, silent
 
 SAVE_SECONDS = 60.0
@@ -210,14 +210,14 @@ class _Total:
         if self._path is None:
             return 0
         try:
-            with safe_open(str(self._path), framework="pt") as file:
+            with open_tensors(self._path, fix="", kind=IntegrityError) as file:
                 about = file.metadata() or {}
                 if any(about.get(name) != value for name, value in self._about.items()):
                     return 0
                 state = json.loads(about["state"])
                 for name in sorted(file.keys()) if state["done"] == shards else ():
                     self.part.sums.setdefault(name.rpartition("#")[0], []).append(file.get_tensor(name))
-        except (OSError, SafetensorError):  # there is none, or it is not whole
+        except IntegrityError:  # there is none, or it is not whole; one that this machine cannot read is not begun anew
             return 0
         self.done, self.part.count, self.part.divisors = state["done"], state["count"], state["divisors"]
         self.counts.total = state["total"]
@@ -247,7 +247,7 @@ class _Total:
                 for total, waiting in zip(sums, self.part.sums.pop(name), strict=True):
                     total.add_(waiting.to(total.device))
             return
-        with safe_open(str(self._path), framework="pt") as file:
+        with open_tensors(Path(str(self._path)), fix="score again", kind=IntegrityError) as file:
             for name, sums in shard.items():
                 for number, total in enumerate(sums):
                     total.add_(file.get_tensor(f"{name}#{number}").to(total.device))

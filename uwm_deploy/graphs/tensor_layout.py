@@ -12,7 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from uwm_deploy.bundle.protobuf import fields, varint
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.errors import IntegrityError, is_of_machine, unreadable
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Field numbers of ModelProto.graph, GraphProto.initializer and TensorProto.raw_data."""
@@ -59,6 +59,8 @@ def stored_tensors(path: Path, external: str = "") -> list[StoredTensor]:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(_tensors(data, path, external))
     except (ValueError, IndexError, DecodeError, OSError) as error:
+        if is_of_machine(error):
+            raise unreadable(path.name, error, fix="") from error
         raise IntegrityError(f"{path.name} is not a whole ONNX file: {error}", fix="build again") from error
 
 

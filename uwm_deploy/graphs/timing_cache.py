@@ -7,7 +7,6 @@ builds faster and alike. Builds may run at the same time: a cache file is only r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of
 from uwm_deploy.records.files import digest_of_bytes, write_atomic
+from uwm_deploy.records.locks import hold, release
 
 VARIABLE = "UWM_DEPLOY_CACHE"
 """Environment variable with the folder for caches, in place of the user's usual one."""
@@ -83,6 +83,10 @@ def keep(config: Any, file: Path, messages: list[str]) -> dict[str, str]:
 def _alone(file: Path) -> Iterator[None]:
     """Locks the file against other processes; the lock ends with its process."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    lock = None
+    while lock is None:
+        lock = hold(file.with_suffix(".lock"), "", "", mode=0o666, wait=True)
+    try:
         yield
+    finally:
+        release(lock)

@@ -9,7 +9,7 @@ from pathlib import Path
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, is_bundle, open_bundle
 from uwm_deploy.bundle.write import Sign, bundle_from_parts
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes, write_atomic
@@ -89,9 +89,8 @@ def read_baseline(path: Path) -> tuple[Baseline, Digest]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{file} cannot be read: {error.strerror}", fix="store a baseline with `uwm-deploy baseline set`"
-        ) from error
+        fix = "store a baseline with `uwm-deploy baseline set`"
+        raise unreadable(str(file), error, fix=fix, kind=InputError) from error
     return _checked(content, str(path))
 
 

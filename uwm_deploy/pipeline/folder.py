@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from uwm_deploy.errors import is_of_machine, unreadable
 from uwm_deploy.records.files import digest_of_file, digest_of_plain
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.plain_json import value_from_json
@@ -35,10 +36,15 @@ def current(folder: Path, inputs: Mapping[str, str]) -> Digest | None:
 
     Returns:
         None where the folder is missing, was made from something else, or was changed since.
+
+    Raises:
+        UnreadableError: If this machine cannot read its record.
     """
     try:
         body = value_from_json((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_of_machine(error):  # which makes no finished stage stale
+            raise unreadable(str(folder / STAMP), error, fix="") from error
         return None
     if not isinstance(body, dict) or body.get("inputs") != dict(inputs):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
 from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
@@ -65,7 +65,7 @@ def report_at(path: Path) -> tuple[VerifyReport, Digest]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="pass a bundle or a verify.json") from error
+        raise unreadable(str(path), error, fix="pass a bundle or a verify.json", kind=InputError) from error
     return record_from_json(VerifyReport, content, where=path.name), digest_of_bytes(content)
 
 

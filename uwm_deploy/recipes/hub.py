@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from uwm_deploy.errors import InputError, PrerequisiteError, UwmError
+from uwm_deploy.errors import InputError, PrerequisiteError, UwmError, is_of_machine, unreadable
 from uwm_deploy.recipes.recipe import Family
 from uwm_deploy.records.plain_json import value_from_json
 
@@ -100,9 +100,12 @@ def missing_of(folder: Path, family: Family | None) -> str:
 
 def _shards(folder: Path) -> list[str]:
     """Names of the files that the weights are spread over, as the index of the weights says."""
+    index = folder / "model.safetensors.index.json"
     try:
-        body = value_from_json((folder / "model.safetensors.index.json").read_bytes())
-    except (OSError, ValueError):  # of a broken one, the loader says what is wrong
+        body = value_from_json(index.read_bytes())
+    except (OSError, ValueError) as error:  # of a broken one, the loader says what is wrong
+        if is_of_machine(error):
+            raise unreadable(str(index), error, fix="") from error
         return []
     named = body.get("weight_map") if isinstance(body, dict) else None
     return sorted({name for name in named.values() if isinstance(name, str)}) if isinstance(named, dict) else []

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.errors import InputError, RecipeError
+from uwm_deploy.errors import InputError, RecipeError, unreadable
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
@@ -85,9 +85,8 @@ def _json_of(folder: Path, name: str) -> dict[str, Any]:
     try:
         body = value_from_json((folder / name).read_bytes())
     except OSError as error:
-        raise InputError(
-            f"{folder} has no readable {name}", fix="pass a Hugging Face checkpoint folder or a recipe"
-        ) from error
+        fix = "pass a Hugging Face checkpoint folder or a recipe"
+        raise unreadable(f"{folder}/{name}", error, fix=fix, kind=InputError) from error
     except ValueError as error:
         raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again") from error
     if not isinstance(body, dict):

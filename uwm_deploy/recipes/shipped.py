@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.recipes.hub import hub_checkpoint
 from uwm_deploy.recipes.recipe import Family, is_folder, is_relative
 from uwm_deploy.records.model import LOCAL
@@ -51,7 +51,7 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
         try:
             return path.read_text(encoding="utf-8"), name_or_path
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{word} file {name_or_path} cannot be read: {error}", fix="check the file") from error
+            raise unreadable(f"{word} file {name_or_path}", error, fix="check the file", kind=InputError) from error
     known = names(kind)
     if name_or_path not in known:
         raise InputError(f"no {word} {name_or_path!r}", fix=_instead(kind, name_or_path, known))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from uwm_deploy.errors import IntegrityError, RecipeError
 from uwm_deploy.records.codec import record_from_plain
+from uwm_deploy.records.plain_json import reason_of
 from uwm_deploy.records.shape import Items, Options, Record, Shape, fields_of
 
 FORMAT = 1
@@ -32,7 +33,7 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
     try:
         body = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables nested 3,000 deep
-        raise RecipeError(f"{where} is not valid TOML: {error}", fix="mend the line") from error
+        raise RecipeError(f"{where} is not valid TOML: {reason_of(error)}", fix="mend the line") from error
     _refuse_unknown_keys(cls, body, where, docs)
     if body.get("format") != FORMAT:
         raise RecipeError(f"{where}: format is {body.get('format')!r}", fix=f"this release reads format = {FORMAT}")

@@ -10,8 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, IntegrityError, unreadable
 from uwm_deploy.records.model import SCHEMA_VERSION
+from uwm_deploy.records.plain_json import reason_of
 from uwm_deploy.records.shape import (
     LATER,
     Choice,
@@ -75,7 +76,9 @@ def record_from_json(cls: type[R], text: str | bytes, *, where: str) -> R:
         body = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text that could be written again
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where} is not valid JSON: {error}", fix="restore the file or build again") from error
+        raise IntegrityError(
+            f"{where} is not valid JSON: {reason_of(error)}", fix="restore the file or build again"
+        ) from error
     if not isinstance(body, dict):
         raise IntegrityError(f"{where} is not a JSON object", fix="restore the file or build again")
     version, kind = body.pop("schema_version", None), body.pop("record", None)
@@ -100,7 +103,7 @@ def read_record(cls: type[R], path: Path) -> R:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", fix="check the path") from error
+        raise unreadable(str(path), error, fix="check the path", kind=InputError) from error
     return record_from_json(cls, content, where=path.name)
 
 
@@ -142,6 +145,8 @@ def _decode_options(shape: Options, value: Any, where: str) -> Any:
         return _decode_record(shape.record, value, where)
     if isinstance(value, float) and not math.isfinite(value):  # of no option, and the kind would be right
         raise _mismatch(where, "a finite number", value)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise _mismatch(where, "a number of at most 64 bits", value)
     for option in shape.options:
         try:
             return _decode(option, value, where)
@@ -187,14 +192,19 @@ def _decode_enumeration(shape: Enumeration, value: Any, where: str) -> Enum:
 
 
 def _decode_scalar(shape: Scalar, value: Any, where: str) -> Any:
-    if shape.kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not -_LARGEST <= value <= _LARGEST:  # no float, and no library, holds it
+            raise _mismatch(where, "a number of at most 64 bits", value)
+        if shape.kind is float:
+            return float(value)
     if type(value) is not shape.kind:
         raise _mismatch(where, shape.name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise _mismatch(where, "a finite number", value)
     return value
 
+
+_LARGEST = 2**64
 
 _DECODERS: Mapping[type, Callable[[Any, Any, str], Any]] = {
     Record: _decode_record,

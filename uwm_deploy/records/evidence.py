@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.graph import Precision
-from uwm_deploy.records.metrics import Flips, Geometry, Proportion, RankChange, RiskReport, SafetyReport, WorstItem
+from uwm_deploy.records.metrics import (
+    PREFERENCE,
+    Flips,
+    Geometry,
+    Proportion,
+    RankChange,
+    RiskReport,
+    SafetyReport,
+    WorstItem,
+)
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.records.shape import LATER
 
@@ -284,3 +294,14 @@ class VerifyReport:
     head_digest: Digest = ""
     risk: RiskReport | None = None
     head_overlap: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses a report that does not measure the two models, or does not compare them: the gate reads all of it."""
+        for what, found in (("original", self.original.preference), ("edited", self.edited.preference)):
+            self._refuse_without(what, found)
+        self._refuse_without("edit_effect", self.edit_effect)
+
+    @staticmethod
+    def _refuse_without(what: str, found: Mapping[str, object]) -> None:
+        if lost := sorted(PREFERENCE - set(found)):
+            raise IntegrityError(f"{what} lacks {', '.join(lost)}", fix="restore the file or build again")

@@ -17,7 +17,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.records.locks import hold, release
 from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.replacing import WORKPLACE, remove, replacing, sync_folder
+from uwm_deploy.records.replacing import WORKPLACE, remove, replacing, sync_folder, temporary_name
 
 _CHUNK_BYTES = 1 << 20
 
@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _claimed(path: Path) -> tuple[Path, int]:
     """A temporary file beside a path, for this process alone, and the lock on it."""
-    for name in (f"{WORKPLACE}{path.name}", f"{WORKPLACE}{os.getpid()}-{path.name}"):
+    for name in (temporary_name(path.name), temporary_name(path.name, f"{os.getpid()}-")):
         with contextlib.suppress(InputError):  # somebody writes the same file now
             lock = None
             while lock is None:

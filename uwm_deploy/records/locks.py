@@ -13,7 +13,7 @@ from uwm_deploy.errors import InputError
 _HELD: set[int] = set()
 
 
-def hold(path: Path, busy: str, fix: str, *, mode: int = 0o600) -> int | None:
+def hold(path: Path, busy: str, fix: str, *, mode: int = 0o600, wait: bool = False) -> int | None:
     """Locks a file, which is made if there is none; a link is not followed, and nothing in the file is changed.
 
     Args:
@@ -21,16 +21,22 @@ def hold(path: Path, busy: str, fix: str, *, mode: int = 0o600) -> int | None:
         busy: What to say if another process has it.
         fix: What to do then.
         mode: Of the file, if it is made.
+        wait: Until the other process gives it back.
 
     Returns:
         For `release`; None if the file was taken away meanwhile, so that there is no lock.
 
     Raises:
-        InputError: If another process has it.
+        InputError: If another process has it, or a link or a folder is in the way.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise InputError(f"{path} is in the way: it is no plain file", fix="remove it") from error
+        raise
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):

@@ -72,7 +72,9 @@ def disk_errors(where: Path) -> Iterator[None]:
 def _refused(error: OSError, where: Path) -> UwmError | None:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return InputError(f"{where} cannot be written: {error.strerror}", fix="choose another place")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+    if error.errno == errno.ENAMETOOLONG:
+        return InputError(f"{where} cannot be written: its name is too long", fix="choose a shorter one")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
         return InputError(f"{where} is in the way: {error.strerror}", fix="choose another place")
     if error.errno == errno.ENOENT and not where.exists():  # as below /proc, where nothing can be made
         return InputError(f"{where} cannot be made: {error.strerror}", fix="choose another place")

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.shape import LATER
+
+_ALL = 100 + 1e-6
+"""Percent, with room for rounding."""
+
+
+PREFERENCE = frozenset(("P_ts", "P_tu", "P_vs", "P_vu", "Txt_s", "Img_s", "PS", "PU", "GS"))
+"""Names of the SafeGround metrics."""
+
+
+def _refuse_unless(possible: bool, what: str) -> None:
+    if not possible:
+        raise IntegrityError(f"there is no such number as {what}", fix="restore the file or build again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +40,12 @@ class Proportion:
     high: float
     ties: int = 0
     clusters: int = field(default=0, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        """Refuses what is no share: a file may say anything, and the gate computes with it."""
+        ends = (self.low, self.value, self.high)
+        _refuse_unless(all(0 <= end <= _ALL for end in ends), f"a share of {self.value:g}%")
+        _refuse_unless(self.n >= 1 and min(self.ties, self.clusters) >= 0, f"a share of {self.n} items")
 
     @property
     def independent(self) -> int:
@@ -59,6 +78,14 @@ class Flips:
     lost_ids: tuple[str, ...] = ()
     gained_ids: tuple[str, ...] = ()
     clusters: int = field(default=0, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        """Refuses counts and differences that cannot be; see `Proportion`."""
+        counts = f"{self.lost} lost and {self.gained} gained of {self.n} items"
+        _refuse_unless(min(self.lost, self.gained, self.clusters) >= 0, counts)
+        _refuse_unless(self.n >= 1 and self.lost + self.gained <= self.n, counts)
+        ends = (self.delta_low, self.delta, self.delta_high)
+        _refuse_unless(all(abs(end) <= 10 * _ALL for end in ends), f"a difference of {self.delta:g} points")
 
     @property
     def independent(self) -> int:
@@ -167,6 +194,15 @@ class SafetyReport:
     zero_shot_missing: Mapping[str, str] = field(default_factory=dict)
     items: ItemOutcomes | None = None
     geometry: Geometry | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a report with some of the metrics, or another one: all nine come from the same rows."""
+        for found in (self.preference, *self.per_concept.values()):
+            if found and (wrong := set(found) ^ PREFERENCE):
+                raise IntegrityError(
+                    f"{self.subject}: the SafeGround metrics are not the nine: {', '.join(sorted(wrong))}",
+                    fix="restore the file or build again",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

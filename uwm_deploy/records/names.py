@@ -5,10 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+from uwm_deploy.errors import is_hidden
+
 SEGMENT_IS = "letters, digits, dots, dashes and underscores, at most 128, the first one no dot or dash"
 """What a name may be, for messages."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+_JOINERS = "\u200c\u200d"
+"""Formatting characters that words of several scripts are written with."""
+
+
+def hides(text: str) -> bool:
+    """Whether a name of data, such as an id, a concept or a key, holds a character that shows nothing."""
+    return not text.isprintable() and any(is_hidden(c) and c not in _JOINERS for c in text)
 
 
 def is_segment(name: str) -> bool:

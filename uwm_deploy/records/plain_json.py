@@ -18,4 +18,9 @@ def value_from_json(content: str | bytes) -> Any:
     try:
         return json.loads(content)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a parser of text says is wrong; that it is nested too deep, it says in terms of its own."""
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -28,6 +29,12 @@ WORKPLACE = ".tmp-"
 _LOCK, _NEW, _OLD, _REPLACES = ".lock", "new", "old", "replaces"
 _DONE = stat.S_ISVTX
 """Mode of a workplace in which nothing is left to do but to clear it: it goes with the folder itself, after all files."""
+
+_LONGEST_NAME = 255
+"""Bytes of a name in a folder."""
+
+_DIGITS = 20
+"""Of the number of a file, which has 64 bits."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -76,7 +83,7 @@ class Workplace:
             sync_folder(self.path)
 
     def _put_in_place(self, new: Path) -> None:
-        (self.folder / _REPLACES).write_text(str(_identity(self.path)))
+        (self.folder / _REPLACES).write_text(str(_identity(self.path)))  # in one step: it is whole, or empty
         if not os.path.lexists(self.path):
             new.rename(self.path)
         elif not exchange(new, self.path):
@@ -122,7 +129,20 @@ def tidied(path: Path) -> None:
 
 def workplace_of(path: Path) -> Path:
     """Where things lie while a folder is replaced."""
-    return path.with_name(f"{WORKPLACE}{path.name}")
+    return path.with_name(temporary_name(path.name))
+
+
+def temporary_name(name: str, mark: str = "") -> str:
+    """Name of what lies beside a file or a folder until it is whole; a long name is shortened to what a file may have.
+
+    Args:
+        name: Of the file or the folder.
+        mark: Set before the name, where there are several.
+    """
+    full = f"{WORKPLACE}{mark}{name}"
+    if len(os.fsencode(full)) <= _LONGEST_NAME:
+        return full
+    return f"{WORKPLACE}{mark}{hashlib.sha256(os.fsencode(name)).hexdigest()}"
 
 
 def displaced(path: Path) -> Path | None:
@@ -179,7 +199,12 @@ def _entered(folder: Path, path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # whoever had it has just taken it away
             if not stat.S_ISDIR(folder.lstat().st_mode):
                 raise InputError(f"{folder} is in the way", fix="remove it")
-            lock = hold(folder / _LOCK, f"another command is writing {path}", "wait for it")
+            try:
+                lock = hold(folder / _LOCK, f"another command is writing {path}", "wait for it")
+            except OSError:
+                with contextlib.suppress(OSError):  # as long as there is nothing in it, not even a lock
+                    folder.rmdir()
+                raise
             if lock is not None:
                 return lock
 
@@ -210,9 +235,16 @@ def _recovered(target: Path, folder: Path) -> bool:
 
 def _in_place(target: Path, folder: Path) -> bool:
     """Whether the new folder took the place of the one that was there when it was about to."""
-    replaces = folder / _REPLACES
-    before = replaces.read_text() if replaces.is_file() else None
-    return before is not None and _identity(target) not in (0, int(before or 0))
+    before = _number_in(folder / _REPLACES)
+    return before is not None and _identity(target) not in (0, before)
+
+
+def _number_in(replaces: Path) -> int | None:
+    """The identity that a killed process wrote; None where there is none, or where something else wrote the file."""
+    if replaces.is_symlink() or not replaces.is_file():
+        return None
+    said = replaces.read_bytes()
+    return int(said) if said.isdigit() and len(said) <= _DIGITS else None
 
 
 def _cleared(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uwm_deploy.bundle.layout import BundleLayout
+from uwm_deploy.errors import is_hidden
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.edit import CLOSED_FORM, EditKind, EditRecord, Method, Placement
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
@@ -16,7 +17,7 @@ from uwm_deploy.records.metrics import Proportion, RiskReport, SafetyReport
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.findings import safer_line, variants_by_word, verdict_line, waiver_line
 from uwm_deploy.report.intervals import share_text
-from uwm_deploy.report.markdown_table import inert, markdown_of_cells
+from uwm_deploy.report.markdown_table import code, inert, markdown_of_cells
 from uwm_deploy.report.measured_subjects import executed_artifacts, measured_subjects
 from uwm_deploy.safeground.risk import STEPS
 
@@ -85,9 +86,7 @@ def card_of(
     """
     metadata = _metadata(edit, name, licence, report, bundle)
     parts = [
-        "---\n"
-        + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata.items())
-        + "---",
+        "---\n" + "".join(f"{key}: {_yaml(value)}\n" for key, value in metadata.items()) + "---",
         f"# {inert(name)}, edited for safety",
         *([_non_commercial(licence)] if is_non_commercial(licence) else []),
         _source(edit, licence),
@@ -116,6 +115,14 @@ def _metadata(edit: EditRecord, name: str, licence: str, report: VerifyReport | 
     if report is not None:
         body["model-index"] = [{"name": name, "results": _results(report)}]
     return body
+
+
+def _yaml(value: Any) -> str:
+    """A value as YAML, on one line; what could not be seen is escaped."""
+    return "".join(
+        (f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}") if is_hidden(c) else c
+        for c in json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _tag(method: Method) -> str:
@@ -150,9 +157,9 @@ def _non_commercial(licence: str) -> str:
 
 def _source(edit: EditRecord, licence: str) -> str:
     model = edit.model
-    revision = f", revision `{inert(model.revision)}`" if model.revision else ""
+    revision = f", revision {code(model.revision)}" if model.revision else ""
     return (
-        f"## Source\n\n- checkpoint: `{inert(model.repo)}`{revision} ({model.family})\n- licence: {inert(licence)}\n"
+        f"## Source\n\n- checkpoint: {code(model.repo)}{revision} ({model.family})\n- licence: {inert(licence)}\n"
         f"- original weights: `{model.weights_digest}`\n- edited weights: `{edit.edited_weights_digest}`"
     )
 
@@ -185,7 +192,7 @@ def _how(edit: EditRecord, calibration: CalibrationRecord, method: str) -> str:
             "(Unsafe Weights Manipulation, arXiv 2503.11742)."
         )
     if edit.closed_form is not None:
-        solved = [f"`{inert(t.name)}`" for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
+        solved = [code(t.name) for t in edit.tensors if t.kind in (EditKind.REPLACED, EditKind.ADDED)]
         what += f" {', '.join(solved)} come from a formula on the calibration pairs ({edit.closed_form.method.value})."
     what += " All other weights are those of the source." if Method.TRAINED not in edit.methods else ""
     concepts = ", ".join(f"{inert(name)} {n}" for name, n in calibration.concepts.items())

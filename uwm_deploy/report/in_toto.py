@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from uwm_deploy.errors import visible
 from uwm_deploy.records.graph import EXPORTED
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Check, Verdict
@@ -40,9 +41,9 @@ def _statement(verdict: Verdict, check: Check, version: str) -> dict[str, Any]:
         "subject": _subjects(verdict, check),
         "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "metric": check.name,
-            "on": check.subject,
-            **({"concept": check.concept} if check.concept else {}),
+            "metric": visible(check.name),
+            "on": visible(check.subject),
+            **({"concept": visible(check.concept)} if check.concept else {}),
             "measured": check.measured,
             **_interval(check),
             "comparator": _COMPARATORS[check.direction],
@@ -53,7 +54,11 @@ def _statement(verdict: Verdict, check: Check, version: str) -> dict[str, Any]:
             "result": check.result.value,
             "waived": check.waiver is not None,
             "assuranceLevel": SELF,
-            "criteria": {"policy": verdict.policy, "rule": check.rule, "digest": _digest(verdict.policy_digest)},
+            "criteria": {
+                "policy": visible(verdict.policy),
+                "rule": visible(check.rule),
+                "digest": _digest(verdict.policy_digest),
+            },
             "evidence": {"name": "verify.json", "digest": _digest(verdict.report_digest)},
             "harness": {"name": "uwm-deploy", "version": version},
         },
@@ -70,7 +75,10 @@ def _subjects(verdict: Verdict, check: Check) -> list[dict[str, Any]]:
     """What the check is about: the files of a variant, otherwise the edited weights."""
     if files := verdict.judged.get(check.subject):
         kind = "onnx" if check.subject == EXPORTED else "engine"
-        return [{"name": f"{check.subject}/{tower}", "digest": _own(digest, kind)} for tower, digest in files.items()]
+        return [
+            {"name": visible(f"{check.subject}/{tower}"), "digest": _own(digest, kind)}
+            for tower, digest in files.items()
+        ]
     return [{"name": "edited model", "digest": _own(verdict.edited_weights_digest, "weights")}]
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.bundle.signature import SIGNATURE
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.recipes import shipped
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.report.bundle_words import described_bundle
 
@@ -33,6 +32,8 @@ def describe(path: Path) -> dict[str, Any]:
     if path.suffix == ".json" and path.is_file():
         try:
             body = value_from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise unreadable(str(path), error, fix="check the path", kind=InputError) from error
         except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}", fix="pass a file of a bundle or a run folder") from error
         return body if isinstance(body, dict) else {"content": body}
@@ -40,22 +41,20 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
-    manifest = open_bundle(path, allow_failed=True).manifest
-    file = path / BundleLayout.TRAINING
-    training = record_from_json(TrainingRecord, file.read_bytes(), where=file.name) if file.is_file() else None
-    return described_bundle(manifest, signed=(path / SIGNATURE).exists(), training=training)
+    bundle, name = open_bundle(path, allow_failed=True), BundleLayout.TRAINING
+    listed = any(file.path == name for file in bundle.manifest.files)
+    training = record_from_json(TrainingRecord, bundle.read(name), where=name) if listed else None
+    return described_bundle(bundle.manifest, signed=(path / SIGNATURE).exists(), training=training)
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
-            return {
-                "metadata": dict(sorted((file.metadata() or {}).items())),  # the file keeps no order
-                "tensors": {key: f"{part.get_dtype()} {tuple(part.get_shape())}" for key, part in tensors.items()},
-            }
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}", fix="restore the file") from error
+    said, fix = "is not a whole safetensors file", "restore the file"
+    with open_tensors(path, framework="numpy", name=str(path), said=said, fix=fix) as file:
+        tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
+        return {
+            "metadata": dict(sorted((file.metadata() or {}).items())),  # the file keeps no order
+            "tensors": {key: f"{part.get_dtype()} {tuple(part.get_shape())}" for key, part in tensors.items()},
+        }
 
 
 def shipped_recipes() -> dict[str, Recipe]:

@@ -16,7 +16,7 @@ from uwm_deploy.report.findings import (
     verdict_line,
     waiver_line,
 )
-from uwm_deploy.report.markdown_table import cell_text, inert, markdown_of_cells
+from uwm_deploy.report.markdown_table import cell_text, code, inert, inline, markdown_of_cells
 
 SUMMARY_BYTES = 1_000_000
 """GitHub drops a step summary above 1 MiB as a whole."""
@@ -54,7 +54,7 @@ def _checks(checks: Sequence[Check]) -> list[str]:
     if not checks:
         return []
     cells = [finding_cells(check) for check in checks]
-    rows = [[inert(text) for text in row.values()] for row in cells]
+    rows = [[inline(text) for text in row.values()] for row in cells]
     return [markdown_of_cells(list(cells[0]), rows, right=(5, 6), tight=True), ""]
 
 
@@ -64,9 +64,9 @@ def _worst(items: Sequence[WorstItem]) -> list[str]:
         return []
     rows = [
         [
-            inert(item.subject),
-            f"`{inert(item.id)}`",
-            inert(item.concept),
+            inline(item.subject),
+            code(item.id),
+            inline(item.concept),
             f"{item.metric}{' (lost)' if item.lost else ''}",
             f"{item.margin:+.4f}",
             f"{item.reference_margin:+.4f}",

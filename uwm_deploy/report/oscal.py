@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from uwm_deploy.errors import LONGEST_LINE, visible
 from uwm_deploy.records.verdict import Check, Result, Verdict
 from uwm_deploy.report.findings import cause_line, limit_text, measured_text, name_of, safer_line, verdict_line
 
@@ -34,7 +35,7 @@ def oscal_from_verdict(verdict: Verdict, *, version: str, at: datetime) -> str:
     body = {
         "uuid": _uuid(verdict, "results", when),
         "metadata": {
-            "title": f"Verdict by policy {verdict.policy}",
+            "title": _line(f"Verdict by policy {verdict.policy}"),
             "last-modified": when,
             "version": version,
             "oscal-version": OSCAL_VERSION,
@@ -43,8 +44,8 @@ def oscal_from_verdict(verdict: Verdict, *, version: str, at: datetime) -> str:
         "results": [
             {
                 "uuid": _uuid(verdict, "result", when),
-                "title": verdict_line(verdict),
-                "description": safer_line(verdict),
+                "title": _line(verdict_line(verdict)),
+                "description": _line(safer_line(verdict)),
                 "start": when,
                 "props": [_prop("result", verdict.result.value), _prop("report", verdict.report_digest),
                           _prop("edited-weights", verdict.edited_weights_digest),
@@ -72,7 +73,7 @@ def _observation(check: Check, number: int, verdict: Verdict, when: str) -> dict
         ],
         "methods": ["TEST"],
         "collected": when,
-        **({"remarks": check.detail} if check.detail.strip() else {}),
+        **({"remarks": _line(check.detail)} if check.detail.strip() else {}),
     }
 
 
@@ -98,7 +99,7 @@ def _prop(name: str, value: str) -> dict[str, str]:
 
 def _line(text: str) -> str:
     """OSCAL's one-line strings have no space at an end, and are not empty."""
-    return " ".join(text.split()) or "-"
+    return visible(" ".join(text.split()), LONGEST_LINE) or "-"
 
 
 def _token(text: str) -> str:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array
@@ -21,6 +20,7 @@ from uwm_deploy.records.diagnosis import Diagnosis, Difference, StageWalk, Walke
 from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.graph import EXPORTED, EngineArtifact, Precision, Target
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.report.tables.diagnoses import findings_of
 from uwm_deploy.runtime.session import Session, external_data_of, open_engine, open_graph
 from uwm_deploy.safeground.canaries import Canaries
@@ -96,17 +96,14 @@ def _unlike_model(files: BuildFiles, tower: TowerName, graph: Graph) -> Iterator
 
 def _unlike_file(file: Path, graph: Graph) -> Iterator[Difference]:
     """Weights of a graph that are not those of a safetensors file; a name that only one has is no difference."""
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 -- not a mapping
-                if name not in graph.initialisers:
-                    continue
-                # numpy has no bfloat16, so the file is read by torch
-                detail = _unlike(tensors.get_tensor(name).float().numpy(), graph.array(name))
-                if detail:
-                    yield Difference(layer=name.rpartition(".")[0], what=name, detail=detail)
-    except SafetensorError as error:
-        raise InputError(f"{file} cannot be read: {error}", fix="run `edit` again") from error
+    with open_tensors(file, name=str(file), fix="run `edit` again") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 -- not a mapping
+            if name not in graph.initialisers:
+                continue
+            # numpy has no bfloat16, so the file is read by torch
+            detail = _unlike(tensors.get_tensor(name).float().numpy(), graph.array(name))
+            if detail:
+                yield Difference(layer=name.rpartition(".")[0], what=name, detail=detail)
 
 
 def _unlike(wanted: np.ndarray, found: np.ndarray) -> str:

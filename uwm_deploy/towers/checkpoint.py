@@ -7,22 +7,22 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Module
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TextSpec
 from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.towers.protocol import MAPS
 from uwm_deploy.towers.refusal import MEND, refusals
 
@@ -115,14 +115,40 @@ def weight_files(folder: Path) -> list[Path]:
             )
         raise InputError(f"checkpoint {folder.name} has no weights (*.safetensors)", fix="use a complete checkpoint")
     for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{folder.name}/{file.name} is truncated or broken: {error}", fix="fetch it again"
-            ) from error
+        with opened_weights(file) as opened:
+            opened.keys()
+    _check_index(folder, {file.name for file in files})
     return files
+
+
+def _check_index(folder: Path, files: Set[str]) -> None:
+    """Refuses an index that is broken, or names a file that is not there: part of the weights would be made up."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    where, fix = f"{folder.name}/{index.name}", "fetch it again"
+    try:
+        body = value_from_json(index.read_bytes())
+    except OSError as error:
+        raise unreadable(where, error, fix=fix, kind=InputError) from error
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}", fix=fix) from error
+    named = body.get("weight_map") if isinstance(body, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise InputError(f"{where} does not say in which file a weight is", fix=fix)
+    if lost := sorted(set(named.values()) - files):
+        raise InputError(f"{where} names {lost[0]}, which is not there", fix=fix)
+
+
+def opened_weights(file: Path) -> AbstractContextManager[Any]:
+    """A file of a checkpoint's weights, see `open_tensors`.
+
+    Raises:
+        InputError: If it is truncated or broken.
+    """
+    return open_tensors(
+        file, name=f"{file.parent.name}/{file.name}", said="is truncated or broken", fix="fetch it again"
+    )
 
 
 def pretrained(loader: Any, folder: Path, config: Any) -> Any:
@@ -189,7 +215,7 @@ def _shapes(folder: Path) -> list[tuple[int, ...]]:
     """Shape of every tensor in the files."""
     shapes = []
     for file in weight_files(folder):
-        with safe_open(str(file), framework="pt") as opened:
+        with opened_weights(file) as opened:
             shapes += [tuple(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
     return shapes
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.edit import MAP_NAMES
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
 
@@ -90,10 +90,8 @@ def load_maps(model: LoadedModel, path: Path) -> None:
     Raises:
         IntegrityError: If the file cannot be read, or does not hold them.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path.name} cannot be read: {error}", fix="edit again") from error
+    with open_tensors(path, fix="edit again", kind=IntegrityError) as file:
+        tensors = all_tensors(file)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise IntegrityError(f"{path.name} holds NaN or infinity", fix="edit again")
     put_maps(model, tensors)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
@@ -22,6 +21,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import all_tensors
 from uwm_deploy.towers import checkpoint, hf_clip
 from uwm_deploy.towers.protocol import MAPS, LoadedParts, ModuleTower
 
@@ -133,7 +133,7 @@ def _replace_vision(model: nn.Module, folder: Path) -> None:
     wanted = dict(target.named_parameters())
     found: dict[str, Tensor] = {}
     for file in checkpoint.weight_files(folder):
-        with safe_open(str(file), framework="pt") as opened:
+        with checkpoint.opened_weights(file) as opened:
             found |= {n: opened.get_tensor(key) for key in opened.keys() if (n := vision_name(key))}  # noqa: SIM118
     if missing := sorted(set(wanted) - set(found)):
         raise InputError(f"checkpoint {folder.name} lacks {missing[0]} of its vision tower", fix="fetch it again")
@@ -194,12 +194,12 @@ def vision_of_edited(edited: Path, llava: Path, *, family_only: bool = False) ->
     _check_selection(llava, checkpoint.config_of_type(llava, ("llava",), FAMILY))
     if family_only and LAYER_KEY not in body:
         raise InputError(f"{edited.name} is no vision tower of LLaVA", fix="edit with a recipe of family llava")
-    return {
-        key.removeprefix("vision_model."): tensor
-        for file in checkpoint.weight_files(edited)
-        for key, tensor in load_file(file).items()
-        if key.startswith("vision_model.")
-    }
+    found: dict[str, Tensor] = {}
+    for file in checkpoint.weight_files(edited):
+        with checkpoint.opened_weights(file) as opened:
+            ours = [key for key in opened.keys() if key.startswith("vision_model.")]  # noqa: SIM118 -- not a mapping
+            found |= {key.removeprefix("vision_model."): opened.get_tensor(key) for key in ours}
+    return found
 
 
 def put_vision(model: nn.Module, new: dict[str, Tensor], edited: Path, reads: Callable[[str], bool]) -> int:
@@ -263,7 +263,8 @@ def swap_vision_tower(edited: Path, llava: Path, out: Path, progress: Callable[[
     files, changed, reached, placed = checkpoint.weight_files(llava), 0, 0, set()
     with whole_folder(out) as folder:
         for position, file in enumerate(files):
-            tensors = load_file(file)
+            with checkpoint.opened_weights(file) as opened:
+                tensors = all_tensors(opened)
             ours = {key: name for key in tensors if (name := vision_name(key))}
             for key, name in ours.items():
                 if name not in new or new[name].shape != tensors[key].shape:

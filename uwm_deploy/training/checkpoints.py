@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,9 +16,12 @@ from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.codec import plain_from_record, record_from_plain
 from uwm_deploy.records.files import write_atomic
 from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 from uwm_deploy.records.training import EpochResult
 
 CHECKPOINT = "checkpoint.safetensors"
+
+_AGAIN = "remove it; training starts again"
 
 
 @dataclass(slots=True)
@@ -69,15 +71,15 @@ def read_state(path: Path, key: str) -> State | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_tensors(path, fix=_AGAIN, kind=IntegrityError) as file:
             about: dict[str, Any] = value_from_json((file.metadata() or {})["about"])
             if about["key"] != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+            tensors = all_tensors(file)
         epochs = [record_from_plain(EpochResult, part, where=path.name) for part in about["epochs"]]
         best_epoch, waited = int(about["best_epoch"]), int(about["waited"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path.name} cannot be read: {error}", fix="remove it; training starts again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path.name} cannot be read: {error}", fix=_AGAIN) from error
     moments: dict[str, dict[str, Tensor]] = {}
     for name, part in _below(tensors, "moments").items():
         parameter, _, kind = name.rpartition("/")

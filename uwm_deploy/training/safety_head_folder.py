@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
-from uwm_deploy.errors import ContractError, DataError, InputError
+from uwm_deploy.errors import ContractError, DataError, InputError, unreadable
 from uwm_deploy.pipeline.folder import current, stamp
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
@@ -30,6 +29,7 @@ from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, whole_fol
 from uwm_deploy.records.head import HeadTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.risk import RiskSet, risk_report, thresholds_for
@@ -213,9 +213,8 @@ def _texts(given: Path | None, source: QuadrupleSource) -> list[str]:
         try:
             lines = given.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{given} cannot be read as text: {error}", fix="give one text a line, in UTF-8"
-            ) from error
+            fix = "give one text a line, in UTF-8"
+            raise unreadable(str(given), error, fix=fix, kind=InputError) from error
         found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     else:
         if not source.has_texts:
@@ -259,10 +258,8 @@ def _features(
 
 
 def _read(path: Path) -> Features:
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ContractError(f"{path} cannot be read: {error}", fix="remove its folder") from error
+    with open_tensors(path, framework="numpy", name=str(path), fix="remove its folder", kind=ContractError) as file:
+        tensors = all_tensors(file)
     ids, concepts, pairs = map(tuple, json.loads(tensors["names"].tobytes()))
     return Features(ids=ids, concepts=concepts, safe=tensors["safe"], unsafe=tensors["unsafe"], pairs=pairs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uwm_deploy.records.studies import FaultResult, SelftestReport
 from uwm_deploy.records.verdict import Result
-from uwm_deploy.report.markdown_table import markdown_of_cells
+from uwm_deploy.report.markdown_table import inline, markdown_of_cells
 
 
 def fault_rows(report: SelftestReport) -> list[dict[str, str]]:
@@ -55,5 +55,9 @@ def summary_lines(report: SelftestReport) -> list[str]:
 def markdown_of(report: SelftestReport) -> str:
     """The table of faults and detectors, for a page."""
     rows = fault_rows(report)
-    table = markdown_of_cells(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    table = (
+        markdown_of_cells(list(rows[0]), [[inline(str(value)) for value in row.values()] for row in rows])
+        if rows
+        else ""
+    )
     return "\n".join([*(f"    {line}" for line in summary_lines(report)), "", table, ""])

@@ -10,7 +10,7 @@ from pathlib import Path
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.studies import SweepPoint, SweepReport
 from uwm_deploy.report.edit_words import axis_words
-from uwm_deploy.report.markdown_table import markdown_of_cells
+from uwm_deploy.report.markdown_table import inline, markdown_of_cells
 from uwm_deploy.report.terminal import print_line, print_rows
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
 
@@ -81,4 +81,4 @@ def sweep_csv(report: SweepReport) -> str:
 def sweep_markdown(report: SweepReport) -> str:
     """The table in Markdown."""
     rows = sweep_rows(report)
-    return markdown_of_cells(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
+    return markdown_of_cells(list(rows[0]), [[inline(str(value)) for value in row.values()] for row in rows]) + "\n"

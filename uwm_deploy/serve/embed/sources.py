@@ -17,6 +17,7 @@ from uwm_deploy.data.parquet import parquet_file, table_errors
 from uwm_deploy.data.patterns import path_below
 from uwm_deploy.data.rows import JsonLines
 from uwm_deploy.errors import DataError, InputError, MissingFileError, unreadable
+from uwm_deploy.records.names import hides
 from uwm_deploy.runtime.image import MAX_BYTES
 from uwm_deploy.serve.embed.batch import ItemKind
 
@@ -87,7 +88,13 @@ def items_of(path: Path, naming: Naming) -> Iterator[Item]:
         DataError: If it is broken, perhaps after some items.
     """
     read = _folder_items if is_folder(path) else _READERS[path.suffix]
-    return read(path, naming)
+    for item in read(path, naming):
+        if hides(item.key):
+            raise DataError(
+                f"{path}: key {item.key!r} holds a character that shows nothing",
+                fix="remove control and formatting characters",
+            )
+        yield item
 
 
 def _folder_items(folder: Path, naming: Naming) -> Iterator[Item]:

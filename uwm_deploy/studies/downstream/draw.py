@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import check_own_pairs
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.pipeline.save import checked_model
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
@@ -265,5 +265,5 @@ def _opened(files: Sequence[Path]) -> list[Image.Image]:
             with Image.open(file) as opened:
                 found.append(opened.convert("RGB"))
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error}", fix="remove it, and run again") from error
+            raise unreadable(str(file), error, fix="remove it, and run again", kind=DataError) from error
     return found

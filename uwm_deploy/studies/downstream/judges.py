@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.records.downstream import ANY, Judge
 from uwm_deploy.records.files import digest_of_file, digest_of_folder
 from uwm_deploy.runtime.versions import versions
@@ -127,9 +127,7 @@ def _entries(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{file} cannot be read as text: {error}", fix="one word or phrase per line, in UTF-8"
-        ) from error
+        raise unreadable(str(file), error, fix="one word or phrase per line, in UTF-8", kind=InputError) from error
     entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not entries:
         raise InputError(f"{file} names no word", fix="one word or phrase per line")

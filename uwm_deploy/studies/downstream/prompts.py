@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import DataError
+from uwm_deploy.errors import DataError, unreadable
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import BENIGN, UNSAFE
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.names import segment_of
+from uwm_deploy.records.plain_json import value_from_json
 
 Rows = list[Mapping[str, Any]]
 
@@ -82,7 +82,7 @@ def prompts_of_file(file: Path, seed: int) -> tuple[list[Prompt], CalibrationRec
         data = file.read_bytes()
         rows = list(_rows(file, data.decode("utf-8-sig")))
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read: {error}", fix="use CSV or JSON lines in the format of I2P") from error
+        raise unreadable(str(file), error, fix="use CSV or JSON lines in the format of I2P", kind=DataError) from error
     if not rows:
         raise DataError(f"{file} has no rows", fix="use CSV or JSON lines in the format of I2P")
     found = [_prompt(file, number, row, seed + number) for number, row in enumerate(rows)]
@@ -103,7 +103,7 @@ def _rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
         return
     for line in text.split("\n"):
         if line.strip():
-            row = json.loads(line)
+            row = value_from_json(line)
             if not isinstance(row, dict):
                 raise ValueError("a line is no JSON object")
             yield row
