@@ -139,7 +139,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "one file more": lambda e: (e / "more").write_bytes(b""),
     "a folder more": lambda e: (e / "more").mkdir(),
     "a hard link": lambda e: os.link(e / WEIGHTS, e.parent / "again"),
-    "a link to the weights": lambda e: (e / WEIGHTS).rename(e.parent / "moved") and (e / WEIGHTS).symlink_to("../moved"),
+    "a link to the weights": lambda e: (
+        (e / WEIGHTS).rename(e.parent / "moved") and (e / WEIGHTS).symlink_to("../moved")
+    ),
     "a link to the entry": linked,
     "a pipe": lambda e: ((e / WEIGHTS).unlink(), os.mkfifo(e / WEIGHTS)),
 }
@@ -161,7 +163,11 @@ def test_another_processor_or_engine_has_an_entry_of_its_own(tmp_path: Path) -> 
     """Flags of the processor are part of the key, its clock is not; so is the engine."""
     cpus = tmp_path / "cpuinfo"
     keys = []
-    for text in ("flags\t: fpu avx2\ncpu MHz\t: 1\n", "flags\t: fpu avx2 avx512f\ncpu MHz\t: 1\n", "flags\t: fpu avx2\ncpu MHz\t: 2\n"):
+    for text in (
+        "flags\t: fpu avx2\ncpu MHz\t: 1\n",
+        "flags\t: fpu avx2 avx512f\ncpu MHz\t: 1\n",
+        "flags\t: fpu avx2\ncpu MHz\t: 2\n",
+    ):
         cpus.write_text(text)
         keys.append(key_of(ENGINE, cpus))
     assert keys[0] == keys[2] != keys[1]
