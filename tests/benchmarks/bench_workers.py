@@ -132,9 +132,8 @@ def main() -> None:
     )
     print(f"{len(shared)} together / one: {all_together / alone:.2f} (aim at most {AT_MOST_TOGETHER})")
     ratio = shared[0].seconds / first.seconds
-    print(
-        f"second / first: {ratio:.2f} (aim at most {AT_MOST_SECOND:.2f}); second / own: {shared[0].seconds / own[0].seconds:.2f}"
-    )
+    print(f"second / first: {ratio:.2f} (aim at most {AT_MOST_SECOND:.2f})")
+    print(f"second / own: {shared[0].seconds / own[0].seconds:.2f}")
     print(f"{len(shared)} shared together / one with its own: {all_together / own_alone:.2f}")
 
 

@@ -23,7 +23,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.session import Contents, open_engine
-from uwm_deploy.runtime.weight_cache import GRAPH, RECORD, WEIGHTS, WeightCache, key_of
+from uwm_deploy.runtime.weight_cache import GRAPH, RECORD, WEIGHTS, Entry, WeightCache, key_of
 
 ROOT = Path(__file__).parents[2]
 WIDE = 1024
@@ -152,7 +152,7 @@ def test_what_is_not_as_it_was_written_is_made_again(cache: WeightCache, wanted:
     """Nothing of such an entry is used: the bundle's bytes are read again, and the answer is right."""
     read = Reader()
     embedded(cache, read)
-    CHANGES[change](entry_of(cache) if change != "a link to the entry" else entry_of(cache))
+    CHANGES[change](entry_of(cache))
     assert np.array_equal(embedded(cache, read), wanted)
     assert read.times == 2
     assert np.array_equal(embedded(cache, read), wanted)
@@ -283,8 +283,6 @@ def test_a_bundle_is_served_from_shared_weights(built, tmp_path: Path, monkeypat
 
 def test_the_record_of_an_entry_is_read_back(cache: WeightCache) -> None:
     """It names the parts of the weights, each by its digest."""
-    from uwm_deploy.runtime.weight_cache import Entry
-
     embedded(cache, Reader())
     text = (entry_of(cache) / RECORD).read_text()
     entry = record_from_json(Entry, text, where=RECORD)
