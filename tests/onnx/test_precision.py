@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.safeground.canaries import Canaries, choose, ratios
 from uwm_deploy.stages.compile import engine_from_onnx
@@ -281,6 +283,8 @@ def test_weights_alone_go_to_8_bits(exported: Exported, tmp_path: Path, beside: 
     assert graph.conversion is not None
     assert kinds.count("DequantizeLinear") == graph.conversion.achieved["linear"]["w8a16"]
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node, after in itertools.pairwise(model.graph.node):  # one weight at a time is float32
+        assert node.op_type != "DequantizeLinear" or node.output[0] in after.input
     for node in (node for node in model.graph.node if node.op_type == "DequantizeLinear"):
         settings = {attribute.name: attribute.i for attribute in node.attribute}
         weight, scale = (list(weights[name].dims) for name in node.input[:2])
@@ -327,6 +331,37 @@ def test_a_scale_of_another_shape_stays_as_it_is() -> None:
     assert in_one_block(model) == 2
     assert all(np.array_equal(a, b) for a, b in zip(before, answers(), strict=True))
     assert in_one_block(model) == 0
+
+
+def test_weights_move_to_where_they_are_used() -> None:
+    """The first reader counts, an activation stays, and a weight that only a nested graph reads stays in front."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[n,2] x, int8[2,2] given, bool more) => (float[n,2] y, float[n,2] z)
+        <int8[2,2] a = {1,2,3,4}, int8[2,2] b = {5,6,7,8}, int8[2,2] c = {1,1,2,2}, float s = {0.5}>
+        {
+            first = DequantizeLinear (a, s)
+            second = DequantizeLinear (b, s)
+            activation = DequantizeLinear (given, s)
+            nested = DequantizeLinear (c, s)
+            m = MatMul (x, activation)
+            n1 = MatMul (m, second)
+            n2 = MatMul (n1, first)
+            y = MatMul (n2, second)
+            z = If (more) <then_branch = yes () => (float[n,2] t) { t = MatMul (n1, nested) },
+                           else_branch = no () => (float[n,2] e) { e = Identity (n1) }>
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    model.doc_string = "kept"
+    moved = onnx.load_from_string(weights_before_use(model.SerializeToString()))
+    order = [node.output[0] for node in moved.graph.node]
+    assert order == ["nested", "activation", "m", "second", "n1", "first", "n2", "y", "z"]
+    onnx.checker.check_model(moved, full_check=True)
+    assert sorted(map(str, moved.graph.node)) == sorted(map(str, model.graph.node))
+    for part in (moved, model):
+        del part.graph.node[:]
+    assert moved == model
 
 
 def test_integers_for_the_cpu_are_nearly_the_same_numbers(exported: Exported, tmp_path: Path) -> None:

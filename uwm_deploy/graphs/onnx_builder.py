@@ -16,6 +16,7 @@ from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import Profile, Provider
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
 _UNWRITTEN = "Protobuf serialization failed"
@@ -73,7 +74,8 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["fit_for_cpu"] or (spec["weights_only"] and provider == "cpu"):
         model = onnx.load(spec["engine"], load_external_data=False)
         (in_one_block if spec["weights_only"] else add_biases)(model)
-        Path(spec["engine"]).write_bytes(model.SerializeToString())
+        content = model.SerializeToString()
+        Path(spec["engine"]).write_bytes(weights_before_use(content) if spec["weights_only"] else content)
     return {
         "versions": {"onnxruntime": ort.__version__},
         "settings": {"optimisation": "extended"}

@@ -15,6 +15,7 @@ from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -152,6 +153,8 @@ def pack(engine: EngineArtifact, contents: Contents, graph: Path, weights: str) 
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     OnnxRuntimeSession(contents[0], engine.profile, engine.inputs, engine.outputs, options, "cpu").close()
+    if _weights_only(engine):
+        graph.write_bytes(weights_before_use(graph.read_bytes()))
 
 
 def open_packed(engine: EngineArtifact, graph: bytes, folder: Path, *, threads: int = 0) -> OnnxRuntimeSession:
