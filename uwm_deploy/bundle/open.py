@@ -31,7 +31,7 @@ from uwm_deploy.records.verdict import Result, Verdict
 MANIFEST = BundleLayout.MANIFEST
 _RESTORE = RESTORE
 _REPORTS = (BundleLayout.VERDICT, BundleLayout.REPORT, BundleLayout.EDIT)
-_HASHED_AT_ONCE = 4
+_LARGE_BYTES, _HASHED_AT_ONCE = 64 << 20, 4
 _TRIES, _PAUSE_SECONDS = 50, 0.02
 """A bundle that is replaced while it is opened is opened again."""
 
@@ -276,8 +276,11 @@ def _check_files(held: HeldFiles, manifest: Manifest) -> None:
 
 
 def _digests(held: HeldFiles, listed: Mapping[str, BundleFile]) -> Iterator[tuple[str, Digest]]:
-    """Digest of every listed file, several files at a time: of a large bundle it takes seconds."""
+    """Digest of every listed file; of a large bundle it takes seconds, so several files are read at a time."""
     largest_first = sorted(listed, key=lambda name: -listed[name].size_bytes)
+    if sum(file.size_bytes for file in listed.values()) < _LARGE_BYTES:  # threads would take more memory than time
+        yield from ((name, held.digest(name)) for name in largest_first)
+        return
     with ThreadPoolExecutor(min(_HASHED_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
         yield from zip(largest_first, pool.map(held.digest, largest_first), strict=True)
 

@@ -1,7 +1,7 @@
 """The order of operators in an ONNX file whose weights are in 8 bits: each is made float32 just before it is used.
 
-ONNX Runtime can run operators in the order of the file, but writes files with every weight made float32 before all else. That
-takes as much memory as float32 weights do. This works on the bytes of a file, since the base install has no onnx.
+ONNX Runtime can run operators in the order of the file, but it writes files with every weight made float32 before all else.
+That takes as much memory as float32 weights do. This works on the bytes of a file, since the base install has no onnx.
 """
 
 from __future__ import annotations
