@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -86,6 +87,37 @@ def wanted() -> np.ndarray:
         return session.run(ROWS)
     finally:
         session.close()
+
+
+def test_weights_in_8_bits_are_mapped_as_they_are(cache: WeightCache) -> None:
+    """The same answer as unshared; the graph in the cache makes one weight at a time float32."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[n,64] rows) => (float[n,64] y)
+        {
+            first = DequantizeLinear <axis: int = 0, block_size: int = 64> (a, s)
+            m = MatMul (rows, first)
+            second = DequantizeLinear <axis: int = 0, block_size: int = 64> (b, s)
+            y = MatMul (m, second)
+        }
+    """
+    model, rng = onnx.parser.parse_model(text), np.random.default_rng(0)
+    for name in ("a", "b"):
+        codes = rng.integers(-127, 128, (64, 64)).astype(np.int8)
+        model.graph.initializer.append(numpy_helper.from_array(codes, name))
+    model.graph.initializer.append(numpy_helper.from_array(np.full((1, 64), 0.01, np.float32), "s"))
+    data = model.SerializeToString()
+    specs = [dataclasses.replace(ENGINE.inputs[0], name=name) for name in ("rows", "y")]
+    engine = dataclasses.replace(
+        ENGINE, precision="w8a16", digest=digest_of_bytes(data), inputs=(specs[0],), outputs=(specs[1],)
+    )
+    answers = [open_engine(engine, data, {}, threads=1).run(ROWS)]
+    answers += [cache.open(engine, lambda: (data, {}), threads=1).run(ROWS) for _ in range(2)]
+    assert all(np.array_equal(answer, answers[0]) for answer in answers[1:])
+    shared = onnx.load(entry_of(cache) / GRAPH, load_external_data=False)
+    assert [node.op_type for node in shared.graph.node] == ["DequantizeLinear", "MatMul"] * 2
+    sizes = {t.name: {e.key: e.value for e in t.external_data}.get("length") for t in shared.graph.initializer}
+    assert (sizes["a"], sizes["b"]) == ("4096", "4096")
 
 
 def entry_of(cache: WeightCache) -> Path:
