@@ -44,11 +44,13 @@ class Bundle:
         path: Its folder.
         manifest: What it holds; everything else was checked against it.
         held: Its files, which stay those that were opened; without them they are read from the folder.
+        text: Content of the manifest's file, where it was read.
     """
 
     path: Path
     manifest: Manifest
     held: HeldFiles | None = None
+    text: bytes | None = None
 
     @property
     def digest(self) -> Digest:
@@ -58,7 +60,7 @@ class Bundle:
     @property
     def manifest_text(self) -> bytes:
         """Content of the manifest's file: one that opens is byte for byte what its record writes."""
-        return json_from_record(self.manifest).encode()
+        return json_from_record(self.manifest).encode() if self.text is None else self.text
 
     @property
     def signature(self) -> bytes | None:
@@ -220,7 +222,7 @@ def _checked(
             fix="deploy the current release",
         )
     check_names(manifest)
-    bundle = Bundle(folder, manifest, held)
+    bundle = Bundle(folder, manifest, held, text)
     _check_files(held, manifest)
     _check_chain(manifest)
     _check_reports(bundle)
@@ -349,7 +351,7 @@ def _check_reports(bundle: Bundle) -> None:
     if lost := [name for name in _REPORTS if name not in listed]:
         raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
     verdict = record_from_json(Verdict, bundle.read(BundleLayout.VERDICT), where=BundleLayout.VERDICT)
-    if json_from_record(verdict) != json_from_record(manifest.verdict):
+    if verdict != manifest.verdict:
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)

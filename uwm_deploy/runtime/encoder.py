@@ -25,8 +25,6 @@ from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
 from uwm_deploy.bundle.tied import check_rows
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
@@ -67,7 +65,7 @@ class SafeEncoder:
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
-        self._bundle, self._head = bundle, bundle.manifest.head
+        self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
         self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
@@ -147,7 +145,7 @@ class SafeEncoder:
     @property
     def digest(self) -> Digest:
         """Digest of the manifest, which names the bundle: everything else follows from it."""
-        return digest_of_bytes(json_from_record(self.manifest).encode())
+        return self._digest
 
     @property
     def space(self) -> SpaceId:
