@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,22 @@ def test_a_disk_without_room_is_an_error_and_leaves_nothing(cache: WeightCache) 
     _, error = limited.communicate(timeout=60)
     assert PrerequisiteError.__name__ in error
     assert not [path for path in cache.folder.iterdir() if path.is_dir()]
+
+
+def test_a_limit_of_the_machine_is_no_damage(cache: WeightCache) -> None:
+    """Without a free descriptor the entry cannot be looked at: it stays, and the error says what helps."""
+    embedded(cache, Reader())
+    kept = sorted((path.name, path.stat().st_mtime_ns) for path in entry_of(cache).iterdir())
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) - 1
+    try:
+        for more in (1, 2, 3):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
+            with pytest.raises(PrerequisiteError, match="open"):
+                embedded(cache, Reader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in entry_of(cache).iterdir()) == kept
 
 
 MEMORY = """

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from uwm_deploy.bundle.held import HeldFiles, ReplacedError
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, is_of_machine
 from uwm_deploy.records.cache_folder import VARIABLE, cache_folder
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.records.graph import EngineArtifact
-from uwm_deploy.records.locks import release, wait_for
+from uwm_deploy.records.locks import hold, release
 from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.replacing import remove, sync_folder
@@ -113,15 +113,14 @@ class WeightCache:
             PrerequisiteError: If the disk is full, or this machine cannot run the graph.
         """
         key = key_of(engine)
-        with _own_folder(self.folder) as base:
+        with disk_errors(self.folder), _own_folder(self.folder) as base:
             place = _Place(base, digest_of_plain(key).partition(":")[2][:32], key)
             if (session := place.opened(engine, threads)) is not None:
                 return session
             with place.alone():
                 if (session := place.opened(engine, threads)) is not None:  # another process has made it meanwhile
                     return session
-                with disk_errors(self.folder):
-                    place.make(engine, read)
+                place.make(engine, read)
                 if (session := place.opened(engine, threads)) is not None:
                     return session
         raise IntegrityError(f"{self.folder} does not hold what was written to it", fix="check the disk")
@@ -147,7 +146,9 @@ class _Place:
             descriptor = os.open(
                 self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.base
             )
-        except OSError:
+        except OSError as error:
+            if is_of_machine(error):
+                raise
             return None
         try:
             held = HeldFiles(_inside(descriptor))
@@ -210,7 +211,9 @@ class _Place:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """While no other process makes this entry."""
-        lock = wait_for(_inside(self.base, f"{self.name}.lock"))
+        lock = None
+        while lock is None:
+            lock = hold(_inside(self.base, f"{self.name}.lock"), "", "", wait=True)
         try:
             yield
         finally:
@@ -224,11 +227,10 @@ def _own_folder(path: Path) -> Iterator[int]:
     Raises:
         InputError: If it is somebody else's, or others may write to it.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
