@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-AT_LEAST_FASTER, AT_MOST_MEMORY = 10.0, 0.2
+AT_LEAST_FASTER, AT_MOST_MEMORY = 10.0, 0.12
 
 OURS = """
 import sys

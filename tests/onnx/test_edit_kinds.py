@@ -35,7 +35,7 @@ from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 from uwm_deploy.towers.load import load_model
 
 ON_CPU = (Precision.FP32, Precision.FP16, Precision.INT8)
-LOW = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)
+LOW = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8, Precision.W8A16)
 
 
 def placement_of(part: Exported) -> Placement:

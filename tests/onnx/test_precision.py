@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,20 @@ from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_of_lowered
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.quantise import rounded_weight, weight_scale
 from uwm_deploy.graphs.tensor_layout import stored_tensors
+from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.graphs.write import ALIGNMENT, LARGE, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.safeground.canaries import Canaries, choose, ratios
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import Ranges, converted, embed_with, lower, ranges_of
 from uwm_deploy.stages.convert.search import Source, search
 
-LOW = (Precision.FP16, Precision.INT8, Precision.FP8)
+LOW = (Precision.FP16, Precision.INT8, Precision.FP8, Precision.W8A16)
 PROFILE = Profile(min=1, opt=2, max=4)
 
 
@@ -81,7 +84,8 @@ def test_graph_is_valid_keeps_names_and_holds_the_edit(
 
 
 @pytest.mark.parametrize(
-    ("precision", "cosine"), [(Precision.FP16, 0.99999), (Precision.INT8, 0.97), (Precision.FP8, 0.97)]
+    ("precision", "cosine"),
+    [(Precision.FP16, 0.99999), (Precision.INT8, 0.97), (Precision.FP8, 0.97), (Precision.W8A16, 0.999)],
 )
 def test_embeddings_stay_near(exported: Exported, tmp_path: Path, precision: Precision, cosine: float) -> None:
     """ONNX Runtime executes it, at any batch, near the float32 graph but not equal to it."""
@@ -219,7 +223,7 @@ def test_canaries_are_chosen_where_the_models_differ() -> None:
         ratios(edited, original, edited)
 
 
-@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8])
+@pytest.mark.parametrize("precision", [*LOW, Precision.BF16])
 def test_tensorrt_rtx_builds_every_precision(exported: Exported, tmp_path: Path, precision: Precision) -> None:
     """Ahead of time, on a machine without a GPU; the types of the parsed network are read back; bytes repeat."""
     pytest.importorskip("tensorrt_rtx")
@@ -256,6 +260,108 @@ def test_onnx_runtime_engine_of_every_precision(exported: Exported, tmp_path: Pa
         assert "DequantizeLinear" not in kinds  # query, key and value share an input, and are multiplied in 8 bits too
         assert engine.settings["integers"] == "unsigned activations, 7-bit weights"
         assert engine.settings["edited_layers"] == str(len(exported.case.edits))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_alone_go_to_8_bits(exported: Exported, tmp_path: Path, beside: bool) -> None:
+    """No activation is rounded; the compiled graph computes what the converted one says, with one block per channel.
+
+    Weights inside the graph or in a file beside it.
+    """
+    folder = tmp_path / "graphs"
+    graph = convert(exported, folder, Precision.W8A16)
+    if beside:
+        name = f"{graph.file}.data"
+        onnx.save(onnx.load(folder / graph.file), folder / graph.file, save_as_external_data=True, location=name)
+        graph = dataclasses.replace(graph, external_data=name, digest=digest_of_onnx(folder / graph.file, name))
+    (tmp_path / "engine").mkdir()
+    engine = engine_from_onnx(graph, folder, Target.ONNXRUNTIME, PROFILE, exported.case.edits, tmp_path / "engine")
+    model = onnx.load(tmp_path / "engine" / engine.file)
+    onnx.checker.check_model(model.SerializeToString(), check_custom_domain=False)
+    kinds = [node.op_type for node in model.graph.node]
+    assert not {"QuantizeLinear", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeLinear"} & set(kinds)
+    assert graph.conversion is not None
+    assert kinds.count("DequantizeLinear") == graph.conversion.achieved["linear"]["w8a16"]
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node, after in itertools.pairwise(model.graph.node):  # one weight at a time is float32
+        assert node.op_type != "DequantizeLinear" or node.output[0] in after.input
+    for node in (node for node in model.graph.node if node.op_type == "DequantizeLinear"):
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        weight, scale = (list(weights[name].dims) for name in node.input[:2])
+        assert settings["block_size"] == weight[settings["axis"]]
+        assert scale == [1 if axis == settings["axis"] else size for axis, size in enumerate(weight)]
+    external = {engine.external_data: (tmp_path / "engine" / engine.external_data).read_bytes()} if beside else {}
+    session = open_engine(engine, (tmp_path / "engine" / engine.file).read_bytes(), external, device="cpu")
+    again = embed_with(graph, folder / graph.file, Precision.W8A16, [rows(exported, 5)], graph.external_data)
+    assert np.abs(session.run(rows(exported, 5)) - again).max() < 1e-5
+    assert engine.settings["weights"] == "float32,int8"
+
+
+def test_a_scale_of_another_shape_stays_as_it_is() -> None:
+    """Weights with one scale, or with blocks already, and activations: nothing but a scale per channel becomes a block."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[n,4] x, int8[n,4] q) => (float[n,2] y, float[2,n] t, float[n,4] u)
+        <int8[4,2] a = {1,2,3,4,5,6,7,8}, int8[4,2] b = {1,2,3,4,5,6,7,8}, int8[4,2] c = {1,2,3,4,5,6,7,8},
+         int8[2,4] d = {1,2,3,4,5,6,7,8}, float s = {0.5}, float[2] each = {0.5,0.25}, float[2,2] blocks = {1.0,2.0,3.0,4.0},
+         int8[2] zeros = {0,0}, float[2] rows = {0.5,0.25}>
+        {
+            one = DequantizeLinear (a, s)
+            two = DequantizeLinear <axis: int = 1> (b, each, zeros)
+            three = DequantizeLinear <axis: int = 0, block_size: int = 2> (c, blocks)
+            four = DequantizeLinear <axis: int = 0> (d, rows)
+            u = DequantizeLinear (q, s)
+            l = MatMul (x, one)
+            m = MatMul (x, two)
+            o = MatMul (x, three)
+            p = Add (l, m)
+            y = Add (o, p)
+            turned = Transpose <perm: ints = [1, 0]> (x)
+            t = MatMul (four, turned)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    feed = {"x": rng.normal(size=(3, 4)).astype(np.float32), "q": rng.integers(-9, 9, (3, 4)).astype(np.int8)}
+
+    def answers() -> list[np.ndarray]:
+        return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)
+
+    before = answers()
+    assert in_one_block(model) == 2
+    assert all(np.array_equal(a, b) for a, b in zip(before, answers(), strict=True))
+    assert in_one_block(model) == 0
+
+
+def test_weights_move_to_where_they_are_used() -> None:
+    """The first reader counts, an activation stays, and a weight that only a nested graph reads stays in front."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        agraph (float[n,2] x, int8[2,2] given, bool more) => (float[n,2] y, float[n,2] z)
+        <int8[2,2] a = {1,2,3,4}, int8[2,2] b = {5,6,7,8}, int8[2,2] c = {1,1,2,2}, float s = {0.5}>
+        {
+            first = DequantizeLinear (a, s)
+            second = DequantizeLinear (b, s)
+            activation = DequantizeLinear (given, s)
+            nested = DequantizeLinear (c, s)
+            m = MatMul (x, activation)
+            n1 = MatMul (m, second)
+            n2 = MatMul (n1, first)
+            y = MatMul (n2, second)
+            z = If (more) <then_branch = yes () => (float[n,2] t) { t = MatMul (n1, nested) },
+                           else_branch = no () => (float[n,2] e) { e = Identity (n1) }>
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    model.doc_string = "kept"
+    moved = onnx.load_from_string(weights_before_use(model.SerializeToString()))
+    order = [node.output[0] for node in moved.graph.node]
+    assert order == ["nested", "activation", "m", "second", "n1", "first", "n2", "y", "z"]
+    onnx.checker.check_model(moved, full_check=True)
+    assert sorted(map(str, moved.graph.node)) == sorted(map(str, model.graph.node))
+    for part in (moved, model):
+        del part.graph.node[:]
+    assert moved == model
 
 
 def test_integers_for_the_cpu_are_nearly_the_same_numbers(exported: Exported, tmp_path: Path) -> None:

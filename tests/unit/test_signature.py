@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tests.made_once import copy_of
 from tests.unit.test_report import make, write_bundle
+from uwm_deploy.bundle import open as opening
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
@@ -247,6 +249,19 @@ def test_an_unsigned_bundle_is_refused_only_with_a_key(place: Place, tmp_path: P
     open_bundle(out)
     code, output = verify(out, place.public)
     assert (code, f"{SIGNATURE} is missing" in output) == (5, True)
+
+
+def test_large_bundles_are_checked_whole(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several files at a time: whichever is damaged is the one that is named, and without damage it opens."""
+    monkeypatch.setattr(opening, "_LARGE_BYTES", 0)
+    out = place.copy(tmp_path / "b")
+    for name in (file.path for file in open_bundle(out).manifest.files):
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if kept else b"")
+        with pytest.raises(IntegrityError, match=f"{re.escape(name)} has changed"):
+            open_bundle(out)
+        (out / name).write_bytes(kept)
+    open_bundle(out)
 
 
 def test_a_change_between_opening_and_reading_is_refused(place: Place, tmp_path: Path) -> None:

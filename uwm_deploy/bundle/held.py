@@ -9,6 +9,7 @@ import os
 import stat
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,9 +114,36 @@ class HeldFiles:
         except OSError as error:
             raise _cannot_be_read(name, error) from error
 
+    def digests(self, name: str, part_bytes: int, threads: int) -> tuple[Digest, ...]:
+        """Digests of the parts of a file, in order, several at a time; see `read`.
+
+        Args:
+            name: Of the file.
+            part_bytes: Size of a part; the last one may be smaller.
+            threads: Parts at a time.
+        """
+        descriptor, size = self._held(name), self.size(name)
+
+        def part(start: int) -> Digest:
+            hasher, end = hashlib.sha256(), min(start + part_bytes, size)
+            while start < end and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start)):
+                hasher.update(chunk)
+                start += len(chunk)
+            return "sha256:" + hasher.hexdigest()
+
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return tuple(pool.map(part, range(0, size, part_bytes)))
+        except OSError as error:
+            raise _cannot_be_read(name, error) from error
+
     def size(self, name: str) -> int:
         """Of a file, in bytes; see `read`."""
-        return os.fstat(self._held(name)).st_size
+        return self.status(name).st_size
+
+    def status(self, name: str) -> os.stat_result:
+        """Of the file that is held, whatever has its name now; see `read`."""
+        return os.fstat(self._held(name))
 
     def _held(self, name: str) -> int:
         if name not in self._open:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
 from uwm_deploy.bundle.tied import check_names, check_tied
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError, UnreadableError, is_of_machine
-from uwm_deploy.records.bundle import Manifest
+from uwm_deploy.records.bundle import BundleFile, Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
@@ -30,6 +31,7 @@ from uwm_deploy.records.verdict import Result, Verdict
 MANIFEST = BundleLayout.MANIFEST
 _RESTORE = RESTORE
 _REPORTS = (BundleLayout.VERDICT, BundleLayout.REPORT, BundleLayout.EDIT)
+_LARGE_BYTES, _HASHED_AT_ONCE = 64 << 20, 4
 _TRIES, _PAUSE_SECONDS = 50, 0.02
 """A bundle that is replaced while it is opened is opened again."""
 
@@ -42,11 +44,13 @@ class Bundle:
         path: Its folder.
         manifest: What it holds; everything else was checked against it.
         held: Its files, which stay those that were opened; without them they are read from the folder.
+        text: Content of the manifest's file, where it was read.
     """
 
     path: Path
     manifest: Manifest
     held: HeldFiles | None = None
+    text: bytes | None = None
 
     @property
     def digest(self) -> Digest:
@@ -56,7 +60,7 @@ class Bundle:
     @property
     def manifest_text(self) -> bytes:
         """Content of the manifest's file: one that opens is byte for byte what its record writes."""
-        return json_from_record(self.manifest).encode()
+        return json_from_record(self.manifest).encode() if self.text is None else self.text
 
     @property
     def signature(self) -> bytes | None:
@@ -218,7 +222,7 @@ def _checked(
             fix="deploy the current release",
         )
     check_names(manifest)
-    bundle = Bundle(folder, manifest, held)
+    bundle = Bundle(folder, manifest, held, text)
     _check_files(held, manifest)
     _check_chain(manifest)
     _check_reports(bundle)
@@ -268,8 +272,19 @@ def _check_files(held: HeldFiles, manifest: Manifest) -> None:
     for name, file in listed.items():
         if held.size(name) != file.size_bytes:
             raise IntegrityError(f"{name} has {held.size(name)} bytes, not {file.size_bytes}", fix=_RESTORE)
-        if held.digest(name) != file.digest:
+    for name, digest in _digests(held, listed):
+        if digest != listed[name].digest:
             raise IntegrityError(f"{name} has changed: its digest is not the manifest's", fix=_RESTORE)
+
+
+def _digests(held: HeldFiles, listed: Mapping[str, BundleFile]) -> Iterator[tuple[str, Digest]]:
+    """Digest of every listed file; of a large bundle it takes seconds, so several files are read at a time."""
+    largest_first = sorted(listed, key=lambda name: -listed[name].size_bytes)
+    if sum(file.size_bytes for file in listed.values()) < _LARGE_BYTES:  # threads would take more memory than time
+        yield from ((name, held.digest(name)) for name in largest_first)
+        return
+    with ThreadPoolExecutor(min(_HASHED_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        yield from zip(largest_first, pool.map(held.digest, largest_first), strict=True)
 
 
 def _check_chain(manifest: Manifest) -> None:
@@ -336,7 +351,7 @@ def _check_reports(bundle: Bundle) -> None:
     if lost := [name for name in _REPORTS if name not in listed]:
         raise IntegrityError(f"{lost[0]} is missing", fix=_RESTORE)
     verdict = record_from_json(Verdict, bundle.read(BundleLayout.VERDICT), where=BundleLayout.VERDICT)
-    if json_from_record(verdict) != json_from_record(manifest.verdict):
+    if verdict != manifest.verdict:
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)

@@ -22,7 +22,7 @@ _CLASSES = {"Conv": "convolution", "LayerNormalization": "layer norm", "Softmax"
 def achieved_precision(model: ir.Model) -> dict[str, dict[str, int]]:
     """Number of nodes by class of operator (convolution, linear, attention, layer norm, softmax) and precision.
 
-    A linear layer is 8-bit when both of its factors come from a DequantizeLinear.
+    A linear layer is 8-bit when both of its factors come from a DequantizeLinear, and w8a16 when only the weight does.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for node in model.graph:
@@ -63,6 +63,8 @@ def _linear_precision(node: ir.Node) -> str:
         assert source is not None
         assert source.inputs[0] is not None
         return _name(source.inputs[0])
+    if sources[1] is not None and sources[1].op_type == "DequantizeLinear":
+        return "w8a16"
     return _name(node.outputs[0])
 
 

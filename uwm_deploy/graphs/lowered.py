@@ -10,12 +10,13 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.cast import BFLOAT16, FLOAT16, cast_graph
 from uwm_deploy.graphs.layers import linear_layers, matching_nodes
-from uwm_deploy.graphs.quantise import LARGEST, NEAREST, EightBitType, input_names, quantise_graph
+from uwm_deploy.graphs.quantise import LARGEST, NEAREST, EightBitType, input_names, quantise_graph, quantise_weights
 from uwm_deploy.graphs.smoothing import Chosen, spread_name
 from uwm_deploy.records.graph import Precision
 
 HALF = {Precision.FP16: FLOAT16, Precision.BF16: BFLOAT16}
 EIGHT_BITS: dict[Precision, EightBitType] = {Precision.INT8: "int8", Precision.FP8: "fp8"}
+"""Precisions whose activations have ranges."""
 
 
 def lowered_graph(
@@ -29,7 +30,7 @@ def lowered_graph(
 
     Args:
         source: Float32 ONNX file.
-        precision: Half precision casts everything, 8 bits quantises linear layers.
+        precision: Half precision casts everything, 8 bits quantises linear layers, `w8a16` their weights alone.
         keep: Linear layers, and globs over layers, nodes and operators, that stay in float32.
         largest: Largest absolute value of each activation, for 8 bits.
         chosen: What was chosen on calibration inputs, for INT8.
@@ -49,6 +50,9 @@ def lowered_graph(
     if precision in HALF:
         return model, cast_graph(model, HALF[precision], kept)
     low = {name for name, layer in names.items() if layer.node not in kept}
+    if precision is Precision.W8A16:
+        quantise_weights(model, low)
+        return model, 0
     quantise_graph(model, low, largest, EIGHT_BITS[precision], chosen)
     return model, 0
 

@@ -13,8 +13,10 @@ import onnx
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
+from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import Profile, Provider
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
 _UNWRITTEN = "Protobuf serialization failed"
@@ -29,7 +31,8 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, its ``options``, and
-            ``fit_for_cpu``: whether it is an INT8 graph for the CPU.
+            ``fit_for_cpu``: whether it is an INT8 graph for the CPU; ``weights_only``: whether its weights alone are in 8
+            bits.
 
     Raises:
         PrerequisiteError: If the provider does not work here, or the graph cannot be written.
@@ -57,8 +60,10 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
         source = model.SerializeToString()
         del model
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # It would round the activations of a layer whose weight alone is in 8 bits.
+    disabled = ["QDQSelectorActionTransformer"] if spec["weights_only"] else []
     try:
-        session = ort.InferenceSession(source, options)
+        session = ort.InferenceSession(source, options, disabled_optimizers=disabled)
     except Exception as error:  # its errors share no base class
         if _UNWRITTEN in str(error):
             what = f"ONNX Runtime could not write {spec['engine']}"
@@ -66,10 +71,11 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
         raise BuildFailed(str(error)) from error
     if (taken := session.get_providers()[0]) != NAMES[provider]:
         raise BuildFailed(f"ONNX Runtime took {taken} instead of {NAMES[provider]}")
-    if spec["fit_for_cpu"]:
+    if spec["fit_for_cpu"] or (spec["weights_only"] and provider == "cpu"):
         model = onnx.load(spec["engine"], load_external_data=False)
-        add_biases(model)
-        Path(spec["engine"]).write_bytes(model.SerializeToString())
+        (in_one_block if spec["weights_only"] else add_biases)(model)
+        content = model.SerializeToString()
+        Path(spec["engine"]).write_bytes(weights_before_use(content) if spec["weights_only"] else content)
     return {
         "versions": {"onnxruntime": ort.__version__},
         "settings": {"optimisation": "extended"}

@@ -72,6 +72,21 @@ def quantise_graph(
         layer.node.replace_input_with(0, result)
 
 
+def quantise_weights(model: ir.Model, layers: Set[str]) -> None:
+    """Stores the weights of layers in 8 bits, rounded to the nearest, in place; activations stay as they are.
+
+    Args:
+        model: Float32 graph.
+        layers: Names, as `linear_layers` gives them.
+
+    Raises:
+        ContractError: If a weight is used by another node as well.
+    """
+    for name, layer in linear_layers(model).items():
+        if name in layers:
+            _quantise_weight(model, layer, "int8", None, None)
+
+
 def _input_of(layer: LinearLayer) -> ir.Value:
     value = layer.node.inputs[0]
     assert value is not None

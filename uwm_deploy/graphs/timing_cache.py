@@ -7,7 +7,6 @@ builds faster and alike. Builds may run at the same time: a cache file is only r
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +14,15 @@ from typing import Any
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of
+from uwm_deploy.records.cache_folder import cache_folder
 from uwm_deploy.records.files import digest_of_bytes, write_atomic
 from uwm_deploy.records.locks import hold, release
-
-VARIABLE = "UWM_DEPLOY_CACHE"
-"""Environment variable with the folder for caches, in place of the user's usual one."""
 
 
 def cache_file(module: str, version: str, device: str) -> Path:
     """Cache file of one flavour, version and device."""
-    given, usual = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else (Path(usual) if usual else Path.home() / ".cache") / "uwm-deploy"
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{module} {version} {device}").strip("-")
-    return folder / "timing" / f"{name}.cache"
+    return cache_folder() / "timing" / f"{name}.cache"
 
 
 def attach(config: Any, file: Path, messages: list[str]) -> dict[str, str]:

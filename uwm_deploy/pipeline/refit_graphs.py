@@ -395,6 +395,7 @@ def _kind_of(name: str, change: Replacement, precision: Precision) -> int:
 
 
 _KINDS = dict(zip((Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8), TYPES, strict=True))
+_KINDS[Precision.W8A16] = _KINDS[Precision.INT8]
 """Element type of the weights of a precision."""
 
 

@@ -18,13 +18,17 @@ BUILT_IN, CALIBRATED = "built-in", "built-in, calibrated"
 
 
 class Precision(StrEnum):
-    """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions."""
+    """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions.
+
+    `w8a16` stores weights in 8 bits and leaves activations as they are.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
     FP8 = "fp8"
+    W8A16 = "w8a16"
     AUTO = "auto"
 
 

@@ -36,6 +36,7 @@ _PACKAGES = (
 _ON_CPU = {
     Precision.FP16: "run on the CPU, which may compute in float32",
     Precision.FP8: "run on the CPU, computed in float32",
+    Precision.W8A16: "run on the CPU, multiplied in float32",
 }
 """Precisions whose graphs run on a CPU that does not compute in them; docs/how-to/precision.md."""
 

@@ -25,8 +25,7 @@ from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
 from uwm_deploy.bundle.tied import check_rows
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.files import digest_of_bytes
+from uwm_deploy.records.graph import EngineArtifact
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
@@ -41,9 +40,10 @@ from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
 from uwm_deploy.runtime.selftest import SelfTest
 from uwm_deploy.runtime.service import Answer, Serving, TowerService
-from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
+from uwm_deploy.runtime.session import Contents, Device, Session, open_engine, optimisation_of, provider_of
 from uwm_deploy.runtime.tokenizer import SpecialTokens
 from uwm_deploy.runtime.variants import Candidate, VariantChoice, candidates, take
+from uwm_deploy.runtime.weight_cache import WeightCache
 from uwm_deploy.safeground.canaries import CANARIES
 
 OnError = Literal["keep", "raise"]
@@ -65,7 +65,7 @@ class SafeEncoder:
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
-        self._bundle, self._head = bundle, bundle.manifest.head
+        self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
         self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
@@ -145,7 +145,7 @@ class SafeEncoder:
     @property
     def digest(self) -> Digest:
         """Digest of the manifest, which names the bundle: everything else follows from it."""
-        return digest_of_bytes(json_from_record(self.manifest).encode())
+        return self._digest
 
     @property
     def space(self) -> SpaceId:
@@ -409,14 +409,21 @@ def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[To
     try:
         for tower, engine in bundle.engines(candidate.variant).items():
             check_rows(bundle.manifest.model, engine)
-            data, external = bundle.read(engine_path(engine)), bundle.external_data(engine)
+            read = partial(_contents, bundle, engine)
+            if serving.weights == "shared" and candidate.device == "cpu" and optimisation_of(engine) == "done":
+                opened[tower] = WeightCache().open(engine, read, threads=threads)
+                continue
             device: Device = candidate.device if provider_of(engine) == "any" else "auto"
-            opened[tower] = open_engine(engine, data, external, device=device, threads=threads)
+            opened[tower] = open_engine(engine, *read(), device=device, threads=threads)
     except BaseException:
         for session in opened.values():
             session.close()
         raise
     return opened
+
+
+def _contents(bundle: Bundle, engine: EngineArtifact) -> Contents:
+    return bundle.read(engine_path(engine)), bundle.external_data(engine)
 
 
 def _abandon(home: Home, pool: ThreadPoolExecutor, services: Sequence[TowerService]) -> None:

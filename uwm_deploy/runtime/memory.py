@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -64,6 +65,13 @@ def without_collection() -> Iterator[None]:
     finally:
         if searching:
             gc.enable()
+
+
+def give_back() -> None:
+    """Gives free memory back to the system, which the C library keeps for itself, where it can be told so."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -14,9 +14,9 @@ _FLOAT, _INT8, _FLOAT16, _BFLOAT16, _FLOAT8 = (1, 3, 10, 16, 17)
 """Values of onnx.TensorProto.DataType."""
 
 _HALF = {Precision.FP16: _FLOAT16, Precision.BF16: _BFLOAT16}
-_EIGHT_BITS = {Precision.INT8: _INT8, Precision.FP8: _FLOAT8}
+_EIGHT_BITS = {Precision.INT8: _INT8, Precision.FP8: _FLOAT8, Precision.W8A16: _INT8}
 _OPSET = {Precision.BF16: 22}
-PROBED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)
+PROBED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8, Precision.W8A16)
 
 
 def reason_not_executed(precision: Precision) -> str:
@@ -45,9 +45,10 @@ def probe_graph(precision: Precision) -> bytes:
         nodes += _node("Cast", ["x"], "a", to=kind) + _node("MatMul", ["a", "a"], "b") + _node("Cast", ["b"], "y", to=1)
     elif kind := _EIGHT_BITS.get(precision):
         names = ["scale", "zero"]
-        nodes += _node("QuantizeLinear", ["x", *names], "a")
-        nodes += _node("DequantizeLinear", ["a", *names], "b") + _node("DequantizeLinear", ["a", *names], "c")
-        nodes += _node("MatMul", ["b", "c"], "y")
+        nodes += _node("QuantizeLinear", ["x", *names], "a") + _node("DequantizeLinear", ["a", *names], "c")
+        first = "x" if precision is Precision.W8A16 else "b"
+        nodes += _node("DequantizeLinear", ["a", *names], "b") if first == "b" else b""
+        nodes += _node("MatMul", [first, "c"], "y")
         tensors = _tensor("scale", _FLOAT, struct.pack("<f", 1)) + _tensor("zero", kind, b"\0")
     else:
         nodes += _node("MatMul", ["x", "x"], "y")

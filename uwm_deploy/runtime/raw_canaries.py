@@ -109,7 +109,7 @@ def problem_of_raw(bundle: Bundle, embed: Embed, precision: Precision, towers: I
     Raises:
         IntegrityError: If they cannot be read.
     """
-    least = COSINE_8_BITS if precision in (Precision.INT8, Precision.FP8) else COSINE
+    least = COSINE_8_BITS if precision in (Precision.INT8, Precision.FP8, Precision.W8A16) else COSINE
     for tower, canaries in raw_canaries(bundle, towers).items():
         rows = embed(tower, canaries.items)
         if rows.shape != canaries.edited.shape:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class Serving:
         workers: Threads that decode and preprocess; 0 is one per core.
         threads: Threads of ONNX Runtime on a CPU, of all calls together; 0 is one per core.
         selftest_rows: Canaries per tower at load; 0 leaves the self-test out, where the evidence is from the same device.
+        weights: "own" copies the weights into each process. "shared" keeps them on a CPU in the user's cache, as the
+            processor wants them, and maps them: processes have one copy, and all but the first open sooner.
     """
 
     max_batch: int = 0
@@ -58,11 +60,14 @@ class Serving:
     workers: int = 0
     threads: int = 0
     selftest_rows: int = 4
+    weights: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_delay_ms", "queue_items", "workers", "threads", "selftest_rows"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}", fix="pass 0 or more")
+        if self.weights not in ("own", "shared"):
+            raise InputError(f"weights is {self.weights!r}", fix='pass "own" or "shared"')
         if self.calls < 1:
             raise InputError(f"calls is {self.calls}", fix="pass 1 or more")
 

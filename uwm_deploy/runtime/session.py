@@ -12,15 +12,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Profile, Provider, Target, TensorSpec
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
+from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 Optimisation = Literal["done", "basic", "extended"]
 """Of an ONNX graph: applied when it was compiled, or applied by ONNX Runtime when it is opened."""
+
+Contents = tuple[bytes, Mapping[str, bytes]]
+"""Of an ONNX graph: its bytes, and those of external data files by their name in the graph."""
 
 
 AT_LOAD, BASIC_AT_LOAD = "extended, at load", "basic, at load"
@@ -76,6 +80,7 @@ def open_session(
     device: Device = "auto",
     optimisation: Optimisation = "done",
     threads: int = 0,
+    weights_only: bool = False,
 ) -> Session:
     """Opens an engine from bytes that were already verified.
 
@@ -89,13 +94,15 @@ def open_session(
         device: Where it must run; `auto` takes the best that works of CUDA and CPU.
         optimisation: Of an ONNX graph.
         threads: Of ONNX Runtime on a CPU; 0 leaves the number to it.
+        weights_only: Whether weights are in 8 bits, and activations are not.
 
     Raises:
         PrerequisiteError: If this machine cannot run it; never falls back silently.
     """
     if target is Target.ONNXRUNTIME:
-        data = external_data or {}
-        return OnnxRuntimeSession(model, profile, inputs, outputs, data, device, optimisation, threads)
+        options = _options(optimisation, threads, weights_only=weights_only)
+        _add_in_memory(options, external_data or {})
+        return OnnxRuntimeSession(model, profile, inputs, outputs, options, device)
     from uwm_deploy.runtime.tensorrt import TensorRTSession
 
     return TensorRTSession(target, model, profile, inputs, outputs)
@@ -123,7 +130,52 @@ def open_engine(
         device=device if made_for == "any" else made_for,
         optimisation=optimisation_of(engine),
         threads=threads,
+        weights_only=_weights_only(engine),
     )
+
+
+def pack(engine: EngineArtifact, contents: Contents, graph: Path, weights: str) -> None:
+    """Writes an engine for this processor's CPU provider: its graph, and its weights as they are and as kernels want them.
+
+    Args:
+        engine: A graph for ONNX Runtime that was optimised when it was compiled.
+        contents: Its checked bytes.
+        graph: File of the graph.
+        weights: Name of the file of the weights beside it; not written where there are small weights only.
+
+    Raises:
+        PrerequisiteError: If this machine cannot run it.
+    """
+    options = _options("done", 1, weights_only=_weights_only(engine))
+    _add_in_memory(options, contents[1])
+    options.optimized_model_filepath = str(graph)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    OnnxRuntimeSession(contents[0], engine.profile, engine.inputs, engine.outputs, options, "cpu").close()
+    if _weights_only(engine):
+        graph.write_bytes(weights_before_use(graph.read_bytes()))
+
+
+def open_packed(engine: EngineArtifact, graph: bytes, folder: Path, *, threads: int = 0) -> OnnxRuntimeSession:
+    """Opens what `pack` has written; weights are mapped.
+
+    Args:
+        engine: What was packed.
+        graph: Content of the graph's file.
+        folder: Where the file of its weights is.
+        threads: Of ONNX Runtime; 0 leaves the number to it.
+
+    Raises:
+        PrerequisiteError: If this machine cannot run it.
+    """
+    options = _options("done", threads, weights_only=_weights_only(engine))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return OnnxRuntimeSession(graph, engine.profile, engine.inputs, engine.outputs, options, "cpu")
+
+
+def _weights_only(engine: EngineArtifact) -> bool:
+    return engine.precision == Precision.W8A16
 
 
 def open_graph(
@@ -231,31 +283,13 @@ class OnnxRuntimeSession:
         profile: Profile,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
-        external_data: Mapping[str, bytes],
+        options: Any,
         device: Device,
-        optimisation: Optimisation,
-        threads: int = 0,
     ) -> None:
         import onnxruntime as ort
 
         self.max_batch = profile.max
         self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        if cores() < affinity():  # it counts the cores of the host, and a thread that spins eats the container's time
-            options.intra_op_num_threads = threads or cores()
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
-        options.graph_optimization_level = {
-            "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-            "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-            "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        }[optimisation]
-        if external_data:
-            names = list(external_data)
-            buffers = [external_data[name] for name in names]
-            options.add_external_initializers_from_files_in_memory(names, buffers, [len(b) for b in buffers])
         self._session, self._home = self._open(ort, model, options, device), Home()
         never_destroyed_in_a_fork(self)
         provider = self._session.get_providers()[0]
@@ -316,6 +350,34 @@ class OnnxRuntimeSession:
         """See `Session.close`."""
         if not self._home.elsewhere:
             del self._session
+
+
+def _options(optimisation: Optimisation, threads: int, *, weights_only: bool = False) -> Any:
+    """Options of a session."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if cores() < affinity():  # it counts the cores of the host, and a thread that spins eats the container's time
+        options.intra_op_num_threads = threads or cores()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # EXTENDED, not ALL: the layout optimisations of ALL are specific to the machine, and crash on some fp16 graphs.
+    options.graph_optimization_level = {
+        "done": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    }[optimisation]
+    if weights_only:  # by default every weight is in float32 before the first one is used, and stays for the next call
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False
+    return options
+
+
+def _add_in_memory(options: Any, external_data: Mapping[str, bytes]) -> None:
+    if external_data:
+        names, buffers = list(external_data), list(external_data.values())
+        options.add_external_initializers_from_files_in_memory(names, buffers, [len(b) for b in buffers])
 
 
 def _preload(ort: Any) -> None:

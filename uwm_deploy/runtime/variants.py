@@ -33,8 +33,8 @@ ORDER: tuple[tuple[Target, Place], ...] = (
 """Best first."""
 
 PRECISIONS: Mapping[Place, tuple[Precision, ...]] = {
-    "cuda": (Precision.FP16, Precision.BF16, Precision.AUTO, Precision.INT8, Precision.FP8, Precision.FP32),
-    "cpu": (Precision.INT8, Precision.AUTO, Precision.FP32, Precision.BF16, Precision.FP16, Precision.FP8),
+    "cuda": tuple(map(Precision, ("fp16", "bf16", "auto", "int8", "fp8", "fp32", "w8a16"))),
+    "cpu": tuple(map(Precision, ("int8", "auto", "fp32", "w8a16", "bf16", "fp16", "fp8"))),
 }
 """Of variants that are all proven, the one that is usually fastest there first (docs/reference/runtime.md)."""
 

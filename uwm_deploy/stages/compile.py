@@ -194,6 +194,7 @@ def _onnxruntime(
         "options": provider_options(provider, given.name, row, wanted.profiles, builder),
         "compile": closed,
         "fit_for_cpu": on_cpu and lowered is Precision.INT8,
+        "weights_only": lowered is Precision.W8A16,
         "tf32": builder.tf32,
     }
     if closed:
@@ -283,6 +284,7 @@ _TENSORRT_NAMES = {
     Precision.BF16: "MATRIX_MULTIPLY:BF16",
     Precision.INT8: "QUANTIZE:INT8",
     Precision.FP8: "QUANTIZE:FP8",
+    Precision.W8A16: "DEQUANTIZE:FLOAT",
 }
 """Layer and type that a parsed network of a precision must have."""
 

@@ -16,7 +16,7 @@ from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.graphs.achieved_precision import achieved_precision, low_share
 from uwm_deploy.graphs.fingerprint import fingerprint_of_lowered, refuse_zeroed
 from uwm_deploy.graphs.layers import linear_layers
-from uwm_deploy.graphs.lowered import lowered_graph
+from uwm_deploy.graphs.lowered import EIGHT_BITS, lowered_graph
 from uwm_deploy.graphs.quantise import NEAREST, input_names
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.graphs.smoothing import Chosen, spread_weight, stored_as_rows
@@ -41,7 +41,7 @@ CUT_OFF_LIMIT = 2.0
 _HELD_OUT = 4
 """Every fourth input checks the ranges of the others."""
 
-EXECUTABLE = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.FP8)
+EXECUTABLE = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.FP8, Precision.W8A16)
 """What ONNX Runtime executes on a CPU."""
 
 
@@ -116,7 +116,7 @@ def lower(
 
     Args:
         source: Float32 ONNX file.
-        precision: Half precision casts everything, 8 bits quantises linear layers.
+        precision: Half precision casts everything, 8 bits quantises linear layers, `w8a16` their weights alone.
         patterns: Globs over layers, nodes and operators that stay in float32.
         layers: Linear layers that stay in float32.
         ranges: Of the activations, for 8 bits.
@@ -233,15 +233,15 @@ def converted(
             coverage=ranges.coverage if ranges else {},
             canary_ratio_max=worst,
             canaries=len(canaries.inputs) if worst is not None and canaries is not None else 0,
-            quantiser=quantised[1] if quantised else _own_name(ranges),
+            quantiser=quantised[1] if quantised else _own_name(ranges, lowered),
         ),
     )
 
 
-def _own_name(ranges: Ranges | None) -> str:
+def _own_name(ranges: Ranges | None, lowered: Precision) -> str:
     """What the record calls this program's own ways."""
     if ranges is None:
-        return ""
+        return BUILT_IN if lowered is Precision.W8A16 else ""
     return CALIBRATED if ranges.chosen.codes else BUILT_IN
 
 
@@ -297,7 +297,7 @@ def embed_with(
         graph,
         max_batch=16,
         external_data=external_data_of(path.parent, external),
-        optimisation="basic" if lowered in (Precision.INT8, Precision.FP8) else "extended",
+        optimisation="basic" if lowered in (*EIGHT_BITS, Precision.W8A16) else "extended",
     )
     try:
         return np.concatenate([session.run(rows) for rows in parts])

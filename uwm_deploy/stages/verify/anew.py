@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed
-from uwm_deploy.graphs.lowered import EIGHT_BITS, HALF, largest_in, lowered_graph
+from uwm_deploy.graphs.lowered import EIGHT_BITS, largest_in, lowered_graph
 from uwm_deploy.graphs.onnx_builder import optimised
 from uwm_deploy.graphs.quantise import NEAREST
 from uwm_deploy.graphs.smoothing import chosen_in
@@ -112,7 +112,7 @@ def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported
     if made is None or (made.lowered in EIGHT_BITS and made.quantiser not in (BUILT_IN, CALIBRATED)):
         return audit
     model = ir.load(path)
-    largest = {} if made.lowered in HALF else largest_in(model, exported, made.lowered)
+    largest = largest_in(model, exported, made.lowered) if made.lowered in EIGHT_BITS else {}
     try:
         chosen = chosen_in(model, ir.load(exported)) if made.lowered is Precision.INT8 else NEAREST
         wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest, chosen)
@@ -169,6 +169,7 @@ def _optimised(engine: EngineArtifact, source: Path, folder: Path) -> Path:
             "provider": provider,
             "options": dict(FLOAT32) if provider == "cuda" else {},
             "fit_for_cpu": provider in ("any", "cpu") and Precision(engine.precision) is Precision.INT8,
+            "weights_only": Precision(engine.precision) is Precision.W8A16,
         }
     )
     return path
