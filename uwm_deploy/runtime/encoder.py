@@ -66,7 +66,10 @@ class SafeEncoder:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
         self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
-        self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
+        image = bundle.engines(self.variant)[TowerName.IMAGE].inputs[0]
+        self._preprocessing = Preprocessing(
+            self.manifest.model, bundle.read(BundleLayout.TOKENIZER), crops=image.normalisation is not None
+        )
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")

@@ -50,6 +50,7 @@ _TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
     "bfloat16": "TYPE_BF16",
+    "uint8": "TYPE_UINT8",
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
 }
