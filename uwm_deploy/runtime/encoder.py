@@ -30,9 +30,10 @@ from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
+from uwm_deploy.runtime.decoding import check_decoding
 from uwm_deploy.runtime.drift import DriftState
 from uwm_deploy.runtime.fork import Home, stays_here
-from uwm_deploy.runtime.image import ImageLike
+from uwm_deploy.runtime.image import Decode, ImageLike
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
@@ -61,14 +62,22 @@ class SafeEncoder:
     """
 
     def __init__(
-        self, bundle: Bundle, selection: VariantChoice, sessions: Mapping[TowerName, Session], serving: Serving
+        self,
+        bundle: Bundle,
+        selection: VariantChoice,
+        sessions: Mapping[TowerName, Session],
+        serving: Serving,
+        decode: Decode = "full",
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
         self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
         image = bundle.engines(self.variant)[TowerName.IMAGE].inputs[0]
         self._preprocessing = Preprocessing(
-            self.manifest.model, bundle.read(BundleLayout.TOKENIZER), crops=image.normalisation is not None
+            self.manifest.model,
+            bundle.read(BundleLayout.TOKENIZER),
+            crops=image.normalisation is not None,
+            decode=decode,
         )
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
@@ -100,6 +109,7 @@ class SafeEncoder:
         serving: Serving | None = None,
         public_key: PublicKey | None = None,
         min_bundle_version: int = 0,
+        decode: Decode = "full",
     ) -> SafeEncoder:
         """Opens a bundle after checking every digest, and picks the best proven variant for this machine.
 
@@ -113,8 +123,11 @@ class SafeEncoder:
             serving: Limits and sizes.
             public_key: Whose signature the bundle must have: PEM, or a file with it.
             min_bundle_version: Refuse an older bundle.
+            decode: "scaled" decodes large JPEGs at a reduced size, which is faster, where the bundle proves that decisions
+                stay what they are (docs/reference/runtime.md).
 
         Raises:
+            EvidenceError: If scaled decoding is asked for and not proven.
             IntegrityError: If the bundle was changed, is not signed by that key, is too old, has no passing verdict, the
                 variant is unproven, or what runs does not answer like the edited model.
             PrerequisiteError: If no proven variant runs here.
@@ -123,13 +136,14 @@ class SafeEncoder:
         bundle = open_bundle(
             path, allow_failed=allow_unsafe, public_key=public_key, min_bundle_version=min_bundle_version
         )
+        check_decoding(bundle.manifest.verdict, decode, bundle.path.name, allow_unsafe=allow_unsafe)
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
         asked = variant is not None or device != "auto"
         selection, sessions = take(found, lambda candidate: _sessions(bundle, candidate, limits), asked=asked)
         chosen = selection.taken.variant
         if chosen not in bundle.manifest.verdict.proven:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
-        encoder = cls(bundle, selection, sessions, limits)
+        encoder = cls(bundle, selection, sessions, limits, decode)
         try:
             # Not to be left out where the evidence is from another kind of device.
             rows = limits.selftest_rows or (4 if selection.taken.note else 0)

@@ -17,7 +17,8 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE as DEFAULT_TEMPLATE
 from uwm_deploy.runtime.classifier import prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
-from uwm_deploy.runtime.image import crop_from_image, image_from, pixels_from_image
+from uwm_deploy.runtime.decoding import check_decoding
+from uwm_deploy.runtime.image import Decode, crop_from_image, image_from, pixels_from_image
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.results import Embeddings
 from uwm_deploy.runtime.risk import risks_from
@@ -29,6 +30,7 @@ from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_
 from uwm_deploy.serve.names import (
     CATEGORY,
     DECISION,
+    DECODE,
     EMBEDDING,
     ENCODERS,
     ENSEMBLES,
@@ -116,6 +118,10 @@ class Preprocess(_Prepare):
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="uwm-prepare")
         crops = self.part.engine(self.tower).inputs[0].normalisation is not None
         self._prepared = crop_from_image if crops else pixels_from_image
+        decode: Decode = "scaled" if self.part.parameters.get(DECODE) == "scaled" else "full"
+        manifest = self.part.bundle.manifest
+        check_decoding(manifest.verdict, decode, manifest.name)
+        self._scaled_for = manifest.model.image if decode == "scaled" else None
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
         """Pixels (3, H, W) float32 or crop (H, W, 3) uint8 of each image, or the error.
@@ -126,7 +132,7 @@ class Preprocess(_Prepare):
 
     def _pixels(self, raw: bytes) -> np.ndarray | UwmError:
         try:
-            return self._prepared(image_from(raw), self.part.bundle.manifest.model.image)
+            return self._prepared(image_from(raw, scaled_for=self._scaled_for), self.part.bundle.manifest.model.image)
         except UwmError as error:
             return error
         except Exception as error:  # one request's image, and the others' go on

@@ -18,6 +18,7 @@ from uwm_deploy.stages.gate.advice import advice_for
 from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
+from uwm_deploy.stages.gate.decoding import decoding_checks, decoding_note
 from uwm_deploy.stages.gate.downstream import downstream_checks
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
@@ -93,6 +94,7 @@ def gate(
     checks = [*general, *(c for found in variants.values() for c in found), *required]
     checks += [_enough(len(states.faithful), states.undecided, len(variants), policy.min_proven)]
     checks += [_loosened(policy)] if earlier and _contradicts(earlier, policy, policy_digest, checks) else []
+    decoding = decoding_checks(report.scaled, policy.artifact)
     checks = _advised(with_causes(checks, report), report.model.name, states.unproven)
     return Verdict(
         result=_overall(checks),
@@ -107,13 +109,14 @@ def gate(
         edited_weights_digest=report.edited_weights_digest,
         baseline_digest=baseline_digest,
         waivers=states_of(policy.waiver, checks, judge.today),
-        notes=(*judge.notes, *_notes_on_data(report)),
+        notes=(*judge.notes, *_notes_on_data(report), *decoding_note(report.scaled, decoding)),
         worst=_worst(report, checks),
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
         faithful=states.faithful,
         safer=safer_of(report, sound, limited),
+        decoding=decoding,
     )
 
 
