@@ -72,28 +72,11 @@ class SafeEncoder:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
         self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
-        image = bundle.engines(self.variant)[TowerName.IMAGE].inputs[0]
-        self._preprocessing = Preprocessing(
-            self.manifest.model,
-            bundle.read(BundleLayout.TOKENIZER),
-            crops=image.normalisation is not None,
-            decode=decode,
-        )
+        self._preprocessing = _preprocessing_of(bundle, self.variant, decode)
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")
-        self._services = {
-            tower: TowerService(
-                tower,
-                session,
-                self._pool,
-                together=1 if tower is TowerName.IMAGE else session.max_batch,
-                serving=serving,
-                watch=self._monitor.watches[tower],
-                **_with_head(self.manifest.model, self._head, tower, session),
-            )
-            for tower, session in sessions.items()
-        }
+        self._services = {tower: _service_of(self, tower, session) for tower, session in sessions.items()}
         # For who forgets to close; it must not hold the encoder itself.
         self._abandoned = weakref.finalize(self, _abandon, self._home, self._pool, list(self._services.values()))
         self._monitor.begin(self._services)
@@ -145,8 +128,9 @@ class SafeEncoder:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
         encoder = cls(bundle, selection, sessions, limits, decode)
         try:
-            # Not to be left out where the evidence is from another kind of device.
-            rows = limits.selftest_rows or (4 if selection.taken.note else 0)
+            rows = limits.selftest_rows or (
+                4 if selection.taken.note else 0
+            )  # a must where the evidence is from elsewhere
             encoder._monitor.check_at_load(rows, encoder._preprocessing, allow_unsafe=allow_unsafe)
         except IntegrityError:
             encoder.close()
@@ -390,6 +374,24 @@ def _result(
     if on_error == "raise":
         raise_first(found, what)
     return found
+
+
+def _service_of(encoder: SafeEncoder, tower: TowerName, session: Session) -> TowerService:
+    return TowerService(
+        tower,
+        session,
+        encoder._pool,
+        together=1 if tower is TowerName.IMAGE else session.max_batch,
+        serving=encoder.serving,
+        watch=encoder._monitor.watches[tower],
+        **_with_head(encoder.manifest.model, encoder._head, tower, session),
+    )
+
+
+def _preprocessing_of(bundle: Bundle, variant: str, decode: Decode) -> Preprocessing:
+    """Preprocessing in the form that the variant's image graph takes."""
+    crops = bundle.engines(variant)[TowerName.IMAGE].inputs[0].normalisation is not None
+    return Preprocessing(bundle.manifest.model, bundle.read(BundleLayout.TOKENIZER), crops=crops, decode=decode)
 
 
 def _identity_of(encoder: SafeEncoder, where: Mapping[str, str]) -> dict[str, str]:

@@ -47,8 +47,8 @@ SPARE = 2
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
-_FULL_SIZE = "uwm-deploy full size"
-"""Where an image that was decoded at a reduced size says how large it is."""
+_REDUCED = "uwm-deploy reduced"
+"""Where an image that was decoded at a reduced size says how large it is in full, and how far it reaches now."""
 
 _REFUSED = (
     OSError,
@@ -134,17 +134,25 @@ def _decode(data: bytes, scaled_for: ImageSpec | None) -> Image.Image:
 
 def _reduce(image: Image.Image, spec: ImageSpec) -> None:
     """Tells the decoder of a JPEG to reduce it; any other image stays as it is."""
-    if image.format == "JPEG":
-        size = image.size
-        width, height = _resized(size, spec)
-        image.draft(None, (SPARE * width, SPARE * height))  # the mode stays
-        if image.size != size:
-            image.info[_FULL_SIZE] = size
+    if image.format != "JPEG":
+        return
+    size = image.size
+    width, height = _resized(size, spec)
+    drafted = image.draft(None, (SPARE * width, SPARE * height))  # the mode stays
+    if drafted is not None and image.size != size:
+        _, (_, _, across, down) = drafted
+        image.info[_REDUCED] = size, (across, down)
 
 
 def was_reduced(image: Image.Image) -> bool:
     """Whether an image was decoded at a reduced size."""
-    return _FULL_SIZE in image.info
+    return _REDUCED in image.info
+
+
+def _size_and_extent(image: Image.Image) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Size of an image in full, and how far it reaches as it was decoded: sizes are rounded up, and a rest is padding."""
+    found: tuple[tuple[int, int], tuple[float, float]] = image.info.get(_REDUCED, (image.size, image.size))
+    return found
 
 
 def _refuse_strip(size: tuple[int, int]) -> None:
@@ -258,16 +266,17 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
 
 def _resized_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Resizes and crops; an image smaller than the crop is padded with black."""
-    size = _resized(image.info.get(_FULL_SIZE, image.size), spec)
+    full, extent = _size_and_extent(image)
+    size = _resized(full, spec)
     offsets = [_offset(length, spec) for length in size]
     shown = [(max(0, offset), min(length, offset + spec.crop)) for offset, length in zip(offsets, size, strict=True)]
     (left, right), (top, bottom) = shown
     if _whole_is_wasted(image, size, (right - left) * (bottom - top)):
-        across, down = (old / new for old, new in zip(image.size, size, strict=True))
-        box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+        across, down = (old / new for old, new in zip(extent, size, strict=True))
+        box = (left * across, top * down, min(right * across, extent[0]), min(bottom * down, extent[1]))
         part, x, y = image.resize((right - left, bottom - top), _FILTERS[spec.resample], box=box), left, top
     else:
-        part, x, y = image.resize(size, _FILTERS[spec.resample]), 0, 0
+        part, x, y = image.resize(size, _FILTERS[spec.resample], box=(0, 0, *extent)), 0, 0
     if part.size == (spec.crop, spec.crop):
         return part
     left, top = offsets[0] - x, offsets[1] - y

@@ -55,8 +55,7 @@ def onnx_from_tower(
         patch: Patch of the model.
         folder: Where ``<tower>.onnx`` goes.
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
-        head_digest: Of the safety head that the tower has; empty without one.
-        normalisation: See `traced`.
+        head_digest, normalisation: Of the safety head that the tower has, or empty; see `traced`.
 
     Raises:
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
