@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_pixels.py --work .uwm/bench-pixels
 
-First both graphs of one tower, with normalised pixels and with crops: bytes of a row, preprocessing of decoded images, and
-the session, which must give the same embeddings. Then photographs of 12 megapixels from bytes to embeddings: transformers,
-and the runtime with full and with scaled decoding. All take turns; a time is the median over the rounds, a ratio the median
-of the ratios within a round. Random weights pass no gate, so the bundle is opened unsafe.
+First both graphs of the image tower, with normalised pixels and with crops: bytes of a row, preprocessing of decoded images,
+and the session, which must give the same embeddings. Then photographs of 12 megapixels from bytes to embeddings:
+transformers, and the runtime's preprocessing and session with full and with scaled decoding, in as many threads as there are
+cores. All take turns; a time is the median over the rounds, a ratio the median of the ratios within a round. A random model
+has no bundle that passes, so the parts of the runtime are driven here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import os
 import statistics
 import sys
-import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,39 +24,49 @@ os.environ.pop("OMP_NUM_THREADS", None)  # every library its own number of threa
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from bench_runtime import built, decoded, photographs, ratio, torch_sides, turns
+from bench_runtime import decoded, photographs, ratio, torch_sides, turns
 
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.resolve import recipe_of
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import ImageSpec, ModelRef, TowerName
 from uwm_deploy.runtime.cores import cores
-from uwm_deploy.runtime.encoder import SafeEncoder
-from uwm_deploy.runtime.image import crop_from_image, image_from, pixels_from_image
+from uwm_deploy.runtime.image import Decode, crop_from_image, image_from, pixels_from_image
+from uwm_deploy.runtime.preprocessing import Preprocessing
 from uwm_deploy.runtime.session import Session, open_graph
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.stages.traced import normalisation_of, sample_for
 from uwm_deploy.towers.load import load_model
 
 FORMS = ("float32", "uint8")
+TRANSFORMERS, FULL = "transformers fp32", "runtime, crops, decoded in full"
 
 
-def graphs(checkpoint: Path, work: Path) -> dict[str, Session]:
-    """Both graphs of the image tower in ONNX Runtime."""
+def made(work: Path) -> tuple[ModelRef, dict[str, Session]]:
+    """A checkpoint in a folder, and both graphs of its image tower in ONNX Runtime."""
     recipe, _ = recipe_of("clip-vit-b32")
-    model = load_model(recipe, folder=checkpoint, device="cpu")
-    found = {}
+    model = load_model(recipe, folder=None, weights="random", device="cpu")
+    model.save(work / "model")
+    tower, found = model.tower(TowerName.IMAGE), {}
     for form in FORMS:
         folder, spec = work / form, ExportSpec(pixels=form)
         folder.mkdir(parents=True, exist_ok=True)
-        tower = model.tower(TowerName.IMAGE)
-        from uwm_deploy.edits.patch import Patch
-
         artifact = onnx_from_tower(
             tower, sample_for(tower, model.ref, spec), spec, weights_digest="", edits=(), patch=Patch({}), folder=folder,
             normalisation=normalisation_of(TowerName.IMAGE, model.ref.image, spec),
         )  # fmt: skip
         found[form] = open_graph(folder / artifact.file, artifact, max_batch=32)
-    return found
+    return model.ref, found
+
+
+def runtime(ref: ModelRef, session: Session, *, crops: bool, decode: Decode, pool: ThreadPoolExecutor) -> Callable:
+    """From encoded images to embeddings, as the runtime does it."""
+    prepare = Preprocessing(ref, b"", crops=crops, decode=decode)
+
+    def call(data: list[bytes]) -> np.ndarray:
+        return session.run(np.stack(list(pool.map(lambda one: prepare.pixels([one])[0], data))))
+
+    return call
 
 
 def told(taken: dict[str, list[float]], count: int, against: str, more: dict[str, str]) -> None:
@@ -66,9 +77,8 @@ def told(taken: dict[str, list[float]], count: int, against: str, more: dict[str
         )
 
 
-def forms(checkpoint: Path, work: Path, encoder: SafeEncoder, rounds: int) -> None:
+def forms(spec: ImageSpec, sessions: dict[str, Session], rounds: int) -> None:
     """Bytes, preprocessing and session of both forms."""
-    spec, sessions = encoder.manifest.model.image, graphs(checkpoint, work)
     images = decoded(photographs(32))
     for image in images:
         image.load()
@@ -88,30 +98,31 @@ def forms(checkpoint: Path, work: Path, encoder: SafeEncoder, rounds: int) -> No
         told(turns(calls, 3 * rounds), batch, "float32", more)
 
 
-def large(checkpoint: Path, bundle: Path, full: SafeEncoder, rounds: int, count: int) -> None:
+def large(ref: ModelRef, sessions: dict[str, Session], work: Path, rounds: int, count: int) -> None:
     """Photographs of 12 megapixels, from bytes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        scaled = SafeEncoder.open(bundle, device="cpu", allow_unsafe=True, decode="scaled")
-    data = photographs(count, 4000, 3000)
-    sides = {name: side for name, side in torch_sides(checkpoint, {"compile"}).items() if name == "transformers fp32"}
-    sides |= {"uwm-deploy, decoded in full": full.encode_image, "uwm-deploy, scaled": scaled.encode_image}
-    for batch in sorted({1, count}):
-        some = data[:batch]
-        print(
-            f"\n{batch} photographs of 4000 x 3000 ({len(data[0]) / 1e6:.1f} MB each), from bytes, {cores()} cores: per "
-            "image, times as fast as transformers, smallest cosine to it and to full decoding"
-        )
-        found = {name: side(some) for name, side in sides.items()}
-        first, whole = found["transformers fp32"], found["uwm-deploy, decoded in full"]
-        more = {
-            name: " ".join(f"{float((rows * other).sum(axis=1).min()):.5f}" for other in (first, whole))
-            for name, rows in found.items()
+    data, spec = photographs(count, 4000, 3000), ref.image
+    sides = {name: side for name, side in torch_sides(work / "model", {"compile"}).items() if name == TRANSFORMERS}
+    with ThreadPoolExecutor(cores()) as pool:
+        way = partial(runtime, ref, pool=pool)
+        sides |= {
+            "runtime, pixels, decoded in full": way(sessions["float32"], crops=False, decode="full"),
+            FULL: way(sessions["uint8"], crops=True, decode="full"),
+            "runtime, crops, scaled": way(sessions["uint8"], crops=True, decode="scaled"),
         }
-        told(
-            turns({name: partial(side, some) for name, side in sides.items()}, rounds), batch, "transformers fp32", more
-        )
-    spec = full.manifest.model.image
+        for batch in sorted({1, count}):
+            some = data[:batch]
+            print(
+                f"\n{batch} photographs of 4000 x 3000 ({len(data[0]) / 1e6:.1f} MB each), from bytes, {cores()} cores: per "
+                "image, times as fast as transformers, smallest cosine to it and to full decoding"
+            )
+            found = {name: side(some) for name, side in sides.items()}
+            more = {
+                name: " ".join(
+                    f"{float((rows * found[other]).sum(axis=1).min()):.5f}" for other in (TRANSFORMERS, FULL)
+                )
+                for name, rows in found.items()
+            }
+            told(turns({name: partial(side, some) for name, side in sides.items()}, rounds), batch, TRANSFORMERS, more)
     print("\ndecoding and cropping alone, one thread: per image, times as fast as in full")
     ways = {"full": None, "scaled": spec}
     told(
@@ -129,14 +140,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--photographs", type=int, default=8)
-    parser.add_argument("--precision", default="fp32", help="of the bundle that photographs go through")
     arguments = parser.parse_args()
-    bundle, checkpoint = built(arguments.work, (arguments.precision,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random weights: nothing here is proven
-        encoder = SafeEncoder.open(bundle, device="cpu", allow_unsafe=True)
-    forms(checkpoint, arguments.work, encoder, arguments.rounds)
-    large(checkpoint, bundle, encoder, arguments.rounds, arguments.photographs)
+    ref, sessions = made(arguments.work)
+    forms(ref.image, sessions, arguments.rounds)
+    large(ref, sessions, arguments.work, arguments.rounds, arguments.photographs)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from uwm_deploy.serve.embed.parts import PartWriter, finished_keys
 from uwm_deploy.stages.gate.decoding import decoding_checks, decoding_note
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.stages.verify.decoding import scaled_decoding
+from uwm_deploy.stages.verify.report import known_of
 from uwm_deploy.stages.verify.verify import embed_model
 from uwm_deploy.towers.load import load_model
 
@@ -272,3 +273,9 @@ def test_parts_of_both_ways_do_not_mix(tmp_path: Path) -> None:
         assert list(finished_keys(tmp_path / name, known | {"decode": name})) == ["a"]
         with pytest.raises(InputError, match="has decode"):
             list(finished_keys(tmp_path / name, known | {"decode": other}))
+
+
+def test_another_edit_was_not_measured() -> None:
+    """A refit takes over what is known of the model, and no decision of the edit before."""
+    before = dataclasses.replace(report(64), scaled=decided(1000, 0))
+    assert known_of(before).scaled is None

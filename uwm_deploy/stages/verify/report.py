@@ -85,5 +85,5 @@ def fields_of(known: Known) -> dict[str, Any]:
 
 
 def known_of(report: VerifyReport) -> Known:
-    """What an earlier report says of the model, for another edit of it."""
-    return Known(**{name: getattr(report, name) for name in Known.__dataclass_fields__})
+    """What an earlier report says of the model, for another edit of it, whose decisions were not measured."""
+    return Known(**{name: getattr(report, name) for name in Known.__dataclass_fields__} | {"scaled": None})
