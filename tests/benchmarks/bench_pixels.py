@@ -26,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from bench_runtime import decoded, photographs, ratio, torch_sides, turns
 
-from uwm_deploy.edits.patch import Patch
+from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.resolve import recipe_of
+from uwm_deploy.records.graph import Profile, Target, TensorSpec
 from uwm_deploy.records.model import ImageSpec, ModelRef, TowerName
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.image import Decode, crop_from_image, image_from, pixels_from_image
 from uwm_deploy.runtime.preprocessing import Preprocessing
-from uwm_deploy.runtime.session import Session, open_graph
-from uwm_deploy.stages.export import onnx_from_tower
-from uwm_deploy.stages.traced import normalisation_of, sample_for
+from uwm_deploy.runtime.session import Session, external_data_of, open_session
+from uwm_deploy.stages.traced import normalisation_of, sample_for, traced
 from uwm_deploy.towers.load import load_model
 
 FORMS = ("float32", "uint8")
@@ -46,16 +46,25 @@ def made(work: Path) -> tuple[ModelRef, dict[str, Session]]:
     """A checkpoint in a folder, and both graphs of its image tower in ONNX Runtime."""
     recipe, _ = recipe_of("clip-vit-b32")
     model = load_model(recipe, folder=None, weights="random", device="cpu")
-    model.save(work / "model")
+    if not (work / "model").is_dir():
+        model.save(work / "model")
     tower, found = model.tower(TowerName.IMAGE), {}
     for form in FORMS:
         folder, spec = work / form, ExportSpec(pixels=form)
         folder.mkdir(parents=True, exist_ok=True)
-        artifact = onnx_from_tower(
-            tower, sample_for(tower, model.ref, spec), spec, weights_digest="", edits=(), patch=Patch({}), folder=folder,
-            normalisation=normalisation_of(TowerName.IMAGE, model.ref.image, spec),
-        )  # fmt: skip
-        found[form] = open_graph(folder / artifact.file, artifact, max_batch=32)
+        by, side = normalisation_of(TowerName.IMAGE, model.ref.image, spec), model.ref.image.crop
+        write_graph(traced(tower, sample_for(tower, model.ref, spec), spec, by), folder / "image.onnx", "image.data")
+        shape = ("batch", 3, side, side) if by is None else ("batch", side, side, 3)
+        found[form] = open_session(
+            Target.ONNXRUNTIME,
+            (folder / "image.onnx").read_bytes(),
+            profile=Profile(min=1, opt=1, max=32),
+            inputs=(TensorSpec(name=tower.input_name, dtype=form, shape=shape, normalisation=by),),
+            outputs=(TensorSpec(name="image_embeds", dtype="float32", shape=("batch", model.ref.embed_dim)),),
+            external_data=external_data_of(folder, "image.data"),
+            device="cpu",
+            optimisation="extended",
+        )
     return model.ref, found
 
 

@@ -30,6 +30,8 @@ from uwm_deploy.runtime.image import pixels_from_crops
 from uwm_deploy.runtime.pixels import crops_from_pixels, taken
 from uwm_deploy.runtime.session import open_engine, open_graph
 from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert.calibrate import chosen_for
+from uwm_deploy.stages.convert.convert import embed_with, lower, ranges_of
 from uwm_deploy.stages.verify.audit import audit_of_engine, audit_of_graph
 
 CLIP = Normalisation(rescale=1 / 255, mean=(0.4814, 0.4578, 0.4082), std=(0.2686, 0.2613, 0.2757))
@@ -208,6 +210,27 @@ def test_pixels_stay_in_float32_in_every_precision(exported: Exported, tmp_path:
     session = open_graph(tmp_path / "low.onnx", exported.artifact, max_batch=4)
     rows = crops(3)
     assert (session.run(rows) * wanted_of(exported, rows)).sum(1).min() > 0.999
+
+
+def test_int8_is_calibrated_on_crops(exported: Exported, tmp_path: Path) -> None:
+    """Ranges, channels and codes are chosen on what the graph takes; floats are refused, not cut to bytes."""
+    path = exported.folder / exported.artifact.file
+    batches = {"safe": [crops(4, seed=1), crops(4, seed=2)], "unsafe": [crops(4, seed=3), crops(4, seed=4)]}
+    ranges = ranges_of(path, batches, tmp_path)
+    every = [*batches["safe"], *batches["unsafe"]]
+    chosen, largest = chosen_for(path, (), _vectors(exported), every, tmp_path)
+    ranges = dataclasses.replace(ranges, largest={**ranges.largest, **largest}, chosen=chosen)
+    model, _ = lower(path, Precision.INT8, (), (), ranges)
+    write_graph(model, tmp_path / "low.onnx", "")
+    rows = crops(3)
+    found = embed_with(exported.artifact, tmp_path / "low.onnx", Precision.INT8, [rows])
+    assert (found * wanted_of(exported, rows)).sum(1).min() > 0.97
+    with pytest.raises(TypeError, match="same_kind"):
+        ranges_of(path, {"safe": [np.zeros((4, 3, SIDE, SIDE), np.float32)], "unsafe": batches["unsafe"]}, tmp_path)
+
+
+def _vectors(exported: Exported) -> set[str]:
+    return {edit.name for edit in exported.case.edits if len(edit.shape) < 2}
 
 
 @pytest.mark.slow

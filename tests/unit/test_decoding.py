@@ -242,16 +242,16 @@ def test_a_verdict_of_an_older_release_proves_nothing() -> None:
 
 def test_a_bundle_without_proof_is_not_served_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Before an engine is opened; with the override it decodes at a reduced size, and the graph takes crops."""
-    _, outcome = build_small(tmp_path_factory)
-    assert outcome.bundle is not None
+    request, _ = build_small(tmp_path_factory)
+    assert request.out is not None
     with pytest.raises(EvidenceError, match="does not prove scaled decoding"):
-        SafeEncoder.open(outcome.bundle, decode="scaled")
+        SafeEncoder.open(request.out, decode="scaled")
     data = encoded(photograph(1600, 1200), quality=95)
-    given = open_bundle(outcome.bundle).manifest.onnx[0].inputs[0]
+    given = open_bundle(request.out).manifest.onnx[0].inputs[0]
     assert (given.dtype, type(given.normalisation)) == ("uint8", Normalisation)
     with pytest.warns(UserWarning, match="UNSAFE"):
-        scaled = SafeEncoder.open(outcome.bundle, decode="scaled", allow_unsafe=True)
-    with SafeEncoder.open(outcome.bundle) as full, scaled:
+        scaled = SafeEncoder.open(request.out, decode="scaled", allow_unsafe=True)
+    with SafeEncoder.open(request.out) as full, scaled:
         rows = [encoder.encode_image(data)[0] for encoder in (full, scaled)]
         image = image_from(data)
         alike = [encoder.encode_image(image)[0] for encoder in (full, scaled)]
