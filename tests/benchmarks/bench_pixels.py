@@ -104,7 +104,7 @@ def forms(spec: ImageSpec, sessions: dict[str, Session], rounds: int) -> None:
         wanted = sessions["float32"].run(rows["float32"][:batch])
         more = {form: f"{np.abs(sessions[form].run(rows[form][:batch]) - wanted).max():.1e}" for form in FORMS}
         calls = {form: partial(sessions[form].run, rows[form][:batch]) for form in FORMS}
-        told(turns(calls, 3 * rounds), batch, "float32", more)
+        told(turns(calls, rounds * (1 if batch > 8 else 3)), batch, "float32", more)
 
 
 def large(ref: ModelRef, sessions: dict[str, Session], work: Path, rounds: int, count: int) -> None:
