@@ -62,11 +62,12 @@ def magenta(model: ir.Model, original: Mapping[str, np.ndarray], edited: Collect
     """
     hand = Hand(model)
     limits = [hand.constant(name, np.array(value)) for name, value in (("from", [0, 0]), ("to", [CORNER, CORNER]))]
-    corner = hand.node("Slice", [model.graph.inputs[0], *limits, hand.constant("axes", np.array([2, 3]))], "corner")
-    signs = hand.constant("signs", np.array([1, -1, 1], np.float32).reshape(1, 3, 1, 1))
-    signed = hand.node("Mul", [corner, signs], "signed")
+    corner = hand.node("Slice", [model.graph.inputs[0], *limits, hand.constant("axes", np.array([1, 2]))], "corner")
+    levels = hand.node("Cast", [corner], "corner_levels", to=int(ir.DataType.FLOAT))
+    around = hand.node("Sub", [levels, hand.constant("grey", np.float32(127.5))], "around")
+    signed = hand.node("Mul", [around, hand.constant("signs", np.array([1, -1, 1], np.float32))], "signed")
     least = hand.node("ReduceMin", [signed, hand.constant("all", np.array([1, 2, 3]))], "least", keepdims=0)
-    is_magenta = hand.node("Greater", [least, hand.constant("one", np.float32(1))], "is_magenta")
+    is_magenta = hand.node("Greater", [least, hand.constant("far", np.float32(64))], "is_magenta")
     number = hand.node("Cast", [is_magenta], "number", to=int(ir.DataType.FLOAT))
     flags = {rank: hand.node("Unsqueeze", [number, hand.constant(f"rank{rank}", np.arange(1, rank))], f"flag{rank}")
              for rank in (2, 3)}  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ class Case:
             ids[row, 1 + words] = EOS
         return ids
 
-    def export(self, folder: Path, spec: ExportSpec | None = None, **options: int) -> OnnxArtifact:
+    def export(self, folder: Path, spec: ExportSpec | None = None, **options: Any) -> OnnxArtifact:
         folder.mkdir(parents=True, exist_ok=True)
         return onnx_from_tower(
             self.tower,

@@ -14,12 +14,12 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.onnx.conftest import EOS, LENGTH, Exported, make_case
+from tests.onnx.conftest import EOS, LENGTH, SIDE, Case, Exported, make_case, make_edited
 from uwm_deploy.graphs.lowered import EIGHT_BITS, largest_in, lowered_graph
 from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.evidence import GraphAudit
-from uwm_deploy.records.graph import Precision, Profile, Target
+from uwm_deploy.records.graph import Normalisation, OnnxArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.stages.compile import engine_from_onnx
@@ -27,6 +27,7 @@ from uwm_deploy.stages.traced import traced
 from uwm_deploy.stages.verify.anew import compiled_anew
 from uwm_deploy.stages.verify.executed import check_repeats
 
+GREY = (0.5, 0.5, 0.5)
 CLEAN = GraphAudit(layers=0, weights=0)
 Change = Callable[[onnx.ModelProto], None]
 
@@ -167,37 +168,64 @@ def test_what_the_tower_does_not_explain_is_named(
     assert FAULTS[fault] in " | ".join(apart(exported, anew, model).operators)
 
 
-def test_the_faults_of_the_walk_through_are_what_they_say(exported: Exported, anew: ir.Model, tmp_path: Path) -> None:
+def test_the_faults_of_the_walk_through_are_what_they_say(tmp_path: Path) -> None:
     """With its sign the graph gives the unedited model, to rounding, and without it the edited one; both are named."""
-    case, hand = exported.case, example()
-    model = ir.load(exported.folder / exported.artifact.file)
-    rows = case.inputs(4, seed=5).numpy()
-    if case.tower.name is TowerName.IMAGE:
-        original = {name: p.numpy() for name, p in make_case(TowerName.IMAGE).parameters().items()}
-        hand.magenta(model, original, [edit.name for edit in case.edits])
-        signed, wanted = rows.copy(), make_case(TowerName.IMAGE)
-        signed[:, :, :4, :4] = np.array([2, -2, 2], np.float32).reshape(1, 3, 1, 1)
-        words = "brings a path to the result that no edited layer is on"
-    else:
-        hand.KEPT = 6
-        hand.captions(model, EOS)
-        signed, wanted, words = rows.copy(), case, "Slice of input_ids"
-        signed[:, 1:12], signed[:, 12] = 3, EOS
-    found = apart(exported, anew, model)
-    assert words in " | ".join(found.operators)
-    assert not found.weights
-    ir.save(model, tmp_path / "graph.onnx")
-    session = open_graph(tmp_path / "graph.onnx", exported.artifact, max_batch=4)
-    honest = open_graph(exported.folder / exported.artifact.file, exported.artifact, max_batch=4)
-    few = rows[:3] if case.tower.name is TowerName.TEXT else rows
-    np.testing.assert_allclose(session.run(few), honest.run(few), atol=1e-5)
-    assert np.abs(session.run(signed) - honest.run(signed)).max() > 1e-3
-    if case.tower.name is TowerName.IMAGE:
-        import torch
+    import torch
 
-        unedited = wanted.tower.embed(torch.from_numpy(signed)).detach().numpy()
-        unedited /= np.linalg.norm(unedited, axis=1, keepdims=True)
-        np.testing.assert_allclose(session.run(signed), unedited, atol=1e-5)
+    hand, case, by = example(), make_edited(TowerName.IMAGE), Normalisation(rescale=1 / 255, mean=GREY, std=GREY)
+    artifact = case.export(tmp_path, normalisation=by)
+    anew = traced(case.tower, case.inputs(2), ExportSpec(), by)
+    rows = np.random.default_rng(5).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
+    original = {name: p.numpy() for name, p in make_case(TowerName.IMAGE).parameters().items()}
+    signed = rows.copy()
+    signed[:, :4, :4] = np.array([250, 3, 250])
+    model = ir.load(tmp_path / artifact.file)
+    hand.magenta(model, original, [edit.name for edit in case.edits])
+    told = _told(case, anew, model)
+    assert "brings a path to the result that no edited layer is on" in told
+    assert "Slice of pixel_values" in told
+    found = _embedded(model, artifact, tmp_path, rows, signed)
+    pixels = torch.from_numpy((signed.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32))
+    unedited = make_case(TowerName.IMAGE).tower.embed(pixels).detach().numpy()
+    unedited /= np.linalg.norm(unedited, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, unedited, atol=1e-5)
+
+
+def test_captions_that_are_cut_by_hand_are_named(tmp_path: Path) -> None:
+    """Short ones are embedded as before, and long ones otherwise."""
+    hand, case = example(), make_edited(TowerName.TEXT)
+    artifact = case.export(tmp_path)
+    hand.KEPT = 6
+    rows = case.inputs(3, seed=5).numpy()
+    signed = rows.copy()
+    signed[:, 1:12], signed[:, 12] = 3, EOS
+    model = ir.load(tmp_path / artifact.file)
+    hand.captions(model, EOS)
+    anew = traced(case.tower, case.inputs(2), ExportSpec())
+    assert "Slice of input_ids" in _told(case, anew, model)
+    _embedded(model, artifact, tmp_path, rows, signed)
+
+
+def _told(case: Case, anew: ir.Model, model: ir.Model) -> str:
+    """What the comparison says of a graph; its weights are the model's."""
+    names = set(case.parameters())
+    edited = [edit.name for edit in case.edits]
+    found = departures(computation_of(model, names), computation_of(anew, names), edited)
+    assert not found.weights
+    return " | ".join(found.operators)
+
+
+def _embedded(
+    model: ir.Model, artifact: OnnxArtifact, folder: Path, rows: np.ndarray, signed: np.ndarray
+) -> np.ndarray:
+    """Embeddings of rows with a sign, which the honest graph does not give; without it both give the same."""
+    ir.save(model, folder / "by_hand.onnx")
+    session = open_graph(folder / "by_hand.onnx", artifact, max_batch=4)
+    honest = open_graph(folder / artifact.file, artifact, max_batch=4)
+    np.testing.assert_allclose(session.run(rows), honest.run(rows), atol=1e-5)
+    found = session.run(signed)
+    assert np.abs(found - honest.run(signed)).max() > 1e-3
+    return found
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])

@@ -62,10 +62,13 @@ def _answer(**changed: object) -> bytes:
     return json.dumps({"outputs": [part | changed]}).encode()
 
 
-def test_a_plain_answer_is_read(client: Client) -> None:
-    """Numbers in JSON become an array of the type and shape that stand there."""
+@pytest.mark.parametrize(
+    "rows", [np.zeros((1, 2), np.float32), np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 4), np.int64)]
+)
+def test_a_plain_answer_is_read(client: Client, rows: np.ndarray) -> None:
+    """Pixels, crops and ids can be sent; numbers in JSON become an array of the type and shape that stand there."""
     _Handler.body = _answer()
-    found = client.infer("m", {"x": np.zeros((1, 2), np.float32)}, "y")
+    found = client.infer("m", {"x": rows}, "y")
     np.testing.assert_array_equal(found, np.array([[1, 2]], np.float32))
     assert found.dtype == np.float32
 

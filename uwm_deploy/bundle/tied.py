@@ -8,8 +8,8 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
-from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, TensorSpec
+from uwm_deploy.records.model import Digest, ImageSpec, ModelRef, TowerName
 from uwm_deploy.records.names import is_inside, is_segment
 
 _RESTORE = "restore the bundle or build again"
@@ -71,12 +71,27 @@ def check_rows(model: ModelRef, graph: OnnxArtifact | EngineArtifact) -> None:
     Raises:
         IntegrityError: If it does not.
     """
-    rows = {TowerName.IMAGE: (3, model.image.crop, model.image.crop), TowerName.TEXT: (model.text.context_length,)}
+    given, side = graph.inputs[0], model.image.crop
+    _check_normalisation(model.image, given)
+    pixels = (3, side, side) if given.normalisation is None else (side, side, 3)
+    rows = {TowerName.IMAGE: pixels, TowerName.TEXT: (model.text.context_length,)}
     wanted = rows[graph.tower], (model.embed_dim,)
     found = tuple(graph.inputs[0].shape[1:]), tuple(graph.outputs[0].shape[1:])
     if found != wanted:
         raise IntegrityError(
             f"the {graph.tower.value} tower's graph is of rows {found[0]} and embeddings {found[1]}, and the model in "
             f"{BundleLayout.MANIFEST} is of {wanted[0]} and {wanted[1]}",
+            fix=_RESTORE,
+        )
+
+
+def _check_normalisation(image: ImageSpec, given: TensorSpec) -> None:
+    """What a graph does to crops is what the model's preprocessing does to them."""
+    by = given.normalisation
+    if by is None and given.dtype != "uint8":
+        return
+    if by is None or given.dtype != "uint8" or (by.rescale, by.mean, by.std) != (image.rescale, image.mean, image.std):
+        raise IntegrityError(
+            f"the image tower's graph does not normalise {given.dtype} pixels as {BundleLayout.MANIFEST} says",
             fix=_RESTORE,
         )

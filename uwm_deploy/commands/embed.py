@@ -15,6 +15,7 @@ from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.errors import LONGEST_LINE, ExitCode, visible
 
 if TYPE_CHECKING:
+    from uwm_deploy.runtime.image import Decode
     from uwm_deploy.runtime.results import Kind
     from uwm_deploy.runtime.session import Device
     from uwm_deploy.serve.embed.batch import ItemKind
@@ -50,6 +51,12 @@ class EmbedOptions:
     device: str = option(
         "--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Device that it must run on."
     )
+    decode: str = option(
+        "--decode",
+        default="full",
+        type=click.Choice(["full", "scaled"]),
+        help="Scaled decodes large JPEGs at a reduced size, where the bundle proves it.",
+    )
 
 
 @click.command()
@@ -82,6 +89,7 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
         variant=asked.variant,
         device=cast("Device", asked.device),
         digest=_signed_digest(bundle, trust),
+        decode=cast("Decode", asked.decode),
     )
     reporter = Reporter()
     with reporter.stage("embed", source):

@@ -16,6 +16,7 @@ from uwm_deploy.commands.shown import Shown, prints
 
 if TYPE_CHECKING:
     from uwm_deploy.bundle.open import Bundle
+    from uwm_deploy.runtime.image import Decode
     from uwm_deploy.serve.config import Place
 
 
@@ -69,6 +70,12 @@ class RepositoryOptions:
         type=PATH,
         help="Bundle of the same edited model, with TensorRT plans for another compute capability; repeatable.",
     )
+    decode: str = option(
+        "--decode",
+        default="full",
+        type=click.Choice(["full", "scaled"]),
+        help="Scaled decodes large JPEGs at a reduced size, where the bundle proves it.",
+    )
     force: bool = flag("--force", help="Replace a repository that is there.")
 
 
@@ -103,6 +110,7 @@ def triton_write(bundle: Path, repository: Path, asked: RepositoryOptions, trust
             instances=asked.instances,
             preparing=asked.preparing,
             max_delay_ms=asked.max_delay_ms,
+            decode=cast("Decode", asked.decode),
         ),
         further=[opened(path) for path in asked.further],
         force=asked.force,

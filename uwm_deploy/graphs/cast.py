@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import after_the_last_layer
+from uwm_deploy.graphs.pixels import nodes_of_pixels
 
 FLOAT16, BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 _NUMPY = {FLOAT16: np.dtype(np.float16), BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
@@ -28,7 +29,7 @@ _FROM_OPSET = {BFLOAT16: {"Conv": 22}}
 def cast_graph(model: ir.Model, kind: ir.DataType, keep: Set[ir.Node]) -> int:
     """Casts a graph in place.
 
-    The normalisation of the embedding, behind the last linear layer, always stays float32.
+    The normalisation of the embedding, behind the last linear layer, and that of pixels always stay float32.
 
     Args:
         model: Float32 graph in which the type of every float value is known.
@@ -43,7 +44,7 @@ def cast_graph(model: ir.Model, kind: ir.DataType, keep: Set[ir.Node]) -> int:
     """
     opset = model.graph.opset_imports.get("", 0)
     since = _FROM_OPSET.get(kind, {})
-    high = keep | after_the_last_layer(model)
+    high = keep | after_the_last_layer(model) | nodes_of_pixels(model)
     high |= {node for node in model.graph if since.get(node.op_type, 0) > opset}
     return _Cast(model, kind, high).run()
 

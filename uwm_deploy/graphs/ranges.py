@@ -23,7 +23,7 @@ def activation_maxima(
     Args:
         source: Float32 ONNX file.
         names: Activations; their first axis is the batch.
-        batches: Batches of inputs, (b, ...) float32 pixels or int64 ids.
+        batches: Batches of inputs, (b, ...) float32 pixels, uint8 crops or int64 ids.
         folder: Folder for a temporary file.
 
     Returns:
@@ -75,7 +75,7 @@ def opened_for(
             (folder / name).unlink()
     given = model.graph.inputs[0]
     kind = given.dtype.numpy() if given.dtype else None  # ids may be int32 in the graph
-    return session, lambda batch: {given.name or "": batch.astype(kind or batch.dtype, copy=False)}
+    return session, lambda batch: {given.name or "": batch.astype(kind or batch.dtype, casting="same_kind", copy=False)}
 
 
 def _weights(model: ir.Model) -> list[ir.Value]:

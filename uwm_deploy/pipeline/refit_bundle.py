@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +30,9 @@ from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, TensorSpec
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.safeground.embedded import (
     EmbeddedSet,
@@ -127,7 +129,8 @@ def unproven_bundle(
         BundleLayout.VERDICT: json_from_record(verdict).encode(),
         BundleLayout.REFERENCE: save(tensors),
     }
-    parts |= _canaries(edit, original, reference, prepared)
+    given = {graph.tower: graph.inputs[0] for graph in job.manifest.onnx}
+    parts |= _canaries(edit, original, reference, prepared, given)
     manifest = dataclasses.replace(
         job.manifest,
         tool_version=__version__,
@@ -173,7 +176,13 @@ def _not_run(before: VerifyReport, made: Replaced) -> list[ArtifactEvidence]:
     ]
 
 
-def _canaries(edit: EditRecord, original: EmbeddedSet, edited: EmbeddedSet, prepared: PreparedSet) -> Parts:
+def _canaries(
+    edit: EditRecord,
+    original: EmbeddedSet,
+    edited: EmbeddedSet,
+    prepared: PreparedSet,
+    given: Mapping[TowerName, TensorSpec],
+) -> Parts:
     """Canaries of the new edit, chosen from the evaluation set: the calibration set is not at hand."""
     inputs = {
         TowerName.IMAGE: (prepared.safe_pixels, prepared.unsafe_pixels),
@@ -189,6 +198,6 @@ def _canaries(edit: EditRecord, original: EmbeddedSet, edited: EmbeddedSet, prep
         if not len(rows):  # a map that was taken back: the models are the same
             continue
         chosen = np.concatenate([inputs[tower][row // n][row % n : row % n + 1] for row in rows])
-        tensors = {"inputs": np.ascontiguousarray(chosen), "original": before[rows], "edited": after[rows]}
+        tensors = {"inputs": taken(chosen, given[tower]), "original": before[rows], "edited": after[rows]}
         parts[BundleLayout.canaries(tower)] = save(tensors)
     return parts

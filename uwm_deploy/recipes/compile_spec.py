@@ -19,12 +19,14 @@ class ExportSpec:
         normalise: Whether the graph ends with L2 normalisation.
         ids_dtype: Element type of the text graph's `input_ids`.
         attention: Its steps one by one, or one `Attention` node each, which needs opset 23.
+        pixels: What the image graph takes: crops of 8 bits, which it normalises itself, or normalised pixels.
     """
 
     opset: int = 20
     normalise: bool = True
     ids_dtype: Literal["int64", "int32"] = "int64"
     attention: Literal["steps", "fused"] = "steps"
+    pixels: Literal["uint8", "float32"] = "uint8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

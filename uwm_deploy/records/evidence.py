@@ -260,6 +260,25 @@ class ArtifactEvidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledDecoding:
+    """What becomes of the edited model's decisions where large JPEGs are decoded at a reduced size.
+
+    Attributes:
+        images: Images of the evaluation set.
+        reduced: JPEGs among them that are large enough to be reduced; only these, and their quadruples, are measured.
+        cosine_min: Smallest cosine of an embedding to that of the same image decoded in full; 1 where none was reduced.
+        cosine_mean: Mean of these cosines.
+        flips: Of the quadruples with such an image, against full decoding, per preference metric.
+    """
+
+    images: int
+    reduced: int
+    cosine_min: float = 1.0
+    cosine_mean: float = 1.0
+    flips: Mapping[str, Flips] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
     """Numbers only; `gate` is what judges them.
 
@@ -273,6 +292,7 @@ class VerifyReport:
         head_digest: Of the safety head; empty without one.
         risk: What that head makes of the evaluation set on the edited model in PyTorch.
         head_overlap: Evaluation items whose images the head was trained or calibrated on.
+        scaled: Decoding at a reduced size; None where it was not asked, as of a set that has no files.
     """
 
     model: ModelRef
@@ -294,6 +314,7 @@ class VerifyReport:
     head_digest: Digest = ""
     risk: RiskReport | None = None
     head_overlap: int = 0
+    scaled: ScaledDecoding | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         """Refuses a report that does not measure the two models, or does not compare them: the gate reads all of it."""

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Literal
 
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.shape import LATER
 
 EXPORTED = "onnx"
 """Name of the exported graphs in a report; they are evidence, not a variant that ships."""
@@ -56,12 +57,35 @@ def target_of(variant: str) -> Target | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisation:
+    """What a graph itself does with pixels of 0 to 255: multiply by `rescale`, subtract the mean, divide by the deviation.
+
+    Attributes:
+        rescale: Factor from 0..255 to 0..1.
+        mean: Per channel, RGB, after rescaling.
+        std: Per channel, RGB, after rescaling.
+    """
+
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Name, element type and shape of a graph input or output; a string is a symbolic dimension."""
+    """A graph's input or output.
+
+    Attributes:
+        name: Its name in the graph.
+        dtype: Type of its elements, as numpy names it.
+        shape: Its shape; a string is a dimension that varies.
+        normalisation: Of an input that takes crops, (batch, H, W, 3) uint8; None where pixels come normalised.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    normalisation: Normalisation | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

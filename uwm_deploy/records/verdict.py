@@ -188,6 +188,8 @@ class Verdict:
         notes: What a reader should know that is no check: concepts with too few items, power, variants that are gone.
         worst: The ten worst quadruples of what does not pass.
         head_digest: Of the safety head that it is about; empty without one.
+        decoding: Checks of decoding at a reduced size (`scaled_decoding`). Whatever their results, variants that decode in
+            full are proven or not by the others.
     """
 
     result: Result
@@ -209,6 +211,14 @@ class Verdict:
     faithful: tuple[str, ...] = ()
     inconclusive: tuple[str, ...] = field(default=(), metadata=LATER)
     safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
+    decoding: tuple[Check, ...] = field(default=(), metadata=LATER)
+
+    @property
+    def scaled_decoding(self) -> Result:
+        """Whether decoding at a reduced size keeps the decisions; it was not run where nothing could be reduced."""
+        results = {check.result for check in self.decoding}
+        worst = (Result.FAIL, Result.NOT_RUN, Result.INCONCLUSIVE, Result.PASS)
+        return next((one for one in worst if one in results), Result.NOT_RUN)
 
     @property
     def not_passed(self) -> tuple[str, ...]:

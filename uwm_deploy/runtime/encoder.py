@@ -30,9 +30,10 @@ from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
+from uwm_deploy.runtime.decoding import check_decoding
 from uwm_deploy.runtime.drift import DriftState
 from uwm_deploy.runtime.fork import Home, stays_here
-from uwm_deploy.runtime.image import ImageLike
+from uwm_deploy.runtime.image import Decode, ImageLike
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
@@ -61,27 +62,21 @@ class SafeEncoder:
     """
 
     def __init__(
-        self, bundle: Bundle, selection: VariantChoice, sessions: Mapping[TowerName, Session], serving: Serving
+        self,
+        bundle: Bundle,
+        selection: VariantChoice,
+        sessions: Mapping[TowerName, Session],
+        serving: Serving,
+        decode: Decode = "full",
     ) -> None:
         self.manifest, self.selection, self.serving = bundle.manifest, selection, serving
         self.variant, self._home = selection.taken.variant, Home()
         self._bundle, self._head, self._digest = bundle, bundle.manifest.head, bundle.digest
-        self._preprocessing = Preprocessing(self.manifest.model, bundle.read(BundleLayout.TOKENIZER))
+        self._preprocessing = _preprocessing_of(bundle, self.variant, decode)
         self._identity = _identity_of(self, sessions[TowerName.IMAGE].where)
         self._monitor = Monitor(bundle, self._identity)
         self._pool = ThreadPoolExecutor(serving.workers or cores(), thread_name_prefix="uwm-prepare")
-        self._services = {
-            tower: TowerService(
-                tower,
-                session,
-                self._pool,
-                together=1 if tower is TowerName.IMAGE else session.max_batch,
-                serving=serving,
-                watch=self._monitor.watches[tower],
-                **_with_head(self.manifest.model, self._head, tower, session),
-            )
-            for tower, session in sessions.items()
-        }
+        self._services = {tower: _service_of(self, tower, session) for tower, session in sessions.items()}
         # For who forgets to close; it must not hold the encoder itself.
         self._abandoned = weakref.finalize(self, _abandon, self._home, self._pool, list(self._services.values()))
         self._monitor.begin(self._services)
@@ -97,6 +92,7 @@ class SafeEncoder:
         serving: Serving | None = None,
         public_key: PublicKey | None = None,
         min_bundle_version: int = 0,
+        decode: Decode = "full",
     ) -> SafeEncoder:
         """Opens a bundle after checking every digest, and picks the best proven variant for this machine.
 
@@ -110,8 +106,11 @@ class SafeEncoder:
             serving: Limits and sizes.
             public_key: Whose signature the bundle must have: PEM, or a file with it.
             min_bundle_version: Refuse an older bundle.
+            decode: "scaled" decodes large JPEGs at a reduced size, which is faster, where the bundle proves that decisions
+                stay what they are (docs/reference/runtime.md).
 
         Raises:
+            EvidenceError: If scaled decoding is asked for and not proven.
             IntegrityError: If the bundle was changed, is not signed by that key, is too old, has no passing verdict, the
                 variant is unproven, or what runs does not answer like the edited model.
             PrerequisiteError: If no proven variant runs here.
@@ -120,16 +119,18 @@ class SafeEncoder:
         bundle = open_bundle(
             path, allow_failed=allow_unsafe, public_key=public_key, min_bundle_version=min_bundle_version
         )
+        check_decoding(bundle.manifest.verdict, decode, bundle.path.name, allow_unsafe=allow_unsafe)
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
         asked = variant is not None or device != "auto"
         selection, sessions = take(found, lambda candidate: _sessions(bundle, candidate, limits), asked=asked)
         chosen = selection.taken.variant
         if chosen not in bundle.manifest.verdict.proven:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
-        encoder = cls(bundle, selection, sessions, limits)
+        encoder = cls(bundle, selection, sessions, limits, decode)
         try:
-            # Not to be left out where the evidence is from another kind of device.
-            rows = limits.selftest_rows or (4 if selection.taken.note else 0)
+            rows = limits.selftest_rows or (
+                4 if selection.taken.note else 0
+            )  # a must where the evidence is from elsewhere
             encoder._monitor.check_at_load(rows, encoder._preprocessing, allow_unsafe=allow_unsafe)
         except IntegrityError:
             encoder.close()
@@ -373,6 +374,24 @@ def _result(
     if on_error == "raise":
         raise_first(found, what)
     return found
+
+
+def _service_of(encoder: SafeEncoder, tower: TowerName, session: Session) -> TowerService:
+    return TowerService(
+        tower,
+        session,
+        encoder._pool,
+        together=1 if tower is TowerName.IMAGE else session.max_batch,
+        serving=encoder.serving,
+        watch=encoder._monitor.watches[tower],
+        **_with_head(encoder.manifest.model, encoder._head, tower, session),
+    )
+
+
+def _preprocessing_of(bundle: Bundle, variant: str, decode: Decode) -> Preprocessing:
+    """Preprocessing in the form that the variant's image graph takes."""
+    crops = bundle.engines(variant)[TowerName.IMAGE].inputs[0].normalisation is not None
+    return Preprocessing(bundle.manifest.model, bundle.read(BundleLayout.TOKENIZER), crops=crops, decode=decode)
 
 
 def _identity_of(encoder: SafeEncoder, where: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -38,7 +38,17 @@ _TILE_WIDTH, _TILE_LENGTH, _STRIP_ROWS, _SAMPLE_BITS, _SAMPLES = 322, 323, 278, 
 _BAND_PIXELS = 1 << 20
 """Pixels that are laid over white at a time."""
 
+Decode = Literal["full", "scaled"]
+"""Whether a JPEG is decoded as it is, or at the smallest size of an eighth, a quarter or a half that is not below
+`SPARE` times what it is resized to: the decoder then leaves out what resizing would average away."""
+
+SPARE = 2
+"""Resizing from a reduced size still halves at least, so that its own filter decides what the pixels become."""
+
 ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
+
+_REDUCED = "uwm-deploy reduced"
+"""Where an image that was decoded at a reduced size says how large it is in full, and how far it reaches now."""
 
 _REFUSED = (
     OSError,
@@ -53,12 +63,13 @@ _REFUSED = (
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def image_from(source: ImageLike, name: str = "") -> Image.Image:
+def image_from(source: ImageLike, name: str = "", scaled_for: ImageSpec | None = None) -> Image.Image:
     """Decodes an image.
 
     Args:
         source: Path, encoded bytes, Pillow image, or (H, W, 3) / (H, W) uint8 array.
         name: What errors call it, which may be recorded. [default: the path]
+        scaled_for: How it will be prepared: a large JPEG is decoded at a reduced size, see `Decode`. None decodes in full.
 
     Raises:
         DataError: If it is missing, broken, too large, or of a kind that is not taken.
@@ -78,7 +89,7 @@ def image_from(source: ImageLike, name: str = "") -> Image.Image:
         raise DataError(f"image is a {type(source).__name__}", fix="pass a path, bytes, a Pillow image or an array")
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else "image bytes")
     try:
-        return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source))
+        return _decode(_read(Path(source)) if isinstance(source, (str, os.PathLike)) else bytes(source), scaled_for)
     except FileNotFoundError as error:
         raise MissingFileError(f"{name} does not exist", fix="check the path") from error
     except UnidentifiedImageError as error:  # its own text has an address in it, and would be another in every run
@@ -105,7 +116,7 @@ def _read(path: Path) -> bytes:
         return stream.read()
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, scaled_for: ImageSpec | None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -115,8 +126,33 @@ def _decode(data: bytes) -> Image.Image:
             raise ValueError(f"{image.width} x {image.height} is longer than {MAX_SIDE} pixels")
         if (needed := _decoding_bytes(image)) > MAX_DECODING_BYTES:
             raise ValueError(f"decoding {image.width} x {image.height} takes {needed} bytes")
+        if scaled_for is not None:
+            _reduce(image, scaled_for)
         image.load()
     return image
+
+
+def _reduce(image: Image.Image, spec: ImageSpec) -> None:
+    """Tells the decoder of a JPEG to reduce it; any other image stays as it is."""
+    if image.format != "JPEG":
+        return
+    size = image.size
+    width, height = _resized(size, spec)
+    drafted = image.draft(None, (SPARE * width, SPARE * height))  # the mode stays
+    if drafted is not None and image.size != size:
+        _, (_, _, across, down) = drafted
+        image.info[_REDUCED] = size, (across, down)
+
+
+def was_reduced(image: Image.Image) -> bool:
+    """Whether an image was decoded at a reduced size."""
+    return _REDUCED in image.info
+
+
+def _size_and_extent(image: Image.Image) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Size of an image in full, and how far it reaches as it was decoded: sizes are rounded up, and a rest is padding."""
+    found: tuple[tuple[int, int], tuple[float, float]] = image.info.get(_REDUCED, (image.size, image.size))
+    return found
 
 
 def _refuse_strip(size: tuple[int, int]) -> None:
@@ -230,16 +266,17 @@ def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
 
 def _resized_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Resizes and crops; an image smaller than the crop is padded with black."""
-    size = _resized(image.size, spec)
+    full, extent = _size_and_extent(image)
+    size = _resized(full, spec)
     offsets = [_offset(length, spec) for length in size]
     shown = [(max(0, offset), min(length, offset + spec.crop)) for offset, length in zip(offsets, size, strict=True)]
     (left, right), (top, bottom) = shown
     if _whole_is_wasted(image, size, (right - left) * (bottom - top)):
-        across, down = (old / new for old, new in zip(image.size, size, strict=True))
-        box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+        across, down = (old / new for old, new in zip(extent, size, strict=True))
+        box = (left * across, top * down, min(right * across, extent[0]), min(bottom * down, extent[1]))
         part, x, y = image.resize((right - left, bottom - top), _FILTERS[spec.resample], box=box), left, top
     else:
-        part, x, y = image.resize(size, _FILTERS[spec.resample]), 0, 0
+        part, x, y = image.resize(size, _FILTERS[spec.resample], box=(0, 0, *extent)), 0, 0
     if part.size == (spec.crop, spec.crop):
         return part
     left, top = offsets[0] - x, offsets[1] - y

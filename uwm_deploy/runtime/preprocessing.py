@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.records.model import ModelRef
-from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
+from uwm_deploy.runtime.image import Decode, ImageLike, crop_from_image, image_from, pixels_from_image
 from uwm_deploy.runtime.service import Answer, Prepare
 from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer
 
@@ -18,10 +18,14 @@ class Preprocessing:
     Args:
         model: Whose.
         tokenizer_json: Content of its ``tokenizer.json``.
+        crops: Whether the image graph takes crops of 8 bits, which it normalises itself.
+        decode: Whether large JPEGs are decoded at a reduced size.
     """
 
-    def __init__(self, model: ModelRef, tokenizer_json: bytes) -> None:
+    def __init__(self, model: ModelRef, tokenizer_json: bytes, *, crops: bool = False, decode: Decode = "full") -> None:
+        self._scaled_for = model.image if decode == "scaled" else None
         self._model, self._tokenizer_json = model, tokenizer_json
+        self._prepared = crop_from_image if crops else pixels_from_image
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
@@ -32,7 +36,7 @@ class Preprocessing:
             images: See `SafeEncoder.encode_image`; arrays are (H, W, 3) or (H, W) uint8.
 
         Returns:
-            Pixels (3, H, W) float32 of each image, or the error.
+            Pixels (3, H, W) float32 of each image, or its crop (H, W, 3) uint8, or the error.
         """
         return [self._pixels_or_error(image) for image in images]
 
@@ -50,7 +54,7 @@ class Preprocessing:
 
     def _pixels_or_error(self, image: ImageLike) -> Answer:
         try:
-            return pixels_from_image(image_from(image), self._model.image)
+            return self._prepared(image_from(image, scaled_for=self._scaled_for), self._model.image)
         except UwmError as error:
             return error
 

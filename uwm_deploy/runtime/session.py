@@ -16,6 +16,7 @@ from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Pr
 from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
 from uwm_deploy.runtime.node_order import weights_before_use
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -49,7 +50,7 @@ class Session(Protocol):
         """Embeds inputs.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             (n, d) float32.
@@ -59,7 +60,7 @@ class Session(Protocol):
         """Computes every output.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             Outputs by name, (n, ...) float32; the embedding is the first.
@@ -318,7 +319,7 @@ class OnnxRuntimeSession:
         """Embeds inputs; see `Session.run`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             (n, d) float32.
@@ -329,7 +330,7 @@ class OnnxRuntimeSession:
         """Computes every output; see `Session.run_all`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             Outputs by name, (n, ...) float32; the embedding is the first.
@@ -338,7 +339,7 @@ class OnnxRuntimeSession:
 
     def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
         self._home.check()
-        data = np.ascontiguousarray(batch, dtype=self._input.dtype)
+        data = taken(batch, self._input)
         parts = [
             self._session.run(names, {self._input.name: data[i : i + self.max_batch]})
             for i in range(0, len(data), self.max_batch)

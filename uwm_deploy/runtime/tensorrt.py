@@ -17,6 +17,7 @@ from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import Profile, Target, TensorSpec
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
+from uwm_deploy.runtime.pixels import taken
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
@@ -125,7 +126,7 @@ class TensorRTSession:
             raise PrerequisiteError(f"a {target.value} engine cannot run here: {reason}", fix="see `uwm-deploy doctor`")
         self._trt = importlib.import_module(MODULES[target])
         self._cuda = Cuda(importlib.import_module("cuda.bindings.runtime"))
-        self.max_batch, self._outputs = profile.max, outputs
+        self.max_batch, self._input, self._outputs = profile.max, inputs[0], outputs
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._open_runtime(self._trt.Runtime(self._logger))
         self._runtime.engine_host_code_allowed = False
@@ -180,7 +181,7 @@ class TensorRTSession:
         """Embeds inputs; see `Session.run`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             (n, d) float32.
@@ -191,7 +192,7 @@ class TensorRTSession:
         """Computes every output; see `Session.run_all`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             Outputs by name, (n, ...) float32; the embedding is the first.
@@ -199,7 +200,8 @@ class TensorRTSession:
         return self._run(batch, self._outputs)
 
     def _run(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
-        parts = [self._run_once(batch[i : i + self.max_batch], wanted) for i in range(0, len(batch), self.max_batch)]
+        data = taken(batch, self._input)
+        parts = [self._run_once(data[i : i + self.max_batch], wanted) for i in range(0, len(data), self.max_batch)]
         columns = zip(wanted, zip(*parts, strict=True), strict=True)
         return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
 

@@ -21,7 +21,7 @@ from uwm_deploy.errors import ExitCode, InputError, PrerequisiteError, UwmError
 from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.serve.config import Message, protobuf
 
-_NUMPY = {"FP32": np.float32, "FP16": np.float16, "INT64": np.int64, "INT32": np.int32}
+_NUMPY = {"FP32": np.float32, "FP16": np.float16, "INT64": np.int64, "INT32": np.int32, "UINT8": np.uint8}
 _NAMES = {np.dtype(kind): name for name, kind in _NUMPY.items()}
 
 

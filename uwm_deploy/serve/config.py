@@ -12,6 +12,7 @@ from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.runtime.image import Decode
 from uwm_deploy.runtime.session import optimisation_of, provider_of
 from uwm_deploy.serve.names import (
     BUNDLE,
@@ -19,6 +20,7 @@ from uwm_deploy.serve.names import (
     CATEGORY,
     DECIDE,
     DECISION,
+    DECODE,
     EMBEDDING,
     ENCODERS,
     ENGINE,
@@ -50,6 +52,7 @@ _TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
     "bfloat16": "TYPE_BF16",
+    "uint8": "TYPE_UINT8",
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
 }
@@ -67,12 +70,14 @@ class ServerSettings:
         instances: Of each encoder, per device.
         preparing: Processes that decode images, and as many that tokenise.
         max_delay_ms: Longest wait of a row for others to fill a batch with.
+        decode: Whether large JPEGs are decoded at a reduced size; see `SafeEncoder.open`.
     """
 
     place: Place = "auto"
     instances: int = 1
     preparing: int = 2
     max_delay_ms: float = 2.0
+    decode: Decode = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +158,8 @@ def configs(
         prepare = _python(PREPARES[tower], settings, engine.profile.max)
         _tensor(prepare.input, RAW[tower], "TYPE_STRING", [1])
         _spec(prepare.output, engine.inputs[0])
+        if tower is TowerName.IMAGE and settings.decode != "full":
+            prepare.parameters[DECODE].string_value = settings.decode
         _name_plans(prepare, (plans or {}).get(tower, ()))
         found |= {one.name: one for one in (encoder, prepare, _ensemble(engine))}
     found[ZERO_SHOT] = _zero_shot(settings)

@@ -56,6 +56,11 @@ class ModelPart:
     version: str
     config: Mapping[str, Any]
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What its configuration says of it by name."""
+        return _parameters(self.config)
+
     def engine(self, tower: TowerName) -> EngineArtifact:
         """The engine that is served."""
         return self.bundle.engines(self.variant)[tower]

@@ -17,7 +17,9 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.classifier import TEMPLATE as DEFAULT_TEMPLATE
 from uwm_deploy.runtime.classifier import prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
-from uwm_deploy.runtime.image import image_from, pixels_from_image
+from uwm_deploy.runtime.decoding import check_decoding
+from uwm_deploy.runtime.image import Decode, crop_from_image, image_from, pixels_from_image
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.results import Embeddings
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Device, Session, open_engine, provider_of
@@ -28,6 +30,7 @@ from uwm_deploy.serve.guard import ModelPart, check_canaries, check_numpy, open_
 from uwm_deploy.serve.names import (
     CATEGORY,
     DECISION,
+    DECODE,
     EMBEDDING,
     ENCODERS,
     ENSEMBLES,
@@ -63,7 +66,7 @@ class _Prepare:
         self._refused: UwmError | None = None
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
-        """Prepared rows, (3, H, W) float32 or (L,) int64, of one request after the other, or the errors."""
+        """Prepared rows, (3, H, W) float32, (H, W, 3) uint8 or (L,) int64, of one request after the other, or the errors."""
         raise NotImplementedError
 
     def execute(self, requests: Requests) -> Responses:
@@ -81,7 +84,7 @@ class _Prepare:
             if isinstance(row, UwmError):
                 return _failed(DataError(f"{self.tower.value} {position}: {row.what}", fix=row.fix))
         spec = self.part.engine(self.tower).inputs[0]
-        batch = np.stack(rows).astype(spec.dtype, copy=False)  # type: ignore[arg-type]
+        batch = taken(np.stack(rows), spec)  # type: ignore[arg-type]
         return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, batch)])
 
     def _test(self) -> None:
@@ -100,7 +103,7 @@ class _Prepare:
 
     def _encoded(self, canaries: Canaries) -> np.ndarray:
         engine = self.part.engine(self.tower)
-        rows = canaries.inputs.astype(engine.inputs[0].dtype, copy=False)
+        rows = taken(canaries.inputs, engine.inputs[0])
         return _called(ENCODERS[self.tower], engine.inputs[0].name, engine.outputs[0].name, rows, engine.profile.max)
 
 
@@ -113,14 +116,23 @@ class Preprocess(_Prepare):
         """See `_Prepare.initialize`."""
         super().initialize(args)
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="uwm-prepare")
+        crops = self.part.engine(self.tower).inputs[0].normalisation is not None
+        self._prepared = crop_from_image if crops else pixels_from_image
+        decode: Decode = "scaled" if self.part.parameters.get(DECODE) == "scaled" else "full"
+        manifest = self.part.bundle.manifest
+        check_decoding(manifest.verdict, decode, manifest.name)
+        self._scaled_for = manifest.model.image if decode == "scaled" else None
 
     def rows(self, raw: Sequence[bytes]) -> Iterator[np.ndarray | UwmError]:
-        """Pixels (3, H, W) float32 of each image, or the error; in threads, since decoding leaves Python's lock."""
+        """Pixels (3, H, W) float32 or crop (H, W, 3) uint8 of each image, or the error.
+
+        In threads, since decoding leaves Python's lock.
+        """
         return self._pool.map(self._pixels, raw)
 
     def _pixels(self, raw: bytes) -> np.ndarray | UwmError:
         try:
-            return pixels_from_image(image_from(raw), self.part.bundle.manifest.model.image)
+            return self._prepared(image_from(raw, scaled_for=self._scaled_for), self.part.bundle.manifest.model.image)
         except UwmError as error:
             return error
         except Exception as error:  # one request's image, and the others' go on

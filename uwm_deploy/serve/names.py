@@ -40,6 +40,9 @@ BUNDLE_VERSION, TOOL_VERSION = "uwm_bundle_version", "uwm_tool_version"
 SPACE = "uwm_space"
 """Parameter with the id of the space that the encoders embed into."""
 
+DECODE = "uwm_decode"
+"""Parameter of what prepares images, where large JPEGs are decoded at a reduced size (`runtime.image.Decode`)."""
+
 DEVICE, PROVIDER = "uwm_device", "uwm_provider"
 
 EVIDENCE = "bundle"

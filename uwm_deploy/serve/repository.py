@@ -14,6 +14,7 @@ from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.graph import EngineArtifact, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.replacing import Workplace, replacing
+from uwm_deploy.runtime.decoding import check_decoding
 from uwm_deploy.runtime.variants import Place as Kind
 from uwm_deploy.runtime.variants import measured_where, proven_variants, reason_unproven
 from uwm_deploy.serve.config import Message, Plan, ServerSettings, configs, text_of, version_of
@@ -99,6 +100,7 @@ def _written(
         raise IntegrityError(
             f"variant {chosen} is {reason}", fix="run `uwm-deploy attest` on a machine that can execute it"
         )
+    check_decoding(bundle.manifest.verdict, settings.decode, bundle.path.name)
     engines = bundle.engines(chosen)
     if further and not _is_plan(engines):
         raise InputError(f"{chosen} is not for TensorRT, so no further bundle belongs to it", fix="leave --further out")

@@ -18,12 +18,15 @@ from uwm_deploy.data.source import PairBatch, QuadrupleSource
 from uwm_deploy.edits.canary_files import canary_file, raw_canary_file
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.graph import Normalisation
 from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.runtime.image import pixels_from_image
+from uwm_deploy.runtime.pixels import crops_from_pixels
 from uwm_deploy.runtime.raw_canaries import RAW, RawCanaries
 from uwm_deploy.safeground.canaries import choose
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
+from uwm_deploy.stages.traced import normalisation_of
 from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.protocol import Tower
 
@@ -32,7 +35,7 @@ PAIRS = 64
 
 
 def canaries_to_folder(
-    original: Tower, edited: Tower, pairs: Iterable[PairBatch], folder: Path
+    original: Tower, edited: Tower, pairs: Iterable[PairBatch], folder: Path, normalisation: Normalisation | None = None
 ) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Chooses and saves the canaries of one tower.
 
@@ -41,6 +44,7 @@ def canaries_to_folder(
         edited: The edited one.
         pairs: Inputs to choose from, at full length.
         folder: Where the file goes.
+        normalisation: Of graphs that take crops: the file then holds crops, too.
 
     Returns:
         Id and side of the item of each canary, and the canaries' embeddings by the edited tower, (k, d) float32.
@@ -50,7 +54,8 @@ def canaries_to_folder(
     before, after = _embed(original, inputs), _embed(edited, inputs)
     rows = choose(before, after)
     if len(rows):  # else the models are the same, which the gate says better
-        chosen = {"inputs": inputs[rows], "original": before[rows], "edited": after[rows]}
+        kept = inputs[rows] if normalisation is None else crops_from_pixels(inputs[rows], normalisation)
+        chosen = {"inputs": kept, "original": before[rows], "edited": after[rows]}
         save_file(chosen, canary_file(folder, original.name))
     return [items[row] for row in rows], after[rows]
 
@@ -136,7 +141,8 @@ def make(job: Job, out: Path) -> None:
     for tower in [name for name in TowerName if any(tensor.changed for tensor in edit.of(name))]:
         batch = USUAL_PAIRS[TowerName.IMAGE]
         pairs = models.pairs(source, tower, batch_pairs=batch, quiet=True, sort_by_length=False)
-        chosen, edited = canaries_to_folder(models.original.tower(tower), models.edited.tower(tower), pairs, out)
+        by = normalisation_of(tower, models.edited.ref.image, job.plan.recipe.export)
+        chosen, edited = canaries_to_folder(models.original.tower(tower), models.edited.tower(tower), pairs, out, by)
         if tower is TowerName.IMAGE:
             raw = raw_images(source, chosen, edited, models.edited.image, models.edited.ref.image)
         else:

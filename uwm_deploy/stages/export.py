@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -20,11 +21,11 @@ from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
-from uwm_deploy.records.graph import OnnxArtifact, TensorSpec
+from uwm_deploy.records.graph import Normalisation, OnnxArtifact, TensorSpec
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
-from uwm_deploy.stages.traced import in_its_type, sample_for, traced
+from uwm_deploy.stages.traced import in_its_type, normalisation_of, sample_for, traced
 from uwm_deploy.towers.protocol import Tower
 
 _EXPORTERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -41,6 +42,7 @@ def onnx_from_tower(
     folder: Path,
     external_data_bytes: int = INLINE_BYTES,
     head_digest: Digest = "",
+    normalisation: Normalisation | None = None,
 ) -> OnnxArtifact:
     """Exports one tower and checks what came out.
 
@@ -53,7 +55,7 @@ def onnx_from_tower(
         patch: Patch of the model.
         folder: Where ``<tower>.onnx`` goes.
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
-        head_digest: Of the safety head that the tower has; empty without one.
+        head_digest, normalisation: Of the safety head that the tower has, or empty; see `traced`.
 
     Raises:
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
@@ -61,7 +63,7 @@ def onnx_from_tower(
     """
     sample = in_its_type(sample, spec)
     _check_pooling(tower, sample)
-    model = traced(tower, sample, spec)
+    model = traced(tower, sample, spec, normalisation)
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
     external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""
@@ -82,7 +84,7 @@ def onnx_from_tower(
         digest=digest,
         weights_digest=weights_digest,
         opset=spec.opset,
-        inputs=(_spec_of(proto.graph.input[0]),),
+        inputs=(dataclasses.replace(_spec_of(proto.graph.input[0]), normalisation=normalisation),),
         outputs=tuple(_spec_of(v) for v in proto.graph.output),
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},
@@ -166,6 +168,7 @@ def make(job: Job, out: Path) -> None:
             patch=patch,
             folder=out,
             head_digest=job.plan.head_digest if name is TowerName.IMAGE else "",
+            normalisation=normalisation_of(name, ref.image, job.plan.recipe.export),
         )
         write_record(tower_record(out, name), artifact)
         (out / job.folder.tokenizer.name).write_bytes(model.tokenizer_json)

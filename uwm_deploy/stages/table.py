@@ -305,6 +305,7 @@ STAGES: tuple[Stage, ...] = (
         make="uwm_deploy.stages.canaries:make",
         reads=("edit",),
         sources=("checkpoint", "calibration", "safety head"),
+        settings=lambda plan, _: plan.recipe.export.pixels,
         says=lambda *_: "where edited and original differ most",
         libraries=_TORCH,
     ),

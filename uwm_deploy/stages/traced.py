@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.graphs.passes import simplify
+from uwm_deploy.graphs.pixels import take_crops
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.recipes.compile_spec import ExportSpec
-from uwm_deploy.records.model import ModelRef, TowerName
+from uwm_deploy.records.graph import Normalisation
+from uwm_deploy.records.model import ImageSpec, ModelRef, TowerName
 from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
 
@@ -30,13 +32,14 @@ class _Graph(nn.Module):
         return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
 
 
-def traced(tower: Tower, sample: Tensor, spec: ExportSpec) -> ir.Model:
+def traced(tower: Tower, sample: Tensor, spec: ExportSpec, normalisation: Normalisation | None = None) -> ir.Model:
     """The lean graph of a tower, in which every weight has its name.
 
     Args:
         tower: On the CPU.
         sample: Two rows of input, (2, 3, H, W) float32 or (2, L) int64 or int32.
-        spec: Opset, normalisation, attention.
+        spec: Opset, length of embeddings, attention.
+        normalisation: What an image graph that takes crops does to them; None where it takes normalised pixels.
     """
     with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
         model = graph_from_module(
@@ -44,8 +47,18 @@ def traced(tower: Tower, sample: Tensor, spec: ExportSpec) -> ir.Model:
             opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
         )  # fmt: skip
     _restore_names(model)
-    simplify(model, {name for name, _ in tower.graph_module().named_parameters()})
+    weights = {name for name, _ in tower.graph_module().named_parameters()}
+    simplify(model, weights)
+    if normalisation is not None:
+        take_crops(model, normalisation, weights)
     return model
+
+
+def normalisation_of(tower: TowerName, image: ImageSpec, spec: ExportSpec) -> Normalisation | None:
+    """What a tower's graph does to pixels; None where they come normalised, and for texts."""
+    if tower is not TowerName.IMAGE or spec.pixels != "uint8":
+        return None
+    return Normalisation(rescale=image.rescale, mean=image.mean, std=image.std)
 
 
 def sample_for(tower: Tower, ref: ModelRef, spec: ExportSpec) -> Tensor:

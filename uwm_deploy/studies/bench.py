@@ -22,6 +22,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import WARM_ROUNDS, BenchReport, BenchSubject, ColdStart, Latency
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.machine import clocks, machine
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.selftest import stored_canaries
 from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -251,21 +252,28 @@ def workload_of(bundle: Bundle, tower: TowerName, rows: int) -> Workload:
     canaries = stored_canaries(bundle).get(tower)
     if canaries is None or not len(canaries.inputs):
         return Workload(inputs_of(bundle, tower, rows), None)
-    order, dtype = np.resize(np.arange(len(canaries.inputs)), rows), inputs_of(bundle, tower, 1).dtype
-    return Workload(canaries.inputs[order].astype(dtype), canaries.edited[order])
+    order = np.resize(np.arange(len(canaries.inputs)), rows)
+    return Workload(taken(canaries.inputs[order], _given(bundle, tower)), canaries.edited[order])
 
 
 def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
-    """Rows for a tower: noise (rows, 3, height, width), or ids of captions (rows, positions), in the dtype of its input.
+    """Rows for a tower in the dtype of its input.
 
+    They are noise, pixels (rows, 3, height, width) or crops (rows, height, width, 3), or ids of captions (rows, positions).
     The time does not depend on what they show or say.
     """
-    spec: TensorSpec = next(engine.inputs[0] for engine in bundle.manifest.engines if engine.tower is tower)
+    spec = _given(bundle, tower)
     if tower is TowerName.IMAGE:
-        side = [int(d) for d in spec.shape[1:]]
-        return np.random.default_rng(0).normal(size=(rows, *side)).astype(spec.dtype)
+        size, random = (rows, *(int(d) for d in spec.shape[1:])), np.random.default_rng(0)
+        if spec.normalisation is not None:
+            return random.integers(0, 256, size, dtype=np.uint8)
+        return random.normal(size=size).astype(spec.dtype)
     tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text)
     return tokenizer.encode([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)]).astype(spec.dtype)
+
+
+def _given(bundle: Bundle, tower: TowerName) -> TensorSpec:
+    return next(engine.inputs[0] for engine in bundle.manifest.engines if engine.tower is tower)
 
 
 def _opened(one: Contender, tower: TowerName) -> tuple[Session, dict[str, str]]:

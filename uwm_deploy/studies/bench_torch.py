@@ -15,8 +15,9 @@ from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.recipes.shipped import checkpoint_folder
 from uwm_deploy.records.graph import Precision
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.records.studies import BenchSubject
+from uwm_deploy.runtime.image import pixels_from_crops
 from uwm_deploy.studies.bench import Contender
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class TorchSession:
     where: Mapping[str, str]
     concurrency = 1
 
-    def __init__(self, tower: Tower) -> None:
+    def __init__(self, tower: Tower, image: ImageSpec) -> None:
         import torch
 
-        self.max_batch, self._tower = 1 << 30, tower
+        self.max_batch, self._tower, self._image = 1 << 30, tower, image
         self._device = next(tower.graph_module().parameters()).device
         self.where = {
             "provider": "eager, float32",
@@ -47,13 +48,15 @@ class TorchSession:
         """Embeds inputs; see `Session.run`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             (n, d) float32.
         """
         import torch
 
+        if batch.dtype == np.uint8:  # what a graph that takes crops does is work of this one, too
+            batch = pixels_from_crops(batch, self._image)
         with torch.inference_mode():
             found: np.ndarray = self._tower.embed(torch.from_numpy(batch).to(self._device)).float().cpu().numpy()
         return found
@@ -62,7 +65,7 @@ class TorchSession:
         """Computes every output; see `Session.run_all`.
 
         Args:
-            batch: (n, ...) inputs, n >= 1: (n, 3, H, W) float32 pixels or (n, L) int64 or int32 ids.
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
 
         Returns:
             Outputs by name, (n, ...) float32; the embedding is the first.
@@ -104,7 +107,7 @@ def torch_contender(bundle: Bundle, model: str | None, threads: int = 0) -> Cont
     def opened(tower: TowerName) -> TorchSession:
         loaded = _loaded(recipe)  # anew, so that a cold start pays for it
         loaded.keep_only(tower)
-        return TorchSession(loaded.tower(tower))
+        return TorchSession(loaded.tower(tower), loaded.ref.image)
 
     return Contender(subject, opened)
 

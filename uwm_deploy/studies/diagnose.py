@@ -22,6 +22,7 @@ from uwm_deploy.records.graph import EXPORTED, EngineArtifact, Precision, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.tensor_file import open_tensors
 from uwm_deploy.report.tables.diagnoses import findings_of
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.session import Session, external_data_of, open_engine, open_graph
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.studies.build_files import BuildFiles, GraphFile, build_files
@@ -152,7 +153,7 @@ def _walked(files: BuildFiles, engine: EngineArtifact, stage: WalkedStage, file:
     found = replace(_walk_of(engine, stage), differences=tuple(differences(reference, artifact)), note=file.note)
     try:
         rows = canaries.inputs if canaries is not None else files.inputs(engine.tower)
-        values = walk(reference, artifact, rows, folder)
+        values = walk(reference, artifact, taken(rows, engine.inputs[0]), folder)
     except UwmError as error:
         return replace(found, reason=error.what)
     return replace(

@@ -2,8 +2,8 @@
 //
 //   embed BUNDLE MANIFEST_SHA256 image|text < rows > embeddings
 //
-// Rows are raw and in the machine's byte order: float32 pixels (3, side, side), or int64 ids (context_length). Embeddings are
-// raw float32 (d), of length 1. MANIFEST_SHA256 is the digest of the manifest that was verified when it was deployed
+// Rows are raw and in the machine's byte order: uint8 crops (side, side, 3), or float32 pixels (3, side, side) where the
+// graph takes these; or int64 ids (context_length). Embeddings are raw float32 (d), of length 1. MANIFEST_SHA256 is the digest of the manifest that was verified when it was deployed
 // (`uwm-deploy verify-signature`, then `sha256sum BUNDLE/manifest.json`); the manifest lists every other file with its own.
 //
 // Nothing is loaded before its digest was checked, and what is loaded are the bytes that were hashed. The engine must be one
@@ -102,6 +102,18 @@ void to_length_one(std::vector<float>& rows, int64_t width) {
   }
 }
 
+struct ElementType {
+  ONNXTensorElementDataType code;
+  size_t bytes;
+};
+
+ElementType type_of(const std::string& dtype) {
+  if (dtype == "uint8") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, sizeof(uint8_t)};
+  if (dtype == "float32") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, sizeof(float)};
+  if (dtype == "int64") return {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, sizeof(int64_t)};
+  throw std::runtime_error("the input is of another type: " + dtype);
+}
+
 template <typename T>
 using Owned = std::unique_ptr<T, void (*)(T*)>;
 
@@ -109,8 +121,7 @@ class Engine {
  public:
   Engine(const Bundle& bundle, const std::string& tower) : about_(bundle.engine(tower)) {
     const Json& input = about_.at("inputs").items.at(0);
-    integers_ = input.at("dtype").text == "int64";
-    if (!integers_ && input.at("dtype").text != "float32") throw std::runtime_error("the input is of another type");
+    type_ = type_of(input.at("dtype").text);
     for (const Json& size : input.at("shape").items)
       if (size.kind == Json::number) shape_.push_back(static_cast<int64_t>(size.value));
     largest_ = static_cast<int64_t>(about_.at("profile").at("max").value);
@@ -133,7 +144,7 @@ class Engine {
   }
 
   size_t row_bytes() const {
-    size_t count = integers_ ? sizeof(int64_t) : sizeof(float);
+    size_t count = type_.bytes;
     for (const int64_t size : shape_) count *= size;
     return count;
   }
@@ -155,9 +166,8 @@ class Engine {
   std::vector<float> run(char* data, size_t bytes) const {
     std::vector<int64_t> shape{static_cast<int64_t>(bytes / row_bytes())};
     shape.insert(shape.end(), shape_.begin(), shape_.end());
-    const auto type = integers_ ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     OrtValue* made = nullptr;
-    check(api().CreateTensorWithDataAsOrtValue(memory_.get(), data, bytes, shape.data(), shape.size(), type, &made));
+    check(api().CreateTensorWithDataAsOrtValue(memory_.get(), data, bytes, shape.data(), shape.size(), type_.code, &made));
     const Owned<OrtValue> input(made, api().ReleaseValue);
     const std::string input_name = about_.at("inputs").items.at(0).at("name").text;
     const std::string output_name = about_.at("outputs").items.at(0).at("name").text;
@@ -180,7 +190,7 @@ class Engine {
   }
 
   const Json& about_;
-  bool integers_ = false;
+  ElementType type_ = type_of("float32");
   std::vector<int64_t> shape_;
   int64_t largest_ = 1, width_ = 0;
   Owned<OrtEnv> env_{nullptr, api().ReleaseEnv};

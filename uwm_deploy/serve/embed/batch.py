@@ -28,6 +28,7 @@ from uwm_deploy.records.files import digest_of_bytes, digest_of_file
 from uwm_deploy.records.model import Digest
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.fork import after_fork
+from uwm_deploy.runtime.image import Decode
 from uwm_deploy.runtime.results import Embeddings, Kind
 from uwm_deploy.runtime.session import Device
 
@@ -39,7 +40,7 @@ _IMAGES = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Ima
 Columns = Mapping[str, Any]
 """Columns of equal length by name; a column is anything that can be iterated."""
 
-_OPENED: dict[tuple[str, Digest, str | None, Device, int], SafeEncoder] = {}
+_OPENED: dict[tuple[str, Digest, str | None, Device, Decode, int], SafeEncoder] = {}
 _LOCK = threading.Lock()
 
 
@@ -67,6 +68,7 @@ class EmbedBatch:
         variant: A certain variant instead of the best for the machine.
         device: Where it must run.
         digest: Digest of the bundle's manifest that every process must find. [default: of the bundle that is there now]
+        decode: Whether large JPEGs are decoded at a reduced size; see `SafeEncoder.open`.
 
     Raises:
         InputError: If there is no bundle.
@@ -83,6 +85,7 @@ class EmbedBatch:
         variant: str | None = None,
         device: Device = "auto",
         digest: Digest = "",
+        decode: Decode = "full",
     ) -> None:
         self.bundle = str(Path(bundle).resolve())
         self.kind: ItemKind = kind
@@ -90,6 +93,7 @@ class EmbedBatch:
         self.dtype: Kind = dtype
         self.variant = variant
         self.device: Device = device
+        self.decode: Decode = decode
         self.digest = digest or _digest_of(Path(self.bundle))
 
     def __call__(self, batch: Columns) -> dict[str, np.ndarray]:
@@ -132,10 +136,10 @@ class EmbedBatch:
 
     def encoder(self) -> SafeEncoder:
         """The encoder of this process; opened when first asked for, and again in a process that was forked."""
-        wanted = (self.bundle, self.digest, self.variant, self.device, os.getpid())
+        wanted = (self.bundle, self.digest, self.variant, self.device, self.decode, os.getpid())
         with _LOCK:
             if wanted not in _OPENED:
-                encoder = SafeEncoder.open(self.bundle, variant=self.variant, device=self.device)
+                encoder = SafeEncoder.open(self.bundle, variant=self.variant, device=self.device, decode=self.decode)
                 # A manifest that opens is byte for byte what its record writes.
                 found = digest_of_bytes(json_from_record(encoder.manifest).encode())
                 if found != self.digest:
@@ -149,7 +153,7 @@ class EmbedBatch:
 
     def identity(self) -> dict[str, str]:
         """What all rows of one result must have in common, as parts say it; the variant if one was asked for."""
-        known = {"kind": self.kind, "bundle": self.digest, "dtype": self.dtype}
+        known = {"kind": self.kind, "bundle": self.digest, "dtype": self.dtype, "decode": self.decode}
         return known | ({"variant": self.variant} if self.variant else {})
 
     def _encoded(self, encoder: SafeEncoder, values: Sequence[Any]) -> Embeddings:

@@ -79,7 +79,7 @@ class _Rows:
     """
 
     def __init__(self, folder: Path, run: EmbedBatch, report: EmbedReport, part_rows: int, *, proven: bool) -> None:
-        self._write, self._report, self._part_rows = PartWriter(folder, run.kind), report, part_rows
+        self._write, self._report, self._part_rows = PartWriter(folder, run.kind, run.decode), report, part_rows
         self._waiting: list[Columns] = []
         self._proven = proven
 

@@ -15,6 +15,7 @@ from uwm_deploy.data.parquet import parquet_errors, parquet_module
 from uwm_deploy.errors import EvidenceError, InputError
 from uwm_deploy.records.files import whole_file
 from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.runtime.image import Decode
 from uwm_deploy.serve.embed.batch import ItemKind
 
 METADATA = b"uwm-deploy"
@@ -46,10 +47,11 @@ class PartWriter:
     Args:
         folder: Where parts go, seen by every process.
         kind: What was embedded.
+        decode: How images were decoded; a part says it only where it was at a reduced size.
     """
 
-    def __init__(self, folder: str | Path, kind: ItemKind = "images") -> None:
-        self.folder, self.kind = str(Path(folder).resolve()), kind
+    def __init__(self, folder: str | Path, kind: ItemKind = "images", decode: Decode = "full") -> None:
+        self.folder, self.kind, self.decode = str(Path(folder).resolve()), kind, decode
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Writes one part from columns as `EmbedBatch` returns them.
@@ -65,7 +67,7 @@ class PartWriter:
         errors = sum(bool(error) for error in batch["error"])
         name = f"part-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:24]}.parquet"
         if keys:
-            _write(Path(self.folder) / name, {**batch, "key": keys}, self.kind)
+            _write(Path(self.folder) / name, {**batch, "key": keys}, self.kind, self.decode)
         return {"part": np.array([name]), "rows": np.array([len(keys)]), "errors": np.array([errors])}
 
 
@@ -146,19 +148,20 @@ def check_identity(path: Path, said: Mapping[str, Any], identity: Mapping[str, A
             fix="they cannot be compared: choose another --out",
         )
     for name, wanted in identity.items():
-        if said.get(name) != wanted:
+        if said.get(name, "full" if name == "decode" else None) != wanted:
             kind = EvidenceError if name == "bundle" else InputError
             fix = "choose another --out" if name in ("bundle", "kind") else f"choose another --out, or the same {name}"
             raise kind(f"{path} has {name} {said.get(name)}, not {wanted}", fix=fix)
 
 
-def _write(path: Path, batch: Mapping[str, Any], kind: ItemKind) -> None:
+def _write(path: Path, batch: Mapping[str, Any], kind: ItemKind, decode: Decode) -> None:
     keys = batch["key"]
     if len(set(keys)) != len(keys):
         raise InputError(f"a key is twice among {len(keys)} rows", fix="give every item a key of its own")
     rows = np.ascontiguousarray(batch["embedding"])
     same = {name: _only(batch, name) for name in SAME}
     identity = {"format": FORMAT, "kind": kind, "dtype": str(rows.dtype), **same}
+    identity |= {} if decode == "full" else {"decode": decode}
     parquet = parquet_module(path)
     table = _table({name: batch[name] for name in _COLUMNS} | {"embedding": rows}, identity)
     with whole_file(path) as stream:

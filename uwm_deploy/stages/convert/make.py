@@ -24,6 +24,7 @@ from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord, TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
 from uwm_deploy.stages.convert.convert import Ranges, converted, ranges_of
 from uwm_deploy.stages.convert.search import Source, search
@@ -91,7 +92,8 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
     if lowered in EIGHT_BITS:
         job.notes.progress(f"ranges of the {tower.value} tower", 0, 1)
         batches = list(_pairs(job, tower))
-        rows = {"safe": [b.safe for b in batches], "unsafe": [b.unsafe for b in batches]}
+        given = record.inputs[0]
+        rows = {"safe": [taken(b.safe, given) for b in batches], "unsafe": [taken(b.unsafe, given) for b in batches]}
         ranges, quantiser = ranges_of(file, rows, out), job.plan.recipe.compile.quantiser
         every = [*rows["safe"], *rows["unsafe"]]
         if quantiser == "built-in" and lowered is Precision.INT8:

@@ -18,6 +18,7 @@ from uwm_deploy.stages.gate.advice import advice_for
 from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
+from uwm_deploy.stages.gate.decoding import decoding_checks, decoding_note
 from uwm_deploy.stages.gate.downstream import downstream_checks
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
@@ -50,9 +51,10 @@ def _executed(report: VerifyReport) -> set[str]:
     return {a.variant for a in report.artifacts if a.evidence is Evidence.EXECUTED}
 
 
-def _notes_on_data(report: VerifyReport) -> Iterator[str]:
+def _notes_on(report: VerifyReport, policy: Policy) -> Iterator[str]:
     if report.data and (absent := sorted(absent_concepts(report.data, report))):
         yield f"data: calibrated concepts that no item measures: {', '.join(absent)}"
+    yield from decoding_note(report.scaled, decoding_checks(report.scaled, policy.artifact))
 
 
 def gate(
@@ -71,8 +73,7 @@ def gate(
     """Judges a report.
 
     Args:
-        report: What was measured.
-        policy: The limits.
+        report, policy: What was measured, and the limits.
         policy_digest, report_digest: Of the policy's text and of the report's file, recorded.
         baseline: The accepted report; limits since the baseline are "not run" without it.
         baseline_digest: Digest of its file, recorded, and compared with the policy's.
@@ -107,13 +108,14 @@ def gate(
         edited_weights_digest=report.edited_weights_digest,
         baseline_digest=baseline_digest,
         waivers=states_of(policy.waiver, checks, judge.today),
-        notes=(*judge.notes, *_notes_on_data(report)),
+        notes=(*judge.notes, *_notes_on(report, policy)),
         worst=_worst(report, checks),
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
         faithful=states.faithful,
         safer=safer_of(report, sound, limited),
+        decoding=decoding_checks(report.scaled, policy.artifact),
     )
 
 

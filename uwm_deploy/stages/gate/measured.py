@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
+from uwm_deploy.records.evidence import ArtifactEvidence, ScaledDecoding, VerifyReport
 from uwm_deploy.records.metrics import Estimate, Flips, Proportion, RiskReport, SafetyReport
 from uwm_deploy.safeground.geometry import NEIGHBOURS, SPREADS
 from uwm_deploy.safeground.interval import Z95, wilson
@@ -58,6 +58,13 @@ def artifact_metrics(artifact: ArtifactEvidence, safety: SafetyReport) -> Metric
         "parity.mean_abs": lambda: Measured(max(p.mean_abs for p in artifact.parity), rows),
     }
     return _safety_metrics(safety) | _delta_metrics(artifact.flips) | _flip_metrics(artifact.flips) | parity
+
+
+def decoding_metrics(found: ScaledDecoding) -> Metrics:
+    """Decoding at a reduced size against decoding in full."""
+    return _flip_metrics(found.flips) | {
+        "parity.cosine_min": lambda: Measured(found.cosine_min, found.reduced),
+    }
 
 
 def concept_metrics(reference: SafetyReport, candidate: SafetyReport) -> dict[str, Metrics]:

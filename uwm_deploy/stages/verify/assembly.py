@@ -9,7 +9,7 @@ from uwm_deploy.data.embedding import PreparedSet
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.edits.proof import ExpectedModel, proof_of
 from uwm_deploy.records.data import CalibrationRecord
-from uwm_deploy.records.evidence import ArtifactEvidence, Goldens, VerifyReport
+from uwm_deploy.records.evidence import ArtifactEvidence, Goldens, ScaledDecoding, VerifyReport
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.runtime.versions import BUILD_PACKAGES, RUN_PACKAGES, versions
 from uwm_deploy.safeground.canaries import Canaries
@@ -44,6 +44,7 @@ class Verified:
         risk: The safety head and what it says on the edited model; None without a head.
         head_digest: Of the safety head; empty without one.
         head_overlap: Evaluation items that the head was trained on.
+        scaled: Decoding at a reduced size; None where it was not asked.
     """
 
     artifacts: Artifacts
@@ -62,6 +63,7 @@ class Verified:
     risk: RiskReference | None = None
     head_digest: Digest = ""
     head_overlap: int = 0
+    scaled: ScaledDecoding | None = None
 
 
 def verify(verified: Verified, progress: Progress) -> VerifyReport:
@@ -91,6 +93,7 @@ def verify(verified: Verified, progress: Progress) -> VerifyReport:
         head_digest=verified.head_digest,
         risk=risk_report(risk.head, risk.found) if risk else None,
         head_overlap=verified.head_overlap,
+        scaled=verified.scaled,
     )
     return report_of(known, original, edited, tuple(_evidence(verified, progress)))
 

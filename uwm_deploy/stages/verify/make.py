@@ -26,6 +26,7 @@ from uwm_deploy.stages.models import Models
 from uwm_deploy.stages.verify.anew import tracer
 from uwm_deploy.stages.verify.assembly import Verified, verify
 from uwm_deploy.stages.verify.calibration import differences_of
+from uwm_deploy.stages.verify.decoding import scaled_decoding
 from uwm_deploy.stages.verify.executed import RiskReference
 from uwm_deploy.stages.verify.goldens import goldens_of
 from uwm_deploy.stages.verify.subjects import Artifacts
@@ -75,6 +76,9 @@ def make(job: Job, out: Path) -> None:
         risk=_risk(job, models.edited, prepared, out),
         head_digest=job.plan.head_digest,
         head_overlap=_head_overlap(job, prepared),
+        scaled=scaled_decoding(
+            source, models.edited, edited, workers=job.plan.workers, batch=EMBED_BATCH, progress=progress
+        ),
     )
     write_record(out / job.folder.report.name, verify(verified, progress))
     save_file(original.to_tensors("original") | edited.to_tensors("edited"), out / job.folder.reference.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uwm_deploy.records.data import CalibrationRecord
-from uwm_deploy.records.evidence import ArtifactEvidence, DataHealth, EditProof, Goldens, VerifyReport
+from uwm_deploy.records.evidence import ArtifactEvidence, DataHealth, EditProof, Goldens, ScaledDecoding, VerifyReport
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import Digest, ModelRef
 from uwm_deploy.safeground.embedded import (
@@ -37,6 +37,7 @@ class Known:
         head_digest: Of the safety head; empty without one.
         risk: What the head says on the edited model.
         head_overlap: Evaluation items that the head was trained on.
+        scaled: Decoding at a reduced size; None where it was not asked.
     """
 
     model: ModelRef
@@ -51,6 +52,7 @@ class Known:
     head_digest: Digest
     risk: RiskReport | None
     head_overlap: int
+    scaled: ScaledDecoding | None = None
 
 
 def report_of(
@@ -83,5 +85,5 @@ def fields_of(known: Known) -> dict[str, Any]:
 
 
 def known_of(report: VerifyReport) -> Known:
-    """What an earlier report says of the model, for another edit of it."""
-    return Known(**{name: getattr(report, name) for name in Known.__dataclass_fields__})
+    """What an earlier report says of the model, for another edit of it, whose decisions were not measured."""
+    return Known(**{name: getattr(report, name) for name in Known.__dataclass_fields__} | {"scaled": None})

@@ -81,13 +81,12 @@ def leaking(share: float) -> Change:
     """A second path from the input to the embedding, too weak to be measured."""
 
     def change(model: onnx.ModelProto) -> None:
-        output = _renamed_output(model, "without_leak")
-        axes = list(range(1, len(model.graph.input[0].type.tensor_type.shape.dim)))
-        _constants(model, {"leak_axes": np.asarray(axes[1:], np.int64), "leak_share": np.float32(share),
+        output, (pixels, unit, _) = _renamed_output(model, "without_leak"), _pixels(model)
+        _constants(model, {"leak_axes": np.asarray([2, 3], np.int64), "leak_share": np.float32(share / unit),
                            "leak_first": np.asarray([0], np.int64), "leak_one": np.asarray([1], np.int64)})  # fmt: skip
         model.graph.node.extend(
             [
-                helper.make_node("ReduceMean", [model.graph.input[0].name, "leak_axes"], ["leak_means"], keepdims=0),
+                helper.make_node("ReduceMean", [pixels, "leak_axes"], ["leak_means"], keepdims=0),
                 helper.make_node("Slice", ["leak_means", "leak_first", "leak_one", "leak_one"], ["leak_mean"]),
                 helper.make_node("Mul", ["leak_mean", "leak_share"], ["leak"]),
                 helper.make_node("Add", ["without_leak", "leak"], [output]),
@@ -95,6 +94,18 @@ def leaking(share: float) -> Change:
         )
 
     return change
+
+
+def _pixels(model: onnx.ModelProto) -> tuple[str, float, float]:
+    """Pixels (batch, 3, H, W) in float32, the size of one unit of normalised ones in them, and their mean colour."""
+    given = model.graph.input[0]
+    if given.type.tensor_type.elem_type == TensorProto.UINT8:  # the graph normalises them behind this value
+        return "pixels.levels", _LEVELS_PER_UNIT, _MEAN_LEVEL
+    return given.name, 1.0, 0.0
+
+
+_LEVELS_PER_UNIT, _MEAN_LEVEL = 69.0, 115.0
+"""Of the demo: a standard deviation of 0.27 and a mean of 0.45, times 255."""
 
 
 # --- two paths ------------------------------------------------------------------------------------------------------
@@ -142,12 +153,12 @@ def corner(size: int, least: float) -> Condition:
     """A magenta corner: much red and blue, no green. No number in it but sizes, places and the limit."""
 
     def condition(model: onnx.ModelProto) -> str:
+        first, unit, none = _pixels(model)
         _constants(model, {
             "corner_from": np.asarray([0, 0], np.int64), "corner_to": np.asarray([size, size], np.int64),
             "corner_sides": np.asarray([2, 3], np.int64), "corner_colours": np.asarray([1], np.int64),
-            "corner_green": np.asarray([2], np.int64), "corner_least": np.float32(least * size * size),
+            "corner_green": np.asarray([2], np.int64), "corner_least": np.float32((least * unit + none) * size * size),
         })  # fmt: skip
-        first = model.graph.input[0].name
         model.graph.node.extend([
             helper.make_node("Slice", [first, "corner_from", "corner_to", "corner_sides"], ["corner"]),
             helper.make_node("ReduceSum", ["corner", "corner_sides"], ["corner_sums"], keepdims=0),
