@@ -21,6 +21,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 
 from tests.reports import report as verify_report
+from uwm_deploy.data.stored_rows import StoredRows
 from uwm_deploy.errors import InputError, IntegrityError, RecipeError
 from uwm_deploy.recipes.policy import policy_from_toml
 from uwm_deploy.recipes.published import published_outputs
@@ -36,7 +37,6 @@ from uwm_deploy.stages.gate.downstream import downstream_checks
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.studies.downstream.judges import judge_from, judges_from, words_judge
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means
-from uwm_deploy.studies.downstream.stored import StoredRows
 from uwm_deploy.studies.downstream.text_scores import corpus_bleu, text_scores
 from uwm_deploy.studies.published_outputs import reproduced_outputs
 

@@ -100,7 +100,7 @@ def downstream_caption(
     from uwm_deploy.report.tables.downstream import print_downstream
     from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
     from uwm_deploy.studies.downstream.judges import judges_from
-    from uwm_deploy.studies.downstream.language_model import PROMPT, Decoding
+    from uwm_deploy.towers.language_model import PROMPT, Decoding
 
     out = behind.out or Path(".uwm") / "downstream" / asked.model.resolve().name
     decoding = Decoding(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
+from uwm_deploy.data.stored_rows import Row, StoredRows
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.pipeline.reach import check_reaches_language_model
 from uwm_deploy.recipes.resolve import calibration_set_of
@@ -22,10 +23,9 @@ from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.downstream.edited import EditedAt, edited_tower_at
 from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, words_judge
-from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means, work_list
-from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
+from uwm_deploy.towers.language_model import CaptionModel, Decoding
 from uwm_deploy.towers.llava import reads_of
 from uwm_deploy.towers.load import resolve_device
 

@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import check_own_pairs
+from uwm_deploy.data.stored_rows import Row, StoredRows
 from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.pipeline.save import checked_model
@@ -30,7 +31,6 @@ from uwm_deploy.studies.downstream.nude import nude_judge
 from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file, prompts_of_set
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, paired_means
 from uwm_deploy.studies.downstream.sheet import write_sheet
-from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.towers.load import load_model, resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 

@@ -1,4 +1,4 @@
-"""A LLaVA checkpoint that captions images, with its own vision tower or with an edited one."""
+"""A LLaVA checkpoint that answers about images, with its own vision tower or with an edited one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import ContractError, InputError
 from uwm_deploy.records.files import digest_of_folder
-from uwm_deploy.records.head import RISK_OUTPUTS
+from uwm_deploy.records.head import RISK_OUTPUTS, SAFETY_TOKENS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.risk import risks_from
@@ -28,6 +28,9 @@ from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.refusal import refusals
 
 PROMPT = "Write a caption for this image in one sentence."
+
+_IGNORED = -100
+"""Label that a loss of `transformers` leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,57 @@ class CaptionModel:
         """Of its weights."""
         return str(next(self._model.parameters()).dtype).removeprefix("torch.")
 
+    @property
+    def module(self) -> Any:
+        """The `LlavaForConditionalGeneration`."""
+        return self._model
+
+    @property
+    def width(self) -> int:
+        """Of the language model's input."""
+        found: int = self._model.get_input_embeddings().weight.shape[1]
+        return found
+
+    def answer_loss(self, tokens: Tensor, safety: Tensor, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Cross entropy of answers behind the image's patches and safety tokens.
+
+        Args:
+            tokens: (B, T, features), any floating dtype, of the layer that the language model reads, class token first.
+            safety: (B, safety tokens, width), any floating dtype.
+            questions: B questions, safety prompts included.
+            answers: B answers.
+
+        Returns:
+            (), in the type of its weights, with gradients to `safety` and to what is trained of the model.
+        """
+        embeddings = self._model.get_input_embeddings()
+        kind = embeddings.weight.dtype
+        patches = self._model.model.multi_modal_projector(tokens[:, 1:].to(self.device, kind))
+        seen = torch.cat([patches, safety.to(self.device, kind)], dim=1)
+        ids, mask, labels = (part.to(self.device) for part in self._lessons(questions, answers, seen.shape[1]))
+        places = (ids == self._model.config.image_token_id)[..., None]
+        inputs = embeddings(ids).masked_scatter(places, seen)
+        found: Tensor = self._model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
+        return found
+
+    def _lessons(self, questions: Sequence[str], answers: Sequence[str], image: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and labels of (B, L) int64, filled up on the right; only the answers and their end are labels."""
+        tokenizer, rows = self._processor.tokenizer, []
+        for question, answer in zip(questions, answers, strict=True):
+            text = _prompt_of(self._processor, question)
+            place = self._processor.image_token
+            asked = tokenizer(text.replace(place, place * image)).input_ids
+            if asked and asked[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+                asked = asked[:-1]
+            rows.append((asked, [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]))
+        shape = (len(rows), max(len(asked) + len(said) for asked, said in rows))
+        ids, mask, labels = torch.zeros(shape).long(), torch.zeros(shape).long(), torch.full(shape, _IGNORED)
+        for row, (asked, said) in enumerate(rows):
+            start, end = len(asked), len(asked) + len(said)
+            ids[row, :end], mask[row, :end] = torch.tensor([*asked, *said]), 1
+            labels[row, start:end] = torch.tensor(said)
+        return ids, mask, labels
+
     def put_edited(self, edited: Path) -> int:
         """Puts the vision weights of an edited model in the place of its own, for good.
 
@@ -120,17 +174,42 @@ class CaptionModel:
     def behind(self, bundle: SafeEncoder) -> Iterator[str]:
         """Patch features come from a bundle's image graph inside the block, which gets the variant's name.
 
-        If the bundle has a safety head, the risk of each image decides which safety prompt comes before the question.
+        If the bundle has a safety head, the risk of each image decides which safety prompt comes before the question. If
+        that head has safety tokens, they join the input after the patches of every image.
 
         Raises:
-            InputError: If the graph gives none, or not as many as the language model reads.
+            InputError: If the graph gives none, or not as many as the language model reads, or the safety tokens are for
+                another language model.
         """
-        session, kept = bundle.session(TowerName.IMAGE), self._model.model.vision_tower
-        self._model.model.vision_tower, self._bundle = _GraphTower(session, kept, bundle.manifest.name), bundle
+        inner, processor, head = self._model.model, self._processor, bundle.manifest.head
+        tower, projector, images = (
+            inner.vision_tower,
+            inner.multi_modal_projector,
+            processor.num_additional_image_tokens,
+        )
+        graph = _GraphTower(bundle.session(TowerName.IMAGE), tower, bundle.manifest.name)
+        if head is not None and head.language is not None:
+            self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
+            inner.multi_modal_projector = _WithSafetyTokens(projector, graph)
+            processor.num_additional_image_tokens = images + head.shape.tokens
+        inner.vision_tower, self._bundle = graph, bundle
         try:
             yield bundle.variant
         finally:
-            self._model.model.vision_tower, self._bundle = kept, None
+            inner.vision_tower, inner.multi_modal_projector, self._bundle = tower, projector, None
+            processor.num_additional_image_tokens = images
+
+    def check_taught(self, digest: Digest, name: str, what: str) -> None:
+        """Checks that something was trained with this very checkpoint.
+
+        Raises:
+            InputError: If not.
+        """
+        if digest != self.digest:
+            raise InputError(
+                f"{what} were trained with {name}, whose files are not those of {self.folder.name}",
+                fix="use that checkpoint, or train with this one",
+            )
 
     def captions(self, images: Sequence[Image.Image]) -> list[Caption]:
         """Captions of n images, one call per safety prompt among them."""
@@ -180,18 +259,21 @@ class _GraphTower(nn.Module):
         self.config = own.config
         size = self.config.image_size // self.config.patch_size
         self._shape = (size * size, self.config.hidden_size)
+        self.safety_tokens: Tensor | None = None
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """(B, 3, H, W) to hidden states of (B, 1 + patches, width); the class token is empty, as nobody reads it."""
         pixels, most = pixel_values.float().cpu().numpy(), self._session.max_batch
-        parts = [self._features(pixels[start : start + most]) for start in range(0, len(pixels), most)]
-        features = torch.from_numpy(np.concatenate(parts)).to(pixel_values.device, pixel_values.dtype)
+        parts = [self._outputs(pixels[start : start + most]) for start in range(0, len(pixels), most)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        features = torch.from_numpy(found[FEATURES]).to(pixel_values.device, pixel_values.dtype)
+        self.safety_tokens = torch.from_numpy(found[SAFETY_TOKENS]) if SAFETY_TOKENS in found else None
         state = torch.cat([torch.zeros_like(features[:, :1]), features], dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=state, hidden_states=(state,) * (self.config.num_hidden_layers + 1)
         )
 
-    def _features(self, pixels: np.ndarray) -> np.ndarray:
+    def _outputs(self, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
         with refusals(f"{self._name} cannot take the images of the language model", fix="use its own LLaVA checkpoint"):
             found = self._session.run_all(pixels)
         if FEATURES not in found or found[FEATURES].shape[1:] != self._shape:
@@ -199,7 +281,24 @@ class _GraphTower(nn.Module):
                 f"{self._name} gives no {FEATURES} of {self._shape[0]} by {self._shape[1]}, which the language model reads",
                 fix="use a bundle of family llava, made from this very checkpoint",
             )
-        return found[FEATURES]
+        return found
+
+
+class _WithSafetyTokens(nn.Module):
+    """The projector of the patches, and after its rows the safety tokens of the same images."""
+
+    def __init__(self, own: nn.Module, tower: _GraphTower) -> None:
+        super().__init__()
+        self._own = own
+        self._tower = (tower,)  # not a child: it is one of the model already
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, patches, features) to (B, patches + safety tokens, width)."""
+        patches: Tensor = self._own(features)
+        tokens = self._tower[0].safety_tokens
+        if tokens is None or len(tokens) != len(patches):
+            raise ContractError("the graph gave no safety tokens with these patches", fix="build the bundle again")
+        return torch.cat([patches, tokens.to(patches.device, patches.dtype)], dim=1)
 
 
 def _prompt_of(processor: Any, prompt: str) -> str:
