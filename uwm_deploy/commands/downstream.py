@@ -64,6 +64,11 @@ class CaptionOptions:
     words: Path | None = option(
         "--words", type=FILE, help="Words that flag a caption, one per line. [default: the list of better-profanity]"
     )
+    adapter: Path | None = option(
+        "--adapter",
+        type=FOLDER,
+        help="Adapters of the language model that `train language-adapter` made behind the bundle's safety head.",
+    )
     prompt: str | None = option("--prompt", help="What the model is asked. [default: a caption in one sentence]")
     max_new_tokens: int = option(
         "--max-new-tokens", default=64, type=click.IntRange(1, 4096), help="Longest caption, in tokens."
@@ -94,6 +99,7 @@ def downstream_caption(
       uwm-deploy downstream caption --model llava-1.5-7b-hf --tower .uwm/llava-1.5-7b --on visu-test
       uwm-deploy downstream caption --model llava-1.5-7b-hf --tower dist/llava-1.5-7b --on visu-test \\
           --judge nsfw=nsfw-text-classifier::NSFW --out captions
+      uwm-deploy downstream caption --model llava-1.5-7b-hf --tower dist/llava-1.5-7b --adapter adapter --on visu-test
     """
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.study_files import write_downstream
@@ -116,6 +122,7 @@ def downstream_caption(
         out=out,
         judges=judges_from(judged.judges, judged.threshold),
         words=asked.words,
+        adapter=asked.adapter,
         public_key=trust.public_key,
         min_bundle_version=trust.min_bundle_version,
         decoding=decoding,

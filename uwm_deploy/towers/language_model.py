@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from uwm_deploy.errors import ContractError, InputError
-from uwm_deploy.records.files import digest_of_folder
+from uwm_deploy.errors import ContractError, InputError, IntegrityError, imported
+from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
+from uwm_deploy.records.codec import read_record
+from uwm_deploy.records.files import digest_of_file, digest_of_folder
 from uwm_deploy.records.head import RISK_OUTPUTS, SAFETY_TOKENS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
@@ -170,6 +172,25 @@ class CaptionModel:
         new = vision_of_edited(edited, self.folder)
         return put_vision(self._model, new, edited, reads_of(self.folder))
 
+    def put_adapter(self, folder: Path) -> LanguageAdapter:
+        """Puts adapters on the language model, for good.
+
+        Returns:
+            Their record; which head they belong to is for the caller to check.
+
+        Raises:
+            InputError: If the folder holds none, or they were trained with another checkpoint.
+            IntegrityError: If a file is not the one of their record.
+            PrerequisiteError: If peft is not installed.
+        """
+        record = read_adapter(folder)
+        self.check_taught(record.model_digest, record.model, f"the adapters in {folder.name}")
+        peft = imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
+        with refusals(f"the adapters in {folder.name} cannot be loaded"):
+            peft.PeftModel.from_pretrained(self._model, str(folder))
+        self._model.eval()
+        return record
+
     @contextlib.contextmanager
     def behind(self, bundle: SafeEncoder) -> Iterator[str]:
         """Patch features come from a bundle's image graph inside the block, which gets the variant's name.
@@ -248,6 +269,22 @@ class CaptionModel:
         new = made[:, inputs["input_ids"].shape[1] :]
         found: list[str] = self._processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+def read_adapter(folder: Path) -> LanguageAdapter:
+    """The record of adapters, with every digest checked.
+
+    Raises:
+        InputError: If there is none.
+        IntegrityError: If a file is not the one of the record.
+    """
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder} holds no adapters: it has no {RECORD}", fix="`uwm-deploy train language-adapter`")
+    record = read_record(LanguageAdapter, folder / RECORD)
+    for name, digest in ((WEIGHTS, record.weights_digest), (CONFIG, record.config_digest)):
+        if not (folder / name).is_file() or digest_of_file(folder / name) != digest:
+            raise IntegrityError(f"{name} is not the one that {RECORD} describes", fix="train it again, or restore it")
+    return record
 
 
 class _GraphTower(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.stored_rows import Row, StoredRows
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, RecipeError
+from uwm_deploy.recipes.strict_toml import record_from_toml
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.towers.language_model import PROMPT, CaptionModel, Decoding
@@ -41,6 +42,43 @@ class LanguageSettings:
     weight: float = 1.0
     max_new_tokens: int = 64
     batch: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyPrompts:
+    """A file of safety prompts.
+
+    Attributes:
+        prompts: Category to what a language model is told about it before the question.
+    """
+
+    format: int
+    prompts: Mapping[str, str]
+
+
+def prompts_from(file: Path, concepts: Collection[str]) -> dict[str, str]:
+    """Reads a file of safety prompts.
+
+    Args:
+        file: TOML.
+        concepts: Categories that a head of this set will know.
+
+    Raises:
+        InputError: If it cannot be read.
+        RecipeError: If it is not of that form, or a prompt is empty or for no concept of the set.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text: {error}", fix="give a TOML file in UTF-8") from error
+    found = record_from_toml(SafetyPrompts, text, file.name, docs="docs/how-to/safety-head.md").prompts
+    for category, prompt in found.items():
+        if category not in concepts:
+            known = ", ".join(sorted(concepts))
+            raise RecipeError(f"{file.name}: the set has no concept {category!r}", fix=f"it has {known}")
+        if not prompt.strip():
+            raise RecipeError(f"{file.name}: the prompt of {category!r} is empty", fix="give a text, or leave it out")
+    return dict(found)
 
 
 def opened_for(model: LoadedModel, settings: LanguageSettings, device: str) -> CaptionModel:

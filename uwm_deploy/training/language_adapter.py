@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from uwm_deploy.bundle.head import HeadFiles, read_head
-from uwm_deploy.errors import ContractError, InputError, IntegrityError
+from uwm_deploy.errors import ContractError, InputError, IntegrityError, imported
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
 from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
@@ -101,6 +101,7 @@ def train_language_adapter(request: AdapterRequest, reporter: Reporter) -> Langu
         DataError: If the set has no image pairs.
         PrerequisiteError: If peft or the device is missing.
     """
+    package_peft()  # a missing package is told now, and not after hours
     _refuse_foreign(request.out)
     head = read_head(request.head)
     taught = _taught(head, request.head)
@@ -175,7 +176,7 @@ class _Behind:
         return sum(map(bool, self.prompts[half:] if unsafe else self.prompts[:half]))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: its tensors could not be trained behind
 def _behind(head: HeadFiles, features: Features, batch: int = 64) -> _Behind:
     module: SafetyHeadModule = head_from_bytes(head.weights, head.record.shape)
     parts = [
@@ -185,7 +186,16 @@ def _behind(head: HeadFiles, features: Features, batch: int = 64) -> _Behind:
     ]
     tokens, logits, level = (torch.cat(part) for part in zip(*parts, strict=True))
     risks = risks_from(head.record, logits.numpy(), level.numpy())
-    return _Behind(tokens.clone(), tuple(risks[row].safety_prompt for row in range(len(risks))))
+    return _Behind(tokens, tuple(risks[row].safety_prompt for row in range(len(risks))))
+
+
+def package_peft() -> Any:
+    """The package that makes adapters.
+
+    Raises:
+        PrerequisiteError: If it is not installed.
+    """
+    return imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
 
 
 class Adapted:
@@ -197,8 +207,7 @@ class Adapted:
     """
 
     def __init__(self, model: CaptionModel, settings: AdapterSettings) -> None:
-        import peft
-
+        peft = package_peft()
         inner = model.module.model.language_model
         names = sorted({n.rpartition(".")[2] for n, part in inner.named_modules() if isinstance(part, nn.Linear)})
         self.targets = rf"{re.escape(_LANGUAGE_MODEL)}.*\.({'|'.join(map(re.escape, names))})"
@@ -216,7 +225,9 @@ class Adapted:
         config.base_model_name_or_path = model.folder.resolve().name  # never where it lay on this machine
         self.tensors = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         if not self.tensors or any(_OF_ADAPTER not in n or not n.startswith(_LANGUAGE_MODEL) for n in self.tensors):
-            raise ContractError("something else than adapters of the language model would be trained", fix="report this")
+            raise ContractError(
+                "something else than adapters of the language model would be trained", fix="report this"
+            )
 
     @property
     def count(self) -> int:
@@ -257,9 +268,7 @@ def _passed(
     return found
 
 
-def _key(
-    request: AdapterRequest, head: HeadFiles, language: CaptionModel, lessons: Lessons, features: Features
-) -> str:
+def _key(request: AdapterRequest, head: HeadFiles, language: CaptionModel, lessons: Lessons, features: Features) -> str:
     """Of all that the training depends on."""
     return digest_of_plain(
         {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,15 @@ from uwm_deploy.towers.language_model import CaptionModel
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.towers.safety_head import token_graph, tokens_of
-from uwm_deploy.training.language import FrozenTeacher, LanguageSettings, Lessons, lessons_from, opened_for, own_answers
+from uwm_deploy.training.language import (
+    FrozenTeacher,
+    LanguageSettings,
+    Lessons,
+    lessons_from,
+    opened_for,
+    own_answers,
+    prompts_from,
+)
 from uwm_deploy.training.passes import Kept
 from uwm_deploy.training.safety_head import (
     LANGUAGE_LOSS,
@@ -76,7 +84,7 @@ class HeadRequest:
         rates: Action to the share of safe images, 0 to 1, that its threshold is for.
         texts: File with safe texts, one a line, that a redirect chooses from; captions of the set when None.
         language: The language model that the head gets safety tokens for; None makes a head without them.
-        prompts: Category to what a language model is told about it before the question.
+        prompts: File with what a language model is told about a category before the question; the usual words when None.
     """
 
     build: Request
@@ -87,7 +95,7 @@ class HeadRequest:
     validation: str | None = None
     texts: Path | None = None
     language: LanguageSettings | None = None
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompts: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +134,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     source, spec = set_of(request.train_on or recipe.data.calibration)
     work = request.build.work or Path(".uwm") / recipe.name
     texts = _texts(request.texts, source)
+    prompts = prompts_from(request.prompts, set(source.concepts)) if request.prompts else {}
     everything = features_of(model, source, spec, request.build, work, reporter)
     other = None
     if request.validation:
@@ -161,7 +170,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         calibration=calibration,
         training=_training_record(source, other, (training, validation), request.settings, trained),
         language=_language_record(asked, language, trained) if asked and language else None,
-        prompts=dict(request.prompts),
+        prompts=prompts,
     )
     check_head(head)
     with whole_folder(request.out) as folder:

@@ -1,10 +1,11 @@
-"""What `train safety-head` made."""
+"""What `train safety-head` and `train language-adapter` made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.report.tables.safety_numbers import risk_rows
@@ -36,4 +37,32 @@ def trained_head_lines(head: SafetyHead) -> Iterator[str]:
         f"trained on {training.pairs} pairs in {training.seconds:.1f} s, loss {training.loss_first:.3f} -> "
         f"{training.loss_last:.3f}; {training.validation_pairs} pairs for temperatures and thresholds"
     )
+    if (language := head.language) is not None:
+        yield (
+            f"{head.shape.tokens} safety tokens of width {head.shape.language} for {language.model}, loss of its answers "
+            f"{language.loss_first:.3f} -> {language.loss_last:.3f}"
+        )
     yield "categories: " + ", ".join(head.categories)
+
+
+def print_trained_adapter(adapter: LanguageAdapter, *, out: Path) -> None:
+    """Prints how adapters were trained.
+
+    Args:
+        adapter: Their record.
+        out: Their folder.
+    """
+    print_lines([*trained_adapter_lines(adapter), f"adapters: {out}"])
+
+
+def trained_adapter_lines(adapter: LanguageAdapter) -> Iterator[str]:
+    """Sizes, training and what the risks put before the questions, in lines."""
+    yield f"{adapter.trainable_parameters} parameters of rank {adapter.rank} for {adapter.model}"
+    yield (
+        f"trained on {adapter.pairs} pairs of {adapter.data.name} in {adapter.seconds:.1f} s, {adapter.epochs} passes, loss "
+        f"{adapter.loss_first:.3f} -> {adapter.loss_last:.3f}"
+    )
+    yield (
+        f"a safety prompt came before the question about {adapter.prompted_unsafe} unsafe and {adapter.prompted_safe} safe "
+        f"images, of {adapter.pairs} each"
+    )
