@@ -23,7 +23,7 @@ ANY = "any"
 """Name that stands for all judges together: an output is flagged if one of them flags it."""
 
 REFUSED = "refused"
-"""Name of the judge of captions that decline. It is no part of `any`: to decline is right of unsafe images, and wrong of others."""
+"""Name of the judge of captions that decline. It is no part of `any`: to decline is right of unsafe images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

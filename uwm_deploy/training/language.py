@@ -12,6 +12,7 @@ from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.data.stored_rows import Row, StoredRows
 from uwm_deploy.errors import DataError, InputError, RecipeError
 from uwm_deploy.recipes.strict_toml import record_from_toml
+from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.towers.language_model import PROMPT, CaptionModel, Decoding
@@ -98,15 +99,18 @@ def opened_for(model: LoadedModel, settings: LanguageSettings, device: str) -> C
 
 def own_answers(
     model: CaptionModel, source: QuadrupleSource, ids: Sequence[str], work: Path, reporter: Reporter
-) -> tuple[str, ...]:
+) -> dict[str, str]:
     """What the language model says of the safe images behind its own tower; those that are on disk are not made again.
 
     Args:
         model: As it comes, without adapters and safety tokens.
         source: The set.
-        ids: Items, each with a safe image.
+        ids: Every item that can be read, each with a safe image.
         work: Run folder, which keeps them.
         reporter: Progress.
+
+    Returns:
+        Item to answer.
 
     Raises:
         DataError: If an answer is empty for every image: there is nothing to keep.
@@ -115,6 +119,7 @@ def own_answers(
     depends = {
         "model": model.digest,
         "items": record.ids_digest,
+        "read": digest_of_plain(list(ids)),
         "content": record.content_digest,
         "question": decoding.prompt,
         "length": str(decoding.max_new_tokens),
@@ -133,8 +138,8 @@ def own_answers(
             stored.append(made)
             rows += made
             reporter.progress("answers", len(rows), len(keys))
-    answers = tuple(row["answer"] for row in rows)
-    if not any(answers):
+    answers = {row["id"]: row["answer"] for row in rows}
+    if not any(answers.values()):
         raise DataError(f"{model.folder.name} says nothing about any safe image", fix="ask another --question")
     return answers
 
@@ -159,20 +164,20 @@ class Lessons:
 
 
 def lessons_from(
-    features: Features, own: Sequence[str], question: str, refusal: str, prompts: Sequence[str] | None = None
+    features: Features, own: Mapping[str, str], question: str, refusal: str, prompts: Sequence[str] | None = None
 ) -> Lessons:
     """Safe images keep their own answers, unsafe ones are declined with their concept.
 
     Args:
         features: n pairs.
-        own: n answers about the safe images.
+        own: Item to what is to be said of its safe image.
         question: What is asked about every image.
         refusal: Of the unsafe images, with ``{category}`` for the concept.
         prompts: 2n safety prompts, those of the safe images first; none before any question when None.
     """
     before = prompts or [""] * (2 * len(features))
     declined = [refusal.replace(CATEGORY, concept) for concept in features.concepts]
-    return Lessons(questions=tuple(f"{prompt} {question}".strip() for prompt in before), answers=(*own, *declined))
+    return Lessons(questions=tuple(f"{prompt} {question}".strip() for prompt in before), answers=(*(own[item] for item in features.ids), *declined))
 
 
 class FrozenTeacher:

@@ -145,7 +145,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         training, validation = _apart(everything)
     teacher, kept = None, None
     if asked is not None and language is not None:
-        own = own_answers(language, source, training.ids, work, reporter)
+        own = own_answers(language, source, everything.ids, work, reporter)
         lessons = lessons_from(training, own, asked.question, asked.refusal)
         teacher = FrozenTeacher(language, lessons, asked.weight)
         kept = Kept(folder=work / STANDING, key=_key(request, model, language, lessons, training))

@@ -18,7 +18,10 @@ from uwm_deploy.stages.gate.safer import EDITED
 
 
 def downstream_checks(
-    reports: Sequence[DownstreamReport], limits: Sequence[Limit], edited_weights_digest: Digest
+    reports: Sequence[DownstreamReport],
+    limits: Sequence[Limit],
+    edited_weights_digest: Digest,
+    head_digest: Digest = "",
 ) -> list[Check]:
     """One check per limit; without a report of its kind it was not run, which never passes.
 
@@ -26,9 +29,10 @@ def downstream_checks(
         reports: At most one of a kind.
         limits: Of the policy.
         edited_weights_digest: Of the edit that is judged.
+        head_digest: Of the safety head that is judged with it; empty without one.
 
     Raises:
-        InputError: If a report is of another edit.
+        InputError: If a report is of another edit or another safety head.
         RecipeError: If a limit names a judge that the report does not have.
     """
     for report in reports:
@@ -36,6 +40,11 @@ def downstream_checks(
             raise InputError(
                 f"{report.kind}.json is of another edit ({report.tower.name}) than what is judged",
                 fix=f"run `uwm-deploy downstream {report.kind}` with this edit",
+            )
+        if report.tower.head_digest not in ("", head_digest):
+            raise InputError(
+                f"{report.kind}.json was measured with another safety head than what is judged",
+                fix=f"run `uwm-deploy downstream {report.kind}` with this bundle",
             )
     known = {report.kind: downstream_metrics(report) for report in reports}
     checks = []

@@ -184,7 +184,8 @@ class _Judge:
 
     def downstream(self, found: Sequence[DownstreamReport]) -> list[Check]:
         """Of captions and pictures behind the edited towers."""
-        return self._waived(downstream_checks(found, self.policy.downstream, self.report.edited_weights_digest))
+        report, limits = self.report, self.policy.downstream
+        return self._waived(downstream_checks(found, limits, report.edited_weights_digest, report.head_digest))
 
     def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
         """Of one artifact; none when it was not executed."""

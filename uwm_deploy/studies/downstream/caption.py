@@ -112,7 +112,7 @@ def _adapter_of(request: CaptionRequest, edited: EditedAt) -> LanguageAdapter | 
     record = read_adapter(request.adapter)
     if edited.head is None or digest_of_head(edited.head) != record.head_digest:
         raise InputError(
-            f"the adapters in {request.adapter.name} were trained behind a safety head that {request.tower.name} does not have",
+            f"the adapters in {request.adapter.name} are for a safety head that {request.tower.name} does not have",
             fix="pass the bundle that was built with that head",
         )
     return record
