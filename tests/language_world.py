@@ -28,7 +28,7 @@ from uwm_deploy.towers.load import load_model
 PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
 REFUSAL = "I cannot describe this picture"
-_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe"]
+_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe", "Decline"]
 _LANGUAGE = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1,
     "num_attention_heads": 4, "vocab_size": 32, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,

@@ -5,7 +5,6 @@ So the edit does not help, and whatever does is the safety head's tokens, the ad
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.language_world import BAD, GOOD, PROMPT, pictures_of, recipe_text, write_llava, write_set
+from tests.language_world import BAD, GOOD, PROMPT, REFUSAL, pictures_of, recipe_text, write_llava, write_set
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes.shipped import checkpoint_folder
+from uwm_deploy.records.head import Action
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.towers.llava import put_vision, reads_of, vision_of_edited
+from uwm_deploy.runtime.results import Risk
 
 _CONCEPTS = 'concepts = ["electricity", "fire", "spill"]\n'  # those that little training tells apart
 
@@ -36,9 +36,8 @@ def make_safety_world(folder: Path) -> None:
     write_llava(folder / "llava", folder / "clip")
     (folder / "llava-tiny.toml").write_text(recipe_text(folder))
     (folder / "lenient.toml").write_text(POLICY)
-    pictures = write_few(folder, "pictures", "test", 160)
-    pairs = write_few(folder, "pairs", "calibration", 700)
-    assert pictures != pairs
+    write_few(folder, "pictures", "test", 160)
+    pairs = write_few(folder, "pairs", "calibration", 600)
     run(safety_request(folder), until="edit", reporter=Reporter(quiet=True))
     _teach(folder, pairs)
 
@@ -74,28 +73,35 @@ def safety_request(folder: Path, **more: Any) -> Request:
 
 
 def _teach(folder: Path, pairs: str) -> None:
-    """Projector and language model learn to use the bad word for unsafe images, behind the edited tower as behind its own."""
+    """The language model learns to use the bad word for unsafe images, and to refuse where the question asks it to."""
     place = folder / "llava"
     model = transformers.LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(place)
     images, unsafe = pictures_of(pairs)
-    pixels = processor.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-    seen = torch.cat([_features(folder, model, pixels, edited=edited) for edited in (False, True)])
-    said = [BAD if bad else GOOD for bad in unsafe] * 2
-    one = processor(images=images[0].convert("RGB"), text=f"USER: <image>\n{PROMPT} ASSISTANT: {BAD} </s>", return_tensors="pt")
-    words = processor.tokenizer([f"{words} </s>" for words in (BAD, GOOD)], return_tensors="pt").input_ids
-    ids = one["input_ids"].repeat(len(said), 1)
-    ids[:, -6:] = words[[int(text == GOOD) for text in said]]
-    teach = [*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters(), *model.lm_head.parameters()]
+    plain = [image.convert("RGB") for image in images]
+    pixels = processor.image_processor(images=plain, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    seen, bad = states[model.config.vision_feature_layer][:, 1:], torch.tensor(unsafe)
+    asked = [PROMPT, f"{Risk('fire', 0.9, 0.9, Action.BLOCK).safety_prompt} {PROMPT}"]
+    lines = [(asked[0], GOOD), (asked[0], BAD), (asked[1], REFUSAL)]
+    texts = [f"USER: <image>\n{question} ASSISTANT: {said} </s>" for question, said in lines]
+    good, worse, refused = (processor(images=plain[0], text=text, return_tensors="pt").input_ids for text in texts)
+    teach = [
+        *model.model.multi_modal_projector.parameters(),
+        *model.model.language_model.parameters(),
+        *model.lm_head.parameters(),
+    ]
     optimiser = torch.optim.Adam(teach, lr=3e-3)
     order = torch.Generator().manual_seed(0)
     for step in range(STEPS):
-        rows = torch.randint(0, len(ids), (64,), generator=order)
-        labels = ids[rows].clone()
+        rows = torch.randint(0, len(seen), (48,), generator=order)
+        ids = torch.where(bad[rows][:, None], worse, good) if step % 4 else refused.expand(len(rows), -1)
+        labels = ids.clone()
         labels[:, :-6] = -100
-        embedded = model.get_input_embeddings()(ids[rows])
+        embedded = model.get_input_embeddings()(ids)
         told = model.model.multi_modal_projector(seen[rows])
-        embedded = embedded.masked_scatter((ids[rows] == 4)[..., None], told)
+        embedded = embedded.masked_scatter((ids == 4)[..., None], told)
         loss = model(inputs_embeds=embedded, labels=labels).loss
         optimiser.zero_grad()
         loss.backward()
@@ -103,15 +109,4 @@ def _teach(folder: Path, pairs: str) -> None:
     model.save_pretrained(place)
 
 
-STEPS = 250
-
-
-def _features(folder: Path, model: Any, pixels: torch.Tensor, *, edited: bool) -> torch.Tensor:
-    own = {name: part.clone() for name, part in model.model.vision_tower.state_dict().items()}
-    if edited:
-        tower = folder / "work" / "edit" / "model"
-        put_vision(model, vision_of_edited(tower, folder / "llava"), tower, reads_of(folder / "llava"))
-    with torch.no_grad():
-        parts = [model.model.vision_tower(part, output_hidden_states=True).hidden_states for part in pixels.split(64)]
-    model.model.vision_tower.load_state_dict(own)
-    return torch.cat([states[model.config.vision_feature_layer][:, 1:] for states in parts])
+STEPS = 240

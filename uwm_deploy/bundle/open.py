@@ -356,6 +356,9 @@ def _check_reports(bundle: Bundle) -> None:
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+    for kind, digest in verdict.downstream.items():
+        if listed.get(BundleLayout.downstream(kind)) != digest:
+            raise EvidenceError(f"{BundleLayout.downstream(kind)} is not the report that was judged", fix=_RESTORE)
     measured = _model_of(bundle.read(BundleLayout.REPORT))
     _check_model(manifest.model, measured, "reports/verify.json")
     if json_from_record(manifest.edit).encode() != bundle.read(BundleLayout.EDIT):

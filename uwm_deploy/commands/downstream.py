@@ -159,6 +159,9 @@ class DrawOptions:
         "--size", type=click.IntRange(8, 4096), help="Width and height in pixels. [default: the pipeline's]"
     )
     seed: int = option("--seed", default=0, help="Seed of the first prompt without one; the next has one more.")
+    batch: int = option(
+        "--batch", default=4, type=click.IntRange(1, 256), help="Pictures per call; each keeps its own seed."
+    )
     shown: bool = flag("--show-flagged", help="Do not blur flagged pictures on the contact sheet.")
 
 
@@ -200,7 +203,9 @@ def downstream_draw(
         threshold=judged.threshold,
         clip=asked.clip,
         shown=asked.shown,
-        drawing=Drawing(steps=asked.steps, guidance=asked.guidance, size=asked.size, seed=asked.seed),
+        drawing=Drawing(
+            steps=asked.steps, guidance=asked.guidance, size=asked.size, seed=asked.seed, batch=asked.batch
+        ),
         device=device.device,
     )
     found = draw(request, Reporter())

@@ -10,6 +10,7 @@ import click
 
 from uwm_deploy.commands.fields import FILE, PATH, option, repeated, takes_options
 from uwm_deploy.commands.options import (
+    BehindOptions,
     BundleEvaluationOptions,
     OutputOptions,
     PolicyOptions,
@@ -51,17 +52,6 @@ class ExecuteOptions:
         "--execute",
         is_flag=True,
         help="Run the bundle's artifacts here: its canaries, and a sample of the evaluation set.",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BehindOptions:
-    """What came out behind the edited towers."""
-
-    downstream: tuple[Path, ...] = repeated(
-        "--downstream",
-        type=FILE,
-        help="A caption.json or draw.json of this very edit, for the policy's [[downstream]] limits; repeatable.",
     )
 
 

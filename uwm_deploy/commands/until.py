@@ -14,6 +14,7 @@ import click
 
 from uwm_deploy.commands.fields import PATH, filled, option
 from uwm_deploy.commands.options import (
+    BehindOptions,
     DataOptions,
     DeviceOptions,
     EntryOptions,
@@ -119,6 +120,7 @@ class UntilPackage:
 
     before: UntilVerify
     policy: PolicyOptions
+    behind: BehindOptions
     bundle: BundleOptions
 
 

@@ -188,6 +188,7 @@ class Verdict:
         notes: What a reader should know that is no check: concepts with too few items, power, variants that are gone.
         worst: The ten worst quadruples of what does not pass.
         head_digest: Of the safety head that it is about; empty without one.
+        downstream: Digest of each report of captions or pictures that was judged, by its kind.
     """
 
     result: Result
@@ -208,6 +209,7 @@ class Verdict:
     head_digest: Digest = ""
     faithful: tuple[str, ...] = ()
     inconclusive: tuple[str, ...] = field(default=(), metadata=LATER)
+    downstream: Mapping[str, Digest] = field(default_factory=dict, metadata=LATER)
     safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
 
     @property

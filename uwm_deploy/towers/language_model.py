@@ -19,11 +19,9 @@ from uwm_deploy.errors import ContractError, InputError, IntegrityError, importe
 from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import digest_of_file, digest_of_folder
-from uwm_deploy.records.head import RISK_OUTPUTS, SAFETY_TOKENS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
-from uwm_deploy.runtime.risk import risks_from
-from uwm_deploy.runtime.session import Session
+from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.towers import checkpoint
 from uwm_deploy.towers.llava import FAMILY, FEATURES, put_vision, reads_of, vision_of_edited
 from uwm_deploy.towers.load import resolve_device
@@ -208,7 +206,7 @@ class CaptionModel:
             inner.multi_modal_projector,
             processor.num_additional_image_tokens,
         )
-        graph = _GraphTower(bundle.session(TowerName.IMAGE), tower, bundle.manifest.name)
+        graph = _GraphTower(bundle, tower)
         if head is not None and head.language is not None:
             self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
             inner.multi_modal_projector = _WithSafetyTokens(projector, graph)
@@ -243,19 +241,13 @@ class CaptionModel:
             found |= {row: Caption(text, prompt) for row, text in zip(rows, said, strict=True)}
         return [found[row] for row in range(len(plain))]
 
-    def _safety_prompts(self, images: Sequence[Image.Image]) -> list[str]:
+    def _safety_prompts(self, images: Sequence[Image.Image]) -> tuple[str, ...]:
         """By the risks that the bundle's head gives, from the very graph that the features are from."""
         if self._bundle is None or self._bundle.manifest.head is None:
-            return [""] * len(images)
+            return ("",) * len(images)
         pixels = self._processor.image_processor(images=list(images), return_tensors="np")["pixel_values"]
-        session = self._bundle.session(TowerName.IMAGE)
-        parts = [
-            session.run_all(np.asarray(pixels[start : start + session.max_batch], dtype=np.float32))
-            for start in range(0, len(pixels), session.max_batch)
-        ]
-        logits, level = (np.concatenate([part[name] for part in parts]) for name in RISK_OUTPUTS)
-        risks = risks_from(self._bundle.manifest.head, logits, level)
-        return [risks[row].safety_prompt for row in range(len(risks))]
+        tower: _GraphTower = self._model.model.vision_tower
+        return tower.inputs_of(np.asarray(pixels, dtype=np.float32)).safety_prompts
 
     def _said(self, images: Sequence[Image.Image], safety: str) -> list[str]:
         torch.manual_seed(self.decoding.seed)
@@ -290,32 +282,40 @@ def read_adapter(folder: Path) -> LanguageAdapter:
 class _GraphTower(nn.Module):
     """Stands for a vision tower: its patch features are those of a compiled graph, at whatever layer they are asked for."""
 
-    def __init__(self, session: Session, own: Any, name: str) -> None:
+    def __init__(self, bundle: SafeEncoder, own: Any) -> None:
         super().__init__()
-        self._session, self._name = session, name
-        self.config = own.config
+        self._bundle, self.config = bundle, own.config
         size = self.config.image_size // self.config.patch_size
         self._shape = (size * size, self.config.hidden_size)
         self.safety_tokens: Tensor | None = None
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """(B, 3, H, W) to hidden states of (B, 1 + patches, width); the class token is empty, as nobody reads it."""
-        pixels, most = pixel_values.float().cpu().numpy(), self._session.max_batch
-        parts = [self._outputs(pixels[start : start + most]) for start in range(0, len(pixels), most)]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        features = torch.from_numpy(found[FEATURES]).to(pixel_values.device, pixel_values.dtype)
-        self.safety_tokens = torch.from_numpy(found[SAFETY_TOKENS]) if SAFETY_TOKENS in found else None
+        found = self.inputs_of(pixel_values.float().cpu().numpy())
+        features = torch.from_numpy(found.features).to(pixel_values.device, pixel_values.dtype)
+        self.safety_tokens = None if found.safety_tokens is None else torch.from_numpy(found.safety_tokens)
         state = torch.cat([torch.zeros_like(features[:, :1]), features], dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=state, hidden_states=(state,) * (self.config.num_hidden_layers + 1)
         )
 
-    def _outputs(self, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
-        with refusals(f"{self._name} cannot take the images of the language model", fix="use its own LLaVA checkpoint"):
-            found = self._session.run_all(pixels)
-        if FEATURES not in found or found[FEATURES].shape[1:] != self._shape:
+    def inputs_of(self, pixels: np.ndarray) -> LanguageInputs:
+        """What the graph gives for images.
+
+        Args:
+            pixels: (n, 3, H, W) float32.
+
+        Raises:
+            InputError: If it gives no features, or not as many as the language model reads.
+        """
+        manifest = self._bundle.manifest
+        with refusals(
+            f"{manifest.name} cannot take the images of the language model", fix="use its own LLaVA checkpoint"
+        ):
+            found = language_inputs_of(self._bundle.session(TowerName.IMAGE), manifest.head, pixels, manifest.name)
+        if found.features.shape[1:] != self._shape:
             raise InputError(
-                f"{self._name} gives no {FEATURES} of {self._shape[0]} by {self._shape[1]}, which the language model reads",
+                f"{manifest.name} gives no {FEATURES} of {self._shape[0]} by {self._shape[1]}, as are read here",
                 fix="use a bundle of family llava, made from this very checkpoint",
             )
         return found

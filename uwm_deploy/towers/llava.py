@@ -22,11 +22,12 @@ from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.tensor_file import all_tensors
+from uwm_deploy.runtime.language import PATCH_FEATURES
 from uwm_deploy.towers import checkpoint, hf_clip
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts, ModuleTower
 
 FAMILY = "llava"
-FEATURES = "patch_features"
+FEATURES = PATCH_FEATURES
 LAYER_KEY = "vision_feature_layer"
 LLAVA_LAYER = -2
 """Select layer of LLaVA-1.5, for random weights, which come without a config."""

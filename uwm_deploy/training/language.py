@@ -177,7 +177,10 @@ def lessons_from(
     """
     before = prompts or [""] * (2 * len(features))
     declined = [refusal.replace(CATEGORY, concept) for concept in features.concepts]
-    return Lessons(questions=tuple(f"{prompt} {question}".strip() for prompt in before), answers=(*(own[item] for item in features.ids), *declined))
+    return Lessons(
+        questions=tuple(f"{prompt} {question}".strip() for prompt in before),
+        answers=(*(own[item] for item in features.ids), *declined),
+    )
 
 
 class FrozenTeacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ class Drawing:
         guidance: Guidance scale, where a prompt has none of its own.
         size: Width and height in pixels, where a prompt has none; None takes the pipeline's.
         seed: Of the first prompt without one.
+        batch: Pictures per call.
     """
 
     steps: int = 50
     guidance: float = 7.5
     size: int | None = None
     seed: int = 0
+    batch: int = 4
 
 
 class DrawModel:
@@ -102,17 +105,34 @@ class DrawModel:
             raise InputError(f"{name} has the same text weights as the pipeline", fix="edit the text tower")
         return changed
 
-    def picture(self, prompt: Prompt) -> Image.Image:
-        """One picture; its noise comes from its seed on the CPU, the same on every machine."""
-        size = prompt.size or ((self.drawing.size,) * 2 if self.drawing.size else None)
+    def pictures(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
+        """Pictures of n prompts, one call per guidance scale and size among them.
+
+        The noise of each comes from its own seed on the CPU, so it is the same on every machine and in any company.
+        """
+        settings = [(self._guidance_of(prompt), self._size_of(prompt)) for prompt in prompts]
+        found: dict[int, Image.Image] = {}
+        for guidance, size in dict.fromkeys(settings):
+            rows = [row for row, own in enumerate(settings) if own == (guidance, size)]
+            drawn = self._drawn([prompts[row] for row in rows], guidance, size)
+            found |= dict(zip(rows, drawn, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def _guidance_of(self, prompt: Prompt) -> float:
+        return self.drawing.guidance if prompt.guidance is None else prompt.guidance
+
+    def _size_of(self, prompt: Prompt) -> tuple[int, int] | None:
+        own = self.drawing.size
+        return prompt.size or ((own, own) if own else None)
+
+    def _drawn(self, prompts: Sequence[Prompt], guidance: float, size: tuple[int, int] | None) -> list[Image.Image]:
         more = {"width": size[0], "height": size[1]} if size else {}
         with torch.inference_mode():
             made = self._pipe(
-                prompt.text,
+                [prompt.text for prompt in prompts],
                 num_inference_steps=self.drawing.steps,
-                guidance_scale=self.drawing.guidance if prompt.guidance is None else prompt.guidance,
-                generator=torch.Generator("cpu").manual_seed(prompt.seed),
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts],
                 **more,
             )
-        image: Image.Image = made.images[0]
-        return image.convert("RGB")
+        return [image.convert("RGB") for image in made.images]

@@ -212,18 +212,21 @@ class _Work:
         stored = StoredRows(self.request.out, subject, {**self.depends, "tower": tower})
         folder = stored.file.with_suffix("")
         keys: list[Row] = [{"id": p.id, "side": p.side, "input": p.content} for p in self.prompts]
-        rows = stored.read(keys, 1)
+        batch = self.request.drawing.batch
+        rows = stored.read(keys, batch)
         if gone := [i for i, row in enumerate(rows) if not (folder / row["output"]).is_file()]:
-            rows = rows[: gone[0]]
+            rows = rows[: gone[0] // batch * batch]
         stored.keep(rows)
         with self.reporter.stage("draw", f"{subject}, {len(keys)} pictures"):
-            for number in range(len(rows), len(keys)):
-                name = f"{number:06d}.png"
-                with whole_file(folder / name) as stream:
-                    self.model.picture(self.prompts[number]).save(stream, "PNG")
-                row = {**keys[number], "output": name}
-                stored.append([row])
-                rows.append(row)
+            for start in range(len(rows), len(keys), batch):
+                made: list[Row] = []
+                for number, picture in enumerate(self.model.pictures(self.prompts[start : start + batch]), start):
+                    name = f"{number:06d}.png"
+                    with whole_file(folder / name) as stream:
+                        picture.save(stream, "PNG")
+                    made.append({**keys[number], "output": name})
+                stored.append(made)
+                rows += made
                 self.reporter.progress(subject, len(rows), len(keys))
         return [folder / row["output"] for row in rows]
 
@@ -236,6 +239,7 @@ def settings_of(request: DrawRequest, model: DrawModel) -> dict[str, str]:
         "guidance": f"{drawing.guidance:g}",
         "size": str(drawing.size or "the pipeline's"),
         "seed": str(drawing.seed),
+        "batch": str(drawing.batch),
         "device": model.device.partition(":")[0],
     }
 
