@@ -169,7 +169,12 @@ class DrawOptions:
 @takes_options
 @prints
 def downstream_draw(
-    asked: DrawOptions, behind: BehindOptions, judged: JudgeOptions, device: DeviceOptions, form: MarkdownOptions
+    asked: DrawOptions,
+    behind: BehindOptions,
+    judged: JudgeOptions,
+    trust: TrustOptions,
+    device: DeviceOptions,
+    form: MarkdownOptions,
 ) -> Shown:
     """Draws prompts behind both text towers.
 
@@ -203,6 +208,8 @@ def downstream_draw(
         threshold=judged.threshold,
         clip=asked.clip,
         shown=asked.shown,
+        public_key=trust.public_key,
+        min_bundle_version=trust.min_bundle_version,
         drawing=Drawing(
             steps=asked.steps, guidance=asked.guidance, size=asked.size, seed=asked.seed, batch=asked.batch
         ),

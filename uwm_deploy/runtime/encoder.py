@@ -37,7 +37,7 @@ from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
-from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
+from uwm_deploy.runtime.results import Embeddings, ItemError, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
 from uwm_deploy.runtime.selftest import SelfTest
 from uwm_deploy.runtime.service import Answer, Serving, TowerService
@@ -225,7 +225,10 @@ class SafeEncoder:
         items: list[ImageLike] = [images] if _is_image(images) else list(images)  # type: ignore[list-item,arg-type]
         if not items:
             raise InputError("there is no image", fix="give one or several")
-        pixels = np.stack([self._preprocessing.pixels(item) for item in items])
+        rows = self._preprocessing.pixels(items)
+        broken = [ItemError(at, row) for at, row in enumerate(rows) if isinstance(row, Exception)]
+        raise_first(Embeddings(np.empty((0, 0)), broken), "image")
+        pixels = np.stack([row for row in rows if not isinstance(row, Exception)])
         return language_inputs_of(self.session(TowerName.IMAGE), self._head, pixels, self.manifest.name)
 
     def encode_text(

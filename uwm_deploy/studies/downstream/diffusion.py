@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTextModel
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_folder
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.studies.downstream.packages import package
 from uwm_deploy.studies.downstream.prompts import Prompt
 from uwm_deploy.towers.formats import text_state
@@ -104,6 +106,39 @@ class DrawModel:
         if not changed:
             raise InputError(f"{name} has the same text weights as the pipeline", fix="edit the text tower")
         return changed
+
+    def put_patched(self, edit: EditRecord, patch: Patch, name: str) -> int:
+        """Makes an edit in its own text encoder, for good: its weights must be those that the edit was made of.
+
+        Args:
+            edit: The record.
+            patch: The edit as a patch.
+            name: Of it, for messages.
+
+        Returns:
+            Number of tensors that changed.
+
+        Raises:
+            IntegrityError: If the encoder holds other weights, or lacks one.
+        """
+        wanted = {tensor.name for tensor in edit.of(TowerName.TEXT) if tensor.changed}
+        ours = Patch({key: part for key, part in patch.tensors.items() if key in wanted})
+        with refusals(f"the text encoder of {self.folder.name} cannot be loaded"):  # in float32, as patches are
+            encoder = CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        named = {f"text_model.{key.removeprefix('text_model.')}": part for key, part in encoder.named_parameters()}
+        try:
+            ours.apply(named)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"the edit in {name} was not made of this pipeline's text encoder: {error.what}",
+                fix="pass the run folder, or the pipeline whose text encoder was edited",
+            ) from error
+        with torch.no_grad():
+            for own, part in zip(self._pipe.text_encoder.parameters(), encoder.parameters(), strict=True):
+                own.copy_(part.to(own.dtype).to(own.device))
+        return len(ours.tensors)
 
     def pictures(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
         """Pictures of n prompts, one call per guidance scale and size among them.

@@ -47,7 +47,7 @@ class DrawRequest:
 
     Attributes:
         model: Folder of a Stable Diffusion pipeline.
-        tower: Run folder or checkpoint with the edited text tower.
+        tower: Run folder, bundle or checkpoint with the edited text tower.
         on: Set whose texts are drawn; empty with `prompts`.
         prompts: File in the format of I2P, instead of a set.
         out: Folder of the pictures and the report.
@@ -56,6 +56,8 @@ class DrawRequest:
         threshold: Of NudeNet.
         clip: Folder of the model before the edit, for the CLIP score; None looks for the recipe's.
         shown: Do not blur flagged pictures on the contact sheet.
+        public_key: Whose signature a bundle must have.
+        min_bundle_version: Oldest version a bundle may have.
     """
 
     model: Path
@@ -68,6 +70,8 @@ class DrawRequest:
     threshold: float = 0.5
     clip: Path | None = None
     shown: bool = False
+    public_key: Path | None = None
+    min_bundle_version: int = 0
     drawing: Drawing = field(default_factory=Drawing)
     device: str = "auto"
 
@@ -84,7 +88,7 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
         DataError: If there are no prompts.
         PrerequisiteError: If a package or the device is missing.
     """
-    edited = _reaching(request.tower)
+    edited = _reaching(request)
     prompts, measured_on = _prompts_of(request)
     device = resolve_device(request.device)
     judges = [classifier_judge(spec, "image-classification", device) for spec in request.judges]
@@ -95,8 +99,7 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
     model = DrawModel(request.model, device=request.device, drawing=request.drawing)
     work = _Work(request, model, prompts, measured_on, reporter)
     pictures = {ORIGINAL: work.pictures(ORIGINAL, "")}
-    clip, tower = _text_tower(edited)
-    tower = dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
+    tower = _put(edited, model)
     pictures[EDITED] = work.pictures(EDITED, tower.weights_digest)
     flags = {name: _flags(judges, files) for name, files in pictures.items()}
     scores = {name: _scores(before, files, prompts) for name, files in pictures.items()} if before else {}
@@ -151,17 +154,27 @@ def _write_sheet(
     write_sheet(request.out / SHEET, names, pictures[ORIGINAL], pictures[EDITED], (before, after), shown=request.shown)
 
 
-def _reaching(path: Path) -> EditedAt:
+def _reaching(request: DrawRequest) -> EditedAt:
     """The edited tower, if a diffusion model reads what it changed."""
-    edited = edited_tower_at(path)
-    if edited.source == "bundle":
-        raise InputError(
-            f"{path} is a bundle, whose text graph gives embeddings: diffusion reads hidden states, which are not in it",
-            fix="pass the run folder (.uwm/MODEL)",
-        )
+    edited = edited_tower_at(
+        request.tower, public_key=request.public_key, min_bundle_version=request.min_bundle_version
+    )
     if edited.record is not None:
         check_reaches_diffusion(edited.record)
     return edited
+
+
+def _put(edited: EditedAt, model: DrawModel) -> EditedTower:
+    """Puts the edited text tower into the pipeline; that of a bundle is its patch on the pipeline's own weights.
+
+    The bundle's text graph gives embeddings, and diffusion reads the hidden states before them.
+    """
+    if edited.patch is not None:
+        assert edited.record is not None
+        changed = model.put_patched(edited.record, edited.patch, edited.path.resolve().name)
+        return edited.told(changed=changed)
+    clip, tower = _text_tower(edited)
+    return dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
 
 
 def _text_tower(edited: EditedAt) -> tuple[CLIPModel, EditedTower]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from uwm_deploy.bundle.head import digest_of_head
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import is_bundle, open_bundle
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import checked_model, edited_at
 from uwm_deploy.recipes.resolve import recipe_of
@@ -28,6 +30,7 @@ class EditedAt:
         model: Folder of the saved model; None for a bundle.
         record: Of the edit; None for a checkpoint that comes without one.
         head: Safety head of a bundle that has one.
+        patch: The edit of a bundle, as a patch of the weights before it.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class EditedAt:
     model: Path | None
     record: EditRecord | None
     head: SafetyHead | None = None
+    patch: Patch | None = None
 
     def told(self, *, variant: str = "", changed: int = 0, adapter_digest: Digest = "") -> EditedTower:
         """What a report says of it; its weights are checked to be those that the edit made.
@@ -75,7 +79,14 @@ def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_ve
     """
     if is_bundle(path):
         bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
-        return EditedAt(path=path, source="bundle", model=None, record=bundle.manifest.edit, head=bundle.manifest.head)
+        return EditedAt(
+            path=path,
+            source="bundle",
+            model=None,
+            record=bundle.manifest.edit,
+            head=bundle.manifest.head,
+            patch=Patch.from_bytes(bundle.read(BundleLayout.PATCH), BundleLayout.PATCH),
+        )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     try:
