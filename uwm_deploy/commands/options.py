@@ -225,7 +225,7 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BehindOptions:
+class DownstreamOptions:
     """What came out behind the edited towers."""
 
     downstream: tuple[Path, ...] = repeated(

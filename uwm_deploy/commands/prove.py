@@ -10,8 +10,8 @@ import click
 
 from uwm_deploy.commands.fields import FILE, PATH, option, repeated, takes_options
 from uwm_deploy.commands.options import (
-    BehindOptions,
     BundleEvaluationOptions,
+    DownstreamOptions,
     OutputOptions,
     PolicyOptions,
     SigningOptions,
@@ -65,7 +65,7 @@ def gate(
     accepted: AcceptedOptions,
     locked: LockedOptions,
     executed: ExecuteOptions,
-    behind: BehindOptions,
+    behind: DownstreamOptions,
     measured_on: BundleEvaluationOptions,
     trust: TrustOptions,
     outputs: OutputOptions,

@@ -14,9 +14,9 @@ import click
 
 from uwm_deploy.commands.fields import PATH, filled, option
 from uwm_deploy.commands.options import (
-    BehindOptions,
     DataOptions,
     DeviceOptions,
+    DownstreamOptions,
     EntryOptions,
     EvaluationOptions,
     HeadOptions,
@@ -120,7 +120,7 @@ class UntilPackage:
 
     before: UntilVerify
     policy: PolicyOptions
-    behind: BehindOptions
+    behind: DownstreamOptions
     bundle: BundleOptions
 
 
