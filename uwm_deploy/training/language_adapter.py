@@ -236,7 +236,7 @@ class Adapted:
 
     def save(self, folder: Path) -> None:
         """Writes both files of peft, from which any program with peft loads them."""
-        self._wrapped.save_pretrained(folder)
+        self._wrapped.save_pretrained(folder, save_embedding_layers=False)  # else it asks the hub for the vocabulary
         (folder / "README.md").unlink(missing_ok=True)  # peft's own, with nothing filled in
 
 
