@@ -34,6 +34,7 @@ from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SAFETY_TOKENS
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.language import language_inputs
 from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
 from uwm_deploy.towers.language_model import CaptionModel, Decoding
 from uwm_deploy.towers.safety_head import head_from_bytes, tokens_of
@@ -141,12 +142,12 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     head = read_head(world.folder / "head")
     model = load_edited(safety_request(world.folder), Reporter(quiet=True))
     with SafeEncoder.open(world.bundle) as encoder:
-        given = encoder.language_inputs(images)
+        given = language_inputs(encoder, images)
         risks = encoder.encode_image(images, risk=True).risk
         pixels = np.stack([row for row in encoder._preprocessing.pixels(images) if not isinstance(row, Exception)])
-        one = encoder.language_inputs(images[0])
+        one = language_inputs(encoder, images[:1])
         with pytest.raises(InputError, match="no image"):
-            encoder.language_inputs([])
+            language_inputs(encoder, [])
     tokens = tokens_of(model.image, pixels)
     with torch.inference_mode():
         safety, _, level = head_from_bytes(head.weights, head.record.shape)(tokens)
@@ -178,8 +179,9 @@ def test_the_runtime_needs_no_torch_for_it(world: World) -> None:
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None)\n"
         "from PIL import Image\nfrom uwm_deploy.runtime import SafeEncoder\n"
+        "from uwm_deploy.runtime.language import language_inputs\n"
         f"with SafeEncoder.open({str(world.bundle)!r}) as encoder:\n"
-        "    given = encoder.language_inputs(Image.new('RGB', (60, 50), 'red'))\n"
+        "    given = language_inputs(encoder, [Image.new('RGB', (60, 50), 'red')])\n"
         "print(given.safety_tokens.shape, len(given.safety_prompts))\n"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -33,11 +33,10 @@ from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.drift import DriftState
 from uwm_deploy.runtime.fork import Home, stays_here
 from uwm_deploy.runtime.image import ImageLike
-from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
 from uwm_deploy.runtime.preprocessing import Preprocessing
-from uwm_deploy.runtime.results import Embeddings, ItemError, Kind, joined, raise_first
+from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
 from uwm_deploy.runtime.selftest import SelfTest
 from uwm_deploy.runtime.service import Answer, Serving, TowerService
@@ -208,28 +207,6 @@ class SafeEncoder:
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = await self._services[TowerName.IMAGE].aencode(items, self._preprocessing.pixels)
         return _result(self, answers, "image", dtype, "raise" if single else on_error, risk=risk)
-
-    def language_inputs(self, images: ImageLike | Iterable[ImageLike]) -> LanguageInputs:
-        """What a language model behind the image tower is given: of one run of the graph that was proven.
-
-        Args:
-            images: One or several, see `encode_image`.
-
-        Returns:
-            Patch features, safety tokens, and risks with the safety prompt of each image (docs/how-to/safety-head.md).
-
-        Raises:
-            DataError: If an image is broken.
-            InputError: If there is no image, or the bundle's image graph gives no patch features.
-        """
-        items: list[ImageLike] = [images] if _is_image(images) else list(images)  # type: ignore[list-item,arg-type]
-        if not items:
-            raise InputError("there is no image", fix="give one or several")
-        rows = self._preprocessing.pixels(items)
-        broken = [ItemError(at, row) for at, row in enumerate(rows) if isinstance(row, Exception)]
-        raise_first(Embeddings(np.empty((0, 0)), broken), "image")
-        pixels = np.stack([row for row in rows if not isinstance(row, Exception)])
-        return language_inputs_of(self.session(TowerName.IMAGE), self._head, pixels, self.manifest.name)
 
     def encode_text(
         self,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from uwm_deploy.errors import ContractError, InputError
+from uwm_deploy.errors import ContractError, DataError, InputError
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SAFETY_TOKENS, SafetyHead
+from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.image import ImageLike, image_from, pixels_from_image
 from uwm_deploy.runtime.results import Risks
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import Session
+
+if TYPE_CHECKING:
+    from uwm_deploy.runtime.encoder import SafeEncoder
 
 PATCH_FEATURES = "patch_features"
 """Output of the image graph of family llava."""
@@ -22,8 +29,8 @@ class LanguageInputs:
 
     Attributes:
         features: (n, patches, width) float32, for the language model's own projector.
-        safety_tokens: (n, tokens, language width) float32, which join its input after the projected patches; None where the
-            bundle's head has none.
+        safety_tokens: (n, m, d) float32 of the m tokens, which join its input of width d after the projected patches; None
+            where the bundle's head has none.
         risk: Risks of the images, and with them the safety prompt of each; None without a safety head.
     """
 
@@ -41,6 +48,28 @@ class LanguageInputs:
         if self.risk is None:
             return ("",) * len(self)
         return tuple(self.risk[row].safety_prompt for row in range(len(self)))
+
+
+def language_inputs(encoder: SafeEncoder, images: Sequence[ImageLike]) -> LanguageInputs:
+    """What a language model behind the image tower is given, from the graph that was proven and is served.
+
+    Args:
+        encoder: An open bundle of family llava.
+        images: See `SafeEncoder.encode_image`; arrays are (H, W, 3) or (H, W) uint8.
+
+    Raises:
+        DataError: If an image is broken; its position is named.
+        InputError: If there is no image, or the bundle's image graph gives no patch features.
+    """
+    manifest, pixels = encoder.manifest, []
+    for position, image in enumerate(images):
+        try:
+            pixels.append(pixels_from_image(image_from(image), manifest.model.image))
+        except DataError as error:
+            raise DataError(f"image {position}: {error.what}", fix=error.fix) from error
+    if not pixels:
+        raise InputError("there is no image", fix="give one or several")
+    return language_inputs_of(encoder.session(TowerName.IMAGE), manifest.head, np.stack(pixels), manifest.name)
 
 
 def language_inputs_of(session: Session, head: SafetyHead | None, pixels: np.ndarray, name: str) -> LanguageInputs:

@@ -123,12 +123,12 @@ class CaptionModel:
 
         Args:
             tokens: (B, T, features), any floating dtype, of the layer that the language model reads, class token first.
-            safety: (B, safety tokens, width), any floating dtype.
+            safety: (B, m, d), any floating dtype, m safety tokens of the width of its input.
             questions: B questions, safety prompts included.
             answers: B answers.
 
         Returns:
-            (), in the type of its weights, with gradients to `safety` and to what is trained of the model.
+            () float32 or the dtype of its weights, with gradients to `safety` and to what is trained of the model.
         """
         embeddings = self._model.get_input_embeddings()
         kind = embeddings.weight.dtype

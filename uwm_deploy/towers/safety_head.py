@@ -91,7 +91,7 @@ class SafetyHeadModule(nn.Module):
             tokens: (B, T, features) float32.
 
         Returns:
-            (B, safety tokens, width) float32.
+            (B, m, width) float32, of the m safety tokens.
         """
         size = self.shape
         part = size.width // size.heads

@@ -195,8 +195,11 @@ class FrozenTeacher:
 
         Args:
             tokens: (2b, T, features) float32.
-            safety: (2b, safety tokens, width) float32.
+            safety: (2b, m, width) float32, m safety tokens.
             rows: (b,) int64.
+
+        Returns:
+            () float32.
         """
         questions, answers = self._lessons.of(rows.tolist())
         return self._weight * self._model.answer_loss(tokens, safety, questions, answers).float()

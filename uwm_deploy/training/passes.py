@@ -99,7 +99,7 @@ def run_passes(
 
     Args:
         parameters: What is trained, by name: float32, any shape.
-        loss_of: Gives the loss of some rows.
+        loss_of: From (b,) int64 rows to the parts of their mean loss, () float32 each.
         rows: Number of rows.
         settings: How often and how fast; the same ones give the same numbers on the same machine and threads.
         progress: Called after every pass.

@@ -121,7 +121,7 @@ class Teacher(Protocol):
 
         Args:
             tokens: (2b, T, features) float32, of the safe and then the unsafe images of some pairs.
-            safety: (2b, safety tokens, width) float32.
+            safety: (2b, m, width) float32, m safety tokens.
             rows: (b,) int64, positions of the pairs among those that are trained on.
         """
 

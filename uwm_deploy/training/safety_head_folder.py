@@ -128,8 +128,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     recipe = resolved_recipe(request.build)
     model = load_edited(request.build, reporter)
     token_graph(model.image)
-    device = resolve_device(request.build.device)
-    asked = request.language
+    device, asked = resolve_device(request.build.device), request.language
     language = opened_for(model, asked, device) if asked else None
     source, spec = set_of(request.train_on or recipe.data.calibration)
     work = request.build.work or Path(".uwm") / recipe.name
@@ -146,9 +145,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     teacher, kept = None, None
     if asked is not None and language is not None:
         own = own_answers(language, source, everything.ids, work, reporter)
-        lessons = lessons_from(training, own, asked.question, asked.refusal)
-        teacher = FrozenTeacher(language, lessons, asked.weight)
-        kept = Kept(folder=work / STANDING, key=_key(request, model, language, lessons, training))
+        teacher, kept = _taught(request, asked, model, language, own, training, work)
     with reporter.stage("train", f"safety head, {len(training)} pairs, {request.settings.epochs} passes"):
         trained = trained_head(training, request.settings, reporter.progress, device, teacher=teacher, kept=kept)
     calibration = calibrate(trained, validation)
@@ -172,11 +169,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         language=_language_record(asked, language, trained) if asked and language else None,
         prompts=prompts,
     )
-    check_head(head)
-    with whole_folder(request.out) as folder:
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        write_record(folder / RECORD, head)
+    _write(request.out, files, head)
     if kept is not None:
         kept.file.unlink(missing_ok=True)
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
@@ -222,6 +215,29 @@ def _training_record(
         loss_last=trained.losses[-1],
         seconds=round(trained.passed.seconds, 3),
     )
+
+
+def _write(out: Path, files: Mapping[str, bytes], head: SafetyHead) -> None:
+    check_head(head)
+    with whole_folder(out) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        write_record(folder / RECORD, head)
+
+
+def _taught(
+    request: HeadRequest,
+    asked: LanguageSettings,
+    model: LoadedModel,
+    language: CaptionModel,
+    own: Mapping[str, str],
+    training: Features,
+    work: Path,
+) -> tuple[FrozenTeacher, Kept]:
+    """The language model as a teacher, and where the training stands on disk."""
+    lessons = lessons_from(training, own, asked.question, asked.refusal)
+    kept = Kept(folder=work / STANDING, key=_key(request, model, language, lessons, training))
+    return FrozenTeacher(language, lessons, asked.weight), kept
 
 
 def _key(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.policy import Limit
+from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Check, Result
@@ -53,6 +55,11 @@ def downstream_checks(
         rule = f"downstream[{number}]"
         checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
     return checks
+
+
+def digests_of(reports: Sequence[DownstreamReport]) -> dict[str, Digest]:
+    """Kind to the digest of the file that a report lies in."""
+    return {found.kind: digest_of_bytes(json_from_record(found).encode()) for found in reports}
 
 
 def downstream_metrics(report: DownstreamReport) -> Metrics:

@@ -8,10 +8,8 @@ from datetime import UTC, date, datetime
 
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.recipes.policy import Limit, Policy, name_of
-from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
-from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import RiskReport, SafetyReport, WorstItem
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Baseline, Check, Result, Verdict, statement
@@ -20,7 +18,7 @@ from uwm_deploy.stages.gate.advice import advice_for
 from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
-from uwm_deploy.stages.gate.downstream import downstream_checks
+from uwm_deploy.stages.gate.downstream import digests_of, downstream_checks
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
 from uwm_deploy.stages.gate.measured import (
@@ -114,7 +112,7 @@ def gate(
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
-        downstream={found.kind: digest_of_bytes(json_from_record(found).encode()) for found in downstream},
+        downstream=digests_of(downstream),
         faithful=states.faithful,
         safer=safer_of(report, sound, limited),
     )
