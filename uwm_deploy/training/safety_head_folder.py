@@ -125,8 +125,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         UwmError: Of the kind that went wrong while the edited model was made.
     """
     _refuse_foreign(request.out)
-    recipe = resolved_recipe(request.build)
-    model = load_edited(request.build, reporter)
+    recipe, model = resolved_recipe(request.build), load_edited(request.build, reporter)
     token_graph(model.image)
     device, asked = resolve_device(request.build.device), request.language
     language = opened_for(model, asked, device) if asked else None

@@ -74,8 +74,7 @@ def gate(
         report: What was measured.
         policy: The limits.
         policy_digest, report_digest: Of the policy's text and of the report's file, recorded.
-        baseline: The accepted report; limits since the baseline are "not run" without it.
-        baseline_digest: Digest of its file, recorded, and compared with the policy's.
+        baseline, baseline_digest: The accepted report, without which limits since it are "not run"; recorded as well.
         earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
         beside: What the report lies beside, and must be about; None for a report that lies alone.
