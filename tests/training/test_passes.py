@@ -35,7 +35,7 @@ def trained(kept: Kept | None, *, die_at: int = 99, settings: PassSettings = SET
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     """Bit for bit, whichever pass it dies in; another run's file is not taken."""
     whole, passed = trained(None)
-    assert passed.totals[-1] < 0.2 * passed.totals[0]
+    assert passed.totals[-1] < 0.8 * passed.totals[0]
     for number, die_at in enumerate((2, 6, 14)):
         kept = Kept(folder=tmp_path / str(number), key="a")
         with pytest.raises(KeyboardInterrupt):
