@@ -314,3 +314,36 @@ def test_the_records_say_how_it_was_made(world: World) -> None:
     for folder in ("head", "adapter"):
         for file in (world.folder / folder).glob("*.json"):
             assert str(world.folder.parent) not in file.read_text()
+
+
+def test_both_stages_run_from_the_command_line(world: World, tmp_path: Path) -> None:
+    """The options reach the training, both reports are written, and an option without effect is told."""
+    edited = [
+        "--model", str(world.folder / "llava-tiny.toml"), "--calibration", str(world.folder / "calibration.toml"),
+        "--keep-mass", "0.98", "--factor", "-1", "--work", str(world.folder / "work"), "--device", "cpu", "--workers", "0",
+        "--train-on", str(world.folder / "pairs.toml"), "--language-model", str(world.folder / "llava"),
+        "--max-new-tokens", "8", "--epochs", "1",
+    ]  # fmt: skip
+    first = CliRunner().invoke(
+        cli,
+        ["train", "safety-head", *edited, "--question", PROMPT, "--refusal", "no {category}", "--language-weight", "0.5",
+         "--safety-prompts", str(world.folder / "prompts.toml"), "--tokens", "3", "--flag", "20", "--redirect", "10",
+         "--block", "5", "--out", str(tmp_path / "head")],
+    )  # fmt: skip
+    assert first.exit_code == 0, first.output
+    assert "3 safety tokens of width 48 for llava" in first.output
+    head = read_head(tmp_path / "head").record
+    assert head.language is not None
+    assert (head.language.refusal, head.language.weight, dict(head.prompts)) == ("no {category}", 0.5, {"fire": FIRE})
+    second = CliRunner().invoke(
+        cli,
+        ["train", "language-adapter", *edited, "--safety-head", str(tmp_path / "head"), "--rank", "2", "--out",
+         str(tmp_path / "adapter")],
+    )  # fmt: skip
+    assert second.exit_code == 0, second.output
+    record = read_record(LanguageAdapter, tmp_path / "adapter" / "adapter.json")
+    assert (record.rank, record.refusal, record.question) == (2, "no {category}", PROMPT)
+    assert record.weights_digest in (tmp_path / "adapter" / "adapter.md").read_text()
+    alone = CliRunner().invoke(cli, ["train", "safety-head", "--out", str(tmp_path / "x"), "--question", "what?"])
+    assert alone.exit_code == 2
+    assert "no effect" in alone.output

@@ -69,6 +69,7 @@ def language_adapter(
       uwm-deploy downstream caption --model llava-1.5-7b-hf --tower dist/llava-1.5-7b --adapter adapter --on visu-test
     """
     from uwm_deploy.report.console import Reporter
+    from uwm_deploy.report.study_files import write_adapter
     from uwm_deploy.report.tables.safety_heads import print_trained_adapter
     from uwm_deploy.training.language_adapter import AdapterRequest, AdapterSettings, train_language_adapter
 
@@ -83,4 +84,5 @@ def language_adapter(
         answer_batch=answers.answer_batch,
     )
     record = train_language_adapter(request, Reporter())
+    write_adapter(record, folders.out)
     return Shown(data=record, text=lambda: print_trained_adapter(record, out=folders.out))

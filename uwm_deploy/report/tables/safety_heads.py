@@ -8,6 +8,7 @@ from pathlib import Path
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import RiskReport
+from uwm_deploy.report.markdown_table import inert, markdown_table
 from uwm_deploy.report.tables.safety_numbers import risk_rows
 from uwm_deploy.report.terminal import print_lines, print_rows
 
@@ -66,3 +67,17 @@ def trained_adapter_lines(adapter: LanguageAdapter) -> Iterator[str]:
         f"a safety prompt came before the question about {adapter.prompted_unsafe} unsafe and {adapter.prompted_safe} safe "
         f"images, of {adapter.pairs} each"
     )
+
+
+def trained_adapter_markdown(adapter: LanguageAdapter) -> str:
+    """The same as a file in Markdown, with the digests that it is bound to."""
+    bound = {
+        "language model": adapter.model_digest,
+        "safety head": adapter.head_digest,
+        "edited weights": adapter.edited_weights_digest,
+        "adapters": adapter.weights_digest,
+    }
+    lines = [f"- {inert(line)}" for line in trained_adapter_lines(adapter)]
+    lines += [f"- asked: {inert(adapter.question)}", f"- taught of unsafe images: {inert(adapter.refusal)}"]
+    table = markdown_table([{"of": what, "digest": digest} for what, digest in bound.items()])
+    return "\n\n".join(("# Adapters of a language model behind a safety head", "\n".join(lines), table)) + "\n"
