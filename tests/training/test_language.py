@@ -89,9 +89,8 @@ class World:
 
     def captions(self, **more: Any) -> DownstreamReport:
         given: dict[str, Any] = {"tower": self.bundle, "out": self.folder / "captions", "decoding": DECODING, **more}
-        asked = CaptionRequest(
-            model=self.folder / "llava", on=str(self.folder / "pictures.toml"), device="cpu", **given
-        )
+        given = {"on": str(self.folder / "pictures.toml"), **given}
+        asked = CaptionRequest(model=self.folder / "llava", device="cpu", **given)
         return caption(asked, Reporter(quiet=True))
 
 
@@ -133,6 +132,9 @@ def test_both_stages_make_the_answers_safer_and_keep_the_benign_ones(world: Worl
     assert both.tower.head_digest == digest_of_head(read_head(world.folder / "head").record)
     assert both.tower.adapter_digest
     assert any("safety prompt" in note for note in both.notes)
+    assert not any("in training" in note for note in both.notes)
+    seen = world.captions(adapter=world.folder / "adapter", on=str(world.folder / "pairs.toml"))
+    assert sum("in training" in note for note in seen.notes) == 2
 
 
 def test_one_graph_gives_what_pytorch_gives(world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +84,7 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
     adapter = _adapter_of(request, edited)
     notes = (*_reach(edited, request.model), *_asked_otherwise(request, adapter))
     source = _images_of(request.on)
+    notes = (*notes, *_learned_by_heart(source, edited, adapter))
     device = resolve_device(request.device)
     refusal = edited.head.language.refusal if edited.head and edited.head.language else ""
     judges = [
@@ -116,6 +117,15 @@ def _adapter_of(request: CaptionRequest, edited: EditedAt) -> LanguageAdapter | 
             fix="pass the bundle that was built with that head",
         )
     return record
+
+
+def _learned_by_heart(source: QuadrupleSource, edited: EditedAt, adapter: LanguageAdapter | None) -> Iterator[str]:
+    """Whether the head or the adapters were trained on this very set, so that the numbers say little of other images."""
+    trained_on = {"safety head": edited.head.training.data} if edited.head else {}
+    trained_on |= {"adapters": adapter.data} if adapter else {}
+    for what, data in trained_on.items():
+        if data.ids_digest == source.record.ids_digest:
+            yield f"the {what} had these very images in training: measure on a set that shares nothing with {data.name}"
 
 
 def _asked_otherwise(request: CaptionRequest, adapter: LanguageAdapter | None) -> tuple[str, ...]:
