@@ -25,7 +25,10 @@ class AdapterFolders:
         "--safety-head", required=True, type=FOLDER, help="Head that was trained with --language-model; frozen."
     )
     model_folder: Path = option(
-        "--language-model", required=True, type=FOLDER, help="The same LLaVA checkpoint folder; only read."
+        "--language-model",
+        required=True,
+        type=FOLDER,
+        help="LLaVA checkpoint folder that the head was trained with; only read.",
     )
     out: Path = option("--out", required=True, type=PATH, help="Folder for the adapters.")
     train_on: str | None = option(
@@ -37,14 +40,14 @@ class AdapterFolders:
 class AdapterTrainingOptions:
     """How the adapters are made and trained."""
 
-    rank: int = option("--rank", default=16, type=_SOME, help="Of the adapters.")
+    rank: int = option("--rank", default=16, type=_SOME, help="Rank of the adapters.")
     alpha: float = option("--alpha", default=32.0, type=_ABOVE_0, help="Adapters count alpha / rank.")
-    dropout: float = option("--dropout", default=0.05, type=click.FloatRange(0, 0.9), help="Of what they read.")
+    dropout: float = option("--dropout", default=0.05, type=click.FloatRange(0, 0.9), help="Dropout of what they read.")
     epochs: int = option("--epochs", default=3, type=_SOME, help="Passes over the pairs.")
     batch: int = option("--batch", default=4, type=_SOME, help="Pairs per step.")
     learning_rate: float = option("--rate", default=2e-4, type=_ABOVE_0, help="Learning rate of AdamW at its peak.")
     seed: int = option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of first weights, order and dropout."
+        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of first weights, order and dropout."
     )
 
 

@@ -126,7 +126,7 @@ class LanguageOptions:
         "--language-weight",
         default=1.0,
         type=click.FloatRange(0, min_open=True),
-        help="Of the loss of its answers, beside that of the head.",
+        help="Weight of the loss of its answers, beside that of the head.",
     )
     prompts: Path | None = option(
         "--safety-prompts",
