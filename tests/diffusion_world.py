@@ -114,7 +114,7 @@ def _teach_classifier(folder: Path, prompts: list[Prompt]) -> None:
     """It learns the pictures of the pipeline before the edit: those of unsafe and those of safe prompts."""
     model = DrawModel(folder / "pipeline", device="cpu", drawing=DRAWING)
     few = prompts[:16]
-    pictures: list[Image.Image] = [model.picture(prompt) for prompt in few]
+    pictures: list[Image.Image] = model.pictures(few)
     processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     torch.manual_seed(0)
     judge = transformers.ViTForImageClassification(

@@ -27,7 +27,8 @@ from uwm_deploy.towers.load import load_model
 
 PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
-_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe"]
+REFUSAL = "I cannot describe this picture"
+_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe", "Decline"]
 _LANGUAGE = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1,
     "num_attention_heads": 4, "vocab_size": 32, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
@@ -44,7 +45,7 @@ def write_set(folder: Path, name: str = "pictures", split: str = "test", limit: 
 
 def words_tokenizer() -> Any:
     """One token per word."""
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *f"{BAD} {GOOD}".split()]))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*_SPECIAL, *f"{BAD} {GOOD} {REFUSAL}".split()]))}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
@@ -61,8 +62,8 @@ def make_world(folder: Path) -> None:
     (folder / "clip" / "config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k != "vision_feature_layer"})
     )
-    _write_llava(folder / "llava", folder / "clip")
-    (folder / "llava-tiny.toml").write_text(_recipe_text(folder))
+    write_llava(folder / "llava", folder / "clip")
+    (folder / "llava-tiny.toml").write_text(recipe_text(folder))
     pictures = write_set(folder)
     run(request_of(folder), until="edit", reporter=Reporter(quiet=True))
     _teach(folder, pictures)
@@ -83,7 +84,7 @@ def request_of(folder: Path, **more: Any) -> Request:
     )
 
 
-def _recipe_text(folder: Path) -> str:
+def recipe_text(folder: Path) -> str:
     from uwm_deploy.recipes import shipped
 
     text, _ = shipped.read_toml("export", "llava-1.5-7b")
@@ -97,7 +98,7 @@ def _recipe_text(folder: Path) -> str:
     return "\n".join([*lines[:start], *lines[start + 4 :]]) + "\n"
 
 
-def _write_llava(folder: Path, clip: Path) -> None:
+def write_llava(folder: Path, clip: Path) -> None:
     torch.manual_seed(3)
     vision = transformers.CLIPModel.from_pretrained(clip)
     config = transformers.LlavaConfig(

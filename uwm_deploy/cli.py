@@ -54,7 +54,7 @@ SECTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "downstream": ("downstream", "Measures what comes out behind an edited tower."),
         "reproduce": ("study", "Measures a published table again, and shows both."),
         "bench": ("bench", "Measures the speed of every variant of a bundle."),
-        "train": ("train", "Trains other systems of the field, or a safety head."),
+        "train": ("train", "Trains other systems of the field, or safety modules."),
     },
     "Look": {
         "look": ("look", "Serves a page to search with a bundle, before and after."),

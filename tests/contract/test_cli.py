@@ -220,7 +220,7 @@ def test_what_is_asked_for_reaches_the_request(monkeypatch: pytest.MonkeyPatch, 
         "--axis": "g=1,o=0,kappa=0,a=1,tau=0", "--safety-head": "h", "--target": "tensorrt", "--precision": "fp16",
         "--budget": "flips=1%", "--keep-float32": "x*", "--policy": "p", "--baseline": "b", "--out": "o",
         "--bundle-version": "7", "--work": "w", "--device": "cuda", "--workers": "5", "--batch-pairs": "6",
-        "--score-dtype": "bf16",
+        "--score-dtype": "bf16", "--downstream": "d",
     }  # fmt: skip
     made: list[Request] = []
     monkeypatch.setattr(build, "run_until", lambda _, asked, outputs: made.append(until.request_of(asked)) or Shown())
@@ -257,7 +257,7 @@ def test_a_stage_adds_options_and_takes_none_of_a_later_one() -> None:
         "compile": {"--target", "--precision", "--budget", "--keep-float32", "--refittable"},
         "verify": {"--evaluation"},
         "build": {
-            "--policy", "--baseline", "--out", "--bundle-version",
+            "--policy", "--downstream", "--baseline", "--out", "--bundle-version",
             "--junit", "--markdown", "--sarif", "--gitlab", "--github", "--in-toto", "--oscal",
         },
     }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from tests.families import FAMILIES, model_of, reduced
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.records.edit import TensorEdit
-from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, HeadShape
+from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SAFETY_TOKENS, HeadShape
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.stages.export import onnx_from_tower
@@ -32,7 +32,10 @@ def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None
     pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(0))
     width = tokens_of(tower, pixels[:1].numpy()).shape[2]
     torch.manual_seed(1)
-    head = SafetyHeadModule(HeadShape(features=width, width=8, tokens=3, heads=2, categories=4)).eval()
+    language = 20 if family.startswith("llava") else 0
+    head = SafetyHeadModule(
+        HeadShape(features=width, width=8, tokens=3, heads=2, categories=4, language=language)
+    ).eval()
     layers = tower.layers(recipe.entries.image.layers)
     weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
     digests = {name: digest_of_tensor(weight) for name, weight in weights.items()}
@@ -56,12 +59,15 @@ def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None
         session = open_graph(tmp_path / name / artifact.file, artifact, max_batch=5)
         found.append((session.run_all(pixels.numpy()), session.run_all(pixels[:1].numpy())))
     (plain, plain_1), (headed, headed_1) = found
-    assert list(headed) == [*plain, RISK_LOGITS, RISK_LEVEL]
+    assert list(headed) == [*plain, *([SAFETY_TOKENS] if language else []), RISK_LOGITS, RISK_LEVEL]
     for name in plain:
         np.testing.assert_allclose(headed[name], plain[name], atol=1e-6)
         np.testing.assert_allclose(headed_1[name], plain_1[name], atol=1e-6)
     with torch.inference_mode():
-        *_, logits, level = with_head(tower, head).outputs(pixels)
+        *own, logits, level = with_head(tower, head).outputs(pixels)
+    if language:
+        assert headed[SAFETY_TOKENS].shape == (5, 3, language)
+        np.testing.assert_allclose(headed[SAFETY_TOKENS], own[-1].numpy(), atol=1e-5)
     np.testing.assert_allclose(headed[RISK_LOGITS], logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(headed[RISK_LEVEL], level.numpy(), atol=1e-5)
     np.testing.assert_allclose(headed_1[RISK_LOGITS], headed[RISK_LOGITS][:1], atol=1e-4)

@@ -27,7 +27,7 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
 from uwm_deploy.studies.downstream.judges import judge_from
-from uwm_deploy.studies.downstream.language_model import Caption, CaptionModel, Decoding
+from uwm_deploy.towers.language_model import Caption, CaptionModel, Decoding
 from uwm_deploy.training.safety_head import HeadSettings
 from uwm_deploy.training.safety_head_folder import HeadRequest, train_safety_head
 

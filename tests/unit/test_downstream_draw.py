@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,35 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason="extra downstream is not installed")
 
 from tests.diffusion_world import DRAWING, ITEMS, make_world
+from tests.language_world import write_set
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, IntegrityError
+from uwm_deploy.pipeline.request import Request
+from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.report.console import Reporter
+from uwm_deploy.studies.downstream.diffusion import DrawModel
 from uwm_deploy.studies.downstream.draw import SHEET, DrawRequest, draw
 from uwm_deploy.studies.downstream.judges import judge_from
-from uwm_deploy.studies.downstream.prompts import prompts_of_file
+from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file
 from uwm_deploy.studies.downstream.sheet import write_sheet
 
+LENIENT = """format = 1
+name = "lenient"
+[[edit]]
+metric = "GS.delta"
+at_least = -99.0
+[[artifact]]
+metric = "flips.any"
+at_most = 50.0
+"""
 I2P = (
     "prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,lexica_url\n"
     '"a fire, burning","violence, hate",0,77,7,512,768,x\na quiet lake,shocking,1,,,,,y\n'
@@ -41,7 +56,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(world: Path, out: Path, **more: Any) -> DownstreamReport:
     given: dict[str, Any] = {"on": str(world / "prompts.toml"), "tower": world / "work", "nudenet": False, **more}
     judge = judge_from(f"vit={world / 'classifier'}")
-    asked = DrawRequest(model=world / "pipeline", out=out, judges=(judge,), drawing=DRAWING, device="cpu", **given)
+    given = {"model": world / "pipeline", "drawing": DRAWING, **given}
+    asked = DrawRequest(out=out, judges=(judge,), device="cpu", **given)
     return draw(asked, Reporter(quiet=True))
 
 
@@ -73,6 +89,62 @@ def test_the_edit_takes_the_flagged_pictures_away(world: Path, tmp_path: Path) -
     assert CliRunner().invoke(cli, told).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")} == before
     assert read_record(DownstreamReport, out / "draw.json") == report
+
+
+@pytest.mark.slow
+def test_pictures_in_company_are_those_drawn_alone(world: Path, tmp_path: Path) -> None:
+    """Of prompts with different seeds, sizes and guidance scales in one call; a killed run goes on with whole calls."""
+    model = DrawModel(world / "pipeline", device="cpu", drawing=DRAWING)
+    prompts = [
+        Prompt(id=str(i), side="unsafe", concept="fire", text=text, seed=seed, guidance=guidance, size=size)
+        for i, (text, seed, guidance, size) in enumerate(
+            (
+                ("a fire", 7, None, None),
+                ("a lake", 8, 3.0, None),
+                ("a fire", 9, None, (64, 32)),
+                ("a knife", 10, None, None),
+            )
+        )
+    ]
+    together = model.pictures(prompts)
+    alone = [model.pictures([prompt])[0] for prompt in prompts]
+    assert [image.size for image in together] == [(32, 32), (32, 32), (64, 32), (32, 32)]
+    for left, right in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(left, dtype=int) - np.asarray(right, dtype=int)).max() <= 1
+    assert together[0].tobytes() != together[3].tobytes()
+    reports = [
+        drawn(world, tmp_path / str(batch), drawing=dataclasses.replace(DRAWING, batch=batch)) for batch in (1, 5)
+    ]
+    assert reports[0].flagged == reports[1].flagged
+    gone = sorted(path for path in (tmp_path / "5").rglob("0*.png"))[7]
+    gone.unlink()
+    assert drawn(world, tmp_path / "5", drawing=dataclasses.replace(DRAWING, batch=5)) == reports[1]
+    assert gone.is_file()
+
+
+@pytest.mark.slow
+def test_a_bundle_draws_what_its_run_folder_draws(world: Path, tmp_path: Path) -> None:
+    """Its patch is applied to the pipeline's own text encoder, if that is the one that was edited."""
+    policy = tmp_path / "lenient.toml"
+    policy.write_text(LENIENT)
+    request = Request(
+        model=str(world / "clip"), method="uwm", calibration=str(world / "calibration.toml"),
+        evaluation=write_set(tmp_path, "evaluation", "validation", 64), policy=str(policy), targets=("onnxruntime",),
+        work=world / "work", out=tmp_path / "bundle", device="cpu", keep_mass=0.5, factor=-1.0,
+    )  # fmt: skip
+    run(request, until="package", reporter=Reporter(quiet=True))
+    from_run, from_bundle = drawn(world, tmp_path / "run"), drawn(world, tmp_path / "of", tower=tmp_path / "bundle")
+    assert from_bundle.flagged == from_run.flagged
+    assert from_bundle.tower.source == "bundle"
+    assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
+    assert from_bundle.tower.changed == from_run.tower.changed > 0
+    drawn_files = [sorted((tmp_path / name).glob("edited-*/*.png")) for name in ("run", "of")]
+    assert [path.read_bytes() for path in drawn_files[0]] == [path.read_bytes() for path in drawn_files[1]]
+    other = copy_of(world / "pipeline", tmp_path / "other")
+    weights = other / "text_encoder" / "model.safetensors"
+    save_file({name: part + 1e-3 for name, part in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match="was not made of this pipeline's text encoder"):
+        drawn(world, tmp_path / "no", model=other, tower=tmp_path / "bundle")
 
 
 @pytest.mark.slow

@@ -88,8 +88,8 @@ def check_head(record: SafetyHead) -> None:
     """Checks that a record can be decided by.
 
     Raises:
-        IntegrityError: If it has no threshold for an action, a milder action's above a stricter one's, or its categories are
-            not those of its logits.
+        IntegrityError: If it has no threshold for an action, a milder action's above a stricter one's, its categories are
+            not those of its logits, or it has safety tokens for no language model.
     """
     limits = [record.thresholds.get(step.value) for step in STEPS]
     known = [limit for limit in limits if limit is not None]
@@ -100,6 +100,10 @@ def check_head(record: SafetyHead) -> None:
     names = record.categories
     if len(names) != record.shape.categories or len(set(names)) != len(names) or len(names) < 2 or names[0] != SAFE:
         raise IntegrityError("the safety head's categories are not those of its logits", fix=_AGAIN)
+    if bool(record.shape.language) != (record.language is not None):
+        raise IntegrityError("the safety head's tokens and its language model do not belong together", fix=_AGAIN)
+    if strange := sorted(set(record.prompts) - set(names[1:])):
+        raise IntegrityError(f"the safety head has a prompt for {strange[0]!r}, which it does not know", fix=_AGAIN)
 
 
 def digest_of_head(record: SafetyHead) -> Digest:

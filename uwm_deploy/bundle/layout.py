@@ -30,6 +30,11 @@ class BundleLayout:
     RISKS = "evidence/risks.safetensors"
 
     @staticmethod
+    def downstream(kind: str) -> str:
+        """A report of what came out behind the edited towers, captions or pictures."""
+        return f"reports/{kind}.json"
+
+    @staticmethod
     def onnx(name: str) -> str:
         """A file of an exported graph."""
         return f"onnx/{name}"

@@ -22,7 +22,7 @@ from uwm_deploy.records.bundle import BundleFile, Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Target
-from uwm_deploy.records.head import RISK_OUTPUTS
+from uwm_deploy.records.head import RISK_OUTPUTS, SAFETY_TOKENS
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
 from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.records.replacing import displaced, workplace_of
@@ -325,12 +325,13 @@ def _check_chain(manifest: Manifest) -> None:
 def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
     """The safety head that is served is the one that was judged, and was trained on these very weights."""
     head = manifest.head
-    wanted = digest_of_head(head) if head is not None else ""
+    wanted, outputs = (digest_of_head(head), set(head.shape.outputs)) if head is not None else ("", set())
     made: list[OnnxArtifact | EngineArtifact] = [*manifest.onnx, *manifest.converted, *manifest.engines]
     for item in made:
         of_image = item.tower is TowerName.IMAGE
         names = {spec.name for spec in item.outputs}
-        if item.head_digest != (wanted if of_image else "") or (set(RISK_OUTPUTS) <= names) != bool(item.head_digest):
+        own = {*RISK_OUTPUTS, SAFETY_TOKENS} & names
+        if item.head_digest != (wanted if of_image else "") or own != (outputs if of_image else set()):
             raise IntegrityError(f"{item.file} holds another safety head than the manifest's", fix=_RESTORE)
     if manifest.verdict.head_digest != wanted:
         raise EvidenceError("the verdict is about another safety head", fix=_RESTORE)
@@ -355,6 +356,9 @@ def _check_reports(bundle: Bundle) -> None:
         raise EvidenceError("the manifest's verdict is not that of reports/verdict.json", fix=_RESTORE)
     if listed[BundleLayout.REPORT] != verdict.report_digest:
         raise EvidenceError("reports/verify.json is not the report that was judged", fix=_RESTORE)
+    for kind, digest in verdict.downstream.items():
+        if listed.get(BundleLayout.downstream(kind)) != digest:
+            raise EvidenceError(f"{BundleLayout.downstream(kind)} is not the report that was judged", fix=_RESTORE)
     measured = _model_of(bundle.read(BundleLayout.REPORT))
     _check_model(manifest.model, measured, "reports/verify.json")
     if json_from_record(manifest.edit).encode() != bundle.read(BundleLayout.EDIT):

@@ -64,6 +64,11 @@ class CaptionOptions:
     words: Path | None = option(
         "--words", type=FILE, help="Words that flag a caption, one per line. [default: the list of better-profanity]"
     )
+    adapter: Path | None = option(
+        "--adapter",
+        type=FOLDER,
+        help="Adapters of the language model that `train language-adapter` made behind the bundle's safety head.",
+    )
     prompt: str | None = option("--prompt", help="What the model is asked. [default: a caption in one sentence]")
     max_new_tokens: int = option(
         "--max-new-tokens", default=64, type=click.IntRange(1, 4096), help="Longest caption, in tokens."
@@ -94,13 +99,14 @@ def downstream_caption(
       uwm-deploy downstream caption --model llava-1.5-7b-hf --tower .uwm/llava-1.5-7b --on visu-test
       uwm-deploy downstream caption --model llava-1.5-7b-hf --tower dist/llava-1.5-7b --on visu-test \\
           --judge nsfw=nsfw-text-classifier::NSFW --out captions
+      uwm-deploy downstream caption --model llava-1.5-7b-hf --tower dist/llava-1.5-7b --adapter adapter --on visu-test
     """
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.study_files import write_downstream
     from uwm_deploy.report.tables.downstream import print_downstream
     from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
     from uwm_deploy.studies.downstream.judges import judges_from
-    from uwm_deploy.studies.downstream.language_model import PROMPT, Decoding
+    from uwm_deploy.towers.language_model import PROMPT, Decoding
 
     out = behind.out or Path(".uwm") / "downstream" / asked.model.resolve().name
     decoding = Decoding(
@@ -116,6 +122,7 @@ def downstream_caption(
         out=out,
         judges=judges_from(judged.judges, judged.threshold),
         words=asked.words,
+        adapter=asked.adapter,
         public_key=trust.public_key,
         min_bundle_version=trust.min_bundle_version,
         decoding=decoding,
@@ -152,6 +159,9 @@ class DrawOptions:
         "--size", type=click.IntRange(8, 4096), help="Width and height in pixels. [default: the pipeline's]"
     )
     seed: int = option("--seed", default=0, help="Seed of the first prompt without one; the next has one more.")
+    batch: int = option(
+        "--batch", default=4, type=click.IntRange(1, 256), help="Pictures per call; each keeps its own seed."
+    )
     shown: bool = flag("--show-flagged", help="Do not blur flagged pictures on the contact sheet.")
 
 
@@ -159,7 +169,12 @@ class DrawOptions:
 @takes_options
 @prints
 def downstream_draw(
-    asked: DrawOptions, behind: BehindOptions, judged: JudgeOptions, device: DeviceOptions, form: MarkdownOptions
+    asked: DrawOptions,
+    behind: BehindOptions,
+    judged: JudgeOptions,
+    trust: TrustOptions,
+    device: DeviceOptions,
+    form: MarkdownOptions,
 ) -> Shown:
     """Draws prompts behind both text towers.
 
@@ -193,7 +208,11 @@ def downstream_draw(
         threshold=judged.threshold,
         clip=asked.clip,
         shown=asked.shown,
-        drawing=Drawing(steps=asked.steps, guidance=asked.guidance, size=asked.size, seed=asked.seed),
+        public_key=trust.public_key,
+        min_bundle_version=trust.min_bundle_version,
+        drawing=Drawing(
+            steps=asked.steps, guidance=asked.guidance, size=asked.size, seed=asked.seed, batch=asked.batch
+        ),
         device=device.device,
     )
     found = draw(request, Reporter())

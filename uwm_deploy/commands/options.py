@@ -225,6 +225,17 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DownstreamOptions:
+    """What came out behind the edited towers."""
+
+    downstream: tuple[Path, ...] = repeated(
+        "--downstream",
+        type=FILE,
+        help="A caption.json or draw.json of this very edit, for the policy's [[downstream]] limits; repeatable.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceOptions:
     """Where PyTorch computes."""
 

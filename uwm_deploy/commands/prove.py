@@ -11,6 +11,7 @@ import click
 from uwm_deploy.commands.fields import FILE, PATH, option, repeated, takes_options
 from uwm_deploy.commands.options import (
     BundleEvaluationOptions,
+    DownstreamOptions,
     OutputOptions,
     PolicyOptions,
     SigningOptions,
@@ -54,17 +55,6 @@ class ExecuteOptions:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BehindOptions:
-    """What came out behind the edited towers."""
-
-    downstream: tuple[Path, ...] = repeated(
-        "--downstream",
-        type=FILE,
-        help="A caption.json or draw.json of this very edit, for the policy's [[downstream]] limits; repeatable.",
-    )
-
-
 @click.command()
 @click.argument("report", type=PATH)
 @takes_options
@@ -75,7 +65,7 @@ def gate(
     accepted: AcceptedOptions,
     locked: LockedOptions,
     executed: ExecuteOptions,
-    behind: BehindOptions,
+    behind: DownstreamOptions,
     measured_on: BundleEvaluationOptions,
     trust: TrustOptions,
     outputs: OutputOptions,

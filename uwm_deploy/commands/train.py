@@ -12,13 +12,14 @@ from uwm_deploy.commands.fields import PATH, filled, option, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.options import DataOptions, DeviceOptions, ModelOptions, WorkerOptions
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.commands.train_language_adapter import language_adapter
 from uwm_deploy.commands.train_safety_head import safety_head
 from uwm_deploy.records.training import Trainer
 
 
 @click.group(cls=InOrder)
 def train() -> None:
-    """Trains other systems of the field, or a safety head.
+    """Trains other systems of the field, or safety modules.
 
     They are trained on a calibration set, for `build` and `compare` (docs/how-to/training.md).
 
@@ -145,3 +146,4 @@ def safer_clip(source: TrainSource, settings: PublishedSettings) -> Shown:
 
 
 train.add_command(safety_head)
+train.add_command(language_adapter)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from uwm_deploy.commands.fields import FILE, PATH, filled, option, takes_options
+from uwm_deploy.commands.fields import FILE, FOLDER, PATH, filled, option, takes_options
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import (
     DataOptions,
@@ -22,6 +23,9 @@ from uwm_deploy.commands.options import (
 )
 from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.until import request_of
+
+if TYPE_CHECKING:
+    from uwm_deploy.training.language import LanguageSettings
 
 _RATE = click.FloatRange(0, 50, min_open=True)
 _SOME = click.IntRange(min=1)
@@ -103,20 +107,66 @@ class HeadTrainingOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageOptions:
+    """The language model behind the tower."""
+
+    language_model: Path | None = option(
+        "--language-model",
+        type=FOLDER,
+        help="LLaVA checkpoint folder, only read and frozen: the head gets safety tokens for its input.",
+    )
+    question: str | None = option(
+        "--question", help="What it is asked about every image. [default: a caption in one sentence]"
+    )
+    refusal: str | None = option(
+        "--refusal", help="What it answers about an unsafe image; {category} is its concept. [default: it declines]"
+    )
+    weight: float = option(
+        "--language-weight",
+        default=1.0,
+        type=click.FloatRange(0, min_open=True),
+        help="Weight of the loss of its answers, beside that of the head.",
+    )
+    prompts: Path | None = option(
+        "--safety-prompts",
+        type=FILE,
+        help="TOML with what a language model is told about a category, instead of the usual words.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """The language model's own answers about safe images, which it keeps."""
+
+    max_new_tokens: int = option(
+        "--max-new-tokens", default=64, type=click.IntRange(1, 4096), help="Its longest own answer, in tokens."
+    )
+    answer_batch: int = option("--answer-batch", default=8, type=_SOME, help="Images per call for its own answers.")
+
+
 @click.command("safety-head")
 @takes_options
 @prints
-def safety_head(edited: EditedModel, data: HeadData, rates: HeadRates, settings: HeadTrainingOptions) -> Shown:
+def safety_head(
+    edited: EditedModel,
+    data: HeadData,
+    rates: HeadRates,
+    settings: HeadTrainingOptions,
+    language: LanguageOptions,
+    answers: AnswerOptions,
+) -> Shown:
     """Trains a safety head on the edited image tower.
 
     The tower stays as it is (docs/how-to/safety-head.md). Options of `build` say which edited model: give both the
     same ones. Tokens are kept in the run folder, so another run takes seconds; one that
-    was interrupted begins again after them.
+    was interrupted begins again after them. With --language-model it goes on after the last whole pass.
 
     \b
     Example:
       uwm-deploy train safety-head --model demo --calibration demo --out head
       uwm-deploy build --model demo --safety-head head
+      uwm-deploy train safety-head --model llava-1.5-7b --language-model llava-1.5-7b-hf --batch 4 --out head
     """
     from uwm_deploy.records.codec import plain_from_record
     from uwm_deploy.report.console import Reporter
@@ -131,10 +181,36 @@ def safety_head(edited: EditedModel, data: HeadData, rates: HeadRates, settings:
         build=request_of(edited),
         settings=filled(HeadSettings, settings),
         rates=rates_of(*(percent / 100 for percent in (rates.flag, rates.redirect, rates.block))),
+        language=_language_of(language, answers),
+        prompts=language.prompts,
     )
     made = train_safety_head(request, Reporter())
     found = {name: plain_from_record(getattr(made, name)) for name in ("head", "validation")}
     return Shown(
         data=found | {"out": str(made.out)},
         text=lambda: print_trained_head(made.head, made.validation, texts=made.texts, out=made.out),
+    )
+
+
+def _language_of(asked: LanguageOptions, answers: AnswerOptions) -> LanguageSettings | None:
+    """The language model that was asked for.
+
+    Raises:
+        InputError: If an option has no effect without one.
+    """
+    from uwm_deploy.errors import InputError
+    from uwm_deploy.towers.language_model import PROMPT
+    from uwm_deploy.training.language import REFUSAL, LanguageSettings
+
+    if asked.language_model is None:
+        if asked.question or asked.refusal:
+            raise InputError("--question and --refusal have no effect without a language model", fix="--language-model")
+        return None
+    return LanguageSettings(
+        model=asked.language_model,
+        question=PROMPT if asked.question is None else asked.question,
+        refusal=REFUSAL if asked.refusal is None else asked.refusal,
+        weight=asked.weight,
+        max_new_tokens=answers.max_new_tokens,
+        batch=answers.answer_batch,
     )

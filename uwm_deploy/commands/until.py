@@ -16,6 +16,7 @@ from uwm_deploy.commands.fields import PATH, filled, option
 from uwm_deploy.commands.options import (
     DataOptions,
     DeviceOptions,
+    DownstreamOptions,
     EntryOptions,
     EvaluationOptions,
     HeadOptions,
@@ -119,6 +120,7 @@ class UntilPackage:
 
     before: UntilVerify
     policy: PolicyOptions
+    behind: DownstreamOptions
     bundle: BundleOptions
 
 

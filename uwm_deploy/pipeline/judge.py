@@ -12,12 +12,12 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
+from uwm_deploy.pipeline.downstream import downstream_in, read_downstream
 from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
 from uwm_deploy.recipes.resolve import policy_of
-from uwm_deploy.records.codec import read_record, record_from_json
-from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import (
     digest_of_bytes,
@@ -115,7 +115,7 @@ def judge_file(
         min_bundle_version: Oldest version the bundle may have.
         execute: Runs the bundle's artifacts here; None leaves that out.
         lock: Criteria that were written down before the run, and must be these.
-        downstream: Reports of captions and pictures behind the edited towers.
+        downstream: Reports of captions and pictures behind the edited towers, before those of the bundle.
 
     Raises:
         InputError: If there is no report, or the baseline was measured on something else.
@@ -136,7 +136,10 @@ def judge_file(
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        verdict = judge(report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=behind)
+        known = {found.kind: found for found in (*downstream_in(bundle, report.edited_weights_digest), *behind)}
+        verdict = judge(
+            report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=tuple(known.values())
+        )
         return locked(verdict, report, bundle.manifest.measured or bundle.manifest.created)
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
@@ -146,20 +149,11 @@ def judge_file(
     return locked(judge_with(*policy, _baseline_for(None, baseline))(report, digest, downstream=behind), report)
 
 
-def read_downstream(files: Sequence[Path]) -> tuple[DownstreamReport, ...]:
-    """Reports of what came out behind edited towers.
-
-    Raises:
-        InputError: If one cannot be read, or two are of one kind.
-        IntegrityError: If one is no such report.
-    """
-    found = tuple(read_record(DownstreamReport, file) for file in files)
-    kinds = [report.kind for report in found]
-    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
-        raise InputError(f"two reports are of {twice[0]}", fix="pass one of each kind")
-    return found
-
-
 def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:
     """The gate with a policy and the bundle's own baseline, if it has one."""
-    return judge_with(*policy_of(policy_name), baseline_in(bundle))
+    judge = judge_with(*policy_of(policy_name), baseline_in(bundle))
+
+    def judged(report: VerifyReport, digest: Digest, **more: Any) -> Verdict:
+        return judge(report, digest, downstream=downstream_in(bundle, report.edited_weights_digest), **more)
+
+    return judged

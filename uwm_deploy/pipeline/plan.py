@@ -12,6 +12,7 @@ from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.data.source import check_own_pairs
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.baseline import read_baseline
+from uwm_deploy.pipeline.downstream import read_downstream
 from uwm_deploy.pipeline.foreseen import shortages
 from uwm_deploy.pipeline.request import Request, with_overrides
 from uwm_deploy.recipes.built import text_of_built
@@ -66,6 +67,7 @@ def plan_of(request: Request) -> Plan:
         batch_pairs=request.batch_pairs,
         score_dtype=_DTYPES[request.score_dtype],
         safety_head=request.safety_head,
+        downstream=read_downstream(request.downstream),
     )
 
 

@@ -32,6 +32,7 @@ class Request:
 
     Attributes:
         leave_out: Concepts that the calibration set is to be used without.
+        downstream: Files of what came out behind the edited towers, for the policy's limits on it.
     """
 
     model: str = "demo"
@@ -66,6 +67,7 @@ class Request:
     score_dtype: str = "fp32"
     bundle_version: int | None = None
     safety_head: Path | None = None
+    downstream: tuple[Path, ...] = ()
 
 
 def resolved_recipe(request: Request) -> Recipe:

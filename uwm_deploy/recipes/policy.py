@@ -13,6 +13,7 @@ from typing import Literal
 
 from uwm_deploy.errors import RecipeError
 from uwm_deploy.recipes.strict_toml import record_from_toml
+from uwm_deploy.records.downstream import REFUSED
 from uwm_deploy.records.graph import Precision, Target
 
 DOCS = "docs/reference/policy.md"
@@ -261,7 +262,8 @@ def better_side(metric: str) -> Literal["at_least", "at_most", ""]:
     if metric.startswith(_EITHER):
         return ""
     if match := _DOWNSTREAM.fullmatch(metric):
-        return "at_most" if match["side"] else "at_least"
+        declined = match["side"] == "unsafe" and metric.split(".")[3] == REFUSED
+        return "at_most" if match["side"] and not declined else "at_least"
     return "at_most" if metric.startswith(_LESS_IS_BETTER) else "at_least"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.metrics import Estimate, Flips, Proportion
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.shape import LATER
 
 Kind = Literal["caption", "draw"]
 
@@ -20,6 +21,9 @@ SIDES = (UNSAFE, BENIGN)
 
 ANY = "any"
 """Name that stands for all judges together: an output is flagged if one of them flags it."""
+
+REFUSED = "refused"
+"""Name of the judge of captions that decline. It is no part of `any`: to decline is right of unsafe images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,8 @@ class EditedTower:
         weights_digest: Of the edited weights, by which a report is matched.
         variant: Of a bundle, the one that ran.
         changed: Tensors that differ from the model's own where it reads them; 0 for a bundle, whose graph is not compared.
+        head_digest: Of the bundle's safety head, whose risks and tokens the language model was given; empty without one.
+        adapter_digest: Of the language model's adapters; empty without them.
     """
 
     source: Literal["run", "bundle", "checkpoint"]
@@ -86,6 +92,8 @@ class EditedTower:
     weights_digest: Digest
     variant: str = ""
     changed: int = 0
+    head_digest: Digest = field(default="", metadata=LATER)
+    adapter_digest: Digest = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.shape import LATER
 
 RISK_LOGITS, RISK_LEVEL = "risk_logits", "risk_level"
 
 
 RISK_OUTPUTS = (RISK_LOGITS, RISK_LEVEL)
-"""Outputs that a safety head adds to the image graph."""
+"""Outputs that every safety head adds to the image graph."""
+
+SAFETY_TOKENS = "safety_tokens"
+"""Output of a head that was trained with a language model: what joins its input after the image's patches."""
 
 
 class Action(StrEnum):
@@ -35,6 +39,7 @@ class HeadShape:
         tokens: Learned safety tokens.
         heads: Of the attention.
         categories: Of `risk_logits`, ``"safe"`` among them.
+        language: Width of the language model's input that `safety_tokens` are for; 0 without a language model.
     """
 
     features: int
@@ -42,6 +47,12 @@ class HeadShape:
     tokens: int
     heads: int
     categories: int
+    language: int = field(default=0, metadata=LATER)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Outputs that the head adds to the image graph, in order."""
+        return (SAFETY_TOKENS, *RISK_OUTPUTS) if self.language else RISK_OUTPUTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +100,28 @@ class HeadTraining:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageTraining:
+    """The frozen language model that a head's safety tokens were trained with; for any other they mean nothing.
+
+    Attributes:
+        model: Folder name of its checkpoint, with the digest of its files in `model_digest`.
+        question: What it was asked about every image.
+        refusal: What it was taught to answer about an unsafe image, with ``{category}`` for the concept.
+        weight: Of its loss, beside those of category and level.
+        loss_first: Mean loss of its answers in the first pass.
+        loss_last: In the last one.
+    """
+
+    model: str
+    model_digest: Digest
+    question: str
+    refusal: str
+    weight: float
+    loss_first: float
+    loss_last: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyHead:
     """A head on the tokens of the edited image tower (docs/how-to/safety-head.md); its weights are a file beside the record.
 
@@ -101,6 +134,8 @@ class SafetyHead:
         thresholds: Action to the risk level from which on it, or a stricter one, is taken.
         false_positive_rates: Action to the share of safe images, in percent, that its threshold was chosen for.
         calibration: Output to its calibration.
+        language: The language model that its safety tokens are for; None for a head without them.
+        prompts: Category to what a language model is told before the question, instead of the usual words.
     """
 
     shape: HeadShape
@@ -113,3 +148,5 @@ class SafetyHead:
     false_positive_rates: Mapping[str, float]
     calibration: Mapping[str, HeadCalibration]
     training: HeadTraining
+    language: LanguageTraining | None = field(default=None, metadata=LATER)
+    prompts: Mapping[str, str] = field(default_factory=dict, metadata=LATER)

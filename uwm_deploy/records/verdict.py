@@ -190,6 +190,7 @@ class Verdict:
         head_digest: Of the safety head that it is about; empty without one.
         decoding: Checks of decoding at a reduced size (`scaled_decoding`). Whatever their results, variants that decode in
             full are proven or not by the others.
+        downstream: Digest of each report of captions or pictures that was judged, by its kind.
     """
 
     result: Result
@@ -210,6 +211,7 @@ class Verdict:
     head_digest: Digest = ""
     faithful: tuple[str, ...] = ()
     inconclusive: tuple[str, ...] = field(default=(), metadata=LATER)
+    downstream: Mapping[str, Digest] = field(default_factory=dict, metadata=LATER)
     safer: Safer = Safer(shown=False, reason="the gate did not ask; judge again with `uwm-deploy gate`")
     decoding: tuple[Check, ...] = field(default=(), metadata=LATER)
 

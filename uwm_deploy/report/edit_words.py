@@ -16,7 +16,8 @@ def head_line(head: SafetyHead | None) -> str:
         return "none"
     limits = ", ".join(f"{action} from {limit:.4f}" for action, limit in head.thresholds.items())
     concepts = ", ".join(head.categories[1:])
-    return f"{limits}; trained on {head.training.pairs} pairs of {head.training.data.name} ({concepts})"
+    tokens = f"; {head.shape.tokens} safety tokens for {head.language.model}" if head.language else ""
+    return f"{limits}; trained on {head.training.pairs} pairs of {head.training.data.name} ({concepts}){tokens}"
 
 
 def method_line(edit: EditRecord) -> str:

@@ -107,6 +107,12 @@ def _made(head: SafetyHead) -> Html:
         f"thresholds from {training.validation_pairs} pairs of "
         f"{training.validation.name if training.validation else 'the same set, held out'}."
     )
+    if (language := head.language) is not None:
+        words += (
+            f" Its {head.shape.tokens} safety tokens of width {head.shape.language} are for the language model "
+            f"{language.model}, which was frozen; the loss of its answers went from {language.loss_first:.3f} to "
+            f"{language.loss_last:.3f}."
+        )
     return tag("p", {}, words)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.codec import write_record
 from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.studies import MethodComparison, SweepReport
 from uwm_deploy.report.drawings import draw_comparison, draw_sweep
 from uwm_deploy.report.tables.compared_methods import markdown_of
 from uwm_deploy.report.tables.downstream import downstream_markdown
+from uwm_deploy.report.tables.safety_heads import trained_adapter_markdown
 from uwm_deploy.report.tables.sweep_points import sweep_csv, sweep_markdown
 
 
@@ -40,3 +42,8 @@ def write_downstream(report: DownstreamReport, folder: Path) -> None:
     """Writes `caption.json` and `caption.md`, or `draw.json` and `draw.md`."""
     write_record(folder / f"{report.kind}.json", report)
     (folder / f"{report.kind}.md").write_text(downstream_markdown(report), encoding="utf-8")
+
+
+def write_adapter(adapter: LanguageAdapter, folder: Path) -> None:
+    """Writes `adapter.md` beside the record of the adapters."""
+    (folder / "adapter.md").write_text(trained_adapter_markdown(adapter), encoding="utf-8")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -130,12 +130,14 @@ class Risk:
         probability: Of that category.
         level: Probability that the image is unsafe.
         decision: What the level asks for.
+        told: What the bundle's head has for a language model about this category; empty takes the usual words.
     """
 
     category: str
     probability: float
     level: float
     decision: Action
+    told: str = ""
 
     @property
     def safety_prompt(self) -> str:
@@ -143,6 +145,7 @@ class Risk:
         if self.decision is Action.ALLOW:
             return ""
         may = f"The image may show this: {self.category}." if self.category else "The image could not be checked."
+        may = self.told or may
         if self.decision is Action.BLOCK:
             return f"{may} Decline to describe it, and say why."
         return f"{may} Answer without repeating what is unsafe in it."
@@ -158,6 +161,7 @@ class Risks:
         levels: (n,) float32 or float64, risk levels from 0 to 1; NaN for an image that cannot be read.
         categories: (n,) int64, positions in `names`; -1 for an image that cannot be read.
         decisions: Action per image; one that cannot be read is blocked.
+        prompts: Category to what a language model is told about it, see `SafetyHead.prompts`.
     """
 
     names: tuple[str, ...]
@@ -165,6 +169,7 @@ class Risks:
     levels: np.ndarray
     categories: np.ndarray
     decisions: tuple[Action, ...]
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -174,11 +179,13 @@ class Risks:
         """Of one image."""
         at = int(self.categories[row])
         known = at >= 0
+        category = self.names[at] if known else ""
         return Risk(
-            category=self.names[at] if known else "",
+            category=category,
             probability=float(self.probabilities[row, at]) if known else float("nan"),
             level=float(self.levels[row]),
             decision=self.decisions[row],
+            told=self.prompts.get(category, ""),
         )
 
 

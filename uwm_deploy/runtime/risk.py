@@ -32,7 +32,7 @@ def risks_from(head: SafetyHead, logits: np.ndarray, level: np.ndarray) -> Risks
     if known.any():
         shares[known] = softmax(logits[known])
         categories[known] = categories_of(logits[known], ranks[known])
-    return Risks(head.categories, shares, level, categories, tuple(ACTIONS[rank] for rank in ranks))
+    return Risks(head.categories, shares, level, categories, tuple(ACTIONS[rank] for rank in ranks), head.prompts)
 
 
 def risks_beside(head: SafetyHead, answers: Sequence[np.ndarray | Exception], width: int) -> Risks:

@@ -24,6 +24,7 @@ from uwm_deploy.records.model import Digest
 if TYPE_CHECKING:  # so that a change of a verdict makes no score stale
     from uwm_deploy.recipes.policy import Policy
     from uwm_deploy.records.data import CalibrationRecord
+    from uwm_deploy.records.downstream import DownstreamReport
     from uwm_deploy.records.edit import EditRecord
     from uwm_deploy.records.evidence import VerifyReport
     from uwm_deploy.records.training import TrainingRecord
@@ -90,6 +91,7 @@ class Plan:
         batch_pairs: Pairs per forward pass; None takes what fits into memory.
         score_dtype: Of the scoring pass.
         safety_head: Folder of a trained head that goes into the image graph.
+        downstream: What came out behind the edited towers, for the policy's limits on it; at most one report of a kind.
     """
 
     recipe: Recipe
@@ -113,6 +115,7 @@ class Plan:
     batch_pairs: int | None = None
     score_dtype: Dtype = "float32"
     safety_head: Path | None = None
+    downstream: tuple[DownstreamReport, ...] = ()
 
     @cached_property
     def checkpoint(self) -> Path | None:

@@ -156,6 +156,8 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
         parts[layout.TRAINING] = json_from_record(plan.training).encode()
     if plan.baseline is not None:
         parts[layout.BASELINE] = json_from_record(plan.baseline[0]).encode()
+    for found in plan.downstream:
+        parts[layout.downstream(found.kind)] = json_from_record(found).encode()
     for tower in TowerName:
         if (file := canary_file(folder.canaries, tower)).is_file():
             parts[layout.canaries(tower)] = file

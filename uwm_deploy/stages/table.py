@@ -119,6 +119,7 @@ SOURCES: Mapping[str, Callable[[Plan], object]] = {
     "safety head": lambda plan: plan.head_digest,
     "policy": lambda plan: plan.policy_digest,
     "baseline": lambda plan: plan.baseline[1] if plan.baseline else "",
+    "downstream": lambda plan: [plain_from_record(report) for report in plan.downstream],
 }
 """What a run reads beside the folders of its stages, each as plain data that changes when it does."""
 
@@ -360,7 +361,7 @@ STAGES: tuple[Stage, ...] = (
         does="Judges the report by the policy.",
         make="uwm_deploy.stages.gate.make:make",
         reads=("edit", "export", "compile", "verify"),
-        sources=("evaluation", "policy", "baseline"),
+        sources=("evaluation", "policy", "baseline", "downstream"),
         settings=_gate_settings,
         says=lambda plan, _: f"policy {plan.policy.name}",
     ),
@@ -369,7 +370,7 @@ STAGES: tuple[Stage, ...] = (
         does="Writes the bundle with everything that ships.",
         make="uwm_deploy.stages.package:make",
         reads=("score", "edit", "export", "convert", "compile", "canaries", "verify", "gate"),
-        sources=("trained", "baseline", "safety head"),
+        sources=("trained", "baseline", "safety head", "downstream"),
         settings=_package_settings,
         says=lambda plan, _: str(plan.out),
         still_there="uwm_deploy.stages.package:is_there",

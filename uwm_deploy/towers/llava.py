@@ -22,11 +22,12 @@ from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.files import whole_folder
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.tensor_file import all_tensors
+from uwm_deploy.runtime.language import PATCH_FEATURES
 from uwm_deploy.towers import checkpoint, hf_clip
-from uwm_deploy.towers.protocol import MAPS, LoadedParts, ModuleTower
+from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts, ModuleTower
 
 FAMILY = "llava"
-FEATURES = "patch_features"
+FEATURES = PATCH_FEATURES
 LAYER_KEY = "vision_feature_layer"
 LLAVA_LAYER = -2
 """Select layer of LLaVA-1.5, for random weights, which come without a config."""
@@ -155,6 +156,35 @@ def vision_name(key: str) -> str:
     if not found or before not in ("", "model."):
         return ""
     return after.removeprefix("vision_model.")
+
+
+def check_same_features(model: LoadedModel, llava: Path) -> None:
+    """Checks that a LLaVA checkpoint's language model reads what the image tower of a model gives.
+
+    Raises:
+        InputError: If the model is of another family, or the features are of another layer or size.
+    """
+    if model.ref.family != FAMILY:
+        raise InputError(
+            f"a model of family {model.ref.family} gives no features for a language model",
+            fix="use a recipe of family llava",
+        )
+    body = checkpoint.config_of_type(llava, ("llava",), FAMILY)
+    _check_selection(llava, body)
+    own = _clip(model.source).config
+    vision = checkpoint.table(body.get("vision_config"), "vision_config")
+    asked = _state_of(body[LAYER_KEY], int(vision.get("num_hidden_layers", 24)))
+    for what, given, read in (
+        ("layer", getattr(own, LAYER_KEY), asked),
+        ("width", own.vision_config.hidden_size, vision.get("hidden_size", 1024)),
+        ("image size", own.vision_config.image_size, vision.get("image_size", 336)),
+        ("patch size", own.vision_config.patch_size, vision.get("patch_size", 14)),
+    ):
+        if given != read:
+            raise InputError(
+                f"{llava.name} reads features of {what} {read}, and the image tower gives {given}",
+                fix="use the LLaVA checkpoint of the recipe",
+            )
 
 
 def reads_of(llava: Path) -> Callable[[str], bool]:

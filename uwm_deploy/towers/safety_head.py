@@ -1,7 +1,7 @@
-"""A safety head on the tokens of a vision tower: SafeVLM's projector, safety tokens and cross-attention, without its VLM.
+"""A safety head on the tokens of a vision tower: SafeVLM's projector, safety tokens and cross-attention.
 
-SafeVLM puts its modules between a vision tower and a language model. Here there is no language model: the learned safety
-tokens attend to the projected tokens of the image, and two linear layers read the result.
+The learned safety tokens attend to the projected tokens of the image, and two linear layers read the result. A head that was
+trained with a language model has a third layer, which brings the safety tokens to the width of that model's input.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from uwm_deploy.errors import InputError, IntegrityError
-from uwm_deploy.records.head import RISK_OUTPUTS, HeadShape
+from uwm_deploy.records.head import HeadShape
 from uwm_deploy.towers.embedding_map import mapped
 from uwm_deploy.towers.protocol import ModuleTower, Tower
 
@@ -39,18 +39,23 @@ class SafetyHeadModule(nn.Module):
         self.read = nn.LayerNorm(shape.width)
         self.category = nn.Linear(shape.tokens * shape.width, shape.categories)
         self.level = nn.Linear(shape.tokens * shape.width, 1)
+        if shape.language:  # last, so that a head without it begins as it always did
+            self.language = nn.Linear(shape.width, shape.language)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Classifies the tokens of images.
 
         Args:
             tokens: (B, T, features) float32.
 
         Returns:
-            Risk logits (B, categories) float32, and risk level (B, 1) float32, a probability.
+            Safety tokens (B, tokens, language) float32 where the shape has them; risk logits (B, categories) float32;
+            risk level (B, 1) float32, a probability.
         """
-        logits, level = self.logits(tokens)
-        return logits, torch.sigmoid(level)
+        read = self.read_tokens(tokens)
+        logits, level = self._judged(read)
+        told = (self.language(read),) if self.shape.language else ()
+        return (*told, logits, torch.sigmoid(level))
 
     def logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Computes logits of the categories and of the level.
@@ -60,6 +65,33 @@ class SafetyHeadModule(nn.Module):
 
         Returns:
             Logits of the categories (B, categories) float32, and of the level (B, 1) float32.
+        """
+        return self._judged(self.read_tokens(tokens))
+
+    def taught(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All that a training with a language model looks at.
+
+        Args:
+            tokens: (B, T, features) float32.
+
+        Returns:
+            Safety tokens (B, tokens, language) float32, logits (B, categories) float32, and level logits (B, 1) float32.
+        """
+        read = self.read_tokens(tokens)
+        return (self.language(read), *self._judged(read))
+
+    def _judged(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        found = read.flatten(1)
+        return self.category(found), self.level(found)
+
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        """The safety tokens with what they read from an image.
+
+        Args:
+            tokens: (B, T, features) float32.
+
+        Returns:
+            (B, m, width) float32, of the m safety tokens.
         """
         size = self.shape
         part = size.width // size.heads
@@ -72,8 +104,8 @@ class SafetyHeadModule(nn.Module):
         asked = self.tokens.reshape(size.tokens, *split).transpose(0, 1).unsqueeze(0)
         weights = torch.softmax((keys @ asked.transpose(2, 3)) * part**-0.5, dim=2)  # (B, heads, T, tokens)
         brought = (weights.transpose(2, 3) @ values).transpose(1, 2).flatten(2)  # (B, tokens, width)
-        found = self.read(brought + self.tokens).flatten(1)
-        return self.category(found), self.level(found)
+        read: Tensor = self.read(brought + self.tokens)
+        return read
 
     @torch.no_grad()
     def cool(self, category: float, level: float) -> None:
@@ -155,7 +187,7 @@ class _HeadedGraph(nn.Module):
         self._call = tokens.with_tokens  # a method: the graph itself would become a child
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) to the graph's own outputs, risk logits (B, categories) and risk level (B, 1)."""
+        """(B, 3, H, W) to the graph's own outputs and those of the head, see `SafetyHeadModule.forward`."""
         given, tokens = self._call(pixel_values)
         given = mapped(self, given)  # the map is a forward hook, which this call does not trigger
         own = (given,) if isinstance(given, Tensor) else given
@@ -171,4 +203,4 @@ def with_head(tower: Tower, head: SafetyHeadModule) -> Tower:
     assert isinstance(tower, ModuleTower)
     graph = tower.graph_module()
     head.to(next(graph.parameters()).device)
-    return tower.extended(_HeadedGraph(graph, token_graph(tower), head).eval(), RISK_OUTPUTS)
+    return tower.extended(_HeadedGraph(graph, token_graph(tower), head).eval(), head.shape.outputs)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from uwm_deploy.data.reading import Progress
-from uwm_deploy.errors import ContractError, DataError
+from uwm_deploy.errors import DataError
 from uwm_deploy.records.head import HeadCalibration, HeadShape
 from uwm_deploy.safeground.risk import (
     SAFE,
@@ -23,10 +22,7 @@ from uwm_deploy.safeground.risk import (
     temperature_for,
 )
 from uwm_deploy.towers.safety_head import SafetyHeadModule
-
-WEIGHT_DECAY = 0.01
-WARM_UP_SHARE = 0.05
-"""Of the steps, in which the learning rate grows from 0."""
+from uwm_deploy.training.passes import Kept, Passed, PassSettings, run_passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +90,40 @@ class Trained:
     """A trained head, without temperatures and thresholds.
 
     Attributes:
-        losses: Mean loss of each pass.
+        passed: The losses of the passes.
     """
 
     module: SafetyHeadModule
     categories: tuple[str, ...]
-    losses: tuple[float, ...]
-    seconds: float
+    passed: Passed
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean loss of each pass."""
+        return self.passed.totals
+
+
+HEAD_LOSS, LANGUAGE_LOSS = "head", "language"
+"""Parts of the loss: of category and level, and of the answers of a language model."""
+
+
+class Teacher(Protocol):
+    """A frozen language model that reads the tokens of images and a head's safety tokens, and is told what to answer.
+
+    Attributes:
+        width: Of its input.
+    """
+
+    width: int
+
+    def loss(self, tokens: Tensor, safety: Tensor, rows: Tensor) -> Tensor:
+        """Loss of its answers, () float32, with gradients to the safety tokens.
+
+        Args:
+            tokens: (2b, T, features) float32, of the safe and then the unsafe images of some pairs.
+            safety: (2b, m, width) float32, m safety tokens.
+            rows: (b,) int64, positions of the pairs among those that are trained on.
+        """
 
 
 def held_out(concepts: Sequence[str], share: int = 5) -> np.ndarray:
@@ -113,14 +136,26 @@ def held_out(concepts: Sequence[str], share: int = 5) -> np.ndarray:
     return found
 
 
-def trained_head(features: Features, settings: HeadSettings, progress: Progress, device: str = "cpu") -> Trained:
+def trained_head(
+    features: Features,
+    settings: HeadSettings,
+    progress: Progress,
+    device: str = "cpu",
+    *,
+    teacher: Teacher | None = None,
+    kept: Kept | None = None,
+) -> Trained:
     """Trains a head by AdamW on cross entropy of the category and binary cross entropy of the level.
+
+    With a teacher the loss of its answers is added, and the head gets safety tokens for that language model.
 
     Args:
         features: Pairs to train on; a safe image is of the category ``"safe"``, an unsafe one of its pair's concept.
         settings: Sizes and steps; the same settings and features give the same weights on the same machine and threads.
         progress: Called after every pass.
         device: Torch device.
+        teacher: A frozen language model that answers behind the safety tokens.
+        kept: Where the training stands on disk after every pass; None keeps nothing.
 
     Raises:
         DataError: If there are too few pairs, or the width does not divide.
@@ -141,46 +176,43 @@ def trained_head(features: Features, settings: HeadSettings, progress: Progress,
         tokens=settings.tokens,
         heads=settings.heads,
         categories=len(categories),
+        language=teacher.width if teacher else 0,
     )
     module = SafetyHeadModule(shape).to(device).train()
-    steps = settings.epochs * math.ceil(len(features) / settings.batch)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
-    order = torch.Generator().manual_seed(settings.seed)
-    started, losses = time.perf_counter(), []
-    for epoch in range(settings.epochs):
-        total = 0.0
-        for rows in torch.split(torch.randperm(len(features), generator=order), settings.batch):
-            loss = _loss(module, features, rows, labels[rows], device)
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            optimiser.step()
-            rates.step()
-            total += float(loss.detach()) * len(rows)
-        losses.append(total / len(features))
-        if not math.isfinite(losses[-1]):
-            raise ContractError(f"the loss is {losses[-1]} after pass {epoch + 1}", fix="use a smaller --learning-rate")
-        progress(f"safety head, loss {losses[-1]:.3f}", epoch + 1, settings.epochs)
-    return Trained(
-        module=module.eval().cpu(), categories=categories, losses=tuple(losses), seconds=time.perf_counter() - started
+
+    def loss_of(rows: Tensor) -> dict[str, Tensor]:
+        return _losses(module, features, rows, labels[rows], device, teacher)
+
+    passed = run_passes(
+        dict(module.named_parameters()),
+        loss_of,
+        len(features),
+        PassSettings(**{name: getattr(settings, name) for name in ("epochs", "batch", "learning_rate", "seed")}),
+        progress,
+        label="safety head",
+        kept=kept,
     )
+    return Trained(module=module.eval().cpu(), categories=categories, passed=passed)
 
 
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, int(WARM_UP_SHARE * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _loss(module: SafetyHeadModule, features: Features, rows: Tensor, labels: Tensor, device: str) -> Tensor:
+def _losses(
+    module: SafetyHeadModule, features: Features, rows: Tensor, labels: Tensor, device: str, teacher: Teacher | None
+) -> dict[str, Tensor]:
     """Of both images of some pairs."""
     at = rows.numpy()
-    both = np.concatenate([features.safe[at], features.unsafe[at]])
-    logits, level = module.logits(torch.from_numpy(both).to(device).float())
+    tokens = torch.from_numpy(np.concatenate([features.safe[at], features.unsafe[at]])).to(device).float()
     wanted = torch.cat([torch.zeros_like(labels), labels]).to(device)
+    told = None
+    if teacher is None:
+        logits, level = module.logits(tokens)
+    else:
+        told, logits, level = module.taught(tokens)
     named = functional.cross_entropy(logits, wanted)
-    return named + functional.binary_cross_entropy_with_logits(level[:, 0], (wanted > 0).float())
+    graded = functional.binary_cross_entropy_with_logits(level[:, 0], (wanted > 0).float())
+    found = {HEAD_LOSS: named + graded}
+    if teacher is not None and told is not None:
+        found[LANGUAGE_LOSS] = teacher.loss(tokens, told, rows)
+    return found
 
 
 @torch.inference_mode()
@@ -268,6 +300,6 @@ def rows_of(module: SafetyHeadModule, tokens: np.ndarray, batch: int = 256) -> R
     Returns:
         Logits (n, c) float32, and levels (n,) float32.
     """
-    found = [module(torch.from_numpy(part).float()) for part in _parts(tokens, batch)]
+    found = [module(torch.from_numpy(part).float())[-2:] for part in _parts(tokens, batch)]
     logits, level = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     return RiskRows(logits, level[:, 0])

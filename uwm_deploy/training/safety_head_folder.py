@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, digest_of_pair
+from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, check_head, digest_of_pair
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
@@ -26,21 +26,45 @@ from uwm_deploy.recipes.data_set import CalibrationSet
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, whole_folder
-from uwm_deploy.records.head import HeadTraining, SafetyHead
+from uwm_deploy.records.head import HeadTraining, LanguageTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
+from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.risk import RiskSet, risk_report, thresholds_for
 from uwm_deploy.towers.batch_size import USUAL_PAIRS
+from uwm_deploy.towers.language_model import CaptionModel
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.towers.safety_head import token_graph, tokens_of
-from uwm_deploy.training.safety_head import Features, HeadSettings, Trained, calibrate, held_out, rows_of, trained_head
+from uwm_deploy.training.language import (
+    FrozenTeacher,
+    LanguageSettings,
+    Lessons,
+    lessons_from,
+    opened_for,
+    own_answers,
+    prompts_from,
+)
+from uwm_deploy.training.passes import Kept
+from uwm_deploy.training.safety_head import (
+    LANGUAGE_LOSS,
+    Features,
+    HeadSettings,
+    Trained,
+    calibrate,
+    held_out,
+    rows_of,
+    trained_head,
+)
 
 FEATURES = "head-features"
 """Folders of the run folder that keep tokens, one per set."""
+
+STANDING = "head-training"
+"""Folder of the run folder that keeps where a training with a language model stands."""
 
 TEXTS_LIMIT = 256
 """Safe texts that are taken from the set when none are given."""
@@ -59,6 +83,8 @@ class HeadRequest:
         validation: Set that temperatures and thresholds are from; every fifth pair of the other one when None.
         rates: Action to the share of safe images, 0 to 1, that its threshold is for.
         texts: File with safe texts, one a line, that a redirect chooses from; captions of the set when None.
+        language: The language model that the head gets safety tokens for; None makes a head without them.
+        prompts: File with what a language model is told about a category before the question; the usual words when None.
     """
 
     build: Request
@@ -68,6 +94,8 @@ class HeadRequest:
     train_on: str | None = None
     validation: str | None = None
     texts: Path | None = None
+    language: LanguageSettings | None = None
+    prompts: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,23 +125,28 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         UwmError: Of the kind that went wrong while the edited model was made.
     """
     _refuse_foreign(request.out)
-    recipe = resolved_recipe(request.build)
-    model = load_edited(request.build, reporter)
+    recipe, model = resolved_recipe(request.build), load_edited(request.build, reporter)
     token_graph(model.image)
-    source, spec = _set(request.train_on or recipe.data.calibration)
+    device, asked = resolve_device(request.build.device), request.language
+    language = opened_for(model, asked, device) if asked else None
+    source, spec = set_of(request.train_on or recipe.data.calibration)
     work = request.build.work or Path(".uwm") / recipe.name
     texts = _texts(request.texts, source)
-    everything = _features(model, source, spec, request.build, work, reporter)
+    prompts = prompts_from(request.prompts, set(source.concepts)) if request.prompts else {}
+    everything = features_of(model, source, spec, request.build, work, reporter)
     other = None
     if request.validation:
-        other, other_spec = _set(request.validation)
-        training, validation = everything, _features(model, other, other_spec, request.build, work, reporter)
+        other, other_spec = set_of(request.validation)
+        training, validation = everything, features_of(model, other, other_spec, request.build, work, reporter)
         _refuse_shared(training, validation)
     else:
         training, validation = _apart(everything)
-    device = resolve_device(request.build.device)
+    teacher, kept = None, None
+    if asked is not None and language is not None:
+        own = own_answers(language, source, everything.ids, work, reporter)
+        teacher, kept = _taught(request, asked, model, language, own, training, work)
     with reporter.stage("train", f"safety head, {len(training)} pairs, {request.settings.epochs} passes"):
-        trained = trained_head(training, request.settings, reporter.progress, device)
+        trained = trained_head(training, request.settings, reporter.progress, device, teacher=teacher, kept=kept)
     calibration = calibrate(trained, validation)
     safe, unsafe = (rows_of(trained.module, part) for part in (validation.safe, validation.unsafe))
     files = {
@@ -132,11 +165,12 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         false_positive_rates={action: 100 * rate for action, rate in request.rates.items()},
         calibration=calibration,
         training=_training_record(source, other, (training, validation), request.settings, trained),
+        language=_language_record(asked, language, trained) if asked and language else None,
+        prompts=prompts,
     )
-    with whole_folder(request.out) as folder:
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        write_record(folder / RECORD, head)
+    _write(request.out, files, head)
+    if kept is not None:
+        kept.file.unlink(missing_ok=True)
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
     return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
 
@@ -178,7 +212,63 @@ def _training_record(
         seed=settings.seed,
         loss_first=trained.losses[0],
         loss_last=trained.losses[-1],
-        seconds=round(trained.seconds, 3),
+        seconds=round(trained.passed.seconds, 3),
+    )
+
+
+def _write(out: Path, files: Mapping[str, bytes], head: SafetyHead) -> None:
+    check_head(head)
+    with whole_folder(out) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        write_record(folder / RECORD, head)
+
+
+def _taught(
+    request: HeadRequest,
+    asked: LanguageSettings,
+    model: LoadedModel,
+    language: CaptionModel,
+    own: Mapping[str, str],
+    training: Features,
+    work: Path,
+) -> tuple[FrozenTeacher, Kept]:
+    """The language model as a teacher, and where the training stands on disk."""
+    lessons = lessons_from(training, own, asked.question, asked.refusal)
+    kept = Kept(folder=work / STANDING, key=_key(request, model, language, lessons, training))
+    return FrozenTeacher(language, lessons, asked.weight), kept
+
+
+def _key(
+    request: HeadRequest, model: LoadedModel, language: CaptionModel, lessons: Lessons, training: Features
+) -> Digest:
+    """Of all that the training depends on."""
+    return digest_of_plain(
+        {
+            "weights": model.ref.weights_digest,
+            "language model": language.digest,
+            "weight": request.language.weight if request.language else 0.0,
+            "pairs": list(training.pairs),
+            "concepts": list(training.concepts),
+            "questions": list(lessons.questions),
+            "answers": list(lessons.answers),
+            "settings": plain_from_record(request.settings),
+            "device": language.device,
+            **versions(("torch", "transformers")),
+        }
+    )
+
+
+def _language_record(asked: LanguageSettings, language: CaptionModel, trained: Trained) -> LanguageTraining:
+    losses = trained.passed.losses
+    return LanguageTraining(
+        model=language.folder.resolve().name,
+        model_digest=language.digest,
+        question=asked.question,
+        refusal=asked.refusal,
+        weight=asked.weight,
+        loss_first=losses[0][LANGUAGE_LOSS],
+        loss_last=losses[-1][LANGUAGE_LOSS],
     )
 
 
@@ -188,7 +278,12 @@ def _refuse_foreign(out: Path) -> None:
         raise InputError(f"{out} exists and is not a safety head", fix="choose another --out or remove it")
 
 
-def _set(name: str) -> tuple[QuadrupleSource, CalibrationSet]:
+def set_of(name: str) -> tuple[QuadrupleSource, CalibrationSet]:
+    """A set of image pairs, and its definition.
+
+    Raises:
+        DataError: If it has no images.
+    """
     spec, _, base = calibration_set_of(name)
     source = open_source(spec, base=base)
     if not source.has_images:
@@ -236,7 +331,7 @@ def _text_pair(source: QuadrupleSource, row: int) -> str:
     return pair[0] if pair else ""
 
 
-def _features(
+def features_of(
     model: LoadedModel, source: QuadrupleSource, spec: CalibrationSet, build: Request, work: Path, reporter: Reporter
 ) -> Features:
     """Tokens of a set, computed once per edited model and set; they are in memory as a whole."""

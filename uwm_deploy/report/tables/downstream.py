@@ -70,6 +70,8 @@ def told_lines(report: DownstreamReport) -> list[str]:
         + (f", labels {', '.join(judge.labels)} from {judge.threshold:g}" if judge.labels else "")
         for judge in report.judges
     ]
+    for what, digest in (("safety head", report.tower.head_digest), ("adapters", report.tower.adapter_digest)):
+        lines += [f"behind the edited tower: {what} {digest[:19]}"] if digest else []
     lines += [
         f"corpus BLEU, {what}: " + ", ".join(f"{side} {value:.2f}" for side, value in sides.items())
         for what, sides in report.corpus_bleu.items()

@@ -1,12 +1,14 @@
-"""What `train safety-head` made."""
+"""What `train safety-head` and `train language-adapter` made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import RiskReport
+from uwm_deploy.report.markdown_table import inert, markdown_table
 from uwm_deploy.report.tables.safety_numbers import risk_rows
 from uwm_deploy.report.terminal import print_lines, print_rows
 
@@ -36,4 +38,46 @@ def trained_head_lines(head: SafetyHead) -> Iterator[str]:
         f"trained on {training.pairs} pairs in {training.seconds:.1f} s, loss {training.loss_first:.3f} -> "
         f"{training.loss_last:.3f}; {training.validation_pairs} pairs for temperatures and thresholds"
     )
+    if (language := head.language) is not None:
+        yield (
+            f"{head.shape.tokens} safety tokens of width {head.shape.language} for {language.model}, loss of its answers "
+            f"{language.loss_first:.3f} -> {language.loss_last:.3f}"
+        )
     yield "categories: " + ", ".join(head.categories)
+
+
+def print_trained_adapter(adapter: LanguageAdapter, *, out: Path) -> None:
+    """Prints how adapters were trained.
+
+    Args:
+        adapter: Their record.
+        out: Their folder.
+    """
+    print_lines([*trained_adapter_lines(adapter), f"adapters: {out}"])
+
+
+def trained_adapter_lines(adapter: LanguageAdapter) -> Iterator[str]:
+    """Sizes, training and what the risks put before the questions, in lines."""
+    yield f"{adapter.trainable_parameters} parameters of rank {adapter.rank} for {adapter.model}"
+    yield (
+        f"trained on {adapter.pairs} pairs of {adapter.data.name} in {adapter.seconds:.1f} s, {adapter.epochs} passes, loss "
+        f"{adapter.loss_first:.3f} -> {adapter.loss_last:.3f}"
+    )
+    yield (
+        f"a safety prompt came before the question about {adapter.prompted_unsafe} unsafe and {adapter.prompted_safe} safe "
+        f"images, of {adapter.pairs} each"
+    )
+
+
+def trained_adapter_markdown(adapter: LanguageAdapter) -> str:
+    """The same as a file in Markdown, with the digests that it is bound to."""
+    bound = {
+        "language model": adapter.model_digest,
+        "safety head": adapter.head_digest,
+        "edited weights": adapter.edited_weights_digest,
+        "adapters": adapter.weights_digest,
+    }
+    lines = [f"- {inert(line)}" for line in trained_adapter_lines(adapter)]
+    lines += [f"- asked: {inert(adapter.question)}", f"- taught of unsafe images: {inert(adapter.refusal)}"]
+    table = markdown_table([{"of": what, "digest": digest} for what, digest in bound.items()])
+    return "\n\n".join(("# Adapters of a language model behind a safety head", "\n".join(lines), table)) + "\n"

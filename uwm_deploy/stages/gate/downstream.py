@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.policy import Limit
+from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
+from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.verdict import Check, Result
@@ -18,7 +20,10 @@ from uwm_deploy.stages.gate.safer import EDITED
 
 
 def downstream_checks(
-    reports: Sequence[DownstreamReport], limits: Sequence[Limit], edited_weights_digest: Digest
+    reports: Sequence[DownstreamReport],
+    limits: Sequence[Limit],
+    edited_weights_digest: Digest,
+    head_digest: Digest = "",
 ) -> list[Check]:
     """One check per limit; without a report of its kind it was not run, which never passes.
 
@@ -26,9 +31,10 @@ def downstream_checks(
         reports: At most one of a kind.
         limits: Of the policy.
         edited_weights_digest: Of the edit that is judged.
+        head_digest: Of the safety head that is judged with it; empty without one.
 
     Raises:
-        InputError: If a report is of another edit.
+        InputError: If a report is of another edit or another safety head.
         RecipeError: If a limit names a judge that the report does not have.
     """
     for report in reports:
@@ -37,6 +43,11 @@ def downstream_checks(
                 f"{report.kind}.json is of another edit ({report.tower.name}) than what is judged",
                 fix=f"run `uwm-deploy downstream {report.kind}` with this edit",
             )
+        if report.tower.head_digest not in ("", head_digest):
+            raise InputError(
+                f"{report.kind}.json was measured with another safety head than what is judged",
+                fix=f"run `uwm-deploy downstream {report.kind}` with this bundle",
+            )
     known = {report.kind: downstream_metrics(report) for report in reports}
     checks = []
     for number, limit in enumerate(limits):
@@ -44,6 +55,11 @@ def downstream_checks(
         rule = f"downstream[{number}]"
         checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
     return checks
+
+
+def digests_of(reports: Sequence[DownstreamReport]) -> dict[str, Digest]:
+    """Kind to the digest of the file that a report lies in."""
+    return {found.kind: digest_of_bytes(json_from_record(found).encode()) for found in reports}
 
 
 def downstream_metrics(report: DownstreamReport) -> Metrics:

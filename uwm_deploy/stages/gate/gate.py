@@ -19,7 +19,7 @@ from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.decoding import decoding_checks, decoding_note
-from uwm_deploy.stages.gate.downstream import downstream_checks
+from uwm_deploy.stages.gate.downstream import digests_of, downstream_checks
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
 from uwm_deploy.stages.gate.measured import (
@@ -75,8 +75,7 @@ def gate(
     Args:
         report, policy: What was measured, and the limits.
         policy_digest, report_digest: Of the policy's text and of the report's file, recorded.
-        baseline: The accepted report; limits since the baseline are "not run" without it.
-        baseline_digest: Digest of its file, recorded, and compared with the policy's.
+        baseline, baseline_digest: The accepted report, without which limits since it are "not run"; recorded as well.
         earlier: The bundle's own verdict. It is named where another policy of this name let pass what this one does not.
         today: Day that waivers are judged on; the present day in UTC when None.
         beside: What the report lies beside, and must be about; None for a report that lies alone.
@@ -113,6 +112,7 @@ def gate(
         causes=blames(checks),
         judged={a.variant: dict(a.artifact_digests) for a in report.artifacts},
         head_digest=report.head_digest,
+        downstream=digests_of(downstream),
         faithful=states.faithful,
         safer=safer_of(report, sound, limited),
         decoding=decoding_checks(report.scaled, policy.artifact),
@@ -186,7 +186,8 @@ class _Judge:
 
     def downstream(self, found: Sequence[DownstreamReport]) -> list[Check]:
         """Of captions and pictures behind the edited towers."""
-        return self._waived(downstream_checks(found, self.policy.downstream, self.report.edited_weights_digest))
+        report, limits = self.report, self.policy.downstream
+        return self._waived(downstream_checks(found, limits, report.edited_weights_digest, report.head_digest))
 
     def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
         """Of one artifact; none when it was not executed."""

@@ -30,6 +30,7 @@ def make(job: Job, out: Path) -> None:
         baseline=baseline,
         baseline_digest=digest,
         beside=_beside(job),
+        downstream=plan.downstream,
     )
     write_record(out / job.folder.verdict.name, verdict)
 

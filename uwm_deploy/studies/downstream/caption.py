@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from uwm_deploy.bundle.head import digest_of_head
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
+from uwm_deploy.data.stored_rows import Row, StoredRows
 from uwm_deploy.errors import DataError, InputError
 from uwm_deploy.pipeline.reach import check_reaches_language_model
 from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.records.adapter import LanguageAdapter
+from uwm_deploy.records.codec import plain_from_record
 from uwm_deploy.records.downstream import SIDES, UNSAFE, DownstreamReport, EditedTower
+from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.downstream.edited import EditedAt, edited_tower_at
-from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, words_judge
-from uwm_deploy.studies.downstream.language_model import CaptionModel, Decoding
+from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, refused_judge, words_judge
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means, work_list
-from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
+from uwm_deploy.towers.language_model import CaptionModel, Decoding, read_adapter
 from uwm_deploy.towers.llava import reads_of
 from uwm_deploy.towers.load import resolve_device
 
@@ -40,6 +44,7 @@ class CaptionRequest:
     Attributes:
         model: LLaVA checkpoint folder.
         tower: Bundle, run folder or checkpoint with the edited vision tower.
+        adapter: Folder of adapters of the language model that were trained behind the bundle's safety head.
         on: Set whose images are captioned: name or TOML file.
         out: Folder of the captions and the report.
         judges: Classifiers beside the list of words.
@@ -54,6 +59,7 @@ class CaptionRequest:
     out: Path
     judges: tuple[JudgeSpec, ...] = ()
     words: Path | None = None
+    adapter: Path | None = None
     public_key: Path | None = None
     min_bundle_version: int = 0
     decoding: Decoding = field(default_factory=Decoding)
@@ -75,10 +81,17 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
     edited = edited_tower_at(
         request.tower, public_key=request.public_key, min_bundle_version=request.min_bundle_version
     )
-    notes = _reach(edited, request.model)
+    adapter = _adapter_of(request, edited)
+    notes = (*_reach(edited, request.model), *_asked_otherwise(request, adapter))
     source = _images_of(request.on)
+    notes = (*notes, *_learned_by_heart(source, edited, adapter))
     device = resolve_device(request.device)
-    judges = [words_judge(request.words), *(classifier_judge(j, "text-classification", device) for j in request.judges)]
+    refusal = edited.head.language.refusal if edited.head and edited.head.language else ""
+    judges = [
+        refused_judge(refusal),
+        words_judge(request.words),
+        *(classifier_judge(j, "text-classification", device) for j in request.judges),
+    ]
     text_scores(["a"], ["a"])  # a missing package is told now, and not after hours
     for note in notes:
         reporter.line(f"note: {note}")
@@ -88,8 +101,38 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
 
 
 def _reach(edited: EditedAt, llava: Path) -> tuple[str, ...]:
-    reads = reads_of(llava)
-    return check_reaches_language_model(edited.record, reads) if edited.record else ()
+    if edited.record is None or (edited.head and edited.head.language):  # safety tokens are read, whatever the edit
+        return ()
+    return check_reaches_language_model(edited.record, reads_of(llava))
+
+
+def _adapter_of(request: CaptionRequest, edited: EditedAt) -> LanguageAdapter | None:
+    """The record of the adapters; they mean nothing but behind the very head that they were trained behind."""
+    if request.adapter is None:
+        return None
+    record = read_adapter(request.adapter)
+    if edited.head is None or digest_of_head(edited.head) != record.head_digest:
+        raise InputError(
+            f"the adapters in {request.adapter.name} are for a safety head that {request.tower.name} does not have",
+            fix="pass the bundle that was built with that head",
+        )
+    return record
+
+
+def _learned_by_heart(source: QuadrupleSource, edited: EditedAt, adapter: LanguageAdapter | None) -> Iterator[str]:
+    """Whether the head or the adapters were trained on this very set, so that the numbers say little of other images."""
+    trained_on = {"safety head": edited.head.training.data} if edited.head else {}
+    trained_on |= {"adapters": adapter.data} if adapter else {}
+    for what, data in trained_on.items():
+        if data.ids_digest == source.record.ids_digest:
+            yield f"the {what} had these very images in training: measure on a set that shares nothing with {data.name}"
+
+
+def _asked_otherwise(request: CaptionRequest, adapter: LanguageAdapter | None) -> tuple[str, ...]:
+    asked = request.decoding.prompt
+    if adapter is None or adapter.question == asked:
+        return ()
+    return (f"the adapters were trained on another question: {adapter.question}",)
 
 
 def _images_of(name: str) -> QuadrupleSource:
@@ -110,8 +153,9 @@ def _captioned(
     rows = {ORIGINAL: work.rows(ORIGINAL, "")}
     if edited.model is None:
         with _opened(request, edited) as encoder, model.behind(encoder) as variant:
-            tower = edited.told(variant=variant)
-            rows[EDITED] = work.rows(EDITED, f"{tower.weights_digest} {variant} {encoder.digest}")
+            adapter = digest_of_plain(plain_from_record(model.put_adapter(request.adapter))) if request.adapter else ""
+            tower = edited.told(variant=variant, adapter_digest=adapter)
+            rows[EDITED] = work.rows(EDITED, f"{tower.weights_digest} {variant} {encoder.digest} {adapter}".strip())
     else:
         tower = edited.told(changed=model.put_edited(edited.model))
         rows[EDITED] = work.rows(EDITED, tower.weights_digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTextModel
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.edits.patch import Patch
+from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_folder
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.studies.downstream.packages import package
 from uwm_deploy.studies.downstream.prompts import Prompt
 from uwm_deploy.towers.formats import text_state
@@ -29,12 +32,14 @@ class Drawing:
         guidance: Guidance scale, where a prompt has none of its own.
         size: Width and height in pixels, where a prompt has none; None takes the pipeline's.
         seed: Of the first prompt without one.
+        batch: Pictures per call.
     """
 
     steps: int = 50
     guidance: float = 7.5
     size: int | None = None
     seed: int = 0
+    batch: int = 4
 
 
 class DrawModel:
@@ -102,17 +107,67 @@ class DrawModel:
             raise InputError(f"{name} has the same text weights as the pipeline", fix="edit the text tower")
         return changed
 
-    def picture(self, prompt: Prompt) -> Image.Image:
-        """One picture; its noise comes from its seed on the CPU, the same on every machine."""
-        size = prompt.size or ((self.drawing.size,) * 2 if self.drawing.size else None)
+    def put_patched(self, edit: EditRecord, patch: Patch, name: str) -> int:
+        """Makes an edit in its own text encoder, for good: its weights must be those that the edit was made of.
+
+        Args:
+            edit: The record.
+            patch: The edit as a patch.
+            name: Of it, for messages.
+
+        Returns:
+            Number of tensors that changed.
+
+        Raises:
+            IntegrityError: If the encoder holds other weights, or lacks one.
+        """
+        wanted = {tensor.name for tensor in edit.of(TowerName.TEXT) if tensor.changed}
+        ours = Patch({key: part for key, part in patch.tensors.items() if key in wanted})
+        with refusals(f"the text encoder of {self.folder.name} cannot be loaded"):  # in float32, as patches are
+            encoder = CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        named = {f"text_model.{key.removeprefix('text_model.')}": part for key, part in encoder.named_parameters()}
+        try:
+            ours.apply(named)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"the edit in {name} was not made of this pipeline's text encoder: {error.what}",
+                fix="pass the run folder, or the pipeline whose text encoder was edited",
+            ) from error
+        with torch.no_grad():
+            for own, part in zip(self._pipe.text_encoder.parameters(), encoder.parameters(), strict=True):
+                own.copy_(part.to(own.dtype).to(own.device))
+        return len(ours.tensors)
+
+    def pictures(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
+        """Pictures of n prompts, one call per guidance scale and size among them.
+
+        The noise of each comes from its own seed on the CPU, so it is the same on every machine and in any company.
+        """
+        settings = [(self._guidance_of(prompt), self._size_of(prompt)) for prompt in prompts]
+        found: dict[int, Image.Image] = {}
+        for guidance, size in dict.fromkeys(settings):
+            rows = [row for row, own in enumerate(settings) if own == (guidance, size)]
+            drawn = self._drawn([prompts[row] for row in rows], guidance, size)
+            found |= dict(zip(rows, drawn, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def _guidance_of(self, prompt: Prompt) -> float:
+        return self.drawing.guidance if prompt.guidance is None else prompt.guidance
+
+    def _size_of(self, prompt: Prompt) -> tuple[int, int] | None:
+        own = self.drawing.size
+        return prompt.size or ((own, own) if own else None)
+
+    def _drawn(self, prompts: Sequence[Prompt], guidance: float, size: tuple[int, int] | None) -> list[Image.Image]:
         more = {"width": size[0], "height": size[1]} if size else {}
         with torch.inference_mode():
             made = self._pipe(
-                prompt.text,
+                [prompt.text for prompt in prompts],
                 num_inference_steps=self.drawing.steps,
-                guidance_scale=self.drawing.guidance if prompt.guidance is None else prompt.guidance,
-                generator=torch.Generator("cpu").manual_seed(prompt.seed),
+                guidance_scale=guidance,
+                generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts],
                 **more,
             )
-        image: Image.Image = made.images[0]
-        return image.convert("RGB")
+        return [image.convert("RGB") for image in made.images]

@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import check_own_pairs
+from uwm_deploy.data.stored_rows import Row, StoredRows
 from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.pipeline.save import checked_model
@@ -30,7 +31,6 @@ from uwm_deploy.studies.downstream.nude import nude_judge
 from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file, prompts_of_set
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, paired_means
 from uwm_deploy.studies.downstream.sheet import write_sheet
-from uwm_deploy.studies.downstream.stored import Row, StoredRows
 from uwm_deploy.towers.load import load_model, resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 
@@ -47,7 +47,7 @@ class DrawRequest:
 
     Attributes:
         model: Folder of a Stable Diffusion pipeline.
-        tower: Run folder or checkpoint with the edited text tower.
+        tower: Run folder, bundle or checkpoint with the edited text tower.
         on: Set whose texts are drawn; empty with `prompts`.
         prompts: File in the format of I2P, instead of a set.
         out: Folder of the pictures and the report.
@@ -56,6 +56,8 @@ class DrawRequest:
         threshold: Of NudeNet.
         clip: Folder of the model before the edit, for the CLIP score; None looks for the recipe's.
         shown: Do not blur flagged pictures on the contact sheet.
+        public_key: Whose signature a bundle must have.
+        min_bundle_version: Oldest version a bundle may have.
     """
 
     model: Path
@@ -68,6 +70,8 @@ class DrawRequest:
     threshold: float = 0.5
     clip: Path | None = None
     shown: bool = False
+    public_key: Path | None = None
+    min_bundle_version: int = 0
     drawing: Drawing = field(default_factory=Drawing)
     device: str = "auto"
 
@@ -84,7 +88,7 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
         DataError: If there are no prompts.
         PrerequisiteError: If a package or the device is missing.
     """
-    edited = _reaching(request.tower)
+    edited = _reaching(request)
     prompts, measured_on = _prompts_of(request)
     device = resolve_device(request.device)
     judges = [classifier_judge(spec, "image-classification", device) for spec in request.judges]
@@ -95,8 +99,7 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
     model = DrawModel(request.model, device=request.device, drawing=request.drawing)
     work = _Work(request, model, prompts, measured_on, reporter)
     pictures = {ORIGINAL: work.pictures(ORIGINAL, "")}
-    clip, tower = _text_tower(edited)
-    tower = dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
+    tower = _put(edited, model)
     pictures[EDITED] = work.pictures(EDITED, tower.weights_digest)
     flags = {name: _flags(judges, files) for name, files in pictures.items()}
     scores = {name: _scores(before, files, prompts) for name, files in pictures.items()} if before else {}
@@ -151,17 +154,27 @@ def _write_sheet(
     write_sheet(request.out / SHEET, names, pictures[ORIGINAL], pictures[EDITED], (before, after), shown=request.shown)
 
 
-def _reaching(path: Path) -> EditedAt:
+def _reaching(request: DrawRequest) -> EditedAt:
     """The edited tower, if a diffusion model reads what it changed."""
-    edited = edited_tower_at(path)
-    if edited.source == "bundle":
-        raise InputError(
-            f"{path} is a bundle, whose text graph gives embeddings: diffusion reads hidden states, which are not in it",
-            fix="pass the run folder (.uwm/MODEL)",
-        )
+    edited = edited_tower_at(
+        request.tower, public_key=request.public_key, min_bundle_version=request.min_bundle_version
+    )
     if edited.record is not None:
         check_reaches_diffusion(edited.record)
     return edited
+
+
+def _put(edited: EditedAt, model: DrawModel) -> EditedTower:
+    """Puts the edited text tower into the pipeline; that of a bundle is its patch on the pipeline's own weights.
+
+    The bundle's text graph gives embeddings, and diffusion reads the hidden states before them.
+    """
+    if edited.patch is not None:
+        assert edited.record is not None
+        changed = model.put_patched(edited.record, edited.patch, edited.path.resolve().name)
+        return edited.told(changed=changed)
+    clip, tower = _text_tower(edited)
+    return dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
 
 
 def _text_tower(edited: EditedAt) -> tuple[CLIPModel, EditedTower]:
@@ -212,18 +225,21 @@ class _Work:
         stored = StoredRows(self.request.out, subject, {**self.depends, "tower": tower})
         folder = stored.file.with_suffix("")
         keys: list[Row] = [{"id": p.id, "side": p.side, "input": p.content} for p in self.prompts]
-        rows = stored.read(keys, 1)
+        batch = self.request.drawing.batch
+        rows = stored.read(keys, batch)
         if gone := [i for i, row in enumerate(rows) if not (folder / row["output"]).is_file()]:
-            rows = rows[: gone[0]]
+            rows = rows[: gone[0] // batch * batch]
         stored.keep(rows)
         with self.reporter.stage("draw", f"{subject}, {len(keys)} pictures"):
-            for number in range(len(rows), len(keys)):
-                name = f"{number:06d}.png"
-                with whole_file(folder / name) as stream:
-                    self.model.picture(self.prompts[number]).save(stream, "PNG")
-                row = {**keys[number], "output": name}
-                stored.append([row])
-                rows.append(row)
+            for start in range(len(rows), len(keys), batch):
+                made: list[Row] = []
+                for number, picture in enumerate(self.model.pictures(self.prompts[start : start + batch]), start):
+                    name = f"{number:06d}.png"
+                    with whole_file(folder / name) as stream:
+                        picture.save(stream, "PNG")
+                    made.append({**keys[number], "output": name})
+                stored.append(made)
+                rows += made
                 self.reporter.progress(subject, len(rows), len(keys))
         return [folder / row["output"] for row in rows]
 
@@ -236,6 +252,7 @@ def settings_of(request: DrawRequest, model: DrawModel) -> dict[str, str]:
         "guidance": f"{drawing.guidance:g}",
         "size": str(drawing.size or "the pipeline's"),
         "seed": str(drawing.seed),
+        "batch": str(drawing.batch),
         "device": model.device.partition(":")[0],
     }
 

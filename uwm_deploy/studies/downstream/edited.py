@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from uwm_deploy.bundle.head import digest_of_head
+from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import is_bundle, open_bundle
+from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import checked_model, edited_at
 from uwm_deploy.recipes.resolve import recipe_of
 from uwm_deploy.records.downstream import EditedTower
 from uwm_deploy.records.edit import EditRecord
+from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.model import Digest
 from uwm_deploy.towers.load import load_model
 
 
@@ -24,14 +29,18 @@ class EditedAt:
         source: What it is.
         model: Folder of the saved model; None for a bundle.
         record: Of the edit; None for a checkpoint that comes without one.
+        head: Safety head of a bundle that has one.
+        patch: The edit of a bundle, as a patch of the weights before it.
     """
 
     path: Path
     source: Literal["run", "bundle", "checkpoint"]
     model: Path | None
     record: EditRecord | None
+    head: SafetyHead | None = None
+    patch: Patch | None = None
 
-    def told(self, *, variant: str = "", changed: int = 0) -> EditedTower:
+    def told(self, *, variant: str = "", changed: int = 0, adapter_digest: Digest = "") -> EditedTower:
         """What a report says of it; its weights are checked to be those that the edit made.
 
         Raises:
@@ -51,6 +60,8 @@ class EditedAt:
             weights_digest=digest,
             variant=variant,
             changed=changed,
+            head_digest=digest_of_head(self.head) if self.head else "",
+            adapter_digest=adapter_digest,
         )
 
 
@@ -68,7 +79,14 @@ def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_ve
     """
     if is_bundle(path):
         bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
-        return EditedAt(path=path, source="bundle", model=None, record=bundle.manifest.edit)
+        return EditedAt(
+            path=path,
+            source="bundle",
+            model=None,
+            record=bundle.manifest.edit,
+            head=bundle.manifest.head,
+            patch=Patch.from_bytes(bundle.read(BundleLayout.PATCH), BundleLayout.PATCH),
+        )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
     try:

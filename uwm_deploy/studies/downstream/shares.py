@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.records.downstream import ANY, SIDES, Flagged, Scored
+from uwm_deploy.records.downstream import ANY, REFUSED, SIDES, Flagged, Scored
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.safeground.interval import flips, wilson
 from uwm_deploy.safeground.paired_means import mean_change, mean_of_scores
@@ -44,17 +44,22 @@ class Inputs:
 def flagged_shares(
     inputs: Inputs, original: Mapping[str, np.ndarray], edited: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Flagged]]:
-    """Judge, and ``any`` of them, to side to shares.
+    """Judge, and ``any`` of them, to side to shares; outputs that decline are in no ``any``.
 
     Args:
         inputs: n inputs.
         original: Judge to (n,) bool, of the outputs behind the original tower.
         edited: Judge to (n,) bool, of those behind the edited one.
     """
-    both = [{**found, ANY: np.any(np.stack(list(found.values())), axis=0)} for found in (original, edited)]
+    both = [{**found, ANY: _any(found)} for found in (original, edited)]
     return {
         name: {side: _share(inputs, side, both[0][name], both[1][name]) for side in inputs.present} for name in both[0]
     }
+
+
+def _any(found: Mapping[str, np.ndarray]) -> np.ndarray:
+    flags: np.ndarray = np.any(np.stack([rows for name, rows in found.items() if name != REFUSED]), axis=0)
+    return flags
 
 
 def _share(inputs: Inputs, side: str, original: np.ndarray, edited: np.ndarray) -> Flagged:

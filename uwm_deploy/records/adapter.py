@@ -1,0 +1,58 @@
+"""Low-rank adapters of a language model behind a safety head's tokens: SafeVLM's second stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uwm_deploy.records.data import CalibrationRecord
+from uwm_deploy.records.model import Digest
+
+RECORD, WEIGHTS, CONFIG = "adapter.json", "adapter_model.safetensors", "adapter_config.json"
+"""Files of the folder: the record, and what peft writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageAdapter:
+    """`adapter.json`: adapters that were trained with the head frozen; for any other head or checkpoint they mean nothing.
+
+    Attributes:
+        model: Folder name of the LLaVA checkpoint, with the digest of its files in `model_digest`.
+        head_digest: Of the safety head whose tokens and risks it was trained behind.
+        edited_weights_digest: Of the edited model that the head belongs to.
+        weights_digest: Of the adapters' file.
+        config_digest: Of peft's file beside it.
+        targets: Names of the layers with adapters, as peft reads them: a regular expression.
+        data: The set that it was trained on.
+        pairs: Pairs of images.
+        prompted_unsafe: Unsafe images whose risk put a safety prompt before the question.
+        prompted_safe: The same, of safe images.
+        trainable_parameters: Of the adapters.
+        loss_first: Mean loss of the first pass.
+        loss_last: Mean loss of the last one.
+        seconds: Wall time of the passes.
+    """
+
+    model: str
+    model_digest: Digest
+    head_digest: Digest
+    edited_weights_digest: Digest
+    weights_digest: Digest
+    config_digest: Digest
+    question: str
+    refusal: str
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str
+    data: CalibrationRecord
+    pairs: int
+    prompted_unsafe: int
+    prompted_safe: int
+    epochs: int
+    batch: int
+    learning_rate: float
+    seed: int
+    trainable_parameters: int
+    loss_first: float
+    loss_last: float
+    seconds: float
