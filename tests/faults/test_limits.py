@@ -40,7 +40,8 @@ node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
 graph = onnx.helper.make_graph([node], "g", [value("x")], [value("y")], [weight])
 onnx.save(onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)]), root / "graph.onnx")
 spec = {"module": "onnxruntime", "onnx": str(root / "graph.onnx"), "engine": "x.onnx", "external_data": "",
-        "provider": "cpu", "options": {}, "compile": False, "fit_for_cpu": False, "tf32": False}
+        "provider": "cpu", "options": {}, "compile": False, "fit_for_cpu": False,
+        "weights_only": False, "tf32": False}
 
 def faiss_index(folder):
     import faiss

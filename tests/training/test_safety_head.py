@@ -55,6 +55,7 @@ from uwm_deploy.report.evidence import dossier_of
 from uwm_deploy.report.html import page
 from uwm_deploy.report.inspection import describe
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.session import open_graph
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -643,7 +644,7 @@ def test_lower_precision_leaves_the_head_in_float32(made: Made, tmp_path: Path) 
             ranges_of(folder / f"{tower.value}.onnx", {"safe": [rows], "unsafe": [rows]}, tmp_path),
             float32=(FLOAT32,) if tower is TowerName.IMAGE else (),
         )
-        for tower, rows in ((TowerName.IMAGE, pixels), (TowerName.TEXT, ids))
+        for tower, rows in ((TowerName.IMAGE, taken(pixels, graphs[TowerName.IMAGE].inputs[0])), (TowerName.TEXT, ids))
     }  # fmt: skip
     image = sources[TowerName.IMAGE]
     lowered, _ = lower(image.path, Precision.INT8, (FLOAT32,), (), image.ranges)

@@ -124,7 +124,7 @@ def test_the_page_of_the_demo_shows_this_choice(report: VerifyReport, choice: St
     page = (ROOT / "docs" / "background" / "demo.md").read_text()
     assert choice.chosen is not None
     kept = sum(candidate.keeps for candidate in choice.candidates)
-    assert f"{kept} settings keep the limits" in page
+    assert f"The limits are kept by {kept} settings" in page
     for kind, words in ((FoldKind.RANDOM, "items"), (FoldKind.CONCEPTS, "concepts")):
         before, after = choice.original[kind.value], choice.candidates[choice.chosen].measured[kind.value]
         cells = f"{before.gs:.1f} -> {after.gs:.1f} | {before.ps:.1f} -> {after.ps:.1f}"

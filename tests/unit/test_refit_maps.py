@@ -12,6 +12,7 @@ from uwm_deploy.edits.patch import Patch, replaced
 from uwm_deploy.pipeline.refit_bundle import _canaries
 from uwm_deploy.pipeline.refit_graphs import reverted
 from uwm_deploy.records.edit import EditKind, EditRecord, EditStep, Method, TensorEdit
+from uwm_deploy.records.graph import TensorSpec
 from uwm_deploy.records.model import ImageSpec, ModelRef, TextSpec, TowerName
 from uwm_deploy.safeground.embedded import EmbeddedSet
 
@@ -61,5 +62,9 @@ def test_a_map_that_was_taken_back_has_no_canaries() -> None:
     record, patch = edit()
     back, nothing = reverted(record, patch)
     assert set(nothing.tensors) == {tensor.name for tensor in record.tensors}
-    assert _canaries(back, embedded(0), embedded(0), prepared()) == {}
-    assert len(_canaries(record, embedded(0), embedded(1), prepared())) == 2
+    given = {
+        TowerName.IMAGE: TensorSpec(name="pixel_values", dtype="float32", shape=("batch", 3, 2, 2)),
+        TowerName.TEXT: TensorSpec(name="input_ids", dtype="int64", shape=("batch", 3)),
+    }
+    assert _canaries(back, embedded(0), embedded(0), prepared(), given) == {}
+    assert len(_canaries(record, embedded(0), embedded(1), prepared(), given)) == 2

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from tests.reports import Counts, counted, digest, not_run, with_artifact
+from uwm_deploy.errors import IntegrityError
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import Limit, Policy, policy_from_toml
 from uwm_deploy.records.codec import json_from_record, record_from_json
@@ -168,15 +169,16 @@ def test_what_a_policy_says_of_an_edit(
 
 
 def test_a_change_of_exactly_nothing_is_never_above_nothing() -> None:
-    """A delta of 0 with an interval of [0, 0] passes no shipped policy that asks; not a number is not shown either."""
+    """A delta of 0 with an interval of [0, 0] passes no shipped policy that asks; not a number is refused as input."""
     base = counted(PUBLISHED)
     zero = {"delta": 0.0, "delta_low": 0.0, "delta_high": 0.0}
-    for ends, result in ((zero, Result.FAIL), (dict.fromkeys(zero, float("nan")), Result.FAIL)):
-        flips = dataclasses.replace(base.edit_effect["GS"], **ends)
-        verdict = _judged(dataclasses.replace(base, edit_effect={**base.edit_effect, "GS": flips}), "default")
-        assert verdict.result is result
-        assert not verdict.safer.shown
-        assert {c.name for c in verdict.checks if c.blocks} == {"GS.delta"}
+    flips = dataclasses.replace(base.edit_effect["GS"], **zero)
+    verdict = _judged(dataclasses.replace(base, edit_effect={**base.edit_effect, "GS": flips}), "default")
+    assert verdict.result is Result.FAIL
+    assert not verdict.safer.shown
+    assert {c.name for c in verdict.checks if c.blocks} == {"GS.delta"}
+    with pytest.raises(IntegrityError, match="a difference of nan points"):
+        dataclasses.replace(flips, **dict.fromkeys(zero, float("nan")))
 
 
 def test_a_report_without_a_number_that_the_policy_asks_for_does_not_pass() -> None:

@@ -46,8 +46,10 @@ def cell_text(text: str) -> str:
     return re.sub(r"[\r\n]", " ", barred)
 
 
-_INERT = {"&": "&amp;", "<": "&lt;", "`": "'", "@": "@\u200b", "\\": "&#92;"}
+_INERT = {"&": "&amp;", "<": "&lt;", "`": "'", "\\": "&#92;"}
 """A backslash as an entity: it undoes no other escape, and none undoes it."""
+
+_MENTION = re.compile(r"@(?!\s|$)")
 
 _SPECIAL = re.compile(r"[\[\]*~$]|(?<![^\W_])_|_(?![^\W_])")
 """What begins or ends a link, an image, a note, emphasis or a formula; an underscore inside a word does not."""
@@ -59,6 +61,7 @@ _BLOCK = re.compile(r"(?:#{1,6}|[-+]|\d{1,9}[.)])(?=\s|$)|>|:?-[-:\s|]*$|=+\s*$"
 def inline(text: str) -> str:
     """Text inside a line that is shown and does nothing: no HTML, link, image, code, emphasis or mention begins in it."""
     shown = "".join(_INERT.get(c, c) for c in visible(text, LONGEST_LINE).strip())
+    shown = _MENTION.sub("@\u200b", shown)
     shown = re.sub(r"://", "&#58;//", _SPECIAL.sub(r"\\\g<0>", shown))
     return re.sub(r"www\.|(?:mailto|xmpp):", _unlinked, shown, flags=re.IGNORECASE)
 
