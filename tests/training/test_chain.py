@@ -16,9 +16,11 @@ from uwm_deploy.cli import cli
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline.outcome import Outcome
+from uwm_deploy.pipeline.plan import plan_of
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
-from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
+from uwm_deploy.records.codec import json_from_record, record_from_json, write_record
 from uwm_deploy.records.edit import EditKind, Method
 from uwm_deploy.records.evidence import Evidence
 from uwm_deploy.records.model import TowerName
@@ -135,6 +137,39 @@ def test_an_edit_goes_on_top_of_trained_weights(
     assert outcome.edit.model.weights_digest == record.trained_weights_digest
     assert sum(tensor.selected for tensor in outcome.edit.tensors) > 0
     assert not (tmp_path / "work" / "edit" / "model" / "training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("in_recipe", "trained_on", "found"),
+    [
+        ("sets/small.toml", "small", "sets/small.toml"),
+        ("demo", "small", "small.toml"),
+        ("sets/other.toml", "small", "small.toml"),
+        ("sets/other.toml", "demo-head", "demo-head"),
+        ("demo", "demo", "demo"),
+    ],
+)
+def test_the_set_of_a_training_is_named_by_its_file_or_as_it_ships(
+    trained: Models, tmp_path: Path, in_recipe: str, trained_on: str, found: str
+) -> None:
+    """The record has the name of the set, not its path."""
+    record = trained[Trainer.SAFE_CLIP][1]
+    text = record.recipe.replace('calibration = "demo"', f'calibration = "{in_recipe}"')
+    data = dataclasses.replace(record.calibration, name=trained_on)
+    write_record(tmp_path / "training.json", dataclasses.replace(record, recipe=text, calibration=data))
+    assert recipe_of(str(tmp_path))[0].data.calibration == found
+
+
+def test_the_set_of_a_training_is_read_again_without_being_named(
+    trained: Models, small_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the working folder; where it is not there, the error names its file."""
+    monkeypatch.chdir(tmp_path)
+    request = Request(model=str(trained[Trainer.SAFE_CLIP][0]))
+    with pytest.raises(InputError, match=r"small\.toml does not exist"):
+        plan_of(request)
+    shutil.copy(small_set, tmp_path)
+    assert plan_of(request).calibration == calibration_set_of(small_set)[0]
 
 
 def test_the_patch_of_trained_weights_can_not_be_applied(bundled: dict[str, tuple[Request, Outcome]]) -> None:

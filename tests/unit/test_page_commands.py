@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from pyarrow import parquet
+from safetensors.numpy import load_file
 
 from tests.data_sets import members, png, put, write_shard
 from tests.pages import PAGES, ROOT, Command, commands
@@ -25,6 +25,7 @@ from tests.small_build import write_sets
 from uwm_deploy.cli import cli
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
+from uwm_deploy.safeground.embedded import EmbeddedSet
 
 ELSEWHERE = {
     (r"README\.md|docs/tutorial\.md", r"python3 -m venv .*"): ".ci/run",
@@ -70,10 +71,6 @@ MAY_FAIL = {"build", "gate", "refit"}
 """Whose verdict is about a small set here, so that exit codes 3 and 4 are answers too."""
 
 BEFORE = {
-    "docs/how-to/migrate.md": [
-        "uwm-deploy build --model demo --method none --work none --out dist/none",
-        "uwm-deploy embed dist/none photos --out embeddings",
-    ],
     "docs/how-to/refit.md": ["uwm-deploy build --model demo"],
     "docs/reference/report.md": [
         "uwm-deploy build --model demo --precision fp32 --precision int8 --target onnxruntime",
@@ -81,6 +78,15 @@ BEFORE = {
     ],
 }
 """What a reader of a page has done before it."""
+
+CALIBRATION = {
+    "docs/how-to/safety-head.md": "limit = 640",
+    "docs/reference/cli.md": 'limit = 160\nzero_shot = ["colour"]\nzero_shot_limit = 210',
+}
+"""What the small calibration set is, where 160 quadruples are too few or zero-shot sets are needed.
+
+Training holds out 16 quadruples or more; a threshold that 1% of safe images reach takes 99 of them.
+"""
 
 REFUSED = {("docs/reference/data.md", "uwm-deploy data make pictures --out pairs.jsonl"): 2}
 """Where the page shows a refusal."""
@@ -152,10 +158,11 @@ def test_what_is_dear_runs_on_small_sets(page: str, place: Callable[[str], Path]
 
 
 def _stored(folder: Path) -> None:
-    """Embeddings that another library could have made, from those of the folder."""
-    rows = parquet.read_table(folder / "embeddings").to_pylist()
-    np.save(folder / "images.npy", np.array([row["embedding"] for row in rows], dtype=np.float32))
-    put(folder / "images.txt", "".join(f"{row['key']}\n" for row in rows))
+    """Embeddings of the unedited model with their keys, as another library could have made them."""
+    evidence = load_file(folder / "dist/demo/evidence/reference.safetensors")
+    original = EmbeddedSet.from_tensors(evidence, "original")
+    np.save(folder / "images.npy", original.safe_image)
+    put(folder / "images.txt", "".join(f"{item}/safe\n" for item in original.ids))
 
 
 def _run(found: list[Command], folder: Path) -> None:
@@ -223,8 +230,8 @@ def place(tmp_path: Path, built: tuple[Request, Outcome], monkeypatch: pytest.Mo
         shutil.copytree(ROOT / "ci", tmp_path / "ci")
         (tmp_path / "docs").symlink_to(ROOT / "docs")
         write_sets(tmp_path)
-        calibration = (tmp_path / "cal.toml").read_text()
-        put(tmp_path / "cal.toml", calibration.replace("limit = 96", "limit = 160"))  # training holds out 16 or more
+        calibration = (tmp_path / "cal.toml").read_text().replace("limit = 96", CALIBRATION.get(page, "limit = 160"))
+        put(tmp_path / "cal.toml", calibration)
         recipe = (ROOT / "export" / "demo.toml").read_text()
         recipe = recipe.replace('"demo-test"', '"eval.toml"').replace(
             'calibration = "demo"', 'calibration = "cal.toml"'

@@ -106,9 +106,21 @@ def _recipe_of_trained(folder: Path, training: TrainingRecord) -> tuple[Recipe, 
         base=base.model.repo if known else "",
         base_revision=training.base.revision if known else "",
     )
-    data = dataclasses.replace(base.data, calibration=training.calibration.name)
+    data = dataclasses.replace(base.data, calibration=_set_of(base.data.calibration, training.calibration.name))
     text = f"# {name}: weights trained by {training.settings.method.value} from what follows\n{training.recipe}"
     return dataclasses.replace(base, name=name, model=source, data=data), text
+
+
+def _set_of(named: str, trained_on: str) -> str:
+    """How to name the set of a training, of which the record has the name only: a path gets into no record.
+
+    Args:
+        named: The calibration set of the base's recipe, by shipped name or file.
+        trained_on: Name of the set of the training.
+    """
+    if Path(named).name.removesuffix(".toml") == trained_on:
+        return named
+    return trained_on if trained_on in resources.names("calibration") else f"{trained_on}.toml"
 
 
 TRAINING = "training.json"
