@@ -66,8 +66,7 @@ def test_weights_that_would_overflow_do_not_fit() -> None:
 def calibrated(exported: Exported, tmp_path: Path) -> Ranges:
     source, found = exported.folder / exported.artifact.file, ranges_for(exported, tmp_path)
     batches = [rows(exported, 8, seed) for seed in (1, 2, 3)]
-    chosen, largest = chosen_for(source, one_row_layers(source), (), batches, tmp_path)
-    return dataclasses.replace(found, largest={**found.largest, **largest}, chosen=chosen)
+    return dataclasses.replace(found, chosen=chosen_for(source, one_row_layers(source), (), batches, tmp_path))
 
 
 def converted_with(exported: Exported, folder: Path, ranges: Ranges, *more: str) -> OnnxArtifact:
@@ -115,7 +114,7 @@ def test_an_edited_bias_is_not_moved(exported: Exported, tmp_path: Path) -> None
     """A bias that must stay as it is takes no shift; its activation is scaled only."""
     source = exported.folder / exported.artifact.file
     biases = {name for name in ir.load(source).graph.initializers if name.endswith("fc1.bias")}
-    chosen, _ = chosen_for(source, one_row_layers(source), biases, [rows(exported, 8, 1)], tmp_path)
+    chosen = chosen_for(source, one_row_layers(source), biases, [rows(exported, 8, 1)], tmp_path)
     still = [channels for channels in chosen.channels.values() if channels.shift is None]
     assert 0 < len(still) < len(chosen.channels)
 
