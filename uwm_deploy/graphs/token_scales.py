@@ -56,6 +56,10 @@ def scale_back(model: ir.Model, layer: LinearLayer, size: ir.Value) -> None:
     whole = _after(model, result, "Mul", [result, size], f"{result.name}.sized", result.shape)
     for node, place in readers:
         node.replace_input_with(place, whole)
+    if result.is_graph_output():
+        outputs = model.graph.outputs
+        outputs[outputs.index(result)] = whole
+        whole.name, result.name = result.name, whole.name
 
 
 def _after(
