@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from tests.onnx.conftest import Exported
 from tests.onnx.test_precision import PROFILE, convert, ranges_for, reference, rows
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.achieved_precision import achieved_precision
+from uwm_deploy.graphs.layers import linear_layers
+from uwm_deploy.graphs.quantise import quantise_graph
 from uwm_deploy.graphs.rounding import PAIR, fits, is_rounded, paired_scale, rounded_by_moments
-from uwm_deploy.graphs.smoothing import chosen_in
+from uwm_deploy.graphs.smoothing import Channels, Chosen, chosen_in
 from uwm_deploy.records.evidence import GraphAudit
 from uwm_deploy.records.graph import CALIBRATED, OnnxArtifact, Precision, Target
 from uwm_deploy.runtime.session import open_engine
@@ -66,8 +69,7 @@ def test_weights_that_would_overflow_do_not_fit() -> None:
 def calibrated(exported: Exported, tmp_path: Path) -> Ranges:
     source, found = exported.folder / exported.artifact.file, ranges_for(exported, tmp_path)
     batches = [rows(exported, 8, seed) for seed in (1, 2, 3)]
-    chosen, largest = chosen_for(source, one_row_layers(source), (), batches, tmp_path)
-    return dataclasses.replace(found, largest={**found.largest, **largest}, chosen=chosen)
+    return dataclasses.replace(found, chosen=chosen_for(source, one_row_layers(source), (), batches, tmp_path))
 
 
 def converted_with(exported: Exported, folder: Path, ranges: Ranges, *more: str) -> OnnxArtifact:
@@ -87,6 +89,7 @@ def test_a_calibrated_graph_can_be_made_anew(exported: Exported, calibrated: Ran
     source, path = exported.folder / exported.artifact.file, tmp_path / "one" / graph.file
     assert not converted_anew(CLEAN, path, graph, source).structure
     model = ir.load(path)
+    assert chosen_in(model, ir.load(source)).per_token == calibrated.chosen.per_token
     layer = next(iter(calibrated.chosen.codes))
     value = model.graph.initializers[f"{layer}.weight"]
     assert value.const_value is not None
@@ -111,11 +114,35 @@ def test_a_layer_that_stays_in_float32_keeps_its_weight(exported: Exported, cali
     assert achieved_precision(model)["linear"]["fp32"] > 1
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_a_token_of_any_size_is_rounded_alike(scale: float) -> None:
+    """A row of zeros stays zeros; one far beyond the others is not cut off, and each row has its own steps."""
+    weight = ir.tensor(np.eye(3, dtype=np.float32), name="w.weight")
+    x, w = (
+        ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, shape in (("x", ["n", 3]), ("w.weight", [3, 3]))
+    )
+    w.const_value = weight
+    same = ir.node("Identity", [x], name="same")
+    same.outputs[0].name, same.outputs[0].dtype, same.outputs[0].shape = "a", ir.DataType.FLOAT, ir.Shape(["n", 3])
+    layer = ir.node("MatMul", [same.outputs[0], w], name="w")
+    layer.outputs[0].name, layer.outputs[0].dtype, layer.outputs[0].shape = "y", ir.DataType.FLOAT, ir.Shape(["n", 3])
+    graph = ir.Graph([x], [layer.outputs[0]], nodes=[same, layer], initializers=[w], opset_imports={"": 20}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    channels = Channels(factor=np.ones(3, np.float32), shift=None)
+    chosen = Chosen(channels={"a": channels}, codes={"w": 64 * np.eye(3, dtype=np.int8)}, per_token=frozenset(["a"]))
+    quantise_graph(model, set(linear_layers(model)), {}, "int8", chosen)
+    rows = np.array([[1.0, -0.5, 0.25], [scale, 0.3 * scale, 0.0]], np.float32)
+    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    found = session.run(None, {"x": rows})[0] / 64 / paired_scale(np.eye(3, dtype=np.float32))[0]
+    assert (np.abs(found - rows) <= np.abs(rows).max(1, keepdims=True) / 200).all()  # half a step, and a little more
+
+
 def test_an_edited_bias_is_not_moved(exported: Exported, tmp_path: Path) -> None:
     """A bias that must stay as it is takes no shift; its activation is scaled only."""
     source = exported.folder / exported.artifact.file
     biases = {name for name in ir.load(source).graph.initializers if name.endswith("fc1.bias")}
-    chosen, _ = chosen_for(source, one_row_layers(source), biases, [rows(exported, 8, 1)], tmp_path)
+    chosen = chosen_for(source, one_row_layers(source), biases, [rows(exported, 8, 1)], tmp_path)
     still = [channels for channels in chosen.channels.values() if channels.shift is None]
     assert 0 < len(still) < len(chosen.channels)
 

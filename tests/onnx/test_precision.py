@@ -545,7 +545,7 @@ def test_auto_returns_only_what_decisions_depend_on(
     }
     spec = AutoSpec(lowest=Precision.INT8, flips=flips, items=200)
     plan = search(sources, prepared(both, 200), spec, (), tmp_path, lambda *_: None)
-    assert plan.flips <= plan.limit <= flips
+    assert plan.expected <= plan.limit <= flips
     assert plan.n == 200
     layers = {name: set(linear_layers(ir.load(source.path))) for name, source in sources.items()}
     assert {(layer.tower, layer.name) for layer in plan.layers} == {
@@ -556,11 +556,11 @@ def test_auto_returns_only_what_decisions_depend_on(
     kept = sum(len(names) for names in plan.kept.values())
     assert kept == sum(layer.kept for layer in plan.layers)
     assert plan.steps[0].what == "all lowered"
-    assert plan.steps[-1].flips == plan.flips
+    assert (plan.steps[-1].flips, plan.steps[-1].expected) == (plan.flips, plan.expected)
     if flips == 100.0:
         assert (kept, plan.low_share) == (0, 1.0)
     else:
-        assert plan.steps[0].flips > plan.limit
+        assert plan.steps[0].expected > plan.limit
         assert kept > 0
         assert plan.low_share < 1
     assert not list(tmp_path.glob(".tmp*"))

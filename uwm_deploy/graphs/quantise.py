@@ -18,6 +18,7 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.rounding import paired_scale
 from uwm_deploy.graphs.smoothing import Channels, Chosen, correct_bias, spread, spread_weight, stored_as_rows
+from uwm_deploy.graphs.token_scales import scale_back, unit_rows
 
 EightBitType = Literal["int8", "fp8"]
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
@@ -53,13 +54,18 @@ def quantise_graph(
     if unknown := sorted(layers - set(found)):
         raise ContractError(f"the graph has no linear layer {unknown[0]}", fix="quantise the graph this plan is for")
     shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+    sizes: dict[ir.Value, ir.Value] = {}
     for name in [name for name in found if name in layers]:
         layer = found[name]
         entering = _input_of(layer)
         channels = chosen.channels.get(entering.name or "")
         if entering not in shared:
             changed = spread(model, entering, channels) if channels else entering
-            if not np.isfinite(bound := largest.get(changed.name or "", np.nan)):
+            bound = largest.get(changed.name or "", np.nan)
+            if entering.name in chosen.per_token:
+                bound = 1.0
+                changed, sizes[entering] = unit_rows(model, changed)
+            if not np.isfinite(bound):
                 raise ContractError(f"activation {changed.name} has no range", fix="calibrate on this graph")
             shared[entering] = _quantised_activation(model, changed, bound, kind)
         if channels:
@@ -70,6 +76,8 @@ def quantise_graph(
         result.name, result.dtype, result.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
         model.graph.insert_before(layer.node, back)
         layer.node.replace_input_with(0, result)
+        if entering in sizes:
+            scale_back(model, layer, sizes[entering])
 
 
 def quantise_weights(model: ir.Model, layers: Set[str]) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.rounding import is_rounded
+from uwm_deploy.graphs.token_scales import size_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +39,12 @@ class Chosen:
     Attributes:
         channels: By the name of an activation.
         codes: Layer to its weight in 8 bits, (out, in) int8.
+        per_token: Activations with a scale per row (`graphs.token_scales`); the others have one for all rows.
     """
 
     channels: Mapping[str, Channels] = field(default_factory=dict)
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    per_token: frozenset[str] = frozenset()
 
 
 def spread_name(name: str) -> str:
@@ -137,6 +140,7 @@ def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
     held = lowered.graph.initializers
     channels: dict[str, Channels] = {}
     codes: dict[str, np.ndarray] = {}
+    made = {value.name for node in lowered.graph for value in node.outputs}
     for name, layer in linear_layers(source).items():
         entering = layer.node.inputs[0]
         activation = (entering.name or "") if entering is not None else ""
@@ -154,7 +158,8 @@ def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
         if not _may_be(stored_as_rows(layer), rows, channels[activation]):
             raise ContractError(f"the weight of {name} is not the float32 graph's, rounded", fix="convert again")
         codes[name] = rows
-    return Chosen(channels=channels, codes=codes)
+    per_token = frozenset(name for name in channels if size_name(spread_name(name)) in made)
+    return Chosen(channels=channels, codes=codes, per_token=per_token)
 
 
 def _may_be(weight: np.ndarray, codes: np.ndarray, channels: Channels) -> bool:

@@ -172,12 +172,14 @@ class PrecisionStep:
         kept: Layers in float32.
         low_share: Share of the multiplications of linear layers that are in low precision.
         flips: Percentage of decisions of the worst preference metric that differ from the float32 graphs'.
+        expected: The same, estimated from the changes of all margins (`safeground.expected_flips`); what is searched by.
     """
 
     what: str
     kept: int
     low_share: float
     flips: float
+    expected: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +192,8 @@ class PrecisionPlan:
         limit: Percentage that the search allowed on its own quadruples.
         n: Quadruples it measured on.
         kept: Layers in float32, per tower.
+        flips: Percentage of decisions of the worst metric that differ on these quadruples.
+        expected: The same, estimated; it keeps the limit.
         layers: All linear layers, the most sensitive per multiplication first.
         steps: Every plan that was measured, in order.
     """
@@ -203,6 +207,7 @@ class PrecisionPlan:
     low_share: float
     layers: tuple[LayerSensitivity, ...]
     steps: tuple[PrecisionStep, ...]
+    expected: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ def print_plan(plan: PrecisionPlan) -> None:
                 "kept": step.kept,
                 f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
                 "% flips": f"{step.flips:.2f}",
+                "% expected": f"{step.expected:.2f}",
             }
             for step in plan.steps
         ]
@@ -29,6 +30,6 @@ def print_plan(plan: PrecisionPlan) -> None:
         shown = f"{', '.join(names[:NAMED])}{more}" if names else "nothing"
         print_line(f"kept in the {tower} tower, most sensitive first: {shown}")
     print_line(
-        f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples; the search allows "
-        f"{plan.limit:g}% there, the budget is {plan.budget:g}%"
+        f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples, {plan.expected:.2f}% "
+        f"are expected to; the search allows {plan.limit:g}%, the budget is {plan.budget:g}%"
     )

@@ -11,14 +11,11 @@ import onnx_ir as ir
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers, matching_nodes
 from uwm_deploy.graphs.moments import ChannelStatistics, channel_statistics
 from uwm_deploy.graphs.rounding import rounded_by_moments
-from uwm_deploy.graphs.smoothing import Channels, Chosen, bias_of, spread_name, spread_weight, stored_as_rows
+from uwm_deploy.graphs.smoothing import Channels, Chosen, bias_of, spread_weight, stored_as_rows
 
 EVENNESS = 0.85
-"""Exponent of a channel's range in its factor. At 1 all channels get equally many steps, and an input that goes beyond the
-ranges is cut off in whichever channel it does so; below, small channels keep some room."""
-
-HEADROOM = 1.1
-"""Ranges are this much wider than what calibration inputs reach."""
+"""Exponent of a channel's range in its factor. At 1 all channels reach equally far, and an input that goes beyond the ranges
+in one channel costs all others steps; below, small channels leave some room."""
 
 _NARROWEST = 1e-4
 """Smallest range of a channel, as a share of the widest one's."""
@@ -36,8 +33,8 @@ def one_row_layers(source: Path) -> tuple[str, ...]:
 
 def chosen_for(
     source: Path, keep: Sequence[str], fixed: Collection[str], batches: Sequence[np.ndarray], folder: Path
-) -> tuple[Chosen, dict[str, float]]:
-    """Chooses channels and weights for every layer that goes to INT8.
+) -> Chosen:
+    """Chooses channels and weights for every layer that goes to INT8; activations get a scale per token.
 
     Args:
         source: Float32 ONNX file.
@@ -45,9 +42,6 @@ def chosen_for(
         fixed: Names of tensors that must not change but by rounding: edited biases.
         batches: Batches of calibration inputs, (b, 3, H, W) float32 or (b, L) int64 each.
         folder: Folder for a temporary file.
-
-    Returns:
-        What was chosen, and the largest absolute value of each changed activation.
     """
     model = ir.load(source)
     kept = matching_nodes(model, keep)
@@ -59,15 +53,13 @@ def chosen_for(
     statistics = channel_statistics(source, list(readers), batches, folder)
     channels: dict[str, Channels] = {}
     codes: dict[str, np.ndarray] = {}
-    largest: dict[str, float] = {}
     for activation, layers in readers.items():
-        seen, movable = statistics[activation], _movable(layers, fixed)
-        channels[activation], largest[spread_name(activation)] = _channels(seen, movable=movable)
-        moments = _moments(seen, channels[activation], largest[spread_name(activation)])
+        channels[activation], largest = _channels(statistics[activation], movable=_movable(layers, fixed))
+        moments = _moments(statistics[activation], channels[activation], largest)
         for name, layer in layers.items():
             weight = spread_weight(stored_as_rows(layer).astype(np.float32), channels[activation])
             codes[name] = rounded_by_moments(weight, moments)
-    return Chosen(channels=channels, codes=codes), largest
+    return Chosen(channels=channels, codes=codes, per_token=frozenset(channels))
 
 
 def _rows(layer: LinearLayer) -> int:
@@ -87,7 +79,7 @@ def _movable(layers: Mapping[str, LinearLayer], fixed: Collection[str]) -> bool:
 def _channels(seen: ChannelStatistics, *, movable: bool) -> tuple[Channels, float]:
     """Factors and shifts, and the largest absolute value with them."""
     middle = (seen.low + seen.high) / 2 if movable else np.zeros_like(seen.low)
-    reach = np.maximum(seen.high - middle, middle - seen.low) * HEADROOM
+    reach = np.maximum(seen.high - middle, middle - seen.low)
     reach = np.maximum(reach, max(float(reach.max()) * _NARROWEST, 1e-12))
     factor = (reach**-EVENNESS).astype(np.float32)
     shift = (-middle * factor).astype(np.float32) if movable else None
@@ -100,5 +92,5 @@ def _moments(seen: ChannelStatistics, channels: Channels, largest: float) -> np.
     shift = np.zeros_like(factor) if channels.shift is None else channels.shift.astype(np.float64)
     crossed = np.outer(seen.mean * factor, shift)
     found: np.ndarray = seen.moments * np.outer(factor, factor) + crossed + crossed.T + np.outer(shift, shift)
-    step = largest / 127
+    step = largest / 127  # of the largest token: an upper bound
     return found + np.eye(len(found)) * step**2 / 12

@@ -99,8 +99,8 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
         if quantiser == "built-in" and lowered is Precision.INT8:
             kept = (*kept, *one_row_layers(file))
             patterns = (*job.plan.recipe.compile.float32, *kept)
-            chosen, largest = chosen_for(file, patterns, _vectors(edits), every, out)
-            ranges = dataclasses.replace(ranges, largest={**ranges.largest, **largest}, chosen=chosen)
+            chosen = chosen_for(file, patterns, _vectors(edits), every, out)
+            ranges = dataclasses.replace(ranges, chosen=chosen)
         elif quantiser not in ("built-in", "nearest"):
             patterns = (*job.plan.recipe.compile.float32, *kept)
             quantised = _by_modelopt(job, file, EIGHT_BITS[lowered], patterns, every, out)

@@ -20,19 +20,23 @@ from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.records.graph import LayerSensitivity, OnnxArtifact, PrecisionPlan, PrecisionStep
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.safeground.expected_flips import expected_flips
 from uwm_deploy.safeground.preference import BASIC, Decisions, decisions
 from uwm_deploy.stages.convert.convert import Ranges, embed_with, lower
 
 PROBES = 64
 """Quadruples, those nearest to a tie, on which single layers are tried."""
 
-SHARE_OF_BUDGET = 0.5
+SHARE_OF_BUDGET = 0.8
 """The plan is chosen on other quadruples than it is judged on, so it must keep this share of the budget here."""
+
+GUESSES = 5
+"""Plans that are tried between one that keeps the limit and one that does not."""
 
 _ROWS = 32
 """Rows of input in memory at a time."""
 
-RETRIES = 12
+RETRIES = 4
 """Kept layers that are tried in low precision once more at the end, those first that matter least."""
 
 Layer = tuple[TowerName, str]
@@ -63,8 +67,8 @@ def search(
     """Finds the cheapest mix of precisions whose decisions stay within the budget.
 
     One at a time, every linear layer is lowered alone, and the change of the margins of nearly tied quadruples is measured:
-    its sensitivity. Layers are then ordered by sensitivity per multiplication, and the fewest that must return to float32
-    are found by bisection, every plan executed and measured anew. At the end some of them are tried in low precision again.
+    its sensitivity. Layers are then ordered by sensitivity per multiplication. How many must return to float32 follows from
+    their sensitivities, is measured, and corrected. At the end some of them are tried in low precision again.
 
     Args:
         sources: Both exported graphs.
@@ -115,15 +119,8 @@ class Search:
         enough = self.flips(frozenset(), "all lowered") <= limit
         sensitivity = dict.fromkeys(self.work, 0.0) if enough else self._sensitivities()
         order = sorted(self.work, key=lambda layer: (-sensitivity[layer] / self.work[layer], layer))
-        low, high = 0, len(order)  # everything in float32 flips nothing
-        if not enough:
-            while high - low > 1:
-                middle = (low + high) // 2
-                flips = self.flips(frozenset(order[:middle]), f"{middle} most sensitive kept")
-                low, high = (low, middle) if flips <= limit else (middle, high)
-        else:
-            high = 0
-        kept = self._retried(order[:high], limit)
+        count = 0 if enough else self._fewest(order, sensitivity, limit)
+        kept = self._retried(order[:count], limit)
         return PrecisionPlan(
             lowest=self.spec.lowest,
             budget=self.spec.flips,
@@ -132,7 +129,8 @@ class Search:
             kept={
                 tower.value: tuple(name for t, name in order if t is tower and (t, name) in kept) for tower in TowerName
             },
-            flips=self.flips(kept, "chosen"),
+            flips=self.counted(kept),
+            expected=self.flips(kept, "chosen"),
             low_share=self._low_share(kept),
             layers=tuple(
                 LayerSensitivity(tower=t, name=name, sensitivity=sensitivity[t, name], kept=(t, name) in kept)
@@ -140,6 +138,21 @@ class Search:
             ),
             steps=tuple(self.steps),
         )
+
+    def _fewest(self, order: Sequence[Layer], sensitivity: Mapping[Layer, float], limit: float) -> int:
+        """How many layers from the top of the order must return, so that the rest keeps the limit."""
+        left = np.append(np.cumsum([sensitivity[layer] for layer in reversed(order)])[::-1], 0.0)
+        size = np.sqrt(left / left[0]) if left[0] > 0 else 1 - np.arange(len(left)) / len(order)
+        scale, low, high = self.steps[-1].expected, 0, len(order)  # everything in float32 flips nothing
+        for _ in range(GUESSES):
+            if high - low <= 1:
+                break
+            guess = int(np.argmax(size * scale <= limit))  # flips grow with the root of the summed squares
+            count = min(max(guess, low + 1), high - 1)
+            flips = self.flips(frozenset(order[:count]), f"{count} most sensitive kept")
+            scale = flips / size[count]
+            low, high = (low, count) if flips <= limit else (count, high)
+        return high
 
     def _sensitivities(self) -> dict[Layer, float]:
         """Mean squared change of the margins of nearly tied quadruples when one layer alone is lowered."""
@@ -167,13 +180,22 @@ class Search:
         return chosen
 
     def flips(self, kept: frozenset[Layer], what: str) -> float:
-        """Percentage of decisions of the worst metric that differ from the float32 graphs'."""
-        found = self._decisions(kept)
-        worst = max(float(np.mean(found.chosen[name] != self.reference.chosen[name])) for name in BASIC)
-        step = PrecisionStep(what=what, kept=len(kept), low_share=self._low_share(kept), flips=100 * worst)
+        """Expected percentage of decisions of the worst metric that differ from the float32 graphs'."""
+        step = PrecisionStep(
+            what=what,
+            kept=len(kept),
+            low_share=self._low_share(kept),
+            flips=self.counted(kept),
+            expected=expected_flips(self.reference, self._decisions(kept)),
+        )
         self.steps.append(step)
         self.progress("plans", len(self.steps), len(self.steps) + 1)
-        return step.flips
+        return step.expected
+
+    def counted(self, kept: frozenset[Layer]) -> float:
+        """Percentage of decisions of the worst metric that do differ."""
+        found = self._decisions(kept)
+        return 100 * max(float(np.mean(found.chosen[name] != self.reference.chosen[name])) for name in BASIC)
 
     def _low_share(self, kept: frozenset[Layer]) -> float:
         total = sum(self.work.values())
