@@ -218,8 +218,7 @@ def test_int8_is_calibrated_on_crops(exported: Exported, tmp_path: Path) -> None
     batches = {"safe": [crops(4, seed=1), crops(4, seed=2)], "unsafe": [crops(4, seed=3), crops(4, seed=4)]}
     ranges = ranges_of(path, batches, tmp_path)
     every = [*batches["safe"], *batches["unsafe"]]
-    chosen, largest = chosen_for(path, (), _vectors(exported), every, tmp_path)
-    ranges = dataclasses.replace(ranges, largest={**ranges.largest, **largest}, chosen=chosen)
+    ranges = dataclasses.replace(ranges, chosen=chosen_for(path, (), _vectors(exported), every, tmp_path))
     model, _ = lower(path, Precision.INT8, (), (), ranges)
     write_graph(model, tmp_path / "low.onnx", "")
     rows = crops(3)

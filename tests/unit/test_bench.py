@@ -259,7 +259,7 @@ def test_plan_is_printed_with_its_reasons(capsys: pytest.CaptureFixture[str]) ->
     for part in ("12 of 12 linear layers stay in float32, 40.0%", "all lowered", "3.12", "layers.9.fc1 and 2 more"):
         assert part in text
     assert "kept in the text tower, most sensitive first: nothing" in text
-    assert "allows 0.25% there, the budget is 0.5%" in text
+    assert "the search allows 0.25%, the budget is 0.5%" in text
 
 
 def test_inputs_fit_the_graphs(bundle: Path) -> None:
