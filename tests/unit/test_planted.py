@@ -53,6 +53,7 @@ def _bundle(folder: Path) -> None:
 PLACES = {"times.lock": _timing, ".lock": _build, "x.lock": _lock, "in a workplace": _bundle}
 
 
+@pytest.mark.timeout(20)  # a lock that follows a link waits for a file that never comes
 @pytest.mark.parametrize("planted", ["link", "dangling", "folder"])
 @pytest.mark.parametrize("name", PLACES)
 def test_a_lock_follows_no_link_and_empties_no_file(name: str, planted: str, tmp_path: Path) -> None:
