@@ -32,6 +32,16 @@ class Texts(BaseModel):
     texts: list[str] = Field(min_length=1, max_length=256)
 
 
+async def broken(_: Request, error: Exception) -> JSONResponse:
+    """An image or a text that cannot be embedded."""
+    return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+async def busy(_: Request, error: Exception) -> JSONResponse:
+    """The queue is full."""
+    return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": "1"})
+
+
 def create_app(bundle: str | Path = "", public_key: str | Path | None = None) -> FastAPI:
     """The application; without arguments they come from the environment.
 
@@ -53,15 +63,7 @@ def create_app(bundle: str | Path = "", public_key: str | Path | None = None) ->
         yield
         await asyncio.to_thread(app.state.encoder.close)
 
-    app = FastAPI(title="Embeddings", lifespan=lifespan)
-
-    @app.exception_handler(DataError)
-    async def broken(_: Request, error: DataError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=422)
-
-    @app.exception_handler(BusyError)
-    async def busy(_: Request, error: BusyError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=503, headers={"Retry-After": "1"})
+    app = FastAPI(title="Embeddings", lifespan=lifespan, exception_handlers={DataError: broken, BusyError: busy})
 
     @app.post("/embed/image")
     async def embed_image(request: Request) -> dict[str, list[float]]:
