@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads of several workers wait for each other on few cores: with two each, everything takes two to four times as long.
 # One also where there is no worker: what starts the workers reads this first, and they inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 
 from tests import skips
@@ -47,13 +48,35 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup() -> Iterator[None]:
     """Libraries that some test has imported are told to share the machine, and to look things up once."""
     if "onnxruntime" in sys.modules and WORKER:
         _one_thread_per_session()
     if "torch.onnx._internal.exporter._registration" in sys.modules:
         _operators_are_read_once()
+    with _in_long_lines():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Tests look for what is said, not for where a printed line goes on; `tests/unit/test_widths.py` does."""
+    with _in_long_lines():
+        yield
+
+
+@contextlib.contextmanager
+def _in_long_lines() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "4000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, PrecisionPlan
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.edit_words import method_line
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.tables.precision_plan import print_plan
 from uwm_deploy.report.tables.safety_numbers import print_report
 from uwm_deploy.report.tables.verdict_lines import print_verdict
@@ -103,13 +104,13 @@ def print_outcome(outcome: RunOutcome) -> None:
     if outcome.verdict is not None:
         print_verdict(outcome.verdict)
     if outcome.out is not None:
-        print_line(f"bundle: {outcome.out}")
+        print_line(Whole(f"bundle: {outcome.out}"))
 
 
 def _print_made(outcome: RunOutcome) -> None:
     """What there is before anything was measured."""
     if outcome.edit is not None:
-        print_rows(edit_rows(outcome.edit))
+        print_rows(edit_rows(outcome.edit), names=2)
         print_line(f"method: {method_line(outcome.edit)}")
     elif outcome.fit is not None:
         print_rows(fit_rows(outcome.fit))
@@ -117,7 +118,7 @@ def _print_made(outcome: RunOutcome) -> None:
         print_rows(score_rows(outcome.score))
     print_rows([_graph_row(graph) for graph in outcome.onnx])
     print_rows([_engine_row(engine) for engine in outcome.engines])
-    print_line(f"files: {outcome.work}")
+    print_line(Whole(f"files: {outcome.work}"))
 
 
 def edit_rows(edit: EditRecord) -> list[dict[str, object]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.studies import SweepPoint, SweepReport
 from uwm_deploy.report.edit_words import axis_words
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import inline, markdown_of_cells
 from uwm_deploy.report.terminal import print_line, print_rows
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
@@ -26,10 +27,10 @@ def print_sweep(report: SweepReport, folder: Path) -> None:
         report: What was measured.
         folder: Where the tables and the picture are.
     """
-    print_rows(sweep_rows(report))
+    print_rows(sweep_rows(report), names=1 if report.points and report.points[0].setting else 2)
     if report.rule:
         print_line(f"{'nothing picked' if report.picked is None else 'picked'}: {report.rule}")
-    print_line(f"table and picture: {folder}")
+    print_line(Whole(f"table and picture: {folder}"))
 
 
 def sweep_rows(report: SweepReport) -> list[dict[str, str]]:
