@@ -49,34 +49,49 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup() -> Iterator[None]:
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Libraries that some test has imported are told to share the machine, and to look things up once."""
     if "onnxruntime" in sys.modules and WORKER:
         _one_thread_per_session()
     if "torch.onnx._internal.exporter._registration" in sys.modules:
         _operators_are_read_once()
-    with _in_long_lines():
+    with _long_lines(item):
         yield
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Iterator[None]:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Tests look for what is said, not for where a printed line goes on; `tests/unit/test_widths.py` does."""
-    with _in_long_lines():
+    with _long_lines(item):
         yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """What a test has set is set back in here."""
+    with _long_lines(item):
+        yield
+
+
+_COLUMNS = pytest.StashKey[str | None]()
 
 
 @contextlib.contextmanager
-def _in_long_lines() -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "4000"
+def _long_lines(item: pytest.Item) -> Iterator[None]:
+    """Printed lines are not broken, unless a fixture or the test says how wide they are; pytest's own are as before."""
+    outside = os.environ.get("COLUMNS")
+    _set_columns(item.stash.get(_COLUMNS, "4000"))
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("COLUMNS", None)
-        else:
-            os.environ["COLUMNS"] = before
+        item.stash[_COLUMNS] = os.environ.get("COLUMNS")
+        _set_columns(outside)
+
+
+def _set_columns(value: str | None) -> None:
+    os.environ.pop("COLUMNS", None)
+    if value is not None:
+        os.environ["COLUMNS"] = value
 
 
 @functools.cache

@@ -56,6 +56,7 @@ def policy_lock(asked: LockOptions, judged_by: PolicyOptions) -> Shown:
     text = (
         Whole(f"lock: {asked.out}"),
         f"digest: {digest}",
-        f"policy {lock.policy} {lock.policy_digest}, {len(lock.criteria)} criteria",
+        f"policy: {lock.policy}, {len(lock.criteria)} criteria",
+        f"policy digest: {lock.policy_digest}",
     )
     return Shown(data={"lock": str(asked.out), "digest": digest, "policy_digest": lock.policy_digest}, text=text)

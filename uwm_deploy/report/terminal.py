@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -28,6 +29,10 @@ _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
 
 
+_PARTS = 3
+"""Tables that a wide one is split into, at most."""
+
+
 def print_line(text: str, style: str = "") -> None:
     """One line, which goes on in the next one where it is too long; nothing in it is markup.
 
@@ -52,19 +57,24 @@ def print_rows(
     """A plain table, columns of numbers to the right; nothing when there are no rows.
 
     Where not every word fits beside the others, a table of values is printed in parts, one below the other. Each part
-    begins with the columns that name the rows. Rows with prose become short lists.
+    begins with the columns that name the rows. Rows with prose, or of too many parts, become short lists.
 
     Args:
         rows: With the same keys.
         names: Number of columns that name a row.
-        group: Key whose value is shown once for rows that share it, with a line between groups.
+        group: Key whose value is shown once for rows that share it: in its column, or above a table of its own.
         styles: Colour of a value.
     """
     if not rows:
         return
     cells = [{key: visible(str(value)) for key, value in row.items()} for row in rows]
     width, keys = _console().width, list(cells[0])
-    parts = [keys] if _widths(cells, keys, width) else [] if group else _parts(cells, keys, names, width)
+    if group and not _layout(cells, keys, width):
+        for shared, found in itertools.groupby(cells, key=lambda row: row[group]):
+            print_line(shared, style="bold")
+            print_rows([{key: row[key] for key in keys if key != group} for row in found], styles=styles)
+        return
+    parts = [keys] if _layout(cells, keys, width) else _parts(cells, keys, names, width)
     for part in parts:
         _print_table(cells, part, group=group, styles=styles or {})
     if not parts:
@@ -76,10 +86,11 @@ def _print_table(
 ) -> None:
     """These columns of the rows, which fit beside each other."""
     console = _console()
+    lined, widths = _layout(rows, keys, console.width) or (True, [])
     table = Table(header_style="bold")
-    if len(keys) > _COLUMNS_WITH_LINES:
+    if not lined:
         table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for key, width in zip(keys, _widths(rows, keys, console.width) or [], strict=True):
+    for key, width in zip(keys, widths, strict=True):
         table.add_column(key, width=width, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None
     for row in rows:
@@ -93,28 +104,35 @@ def _print_table(
     console.print(table)
 
 
-def _widths(rows: Sequence[Mapping[str, str]], keys: Sequence[str], width: int) -> list[int] | None:
-    """Width of each column, in cells, so that no word is broken; None where that does not fit.
+def _layout(rows: Sequence[Mapping[str, str]], keys: Sequence[str], width: int) -> tuple[bool, list[int]] | None:
+    """Whether lines stand between the columns, and the width of each in cells, so that no word is broken.
 
     Args:
         rows: Of the table.
         keys: Its columns.
         width: Cells of a line.
+
+    Returns:
+        None where that does not fit.
     """
     texts = [[key, *(row[key] for row in rows)] for key in keys]
     widest = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
     words = [wide if wide <= _SHORT else word for wide, word in zip(widest, words, strict=True)]
-    lined = len(keys) <= _COLUMNS_WITH_LINES
-    spare, missing = width - (3 if lined else 2) * len(keys) - 1 - sum(words), sum(widest) - sum(words)
-    if spare < 0:
+    room, missing = width - sum(words), sum(widest) - sum(words)
+    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) - 1}
+    lined = len(keys) <= _COLUMNS_WITH_LINES and spare[True] >= 0
+    if spare[lined] < 0:
         return None
-    share = min(1.0, spare / missing) if missing else 0.0
-    return [word + int((wide - word) * share) for word, wide in zip(words, widest, strict=True)]
+    share = min(1.0, spare[lined] / missing) if missing else 0.0
+    return lined, [word + int((wide - word) * share) for word, wide in zip(words, widest, strict=True)]
 
 
 def _parts(rows: Sequence[Mapping[str, str]], keys: Sequence[str], names: int, width: int) -> list[list[str]]:
-    """Columns of each part, so that it fits and no value is wrapped; nothing where one is prose, or is too wide itself."""
+    """Columns of each part, so that it fits and no value is wrapped.
+
+    Nothing where a value is prose, where a column is too wide itself, or where there would be too many parts.
+    """
     first, others = list(keys[:names]), keys[names:]
     if any(cell_len(row[key]) > _VALUE and " " in row[key] for row in rows for key in others):
         return []
@@ -124,7 +142,8 @@ def _parts(rows: Sequence[Mapping[str, str]], keys: Sequence[str], names: int, w
             parts[-1].append(key)
         else:
             parts.append([*first, key])
-    return parts if all(_natural_width(rows, part) <= width for part in parts) else []
+    fit = len(parts) <= _PARTS and all(_natural_width(rows, part) <= width for part in parts)
+    return parts if fit else []
 
 
 def _natural_width(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> int:
@@ -132,14 +151,12 @@ def _natural_width(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> in
     return sum(max(map(cell_len, (key, *(row[key] for row in rows)))) + 3 for key in keys) + 1
 
 
-def _print_as_lists(rows: Sequence[Mapping[str, object]], styles: Mapping[str, str]) -> None:
-    """Each row as a line with its first value, then a line for each of the others that says something."""
+def _print_as_lists(rows: Sequence[Mapping[str, str]], styles: Mapping[str, str]) -> None:
+    """Each row as a line with its first value, then the others that say something, one behind the other."""
     for row in rows:
         (_, first), *others = row.items()
-        print_line(str(first), style="bold")
-        for key, value in others:
-            if str(value):
-                print_line(f"  {key}: {value}", style=styles.get(str(value), ""))
+        print_line(first, style=styles.get(first, "bold"))
+        print_line("  " + "; ".join(f"{key}: {value}" if key else value for key, value in others if value))
 
 
 def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], *, title: str = "") -> None:
@@ -156,7 +173,7 @@ def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str
     widths, width = [max(map(cell_len, column)) + 3 for column in zip(*cells, strict=True)], _console().width
     parts: list[list[int]] = []
     for i in range(1, len(head)):
-        if parts and sum(widths[j] for j in (0, *parts[-1], i)) < width:
+        if parts and sum(widths[j] for j in (0, *parts[-1], i)) - 1 <= width:
             parts[-1].append(i)
         else:
             parts.append([i])
@@ -167,7 +184,7 @@ def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str
 def _print_sections(
     shown: Sequence[int], head: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], *, title: str
 ) -> None:
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", show_edge=False)
     for i in shown:
         table.add_column(Text(visible(head[i])), justify="right" if i else "left", overflow="fold")
     for rows in sections:

@@ -110,7 +110,7 @@ def print_outcome(outcome: RunOutcome) -> None:
 def _print_made(outcome: RunOutcome) -> None:
     """What there is before anything was measured."""
     if outcome.edit is not None:
-        print_rows(edit_rows(outcome.edit), names=2)
+        print_rows(edit_rows(outcome.edit))
         print_line(f"method: {method_line(outcome.edit)}")
     elif outcome.fit is not None:
         print_rows(fit_rows(outcome.fit))
@@ -125,8 +125,8 @@ def edit_rows(edit: EditRecord) -> list[dict[str, object]]:
     """One row per tensor that an edit touches."""
     return [
         {
-            "tower": tensor.tower.value if tensor.tower else "-",
             "tensor": tensor.name,
+            "tower": tensor.tower.value if tensor.tower else "-",
             "shape": " x ".join(map(str, tensor.shape)),
             "change": tensor.kind.value,
             "edited": tensor.selected,
