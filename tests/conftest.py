@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads of several workers wait for each other on few cores: with two each, everything takes two to four times as long.
 # One also where there is no worker: what starts the workers reads this first, and they inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 
 from tests import skips
@@ -47,13 +48,50 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Libraries that some test has imported are told to share the machine, and to look things up once."""
     if "onnxruntime" in sys.modules and WORKER:
         _one_thread_per_session()
     if "torch.onnx._internal.exporter._registration" in sys.modules:
         _operators_are_read_once()
+    with _long_lines(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Tests look for what is said, not for where a printed line goes on; `tests/unit/test_widths.py` does."""
+    with _long_lines(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """What a test has set is set back in here."""
+    with _long_lines(item):
+        yield
+
+
+_COLUMNS = pytest.StashKey[str | None]()
+
+
+@contextlib.contextmanager
+def _long_lines(item: pytest.Item) -> Iterator[None]:
+    """Printed lines are not broken, unless a fixture or the test says how wide they are; pytest's own are as before."""
+    outside = os.environ.get("COLUMNS")
+    _set_columns(item.stash.get(_COLUMNS, "4000"))
+    try:
+        yield
+    finally:
+        item.stash[_COLUMNS] = os.environ.get("COLUMNS")
+        _set_columns(outside)
+
+
+def _set_columns(value: str | None) -> None:
+    os.environ.pop("COLUMNS", None)
+    if value is not None:
+        os.environ["COLUMNS"] = value
 
 
 @functools.cache

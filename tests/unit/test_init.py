@@ -30,7 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _request(out: str) -> Request:
-    words = shlex.split(out.splitlines()[-1])
+    words = shlex.split(out.split("build it:\n")[1].replace("\\\n", ""))
     given = dict(zip(words[2::2], words[3::2], strict=True))
     assert list(given) == ["--model", "--calibration", "--evaluation", "--policy"]
     return Request(**{name.removeprefix("--"): value for name, value in given.items()})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.report import drawings
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import cell_text, markdown_of_cells, markdown_table
 from uwm_deploy.report.terminal import NAMED, counted, print_line, print_rows, print_sections
 
@@ -58,7 +59,7 @@ def test_rules_and_empty_heads() -> None:
 def test_lines_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
     """A path longer than the terminal is not broken, and brackets and colons are not markup."""
     path = "/" + "long/" * 60 + "[bold]x[/bold] :smile:"
-    print_line(path, style="red")
+    print_line(Whole(path), style="red")
     assert capsys.readouterr().out == f"{path}\n"
 
 
@@ -85,7 +86,7 @@ def test_only_the_first_items_are_named() -> None:
     assert counted("broken", len(names), names) == [
         f"broken: {NAMED + 1}",
         *(f"  {name}" for name in names[:NAMED]),
-        "  ...",
+        "  ... and 1 more, see --json",
     ]
     assert counted("broken", 0, []) == []
 

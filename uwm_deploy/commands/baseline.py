@@ -12,6 +12,7 @@ from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.options import PolicyOptions, SigningOptions
 from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.verdicts import exit_code_of, resigning
+from uwm_deploy.report.lines import Whole
 
 
 @click.group(cls=InOrder)
@@ -67,7 +68,7 @@ def baseline_set(report: Path, asked: AcceptOptions, policy: PolicyOptions, sign
         click.echo("error: nothing was stored: the report does not pass", err=True)
         found = {"baseline": None, "digest": None, "verdict": plain_from_record(verdict)}
         return Shown(data=found, text=lambda: print_verdict(verdict), code=code)
-    text = (f"baseline: {asked.at}", f"digest: {digest}", verdict_line(verdict))
+    text = (Whole(f"baseline: {asked.at}"), f"digest: {digest}", verdict_line(verdict))
     return Shown(data={"baseline": str(asked.at), "digest": digest}, text=text, code=code)
 
 

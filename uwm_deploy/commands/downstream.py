@@ -12,6 +12,7 @@ from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import DeviceOptions, MarkdownOptions, TrustOptions
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.report.lines import Whole
 
 
 @click.group(cls=InOrder)
@@ -133,7 +134,7 @@ def downstream_caption(
     return Shown(
         data=found,
         text=lambda: print_downstream(found, markdown=form.markdown),
-        notes=(f"report: {out / 'caption.json'}",),
+        notes=(Whole(f"report: {out / 'caption.json'}"),),
     )
 
 
@@ -220,5 +221,5 @@ def downstream_draw(
     return Shown(
         data=found,
         text=lambda: print_downstream(found, markdown=form.markdown),
-        notes=(f"report: {out / 'draw.json'}", f"contact sheet: {out / SHEET}"),
+        notes=(Whole(f"report: {out / 'draw.json'}"), Whole(f"contact sheet: {out / SHEET}")),
     )

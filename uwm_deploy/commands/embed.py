@@ -11,8 +11,9 @@ import click
 
 from uwm_deploy.commands.fields import PATH, option, takes_options
 from uwm_deploy.commands.options import TrustOptions
+from uwm_deploy.commands.printed import print_text
 from uwm_deploy.commands.shown import Shown, prints
-from uwm_deploy.errors import LONGEST_LINE, ExitCode, visible
+from uwm_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
     from uwm_deploy.runtime.image import Decode
@@ -104,9 +105,9 @@ def embed(bundle: Path, source: str, asked: EmbedOptions, trust: TrustOptions) -
             progress=reporter.progress,
         )
     for line in report.broken_files:
-        click.echo(visible(f"broken: {line}", LONGEST_LINE), err=True)
+        print_text(f"broken: {line}", err=True)
     for line in report.missing_named:
-        click.echo(visible(f"missing: {line}", LONGEST_LINE), err=True)
+        print_text(f"missing: {line}", err=True)
     code = ExitCode.PASS if report.whole else ExitCode.BAD_INPUT
     return Shown(data=dataclasses.asdict(report), text=_told(report, asked.out), code=code)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import click
 
+from uwm_deploy.commands.printed import print_text
 from uwm_deploy.data.ranks import StoppedError, speaks
 from uwm_deploy.errors import LONGEST_LINE, ExitCode, UwmError, is_of_machine, visible
 from uwm_deploy.records.machine import failure_of_machine
@@ -129,7 +130,11 @@ def say(error: BaseException, *, as_json: bool) -> int:
         error.show()  # the help, which a group without a command is asked for
     else:
         start = {"Interrupted": "", "InternalError": "internal error: "}.get(failure.kind, "error: ")
-        click.echo(f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}", err=True)
+        said = f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}"
+        if sys.stderr.isatty():
+            print_text(said, err=True)
+        else:
+            click.echo(said, err=True)  # a log has each error in one line
     if as_json and speaks():
         try:
             click.echo(json_of(failure))

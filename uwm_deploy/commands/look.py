@@ -12,7 +12,9 @@ import click
 
 from uwm_deploy.commands.fields import PATH, flag, option, repeated, takes_options
 from uwm_deploy.commands.names import DATA_SETS
+from uwm_deploy.commands.printed import print_text
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.report.lines import Whole
 
 if TYPE_CHECKING:
     from uwm_deploy.pipeline.search import Search
@@ -74,7 +76,6 @@ def report(path: Path, asked: PageOptions) -> Shown:
       uwm-deploy report dist/demo --open
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
-    from uwm_deploy.errors import visible
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.evidence import dossier_of
     from uwm_deploy.report.findings import result_words
@@ -85,11 +86,11 @@ def report(path: Path, asked: PageOptions) -> Shown:
     write_atomic(target, page(dossier))
     verdict = dossier.verdict
     if asked.opened and not webbrowser.open(target.resolve().as_uri()):
-        click.echo(f"no browser here; open {visible(str(target))} yourself", err=True)
+        print_text(f"no browser here; open {target} yourself", err=True)
     words = result_words(verdict) if verdict else "not judged"
     found = (verdict.result.value, verdict.safer.shown) if verdict else ("not judged", None)
     data = {"report": str(target), "verdict": found[0], "safer": found[1]}
-    return Shown(data=data, text=f"report: {target} ({words})")
+    return Shown(data=data, text=Whole(f"report: {target} ({words})"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +133,9 @@ def look(bundle: Path, asked: SearchOptions) -> Shown:
                 f"port {asked.port} cannot be used: {error.strerror}", fix="pass another --port"
             ) from error
         place = f"http://{HOST}:{server.server_address[1]}/"
-        click.echo(f"{place}  (Ctrl-C ends it)", err=True)
+        print_text(f"{place}  (Ctrl-C ends it)", err=True)
         if asked.opened and not webbrowser.open(place):
-            click.echo(f"no browser here; open {place} yourself", err=True)
+            print_text(f"no browser here; open {place} yourself", err=True)
         with server:
             try:
                 server.serve_forever()

@@ -12,6 +12,7 @@ from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import PolicyOptions
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.report.lines import Whole
 
 
 @click.group(cls=InOrder)
@@ -53,8 +54,9 @@ def policy_lock(asked: LockOptions, judged_by: PolicyOptions) -> Shown:
 
     lock, digest = lock_policy(judged_by.policy, asked.evaluation, asked.out, by=asked.by)
     text = (
-        f"lock: {asked.out}",
+        Whole(f"lock: {asked.out}"),
         f"digest: {digest}",
-        f"policy {lock.policy} {lock.policy_digest}, {len(lock.criteria)} criteria",
+        f"policy: {lock.policy}, {len(lock.criteria)} criteria",
+        f"policy digest: {lock.policy_digest}",
     )
     return Shown(data={"lock": str(asked.out), "digest": digest, "policy_digest": lock.policy_digest}, text=text)

@@ -200,7 +200,7 @@ def selftest(asked: SelftestOptions) -> Shown:
     from uwm_deploy.records.files import write_atomic
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables import planted_faults
-    from uwm_deploy.report.terminal import print_rows
+    from uwm_deploy.report.terminal import print_lines, print_rows
     from uwm_deploy.studies.selftest import run
 
     with tempfile.TemporaryDirectory(prefix="uwm-deploy-") as folder:
@@ -211,7 +211,7 @@ def selftest(asked: SelftestOptions) -> Shown:
 
     def text() -> None:
         print_rows(planted_faults.fault_rows(found))
-        click.echo("\n".join(planted_faults.summary_lines(found)))
+        print_lines(planted_faults.summary_lines(found))
 
     return Shown(data=found, text=text, code=ExitCode.PASS if run.passed(found) else ExitCode.GATE_FAILED)
 

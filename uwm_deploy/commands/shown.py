@@ -16,8 +16,9 @@ import click
 
 from uwm_deploy.commands.failure import say, silence_output
 from uwm_deploy.commands.help_width import within_80_columns
+from uwm_deploy.commands.printed import print_text
 from uwm_deploy.data.ranks import StoppedError
-from uwm_deploy.errors import LONGEST_LINE, UwmError, visible
+from uwm_deploy.errors import UwmError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Shown:
     Attributes:
         data: For `--json`: a record, or plain data; None prints nothing.
         text: The same for people: a line, several lines, or what prints it on standard output. A line break inside a line is
-            shown as a character, so no value begins a line of its own.
+            shown as a character, so no value begins a line of its own. A line that is too long goes on further in.
         notes: Lines after either; beside data they go to standard error, so that the data is all of standard output.
         code: Exit code.
     """
@@ -89,11 +90,11 @@ def _print(shown: Shown, as_json: bool) -> None:
     elif not as_json and not callable(shown.text):
         for line in [shown.text] if isinstance(shown.text, str) else shown.text:
             if line:
-                click.echo(visible(line, LONGEST_LINE))
+                print_text(line)
     elif as_json and shown.data is not None:
         click.echo(_json(shown.data), nl=False)
     for line in shown.notes:
-        click.echo(visible(line, LONGEST_LINE), err=as_json)
+        print_text(line, err=as_json)
 
 
 def _json(data: Any) -> str:

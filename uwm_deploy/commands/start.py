@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from uwm_deploy.commands.fields import PATH
+from uwm_deploy.commands.help_width import within_80_columns
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.report.lines import Whole
 
 
 @click.command()
@@ -37,5 +39,6 @@ def init(folder: Path) -> Shown:
         f"uwm-deploy build --model {at}/{MODEL} --calibration {at}/{TRAIN} --evaluation {at}/{TEST} "
         f"--policy {at}/{POLICY}"
     )
-    lines = [*(f"{at}/{name}" for name in files), "build it:", f"  {build}"]
+    shown = within_80_columns(f"  {build}", margin=0) or ""
+    lines = [*(Whole(f"{at}/{name}") for name in files), "build it:", *shown.split("\n")]
     return Shown(data={"folder": str(folder), "files": list(files), "build": build}, text=lines)

@@ -13,6 +13,7 @@ from uwm_deploy.commands.fields import PATH, filled, flag, option, repeated, tak
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.options import BundleEvaluationOptions, PolicyOptions, TrustOptions, WorkerOptions
 from uwm_deploy.commands.shown import Shown, prints
+from uwm_deploy.report.lines import Whole
 
 if TYPE_CHECKING:
     from uwm_deploy.bundle.open import Bundle
@@ -137,7 +138,7 @@ def triton_backends(folder: Path) -> Shown:
 
     write_backends(folder)
     names = [str(folder / name) for name in FILES]
-    return Shown(data={"backends": names}, text=names)
+    return Shown(data={"backends": names}, text=[Whole(name) for name in names])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from uwm_deploy.errors import LONGEST_LINE, visible
+from uwm_deploy.report.lines import printed_lines, width_of
 
 PLAIN_LINE_SECONDS = 5.0
 """Without a terminal, at most one progress line is written in this time."""
@@ -43,8 +44,9 @@ class Reporter:
         self._began: dict[str, tuple[float, int]] = {}
 
     def line(self, text: str) -> None:
-        """One log line."""
-        self.console.print(visible(text, LONGEST_LINE), markup=False)
+        """One log line, which goes on in the next one where it is too long."""
+        for line in printed_lines(text, width_of(sys.stderr)):
+            self.console.print(line, markup=False)
 
     @contextlib.contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:

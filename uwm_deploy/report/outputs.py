@@ -17,6 +17,7 @@ from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verd
 from uwm_deploy.report.gitlab import CODE_QUALITY, METRICS, code_quality_from_verdict, metrics_from_verdict
 from uwm_deploy.report.in_toto import evaluations_from_verdict
 from uwm_deploy.report.junit import junit_from_verdict
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.oscal import oscal_from_verdict
 from uwm_deploy.report.sarif import sarif_from_verdict
@@ -69,7 +70,7 @@ def write_outputs(
         return []
     _append("GITHUB_STEP_SUMMARY", markdown_from_verdict(verdict))
     _append("GITHUB_OUTPUT", outputs_from_verdict(verdict))
-    return annotations_from_verdict(verdict, **place)
+    return list(map(Whole, annotations_from_verdict(verdict, **place)))
 
 
 def _relative(where: str) -> str:

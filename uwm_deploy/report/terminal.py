@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
@@ -10,29 +12,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uwm_deploy.errors import LONGEST_LINE, visible
+from uwm_deploy.errors import visible
+from uwm_deploy.report.lines import printed_lines, width_of
 from uwm_deploy.report.markdown_table import is_numeric
 
 NAMED = 10
 """Items that are named under a count; the JSON names more of them."""
 
-_WIDTH_WITHOUT_TERMINAL = 120
 _SHORT = 12
 """Cells of a column that is never wrapped."""
+
+_VALUE = 24
+"""Cells of a text that is still a value; a longer one with blanks is prose."""
 
 _COLUMNS_WITH_LINES = 10
 """More columns are printed without lines between them, so that they fit."""
 
 
-def print_line(text: str, style: str = "", *, wrap: bool = False) -> None:
-    """One line, as it is: not wrapped, so that paths and names stay whole, and nothing in it is markup.
+_PARTS = 3
+"""Tables that a wide one is split into, at most."""
+
+
+def print_line(text: str, style: str = "") -> None:
+    """One line, which goes on in the next one where it is too long; nothing in it is markup.
 
     Args:
-        text: The line.
+        text: The line; one that is `Whole` is never broken.
         style: Its colour.
-        wrap: Break it between words where it is longer than the terminal.
     """
-    _console().print(Text(visible(text, LONGEST_LINE), style=style), soft_wrap=not wrap)
+    console = _console()
+    for line in printed_lines(text, console.width):
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -42,35 +52,49 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_rows(
-    rows: Sequence[Mapping[str, object]], *, group: str = "", styles: Mapping[str, str] | None = None
+    rows: Sequence[Mapping[str, object]], *, names: int = 1, group: str = "", styles: Mapping[str, str] | None = None
 ) -> None:
     """A plain table, columns of numbers to the right; nothing when there are no rows.
 
-    Where the terminal is too narrow to keep every word whole, each row becomes a short list.
+    Where not every word fits beside the others, a table of values is printed in parts, one below the other. Each part
+    begins with the columns that name the rows. Rows with prose, or of too many parts, become short lists.
 
     Args:
         rows: With the same keys.
-        group: Key whose value is shown once for rows that share it, with a line between groups.
+        names: Number of columns that name a row.
+        group: Key whose value is shown once for rows that share it: in its column, or above a table of its own.
         styles: Colour of a value.
     """
     if not rows:
         return
-    rows = [{key: visible(str(value)) for key, value in row.items()} for row in rows]
-    console, columns = _console(), list(rows[0])
-    lined = len(columns) <= _COLUMNS_WITH_LINES
-    cells = [[key, *(str(row[key]) for row in rows)] for key in columns]
-    widths = _widths(cells, console.width - (3 if lined else 2) * len(columns) - 1)
-    if widths is None:
-        _print_as_lists(rows, styles or {})
+    cells = [{key: visible(str(value)) for key, value in row.items()} for row in rows]
+    width, keys = _console().width, list(cells[0])
+    if group and not _layout(cells, keys, width):
+        for shared, found in itertools.groupby(cells, key=lambda row: row[group]):
+            print_line(shared, style="bold")
+            print_rows([{key: row[key] for key in keys if key != group} for row in found], styles=styles)
         return
+    parts = [keys] if _layout(cells, keys, width) else _parts(cells, keys, names, width)
+    for part in parts:
+        _print_table(cells, part, group=group, styles=styles or {})
+    if not parts:
+        _print_as_lists(cells, styles or {})
+
+
+def _print_table(
+    rows: Sequence[Mapping[str, str]], keys: Sequence[str], *, group: str, styles: Mapping[str, str]
+) -> None:
+    """These columns of the rows, which fit beside each other."""
+    console = _console()
+    lined, widths = _layout(rows, keys, console.width) or (True, [])
     table = Table(header_style="bold")
     if not lined:
         table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for key, width in zip(columns, widths, strict=True):
+    for key, width in zip(keys, widths, strict=True):
         table.add_column(key, width=width, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None
     for row in rows:
-        shown = {key: Text(str(value), style=(styles or {}).get(str(value), "")) for key, value in row.items()}
+        shown = {key: Text(row[key], style=styles.get(row[key], "")) for key in keys}
         if group and row[group] == before:
             shown[group] = Text("")
         elif group:
@@ -80,57 +104,101 @@ def print_rows(
     console.print(table)
 
 
-def _widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """Width of each column, in cells, so that no word is broken; None where that does not fit.
+def _layout(rows: Sequence[Mapping[str, str]], keys: Sequence[str], width: int) -> tuple[bool, list[int]] | None:
+    """Whether lines stand between the columns, and the width of each in cells, so that no word is broken.
 
     Args:
-        columns: Texts of each column, its name first.
-        room: Cells for all columns together, without what lies between them.
+        rows: Of the table.
+        keys: Its columns.
+        width: Cells of a line.
+
+    Returns:
+        None where that does not fit.
     """
-    widest = [max(map(cell_len, texts)) for texts in columns]
-    words = [max((cell_len(word) for text in texts for word in text.split()), default=0) for texts in columns]
+    texts = [[key, *(row[key] for row in rows)] for key in keys]
+    widest = [max(map(cell_len, column)) for column in texts]
+    words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
     words = [wide if wide <= _SHORT else word for wide, word in zip(widest, words, strict=True)]
-    spare, missing = room - sum(words), sum(widest) - sum(words)
-    if spare < 0:
+    room, missing = width - sum(words), sum(widest) - sum(words)
+    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) - 1}
+    lined = len(keys) <= _COLUMNS_WITH_LINES and spare[True] >= 0
+    if spare[lined] < 0:
         return None
-    share = min(1.0, spare / missing) if missing else 0.0
-    return [word + int((wide - word) * share) for word, wide in zip(words, widest, strict=True)]
+    share = min(1.0, spare[lined] / missing) if missing else 0.0
+    return lined, [word + int((wide - word) * share) for word, wide in zip(words, widest, strict=True)]
 
 
-def _print_as_lists(rows: Sequence[Mapping[str, object]], styles: Mapping[str, str]) -> None:
-    """Each row as a line with its first value, then a line for each of the others that says something."""
+def _parts(rows: Sequence[Mapping[str, str]], keys: Sequence[str], names: int, width: int) -> list[list[str]]:
+    """Columns of each part, so that it fits and no value is wrapped.
+
+    Nothing where a value is prose, where a column is too wide itself, or where there would be too many parts.
+    """
+    first, others = list(keys[:names]), keys[names:]
+    if any(cell_len(row[key]) > _VALUE and " " in row[key] for row in rows for key in others):
+        return []
+    parts: list[list[str]] = []
+    for key in others:
+        if parts and _natural_width(rows, [*parts[-1], key]) <= width:
+            parts[-1].append(key)
+        else:
+            parts.append([*first, key])
+    fit = len(parts) <= _PARTS and all(_natural_width(rows, part) <= width for part in parts)
+    return parts if fit else []
+
+
+def _natural_width(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> int:
+    """Cells of a table in which nothing is wrapped."""
+    return sum(max(map(cell_len, (key, *(row[key] for row in rows)))) + 3 for key in keys) + 1
+
+
+def _print_as_lists(rows: Sequence[Mapping[str, str]], styles: Mapping[str, str]) -> None:
+    """Each row as a line with its first value, then the others that say something, one behind the other."""
     for row in rows:
         (_, first), *others = row.items()
-        print_line(str(first), style="bold")
-        for key, value in others:
-            if str(value):
-                print_line(f"  {key}: {value}", style=styles.get(str(value), ""))
+        print_line(first, style=styles.get(first, "bold"))
+        print_line("  " + "; ".join(f"{key}: {value}" if key else value for key, value in others if value))
 
 
 def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], *, title: str = "") -> None:
     """A table in sections with a line between them, the first column to the left and numbers to the right.
+
+    Where not every column fits, the others follow in further tables, each with the first column.
 
     Args:
         head: Names of the columns.
         sections: Rows of each section; an empty one is left out.
         title: Above the table.
     """
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
-    for i, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if i else "left", overflow="fold")
+    cells = [[visible(cell) for cell in row] for row in (head, *(row for rows in sections for row in rows))]
+    widths, width = [max(map(cell_len, column)) + 3 for column in zip(*cells, strict=True)], _console().width
+    parts: list[list[int]] = []
+    for i in range(1, len(head)):
+        if parts and sum(widths[j] for j in (0, *parts[-1], i)) - 1 <= width:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    for part in parts or [[]]:
+        _print_sections([0, *part], head, sections, title=title if part in (parts[:1] or [[]]) else "")
+
+
+def _print_sections(
+    shown: Sequence[int], head: Sequence[str], sections: Sequence[Sequence[Sequence[str]]], *, title: str
+) -> None:
+    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold", show_edge=False)
+    for i in shown:
+        table.add_column(Text(visible(head[i])), justify="right" if i else "left", overflow="fold")
     for rows in sections:
         for row in rows:
-            table.add_row(*(Text(visible(cell)) for cell in row))
+            table.add_row(*(Text(visible(row[i])) for i in shown))
         table.add_section()
     _console().print(table)
 
 
 def counted(what: str, count: int, named: Sequence[str]) -> list[str]:
-    """A line with the number of some items and one for each of the first; nothing when there are none."""
+    """A line with the number of some items, one for each of the first, and where the others are; nothing without any."""
     lines = [f"{what}: {count}", *(f"  {name}" for name in named[:NAMED])] if count else []
-    return [*lines, "  ..."] if count > NAMED else lines
+    return [*lines, f"  ... and {count - NAMED} more, see --json"] if count > NAMED else lines
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    return Console(highlight=False, width=width_of(sys.stdout))

@@ -9,6 +9,7 @@ from uwm_deploy.records.metrics import Flips
 from uwm_deploy.records.studies import MethodComparison, MethodCost
 from uwm_deploy.records.training import Trainer
 from uwm_deploy.report.intervals import change_text, share_text
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.report.method_changes import first_measured, zero_shot_change
 from uwm_deploy.report.paper_table import COLUMNS, PRICE_COLUMNS, cell, notes, price_cell
@@ -140,7 +141,7 @@ def print_compared(result: MethodComparison, folder: Path) -> None:
     """All tables, the lines below them, and where the files are."""
     for rows_of in (metric_rows, price_rows, change_rows, price_change_rows, cost_rows):
         print_rows(rows_of(result))
-    print_lines([*lines_of(result), f"tables and picture: {folder}"])
+    print_lines([*lines_of(result), Whole(f"tables and picture: {folder}")])
 
 
 def markdown_of(result: MethodComparison) -> str:

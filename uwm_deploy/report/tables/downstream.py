@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uwm_deploy.records.downstream import DownstreamReport, Flagged
 from uwm_deploy.records.metrics import Estimate
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import inert, markdown_table
 from uwm_deploy.report.terminal import print_lines, print_rows
 
@@ -88,7 +89,7 @@ def print_downstream(report: DownstreamReport, *, markdown: bool = False) -> Non
         markdown: In Markdown.
     """
     if markdown:
-        print_lines(downstream_markdown(report).rstrip("\n").split("\n"))
+        print_lines(map(Whole, downstream_markdown(report).rstrip("\n").split("\n")))
         return
     print_lines([heading_of(report)])
     for rows in (flagged_rows(report), score_rows(report)):

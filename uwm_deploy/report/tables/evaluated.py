@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from uwm_deploy.records.metrics import SafetyReport
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.report.paper_table import left_out_lines, notes, price_rows, table_rows, zero_shot_rows
 from uwm_deploy.report.terminal import print_lines, print_rows
@@ -24,7 +25,7 @@ def print_evaluated(
     for rows_of in (table_rows, price_rows, zero_shot_rows):
         rows = rows_of(labels, reports)
         if markdown and rows:
-            print_lines([*markdown_table(rows).split("\n"), ""])
+            print_lines([*map(Whole, markdown_table(rows).split("\n")), ""])
         else:
             print_rows(rows)
     print_lines([*notes(reports), *left_out_lines(without)])

@@ -11,7 +11,7 @@ from uwm_deploy.report.terminal import print_lines, print_rows
 
 def print_bench(report: BenchReport) -> None:
     """The table, the machine, and what was not run."""
-    print_rows(latency_rows(report))
+    print_rows(latency_rows(report), names=3)
     print_lines(bench_lines(report))
 
 

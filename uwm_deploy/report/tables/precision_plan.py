@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uwm_deploy.records.graph import PrecisionPlan
-from uwm_deploy.report.terminal import NAMED, print_line, print_rows
+from uwm_deploy.report.terminal import counted, print_line, print_lines, print_rows
 
 
 def print_plan(plan: PrecisionPlan) -> None:
@@ -26,9 +26,8 @@ def print_plan(plan: PrecisionPlan) -> None:
         ]
     )
     for tower, names in plan.kept.items():
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        shown = f"{', '.join(names[:NAMED])}{more}" if names else "nothing"
-        print_line(f"kept in the {tower} tower, most sensitive first: {shown}")
+        kept_here = f"kept in the {tower} tower, most sensitive first"
+        print_lines(counted(kept_here, len(names), names) or [f"{kept_here}: nothing"])
     print_line(
         f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples, {plan.expected:.2f}% "
         f"are expected to; the search allows {plan.limit:g}%, the budget is {plan.budget:g}%"

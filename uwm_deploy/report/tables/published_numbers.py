@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from uwm_deploy.records.reproduction import Agreement, ReproducedNumber, ReproducedRow, Reproduction
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.report.paper_table import MEAN
 from uwm_deploy.report.terminal import print_line, print_lines, print_rows
@@ -25,7 +26,7 @@ def print_reproduction(result: Reproduction, *, markdown: bool = False) -> None:
     """
     rows = reproduced_rows(result)
     if markdown:
-        print_lines([result.title, "", *markdown_table(rows).split("\n"), ""])
+        print_lines([result.title, "", *map(Whole, markdown_table(rows).split("\n")), ""])
     else:
         print_line(result.title)
         print_rows(rows, group="model" if "metric" in rows[0] else "", styles=_STYLES)

@@ -9,6 +9,7 @@ from typing import Protocol
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.edit_words import entries_line, method_line
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.tables.verdict_lines import print_verdict
 from uwm_deploy.report.terminal import print_line
 
@@ -44,4 +45,4 @@ def print_refitted(made: RefittedBundle) -> None:
     for variant, reason in made.left_out.items():
         print_line(f"left out: {variant}: {reason}", style="yellow")
     print_verdict(made.verdict)
-    print_line(f"bundle: {made.out}")
+    print_line(Whole(f"bundle: {made.out}"))

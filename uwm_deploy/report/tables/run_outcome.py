@@ -12,6 +12,7 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, PrecisionPlan
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.edit_words import method_line
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.tables.precision_plan import print_plan
 from uwm_deploy.report.tables.safety_numbers import print_report
 from uwm_deploy.report.tables.verdict_lines import print_verdict
@@ -103,7 +104,7 @@ def print_outcome(outcome: RunOutcome) -> None:
     if outcome.verdict is not None:
         print_verdict(outcome.verdict)
     if outcome.out is not None:
-        print_line(f"bundle: {outcome.out}")
+        print_line(Whole(f"bundle: {outcome.out}"))
 
 
 def _print_made(outcome: RunOutcome) -> None:
@@ -117,15 +118,15 @@ def _print_made(outcome: RunOutcome) -> None:
         print_rows(score_rows(outcome.score))
     print_rows([_graph_row(graph) for graph in outcome.onnx])
     print_rows([_engine_row(engine) for engine in outcome.engines])
-    print_line(f"files: {outcome.work}")
+    print_line(Whole(f"files: {outcome.work}"))
 
 
 def edit_rows(edit: EditRecord) -> list[dict[str, object]]:
     """One row per tensor that an edit touches."""
     return [
         {
-            "tower": tensor.tower.value if tensor.tower else "-",
             "tensor": tensor.name,
+            "tower": tensor.tower.value if tensor.tower else "-",
             "shape": " x ".join(map(str, tensor.shape)),
             "change": tensor.kind.value,
             "edited": tensor.selected,

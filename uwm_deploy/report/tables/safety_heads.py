@@ -8,6 +8,7 @@ from pathlib import Path
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.metrics import RiskReport
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import inert, markdown_table
 from uwm_deploy.report.tables.safety_numbers import risk_rows
 from uwm_deploy.report.terminal import print_lines, print_rows
@@ -23,7 +24,7 @@ def print_trained_head(head: SafetyHead, validation: RiskReport, *, texts: int, 
         out: Its folder.
     """
     print_rows(risk_rows([("validation", validation)]))
-    print_lines([*trained_head_lines(head), f"safe texts: {texts}", f"head: {out}"])
+    print_lines([*trained_head_lines(head), f"safe texts: {texts}", Whole(f"head: {out}")])
 
 
 def trained_head_lines(head: SafetyHead) -> Iterator[str]:
@@ -53,7 +54,7 @@ def print_trained_adapter(adapter: LanguageAdapter, *, out: Path) -> None:
         adapter: Their record.
         out: Their folder.
     """
-    print_lines([*trained_adapter_lines(adapter), f"adapters: {out}"])
+    print_lines([*trained_adapter_lines(adapter), Whole(f"adapters: {out}")])
 
 
 def trained_adapter_lines(adapter: LanguageAdapter) -> Iterator[str]:

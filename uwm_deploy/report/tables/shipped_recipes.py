@@ -44,6 +44,6 @@ def print_recipes(rows: Sequence[Mapping[str, object]]) -> None:
         groups.setdefault(tuple(row[key] for key in _EDITED), []).append(str(row["name"]))
     for edited, names in groups.items():
         print_line("")
-        print_line(", ".join(names), style="bold", wrap=True)
+        print_line(", ".join(names), style="bold")
         for key, value in zip(_EDITED, edited, strict=True):
             print_line(f"  {key}: {value}")

@@ -10,8 +10,9 @@ from pathlib import Path
 from uwm_deploy.records.metrics import SafetyReport
 from uwm_deploy.records.studies import SweepPoint, SweepReport
 from uwm_deploy.report.edit_words import axis_words
+from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import inline, markdown_of_cells
-from uwm_deploy.report.terminal import print_line, print_rows
+from uwm_deploy.report.terminal import print_line, print_lines, print_rows
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
 
 _ENTRY_COLUMNS = ("keep_mass", "factor", "text share %", "image share %")
@@ -26,10 +27,16 @@ def print_sweep(report: SweepReport, folder: Path) -> None:
         report: What was measured.
         folder: Where the tables and the picture are.
     """
-    print_rows(sweep_rows(report))
+    rows, named = sweep_rows(report), next(iter(sweep_rows(report)[0]))
+    marked = [{named: f"{row[named]} {row['picked']}".strip()} for row in rows]
+    aside = {named, "picked", _STRENGTH_COLUMNS[1]}
+    print_rows(
+        [mark | {k: v for k, v in row.items() if k not in aside} for mark, row in zip(marked, rows, strict=True)]
+    )
+    print_lines(f"setting at a loss of {row[named]}: {row['setting']}" for row in rows[1:] if "setting" in row)
     if report.rule:
         print_line(f"{'nothing picked' if report.picked is None else 'picked'}: {report.rule}")
-    print_line(f"table and picture: {folder}")
+    print_line(Whole(f"table and picture: {folder}"))
 
 
 def sweep_rows(report: SweepReport) -> list[dict[str, str]]:

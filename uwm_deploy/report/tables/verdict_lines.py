@@ -26,7 +26,8 @@ def print_verdict(verdict: Verdict) -> None:
     found = findings(verdict)
     for blame in verdict.causes:
         print_line(f"cause: {cause_line(blame)}", style="bold red")
-    print_rows([finding_cells(check) for check in found], styles={r.value: style for r, style in _STYLE.items()})
+    styles = {result.value: style for result, style in _STYLE.items()}
+    print_rows([finding_cells(check) for check in found], names=3, styles=styles)
     _print_advice(found)
     if verdict.worst:
         print_lines(["worst quadruples:", *(f"  {worst_line(item)}" for item in verdict.worst)])
