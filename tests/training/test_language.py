@@ -72,8 +72,9 @@ class World:
         }
         return HeadRequest(
             build=safety_request(self.folder),
-            rates={"flag": 0.2, "redirect": 0.1, "block": 0.05},
+            rates={"flag": 0.1, "redirect": 0.05, "block": 0.02},
             train_on=str(self.folder / "pairs.toml"),
+            validation=str(self.folder / "held-out.toml"),
             **(given | more),
         )
 

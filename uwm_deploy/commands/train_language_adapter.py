@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import FOLDER, PATH, filled, option, takes_options
+from uwm_deploy.commands.fields import FOLDER, PATH, filled, flag, option, takes_options
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.train_safety_head import AnswerOptions, EditedModel
@@ -48,6 +48,10 @@ class AdapterTrainingOptions:
     learning_rate: float = option("--rate", default=2e-4, type=_ABOVE_0, help="Learning rate of AdamW at its peak.")
     seed: int = option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of first weights, order and dropout."
+    )
+    decline_missed: bool = flag(
+        "--decline-missed",
+        help="It also learns to decline unsafe images that the head lets through; it then declines more benign ones.",
     )
 
 

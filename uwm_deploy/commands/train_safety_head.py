@@ -83,7 +83,12 @@ class HeadRates:
     """Percent of safe images that each action is for."""
 
     flag: float = option("--flag", default=10.0, type=_RATE, help="Percent of safe images to flag.")
-    redirect: float = option("--redirect", default=5.0, type=_RATE, help="Percent of safe images to redirect.")
+    redirect: float = option(
+        "--redirect",
+        default=5.0,
+        type=_RATE,
+        help="Percent of safe images to redirect; of as many a language model gets the safety prompt and tokens.",
+    )
     block: float = option("--block", default=1.0, type=_RATE, help="Percent of safe images to block.")
 
 

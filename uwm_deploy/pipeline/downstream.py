@@ -10,7 +10,8 @@ from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.codec import read_record, record_from_json
 from uwm_deploy.records.downstream import KINDS, DownstreamReport
-from uwm_deploy.records.model import Digest
+from uwm_deploy.records.evidence import VerifyReport
+from uwm_deploy.stages.gate.downstream import foreign
 
 
 def read_downstream(files: Sequence[Path]) -> tuple[DownstreamReport, ...]:
@@ -27,12 +28,14 @@ def read_downstream(files: Sequence[Path]) -> tuple[DownstreamReport, ...]:
     return found
 
 
-def downstream_in(bundle: Bundle, edited_weights_digest: Digest) -> tuple[DownstreamReport, ...]:
-    """Reports that a bundle was built with; those of another edit, which a refitted bundle may hold, are left out.
+def downstream_in(bundle: Bundle, verify: VerifyReport) -> tuple[DownstreamReport, ...]:
+    """Reports that a bundle was built with; those of another edit, safety head or variant are left out.
+
+    A bundle of an older release may hold captions that were made without its safety head: their limits are "not run".
 
     Args:
         bundle: The bundle.
-        edited_weights_digest: Of the edit that is judged.
+        verify: What is judged.
 
     Raises:
         IntegrityError: If one was changed.
@@ -40,4 +43,4 @@ def downstream_in(bundle: Bundle, edited_weights_digest: Digest) -> tuple[Downst
     listed = {file.path for file in bundle.manifest.files}
     places = [place for kind in KINDS if (place := BundleLayout.downstream(kind)) in listed]
     found = (record_from_json(DownstreamReport, bundle.read(place), where=place) for place in places)
-    return tuple(report for report in found if report.tower.weights_digest == edited_weights_digest)
+    return tuple(report for report in found if not foreign(report, verify))

@@ -136,7 +136,7 @@ def judge_file(
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        known = {found.kind: found for found in (*downstream_in(bundle, report.edited_weights_digest), *behind)}
+        known = {found.kind: found for found in (*downstream_in(bundle, report), *behind)}
         verdict = judge(
             report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=tuple(known.values())
         )
@@ -154,6 +154,6 @@ def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:
     judge = judge_with(*policy_of(policy_name), baseline_in(bundle))
 
     def judged(report: VerifyReport, digest: Digest, **more: Any) -> Verdict:
-        return judge(report, digest, downstream=downstream_in(bundle, report.edited_weights_digest), **more)
+        return judge(report, digest, downstream=downstream_in(bundle, report), **more)
 
     return judged

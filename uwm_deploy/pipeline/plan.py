@@ -22,6 +22,7 @@ from uwm_deploy.records.edit import Method
 from uwm_deploy.records.graph import Target
 from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.runtime.session import missing_package
+from uwm_deploy.stages.gate.downstream import check_own, foreign_head
 from uwm_deploy.stages.job import Dtype, Plan
 
 _DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
@@ -89,6 +90,8 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
         len(plan.evaluation_source)
     if stages & {"export", "verify"}:
         _ = plan.head
+    for report in plan.downstream:
+        check_own(report, foreign_head(report, plan.head_digest))
     if "compile" in stages:
         for target in plan.recipe.compile.targets:
             if target in plan.asked_targets and (reason := missing_package(target)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
+from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
@@ -19,35 +20,71 @@ from uwm_deploy.stages.gate.measured import Measured, Metrics, change_of, share_
 from uwm_deploy.stages.gate.safer import EDITED
 
 
+def foreign(report: DownstreamReport, verify: VerifyReport) -> str:
+    """What was measured instead of what is judged; empty where it is the same.
+
+    Args:
+        report: What came out behind a tower.
+        verify: What is judged.
+    """
+    tower = report.tower
+    if tower.weights_digest != verify.edited_weights_digest:
+        return f"another edit ({tower.name})"
+    if told := foreign_head(report, verify.head_digest):
+        return told
+    if tower.variant and tower.variant not in {found.variant for found in verify.artifacts}:
+        return f"variant {tower.variant}, which is not among those that are judged"
+    return ""
+
+
+def foreign_head(report: DownstreamReport, head_digest: Digest) -> str:
+    """Which safety head captions were made with, where it is not that of the bundle; pictures never depend on one.
+
+    Args:
+        report: What came out behind a tower.
+        head_digest: Of the safety head that is judged; empty without one.
+    """
+    own = report.tower.head_digest
+    if report.kind == "draw" or own == head_digest:
+        return ""
+    if not own:
+        return "a tower without the safety head that is judged with it"
+    return "another safety head" if head_digest else "a safety head, and what is judged has none"
+
+
+def check_own(report: DownstreamReport, told: str) -> None:
+    """Refuses a report of something else.
+
+    Args:
+        report: The report.
+        told: What it is of; empty where it is of what is judged.
+
+    Raises:
+        InputError: If it is of something else.
+    """
+    if told:
+        raise InputError(
+            f"{report.kind}.json was not measured on what is judged, but on {told}",
+            fix=f"build, run `uwm-deploy downstream {report.kind} --tower` with that bundle, and pass what it wrote",
+        )
+
+
 def downstream_checks(
-    reports: Sequence[DownstreamReport],
-    limits: Sequence[Limit],
-    edited_weights_digest: Digest,
-    head_digest: Digest = "",
+    reports: Sequence[DownstreamReport], limits: Sequence[Limit], verify: VerifyReport
 ) -> list[Check]:
     """One check per limit; without a report of its kind it was not run, which never passes.
 
     Args:
         reports: At most one of a kind.
         limits: Of the policy.
-        edited_weights_digest: Of the edit that is judged.
-        head_digest: Of the safety head that is judged with it; empty without one.
+        verify: What is judged: its edit, safety head and variants.
 
     Raises:
-        InputError: If a report is of another edit or another safety head.
+        InputError: If a report is of another edit, another safety head or another variant.
         RecipeError: If a limit names a judge that the report does not have.
     """
     for report in reports:
-        if report.tower.weights_digest != edited_weights_digest:
-            raise InputError(
-                f"{report.kind}.json is of another edit ({report.tower.name}) than what is judged",
-                fix=f"run `uwm-deploy downstream {report.kind}` with this edit",
-            )
-        if report.tower.head_digest not in ("", head_digest):
-            raise InputError(
-                f"{report.kind}.json was measured with another safety head than what is judged",
-                fix=f"run `uwm-deploy downstream {report.kind}` with this bundle",
-            )
+        check_own(report, foreign(report, verify))
     known = {report.kind: downstream_metrics(report) for report in reports}
     checks = []
     for number, limit in enumerate(limits):
@@ -55,6 +92,13 @@ def downstream_checks(
         rule = f"downstream[{number}]"
         checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
     return checks
+
+
+def language_notes(reports: Sequence[DownstreamReport]) -> Iterator[str]:
+    """Which model said or drew what was judged: it is in no bundle, and another one was not measured."""
+    for report in reports:
+        beside = f" with adapters {report.tower.adapter_digest[:19]}" if report.tower.adapter_digest else ""
+        yield f"{report.kind}.json is of {report.model} ({report.model_digest[:19]}){beside}, and of no other model"
 
 
 def digests_of(reports: Sequence[DownstreamReport]) -> dict[str, Digest]:
