@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,8 @@ class CaptionModel:
         record = read_adapter(folder)
         self.check_taught(record.model_digest, record.model, f"the adapters in {folder.name}")
         peft = imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
-        with refusals(f"the adapters in {folder.name} cannot be loaded"):
+        with refusals(f"the adapters in {folder.name} cannot be loaded"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that peft asks the model for
             peft.PeftModel.from_pretrained(self._model, str(folder))
         self._model.eval()
         return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -42,28 +43,23 @@ _OF_ADAPTER = ".lora_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSettings:
-    """How the adapters are made and trained.
+class AdapterSettings(PassSettings):
+    """How the adapters are made and trained; a row is a pair.
 
     Attributes:
         rank: Of the adapters.
         alpha: They count alpha / rank.
         dropout: Of what they read.
-        epochs: Passes over the pairs.
-        batch: Pairs per step.
-        learning_rate: At its peak; it falls to 0 along a cosine.
-        seed: Of first weights, order and dropout.
         decline_missed: Whether unsafe images are to be declined that the head lets through. Nothing is mixed in for them,
             so benign images that look like them are declined, too, beyond the share that the head's threshold is for.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
     epochs: int = 3
     batch: int = 4
     learning_rate: float = 2e-4
-    seed: int = 0
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
     decline_missed: bool = False
 
 
@@ -263,10 +259,7 @@ def _passed(
         return {"language": language.answer_loss(seen, behind.tokens[places], mixed, questions, answers).float()}
 
     language.module.train()
-    passes = PassSettings(
-        epochs=settings.epochs, batch=settings.batch, learning_rate=settings.learning_rate, seed=settings.seed
-    )
-    found = run_passes(adapted.tensors, loss_of, n, passes, reporter.progress, label="adapters", kept=kept)
+    found = run_passes(adapted.tensors, loss_of, n, settings, reporter.progress, label="adapters", kept=kept)
     language.module.eval()
     return found
 
@@ -297,7 +290,6 @@ def _record(
     data: CalibrationRecord,
     folder: Path,
 ) -> LanguageAdapter:
-    settings = request.settings
     return LanguageAdapter(
         model=taught.model,
         model_digest=taught.model_digest,
@@ -307,21 +299,14 @@ def _record(
         config_digest=digest_of_file(folder / CONFIG),
         question=taught.question,
         refusal=taught.refusal,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
         targets=adapted.targets,
         data=data,
         pairs=len(behind.prompts) // 2,
         prompted_unsafe=behind.mixed(unsafe=True),
         prompted_safe=behind.mixed(unsafe=False),
-        epochs=settings.epochs,
-        batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        decline_missed=settings.decline_missed,
         trainable_parameters=adapted.count,
         loss_first=passed.totals[0],
         loss_last=passed.totals[-1],
         seconds=round(passed.seconds, 3),
+        **dataclasses.asdict(request.settings),
     )
