@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from uwm_deploy.bundle.downstream import downstream_in, read_downstream
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
-from uwm_deploy.pipeline.downstream import downstream_in, read_downstream
 from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy

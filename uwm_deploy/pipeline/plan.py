@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from uwm_deploy.bundle.downstream import check_own, foreign_head, read_downstream
 from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.data.source import check_own_pairs
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.baseline import read_baseline
-from uwm_deploy.pipeline.downstream import read_downstream
 from uwm_deploy.pipeline.foreseen import shortages
 from uwm_deploy.pipeline.request import Request, with_overrides
 from uwm_deploy.recipes.built import text_of_built
@@ -22,7 +22,6 @@ from uwm_deploy.records.edit import Method
 from uwm_deploy.records.graph import Target
 from uwm_deploy.records.training import TrainingRecord
 from uwm_deploy.runtime.session import missing_package
-from uwm_deploy.stages.gate.downstream import check_own, foreign_head
 from uwm_deploy.stages.job import Dtype, Plan
 
 _DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}

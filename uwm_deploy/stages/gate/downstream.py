@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.bundle.downstream import check_own, foreign
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
@@ -18,55 +18,6 @@ from uwm_deploy.safeground.interval import Z95
 from uwm_deploy.stages.gate.limits import check
 from uwm_deploy.stages.gate.measured import Measured, Metrics, change_of, share_of
 from uwm_deploy.stages.gate.safer import EDITED
-
-
-def foreign(report: DownstreamReport, verify: VerifyReport) -> str:
-    """What was measured instead of what is judged; empty where it is the same.
-
-    Args:
-        report: What came out behind a tower.
-        verify: What is judged.
-    """
-    tower = report.tower
-    if tower.weights_digest != verify.edited_weights_digest:
-        return f"another edit ({tower.name})"
-    if told := foreign_head(report, verify.head_digest):
-        return told
-    if tower.variant and tower.variant not in {found.variant for found in verify.artifacts}:
-        return f"variant {tower.variant}, which is not among those that are judged"
-    return ""
-
-
-def foreign_head(report: DownstreamReport, head_digest: Digest) -> str:
-    """Which safety head captions were made with, where it is not that of the bundle; pictures never depend on one.
-
-    Args:
-        report: What came out behind a tower.
-        head_digest: Of the safety head that is judged; empty without one.
-    """
-    own = report.tower.head_digest
-    if report.kind == "draw" or own == head_digest:
-        return ""
-    if not own:
-        return "a tower without the safety head that is judged with it"
-    return "another safety head" if head_digest else "a safety head, and what is judged has none"
-
-
-def check_own(report: DownstreamReport, told: str) -> None:
-    """Refuses a report of something else.
-
-    Args:
-        report: The report.
-        told: What it is of; empty where it is of what is judged.
-
-    Raises:
-        InputError: If it is of something else.
-    """
-    if told:
-        raise InputError(
-            f"{report.kind}.json was not measured on what is judged, but on {told}",
-            fix=f"build, run `uwm-deploy downstream {report.kind} --tower` with that bundle, and pass what it wrote",
-        )
 
 
 def downstream_checks(
