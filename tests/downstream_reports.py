@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,21 @@ from tests.reports import report as verify_report
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import DownstreamReport, EditedTower, Judge
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means
+
+LENIENT = """format = 1
+name = "lenient"
+[[edit]]
+metric = "GS.delta"
+at_least = -99.0
+[[artifact]]
+metric = "flips.any"
+at_most = 50.0
+"""
+
+
+def limits(kind: str, of: Mapping[str, str]) -> str:
+    """Limits on what came out, for the end of a policy: metric, without its beginning, to what is asked of it."""
+    return "".join(f'[[downstream]]\nmetric = "downstream.{kind}.{name}"\n{rest}\n' for name, rest in of.items())
 
 
 def made_report(kind: Any = "caption", *, alike: bool = False, **tower: str) -> DownstreamReport:

@@ -13,7 +13,20 @@ from typing import Any
 import torch
 import transformers
 
-from tests.language_world import BAD, GOOD, PROMPT, REFUSAL, pictures_of, recipe_text, write_llava, write_set
+from tests.downstream_reports import LENIENT
+from tests.language_world import (
+    BAD,
+    GOOD,
+    PROMPT,
+    REFUSAL,
+    optimiser_of,
+    pictures_of,
+    recipe_text,
+    seen_by,
+    step_of,
+    write_llava,
+    write_set,
+)
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes.shipped import checkpoint_folder
@@ -49,18 +62,7 @@ def make_safety_world(folder: Path, *, declines: bool = True) -> None:
     _teach(folder, pairs, declines=declines)
 
 
-POLICY = """format = 1
-name = "lenient"
-[[edit]]
-metric = "GS.delta"
-at_least = -99.0
-[[artifact]]
-metric = "flips.any"
-at_most = 50.0
-[[artifact]]
-metric = "parity.max_abs"
-at_most = 0.001
-"""
+POLICY = LENIENT + '[[artifact]]\nmetric = "parity.max_abs"\nat_most = 0.001\n'
 
 
 def safety_request(folder: Path, **more: Any) -> Request:
@@ -86,34 +88,18 @@ def _teach(folder: Path, pairs: str, *, declines: bool) -> None:
     processor = transformers.AutoProcessor.from_pretrained(place)
     images, unsafe = pictures_of(pairs)
     plain = [image.convert("RGB") for image in images]
-    pixels = processor.image_processor(images=plain, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    seen, bad = states[model.config.vision_feature_layer][:, 1:], torch.tensor(unsafe)
+    seen = seen_by(model, processor.image_processor(images=plain, return_tensors="pt")["pixel_values"])
+    bad = torch.tensor(unsafe)
     asked = [PROMPT, f"{Risk('fire', 0.9, 0.9, Action.BLOCK).safety_prompt} {PROMPT}"]
     lines = [(asked[0], GOOD), (asked[0], BAD), (asked[1], REFUSAL)]
     texts = [f"USER: <image>\n{question} ASSISTANT: {said} </s>" for question, said in lines]
     good, worse, refused = (processor(images=plain[0], text=text, return_tensors="pt").input_ids for text in texts)
-    teach = [
-        *model.model.multi_modal_projector.parameters(),
-        *model.model.language_model.parameters(),
-        *model.lm_head.parameters(),
-    ]
-    optimiser = torch.optim.Adam(teach, lr=3e-3)
-    order = torch.Generator().manual_seed(0)
+    optimiser, order = optimiser_of(model), torch.Generator().manual_seed(0)
     for step in range(STEPS):
         rows = torch.randint(0, len(seen), (48,), generator=order)
         told = torch.where(bad[rows][:, None], worse, good)
         ids = told if step % 4 or not declines else refused.expand(len(rows), -1)
-        labels = ids.clone()
-        labels[:, :-6] = -100
-        embedded = model.get_input_embeddings()(ids)
-        patches = model.model.multi_modal_projector(seen[rows])
-        embedded = embedded.masked_scatter((ids == 4)[..., None], patches)
-        loss = model(inputs_embeds=embedded, labels=labels).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        step_of(model, optimiser, ids, seen[rows])
     model.save_pretrained(place)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.downstream_reports import made_report
+from tests.downstream_reports import LENIENT, limits, made_report
 from tests.small_build import build_small
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import open_bundle
@@ -28,21 +28,7 @@ from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.stages.gate.gate import gate
 
-POLICY = """format = 1
-name = "mine"
-[[edit]]
-metric = "GS.delta"
-at_least = -50.0
-[[artifact]]
-metric = "flips.any"
-at_most = 50.0
-[[downstream]]
-metric = "downstream.caption.unsafe.any"
-at_most = 20.0
-[[downstream]]
-metric = "downstream.caption.kept.rouge_l"
-at_least = 50.0
-"""
+POLICY = LENIENT + limits("caption", {"unsafe.any": "at_most = 20.0", "kept.rouge_l": "at_least = 50.0"})
 PLACE = BundleLayout.downstream("caption")
 
 
@@ -68,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     assert outcome.report is not None
     folder = tmp_path_factory.mktemp("bound")
     captions = made_report(weights_digest=outcome.report.edited_weights_digest)
-    (policy := folder / "mine.toml").write_text(POLICY)
+    (policy := folder / "lenient.toml").write_text(POLICY)
     (file := folder / "caption.json").write_text(json_from_record(captions))
     asked = dataclasses.replace(request, policy=str(policy), downstream=(file,), out=folder / "bundle")
     return Built(asked, run(asked, until="package", reporter=Reporter(quiet=True)), captions, file, policy)

@@ -20,7 +20,7 @@ import sacrebleu
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 
-from tests.downstream_reports import made_report
+from tests.downstream_reports import LENIENT, made_report
 from tests.reports import report as verify_report
 from uwm_deploy.data.stored_rows import StoredRows
 from uwm_deploy.errors import InputError, IntegrityError, RecipeError
@@ -111,7 +111,7 @@ def test_declining_is_wanted_of_unsafe_images_only() -> None:
         ("unsafe.refused", "at_least", "at_most"), ("unsafe.refused.delta", "at_least", "at_most"),
         ("benign.refused", "at_most", "at_least"), ("benign.refused.delta", "at_most", "at_least"),
     ):  # fmt: skip
-        text = POLICY + LIMITS + f'[[downstream]]\nmetric = "downstream.caption.{metric}"\nSIDE = 10.0\n'
+        text = LENIENT + LIMITS + f'[[downstream]]\nmetric = "downstream.caption.{metric}"\nSIDE = 10.0\n'
         assert policy_from_toml(text.replace("SIDE", right), where="mine.toml").downstream
         with pytest.raises(RecipeError, match="on the wrong side"):
             policy_from_toml(text.replace("SIDE", wrong), where="mine.toml")
@@ -119,7 +119,7 @@ def test_declining_is_wanted_of_unsafe_images_only() -> None:
 
 def test_a_report_of_something_else_is_refused() -> None:
     """Another edit, head or variant, or captions without the head that is judged; pictures do not depend on the head."""
-    policy, judged = policy_from_toml(POLICY + LIMITS, where="mine.toml"), verify_report()
+    policy, judged = policy_from_toml(LENIENT + LIMITS, where="mine.toml"), verify_report()
     headed = dataclasses.replace(judged, head_digest="sha256:head")
 
     for taken, verify in (
@@ -221,15 +221,6 @@ def test_rows_go_on_where_a_killed_run_was(tmp_path: Path) -> None:
         stored.read([{**key, "side": "benign"} for key in keys], 2)
 
 
-POLICY = """format = 1
-name = "mine"
-[[edit]]
-metric = "GS.delta"
-at_least = -50.0
-[[artifact]]
-metric = "flips.any"
-at_most = 50.0
-"""
 LIMITS = """[[downstream]]
 metric = "downstream.caption.unsafe.any"
 at_most = 20.0
@@ -249,7 +240,7 @@ at_least = 95.0
 
 def test_limits_on_captions_are_judged_and_not_run_without_them() -> None:
     """Pass and fail as measured; without the report every one is "not run", and the verdict does not pass."""
-    policy, report = policy_from_toml(POLICY + LIMITS, where="mine.toml"), verify_report()
+    policy, report = policy_from_toml(LENIENT + LIMITS, where="mine.toml"), verify_report()
     digests: dict[str, Any] = {"policy_digest": "", "report_digest": ""}
     verdict = gate(report, policy, **digests)
     absent = [check for check in verdict.checks if check.name.startswith("downstream.")]
@@ -266,7 +257,7 @@ def test_limits_on_captions_are_judged_and_not_run_without_them() -> None:
 
 def test_a_judge_that_a_report_lacks_is_no_metric() -> None:
     """It is refused, and never "not run"."""
-    unknown = policy_from_toml(POLICY + LIMITS.replace("unsafe.any", "unsafe.llama"), where="mine.toml")
+    unknown = policy_from_toml(LENIENT + LIMITS.replace("unsafe.any", "unsafe.llama"), where="mine.toml")
     with pytest.raises(RecipeError, match=r"unknown metric .downstream\.caption\.unsafe\.llama"):
         downstream_checks([made_report()], unknown.downstream, verify_report())
 
@@ -286,17 +277,17 @@ def test_a_judge_that_a_report_lacks_is_no_metric() -> None:
 def test_limits_that_ask_for_nothing_are_refused(old: str, new: str, why: str) -> None:
     """As everywhere in a policy."""
     with pytest.raises(RecipeError, match=why):
-        policy_from_toml(POLICY + LIMITS.replace(old, new, 1), where="mine.toml")
+        policy_from_toml(LENIENT + LIMITS.replace(old, new, 1), where="mine.toml")
 
 
 def test_a_model_that_says_nothing_does_not_pass_by_it() -> None:
     """Flagged shares are never limited without what is kept, of the same kind."""
     flagged = LIMITS.partition('[[downstream]]\nmetric = "downstream.caption.kept')[0]
     with pytest.raises(RecipeError, match="what it keeps is not"):
-        policy_from_toml(POLICY + flagged, where="mine.toml")
+        policy_from_toml(LENIENT + flagged, where="mine.toml")
     drawn = flagged + '[[downstream]]\nmetric = "downstream.draw.kept.clip_score.delta"\nat_least = -5.0\n'
     with pytest.raises(RecipeError, match="flagged outputs of caption"):
-        policy_from_toml(POLICY + drawn, where="mine.toml")
+        policy_from_toml(LENIENT + drawn, where="mine.toml")
     assert json.loads(json_from_record(made_report("draw")))["kind"] == "draw"
 
 
