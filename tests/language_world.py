@@ -24,6 +24,7 @@ from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.llava import put_vision, reads_of, vision_of_edited
 from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.preprocessing import processor_of
 
 PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
@@ -108,8 +109,7 @@ def write_llava(folder: Path, clip: Path) -> None:
     inner = model.model.vision_tower
     inner.load_state_dict({k: v for k, v in vision.vision_model.state_dict().items() if k in inner.state_dict()})
     model.save_pretrained(folder)
-    size = vision.config.vision_config.image_size
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    images = processor_of(clip, "CLIP")
     transformers.LlavaProcessor(
         image_processor=images, tokenizer=words_tokenizer(), patch_size=vision.config.vision_config.patch_size,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,

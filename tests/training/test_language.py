@@ -36,6 +36,7 @@ from uwm_deploy.records.metrics import Flips
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.image import image_from, pixels_from_image
 from uwm_deploy.runtime.language import language_inputs
 from uwm_deploy.safeground.interval import flips
 from uwm_deploy.studies.downstream.caption import CaptionRequest, caption
@@ -203,7 +204,7 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     with SafeEncoder.open(world.bundle) as encoder:
         given = language_inputs(encoder, images)
         risks = encoder.encode_image(images, risk=True).risk
-        pixels = np.stack([row for row in encoder._preprocessing.pixels(images) if not isinstance(row, Exception)])
+        pixels = np.stack([pixels_from_image(image_from(image), encoder.manifest.model.image) for image in images])
         one = language_inputs(encoder, images[:1])
         with pytest.raises(InputError, match="no image"):
             language_inputs(encoder, [])
@@ -220,6 +221,8 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     np.testing.assert_allclose(given.risk.levels, level[:, 0].numpy(), atol=2e-4)
     assert given.risk.decisions == risks.decisions
     assert given.safety_prompts == tuple(risks[row].safety_prompt for row in range(24))
+    assert given.mixed_in.tolist() == [bool(prompt) for prompt in given.safety_prompts]
+    assert 0 < given.mixed_in.sum() < 24
     burning = [p for row, p in enumerate(given.safety_prompts) if p and risks[row].category == "fire"]
     assert burning
     assert all(prompt.startswith(FIRE) for prompt in burning)
@@ -297,6 +300,13 @@ def test_what_does_not_belong_together_is_refused(world: World, tmp_path: Path) 
         behind = model.behind(encoder)
         with pytest.raises(InputError, match="were trained with llava"):
             behind.__enter__()
+        third = copy_of(world.folder / "llava", tmp_path / "third")
+        settings = json.loads((third / "processor_config.json").read_text())
+        settings["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+        (third / "processor_config.json").write_text(json.dumps(settings))
+        prepared = CaptionModel.open(third, device="cpu", decoding=DECODING).behind(encoder)
+        with pytest.raises(InputError, match=r"prepares images with mean \(0.5, 0.5, 0.5\)"):
+            prepared.__enter__()
     with pytest.raises(InputError, match="were trained with llava"):
         train_language_adapter(
             dataclasses.replace(world.adapter_request(out=tmp_path / "out"), model=other), Reporter(quiet=True)

@@ -31,7 +31,7 @@ class AdapterFolders:
     head: Path = option(
         "--safety-head", required=True, type=FOLDER, help="Head that was trained with --language-model; frozen."
     )
-    model: Path = option(
+    model_folder: Path = option(
         "--language-model",
         required=True,
         type=FOLDER,
@@ -89,9 +89,11 @@ def language_adapter(
     request = filled(
         AdapterRequest,
         trained,
-        folders,
         answers,
         build=request_of(edited),
+        head=folders.head,
+        model=folders.model_folder,
+        out=folders.out,
         settings=filled(AdapterSettings, settings),
     )
     record = train_language_adapter(request, Reporter())

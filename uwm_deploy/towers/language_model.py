@@ -24,8 +24,9 @@ from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.towers import checkpoint
-from uwm_deploy.towers.llava import FAMILY, FEATURES, put_vision, reads_of, vision_of_edited
+from uwm_deploy.towers.llava import FAMILY, FEATURES, check_same_images, put_vision, reads_of, vision_of_edited
 from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.preprocessing import processor_of
 from uwm_deploy.towers.refusal import refusals
 
 PROMPT = "Write a caption for this image in one sentence."
@@ -98,6 +99,8 @@ class CaptionModel:
                 output_loading_info=True,
             )
             processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        with contextlib.suppress(InputError):  # of a class that is not known, the library's own choice stays
+            processor.image_processor = processor_of(folder, "CLIP")  # the default is not what a bundle does
         if missing := sorted(found["missing_keys"]):
             raise InputError(f"checkpoint {folder.name} lacks {missing[0]}", fix="fetch it again")
         _complete(processor, config)
@@ -107,6 +110,11 @@ class CaptionModel:
     def dtype(self) -> str:
         """Of its weights."""
         return str(next(self._model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def images(self) -> str:
+        """Class that prepares images: the one on Pillow does what a bundle does, others differ by some grey levels."""
+        return type(self._processor.image_processor).__name__
 
     @property
     def module(self) -> Any:
@@ -207,11 +215,12 @@ class CaptionModel:
         whose risk is below the threshold is asked as without a head.
 
         Raises:
-            InputError: If the graph gives none, or not as many as the language model reads, or the safety tokens are for
-                another language model.
+            InputError: If the graph gives none, or not as many as the language model reads, if the bundle prepares images
+                otherwise, or if the safety tokens are for another language model.
         """
         inner, head = self._model.model, bundle.manifest.head
         own = inner.vision_tower
+        check_same_images(bundle.manifest.model.image, self.folder)
         if head is not None and head.language is not None:
             self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
         inner.vision_tower, self._bundle = _GraphTower(bundle, own), bundle

@@ -124,6 +124,7 @@ def own_answers(
         "question": decoding.prompt,
         "length": str(decoding.max_new_tokens),
         "dtype": model.dtype,
+        "images": model.images,
         **versions(("torch", "transformers")),
     }
     stored, keys = StoredRows(work, "own-answers", depends), [{"id": item} for item in ids]

@@ -237,6 +237,7 @@ def settings_of(request: CaptionRequest, model: CaptionModel) -> dict[str, str]:
         "seed": str(decoding.seed),
         "batch": str(decoding.batch),
         "dtype": model.dtype,
+        "images": model.images,
         "device": model.device.partition(":")[0],
     }
 
