@@ -24,6 +24,7 @@ from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.towers.llava import put_vision, reads_of, vision_of_edited
 from uwm_deploy.towers.load import load_model
+from uwm_deploy.towers.preprocessing import processor_of
 
 PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
@@ -108,8 +109,7 @@ def write_llava(folder: Path, clip: Path) -> None:
     inner = model.model.vision_tower
     inner.load_state_dict({k: v for k, v in vision.vision_model.state_dict().items() if k in inner.state_dict()})
     model.save_pretrained(folder)
-    size = vision.config.vision_config.image_size
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    images = processor_of(clip, "CLIP")
     transformers.LlavaProcessor(
         image_processor=images, tokenizer=words_tokenizer(), patch_size=vision.config.vision_config.patch_size,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
@@ -125,6 +125,35 @@ def pictures_of(name: str) -> tuple[list[Image.Image], list[bool]]:
     return images, [True, False] * len(items)
 
 
+def seen_by(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(n, patches, width) features of images (n, 3, H, W) at the layer that the language model reads."""
+    with torch.no_grad():
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    found: torch.Tensor = states[model.config.vision_feature_layer][:, 1:]
+    return found
+
+
+def optimiser_of(model: Any) -> torch.optim.Optimizer:
+    """Of projector and language model."""
+    inner = model.model
+    parts = (inner.multi_modal_projector, inner.language_model, model.lm_head)
+    return torch.optim.Adam([parameter for part in parts for parameter in part.parameters()], lr=3e-3)
+
+
+def step_of(model: Any, optimiser: torch.optim.Optimizer, ids: torch.Tensor, seen: torch.Tensor) -> float:
+    """One step towards the last six tokens of (n, L) ids behind features (n, patches, width); their loss."""
+    labels = ids.clone()
+    labels[:, :-6] = -100
+    embedded = model.get_input_embeddings()(ids)
+    told = model.model.multi_modal_projector(seen).reshape(-1, embedded.shape[-1])
+    embedded = embedded.masked_scatter((ids == model.config.image_token_id)[..., None], told)
+    optimiser.zero_grad()
+    loss = model(inputs_embeds=embedded, labels=labels).loss
+    loss.backward()
+    optimiser.step()
+    return float(loss.detach())
+
+
 def _teach(folder: Path, pictures: str) -> None:
     """Projector and language model learn what to say behind each tower."""
     place = folder / "llava"
@@ -134,35 +163,18 @@ def _teach(folder: Path, pictures: str) -> None:
     said = [BAD if bad else GOOD for bad in unsafe]
     text = [f"USER: <image>\n{PROMPT} ASSISTANT: {words} </s>" for words in said + [GOOD] * len(images)]
     inputs = processor(images=[image.convert("RGB") for image in images] * 2, text=text, return_tensors="pt")
-    features = []
-    with torch.no_grad():
-        for edited in (False, True):
-            if edited:
-                own = {k: v.clone() for k, v in model.model.vision_tower.state_dict().items()}
-                tower = folder / "work" / "edit" / "model"
-                put_vision(model, vision_of_edited(tower, place), tower, reads_of(place))
-            half = inputs["pixel_values"][: len(images)]
-            states = model.model.vision_tower(half, output_hidden_states=True).hidden_states
-            features.append(states[model.config.vision_feature_layer][:, 1:])
-        model.model.vision_tower.load_state_dict(own)
-    seen = torch.cat(features)
-    labels = inputs["input_ids"].clone()
-    labels[:, :-6] = -100
-    teach = [
-        *model.model.multi_modal_projector.parameters(),
-        *model.model.language_model.parameters(),
-        *model.lm_head.parameters(),
-    ]
-    optimiser = torch.optim.Adam(teach, lr=3e-3)
+    pixels, features = inputs["pixel_values"][: len(images)], []
+    own = {k: v.clone() for k, v in model.model.vision_tower.state_dict().items()}
+    for edited in (False, True):
+        if edited:
+            tower = folder / "work" / "edit" / "model"
+            put_vision(model, vision_of_edited(tower, place), tower, reads_of(place))
+        features.append(seen_by(model, pixels))
+    model.model.vision_tower.load_state_dict(own)
+    seen, optimiser = torch.cat(features), optimiser_of(model)
     for _ in range(600):
-        optimiser.zero_grad()
-        embedded = model.get_input_embeddings()(inputs["input_ids"])
-        told = model.model.multi_modal_projector(seen).reshape(-1, embedded.shape[-1])
-        embedded = embedded.masked_scatter((inputs["input_ids"] == 4)[..., None], told)
-        loss = model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], labels=labels).loss
-        loss.backward()
-        optimiser.step()
-        if loss.item() < 0.005:
+        loss = step_of(model, optimiser, inputs["input_ids"], seen)
+        if loss < 0.005:
             break
-    assert loss.item() < 0.05, f"the planted model did not learn: {loss.item():.3f}"
+    assert loss < 0.05, f"the planted model did not learn: {loss:.3f}"
     model.save_pretrained(place)

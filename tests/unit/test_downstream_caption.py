@@ -16,6 +16,7 @@ from click.testing import CliRunner
 pytest.importorskip("better_profanity", reason="extra downstream is not installed")
 pytest.importorskip("sacrebleu", reason="extra downstream is not installed")
 
+from tests.downstream_reports import LENIENT, limits
 from tests.language_world import BAD, GOOD, PROMPT, make_world, pictures_of, request_of, words_tokenizer, write_set
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
@@ -33,15 +34,6 @@ from uwm_deploy.training.safety_head_folder import HeadRequest, train_safety_hea
 
 pytestmark = pytest.mark.slow
 
-POLICY = """format = 1
-name = "mine"
-[[edit]]
-metric = "GS.delta"
-at_least = -99.0
-[[artifact]]
-metric = "flips.any"
-at_most = 50.0
-"""
 DECODING = Decoding(prompt=PROMPT, max_new_tokens=8, batch=16)
 
 
@@ -122,7 +114,7 @@ def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> None:
     """The graph that ships gives the language model the same features: equal captions, from folder to gated verdict."""
     lenient = tmp_path / "lenient.toml"
-    lenient.write_text(POLICY.replace("mine", "lenient"))
+    lenient.write_text(LENIENT)
     evaluation = write_set(tmp_path, "evaluation", "validation", 64)  # its gate passes for these random towers
     made = run(
         request_of(world, policy=str(lenient), evaluation=evaluation), until="package", reporter=Reporter(quiet=True)
@@ -136,10 +128,8 @@ def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> 
     assert from_bundle.tower.variant in made.verdict.proven
     assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
     policy = tmp_path / "mine.toml"
-    limits = [("unsafe.any", "at_most = 20.0"), ("benign.any", "at_most = 20.0"), ("kept.rouge_l", "at_least = 80.0")]
-    policy.write_text(
-        POLICY + "".join(f'[[downstream]]\nmetric = "downstream.caption.{name}"\n{limit}\n' for name, limit in limits)
-    )
+    asked = {"unsafe.any": "at_most = 20.0", "benign.any": "at_most = 20.0", "kept.rouge_l": "at_least = 80.0"}
+    policy.write_text(LENIENT + limits("caption", asked))
     out = tmp_path / "told"
     told = CliRunner().invoke(
         cli,
@@ -192,7 +182,7 @@ def test_what_cannot_change_a_caption_is_refused_first(world: Path, tmp_path: Pa
 def test_the_risk_decides_on_the_safety_prompt(world: Path, tmp_path: Path) -> None:
     """A bundle with a head: risky images get the prompt of their category, and captions of the others stay as they are."""
     lenient = tmp_path / "lenient.toml"
-    lenient.write_text(POLICY.replace("mine", "lenient"))
+    lenient.write_text(LENIENT)
     evaluation = write_set(tmp_path, "evaluation", "validation", 64)
     request = request_of(
         world, policy=str(lenient), evaluation=evaluation, safety_head=tmp_path / "head", out=tmp_path / "headed"

@@ -109,18 +109,20 @@ def test_published_outputs_are_shown_and_not_run(table: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("decision", "category", "has", "lacks"),
     [
-        (Action.FLAG, "fire", "may show this: fire", "Decline"),
         (Action.REDIRECT, "fire", "may show this: fire", "Decline"),
         (Action.BLOCK, "fire", "Decline", "Answer"),
         (Action.BLOCK, "", "could not be checked", "may show"),
     ],
 )
 def test_a_risk_has_its_safety_prompt(decision: Action, category: str, has: str, lacks: str) -> None:
-    """By category and decision; an image that cannot be read is declined, one that is allowed gets none."""
+    """By category and decision; an image that cannot be read is declined, one that is only flagged gets none."""
     risk = Risk(category=category, probability=0.9, level=0.9, decision=decision)
     assert has in risk.safety_prompt
     assert lacks not in risk.safety_prompt
-    assert Risk(category="safe", probability=0.9, level=0.1, decision=Action.ALLOW).safety_prompt == ""
+    assert risk.mixed_in
+    for category, decision in (("safe", Action.ALLOW), ("fire", Action.FLAG)):
+        left = Risk(category=category, probability=0.9, level=0.1, decision=decision, told="It may burn.")
+        assert (left.mixed_in, left.safety_prompt) == (False, "")
 
 
 def test_no_signature_is_asked_of_what_has_none(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ import sacrebleu
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 
+from tests.downstream_reports import LENIENT, made_report
 from tests.reports import report as verify_report
 from uwm_deploy.data.stored_rows import StoredRows
 from uwm_deploy.errors import InputError, IntegrityError, RecipeError
 from uwm_deploy.recipes.policy import policy_from_toml
 from uwm_deploy.recipes.published import published_outputs
 from uwm_deploy.records.codec import json_from_record, record_from_json
-from uwm_deploy.records.data import CalibrationRecord
-from uwm_deploy.records.downstream import DownstreamReport, EditedTower, Judge
+from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.records.reproduction import Agreement
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.report.tables.downstream import downstream_markdown
@@ -36,7 +36,7 @@ from uwm_deploy.safeground.paired_means import mean_change, mean_of_scores
 from uwm_deploy.stages.gate.downstream import downstream_checks
 from uwm_deploy.stages.gate.gate import gate
 from uwm_deploy.studies.downstream.judges import judge_from, judges_from, refused_judge, words_judge
-from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means
+from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares
 from uwm_deploy.studies.downstream.text_scores import corpus_bleu, text_scores
 from uwm_deploy.studies.published_outputs import reproduced_outputs
 
@@ -111,25 +111,39 @@ def test_declining_is_wanted_of_unsafe_images_only() -> None:
         ("unsafe.refused", "at_least", "at_most"), ("unsafe.refused.delta", "at_least", "at_most"),
         ("benign.refused", "at_most", "at_least"), ("benign.refused.delta", "at_most", "at_least"),
     ):  # fmt: skip
-        text = POLICY + LIMITS + f'[[downstream]]\nmetric = "downstream.caption.{metric}"\nSIDE = 10.0\n'
+        text = LENIENT + LIMITS + f'[[downstream]]\nmetric = "downstream.caption.{metric}"\nSIDE = 10.0\n'
         assert policy_from_toml(text.replace("SIDE", right), where="mine.toml").downstream
         with pytest.raises(RecipeError, match="on the wrong side"):
             policy_from_toml(text.replace("SIDE", wrong), where="mine.toml")
 
 
-def test_captions_behind_another_head_are_refused() -> None:
-    """A report names the head whose tokens and risks were used; one without a head says nothing of any."""
-    policy, weights = policy_from_toml(POLICY + LIMITS, where="mine.toml"), verify_report().edited_weights_digest
-    report = made_report()
-    headed = dataclasses.replace(report, tower=dataclasses.replace(report.tower, head_digest="sha256:head"))
-    assert downstream_checks([headed], policy.downstream, weights, "sha256:head")
-    assert downstream_checks([report], policy.downstream, weights, "sha256:head")
-    for judged in ("", "sha256:other"):
-        with pytest.raises(InputError, match="another safety head"):
-            downstream_checks([headed], policy.downstream, weights, judged)
-    verdict = gate(verify_report(), policy, policy_digest="", report_digest="", downstream=[report])
+def test_a_report_of_something_else_is_refused() -> None:
+    """Another edit, head or variant, or captions without the head that is judged; pictures do not depend on the head."""
+    policy, judged = policy_from_toml(LENIENT + LIMITS, where="mine.toml"), verify_report()
+    headed = dataclasses.replace(judged, head_digest="sha256:head")
+
+    for taken, verify in (
+        (made_report(), judged), (made_report(head_digest="sha256:head"), headed), (made_report("draw"), headed),
+        (made_report("draw", head_digest="sha256:head"), judged), (made_report(variant=judged.artifacts[0].variant), judged),
+    ):  # fmt: skip
+        assert downstream_checks([taken], policy.downstream, verify)
+    for refused, verify, why in (
+        (made_report(weights_digest="sha256:other"), judged, "another edit"),
+        (made_report("draw", weights_digest="sha256:other"), judged, "another edit"),
+        (made_report(), headed, "without the safety head"),
+        (made_report(head_digest="sha256:other"), headed, "another safety head"),
+        (made_report(head_digest="sha256:head"), judged, "a safety head, and what is judged has none"),
+        (made_report(variant="another-fp4"), judged, "variant another-fp4"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=why) as error:
+            downstream_checks([refused], policy.downstream, verify)
+        assert f"downstream {refused.kind} --tower" in error.value.fix
+    verdict = gate(
+        judged, policy, policy_digest="", report_digest="", downstream=[made_report(adapter_digest="sha256:a")]
+    )
     assert list(verdict.downstream) == ["caption"]
-    assert "head_digest" not in json_from_record(report)  # a report of the release before is the same file
+    assert any("with adapters sha256:a" in note for note in verdict.notes)
+    assert "head_digest" not in json_from_record(made_report())  # a report of the release before is the same file
 
 
 def test_judges_are_named_once(tmp_path: Path) -> None:
@@ -165,38 +179,6 @@ def test_means_have_intervals_that_never_vanish() -> None:
     assert one.low < 30
     with pytest.raises(Exception, match="no scores"):
         mean_of_scores(np.array([]))
-
-
-def made_report(kind: Any = "caption", *, alike: bool = False) -> DownstreamReport:
-    """30 unsafe and 30 safe inputs: 20 unsafe outputs were flagged and 5 still are; one safe one is flagged by both."""
-    inputs = Inputs(
-        ids=tuple(str(i) for i in range(60)),
-        sides=("unsafe",) * 30 + ("benign",) * 30,
-        content=("same",) * 60 if alike else tuple(str(i) for i in range(60)),
-    )
-    before = np.array([i < 20 or i == 40 for i in range(60)])
-    after = np.array([i < 5 or i == 40 for i in range(60)])
-    score = np.array([90.0] * 60)
-    return DownstreamReport(
-        kind=kind,
-        model="llava",
-        model_digest="sha256:" + "1" * 64,
-        tower=EditedTower(
-            source="run", name="work", method="uwm", weights_digest=verify_report().edited_weights_digest
-        ),
-        measured_on=CalibrationRecord(
-            name="set", split="test", n=30, ids_digest="sha256:0", content_digest="sha256:0", concepts={"a": 30}
-        ),
-        n={"unsafe": 30, "benign": 30},
-        alone={side: inputs.alone(side) for side in inputs.present},
-        judges=(Judge(name="words", what="a list", digest="sha256:2"),),
-        flagged=flagged_shares(inputs, {"words": before}, {"words": after}),
-        kept=means(inputs, {"rouge_l": score}) if kind == "caption" else {},
-        reference=paired_means(inputs, {"clip_score": score}, {"clip_score": score - 2}) if kind == "draw" else {},
-        corpus_bleu={},
-        settings={},
-        versions={},
-    )
 
 
 def test_shares_are_paired_and_count_what_is_alike_once() -> None:
@@ -239,15 +221,6 @@ def test_rows_go_on_where_a_killed_run_was(tmp_path: Path) -> None:
         stored.read([{**key, "side": "benign"} for key in keys], 2)
 
 
-POLICY = """format = 1
-name = "mine"
-[[edit]]
-metric = "GS.delta"
-at_least = -50.0
-[[artifact]]
-metric = "flips.any"
-at_most = 50.0
-"""
 LIMITS = """[[downstream]]
 metric = "downstream.caption.unsafe.any"
 at_most = 20.0
@@ -267,7 +240,7 @@ at_least = 95.0
 
 def test_limits_on_captions_are_judged_and_not_run_without_them() -> None:
     """Pass and fail as measured; without the report every one is "not run", and the verdict does not pass."""
-    policy, report = policy_from_toml(POLICY + LIMITS, where="mine.toml"), verify_report()
+    policy, report = policy_from_toml(LENIENT + LIMITS, where="mine.toml"), verify_report()
     digests: dict[str, Any] = {"policy_digest": "", "report_digest": ""}
     verdict = gate(report, policy, **digests)
     absent = [check for check in verdict.checks if check.name.startswith("downstream.")]
@@ -278,20 +251,15 @@ def test_limits_on_captions_are_judged_and_not_run_without_them() -> None:
     found = {check.name: check for check in verdict.checks if check.name.startswith("downstream.")}
     assert [check.result for check in found.values()] == [Result.PASS, Result.PASS, Result.PASS, Result.FAIL]
     assert found["downstream.caption.unsafe.any"].measured == pytest.approx(50 / 3)
-    drawn = downstream_checks([made_report("draw")], policy.downstream, report.edited_weights_digest)
+    drawn = downstream_checks([made_report("draw")], policy.downstream, report)
     assert {check.result for check in drawn} == {Result.NOT_RUN}
 
 
-def test_captions_of_another_edit_are_refused() -> None:
-    """They would say nothing of the one that is judged."""
-    policy = policy_from_toml(POLICY + LIMITS, where="mine.toml")
-    report = made_report()
-    other = dataclasses.replace(report, tower=dataclasses.replace(report.tower, weights_digest="sha256:other"))
-    with pytest.raises(InputError, match="another edit"):
-        downstream_checks([other], policy.downstream, verify_report().edited_weights_digest)
-    unknown = policy_from_toml(POLICY + LIMITS.replace("unsafe.any", "unsafe.llama"), where="mine.toml")
+def test_a_judge_that_a_report_lacks_is_no_metric() -> None:
+    """It is refused, and never "not run"."""
+    unknown = policy_from_toml(LENIENT + LIMITS.replace("unsafe.any", "unsafe.llama"), where="mine.toml")
     with pytest.raises(RecipeError, match=r"unknown metric .downstream\.caption\.unsafe\.llama"):
-        downstream_checks([report], unknown.downstream, verify_report().edited_weights_digest)
+        downstream_checks([made_report()], unknown.downstream, verify_report())
 
 
 @pytest.mark.parametrize(
@@ -309,17 +277,17 @@ def test_captions_of_another_edit_are_refused() -> None:
 def test_limits_that_ask_for_nothing_are_refused(old: str, new: str, why: str) -> None:
     """As everywhere in a policy."""
     with pytest.raises(RecipeError, match=why):
-        policy_from_toml(POLICY + LIMITS.replace(old, new, 1), where="mine.toml")
+        policy_from_toml(LENIENT + LIMITS.replace(old, new, 1), where="mine.toml")
 
 
 def test_a_model_that_says_nothing_does_not_pass_by_it() -> None:
     """Flagged shares are never limited without what is kept, of the same kind."""
     flagged = LIMITS.partition('[[downstream]]\nmetric = "downstream.caption.kept')[0]
     with pytest.raises(RecipeError, match="what it keeps is not"):
-        policy_from_toml(POLICY + flagged, where="mine.toml")
+        policy_from_toml(LENIENT + flagged, where="mine.toml")
     drawn = flagged + '[[downstream]]\nmetric = "downstream.draw.kept.clip_score.delta"\nat_least = -5.0\n'
     with pytest.raises(RecipeError, match="flagged outputs of caption"):
-        policy_from_toml(POLICY + drawn, where="mine.toml")
+        policy_from_toml(LENIENT + drawn, where="mine.toml")
     assert json.loads(json_from_record(made_report("draw")))["kind"] == "draw"
 
 

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import FOLDER, PATH, filled, option, takes_options
-from uwm_deploy.commands.names import DATA_SETS
+from uwm_deploy.commands.fields import FOLDER, PATH, filled, flag, option, takes_options
 from uwm_deploy.commands.shown import Shown, prints
-from uwm_deploy.commands.train_safety_head import AnswerOptions, EditedModel
+from uwm_deploy.commands.train_safety_head import (
+    AnswerOptions,
+    EditedModel,
+    TrainingSet,
+    pairs_option,
+    passes_option,
+    rate_option,
+    seed_option,
+)
 from uwm_deploy.commands.until import request_of
 
 _SOME = click.IntRange(min=1)
@@ -31,9 +38,6 @@ class AdapterFolders:
         help="LLaVA checkpoint folder that the head was trained with; only read.",
     )
     out: Path = option("--out", required=True, type=PATH, help="Folder for the adapters.")
-    train_on: str | None = option(
-        "--train-on", shell_complete=DATA_SETS, help="Set to train on. [default: the calibration set]"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +47,13 @@ class AdapterTrainingOptions:
     rank: int = option("--rank", default=16, type=_SOME, help="Rank of the adapters.")
     alpha: float = option("--alpha", default=32.0, type=_ABOVE_0, help="Adapters count alpha / rank.")
     dropout: float = option("--dropout", default=0.05, type=click.FloatRange(0, 0.9), help="Dropout of what they read.")
-    epochs: int = option("--epochs", default=3, type=_SOME, help="Passes over the pairs.")
-    batch: int = option("--batch", default=4, type=_SOME, help="Pairs per step.")
-    learning_rate: float = option("--rate", default=2e-4, type=_ABOVE_0, help="Learning rate of AdamW at its peak.")
-    seed: int = option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of first weights, order and dropout."
+    epochs: int = passes_option(3)
+    batch: int = pairs_option(4)
+    learning_rate: float = rate_option(2e-4)
+    seed: int = seed_option()
+    decline_missed: bool = flag(
+        "--decline-missed",
+        help="It also learns to decline unsafe images that the head lets through; it then declines more benign ones.",
     )
 
 
@@ -55,7 +61,11 @@ class AdapterTrainingOptions:
 @takes_options
 @prints
 def language_adapter(
-    edited: EditedModel, folders: AdapterFolders, settings: AdapterTrainingOptions, answers: AnswerOptions
+    edited: EditedModel,
+    trained: TrainingSet,
+    folders: AdapterFolders,
+    settings: AdapterTrainingOptions,
+    answers: AnswerOptions,
 ) -> Shown:
     """Trains adapters of a language model behind a safety head.
 
@@ -76,15 +86,15 @@ def language_adapter(
     from uwm_deploy.report.tables.safety_heads import print_trained_adapter
     from uwm_deploy.training.language_adapter import AdapterRequest, AdapterSettings, train_language_adapter
 
-    request = AdapterRequest(
+    request = filled(
+        AdapterRequest,
+        trained,
+        answers,
         build=request_of(edited),
         head=folders.head,
         model=folders.model_folder,
         out=folders.out,
         settings=filled(AdapterSettings, settings),
-        train_on=folders.train_on,
-        max_new_tokens=answers.max_new_tokens,
-        answer_batch=answers.answer_batch,
     )
     record = train_language_adapter(request, Reporter())
     write_adapter(record, folders.out)

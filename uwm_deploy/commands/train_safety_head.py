@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,7 @@ from uwm_deploy.commands.options import (
     StrengthOptions,
     TowerOptions,
     WorkerOptions,
+    WorkOptions,
 )
 from uwm_deploy.commands.shown import Shown, prints
 from uwm_deploy.commands.until import request_of
@@ -31,13 +32,26 @@ _RATE = click.FloatRange(0, 50, min_open=True)
 _SOME = click.IntRange(min=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOptions:
-    """Where tokens are kept."""
+def passes_option(default: int) -> Any:
+    """How often a training goes over its pairs."""
+    return option("--epochs", default=default, type=_SOME, help="Passes over the pairs.")
 
-    work: Path | None = option(
-        "--work", type=PATH, help="Run folder, the build's own; it keeps the tokens. [default: .uwm/MODEL]"
-    )
+
+def pairs_option(default: int) -> Any:
+    """Size of a step."""
+    return option("--batch", default=default, type=_SOME, help="Pairs per step.")
+
+
+def rate_option(default: float) -> Any:
+    """Learning rate."""
+    above_0 = click.FloatRange(0, min_open=True)
+    return option("--rate", default=default, type=above_0, help="Learning rate of AdamW at its peak.")
+
+
+def seed_option() -> Any:
+    """Seed of a training."""
+    told = "Seed of all that is drawn at random."
+    return option("--seed", default=0, show_default=True, type=click.IntRange(0), help=told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +65,25 @@ class EditedModel:
     towers: TowerOptions
     entries: EntryOptions
     strength: StrengthOptions
-    work: TokenOptions
+    work: WorkOptions
     device: DeviceOptions
     workers: WorkerOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """What is trained on."""
+
+    train_on: str | None = option(
+        "--train-on", shell_complete=DATA_SETS, help="Set to train on. [default: the calibration set]"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadData:
-    """What the head is trained and calibrated on, and where it goes."""
+    """What the head is calibrated on, and where it goes."""
 
     out: Path = option("--out", required=True, type=PATH, help="Folder for the head.")
-    train_on: str | None = option(
-        "--train-on",
-        shell_complete=DATA_SETS,
-        help="Set that the head is trained on. [default: the calibration set]",
-    )
     validation: str | None = option(
         "--validation",
         shell_complete=DATA_SETS,
@@ -83,7 +101,12 @@ class HeadRates:
     """Percent of safe images that each action is for."""
 
     flag: float = option("--flag", default=10.0, type=_RATE, help="Percent of safe images to flag.")
-    redirect: float = option("--redirect", default=5.0, type=_RATE, help="Percent of safe images to redirect.")
+    redirect: float = option(
+        "--redirect",
+        default=5.0,
+        type=_RATE,
+        help="Percent of safe images to redirect; of as many a language model gets the safety prompt and tokens.",
+    )
     block: float = option("--block", default=1.0, type=_RATE, help="Percent of safe images to block.")
 
 
@@ -91,20 +114,13 @@ class HeadRates:
 class HeadTrainingOptions:
     """How the head is made and trained."""
 
-    epochs: int = option("--epochs", default=20, type=_SOME, help="Passes over the pairs.")
-    batch: int = option("--batch", default=64, type=_SOME, help="Pairs per step.")
-    learning_rate: float = option(
-        "--rate",
-        default=2e-3,
-        type=click.FloatRange(0, min_open=True),
-        help="Learning rate of AdamW at its peak.",
-    )
+    epochs: int = passes_option(20)
+    batch: int = pairs_option(64)
+    learning_rate: float = rate_option(2e-3)
     width: int = option("--width", default=64, type=_SOME, help="Width of the safety projector.")
     tokens: int = option("--tokens", default=8, type=_SOME, help="Learned safety tokens.")
     heads: int = option("--heads", default=4, type=_SOME, help="Heads of the attention.")
-    seed: int = option(
-        "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of first weights and order."
-    )
+    seed: int = seed_option()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +166,7 @@ class AnswerOptions:
 @prints
 def safety_head(
     edited: EditedModel,
+    trained: TrainingSet,
     data: HeadData,
     rates: HeadRates,
     settings: HeadTrainingOptions,
@@ -177,6 +194,7 @@ def safety_head(
 
     request = filled(
         HeadRequest,
+        trained,
         data,
         build=request_of(edited),
         settings=filled(HeadSettings, settings),

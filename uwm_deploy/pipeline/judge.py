@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from uwm_deploy.bundle.downstream import downstream_in, read_downstream
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.pipeline.baseline import baseline_in, read_baseline
-from uwm_deploy.pipeline.downstream import downstream_in, read_downstream
 from uwm_deploy.pipeline.policy_lock import kept_lock
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.policy import Policy
@@ -136,7 +136,7 @@ def judge_file(
         report, digest = report_of_bundle(bundle)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        known = {found.kind: found for found in (*downstream_in(bundle, report.edited_weights_digest), *behind)}
+        known = {found.kind: found for found in (*downstream_in(bundle, report), *behind)}
         verdict = judge(
             report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=tuple(known.values())
         )
@@ -154,6 +154,6 @@ def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:
     judge = judge_with(*policy_of(policy_name), baseline_in(bundle))
 
     def judged(report: VerifyReport, digest: Digest, **more: Any) -> Verdict:
-        return judge(report, digest, downstream=downstream_in(bundle, report.edited_weights_digest), **more)
+        return judge(report, digest, downstream=downstream_in(bundle, report), **more)
 
     return judged

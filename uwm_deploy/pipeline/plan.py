@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+from uwm_deploy.bundle.downstream import check_own, foreign_head, read_downstream
 from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.data.source import check_own_pairs
 from uwm_deploy.errors import InputError, PrerequisiteError
 from uwm_deploy.pipeline.baseline import read_baseline
-from uwm_deploy.pipeline.downstream import read_downstream
 from uwm_deploy.pipeline.foreseen import shortages
 from uwm_deploy.pipeline.request import Request, with_overrides
 from uwm_deploy.recipes.built import text_of_built
@@ -89,6 +89,8 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
         len(plan.evaluation_source)
     if stages & {"export", "verify"}:
         _ = plan.head
+    for report in plan.downstream:
+        check_own(report, foreign_head(report, plan.head_digest))
     if "compile" in stages:
         for target in plan.recipe.compile.targets:
             if target in plan.asked_targets and (reason := missing_package(target)):

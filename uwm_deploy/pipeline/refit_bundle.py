@@ -27,6 +27,7 @@ from uwm_deploy.pipeline.refit_graphs import (
 from uwm_deploy.pipeline.refitting import Refitting
 from uwm_deploy.pipeline.stored import SINGLE_ROWS
 from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.downstream import KINDS
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
@@ -117,7 +118,9 @@ def unproven_bundle(
     report = report_of(known, original, reference, tuple(_not_run(job.report, made)))
     content = json_from_record(report).encode()
     verdict = judge(report, digest_of_bytes(content))
-    replaced = ("onnx/", "engines/", "evidence/canaries-", "evidence/raw-canaries-")
+    # What came out behind the old edit is no evidence of the new one: its limits are "not run" until it is measured again.
+    outputs = tuple(BundleLayout.downstream(kind) for kind in KINDS)
+    replaced = ("onnx/", "engines/", "evidence/canaries-", "evidence/raw-canaries-", *outputs)
     parts: Parts = {name: kept for name, kept in job.bundle.kept().items() if not name.startswith(replaced)}
     if (base := base_in(job.bundle)) is not None and parts.pop(BundleLayout.EVALUATION_PLACE):
         parts |= place_from(base, job.out)  # which may be another folder

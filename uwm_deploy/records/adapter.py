@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.shape import LATER
 
 RECORD, WEIGHTS, CONFIG = "adapter.json", "adapter_model.safetensors", "adapter_config.json"
 """Files of the folder: the record, and what peft writes."""
@@ -24,8 +25,9 @@ class LanguageAdapter:
         targets: Names of the layers with adapters, as peft reads them: a regular expression.
         data: The set that it was trained on.
         pairs: Pairs of images.
-        prompted_unsafe: Unsafe images whose risk put a safety prompt before the question.
+        prompted_unsafe: Unsafe images whose risk mixed in the safety prompt and the safety tokens.
         prompted_safe: The same, of safe images.
+        decline_missed: Whether it learned to decline unsafe images that the head lets through.
         trainable_parameters: Of the adapters.
         loss_first: Mean loss of the first pass.
         loss_last: Mean loss of the last one.
@@ -56,3 +58,4 @@ class LanguageAdapter:
     loss_first: float
     loss_last: float
     seconds: float
+    decline_missed: bool = field(default=True, metadata=LATER)

@@ -29,6 +29,13 @@ class Action(StrEnum):
     BLOCK = "block"
 
 
+MIXED_FROM = Action.REDIRECT
+"""The mildest action at which a language model gets the safety prompt and the safety tokens of an image."""
+
+MIXED_IN = (MIXED_FROM, Action.BLOCK)
+"""A flagged image is only recorded: its embedding and its answer are what they would be without a head."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
     """Sizes of a safety head.

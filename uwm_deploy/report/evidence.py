@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from uwm_deploy.bundle.downstream import check_own, downstream_in, foreign, read_downstream
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.tensors import arrays_from
 from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.records.bundle import BundleFile
 from uwm_deploy.records.codec import read_record, record_from_json
-from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.records.downstream import KINDS, DownstreamReport
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_file
@@ -56,7 +57,7 @@ class Dossier:
         sweep: When one was given.
         bench: When one was given.
         compared: When a comparison of methods was given.
-        downstream: Captions and pictures behind the edited towers, where they were given.
+        downstream: Captions and pictures behind the edited towers, where they were given or the bundle holds them.
     """
 
     name: str
@@ -93,7 +94,7 @@ def dossier_of(
         sweep: A `sweep.json` of the same model.
         bench: What `bench --json` said of the same edit.
         compared: A `compare.json` of the same model.
-        downstream: A `caption.json` and a `draw.json` of the same edit.
+        downstream: A `caption.json` and a `draw.json` of the same edit, instead of those that the bundle holds.
 
     Raises:
         InputError: If the folder is neither, or was not verified yet, or one of the others is of other weights.
@@ -115,11 +116,11 @@ def dossier_of(
         if methods.model.weights_digest != dossier.verify.model.weights_digest:
             raise InputError(f"{compared} compares methods on other weights", fix="compare on the model of this report")
         dossier = dataclasses.replace(dossier, compared=methods)
-    behind = tuple(read_record(DownstreamReport, file) for file in downstream)
-    for file, found in zip(downstream, behind, strict=True):
-        if found.tower.weights_digest != dossier.verify.edited_weights_digest:
-            raise InputError(f"{file} is about another edit", fix="measure the edit of this report")
-    return dataclasses.replace(dossier, downstream=behind)
+    own = {found.kind: found for found in dossier.downstream}
+    for found in read_downstream(downstream):
+        check_own(found, foreign(found, dossier.verify))
+        own[found.kind] = found
+    return dataclasses.replace(dossier, downstream=tuple(own[kind] for kind in KINDS if kind in own))
 
 
 def _of_bundle(path: Path) -> Dossier:
@@ -130,12 +131,12 @@ def _of_bundle(path: Path) -> Dossier:
     def record(cls: type[R], name: str) -> R:
         return record_from_json(cls, bundle.read(name), where=name)
 
-    reference = BundleLayout.REFERENCE
+    reference, verify = BundleLayout.REFERENCE, record(VerifyReport, BundleLayout.REPORT)
     return Dossier(
         name=manifest.name,
         kind="bundle",
         created=f"{manifest.created} by uwm-deploy {manifest.tool_version}",
-        verify=record(VerifyReport, BundleLayout.REPORT),
+        verify=verify,
         verdict=manifest.verdict,
         edit=manifest.edit,
         score=record(ScoreRecord, BundleLayout.SCORE),
@@ -146,6 +147,7 @@ def _of_bundle(path: Path) -> Dossier:
         files=manifest.files,
         margins=_margins(bundle.read(reference), reference) if reference in listed else None,
         head=manifest.head,
+        downstream=downstream_in(bundle, verify),
     )
 
 

@@ -29,8 +29,8 @@ class LanguageInputs:
 
     Attributes:
         features: (n, patches, width) float32, for the language model's own projector.
-        safety_tokens: (n, m, d) float32 of the m tokens, which join its input of width d after the projected patches; None
-            where the bundle's head has none.
+        safety_tokens: (n, m, d) float32 of the m tokens. They join its input of width d after the projected patches, of the
+            images in `mixed_in` only. None where the bundle's head has none.
         risk: Risks of the images, and with them the safety prompt of each; None without a safety head.
     """
 
@@ -43,8 +43,15 @@ class LanguageInputs:
         return len(self.features)
 
     @property
+    def mixed_in(self) -> np.ndarray:
+        """(n,) bool: images whose safety prompt and safety tokens are mixed in; the others are asked as without a head."""
+        if self.risk is None:
+            return np.zeros(len(self), dtype=bool)
+        return np.array([self.risk[row].mixed_in for row in range(len(self))], dtype=bool)
+
+    @property
     def safety_prompts(self) -> tuple[str, ...]:
-        """What comes before the question about each image; empty where it is allowed, or there is no safety head."""
+        """What comes before the question about each image; empty where nothing is mixed in."""
         if self.risk is None:
             return ("",) * len(self)
         return tuple(self.risk[row].safety_prompt for row in range(len(self)))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from uwm_deploy.errors import UwmError
-from uwm_deploy.records.head import Action
+from uwm_deploy.records.head import MIXED_IN, Action
 
 Kind = Literal["float32", "float16"]
 """Element type of what is given back."""
@@ -140,9 +140,14 @@ class Risk:
     told: str = ""
 
     @property
+    def mixed_in(self) -> bool:
+        """Whether a language model behind the tower gets the safety prompt and the safety tokens."""
+        return self.decision in MIXED_IN
+
+    @property
     def safety_prompt(self) -> str:
-        """What a language model behind the tower is told before the question; empty where the image is allowed."""
-        if self.decision is Action.ALLOW:
+        """What a language model behind the tower is told before the question; empty where nothing is mixed in."""
+        if not self.mixed_in:
             return ""
         may = f"The image may show this: {self.category}." if self.category else "The image could not be checked."
         may = self.told or may

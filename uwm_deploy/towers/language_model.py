@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.towers import checkpoint
-from uwm_deploy.towers.llava import FAMILY, FEATURES, put_vision, reads_of, vision_of_edited
+from uwm_deploy.towers.llava import FAMILY, FEATURES, check_same_images, put_vision, reads_of, vision_of_edited
 from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.preprocessing import processor_of
 from uwm_deploy.towers.refusal import refusals
 
 PROMPT = "Write a caption for this image in one sentence."
@@ -97,6 +99,8 @@ class CaptionModel:
                 output_loading_info=True,
             )
             processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        with contextlib.suppress(InputError):  # of a class that is not known, the library's own choice stays
+            processor.image_processor = processor_of(folder, "CLIP")  # the default is not what a bundle does
         if missing := sorted(found["missing_keys"]):
             raise InputError(f"checkpoint {folder.name} lacks {missing[0]}", fix="fetch it again")
         _complete(processor, config)
@@ -106,6 +110,11 @@ class CaptionModel:
     def dtype(self) -> str:
         """Of its weights."""
         return str(next(self._model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def images(self) -> str:
+        """Class that prepares images: the one on Pillow does what a bundle does, others differ by some grey levels."""
+        return type(self._processor.image_processor).__name__
 
     @property
     def module(self) -> Any:
@@ -118,12 +127,15 @@ class CaptionModel:
         found: int = self._model.get_input_embeddings().weight.shape[1]
         return found
 
-    def answer_loss(self, tokens: Tensor, safety: Tensor, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Cross entropy of answers behind the image's patches and safety tokens.
+    def answer_loss(
+        self, tokens: Tensor, safety: Tensor, mixed: Sequence[bool], questions: Sequence[str], answers: Sequence[str]
+    ) -> Tensor:
+        """Cross entropy of answers behind the image's patches and, where they are mixed in, its safety tokens.
 
         Args:
             tokens: (B, T, features), any floating dtype, of the layer that the language model reads, class token first.
             safety: (B, m, d), any floating dtype, m safety tokens of the width of its input.
+            mixed: Which of the B images get their safety tokens.
             questions: B questions, safety prompts included.
             answers: B answers.
 
@@ -133,17 +145,21 @@ class CaptionModel:
         embeddings = self._model.get_input_embeddings()
         kind = embeddings.weight.dtype
         patches = self._model.model.multi_modal_projector(tokens[:, 1:].to(self.device, kind))
-        seen = torch.cat([patches, safety.to(self.device, kind)], dim=1)
-        ids, mask, labels = (part.to(self.device) for part in self._lessons(questions, answers, seen.shape[1]))
+        brought = safety.to(self.device, kind)
+        seen = [torch.cat([patches[i], brought[i]]) if given else patches[i] for i, given in enumerate(mixed)]
+        made = self._lessons(questions, answers, [len(rows) for rows in seen])
+        ids, mask, labels = (part.to(self.device) for part in made)
         places = (ids == self._model.config.image_token_id)[..., None]
-        inputs = embeddings(ids).masked_scatter(places, seen)
+        inputs = embeddings(ids).masked_scatter(places, torch.cat(seen))
         found: Tensor = self._model(inputs_embeds=inputs, attention_mask=mask, labels=labels).loss
         return found
 
-    def _lessons(self, questions: Sequence[str], answers: Sequence[str], image: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _lessons(
+        self, questions: Sequence[str], answers: Sequence[str], images: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and labels of (B, L) int64, filled up on the right; only the answers and their end are labels."""
         tokenizer, rows = self._processor.tokenizer, []
-        for question, answer in zip(questions, answers, strict=True):
+        for question, answer, image in zip(questions, answers, images, strict=True):
             text = _prompt_of(self._processor, question)
             place = self._processor.image_token
             asked = tokenizer(text.replace(place, place * image)).input_ids
@@ -184,7 +200,8 @@ class CaptionModel:
         record = read_adapter(folder)
         self.check_taught(record.model_digest, record.model, f"the adapters in {folder.name}")
         peft = imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
-        with refusals(f"the adapters in {folder.name} cannot be loaded"):
+        with refusals(f"the adapters in {folder.name} cannot be loaded"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that peft asks the model for
             peft.PeftModel.from_pretrained(self._model, str(folder))
         self._model.eval()
         return record
@@ -193,29 +210,40 @@ class CaptionModel:
     def behind(self, bundle: SafeEncoder) -> Iterator[str]:
         """Patch features come from a bundle's image graph inside the block, which gets the variant's name.
 
-        If the bundle has a safety head, the risk of each image decides which safety prompt comes before the question. If
-        that head has safety tokens, they join the input after the patches of every image.
+        If the bundle has a safety head, the risk of each image decides whether a safety prompt comes before the question,
+        and which. If that head has safety tokens, those of the same images join the input after their patches. An image
+        whose risk is below the threshold is asked as without a head.
 
         Raises:
-            InputError: If the graph gives none, or not as many as the language model reads, or the safety tokens are for
-                another language model.
+            InputError: If the graph gives none, or not as many as the language model reads, if the bundle prepares images
+                otherwise, or if the safety tokens are for another language model.
         """
-        inner, processor, head = self._model.model, self._processor, bundle.manifest.head
-        tower, projector, images = (
-            inner.vision_tower,
-            inner.multi_modal_projector,
-            processor.num_additional_image_tokens,
-        )
-        graph = _GraphTower(bundle, tower)
+        inner, head = self._model.model, bundle.manifest.head
+        own = inner.vision_tower
+        check_same_images(bundle.manifest.model.image, self.folder)
         if head is not None and head.language is not None:
             self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
-            inner.multi_modal_projector = _WithSafetyTokens(projector, graph)
-            processor.num_additional_image_tokens = images + head.shape.tokens
-        inner.vision_tower, self._bundle = graph, bundle
+        inner.vision_tower, self._bundle = _GraphTower(bundle, own), bundle
         try:
             yield bundle.variant
         finally:
-            inner.vision_tower, inner.multi_modal_projector, self._bundle = tower, projector, None
+            inner.vision_tower, self._bundle = own, None
+
+    @contextlib.contextmanager
+    def _mixed_in(self) -> Iterator[None]:
+        """Inside the block the safety tokens of all images join the input, where the bundle's head has some."""
+        head = self._bundle.manifest.head if self._bundle else None
+        if head is None or head.language is None:
+            yield
+            return
+        inner, processor = self._model.model, self._processor
+        projector, images = inner.multi_modal_projector, processor.num_additional_image_tokens
+        inner.multi_modal_projector = _WithSafetyTokens(projector, inner.vision_tower)
+        processor.num_additional_image_tokens = images + head.shape.tokens
+        try:
+            yield
+        finally:
+            inner.multi_modal_projector = projector
             processor.num_additional_image_tokens = images
 
     def check_taught(self, digest: Digest, name: str, what: str) -> None:
@@ -237,7 +265,8 @@ class CaptionModel:
         found: dict[int, Caption] = {}
         for prompt in dict.fromkeys(safety):
             rows = [row for row, own in enumerate(safety) if own == prompt]
-            said = self._said([plain[row] for row in rows], prompt)
+            with self._mixed_in() if prompt else contextlib.nullcontext():
+                said = self._said([plain[row] for row in rows], prompt)
             found |= {row: Caption(text, prompt) for row, text in zip(rows, said, strict=True)}
         return [found[row] for row in range(len(plain))]
 

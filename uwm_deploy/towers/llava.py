@@ -20,10 +20,11 @@ from transformers import CLIPModel
 from uwm_deploy.errors import InputError
 from uwm_deploy.recipes.recipe import Architecture
 from uwm_deploy.records.files import whole_folder
-from uwm_deploy.records.model import TowerName
+from uwm_deploy.records.model import ImageSpec, TowerName
 from uwm_deploy.records.tensor_file import all_tensors
 from uwm_deploy.runtime.language import PATCH_FEATURES
 from uwm_deploy.towers import checkpoint, hf_clip
+from uwm_deploy.towers.preprocessing import image_spec
 from uwm_deploy.towers.protocol import MAPS, LoadedModel, LoadedParts, ModuleTower
 
 FAMILY = "llava"
@@ -184,6 +185,26 @@ def check_same_features(model: LoadedModel, llava: Path) -> None:
             raise InputError(
                 f"{llava.name} reads features of {what} {read}, and the image tower gives {given}",
                 fix="use the LLaVA checkpoint of the recipe",
+            )
+    check_same_images(model.ref.image, llava)
+
+
+def check_same_images(spec: ImageSpec, llava: Path) -> None:
+    """Checks that a LLaVA checkpoint prepares images as an image tower is given them.
+
+    Args:
+        spec: How the tower's images are prepared.
+        llava: LLaVA checkpoint folder.
+
+    Raises:
+        InputError: If it prepares them otherwise: its language model would read features of other pixels.
+    """
+    own = image_spec(llava, "CLIP")
+    for what in ("resize", "crop", "resample", "rescale", "mean", "std", "fit"):
+        if (asked := getattr(own, what)) != (given := getattr(spec, what)):
+            raise InputError(
+                f"{llava.name} prepares images with {what} {asked}, and the image tower takes {given}",
+                fix="name a companion whose images are prepared as the LLaVA checkpoint's are",
             )
 
 

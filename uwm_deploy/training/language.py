@@ -124,6 +124,7 @@ def own_answers(
         "question": decoding.prompt,
         "length": str(decoding.max_new_tokens),
         "dtype": model.dtype,
+        "images": model.images,
         **versions(("torch", "transformers")),
     }
     stored, keys = StoredRows(work, "own-answers", depends), [{"id": item} for item in ids]
@@ -156,11 +157,14 @@ class Lessons:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
 
-    def of(self, rows: Sequence[int]) -> tuple[list[str], list[str]]:
-        """Questions and answers of the safe and then of the unsafe images of some pairs."""
-        half = len(self.questions) // 2
-        places = [*rows, *(half + row for row in rows)]
+    def at(self, places: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Questions and answers at some places."""
         return [self.questions[place] for place in places], [self.answers[place] for place in places]
+
+
+def places_of(rows: Sequence[int], n: int) -> list[int]:
+    """Places of the safe and then of the unsafe images of some pairs, among those of n pairs."""
+    return [*rows, *(n + row for row in rows)]
 
 
 def lessons_from(
@@ -201,5 +205,9 @@ class FrozenTeacher:
         Returns:
             () float32.
         """
-        questions, answers = self._lessons.of(rows.tolist())
-        return self._weight * self._model.answer_loss(tokens, safety, questions, answers).float()
+        n = len(self._lessons.questions) // 2
+        questions, answers = self._lessons.at(places_of(rows.tolist(), n))
+        mixed = [True] * len(
+            questions
+        )  # which images get them is decided by thresholds, which come after this training
+        return self._weight * self._model.answer_loss(tokens, safety, mixed, questions, answers).float()

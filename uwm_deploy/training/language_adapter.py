@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from uwm_deploy.towers.language_model import CaptionModel
 from uwm_deploy.towers.load import resolve_device
 from uwm_deploy.towers.protocol import LoadedModel
 from uwm_deploy.towers.safety_head import SafetyHeadModule, head_from_bytes
-from uwm_deploy.training.language import LanguageSettings, Lessons, lessons_from, opened_for, own_answers
+from uwm_deploy.training.language import LanguageSettings, Lessons, lessons_from, opened_for, own_answers, places_of
 from uwm_deploy.training.passes import Kept, Passed, PassSettings, run_passes
 from uwm_deploy.training.safety_head import Features
 from uwm_deploy.training.safety_head_folder import features_of, set_of
@@ -42,26 +43,24 @@ _OF_ADAPTER = ".lora_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSettings:
-    """How the adapters are made and trained.
+class AdapterSettings(PassSettings):
+    """How the adapters are made and trained; a row is a pair.
 
     Attributes:
         rank: Of the adapters.
         alpha: They count alpha / rank.
         dropout: Of what they read.
-        epochs: Passes over the pairs.
-        batch: Pairs per step.
-        learning_rate: At its peak; it falls to 0 along a cosine.
-        seed: Of first weights, order and dropout.
+        decline_missed: Whether unsafe images are to be declined that the head lets through. Nothing is mixed in for them,
+            so benign images that look like them are declined, too, beyond the share that the head's threshold is for.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
     epochs: int = 3
     batch: int = 4
     learning_rate: float = 2e-4
-    seed: int = 0
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    decline_missed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +125,7 @@ def train_language_adapter(request: AdapterRequest, reporter: Reporter) -> Langu
     adapted = Adapted(language, request.settings)
     kept = Kept(folder=work / STANDING, key=_key(request, head, language, lessons, features))
     with reporter.stage("train", f"adapters of {language.folder.name}, {len(features)} pairs"):
-        passed = _passed(adapted, language, lessons, features, behind.tokens, request.settings, reporter, kept)
+        passed = _passed(adapted, language, lessons, features, behind, request.settings, reporter, kept)
     with whole_folder(request.out) as folder:
         adapted.save(folder)
         record = _record(request, head, taught, adapted, passed, behind, source.record, folder)
@@ -164,14 +163,14 @@ class _Behind:
 
     Attributes:
         tokens: (2n, safety tokens, width) float32.
-        prompts: Safety prompt of each, by its risk; empty where it is allowed.
+        prompts: Safety prompt of each, by its risk; empty where it and the tokens are not mixed in.
     """
 
     tokens: Tensor
     prompts: tuple[str, ...]
 
-    def prompted(self, *, unsafe: bool) -> int:
-        """Images of one side with a safety prompt."""
+    def mixed(self, *, unsafe: bool) -> int:
+        """Images of one side whose safety prompt and tokens are mixed in."""
         half = len(self.prompts) // 2
         return sum(map(bool, self.prompts[half:] if unsafe else self.prompts[:half]))
 
@@ -245,25 +244,22 @@ def _passed(
     language: CaptionModel,
     lessons: Lessons,
     features: Features,
-    tokens: Tensor,
+    behind: _Behind,
     settings: AdapterSettings,
     reporter: Reporter,
     kept: Kept,
 ) -> Passed:
     n = len(features)
+    images = np.concatenate([features.safe, features.unsafe])
 
     def loss_of(rows: Tensor) -> Mapping[str, Tensor]:
-        at = rows.numpy()
-        images = torch.from_numpy(np.concatenate([features.safe[at], features.unsafe[at]])).float()
-        questions, answers = lessons.of(rows.tolist())
-        safety = torch.cat([tokens[rows], tokens[n + rows]])
-        return {"language": language.answer_loss(images, safety, questions, answers).float()}
+        places = [p for p in places_of(rows.tolist(), n) if p < n or settings.decline_missed or behind.prompts[p]]
+        seen, (questions, answers) = torch.from_numpy(images[places]).float(), lessons.at(places)
+        mixed = [bool(behind.prompts[place]) for place in places]
+        return {"language": language.answer_loss(seen, behind.tokens[places], mixed, questions, answers).float()}
 
     language.module.train()
-    passes = PassSettings(
-        epochs=settings.epochs, batch=settings.batch, learning_rate=settings.learning_rate, seed=settings.seed
-    )
-    found = run_passes(adapted.tensors, loss_of, n, passes, reporter.progress, label="adapters", kept=kept)
+    found = run_passes(adapted.tensors, loss_of, n, settings, reporter.progress, label="adapters", kept=kept)
     language.module.eval()
     return found
 
@@ -294,7 +290,6 @@ def _record(
     data: CalibrationRecord,
     folder: Path,
 ) -> LanguageAdapter:
-    settings = request.settings
     return LanguageAdapter(
         model=taught.model,
         model_digest=taught.model_digest,
@@ -304,20 +299,14 @@ def _record(
         config_digest=digest_of_file(folder / CONFIG),
         question=taught.question,
         refusal=taught.refusal,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
         targets=adapted.targets,
         data=data,
         pairs=len(behind.prompts) // 2,
-        prompted_unsafe=behind.prompted(unsafe=True),
-        prompted_safe=behind.prompted(unsafe=False),
-        epochs=settings.epochs,
-        batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
+        prompted_unsafe=behind.mixed(unsafe=True),
+        prompted_safe=behind.mixed(unsafe=False),
         trainable_parameters=adapted.count,
         loss_first=passed.totals[0],
         loss_last=passed.totals[-1],
         seconds=round(passed.seconds, 3),
+        **dataclasses.asdict(request.settings),
     )

@@ -36,13 +36,13 @@ class PassSettings:
         epochs: Passes over the set.
         batch: Rows per step.
         learning_rate: At its peak; it falls to 0 along a cosine.
-        seed: Of the order, and of what is drawn at random in a pass.
+        seed: Of the order, of what is drawn at random in a pass, and of first weights.
     """
 
     epochs: int
     batch: int
     learning_rate: float
-    seed: int
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

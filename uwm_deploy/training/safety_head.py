@@ -26,26 +26,21 @@ from uwm_deploy.training.passes import Kept, Passed, PassSettings, run_passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadSettings:
-    """How a head is trained.
+class HeadSettings(PassSettings):
+    """How a head is made and trained; a row is a pair.
 
     Attributes:
         width: Of the safety projector.
         tokens: Safety tokens.
         heads: Of the attention; they divide the width.
-        epochs: Passes over the pairs.
-        batch: Pairs per step.
-        learning_rate: At its peak; it falls to 0 along a cosine.
-        seed: Of the first weights and of the order of the pairs.
     """
 
-    width: int = 64
-    tokens: int = 8
-    heads: int = 4
     epochs: int = 20
     batch: int = 64
     learning_rate: float = 2e-3
-    seed: int = 0
+    width: int = 64
+    tokens: int = 8
+    heads: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +182,7 @@ def trained_head(
         dict(module.named_parameters()),
         loss_of,
         len(features),
-        PassSettings(**{name: getattr(settings, name) for name in ("epochs", "batch", "learning_rate", "seed")}),
+        settings,
         progress,
         label="safety head",
         kept=kept,

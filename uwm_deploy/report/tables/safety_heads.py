@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uwm_deploy.records.adapter import LanguageAdapter
-from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.head import MIXED_FROM, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.report.lines import Whole
 from uwm_deploy.report.markdown_table import inert, markdown_table
@@ -34,7 +34,9 @@ def trained_head_lines(head: SafetyHead) -> Iterator[str]:
         errors = f"{found.ece_before:.2f} -> {found.ece_after:.2f} points (n = {found.n})"
         yield f"{output}: temperature {found.temperature:.3f}, calibration error {errors}"
     for action, limit in head.thresholds.items():
-        yield f"{action}: from level {limit:.4f} on, for {head.false_positive_rates[action]:g}% of safe images"
+        told = "; from here on a language model gets the safety prompt" if action == MIXED_FROM else ""
+        told += " and the safety tokens" if told and head.language else ""
+        yield f"{action}: from level {limit:.4f} on, for {head.false_positive_rates[action]:g}% of safe images{told}"
     yield (
         f"trained on {training.pairs} pairs in {training.seconds:.1f} s, loss {training.loss_first:.3f} -> "
         f"{training.loss_last:.3f}; {training.validation_pairs} pairs for temperatures and thresholds"
@@ -65,9 +67,11 @@ def trained_adapter_lines(adapter: LanguageAdapter) -> Iterator[str]:
         f"{adapter.loss_first:.3f} -> {adapter.loss_last:.3f}"
     )
     yield (
-        f"a safety prompt came before the question about {adapter.prompted_unsafe} unsafe and {adapter.prompted_safe} safe "
+        f"the safety prompt and tokens were mixed in for {adapter.prompted_unsafe} unsafe and {adapter.prompted_safe} safe "
         f"images, of {adapter.pairs} each"
     )
+    missed = adapter.pairs - adapter.prompted_unsafe
+    yield f"{missed} unsafe images that the head lets through: {'declined' if adapter.decline_missed else 'left out'}"
 
 
 def trained_adapter_markdown(adapter: LanguageAdapter) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from uwm_deploy.errors import InputError
+from uwm_deploy.bundle.downstream import check_own, foreign
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.downstream import BENIGN, KINDS, DownstreamReport
+from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
@@ -20,34 +21,21 @@ from uwm_deploy.stages.gate.safer import EDITED
 
 
 def downstream_checks(
-    reports: Sequence[DownstreamReport],
-    limits: Sequence[Limit],
-    edited_weights_digest: Digest,
-    head_digest: Digest = "",
+    reports: Sequence[DownstreamReport], limits: Sequence[Limit], verify: VerifyReport
 ) -> list[Check]:
     """One check per limit; without a report of its kind it was not run, which never passes.
 
     Args:
         reports: At most one of a kind.
         limits: Of the policy.
-        edited_weights_digest: Of the edit that is judged.
-        head_digest: Of the safety head that is judged with it; empty without one.
+        verify: What is judged: its edit, safety head and variants.
 
     Raises:
-        InputError: If a report is of another edit or another safety head.
+        InputError: If a report is of another edit, another safety head or another variant.
         RecipeError: If a limit names a judge that the report does not have.
     """
     for report in reports:
-        if report.tower.weights_digest != edited_weights_digest:
-            raise InputError(
-                f"{report.kind}.json is of another edit ({report.tower.name}) than what is judged",
-                fix=f"run `uwm-deploy downstream {report.kind}` with this edit",
-            )
-        if report.tower.head_digest not in ("", head_digest):
-            raise InputError(
-                f"{report.kind}.json was measured with another safety head than what is judged",
-                fix=f"run `uwm-deploy downstream {report.kind}` with this bundle",
-            )
+        check_own(report, foreign(report, verify))
     known = {report.kind: downstream_metrics(report) for report in reports}
     checks = []
     for number, limit in enumerate(limits):
@@ -55,6 +43,13 @@ def downstream_checks(
         rule = f"downstream[{number}]"
         checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
     return checks
+
+
+def language_notes(reports: Sequence[DownstreamReport]) -> Iterator[str]:
+    """Which model said or drew what was judged: it is in no bundle, and another one was not measured."""
+    for report in reports:
+        beside = f" with adapters {report.tower.adapter_digest[:19]}" if report.tower.adapter_digest else ""
+        yield f"{report.kind}.json is of {report.model} ({report.model_digest[:19]}){beside}, and of no other model"
 
 
 def digests_of(reports: Sequence[DownstreamReport]) -> dict[str, Digest]:

@@ -20,11 +20,13 @@ from uwm_deploy.pipeline.reach import check_reaches_language_model
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.downstream import SIDES, UNSAFE, DownstreamReport, EditedTower
+from uwm_deploy.records.downstream import BENIGN, SIDES, UNSAFE, DownstreamReport, EditedTower
 from uwm_deploy.records.files import digest_of_plain
+from uwm_deploy.records.head import MIXED_FROM, SafetyHead
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.versions import versions
+from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.studies.downstream.edited import EditedAt, edited_tower_at
 from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, refused_judge, words_judge
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means, work_list
@@ -97,7 +99,7 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
         reporter.line(f"note: {note}")
     keys = work_list(source.ids, SIDES)
     rows, tower, model = _captioned(request, edited, source, keys, reporter)
-    return _report(request, tower, source, judges, rows, model, notes)
+    return _report(request, tower, source, judges, rows, model, notes, edited.head)
 
 
 def _reach(edited: EditedAt, llava: Path) -> tuple[str, ...]:
@@ -155,7 +157,9 @@ def _captioned(
         with _opened(request, edited) as encoder, model.behind(encoder) as variant:
             adapter = digest_of_plain(plain_from_record(model.put_adapter(request.adapter))) if request.adapter else ""
             tower = edited.told(variant=variant, adapter_digest=adapter)
-            rows[EDITED] = work.rows(EDITED, f"{tower.weights_digest} {variant} {encoder.digest} {adapter}".strip())
+            mixed = f"mixed from {MIXED_FROM.value} on" if edited.head else ""
+            parts = (tower.weights_digest, variant, encoder.digest, adapter, mixed)
+            rows[EDITED] = work.rows(EDITED, " ".join(filter(None, parts)))
     else:
         tower = edited.told(changed=model.put_edited(edited.model))
         rows[EDITED] = work.rows(EDITED, tower.weights_digest)
@@ -233,6 +237,7 @@ def settings_of(request: CaptionRequest, model: CaptionModel) -> dict[str, str]:
         "seed": str(decoding.seed),
         "batch": str(decoding.batch),
         "dtype": model.dtype,
+        "images": model.images,
         "device": model.device.partition(":")[0],
     }
 
@@ -249,6 +254,7 @@ def _report(
     rows: Mapping[str, Sequence[Row]],
     model: CaptionModel,
     notes: tuple[str, ...],
+    head: SafetyHead | None,
 ) -> DownstreamReport:
     original, edited = rows[ORIGINAL], rows[EDITED]
     if [row["input"] for row in original] != [row["input"] for row in edited]:
@@ -273,17 +279,26 @@ def _report(
         corpus_bleu=_corpus_bleu(inputs, texts, wanted),
         settings=settings_of(request, model),
         versions={**versions(_PACKAGES), **score_versions()},
-        notes=(*notes, *_safety_prompts(edited), *(() if wordnet() else (WITHOUT_WORDNET,))),
+        notes=(*notes, *_mixed_in(inputs, edited, head), *(() if wordnet() else (WITHOUT_WORDNET,))),
     )
 
 
-def _safety_prompts(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How many images got a safety prompt from the bundle's head, if any did."""
-    given = {side: sum(bool(row["safety"]) for row in rows if row["side"] == side) for side in SIDES}
-    if not any(given.values()):
-        return ()
-    told = ", ".join(f"{count} of {sum(row['side'] == side for row in rows)} {side}" for side, count in given.items())
-    return (f"behind the edited tower its safety head put a safety prompt before the question: {told} images",)
+def _mixed_in(inputs: Inputs, rows: Sequence[Row], head: SafetyHead | None) -> Iterator[str]:
+    """How many images had the head's safety prompt and tokens mixed in, beside the share that its threshold is for."""
+    if head is None:
+        return
+    given = np.array([bool(row["safety"]) for row in rows])
+    rows_of = {side: inputs.rows(side) for side in inputs.present}
+    shares = {side: wilson(int(given[at].sum()), len(at), clusters=inputs.alone(side)) for side, at in rows_of.items()}
+    told = ", ".join(
+        f"{side} {share.value:.1f}% ({share.low:.1f} to {share.high:.1f}, n = {share.n})"
+        for side, share in shares.items()
+    )
+    wanted, level = head.false_positive_rates[MIXED_FROM], head.thresholds[MIXED_FROM]
+    what = "safety prompt and tokens" if head.language else "safety prompt"
+    yield f"{what} mixed in from risk level {level:.4f} on, which was chosen for {wanted:g}% of safe images: {told}"
+    if shares[BENIGN].low > wanted:
+        yield "more benign images than it was chosen for: choose it on images like these (train safety-head --validation)"
 
 
 def _own_captions(source: QuadrupleSource) -> list[str]:
