@@ -164,6 +164,8 @@ def imported(module: str, missing: str, *, fix: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if "failed to map segment" in str(error):  # the package is there, and there is no room for it
+            raise PrerequisiteError(f"not enough memory for {module}", fix="raise the limit (`ulimit -v`)") from error
         broken = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
         raise PrerequisiteError(f"{missing}{broken}", fix=fix) from error
 

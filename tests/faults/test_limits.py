@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from uwm_deploy.commands.failure import failure_of
 from uwm_deploy.errors import DataError, InputError, IntegrityError, PrerequisiteError
@@ -118,7 +119,8 @@ class SafetensorError(Exception):
             RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
             "not enough memory",
         ),
-        (RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"), "not enough memory"),
+        (RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"), "not enough memory"),
+        (RuntimeError("can't start new thread"), "no more threads"),
         (
             OSError("Caught OSError in DataLoader worker process 0.\n[Errno 5] Input/output error"),
             "the disk or the network",

@@ -14,6 +14,7 @@ import pytest
 
 from tests.data_sets import members, open_set, png, put, write_shard
 from uwm_deploy.data.archive import expanded
+from uwm_deploy.data.archive import members as members_of
 from uwm_deploy.data.reading import read_all
 from uwm_deploy.data.shards import _MOST_OPEN
 from uwm_deploy.data.source import QuadrupleSource
@@ -260,3 +261,31 @@ def test_worker_processes_read_the_same(folder: Path) -> None:
     source = _open(folder)
     rows = list(read_all(partial(_texts, source), 6, 2, "", lambda *_: None))
     assert rows == [(f"a calm {i}", f"a fire {i}") for i in range(6)]
+
+
+def _header(kind: bytes, content: bytes, size: int | None = None) -> bytes:
+    """A header that goes on behind its block, with what stands there."""
+    made = tarfile.TarInfo("././@LongLink")
+    made.type, made.size = kind, len(content) if size is None else size
+    return made.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        (_header(tarfile.XHDTYPE, b"12 path=aaa\n") * 3000, "nested too deep"),
+        (_header(tarfile.GNUTYPE_LONGNAME, b"a" * 120 + b"\0") * 3000, "nested too deep"),
+        (_header(tarfile.XHDTYPE, b"9" * 400 + b" size=1\n"), "no whole tar file"),
+        (_header(tarfile.GNUTYPE_LONGNAME, b"a" * (1 << 21)), "a header claims 2097152 bytes"),
+        (_header(tarfile.XHDTYPE, b"12 path=aaa\n", 1 << 40), "a header claims 1099511627776 bytes"),
+    ],
+    ids=["pax", "long names", "digits", "long header", "size"],
+)
+def test_headers_before_a_member_are_bounded(before: bytes, says: str, tmp_path: Path) -> None:
+    """In number, in size, and in what they say of themselves."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("1.json"))
+    (tmp_path / "s.tar").write_bytes(before + stream.getvalue())
+    with pytest.raises(DataError, match=says):
+        list(members_of(tmp_path / "s.tar"))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from uwm_deploy.errors import (
 from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.service import Serving
 from uwm_deploy.serve.embed.batch import EmbedBatch
 from uwm_deploy.serve.embed.job import EmbedReport, _batches
 from uwm_deploy.serve.embed.parts import PartWriter, finished_keys
@@ -103,6 +105,22 @@ def test_the_callable_is_columns_in_and_columns_out(bundle: Path) -> None:
     assert EmbedBatch(bundle)({"key": [], "image": []})["embedding"].shape == (0, 64)
     with pytest.raises(InputError, match="no column 'image'; it has key"):
         EmbedBatch(bundle)({"key": []})
+
+
+@pytest.mark.parametrize("at_load", [True, False])
+def test_a_thread_that_cannot_be_started_says_nothing_about_the_bundle(bundle: Path, at_load: bool) -> None:
+    """Neither changed nor closed: each new thread wants a stack that is larger than the address space."""
+    encoder = None if at_load else SafeEncoder.open(bundle, serving=Serving(selftest_rows=0))
+    before = threading.stack_size(1 << 47)
+    try:
+        with pytest.raises(PrerequisiteError, match="no more threads"):
+            (encoder or SafeEncoder.open(bundle)).encode_text(["a red circle"])
+        if encoder:
+            found = encoder._monitor
+            with pytest.raises(PrerequisiteError, match="no more threads"):
+                found.check_at_load(4, encoder._preprocessing, allow_unsafe=False)
+    finally:
+        threading.stack_size(before)
 
 
 def test_the_callable_is_small_until_it_works_and_opens_the_bundle_once(bundle: Path) -> None:

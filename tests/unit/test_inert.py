@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from uwm_deploy.report.in_toto import evaluations_from_verdict
 from uwm_deploy.report.markdown import markdown_from_verdict
 from uwm_deploy.report.markdown_table import code, inert, inline, markdown_of_cells, markdown_table
 from uwm_deploy.report.oscal import oscal_from_verdict
+from uwm_deploy.runtime.logs import event
 from uwm_deploy.serve.embed.sources import Naming, items_of
 
 RENDERER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -119,3 +121,10 @@ def test_keys_show_every_character(name: str, tmp_path: Path) -> None:
     assert [item.key for item in items_of(tmp_path, Naming(kind="images", key="key", column="image"))] == [
         "a\u200cb.png"
     ]
+
+
+def test_a_log_line_shows_what_a_caller_brought(caplog: pytest.LogCaptureFixture) -> None:
+    """As one line in which every character can be seen."""
+    with caplog.at_level("WARNING", "uwm_deploy.runtime"):
+        event(logging.WARNING, "item-failed", error="a\n::error::b\x1b[2J\u202e")
+    assert caplog.records[0].getMessage().isprintable()

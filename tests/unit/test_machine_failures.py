@@ -42,7 +42,7 @@ from uwm_deploy.records.data import DataReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import ImageSpec, TextSpec, TowerName
 from uwm_deploy.records.verdict import Result
-from uwm_deploy.runtime.image import image_from
+from uwm_deploy.runtime.image import crop_from_image, image_from
 from uwm_deploy.runtime.tokenizer import Tokenizer
 
 EIO = Path("/proc/self/mem")
@@ -394,3 +394,30 @@ def test_what_may_not_be_read_is_no_fact_about_a_bundle(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (6, 1), done.stderr
         assert "cannot be read" in done.stderr
         assert "Permission denied" in done.stderr
+
+
+@contextlib.contextmanager
+def _at_most(further_bytes: int) -> Iterator[None]:
+    """This process gets so much more memory."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + further_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_strip_is_never_resized_as_a_whole() -> None:
+    """One pixel high and 65,535 wide: at its full size it would take 10 GB."""
+    strip = Image.new("RGB", (65_535, 1), "red")
+    with _at_most(600_000_000):
+        crop = crop_from_image(strip, _spec())
+    assert (crop == [255, 0, 0]).all()
+
+
+def test_a_crop_that_found_no_memory_is_no_fact_about_the_image() -> None:
+    """The machine is at fault, whatever the image is."""
+    image = Image.new("RGB", (20_000, 3000), "red")
+    with _at_most(1_000_000), pytest.raises(UnreadableError, match="20000 x 3000 pixels cannot be resized: not enough"):
+        crop_from_image(image, dataclasses.replace(_spec(), resize=6000, crop=6000))

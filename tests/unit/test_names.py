@@ -61,6 +61,7 @@ def test_a_listed_path_stays_inside(path: str) -> None:
     [
         (lambda m: {"name": "../../x"}, "not a plain name"),
         (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], file="../../x"), *m.onnx[1:])}, "not a plain name"),
+        (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], external_data="../w"), *m.onnx[1:])}, "not a plain name"),
         (lambda m: {"engines": (dataclasses.replace(m.engines[0], variant="../x"),)}, "not a plain name"),
         (lambda m: {"files": (dataclasses.replace(m.files[0], path="../x"), *m.files[1:])}, "no path inside"),
         (lambda m: {"onnx": (dataclasses.replace(m.onnx[0], file="text.onnx"), *m.onnx[1:])}, "is not the graph"),

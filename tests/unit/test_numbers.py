@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from tests.faults.mutations import LARGE
 from tests.unit.test_report import make, write_bundle, write_run
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import IntegrityError, RecipeError
+from uwm_deploy.recipes.data_set import calibration_set_from_toml
 from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.metrics import Flips, Proportion, SafetyReport
 
@@ -93,7 +96,7 @@ def test_every_reader_of_records_refuses_them(
     read: Callable[[Path, int], None], error: type[Exception], digits: int, tmp_path: Path
 ) -> None:
     """As what the file is: a manifest, or a policy."""
-    with pytest.raises(error, match="a number of at most 64 bits"):
+    with pytest.raises(error, match=r"a number of at most 64 bits"):
         read(tmp_path, digits)
 
 
@@ -143,3 +146,24 @@ def test_a_report_measures_and_compares_two_models(place: tuple[str, ...], repor
             part |= {f"{name}x" if name == "GS" else name: value for name, value in kept.items()}
         code, output = _gate(json.dumps(body), tmp_path)
         assert (code, "GS" in output) == (5, True), output[-300:]
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 5000, str(2**63), "0b" + "1" * 70])
+@pytest.mark.parametrize(
+    ("read", "kind", "name", "key"),
+    [
+        (policy_from_toml, "ci", "demo", "at_most"),
+        (policy_from_toml, "ci", "demo", "format"),
+        (recipe_from_toml, "export", "demo", "opset"),
+        (calibration_set_from_toml, "calibration", "demo", "limit"),
+    ],
+)
+def test_no_base_hides_a_number_of_many_digits(number: str, read: Any, kind: str, name: str, key: str) -> None:
+    """TOML has base 16 and 2, for which Python has no limit until it prints the number."""
+    text, where = read_toml(kind, name)
+    changed = re.sub(rf"^({key} *=).*|\b({key} *=) *[-0-9.e]+", rf"\1\2 {number}", text, count=1, flags=re.MULTILINE)
+    changed = changed if changed != text else f"{key} = {number}\n{text}"
+    with pytest.raises(RecipeError, match=r"a number of at most 64 bits|a number has thousands of digits") as caught:
+        read(changed, where=where)
+    assert "sys." not in str(caught.value)
+    assert len(str(caught.value)) < 300

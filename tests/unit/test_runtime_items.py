@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
@@ -270,7 +271,8 @@ def test_an_engine_that_answers_nothing_gives_its_own_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"), MemoryError("none")]
+    "error",
+    [RuntimeException("RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer"), MemoryError("none")],
 )
 def test_a_failure_of_the_machine_is_no_fact_about_a_row(error: Exception) -> None:
     """A row that met it keeps that error, which a job does not write down, though its neighbours were answered."""

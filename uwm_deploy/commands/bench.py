@@ -66,7 +66,7 @@ def bench(bundle: Path, asked: TimingOptions, trust: TrustOptions) -> Shown:
       uwm-deploy bench dist/demo --variant onnxruntime-int8 --batch 1 --batch 32 --csv bench.csv --picture bench.png
     """
     from uwm_deploy.bundle.open import open_bundle
-    from uwm_deploy.records.files import write_atomic
+    from uwm_deploy.records.files import write_output
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.drawings import draw_bench
     from uwm_deploy.report.tables.latencies import bench_csv, print_bench
@@ -82,7 +82,7 @@ def bench(bundle: Path, asked: TimingOptions, trust: TrustOptions) -> Shown:
             opened, contenders, not_run, batches=asked.batches, seconds=asked.seconds, progress=reporter.progress
         )
     if asked.table is not None:
-        write_atomic(asked.table, bench_csv(found))
+        write_output(asked.table, bench_csv(found))
     if asked.picture is not None:
         draw_bench(found, asked.picture)
 

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from typing import TextIO
 
 import click
 
@@ -131,10 +132,7 @@ def say(error: BaseException, *, as_json: bool) -> int:
     else:
         start = {"Interrupted": "", "InternalError": "internal error: "}.get(failure.kind, "error: ")
         said = f"{start}{failure.what}{'; ' if failure.fix else ''}{failure.fix}"
-        if sys.stderr.isatty():
-            print_text(said, err=True)
-        else:
-            click.echo(said, err=True)  # a log has each error in one line
+        _say_line(said)
     if as_json and speaks():
         try:
             click.echo(json_of(failure))
@@ -143,10 +141,27 @@ def say(error: BaseException, *, as_json: bool) -> int:
     return failure.exit_code
 
 
+def _say_line(said: str) -> None:
+    """On standard error, if there is one; the exit code tells the kind of the failure in any case."""
+    if sys.stderr is None:
+        return
+    try:
+        if sys.stderr.isatty():
+            print_text(said, err=True)
+        else:
+            click.echo(said, err=True)  # a log has each error in one line
+    except OSError:
+        _silence(sys.stderr)
+
+
 def silence_output() -> None:
     """Nothing more is written to standard output: the rest of it would fail again when the process ends."""
+    _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
     with contextlib.suppress(OSError):  # where a test or a notebook has put something else in its place
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def json_of(failure: Failure) -> str:

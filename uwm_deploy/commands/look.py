@@ -76,14 +76,14 @@ def report(path: Path, asked: PageOptions) -> Shown:
       uwm-deploy report dist/demo --open
       uwm-deploy report .uwm/demo --sweep .uwm/demo/sweep/sweep.json --out demo.html
     """
-    from uwm_deploy.records.files import write_atomic
+    from uwm_deploy.records.files import write_output
     from uwm_deploy.report.evidence import dossier_of
     from uwm_deploy.report.findings import result_words
     from uwm_deploy.report.html import page, place_of
 
     target = place_of(path, asked.out)
     dossier = dossier_of(path, asked.sweep, asked.bench, asked.compared, asked.downstream)
-    write_atomic(target, page(dossier))
+    write_output(target, page(dossier))
     verdict = dossier.verdict
     if asked.opened and not webbrowser.open(target.resolve().as_uri()):
         print_text(f"no browser here; open {target} yourself", err=True)

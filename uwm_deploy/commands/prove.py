@@ -197,7 +197,7 @@ def selftest(asked: SelftestOptions) -> Shown:
     """
     import tempfile
 
-    from uwm_deploy.records.files import write_atomic
+    from uwm_deploy.records.files import write_output
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables import planted_faults
     from uwm_deploy.report.terminal import print_lines, print_rows
@@ -207,7 +207,7 @@ def selftest(asked: SelftestOptions) -> Shown:
         progress = Reporter().progress
         found = run.selftest(Path(folder), asked.faults, asked.rebuilds, peers=asked.peers, progress=progress)
     if asked.markdown:
-        write_atomic(asked.markdown, planted_faults.markdown_of(found))
+        write_output(asked.markdown, planted_faults.markdown_of(found))
 
     def text() -> None:
         print_rows(planted_faults.fault_rows(found))

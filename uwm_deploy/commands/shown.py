@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -48,7 +49,7 @@ def prints(command: Callable[..., Shown]) -> Callable[..., NoReturn]:
     @functools.wraps(command)
     def printed(*, as_json: bool, quiet: bool, debug: bool, **asked: Any) -> NoReturn:
         try:
-            with _progress(shown=not quiet):
+            with _progress(shown=not quiet), _no_line_per_item():
                 shown = command(**asked)
             _print_while_read(shown, as_json)
         except KeyboardInterrupt as error:
@@ -74,6 +75,21 @@ def _progress(*, shown: bool) -> contextlib.AbstractContextManager[None]:
     from uwm_deploy.report.console import without_progress
 
     return without_progress()
+
+
+@contextlib.contextmanager
+def _no_line_per_item() -> Iterator[None]:
+    """The runtime logs every item that fails, for services; a command says itself what failed."""
+    log = logging.getLogger("uwm_deploy.runtime")
+
+    def is_of_more(record: logging.LogRecord) -> bool:
+        return getattr(record, "uwm", {}).get("event") != "item-failed"
+
+    log.addFilter(is_of_more)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_more)
 
 
 def _print_while_read(shown: Shown, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from uwm_deploy.errors import DataError, MissingFileError, is_of_machine, unreadable
+from uwm_deploy.records.plain_json import reason_of
 
 _MOST_SHARDS = 100_000
 _LONGEST_NAME = 4096
@@ -114,11 +115,11 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
                     )
     except FileNotFoundError as error:
         raise MissingFileError(f"shard {path} does not exist", fix="check `shards` and `folder`") from error
-    except (tarfile.TarError, OSError, ValueError, EOFError, MemoryError) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError, MemoryError, ArithmeticError, RecursionError) as error:
         if is_of_machine(error):
             raise unreadable(f"shard {path}", error, fix="") from error
         raise DataError(
-            f"shard {path} is no whole tar file: {error}", fix="write it again, without compression"
+            f"shard {path} is no whole tar file: {reason_of(error)}", fix="write it again, without compression"
         ) from error
 
 

@@ -63,7 +63,7 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     # It would round the activations of a layer whose weight alone is in 8 bits.
     disabled = ["QDQSelectorActionTransformer"] if spec["weights_only"] else []
     try:
-        session = ort.InferenceSession(source, options, disabled_optimizers=disabled)
+        session = ort.InferenceSession(source, options, disabled_optimizers=disabled, enable_fallback=0)
     except Exception as error:  # its errors share no base class
         if _UNWRITTEN in str(error):
             what = f"ONNX Runtime could not write {spec['engine']}"

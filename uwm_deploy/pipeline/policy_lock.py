@@ -12,7 +12,7 @@ from uwm_deploy.recipes.policy import SECTIONS, Policy
 from uwm_deploy.recipes.resolve import calibration_set_of, policy_of
 from uwm_deploy.records.codec import json_from_record, read_record
 from uwm_deploy.records.evidence import VerifyReport
-from uwm_deploy.records.files import digest_of_bytes, digest_of_file, write_atomic
+from uwm_deploy.records.files import digest_of_bytes, digest_of_file, write_output
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.policy_lock import Criterion, PolicyLock
 
@@ -52,7 +52,7 @@ def lock_policy(policy: str, evaluation: str, out: Path, *, by: str) -> tuple[Po
         locked=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     content = json_from_record(lock).encode()
-    write_atomic(out, content)
+    write_output(out, content)
     return lock, digest_of_bytes(content)
 
 

@@ -34,6 +34,7 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
         body = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables nested 3,000 deep
         raise RecipeError(f"{where} is not valid TOML: {reason_of(error)}", fix="mend the line") from error
+    _refuse_large_numbers(body, where)
     _refuse_unknown_keys(cls, body, where, docs)
     if body.get("format") != FORMAT:
         raise RecipeError(f"{where}: format is {body.get('format')!r}", fix=f"this release reads format = {FORMAT}")
@@ -41,6 +42,18 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
         return record_from_plain(cls, body, where=where)
     except IntegrityError as error:
         raise RecipeError(error.what, fix=f"see {docs}") from error
+
+
+def _refuse_large_numbers(value: Any, where: str) -> None:
+    """TOML promises 64 bits; Python reads more, and then cannot even print what is in base 16."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_large_numbers(item, f"{where}: {key}" if isinstance(item, int) else where)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_large_numbers(item, where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RecipeError(f"{where} should be a number of at most 64 bits", fix="mend the line")
 
 
 def _refuse_unknown_keys(kind: type, body: Mapping[str, Any], where: str, docs: str) -> None:

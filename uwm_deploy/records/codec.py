@@ -230,7 +230,10 @@ def _mismatch(where: str, expected: str, value: Any) -> IntegrityError:
 def _as_written(value: Any) -> str:
     """A value as it stands in a file, so that text and numbers are told apart."""
     plain = value is None or isinstance(value, str | bool | int | float | list | dict)
-    return json.dumps(value, ensure_ascii=False, default=str)[:60] if plain else str(value)[:60]
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:60] if plain else str(value)[:60]
+    except ValueError:  # Python writes no number of thousands of digits, which TOML can hold in base 16
+        return "a number of thousands of digits"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

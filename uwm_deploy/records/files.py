@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -57,6 +58,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         stream.write(data.encode() if isinstance(data, str) else data)
 
 
+def write_output(path: Path, data: bytes | str) -> None:
+    """Writes where a user wants a result: a file as `write_atomic` does, behind a link as well, or a device or a pipe.
+
+    Raises:
+        PrerequisiteError: If the machine failed.
+        InputError: If nothing can be written there.
+    """
+    with disk_errors(path):
+        stream = Path("/dev") in path.absolute().parents or (_is_special(path.stat()) if path.exists() else False)
+    if not stream:
+        write_atomic(path.resolve() if path.is_symlink() else path, data)
+        return
+    with disk_errors(path), path.open("ab") as file:  # /dev/stdout may be a file, which is not emptied
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file that becomes `path`, durably, when the block ends well, and disappears when it does not.
@@ -65,6 +82,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and _is_special(path.lstat()):  # renaming would put a file in the place of a device
+            raise InputError(f"{path} is in the way: it is no plain file", fix="choose another place")
         temporary, lock = _claimed(path)
         try:
             with temporary.open("wb") as stream:
@@ -104,6 +123,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         release(lock)
+
+
+def _is_special(found: os.stat_result) -> bool:
+    """Of a device, a pipe or a socket."""
+    return not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) or stat.S_ISLNK(found.st_mode))
 
 
 def _claimed(path: Path) -> tuple[Path, int]:

@@ -21,6 +21,7 @@ _FIXES: Mapping[int, tuple[str, str]] = {
     errno.EIO: ("the disk or the network failed", "look at the machine's log, then run it again"),
     errno.ESTALE: ("the network file system lost the file", "run it again"),
     errno.ENOLCK: ("the file system gives no locks", "choose another place"),
+    errno.EAGAIN: ("no more threads or processes", "raise the limit (`ulimit -u`, `ulimit -v`), or use fewer workers"),
     errno.EREMOTEIO: ("the disk or the network failed", "look at the machine's log, then run it again"),
 }
 """Error number to what it means and what helps."""
@@ -35,6 +36,9 @@ _NO_MEMORY = re.compile(
 )
 """How libraries say it that know no number."""
 
+
+_NO_THREAD = "can't start new thread"
+"""How Python says it, without a number."""
 
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 """How numpy says that a file did not take everything; why, it does not know."""
@@ -126,9 +130,13 @@ def _number_of(error: BaseException) -> int:
         return int(next(filter(None, numbers.groups())))
     if _CUT_SHORT.search(text):
         return errno.ENOSPC
+    if _NO_THREAD in text:
+        return errno.EAGAIN
     if named := [number for number in _FIXES if os.strerror(number) in text]:
         return named[0]
-    return errno.ENOMEM if isinstance(error, (RuntimeError, ImportError)) and _NO_MEMORY.search(text) else 0
+    # ONNX Runtime's errors share no base class with Python's.
+    of_library = isinstance(error, (RuntimeError, ImportError)) or type(error).__module__.startswith("onnxruntime")
+    return errno.ENOMEM if of_library and _NO_MEMORY.search(text) else 0
 
 
 def _name_of(error: BaseException) -> str:

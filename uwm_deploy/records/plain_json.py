@@ -22,5 +22,7 @@ def value_from_json(content: str | bytes) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """What a parser of text says is wrong; that it is nested too deep, it says in terms of its own."""
-    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    """What a parser of text says is wrong; of depth and of long numbers it speaks in terms of Python's own limits."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    return "a number has thousands of digits" if "int_max_str_digits" in str(error) else str(error)

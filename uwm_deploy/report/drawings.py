@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.files import write_output
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import BenchReport, BenchSubject, MethodComparison, SweepReport
 from uwm_deploy.report.method_changes import first_measured, zero_shot_change
@@ -164,4 +164,4 @@ def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG file, whole or not at all, with the same bytes for the same data."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=_DOTS_PER_INCH, format="png", metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())

@@ -10,7 +10,7 @@ from typing import Any
 from uwm_deploy import __version__
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.policy import rule_lines
-from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.files import write_atomic, write_output
 from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.report.github import annotations_from_verdict, outputs_from_verdict
@@ -54,15 +54,15 @@ def write_outputs(
     text, where = resources.read_toml("ci", policy)
     place: dict[str, Any] = {"policy_file": _relative(where), "lines": rule_lines(text)}
     if junit:
-        write_atomic(junit, junit_from_verdict(verdict))
+        write_output(junit, junit_from_verdict(verdict))
     if markdown:
-        write_atomic(markdown, markdown_from_verdict(verdict))
+        write_output(markdown, markdown_from_verdict(verdict))
     if sarif:
-        write_atomic(sarif, sarif_from_verdict(verdict, version=__version__, **place))
+        write_output(sarif, sarif_from_verdict(verdict, version=__version__, **place))
     if in_toto:
-        write_atomic(in_toto, evaluations_from_verdict(verdict, version=__version__))
+        write_output(in_toto, evaluations_from_verdict(verdict, version=__version__))
     if oscal:
-        write_atomic(oscal, oscal_from_verdict(verdict, version=__version__, at=datetime.now(UTC)))
+        write_output(oscal, oscal_from_verdict(verdict, version=__version__, at=datetime.now(UTC)))
     if gitlab:
         write_atomic(gitlab / CODE_QUALITY, code_quality_from_verdict(verdict, **place))
         write_atomic(gitlab / METRICS, metrics_from_verdict(verdict))

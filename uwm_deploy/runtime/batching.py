@@ -156,8 +156,12 @@ class Batcher:
         self._threads = [
             threading.Thread(target=self._serve, name=f"uwm-{name}-{number}", daemon=True) for number in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.stop()  # those that were started
+            raise failure_of_machine(error) or error from error
 
     @property
     def waiting(self) -> int:

@@ -24,7 +24,7 @@ from uwm_deploy.bundle.open import Bundle, engine_path, open_bundle
 from uwm_deploy.bundle.signature import PublicKey
 from uwm_deploy.bundle.space import SpaceId, space_of
 from uwm_deploy.bundle.tied import check_rows
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.records.graph import EngineArtifact
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
@@ -132,7 +132,7 @@ class SafeEncoder:
                 4 if selection.taken.note else 0
             )  # a must where the evidence is from elsewhere
             encoder._monitor.check_at_load(rows, encoder._preprocessing, allow_unsafe=allow_unsafe)
-        except IntegrityError:
+        except UwmError:
             encoder.close()
             raise
         event(logging.INFO, "opened", seconds=_since(started), why=str(selection), **encoder._identity)

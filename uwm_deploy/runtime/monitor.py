@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from uwm_deploy.bundle.open import Bundle
-from uwm_deploy.errors import IntegrityError, UwmError
+from uwm_deploy.errors import IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.drift import DriftMonitor, DriftState
 from uwm_deploy.runtime.fork import Home
@@ -65,18 +66,22 @@ class Monitor:
             return SelfTest(
                 {}, RATIO_LIMIT, "the encoder was opened in another process, which this one was forked off", 0.0
             )
-        started, ratios, error = time.monotonic(), {}, ""
+        return self._selftest(rows)[0]
+
+    def _selftest(self, rows: int) -> tuple[SelfTest, Exception | None]:
+        """The result, and what was raised meanwhile."""
+        started, ratios, error, raised = time.monotonic(), {}, "", None
         try:
             for tower, canaries in self._canaries.items():
                 some = Canaries(canaries.inputs[:rows], canaries.original[:rows], canaries.edited[:rows])
                 ratios[tower.value] = some.worst(self._services[tower].run_rows(some.inputs, SELFTEST_SECONDS))
         except Exception as failure:  # whatever it is, the answer to the probe is no
-            error = str(failure) or type(failure).__name__
+            error, raised = str(failure) or type(failure).__name__, failure
         if not self._canaries:
             error = "the bundle has no canaries"
         result = SelfTest(ratios, RATIO_LIMIT, error, time.monotonic() - started)
         record_selftest(self.metrics, result)
-        return result
+        return result, raised
 
     def check_at_load(self, rows: int, preprocessing: Preprocessing, *, allow_unsafe: bool) -> None:
         """The self-test before the first caller is let in: prepared rows, and encoded images.
@@ -90,10 +95,15 @@ class Monitor:
 
         Raises:
             IntegrityError: If it does not.
+            PrerequisiteError: If the machine failed, which says nothing about the bundle.
         """
         if not rows:
             return
-        result = self.selftest(rows)
+        result, raised = self._selftest(rows)
+        if isinstance(raised, PrerequisiteError):
+            raise raised
+        if raised is not None and (failure := failure_of_machine(raised, self._bundle.path)):
+            raise failure from raised
         if not result.ok and not allow_unsafe:
             told = result.error or ", ".join(f"{tower} {ratio:.3g}" for tower, ratio in result.ratios.items())
             raise IntegrityError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from uwm_deploy.errors import BusyError, InputError
+from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher, Run, as_exception, closed
 from uwm_deploy.runtime.fork import Home
@@ -273,8 +274,10 @@ class TowerService:
     ) -> Future[None]:
         try:
             return self._pool.submit(self._prepare, items, prepare, futures, delay_s)
-        except RuntimeError:  # the pool has ended meanwhile
+        except RuntimeError as error:  # the pool has ended meanwhile
             self._places.give_back(len(items))
+            if failure := failure_of_machine(error):
+                raise failure from error
             raise closed() from None
 
     def _prepare(

@@ -304,7 +304,7 @@ class OnnxRuntimeSession:
         if device != "auto":
             add_provider(ort, options, device, FLOAT32 if device == "cuda" else {})
         try:
-            session = ort.InferenceSession(model, options)
+            session = ort.InferenceSession(model, options, enable_fallback=0)  # which prints to standard output
         except Exception as error:  # its errors share no base class
             line = str(error).strip().splitlines()[0][:200]
             raise PrerequisiteError(

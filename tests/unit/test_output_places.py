@@ -1,0 +1,99 @@
+"""Where results and errors go: devices, pipes and links as they are, and an output that takes nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.unit.test_report import make, write_bundle
+from uwm_deploy.cli import cli
+from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.records.files import whole_file, write_atomic, write_output
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one that is not for serving."""
+    return write_bundle(make(), tmp_path_factory.mktemp("made") / "tiny")
+
+
+def test_a_pipe_and_a_link_stay_what_they_are(bundle: Path, tmp_path: Path) -> None:
+    """As a shell writes to them; the file behind a link is written, and the link is still one."""
+    fifo, link, behind = tmp_path / "fifo", tmp_path / "link", tmp_path / "behind.sarif"
+    os.mkfifo(fifo)
+    behind.write_text("old")
+    link.symlink_to("behind.sarif")
+    took: list[str] = []
+    reader = threading.Thread(target=lambda: took.append(fifo.read_text()), daemon=True)
+    reader.start()
+    words = [
+        "gate",
+        str(bundle),
+        "--policy",
+        "demo",
+        "--markdown",
+        str(fifo),
+        "--sarif",
+        str(link),
+        "--junit",
+        "/dev/null",
+    ]
+    result = CliRunner().invoke(cli, words)
+    reader.join(10)
+    assert result.exit_code in (0, 3), result.output
+    assert took[0].startswith("#")
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert link.is_symlink()
+    assert '"runs"' in behind.read_text()
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_standard_output_that_is_a_file_is_not_emptied(tmp_path: Path) -> None:
+    """`> out.txt` with `--markdown /dev/stdout`: what stands there already stays."""
+    code = "from pathlib import Path; from uwm_deploy.records.files import write_output as w; "
+    code += "print('first', flush=True); w(Path('/dev/stdout'), 'second\\n')"
+    with (tmp_path / "out.txt").open("a") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out.txt").read_text() == "first\nsecond\n"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket"])
+def test_a_record_never_takes_the_place_of_a_pipe(kind: str, tmp_path: Path) -> None:
+    """A file of a run folder or a data set: nobody wants a pipe there, and waiting for a reader would take for ever."""
+    place = tmp_path / "record.json"
+    if kind == "fifo":
+        os.mkfifo(place)
+    else:
+        os.mknod(place, stat.S_IFSOCK | 0o600)
+    with pytest.raises(InputError, match=r"record\.json is in the way: it is no plain file"):
+        write_atomic(place, "x")
+    assert os.listdir(tmp_path) == ["record.json"]
+    assert not place.is_file()
+
+
+def test_a_full_device_is_the_machines_fault(tmp_path: Path) -> None:
+    """It is no file to be replaced, and says why."""
+    with pytest.raises(PrerequisiteError, match="no space left"):
+        write_output(Path("/dev/full"), "x")
+    with pytest.raises(InputError, match="is in the way"), whole_file(Path("/dev/full")):
+        pass
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    write_output(tmp_path / "new" / "file", b"x")
+    assert (tmp_path / "new/file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("way", ["full", "closed"])
+@pytest.mark.parametrize(("words", "code"), [(["inspect", "nothing"], 2), (["no-such-command"], 2)])
+def test_the_exit_code_needs_no_standard_error(way: str, words: list[str], code: int, tmp_path: Path) -> None:
+    """A full disk under a log, or no log at all."""
+    to = {"full": "2>/dev/full", "closed": "2>&-"}[way]
+    line = f'exec "$0" -m uwm_deploy.cli {" ".join(words)} {to}'
+    done = subprocess.run(["sh", "-c", line, sys.executable], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert done.returncode == code
