@@ -198,7 +198,7 @@ def test_adapters_teach_a_language_model_that_never_declines(tmp_path: Path) -> 
 def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     """Features, safety tokens and risks of the served graph are those of PyTorch; the gate's report says so."""
     images, _ = pictures_of(str(world.folder / "pictures.toml"))
-    images = images[:24]
+    images = images[: (n := 96)]
     head = read_head(world.folder / "head")
     model = load_edited(safety_request(world.folder), Reporter(quiet=True))
     with SafeEncoder.open(world.bundle) as encoder:
@@ -212,7 +212,7 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     with torch.inference_mode():
         safety, _, level = head_from_bytes(head.weights, head.record.shape)(tokens)
     assert given.safety_tokens is not None
-    assert given.safety_tokens.shape == (24, head.record.shape.tokens, 48)
+    assert given.safety_tokens.shape == (n, head.record.shape.tokens, 48)
     np.testing.assert_allclose(given.safety_tokens, safety.numpy(), atol=2e-4)
     np.testing.assert_allclose(given.features, tokens[:, 1:].numpy(), atol=2e-4)
     np.testing.assert_allclose(one.safety_tokens, given.safety_tokens[:1], atol=2e-4)
@@ -220,9 +220,9 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     assert risks is not None
     np.testing.assert_allclose(given.risk.levels, level[:, 0].numpy(), atol=2e-4)
     assert given.risk.decisions == risks.decisions
-    assert given.safety_prompts == tuple(risks[row].safety_prompt for row in range(24))
+    assert given.safety_prompts == tuple(risks[row].safety_prompt for row in range(n))
     assert given.mixed_in.tolist() == [bool(prompt) for prompt in given.safety_prompts]
-    assert 0 < given.mixed_in.sum() < 24
+    assert 0 < given.mixed_in.sum() < n
     burning = [p for row, p in enumerate(given.safety_prompts) if p and risks[row].category == "fire"]
     assert burning
     assert all(prompt.startswith(FIRE) for prompt in burning)
