@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.families import recipe_of
 from tests.reports import report as verify_report
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
@@ -125,6 +126,14 @@ def test_a_risk_has_its_safety_prompt(decision: Action, category: str, has: str,
     for category, decision in (("safe", Action.ALLOW), ("fire", Action.FLAG)):
         left = Risk(category=category, probability=0.9, level=0.1, decision=decision, told="It may burn.")
         assert (left.mixed_in, left.safety_prompt) == (False, "")
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b"])
+def test_recipes_of_llava_have_the_published_settings(name: str) -> None:
+    """The vision tower alone, the second layer of every MLP, 8.5% of the score's mass, negated."""
+    edit = recipe_of(name).entries
+    assert edit.towers == (TowerName.IMAGE,)
+    assert (edit.image.layers, edit.image.keep_mass, edit.image.factor) == (("*.mlp.fc2",), 0.915, -1.0)
 
 
 def test_a_language_model_is_told_which_images_are_mixed_in() -> None:
