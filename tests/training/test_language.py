@@ -236,6 +236,24 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     assert [spec.name for spec in engine.outputs][-3:] == [SAFETY_TOKENS, RISK_LOGITS, RISK_LEVEL]
 
 
+def test_tokens_that_are_not_mixed_in_do_not_count(world: World) -> None:
+    """In the loss that adapters learn from, an image below the threshold is as without a head, beside others in a batch."""
+    model = CaptionModel.open(world.folder / "llava", device="cpu", decoding=DECODING)
+    shape = read_head(world.folder / "head").record.shape
+    torch.manual_seed(0)
+    seen = torch.randn(2, 65, shape.features)
+    first, second = torch.randn(2, 2, shape.tokens, shape.language).unbind()
+
+    def loss(safety: torch.Tensor, mixed: list[bool]) -> float:
+        with torch.no_grad():
+            return float(model.answer_loss(seen, safety, mixed, [PROMPT, PROMPT], [REFUSAL, REFUSAL]))
+
+    other = torch.stack([second[0], first[1]])  # other tokens of the image that gets none
+    assert loss(first, [False, True]) == pytest.approx(loss(other, [False, True]), rel=1e-6)
+    assert loss(first, [True, True]) != pytest.approx(loss(other, [True, True]), rel=1e-6)
+    assert loss(first, [False, False]) == pytest.approx(loss(second, [False, False]), rel=1e-6)
+
+
 def test_the_runtime_needs_no_torch_for_it(world: World) -> None:
     """A process that cannot import torch reads features, tokens and prompts."""
     code = (
