@@ -198,7 +198,7 @@ def test_adapters_teach_a_language_model_that_never_declines(tmp_path: Path) -> 
 def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     """Features, safety tokens and risks of the served graph are those of PyTorch; the gate's report says so."""
     images, _ = pictures_of(str(world.folder / "pictures.toml"))
-    images = images[:24]
+    images = images[: (n := 96)]
     head = read_head(world.folder / "head")
     model = load_edited(safety_request(world.folder), Reporter(quiet=True))
     with SafeEncoder.open(world.bundle) as encoder:
@@ -212,7 +212,7 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     with torch.inference_mode():
         safety, _, level = head_from_bytes(head.weights, head.record.shape)(tokens)
     assert given.safety_tokens is not None
-    assert given.safety_tokens.shape == (24, head.record.shape.tokens, 48)
+    assert given.safety_tokens.shape == (n, head.record.shape.tokens, 48)
     np.testing.assert_allclose(given.safety_tokens, safety.numpy(), atol=2e-4)
     np.testing.assert_allclose(given.features, tokens[:, 1:].numpy(), atol=2e-4)
     np.testing.assert_allclose(one.safety_tokens, given.safety_tokens[:1], atol=2e-4)
@@ -220,9 +220,9 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
     assert risks is not None
     np.testing.assert_allclose(given.risk.levels, level[:, 0].numpy(), atol=2e-4)
     assert given.risk.decisions == risks.decisions
-    assert given.safety_prompts == tuple(risks[row].safety_prompt for row in range(24))
+    assert given.safety_prompts == tuple(risks[row].safety_prompt for row in range(n))
     assert given.mixed_in.tolist() == [bool(prompt) for prompt in given.safety_prompts]
-    assert 0 < given.mixed_in.sum() < 24
+    assert 0 < given.mixed_in.sum() < n
     burning = [p for row, p in enumerate(given.safety_prompts) if p and risks[row].category == "fire"]
     assert burning
     assert all(prompt.startswith(FIRE) for prompt in burning)
@@ -234,6 +234,24 @@ def test_one_graph_gives_what_pytorch_gives(world: World) -> None:
         assert artifact.risk_flips is not None
     engine = next(e for e in open_bundle(world.bundle).manifest.engines if e.tower is TowerName.IMAGE)
     assert [spec.name for spec in engine.outputs][-3:] == [SAFETY_TOKENS, RISK_LOGITS, RISK_LEVEL]
+
+
+def test_tokens_that_are_not_mixed_in_do_not_count(world: World) -> None:
+    """In the loss that adapters learn from, an image below the threshold is as without a head, beside others in a batch."""
+    model = CaptionModel.open(world.folder / "llava", device="cpu", decoding=DECODING)
+    shape = read_head(world.folder / "head").record.shape
+    torch.manual_seed(0)
+    seen = torch.randn(2, 65, shape.features)
+    first, second = torch.randn(2, 2, shape.tokens, shape.language).unbind()
+
+    def loss(safety: torch.Tensor, mixed: list[bool]) -> float:
+        with torch.no_grad():
+            return float(model.answer_loss(seen, safety, mixed, [PROMPT, PROMPT], [REFUSAL, REFUSAL]))
+
+    other = torch.stack([second[0], first[1]])  # other tokens of the image that gets none
+    assert loss(first, [False, True]) == pytest.approx(loss(other, [False, True]), rel=1e-6)
+    assert loss(first, [True, True]) != pytest.approx(loss(other, [True, True]), rel=1e-6)
+    assert loss(first, [False, False]) == pytest.approx(loss(second, [False, False]), rel=1e-6)
 
 
 def test_the_runtime_needs_no_torch_for_it(world: World) -> None:

@@ -129,7 +129,7 @@ def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> 
     assert from_bundle.tower.weights_digest == from_run.tower.weights_digest
     policy = tmp_path / "mine.toml"
     asked = {"unsafe.any": "at_most = 20.0", "benign.any": "at_most = 20.0", "kept.rouge_l": "at_least = 80.0"}
-    policy.write_text(LENIENT + limits("caption", asked))
+    policy.write_text(LENIENT.replace("lenient", "mine") + limits("caption", asked))
     out = tmp_path / "told"
     told = CliRunner().invoke(
         cli,

@@ -143,7 +143,7 @@ def test_pictures_of_a_bundle_are_gated(world: Path, bundled: Request, tmp_path:
         "benign.vit": "at_most = 20.0",
         "kept.clip_score.delta": "at_least = -5.0",
     }
-    policy.write_text(LENIENT + limits("draw", asked))
+    policy.write_text(LENIENT.replace("lenient", "pictures") + limits("draw", asked))
     words = ["gate", str(world / "bundle"), "--policy", str(policy)]
     assert CliRunner().invoke(cli, words).exit_code == 3  # not run
     judged = CliRunner().invoke(cli, [*words, "--downstream", str(file)])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.families import recipe_of
 from tests.reports import report as verify_report
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
@@ -15,7 +17,8 @@ from uwm_deploy.recipes.published import published_outputs
 from uwm_deploy.records.edit import ClosedFormRecord, EditRecord, EditStep, Method, Placement, TensorEdit
 from uwm_deploy.records.head import Action
 from uwm_deploy.records.model import TowerName
-from uwm_deploy.runtime.results import Risk
+from uwm_deploy.runtime.language import LanguageInputs
+from uwm_deploy.runtime.results import Risk, Risks
 from uwm_deploy.studies.downstream.edited import edited_tower_at
 
 FC2 = "vision_model.encoder.layers.{}.mlp.fc2.weight"
@@ -123,6 +126,29 @@ def test_a_risk_has_its_safety_prompt(decision: Action, category: str, has: str,
     for category, decision in (("safe", Action.ALLOW), ("fire", Action.FLAG)):
         left = Risk(category=category, probability=0.9, level=0.1, decision=decision, told="It may burn.")
         assert (left.mixed_in, left.safety_prompt) == (False, "")
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b"])
+def test_recipes_of_llava_have_the_published_settings(name: str) -> None:
+    """The vision tower alone, the second layer of every MLP, 8.5% of the score's mass, negated."""
+    edit = recipe_of(name).entries
+    assert edit.towers == (TowerName.IMAGE,)
+    assert (edit.image.layers, edit.image.keep_mass, edit.image.factor) == (("*.mlp.fc2",), 0.915, -1.0)
+
+
+def test_a_language_model_is_told_which_images_are_mixed_in() -> None:
+    """By their decisions; none without a safety head."""
+    actions = (Action.ALLOW, Action.FLAG, Action.REDIRECT, Action.BLOCK)
+    shares = np.tile([0.2, 0.5, 0.3], (4, 1))
+    levels, categories = np.linspace(0, 1, 4), np.array([0, 1, 2, 1])
+    risk = Risks(("safe", "fire", "spill"), shares, levels, categories, actions, {"spill": "It may be wet."})
+    given = LanguageInputs(np.zeros((4, 2, 3), np.float32), np.zeros((4, 1, 5), np.float32), risk)
+    assert given.mixed_in.tolist() == [False, False, True, True]
+    assert [bool(prompt) for prompt in given.safety_prompts] == given.mixed_in.tolist()
+    assert given.safety_prompts[2].startswith("It may be wet.")
+    assert "this: fire" in given.safety_prompts[3]
+    plain = LanguageInputs(given.features, None, None)
+    assert (plain.mixed_in.any(), set(plain.safety_prompts)) == (False, {""})
 
 
 def test_no_signature_is_asked_of_what_has_none(tmp_path: Path) -> None:

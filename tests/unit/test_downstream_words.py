@@ -201,6 +201,9 @@ def test_the_report_is_read_again_and_shown() -> None:
     text = downstream_markdown(report)
     assert "| words | unsafe | 66.7 | 16.7 |" in text
     assert "ROUGE-L" in text
+    assert "edited by uwm (work)\n" in text
+    headed = downstream_markdown(made_report(head_digest="sha256:1", adapter_digest="sha256:2"))
+    assert "edited by uwm (work), with its safety head and adapters\n" in headed
 
 
 def test_rows_go_on_where_a_killed_run_was(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from uwm_deploy.records.head import SafetyHead
+from uwm_deploy.records.head import MIXED_FROM, SafetyHead
 from uwm_deploy.records.metrics import Estimate, Proportion, RiskReport
 from uwm_deploy.report import charts
 from uwm_deploy.report.blocks import figure, marked, section, share_bar, share_cells, table
@@ -111,7 +111,7 @@ def _made(head: SafetyHead) -> Html:
         words += (
             f" Its {head.shape.tokens} safety tokens of width {head.shape.language} are for the language model "
             f"{language.model}, which was frozen; the loss of its answers went from {language.loss_first:.3f} to "
-            f"{language.loss_last:.3f}."
+            f"{language.loss_last:.3f}. They and the safety prompt are mixed in from {MIXED_FROM} on."
         )
     return tag("p", {}, words)
 

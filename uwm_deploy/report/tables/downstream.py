@@ -16,7 +16,10 @@ def heading_of(report: DownstreamReport) -> str:
     """What was measured, in one line."""
     edit = f"edited by {report.tower.method}" if report.tower.method else "another tower"
     place = f"{report.model} on {report.measured_on.name}"
-    return f"{_WORDS[report.kind]} of {place}: own tower and {edit} ({report.tower.name})"
+    beside = (("its safety head", report.tower.head_digest), ("adapters", report.tower.adapter_digest))
+    named = " and ".join(what for what, digest in beside if digest and report.kind == "caption")
+    more = f", with {named}" if named else ""
+    return f"{_WORDS[report.kind]} of {place}: own tower and {edit} ({report.tower.name}){more}"
 
 
 def flagged_rows(report: DownstreamReport) -> list[dict[str, str]]:

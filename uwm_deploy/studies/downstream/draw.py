@@ -172,7 +172,7 @@ def _put(edited: EditedAt, model: DrawModel) -> EditedTower:
     if edited.patch is not None:
         assert edited.record is not None
         changed = model.put_patched(edited.record, edited.patch, edited.path.resolve().name)
-        return edited.told(changed=changed)
+        return dataclasses.replace(edited.told(changed=changed), head_digest="")  # it judges images, none is given here
     clip, tower = _text_tower(edited)
     return dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
 
