@@ -25,7 +25,7 @@ from uwm_deploy.report.tables.precision_plan import print_plan
 from uwm_deploy.report.tables.safety_numbers import print_report
 from uwm_deploy.report.terminal import NAMED, print_rows
 
-UNBREAKABLE = re.compile(r"sha256:[0-9a-f]{64}|\S*/\S{12,}|`[^`]{20,}`|https?://\S+")
+UNBREAKABLE = re.compile(r"[0-9a-f]{40,72}\b|\S*/\S{12,}|`[^`]{20,}`|https?://\S+")
 """Digests, paths, commands and addresses: a line with one may be longer."""
 
 
