@@ -89,7 +89,7 @@ def _print_table(
     lined, widths = _layout(rows, keys, console.width) or (True, [])
     table = Table(header_style="bold")
     if not lined:
-        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for key, width in zip(keys, widths, strict=True):
         table.add_column(key, width=width, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None
@@ -120,7 +120,7 @@ def _layout(rows: Sequence[Mapping[str, str]], keys: Sequence[str], width: int) 
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
     words = [wide if wide <= _SHORT else word for wide, word in zip(widest, words, strict=True)]
     room, missing = width - sum(words), sum(widest) - sum(words)
-    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) - 1}
+    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) + 2}
     lined = len(keys) <= _COLUMNS_WITH_LINES and spare[True] >= 0
     if spare[lined] < 0:
         return None
