@@ -16,7 +16,7 @@ import numpy as np
 from uwm_deploy.report.markup import Html, Value, join, tag
 
 WIDTH = 400
-_LABEL = 128
+_LABEL = 132
 """Units on the left for the name of a bar."""
 _VALUE = 52
 """Units on the right for its number."""
@@ -24,7 +24,7 @@ _LETTERS = 17
 """Letters of a name that fit on the left."""
 _HEAD_LETTER = 8.8
 """Units of a letter of a heading, at the width of a phone."""
-_SIDE = 72
+_SIDE = 76
 """Units of the words on each side of a tie, at the width of a phone."""
 _ROW = 15
 
