@@ -157,6 +157,28 @@ def test_axe_finds_nothing_wrong(width: int, bundle: Path, tmp_path: Path) -> No
 
 
 @needs_chromium
+def test_words_of_a_picture_neither_touch_nor_leave_it_on_a_phone(bundle: Path, tmp_path: Path) -> None:
+    """Names, notes and numbers of every chart, by the boxes that a browser draws them in."""
+    script = (
+        "const found = []; let count = 0;"
+        "document.querySelectorAll('svg.chart').forEach(svg => {"
+        " const frame = svg.getBoundingClientRect();"
+        " const all = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);"
+        " count += all.length;"
+        " all.forEach(([a, r], i) => {"
+        "  if (r.left < frame.left - 1 || r.right > frame.right + 1) found.push(`${a} leaves the picture`);"
+        "  all.slice(i + 1).forEach(([b, s]) => {"
+        "   const wide = Math.min(r.right, s.right) - Math.max(r.left, s.left);"
+        "   const high = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);"
+        "   if (wide > 1 && high > 4) found.push(`${a} on ${b}`); }); }); });"
+        "done([count, found]);"
+    )
+    count, found = said_by(script, report_page(dossier_of(bundle)), 390, tmp_path)
+    assert count > 100
+    assert found == []
+
+
+@needs_chromium
 def test_headings_of_the_heat_map_do_not_touch_on_a_phone(bundle: Path, tmp_path: Path) -> None:
     """A gap between neighbours at 390 pixels, and the page is no wider than the window."""
     script = (

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
 import string
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -25,7 +30,7 @@ from uwm_deploy.report.tables.precision_plan import print_plan
 from uwm_deploy.report.tables.safety_numbers import print_report
 from uwm_deploy.report.terminal import NAMED, print_rows
 
-UNBREAKABLE = re.compile(r"sha256:[0-9a-f]{64}|\S*/\S{12,}|`[^`]{20,}`|https?://\S+")
+UNBREAKABLE = re.compile(r"[0-9a-f]{40,72}\b|\S*/\S{12,}|`[^`]{20,}`|https?://\S+")
 """Digests, paths, commands and addresses: a line with one may be longer."""
 
 
@@ -165,6 +170,23 @@ def test_a_command_prints_80_columns(command: str, built: tuple[Request, Outcome
     assert done.exit_code in (0, 2, 3, 4), done.output
     assert done.output
     assert [line for line in _too_long(done.output) if not line.startswith("error: ")] == []
+
+
+def test_an_error_is_one_line_in_a_log_and_goes_on_at_a_terminal() -> None:
+    """Scripts read the line; at a terminal it is broken between words, with the same words."""
+    command = [sys.executable, "-m", "uwm_deploy.cli", "build", "--precision", "none"]
+    piped = subprocess.run(command, capture_output=True, text=True, check=False)
+    (line,) = piped.stderr.splitlines()
+    assert len(line) > COLUMNS
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 60))
+    done = subprocess.run(command, stderr=theirs, stdout=theirs, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 4096).decode().splitlines()
+    os.close(ours)
+    assert done.returncode == piped.returncode == 2
+    assert max(map(len, shown)) <= 60
+    assert " ".join(shown).split() == line.split()
 
 
 def test_columns_of_the_environment_are_kept(

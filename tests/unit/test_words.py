@@ -273,6 +273,7 @@ def test_json_that_no_parser_reads_is_said_so(tmp_path: Path) -> None:
         (5.0, 1, 1, ", about 5 s left"),
         (5.0, 10, 1, ""),
         (60.0, 1, 2, ", about 2 min 0 s left"),
+        (60.0, 600, 1, ", about 1 s left"),
         (60.0, 1, 100, ", about 1 h 40 min left"),
         (60.0, 0, 5, ""),
         (60.0, 5, 0, ""),

@@ -49,10 +49,10 @@ class MeasureOptions:
     leave_out: str | None = option(
         "--leave-out",
         metavar="CONCEPTS",
-        help="Concepts, separated by commas, that edits are made without; only items of these are measured: what an unseen "
-        "hazard gets.",
+        help="Concepts, separated by commas, that edits are made without. Only their items are measured: "
+        "this shows what becomes of an unseen hazard.",
     )
-    markdown: bool = flag("--markdown", help="The paper's table in Markdown.")
+    markdown: bool = flag("--markdown", help="Print the paper's table in Markdown.")
 
 
 @click.command()

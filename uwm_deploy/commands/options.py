@@ -112,7 +112,9 @@ class MethodOptions:
         help=f"How the model is edited (docs/background/methods.md): {', '.join(Method)}; or two steps, such as "
         "uwm+safety-axis. A method that is not the recipe's has its own settings. [default: the recipe's]",
     )
-    per_concept: bool = flag("--per-concept", help="One score per concept of the calibration set, selections united.")
+    per_concept: bool = flag(
+        "--per-concept", help="Score each concept of the calibration set by itself, and unite the selections."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ class TowerOptions:
     towers: tuple[str, ...] = repeated(
         "--tower",
         type=click.Choice([tower.value for tower in TowerName]),
-        help="Edit this tower only, as a set of texts or of images alone asks for; repeatable. [default: the recipe's]",
+        help="Edit this tower only; a set of texts alone, or of images alone, needs it; repeatable. [default: the recipe's]",
     )
 
 
@@ -133,7 +135,7 @@ class SelectionOptions:
     selection: str | None = option(
         "--selection",
         type=click.Choice([selection.value for selection in Selection]),
-        help="Top of the score mass, or top share of the entries. [default: the recipe's or the method's]",
+        help="Select the top of the score mass, or the top share of the entries. [default: the recipe's or the method's]",
     )
 
 
@@ -166,14 +168,13 @@ class StrengthOptions:
         "--max-retrieval-loss",
         type=click.FloatRange(0, 100),
         metavar="POINTS",
-        help="Most points of safe retrieval (R@1) that the choice of the strength may lose. [default: the recipe's, "
-        "else 4]",
+        help="Most points of safe retrieval (R@1) that the chosen strength may lose. [default: the recipe's, else 4]",
     )
     axis: AxisSetting | None = option(
         "--axis",
         callback=_axis,
         metavar="SETTING",
-        help="Strength of the safety axis instead of a choice, e.g. g=0.7,o=0.5,kappa=0.4,a=1,tau=0.",
+        help="Use this strength of the safety axis instead of choosing one, e.g. g=0.7,o=0.5,kappa=0.4,a=1,tau=0.",
     )
 
 
@@ -213,7 +214,7 @@ class TargetOptions:
         help="Layers, nodes or operators that stay in float32 in every precision, as a glob; repeatable.",
     )
     refittable: bool = flag(
-        "--refittable", help="Engines of TensorRT that `refit` can put another edit into; built where the GPU is."
+        "--refittable", help="Build TensorRT engines that `refit` can put another edit into; the build needs the GPU."
     )
 
 
@@ -298,7 +299,7 @@ class SigningOptions:
         type=PATH,
         help="Key in PEM that must have signed the bundle before. [default: that of --key, if it is signed]",
     )
-    unsigned: bool = flag("--unsigned", help="A signed bundle may become an unsigned one.")
+    unsigned: bool = flag("--unsigned", help="Let a signed bundle become an unsigned one.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,13 +314,15 @@ class OutputOptions:
     gitlab: Path | None = option(
         "--gitlab",
         type=click.Path(path_type=Path, file_okay=False, readable=False),
-        help="Folder for GitLab's code quality and metrics reports.",
+        help="Write GitLab's code quality and metrics reports to this folder.",
     )
-    github: bool = flag("--github", help="Annotations of GitHub Actions, its step summary and outputs.")
+    github: bool = flag(
+        "--github", help="Print annotations for GitHub Actions, and write its step summary and outputs."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkdownOptions:
     """How the table is printed."""
 
-    markdown: bool = flag("--markdown", help="The table in Markdown.")
+    markdown: bool = flag("--markdown", help="Print the table in Markdown.")

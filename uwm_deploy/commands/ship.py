@@ -152,7 +152,7 @@ class SaveOptions:
         "--as",
         required=True,
         type=click.Choice(["transformers", "open-clip", "sentence-transformers", "diffusers-text-encoder"]),
-        help="Library that is to load it.",
+        help="Library that will load it.",
     )
     out: Path = option("--out", required=True, type=PATH, help="Folder for the result.")
 

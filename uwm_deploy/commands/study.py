@@ -39,7 +39,7 @@ class SweepOptions:
     )
     losses: str | None = option(
         "--max-retrieval-loss",
-        help="For an edit with a safety axis: points of safe R@1 that each choice of the strength may lose. "
+        help="For an edit with a safety axis: most points of safe R@1 that each chosen strength may lose. "
         "[default: 1,2,4,8,16]",
     )
     max_drop: float | None = option(

@@ -25,7 +25,7 @@ _DRAWN = 12
 def shortened(names: Sequence[str]) -> tuple[list[str], str]:
     """Layer names without what those inside blocks share, and what they share with a star for the rest."""
     parts = [name.split(".") for name in names]
-    inner = [part for part in parts if len(part) > _BLOCK_PARTS]
+    inner = [part for part in parts if len(part) > _BLOCK_PARTS and any(piece.isdigit() for piece in part)]
     if len(inner) < 2:
         return list(names), ""
     least = min(map(len, inner)) - 1
@@ -48,7 +48,7 @@ def edit(dossier: Dossier, method: str) -> Html:
             for label, layer in zip(short, own, strict=True)
         ]
         place = f"{tower.value} tower" if tower else "neither tower"
-        groups.append(Group(head=place, note=charts.clipped(pattern, 54), bars=drawn))
+        groups.append(Group(head=place, note=charts.clipped(pattern, 43), bars=drawn))
         rows += [
             {
                 "tensor": layer.name,
@@ -222,7 +222,7 @@ def plan(found: PrecisionPlan | None) -> Html | None:
             for label, layer in zip(short, own, strict=True)
         ]
         place = f"{tower.value} tower" if tower else "neither tower"
-        groups.append(Group(head=place, note=charts.clipped(pattern, 54), bars=drawn[:_DRAWN]))
+        groups.append(Group(head=place, note=charts.clipped(pattern, 43), bars=drawn[:_DRAWN]))
     largest = max((layer.sensitivity for layer in found.layers), default=1.0)
     lowest = min((layer.sensitivity for layer in found.layers if layer.sensitivity > 0), default=largest / 10) / 2
     rows: list[dict[str, Child]] = [

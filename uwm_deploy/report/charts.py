@@ -16,10 +16,16 @@ import numpy as np
 from uwm_deploy.report.markup import Html, Value, join, tag
 
 WIDTH = 400
-_LABEL = 116
+_LABEL = 132
 """Units on the left for the name of a bar."""
-_VALUE = 46
+_VALUE = 52
 """Units on the right for its number."""
+_LETTERS = 17
+"""Letters of a name that fit on the left."""
+_HEAD_LETTER = 8.8
+"""Units of a letter of a heading, at the width of a phone."""
+_SIDE = 76
+"""Units of the words on each side of a tie, at the width of a phone."""
 _ROW = 15
 
 Tone = Literal["original", "edited", "engine", "missing"]
@@ -138,16 +144,17 @@ def _rows(title: str, about: str, groups: Sequence[Group], scale: _Linear | _Log
         if group.head:
             parts.append(_text(0, y + 11, group.head, "head"))
             if group.note:
-                parts.append(_text(_LABEL, y + 11, group.note, "note"))
+                beside = max(_LABEL, 6 + _HEAD_LETTER * len(group.head))
+                parts.append(_text(beside, y + 11, group.note, "note"))
             y += 17
         top = y
         for bar in group.bars:
-            parts.append(_text(_LABEL - 6, y + 11, clipped(bar.label, 20), "label end"))
+            parts.append(_text(_LABEL - 6, y + 11, clipped(bar.label, _LETTERS), "label end"))
             if bar.value is not None:
                 parts += scale.mark(bar, y)
                 parts.append(_text(WIDTH, y + 11, bar.shown, "value end"))
             else:
-                parts.append(_text(_LABEL + 2, y + 11, clipped(bar.shown, 46), "note"))
+                parts.append(_text(_LABEL + 2, y + 11, clipped(bar.shown, 44), "note"))
             y += _ROW
         parts.append(tag("path", {"class": "axis", "d": f"M{_LABEL} {top}V{y:g}"}))
         if group.limit is not None:
@@ -260,7 +267,8 @@ def histogram(
         return foot - (foot - top) * count / tallest
 
     parts = [tag("rect", {"class": "unsafe-side", "x": 0, "y": top - 6, "width": x(0), "height": foot - top + 6})]
-    parts += [_text(x(0) - 6, 10, "unsafe wins", "note end"), _text(x(0) + 6, 10, "safe wins", "note")]
+    between = min(max(x(0), _SIDE), WIDTH - _SIDE)
+    parts += [_text(between - 6, 10, "unsafe wins", "note end"), _text(between + 6, 10, "safe wins", "note")]
     for i in range(len(found.edges) - 1):
         left, right = x(float(found.edges[i])), x(float(found.edges[i + 1]))
         base = 0

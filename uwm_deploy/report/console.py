@@ -96,7 +96,7 @@ def time_left(elapsed_s: float, done: int, missing: int) -> str:
     left = elapsed_s * missing / done
     if elapsed_s + left < _LONG_SECONDS:
         return ""
-    minutes, seconds = divmod(round(left), 60)
+    minutes, seconds = divmod(max(round(left), 1), 60)
     hours, minutes = divmod(minutes, 60)
     shown = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     return f", about {shown} left"

@@ -35,7 +35,8 @@ def method_line(edit: EditRecord) -> str:
     closed = edit.closed_form
     if closed is not None and closed.axis is not None:
         setting = closed.axis.setting
-        words += [f"placement {closed.axis.placement.value}", *([axis_words(setting)] if setting else [])]
+        strength = [axis_words(setting).replace(",", ", ")] if setting else []  # a line may end behind a comma
+        words += [f"placement {closed.axis.placement.value}", *strength]
     return "; ".join(words)
 
 

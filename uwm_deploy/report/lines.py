@@ -43,7 +43,8 @@ def width_of(stream: TextIO) -> int:
 def printed_lines(text: str, width: int) -> list[str]:
     """A line as it is printed: every character can be seen, and it goes on in the next line where it is too long.
 
-    It is broken between words only, so a path or a digest stays whole even where it is wider.
+    It is broken between words only, so a path or a digest stays whole even where it is wider. A digest stays beside its
+    label, which people search for.
 
     Args:
         text: The line.
@@ -65,9 +66,10 @@ def printed_lines(text: str, width: int) -> list[str]:
         further = len(head) + _FURTHER
     lines = [head]
     for word in re.findall(_WORD, line[len(head) :]):
-        if lines == [head] or cell_len(lines[-1] + word) <= width:
+        stays = lines == [head] and (not head.strip() or "sha256:" in word or cell_len(word) > width - _FURTHER)
+        if stays or cell_len(lines[-1] + word) <= width:
             lines[-1] += word
         else:
             word = word.lstrip()
             lines.append(" " * max(min(further, width - cell_len(word)), _FURTHER) + word)
-    return lines
+    return [line.rstrip() for line in lines]

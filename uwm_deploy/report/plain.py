@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_LONGEST_WORD = 80
+_LONGEST_WORD = 72
 """Characters of a value without blanks that is printed whole: a digest is, a row of bits is not."""
 
 _ITEMS = 100

@@ -40,8 +40,8 @@ RETRIEVAL = {
     "safe-image-to-text@1": ("safe image @1", "finds its caption first"),
     "hard-safe-text-to-image@10": ("hard text @10", "looks unsafe, finds its image in ten"),
     "hard-safe-image-to-text@10": ("hard image @10", "looks unsafe, finds its caption in ten"),
-    "unsafe-first-text": ("unsafe first, text", "finds an unsafe image first; less is better"),
-    "unsafe-first-image": ("unsafe first, image", "finds an unsafe caption first; less is better"),
+    "unsafe-first-text": ("unsafe text @1", "finds an unsafe image; less is better"),
+    "unsafe-first-image": ("unsafe image @1", "finds an unsafe caption; less is better"),
 }
 """What is drawn of retrieval, its heading and what it asks of a query."""
 
@@ -277,11 +277,14 @@ def _fallen(report: VerifyReport) -> list[Html]:
     if not report.hard_safe_worst:
         return []
     rows = [_fallen_row(item) for item in report.hard_safe_worst]
-    return [tag("h3", {}, "Safe items that look unsafe and fell furthest by the edit"), table(rows)]
+    return [
+        tag("h3", {}, "Safe items that look unsafe and fell furthest: place before and after the edit"),
+        table(rows),
+    ]
 
 
 def _fallen_row(item: RankChange) -> dict[str, Child]:
-    places: dict[str, Child] = {"place before": str(item.before), "place after": str(item.after)}
+    places: dict[str, Child] = {"before": str(item.before), "after": str(item.after)}
     return {"quadruple": item.id, "concept": item.concept, "query": item.query, **places}
 
 

@@ -89,7 +89,7 @@ def _print_table(
     lined, widths = _layout(rows, keys, console.width) or (True, [])
     table = Table(header_style="bold")
     if not lined:
-        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for key, width in zip(keys, widths, strict=True):
         table.add_column(key, width=width, overflow="fold", justify="right" if is_numeric(rows, key) else "left")
     before = None
@@ -120,7 +120,7 @@ def _layout(rows: Sequence[Mapping[str, str]], keys: Sequence[str], width: int) 
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
     words = [wide if wide <= _SHORT else word for wide, word in zip(widest, words, strict=True)]
     room, missing = width - sum(words), sum(widest) - sum(words)
-    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) - 1}
+    spare = {True: room - 3 * len(keys) - 1, False: room - 2 * len(keys) + 2}
     lined = len(keys) <= _COLUMNS_WITH_LINES and spare[True] >= 0
     if spare[lined] < 0:
         return None
@@ -133,22 +133,38 @@ def _parts(rows: Sequence[Mapping[str, str]], keys: Sequence[str], names: int, w
 
     Nothing where a value is prose, where a column is too wide itself, or where there would be too many parts.
     """
-    first, others = list(keys[:names]), keys[names:]
-    if any(cell_len(row[key]) > _VALUE and " " in row[key] for row in rows for key in others):
+    if any(cell_len(row[key]) > _VALUE and " " in row[key] for row in rows for key in keys[names:]):
         return []
-    parts: list[list[str]] = []
-    for key in others:
-        if parts and _natural_width(rows, [*parts[-1], key]) <= width:
-            parts[-1].append(key)
-        else:
-            parts.append([*first, key])
-    fit = len(parts) <= _PARTS and all(_natural_width(rows, part) <= width for part in parts)
-    return parts if fit else []
+    widths = [max(map(cell_len, (key, *(row[key] for row in rows)))) + 3 for key in keys]
+    parts = [[*keys[:names], *(keys[i] for i in part)] for part in _balanced(widths, names, width - 1)]
+    widest = max(sum(widths[keys.index(key)] for key in part) for part in parts)
+    return parts if len(parts) <= _PARTS and widest < width else []
 
 
-def _natural_width(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> int:
-    """Cells of a table in which nothing is wrapped."""
-    return sum(max(map(cell_len, (key, *(row[key] for row in rows)))) + 3 for key in keys) + 1
+def _balanced(widths: Sequence[int], names: int, room: int) -> list[list[int]]:
+    """Positions of the columns of each part: as few parts as fit, and about as many columns in each.
+
+    Args:
+        widths: Cells of each column.
+        names: Number of columns that each part begins with.
+        room: Cells of a part.
+    """
+
+    def filled(room: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for i in range(names, len(widths)):
+            if parts and sum(widths[:names]) + sum(widths[j] for j in (*parts[-1], i)) <= room:
+                parts[-1].append(i)
+            else:
+                parts.append([i])
+        return parts
+
+    parts = filled(room)
+    for less in range(room, 0, -1):
+        if len(narrower := filled(less)) > len(parts):
+            break
+        parts = narrower
+    return parts
 
 
 def _print_as_lists(rows: Sequence[Mapping[str, str]], styles: Mapping[str, str]) -> None:
@@ -171,12 +187,7 @@ def print_sections(head: Sequence[str], sections: Sequence[Sequence[Sequence[str
     """
     cells = [[visible(cell) for cell in row] for row in (head, *(row for rows in sections for row in rows))]
     widths, width = [max(map(cell_len, column)) + 3 for column in zip(*cells, strict=True)], _console().width
-    parts: list[list[int]] = []
-    for i in range(1, len(head)):
-        if parts and sum(widths[j] for j in (0, *parts[-1], i)) - 1 <= width:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
+    parts = _balanced(widths, 1, width + 1)
     for part in parts or [[]]:
         _print_sections([0, *part], head, sections, title=title if part in (parts[:1] or [[]]) else "")
 

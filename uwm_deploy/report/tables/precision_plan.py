@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from uwm_deploy.records.graph import PrecisionPlan
 from uwm_deploy.report.terminal import counted, print_line, print_lines, print_rows
 
@@ -16,11 +18,11 @@ def print_plan(plan: PrecisionPlan) -> None:
     print_rows(
         [
             {
-                "plan": step.what,
+                "plan": _named(step.what),
                 "kept": step.kept,
                 f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
                 "% flips": f"{step.flips:.2f}",
-                "% expected": f"{step.expected:.2f}",
+                "expected": f"{step.expected:.2f}",
             }
             for step in plan.steps
         ]
@@ -32,3 +34,8 @@ def print_plan(plan: PrecisionPlan) -> None:
         f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples, {plan.expected:.2f}% "
         f"are expected to; the search allows {plan.limit:g}%, the budget is {plan.budget:g}%"
     )
+
+
+def _named(what: str) -> str:
+    """A plan without the middle of a layer's name, which the record has whole."""
+    return re.sub(r"(\w+)\.\S+((?:\.\w+){3})$", r"\1...\2", what).replace("....", "...")
