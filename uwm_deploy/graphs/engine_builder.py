@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.attention import FUSED, STEPS, fused_frame
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
@@ -44,7 +45,8 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
         spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime also the settings of `onnx_builder`, and
             ``compile``, whether the provider compiles the graph into engines. For TensorRT also ``input``, ``shape`` without
             the batch, ``profiles`` (min, opt and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and
-            ``refittable``, names of the weights that a refit may replace later; none when it is left out.
+            ``refittable``, names of the weights that a refit may replace later; none when it is left out. For all,
+            ``attention``, ``"fused"`` where each attention is to be one node.
 
     Returns:
         Versions, settings, seconds and peak memory of the build.
@@ -63,9 +65,9 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     messages: list[str] = []
     logger = logger_of(trt, messages)
     builder = _made(lambda: trt.Builder(logger), "builder", messages)
-    network, _weights = _parsed(
-        trt, builder, logger, Path(spec["onnx"]), messages
-    )  # they stay until the engine is made
+    network, attention, _weights = _parsed(  # they stay until the engine is made
+        trt, builder, logger, Path(spec["onnx"]), messages, fused=spec.get("attention") == FUSED
+    )
     config = _made(builder.create_builder_config, "configuration", messages)
     if names := spec.get("refittable", []):
         mark_refittable(network, names, messages)
@@ -88,6 +90,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         | header_facts(Path(spec["engine"]))
         | {
             "refittable": str(bool(names)).lower(),
+            "attention": attention,
             "layers": str(network.num_layers),
             "layer_types": ",".join(_layer_types(network)),
             "output_types": ",".join(kinds),
@@ -107,25 +110,36 @@ def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
     return made
 
 
-def _parsed(trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str]) -> tuple[Any, Any]:
-    """The network of a graph, and the objects that must outlive it: the network reads its weights from the mapped file."""
+def _parsed(
+    trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str], *, fused: bool
+) -> tuple[Any, str, Any]:
+    """The network of a graph, what became of its attention, and the objects that must outlive it.
+
+    The network reads its weights from the mapped file.
+    """
     # Strongly typed. A flavour that knows no other networks ignores the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = _made(lambda: builder.create_network(0 if flag is None else 1 << int(flag)), "network", messages)
     parser = _made(lambda: trt.OnnxParser(network, logger), "parser", messages)
     weights: dict[str, Any] = {}
+    attention = STEPS
     if hasattr(parser, "load_initializer"):
         graph, weights = mapped_weights(onnx)
+        if fused:
+            frame, found = fused_frame(graph, onnx.name)
+            graph, attention = frame.SerializeToString(), str(found)
         parsed = parser.load_model_proto(graph) and all(
             parser.load_initializer(name, data.ctypes.data, data.size) for name, data in weights.items()
         )
         parsed = parsed and parser.parse_model_proto()
+    elif fused:
+        raise BuildFailed(f"the parser of {trt.__name__} {trt.__version__} takes no weights apart from their graph")
     else:
         parsed = parser.parse_from_file(str(onnx))
     if not parsed:
         raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
     _decompose_attention(trt, network)
-    return network, (parser, weights)
+    return network, attention, (parser, weights)
 
 
 def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:

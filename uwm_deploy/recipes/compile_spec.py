@@ -18,14 +18,12 @@ class ExportSpec:
         opset: ONNX operator set.
         normalise: Whether the graph ends with L2 normalisation.
         ids_dtype: Element type of the text graph's `input_ids`.
-        attention: Its steps one by one, or one `Attention` node each, which needs opset 23.
         pixels: What the image graph takes: crops of 8 bits, which it normalises itself, or normalised pixels.
     """
 
     opset: int = 20
     normalise: bool = True
     ids_dtype: Literal["int64", "int32"] = "int64"
-    attention: Literal["steps", "fused"] = "steps"
     pixels: Literal["uint8", "float32"] = "uint8"
 
 
@@ -42,6 +40,10 @@ class AutoSpec:
     lowest: Precision = Precision.INT8
     flips: float = 0.5
     items: int = 512
+
+
+Attention = Literal["steps", "fused", "measured"]
+"""How attention is compiled; `measured` decides for each tower and target (`stages.attention`)."""
 
 
 Quantiser = Literal["built-in", "nearest", "modelopt-entropy", "modelopt-max"]
@@ -98,6 +100,7 @@ class CompileSpec:
         auto: How `auto` searches.
         quantiser: What makes INT8 and FP8 graphs: this program, which chooses on the calibration set how INT8 is rounded,
             or rounds to the nearest, which a refit can do again; or nvidia-modelopt with one of its ways to find ranges.
+        attention: Its steps one by one, or one `Attention` node for each, or what is faster here and gives the same numbers.
         refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
         onnxruntime: Which providers graphs for ONNX Runtime are made for.
         tensorrt: How engines of TensorRT are built.
@@ -110,6 +113,7 @@ class CompileSpec:
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
     quantiser: Quantiser = "built-in"
+    attention: Attention = "steps"
     refittable: bool = False
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     tensorrt: BuilderSpec = BuilderSpec()
