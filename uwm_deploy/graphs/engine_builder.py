@@ -14,15 +14,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.attention import FUSED, STEPS, fused_frame
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
+from uwm_deploy.graphs.engine_weights import plan_with_weights, take_weights_out
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
+from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
@@ -69,7 +74,10 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         trt, builder, logger, Path(spec["onnx"]), messages, fused=spec.get("attention") == FUSED
     )
     config = _made(builder.create_builder_config, "configuration", messages)
-    if names := spec.get("refittable", []):
+    names, out = spec.get("refittable", []), 0
+    if names and asked.null_weights:
+        out = take_weights_out(trt, network, names, messages)
+    if names:
         mark_refittable(network, names, messages)
     apply_settings(trt, config, asked, refittable=bool(names), messages=messages)
     add_profiles(builder, config, spec["input"], spec["shape"], profiles, messages)
@@ -77,7 +85,11 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     timing = attach(config, times, messages) if times else {"timing_cache": "none"}
     started = time.perf_counter()
     with _written(Path(spec["engine"])) as stream:
-        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
+        if asked.null_weights:
+            plan = _made(lambda: builder.build_serialized_network(network, config), "engine", messages)
+            real = {name: array for name, array in named_weights(Path(spec["onnx"])) if name in names}
+            stream.write(plan_with_weights(trt, bytes(plan), names, partial(_as_stored, real)))
+        elif not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
             raise BuildFailed(last_of(messages))
     seconds = time.perf_counter() - started
     if times:
@@ -91,12 +103,24 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         | {
             "refittable": str(bool(names)).lower(),
             "attention": attention,
+            "null_weights": str(out),
             "layers": str(network.num_layers),
             "layer_types": ",".join(_layer_types(network)),
             "output_types": ",".join(kinds),
         },
         "seconds": seconds,
     }
+
+
+def _as_stored(weights: Mapping[str, np.ndarray], name: str, kind: str) -> np.ndarray:
+    """A weight as the graph's file has it, if the engine has it in the same type."""
+    if weights[name].dtype.itemsize != _SIZES.get(kind):
+        raise BuildFailed(f"the engine holds {name} as {kind}, and the graph as {weights[name].dtype}")
+    return np.ascontiguousarray(weights[name])
+
+
+_SIZES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT8": 1, "FP8": 1}
+"""Bytes of an element."""
 
 
 def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:

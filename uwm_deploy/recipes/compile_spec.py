@@ -66,6 +66,8 @@ class BuilderSpec:
             it to the flavour. TensorRT-RTX only.
         hardware_compatibility: Which other GPUs than the one it is built on an engine also runs on. TensorRT only.
         version_compatible: Whether later releases can load an engine. TensorRT only.
+        null_weights: Whether an engine is built without the weights that a refit can replace, which are put in afterwards:
+            the build takes less memory. For refittable engines of TensorRT-RTX only.
     """
 
     workspace_mib: int = 0
@@ -75,6 +77,7 @@ class BuilderSpec:
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     version_compatible: bool = False
+    null_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +169,10 @@ def check_profiles(profiles: tuple[Profile, ...], where: str) -> None:
 
 
 _LACKS = {
-    "tensorrt": {"compute_capabilities": "TensorRT builds for the GPU it runs on; see hardware_compatibility"},
+    "tensorrt": {
+        "compute_capabilities": "TensorRT builds for the GPU it runs on; see hardware_compatibility",
+        "null_weights": "TensorRT builds without the weights of convolutions only, and a tower has one",
+    },
     "tensorrt_rtx": {
         "hardware_compatibility": "TensorRT-RTX names its GPUs; use compute_capabilities",
         "version_compatible": "an engine of TensorRT-RTX is for one release of it; build again for another",
