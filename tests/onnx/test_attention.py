@@ -20,6 +20,7 @@ from tests.onnx.test_refit_weights import swap_back
 from tests.onnx.test_structure import CLEAN, _after
 from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.attention import Fused, fuse_attention, fused_file, is_fused
+from uwm_deploy.graphs.attention_choice import Decision, Way, decide, engine_by_measurement
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.pipeline.refit_graphs import refit_engine, refit_graph
@@ -28,7 +29,6 @@ from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.records.graph import EngineArtifact, Precision, Profile, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.session import Session, open_engine
-from uwm_deploy.stages.attention import Decision, Way, decide, engine_by_measurement
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import embed_with
 from uwm_deploy.stages.traced import sample_for, traced

@@ -1,7 +1,8 @@
 """Puts one `Attention` node in the place of an attention's steps; the operator is standard from opset 23 on.
 
 The exported graph has the steps, which every target and every opset knows. What a graph becomes for one target is decided
-where it is compiled (`stages.attention`). Weights keep their names and values: only operators without weights are replaced.
+where it is compiled (`graphs.attention_choice`). Weights keep their names and values: only operators without weights are
+replaced.
 """
 
 from __future__ import annotations

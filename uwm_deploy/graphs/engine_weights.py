@@ -21,7 +21,7 @@ def plan_with_weights(trt: Any, plan: bytes, names: Collection[str], give: Give)
         trt: Module of the flavour.
         plan: The engine.
         names: Weights to replace, by their names in the graph.
-        give: Their values.
+        give: Their values, of any shape and the dtype that is asked for.
 
     Raises:
         BuildFailed: If it is not refittable here, does not know a weight, or needs more of them.

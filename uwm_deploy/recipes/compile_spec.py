@@ -43,7 +43,7 @@ class AutoSpec:
 
 
 Attention = Literal["steps", "fused", "measured"]
-"""How attention is compiled; `measured` decides for each tower and target (`stages.attention`)."""
+"""How attention is compiled; `measured` decides for each tower and target (`graphs.attention_choice`)."""
 
 
 Quantiser = Literal["built-in", "nearest", "modelopt-entropy", "modelopt-max"]

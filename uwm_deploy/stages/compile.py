@@ -15,6 +15,7 @@ import numpy as np
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.attention import FUSED, STEPS, fused_file
+from uwm_deploy.graphs.attention_choice import ROWS, Way, engine_by_measurement
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.constant_folding import computed_away
@@ -30,7 +31,6 @@ from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_graph, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
-from uwm_deploy.stages.attention import ROWS, Way, engine_by_measurement
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
 
