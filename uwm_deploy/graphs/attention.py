@@ -16,10 +16,7 @@ from onnx_ir.passes import common
 
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.tensor_layout import mapped_weights
-from uwm_deploy.records.graph import EngineArtifact
-
-STEPS, FUSED = "steps", "fused"
-"""What the record of an engine calls the two ways."""
+from uwm_deploy.records.graph import FUSED, STEPS, EngineArtifact
 
 OPSET = 23
 """First opset with the operator."""

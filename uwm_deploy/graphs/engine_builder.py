@@ -22,17 +22,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uwm_deploy.errors import UwmError
-from uwm_deploy.graphs.attention import FUSED, STEPS, fused_frame
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
-from uwm_deploy.graphs.engine_weights import plan_with_weights, take_weights_out
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
-from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
-from uwm_deploy.records.graph import Profile, Target
+from uwm_deploy.records.graph import FUSED, STEPS, Profile, Target
 from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
@@ -76,6 +73,8 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     config = _made(builder.create_builder_config, "configuration", messages)
     names, out = spec.get("refittable", []), 0
     if names and asked.null_weights:
+        from uwm_deploy.graphs.engine_weights import take_weights_out
+
         out = take_weights_out(trt, network, names, messages)
     if names:
         mark_refittable(network, names, messages)
@@ -87,8 +86,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     with _written(Path(spec["engine"])) as stream:
         if asked.null_weights:
             plan = _made(lambda: builder.build_serialized_network(network, config), "engine", messages)
-            real = {name: array for name, array in named_weights(Path(spec["onnx"])) if name in names}
-            stream.write(plan_with_weights(trt, bytes(plan), names, partial(_as_stored, real)))
+            stream.write(_with_weights(trt, bytes(plan), names, Path(spec["onnx"])))
         elif not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
             raise BuildFailed(last_of(messages))
     seconds = time.perf_counter() - started
@@ -110,6 +108,15 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         },
         "seconds": seconds,
     }
+
+
+def _with_weights(trt: Any, plan: bytes, names: Sequence[str], graph: Path) -> bytes:
+    """An engine that was built without some weights, with those of the graph."""
+    from uwm_deploy.graphs.engine_weights import plan_with_weights
+    from uwm_deploy.graphs.stored_weights import named_weights
+
+    real = {name: array for name, array in named_weights(graph) if name in names}
+    return plan_with_weights(trt, plan, names, partial(_as_stored, real))
 
 
 def _as_stored(weights: Mapping[str, np.ndarray], name: str, kind: str) -> np.ndarray:
@@ -150,6 +157,8 @@ def _parsed(
     if hasattr(parser, "load_initializer"):
         graph, weights = mapped_weights(onnx)
         if fused:
+            from uwm_deploy.graphs.attention import fused_frame  # its libraries take memory that other builds need not
+
             frame, found = fused_frame(graph, onnx.name)
             graph, attention = frame.SerializeToString(), str(found)
         parsed = parser.load_model_proto(graph) and all(

@@ -11,12 +11,11 @@ from typing import Any
 import onnx
 
 from uwm_deploy.errors import PrerequisiteError
-from uwm_deploy.graphs.attention import FUSED, STEPS, fused_file
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.recipes.compile_spec import BuilderSpec
-from uwm_deploy.records.graph import Profile, Provider
+from uwm_deploy.records.graph import FUSED, STEPS, Profile, Provider
 from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
@@ -85,6 +84,8 @@ def _source(spec: dict[str, Any], options: Any) -> tuple[str | bytes, str]:
     if not fused and not fit:
         return spec["onnx"], attention
     if fused:
+        from uwm_deploy.graphs.attention import fused_file  # its libraries take memory that other builds need not
+
         model, found = fused_file(path)
         attention = str(found)
     else:

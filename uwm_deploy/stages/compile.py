@@ -14,7 +14,7 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
-from uwm_deploy.graphs.attention import FUSED, STEPS, fused_file
+from uwm_deploy.graphs.attention import fused_file
 from uwm_deploy.graphs.attention_choice import ROWS, Way, engine_by_measurement
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.child_process import made_by_child
@@ -25,7 +25,17 @@ from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.codec import plain_from_record, read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name
+from uwm_deploy.records.graph import (
+    FUSED,
+    STEPS,
+    EngineArtifact,
+    OnnxArtifact,
+    Precision,
+    Profile,
+    Provider,
+    Target,
+    variant_name,
+)
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import COMPILING, provider_reason

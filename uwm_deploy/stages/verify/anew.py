@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from uwm_deploy.errors import UwmError
-from uwm_deploy.graphs.attention import FUSED, STEPS, fuse_attention, is_fused
+from uwm_deploy.graphs.attention import fuse_attention, is_fused
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.lowered import EIGHT_BITS, largest_in, lowered_graph
 from uwm_deploy.graphs.onnx_builder import optimised
@@ -20,7 +20,7 @@ from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.evidence import CONVERTED, GraphAudit
-from uwm_deploy.records.graph import BUILT_IN, CALIBRATED, EngineArtifact, OnnxArtifact, Precision
+from uwm_deploy.records.graph import BUILT_IN, CALIBRATED, FUSED, STEPS, EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.runtime.providers import FLOAT32
 from uwm_deploy.runtime.session import optimisation_of, provider_of
