@@ -27,6 +27,7 @@ from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.towers.load import load_model
 from uwm_deploy.towers.digests import digest_of_tensor
 from uwm_deploy.edits.patch import Patch, TensorPatch, multiply_entries
+from uwm_deploy.records.model import TowerName
 recipe, _ = recipe_of(sys.argv[1])
 folder = Path(sys.argv[2])
 folder.mkdir()
@@ -57,6 +58,7 @@ with without_collection():  # as the command line does
     from uwm_deploy.stages.traced import sample_of
     from uwm_deploy.towers.load import load_model
     from uwm_deploy.edits.patch import Patch
+from uwm_deploy.records.model import TowerName
 recipe, _ = recipe_of(sys.argv[1])
 name, folder, out = TowerName(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 edits = [record_from_plain(TensorEdit, e, where="edits") for e in json.loads((folder / "edits.txt").read_text())]

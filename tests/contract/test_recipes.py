@@ -140,6 +140,25 @@ def test_steps_that_make_no_edit_are_refused(edit: str, message: str) -> None:
         recipe_from_toml(text, where=WHERE)
 
 
+def test_how_attention_is_compiled_is_said_under_compile() -> None:
+    """Each of the three ways is taken; the line of an earlier release is an error that says where it belongs now."""
+    for way in ("steps", "fused", "measured"):
+        text = DEMO.replace("[compile]\n", f'[compile]\nattention = "{way}"\n')
+        assert recipe_from_toml(text, where=WHERE).compile.attention == way
+    with pytest.raises(RecipeError, match=r"compile\.attention should be one of"):
+        recipe_from_toml(DEMO.replace("[compile]\n", '[compile]\nattention = "flash"\n'), where=WHERE)
+    with pytest.raises(RecipeError, match=r"export\.attention is compile\.attention now.*move the line"):
+        recipe_from_toml(DEMO.replace("[export]\n", '[export]\nattention = "fused"\n'), where=WHERE)
+
+
+def test_only_the_flavour_that_has_null_weights_takes_them() -> None:
+    """TensorRT has them for convolutions only."""
+    asked = "[compile.{}]\nnull_weights = true\n"
+    assert recipe_from_toml(DEMO + asked.format("tensorrt_rtx"), where=WHERE).compile.tensorrt_rtx.null_weights
+    with pytest.raises(RecipeError, match=r"compile\.tensorrt has no null_weights"):
+        recipe_from_toml(DEMO + asked.format("tensorrt"), where=WHERE)
+
+
 def test_an_unknown_name_lists_the_nearest() -> None:
     """A mistyped recipe name is answered with the right one."""
     with pytest.raises(InputError, match="nearest: demo"):

@@ -14,6 +14,8 @@ from tests.onnx.conftest import Exported
 from uwm_deploy.errors import PrerequisiteError, RecipeError
 from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
 from uwm_deploy.graphs.builder_settings import apply_settings
+from uwm_deploy.graphs.engine_builder import _parsed, mark_refittable
+from uwm_deploy.graphs.engine_weights import take_weights_out
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target
@@ -111,6 +113,44 @@ def test_what_a_release_lacks_is_not_offered(rtx: tuple[types.ModuleType, object
     for spec in (BuilderSpec(compute_capabilities=("8.9",)), BuilderSpec(hardware_compatibility="ampere-plus")):
         with pytest.raises(RecipeError, match=r"tensorrt 11\.1"):
             apply_settings(lacking, config, spec, refittable=False, messages=messages)
+
+
+@needs_rtx
+def test_weights_that_a_refit_replaces_can_stay_out_of_the_build(
+    text_export: Exported, rtx: tuple[types.ModuleType, object, list[str]]
+) -> None:
+    """Their constants become places of the same type and size that the refit finds by name; all others keep their values."""
+    trt, _, messages = rtx
+    logger = logger_of(trt, messages)
+    builder = trt.Builder(logger)
+    path = text_export.folder / text_export.artifact.file
+    network, _, _kept = _parsed(trt, builder, logger, path, messages, fused=False)
+    names = [edit.name for edit in text_export.case.edits]
+    assert take_weights_out(trt, network, names, messages) == len(names) > 0
+    mark_refittable(network, names, messages)
+    shapes = {}
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type == trt.LayerType.CONSTANT:
+            shapes[layer.name] = tuple(layer.get_output(0).shape)
+    assert {name: shapes[name] for name in names} == {edit.name: edit.shape for edit in text_export.case.edits}
+    with pytest.raises(BuildFailed, match="no weights bias of nothing"):
+        mark_refittable(network, ["bias of nothing"], messages)
+
+
+@needs_rtx
+def test_null_weights_need_a_refittable_engine_and_a_release_that_has_them(
+    rtx: tuple[types.ModuleType, object, list[str]],
+) -> None:
+    """Both are errors about the recipe; with both there, the plan is asked to leave the weights out."""
+    trt, config, messages = rtx
+    asked = BuilderSpec(null_weights=True)
+    with pytest.raises(RecipeError, match="refittable engines only"):
+        apply_settings(trt, config, asked, refittable=False, messages=messages)
+    apply_settings(trt, config, asked, refittable=True, messages=messages)
+    assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)  # type: ignore[attr-defined]
+    older = types.SimpleNamespace(__name__="tensorrt_rtx", __version__="1.6.1", SerializationFlag=trt.SerializationFlag)
+    with pytest.raises(RecipeError, match=r"tensorrt_rtx 1\.6\.1 does not build without weights"):
+        take_weights_out(older, None, [], messages)
 
 
 def test_the_nearest_profile_is_chosen() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from uwm_deploy.data.demo.source import DemoSource
 from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.edits.selection import selected_indices
-from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, Target
@@ -162,28 +160,6 @@ def test_masks_are_those_of_the_published_formulas(name: str, tower: TowerName, 
             for s in (fast[layer].numpy(), slow)
         )
         assert (chosen == wanted).mean() >= AGREEMENT
-
-
-@pytest.mark.parametrize("name", [LOWERED[0], *SLOW])
-def test_fused_attention_is_one_node_per_layer(name: str, tmp_path: Path) -> None:
-    """Opset 23: the same embeddings in ONNX Runtime, and an engine of TensorRT-RTX, which takes the node apart."""
-    model, ref = model_of(name), model_of(name).ref
-    shapes = {TowerName.IMAGE: (3, ref.image.crop, ref.image.crop), TowerName.TEXT: (ref.text.context_length,)}
-    for tower in (model.image, model.text):
-        sample, edits = sample_of(tower, shapes[tower.name], ref.text.eos_id), unedited(model, tower.name, name)
-        graph = onnx_from_tower(
-            tower, sample, ExportSpec(opset=23, attention="fused"), weights_digest=ref.weights_digest, edits=edits,
-            patch=no_patch(edits), folder=tmp_path,
-        )  # fmt: skip
-        kinds = [node.op_type for node in onnx.load(tmp_path / graph.file).graph.node]
-        assert kinds.count("Attention") >= 2
-        assert "Softmax" not in kinds
-        with torch.inference_mode():
-            wanted = torch.nn.functional.normalize(tower.embed(sample)).numpy()
-        found = embed_with(graph, tmp_path / graph.file, Precision.FP32, [sample.numpy()])
-        assert np.abs(found - wanted).max() < 1e-5
-        (tmp_path / tower.name).mkdir()
-        engine_from_onnx(graph, tmp_path, Target.TENSORRT_RTX, PROFILE, edits, tmp_path / tower.name)
 
 
 def check_lowered(graph: OnnxArtifact, edits: list[TensorEdit], patch: Patch, rows: np.ndarray, folder: Path) -> None:

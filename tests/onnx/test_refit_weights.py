@@ -20,8 +20,9 @@ from uwm_deploy.edits.patch import Patch
 from uwm_deploy.edits.proof import promised_by
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.graphs.builder_log import BuildFailed, logger_of
+from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.engine_builder import mark_refittable
-from uwm_deploy.graphs.engine_refitter import refitted_plan
+from uwm_deploy.graphs.engine_refitter import refit, refitted_plan
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.stored_weights import (
     Replacement,
@@ -442,6 +443,24 @@ def test_weights_are_handed_over_in_the_engines_type_and_layout() -> None:
     assert library.held["d"] == np.ascontiguousarray(rounded.T).tobytes()
     assert library.flags == [("set", "refit"), ("clear", "weights")]
     assert library.engine_host_code_allowed is False
+
+
+def test_weights_that_cannot_be_read_are_no_refit(tmp_path: Path) -> None:
+    """A file that is missing, empty, cut or something else is a breach of integrity; no engine is written."""
+    weights, engine = tmp_path / "text.weights.safetensors", tmp_path / "text.engine"
+    (tmp_path / "old.engine").write_bytes(b"old")
+    spec = {
+        "module": "no_such_module", "source": str(tmp_path / "old.engine"), "engine": str(engine),
+        "weights": str(weights), "turned": [],
+    }  # fmt: skip
+    for content in (None, b"", b"no tensors", (9).to_bytes(8, "little") + b"{}", 8 * b"\xff"):
+        if content is not None:
+            weights.write_bytes(content)
+        with pytest.raises(IntegrityError, match=r"text\.weights\.safetensors"):
+            refit(spec)
+    with pytest.raises(IntegrityError, match=r"refit of text: text\.weights\.safetensors"):  # through its process, too
+        made_by_child("uwm_deploy.graphs.engine_refitter", spec, "tensorrt", "text", tmp_path, "refit")
+    assert not engine.exists()
 
 
 def test_only_matrices_have_scales() -> None:

@@ -50,6 +50,10 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
         _set_flag(trt, config, "EXCLUDE_LEAN_RUNTIME", True)
     if refittable:  # other weights stay constants, which the builder may optimise away
         _set_flag(trt, config, "REFIT_INDIVIDUAL", True)
+    if spec.null_weights:
+        if not refittable:
+            raise RecipeError("null_weights is for refittable engines only", fix="ask for refittable, too")
+        _set_flag(trt, config, "STRIP_PLAN", True)
 
 
 def add_profiles(

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from uwm_deploy.errors import ContractError, PrerequisiteError, RecipeError, UwmError
+from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError, RecipeError, UnreadableError, UwmError
 from uwm_deploy.graphs.engine_builder import FAILED, REFUSED
 from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.records.plain_json import value_from_json
 
-_KINDS = {kind.__name__: kind for kind in (ContractError, PrerequisiteError, RecipeError)}
+_RAISED = (ContractError, IntegrityError, PrerequisiteError, RecipeError, UnreadableError)
+_KINDS = {kind.__name__: kind for kind in _RAISED}
 
 BUILD_SECONDS = 1800
 """Time limit of a build."""
@@ -42,6 +43,7 @@ def made_by_child(
         RecipeError: If the library lacks a setting that the recipe asks for.
         PrerequisiteError: If the library does not work here.
         ContractError: If the library refuses the graph, or the child takes too long.
+        IntegrityError: If a file that it was given is broken.
         UwmError: If the child died.
     """
     (folder / f"{stem}.{step}.json").write_text(json.dumps(spec, indent=1, sort_keys=True), encoding="utf-8")

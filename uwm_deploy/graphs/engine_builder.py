@@ -14,9 +14,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
@@ -26,7 +29,7 @@ from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
-from uwm_deploy.records.graph import Profile, Target
+from uwm_deploy.records.graph import FUSED, STEPS, Profile, Target
 from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
@@ -44,7 +47,8 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
         spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime also the settings of `onnx_builder`, and
             ``compile``, whether the provider compiles the graph into engines. For TensorRT also ``input``, ``shape`` without
             the batch, ``profiles`` (min, opt and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and
-            ``refittable``, names of the weights that a refit may replace later; none when it is left out.
+            ``refittable``, names of the weights that a refit may replace later; none when it is left out. For all,
+            ``attention``, ``"fused"`` where each attention is to be one node.
 
     Returns:
         Versions, settings, seconds and peak memory of the build.
@@ -63,11 +67,16 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     messages: list[str] = []
     logger = logger_of(trt, messages)
     builder = _made(lambda: trt.Builder(logger), "builder", messages)
-    network, _weights = _parsed(
-        trt, builder, logger, Path(spec["onnx"]), messages
-    )  # they stay until the engine is made
+    network, attention, _weights = _parsed(  # they stay until the engine is made
+        trt, builder, logger, Path(spec["onnx"]), messages, fused=spec.get("attention") == FUSED
+    )
     config = _made(builder.create_builder_config, "configuration", messages)
-    if names := spec.get("refittable", []):
+    names, out = spec.get("refittable", []), 0
+    if names and asked.null_weights:
+        from uwm_deploy.graphs.engine_weights import take_weights_out
+
+        out = take_weights_out(trt, network, names, messages)
+    if names:
         mark_refittable(network, names, messages)
     apply_settings(trt, config, asked, refittable=bool(names), messages=messages)
     add_profiles(builder, config, spec["input"], spec["shape"], profiles, messages)
@@ -75,7 +84,10 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     timing = attach(config, times, messages) if times else {"timing_cache": "none"}
     started = time.perf_counter()
     with _written(Path(spec["engine"])) as stream:
-        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
+        if asked.null_weights:
+            plan = _made(lambda: builder.build_serialized_network(network, config), "engine", messages)
+            stream.write(_with_weights(trt, bytes(plan), names, Path(spec["onnx"])))
+        elif not builder.build_serialized_network_to_stream(network, config, _writer(trt, stream)):
             raise BuildFailed(last_of(messages))
     seconds = time.perf_counter() - started
     if times:
@@ -88,12 +100,34 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
         | header_facts(Path(spec["engine"]))
         | {
             "refittable": str(bool(names)).lower(),
+            "attention": attention,
+            "null_weights": str(out),
             "layers": str(network.num_layers),
             "layer_types": ",".join(_layer_types(network)),
             "output_types": ",".join(kinds),
         },
         "seconds": seconds,
     }
+
+
+def _with_weights(trt: Any, plan: bytes, names: Sequence[str], graph: Path) -> bytes:
+    """An engine that was built without some weights, with those of the graph."""
+    from uwm_deploy.graphs.engine_weights import plan_with_weights
+    from uwm_deploy.graphs.stored_weights import named_weights
+
+    real = {name: array for name, array in named_weights(graph) if name in names}
+    return plan_with_weights(trt, plan, names, partial(_as_stored, real))
+
+
+def _as_stored(weights: Mapping[str, np.ndarray], name: str, kind: str) -> np.ndarray:
+    """A weight as the graph's file has it, if the engine has it in the same type."""
+    if weights[name].dtype.itemsize != _SIZES.get(kind):
+        raise BuildFailed(f"the engine holds {name} as {kind}, and the graph as {weights[name].dtype}")
+    return np.ascontiguousarray(weights[name])
+
+
+_SIZES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT8": 1, "FP8": 1}
+"""Bytes of an element."""
 
 
 def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
@@ -107,25 +141,38 @@ def _made(make: Callable[[], Any], what: str, messages: Sequence[str]) -> Any:
     return made
 
 
-def _parsed(trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str]) -> tuple[Any, Any]:
-    """The network of a graph, and the objects that must outlive it: the network reads its weights from the mapped file."""
+def _parsed(
+    trt: Any, builder: Any, logger: Any, onnx: Path, messages: Sequence[str], *, fused: bool
+) -> tuple[Any, str, Any]:
+    """The network of a graph, what became of its attention, and the objects that must outlive it.
+
+    The network reads its weights from the mapped file.
+    """
     # Strongly typed. A flavour that knows no other networks ignores the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = _made(lambda: builder.create_network(0 if flag is None else 1 << int(flag)), "network", messages)
     parser = _made(lambda: trt.OnnxParser(network, logger), "parser", messages)
     weights: dict[str, Any] = {}
+    attention = STEPS
     if hasattr(parser, "load_initializer"):
         graph, weights = mapped_weights(onnx)
+        if fused:
+            from uwm_deploy.graphs.attention import fused_frame  # its libraries take memory that other builds need not
+
+            frame, found = fused_frame(graph, onnx.name)
+            graph, attention = frame.SerializeToString(), str(found)
         parsed = parser.load_model_proto(graph) and all(
             parser.load_initializer(name, data.ctypes.data, data.size) for name, data in weights.items()
         )
         parsed = parsed and parser.parse_model_proto()
+    elif fused:
+        raise BuildFailed(f"the parser of {trt.__name__} {trt.__version__} takes no weights apart from their graph")
     else:
         parsed = parser.parse_from_file(str(onnx))
     if not parsed:
         raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
     _decompose_attention(trt, network)
-    return network, (parser, weights)
+    return network, attention, (parser, weights)
 
 
 def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from safetensors.numpy import load_file
 
-from uwm_deploy.errors import ContractError
-from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
+from uwm_deploy.errors import ContractError, IntegrityError
+from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.engine_builder import main
+from uwm_deploy.graphs.engine_weights import plan_with_weights
 from uwm_deploy.graphs.stored_weights import EIGHT_BITS, in_type
 from uwm_deploy.records.files import write_atomic
+from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 
 _KINDS = {
     "FLOAT": onnx.TensorProto.FLOAT,
@@ -44,10 +45,15 @@ def refit(spec: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         Number of weights that were replaced, and seconds.
+
+    Raises:
+        IntegrityError: If the file of the weights is missing or broken.
     """
     started = time.perf_counter()
+    path, fix = Path(spec["weights"]), "refit again"
+    with open_tensors(path, framework="numpy", name=path.name, fix=fix, kind=IntegrityError) as file:
+        weights: dict[str, np.ndarray] = all_tensors(file)
     trt = importlib.import_module(spec["module"])
-    weights = load_file(spec["weights"])
     plan = refitted_plan(trt, Path(spec["source"]).read_bytes(), weights, frozenset(spec["turned"]))
     write_atomic(Path(spec["engine"]), plan)
     return {"weights": len(weights), "seconds": time.perf_counter() - started}
@@ -65,36 +71,9 @@ def refitted_plan(trt: Any, plan: bytes, weights: Mapping[str, np.ndarray], turn
     Raises:
         BuildFailed: If it is not refittable here, does not know a weight, or needs more of them.
     """
-    messages: list[str] = []
-    logger = logger_of(trt, messages)
-    runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = False
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BuildFailed(f"the engine cannot be opened here: {last_of(messages)}")
-    if not engine.refittable:
-        raise BuildFailed("the engine was not built refittable")
-    refitter = trt.Refitter(engine, logger)
-    known = set(refitter.get_all_weights())
-    if unknown := sorted(set(weights) - known):
-        raise BuildFailed(f"the engine has no refittable weights {unknown[0]}")
-    held = []  # the refitter keeps addresses only
-    for name, weight in weights.items():
-        kind = refitter.get_weights_prototype(name).dtype
-        held.append(_laid_out(weight, str(kind).rsplit(".", 1)[-1], name, name in turned))
-        if not refitter.set_named_weights(name, trt.Weights(kind, held[-1].ctypes.data, held[-1].size)):
-            raise BuildFailed(f"the engine refuses the weights {name}: {last_of(messages)}")
-    if missing := refitter.get_missing_weights():
-        raise BuildFailed(f"the engine merged weights, and needs {len(missing)} more, first {missing[0]}")
-    if not refitter.refit_cuda_engine():
-        raise BuildFailed(f"the refit failed: {last_of(messages)}")
-    config = engine.create_serialization_config()
-    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-    serialised = engine.serialize_with_config(config)
-    if serialised is None:
-        raise BuildFailed(f"the refitted engine cannot be written: {last_of(messages)}")
-    return bytes(serialised)
+    return plan_with_weights(
+        trt, plan, list(weights), lambda name, kind: _laid_out(weights[name], kind, name, name in turned)
+    )
 
 
 def _laid_out(weight: np.ndarray, kind: str, name: str, turned: bool) -> np.ndarray:

@@ -15,7 +15,7 @@ from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.recipes.compile_spec import BuilderSpec
-from uwm_deploy.records.graph import Profile, Provider
+from uwm_deploy.records.graph import FUSED, STEPS, Profile, Provider
 from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
@@ -32,7 +32,7 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     Args:
         spec: ``onnx`` and ``engine`` (paths), ``external_data`` (file name or empty), ``provider``, its ``options``, and
             ``fit_for_cpu``: whether it is an INT8 graph for the CPU; ``weights_only``: whether its weights alone are in 8
-            bits.
+            bits; ``attention``: ``"fused"`` where each attention is to be one node.
 
     Raises:
         PrerequisiteError: If the provider does not work here, or the graph cannot be written.
@@ -51,15 +51,7 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
     provider: Provider = "cpu" if spec["provider"] == "any" else spec["provider"]
     add_provider(ort, options, provider, spec["options"])
     started = time.perf_counter()
-    source: str | bytes = spec["onnx"]
-    if spec["fit_for_cpu"]:
-        folder = Path(spec["onnx"]).parent
-        model = onnx.load(spec["onnx"], load_external_data=False)
-        if wide := fit_for_cpu(model, folder):
-            raise BuildFailed(f"sums of {wide[0]} could overflow: it, or its scale, is read more than once")
-        source = model.SerializeToString()
-        del model
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    source, attention = _source(spec, options)
     # It would round the activations of a layer whose weight alone is in 8 bits.
     disabled = ["QDQSelectorActionTransformer"] if spec["weights_only"] else []
     try:
@@ -78,11 +70,30 @@ def optimised(spec: dict[str, Any]) -> dict[str, Any]:
         Path(spec["engine"]).write_bytes(weights_before_use(content) if spec["weights_only"] else content)
     return {
         "versions": {"onnxruntime": ort.__version__},
-        "settings": {"optimisation": "extended"}
+        "settings": {"optimisation": "extended", "attention": attention}
         | ({"integers": "unsigned activations, 7-bit weights"} if spec["fit_for_cpu"] else {})
         | _recorded(spec),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _source(spec: dict[str, Any], options: Any) -> tuple[str | bytes, str]:
+    """The graph's file, or its content where it is changed before ONNX Runtime reads it; and what became of attention."""
+    path, attention = Path(spec["onnx"]), STEPS
+    fused, fit = spec.get("attention") == FUSED, spec.get("fit_for_cpu", False)
+    if not fused and not fit:
+        return spec["onnx"], attention
+    if fused:
+        from uwm_deploy.graphs.attention import fused_file  # its libraries take memory that other builds need not
+
+        model, found = fused_file(path)
+        attention = str(found)
+    else:
+        model = onnx.load(path, load_external_data=False)
+    if fit and (wide := fit_for_cpu(model, path.parent)):
+        raise BuildFailed(f"sums of {wide[0]} could overflow: it, or its scale, is read more than once")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return model.SerializeToString(), attention
 
 
 def compiled(spec: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +116,11 @@ def compiled(spec: dict[str, Any]) -> dict[str, Any]:
     path = Path(spec["engine"])
     temporary = path.with_name(f".tmp-{path.name}")
     started = time.perf_counter()
+    source, attention = _source(spec, options)
     try:
         ort.ModelCompiler(
             options,
-            spec["onnx"],
+            source,
             embed_compiled_data_into_model=True,
             flags=ort.OrtCompileApiFlags.ERROR_IF_NO_NODES_COMPILED,
             graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -124,6 +136,7 @@ def compiled(spec: dict[str, Any]) -> dict[str, Any]:
         "versions": {"onnxruntime": ort.__version__},
         "settings": {
             "optimisation": "compiled",
+            "attention": attention,
             "compiled_nodes": str(nodes.count("EPContext")),
             "other_nodes": str(len(nodes) - nodes.count("EPContext")),
             "tf32": "by the recipe" if spec["tf32"] else "false (NVIDIA_TF32_OVERRIDE=0)",

@@ -18,14 +18,12 @@ class ExportSpec:
         opset: ONNX operator set.
         normalise: Whether the graph ends with L2 normalisation.
         ids_dtype: Element type of the text graph's `input_ids`.
-        attention: Its steps one by one, or one `Attention` node each, which needs opset 23.
         pixels: What the image graph takes: crops of 8 bits, which it normalises itself, or normalised pixels.
     """
 
     opset: int = 20
     normalise: bool = True
     ids_dtype: Literal["int64", "int32"] = "int64"
-    attention: Literal["steps", "fused"] = "steps"
     pixels: Literal["uint8", "float32"] = "uint8"
 
 
@@ -42,6 +40,10 @@ class AutoSpec:
     lowest: Precision = Precision.INT8
     flips: float = 0.5
     items: int = 512
+
+
+Attention = Literal["steps", "fused", "measured"]
+"""How attention is compiled; `measured` decides for each tower and target (`graphs.attention_choice`)."""
 
 
 Quantiser = Literal["built-in", "nearest", "modelopt-entropy", "modelopt-max"]
@@ -64,6 +66,8 @@ class BuilderSpec:
             it to the flavour. TensorRT-RTX only.
         hardware_compatibility: Which other GPUs than the one it is built on an engine also runs on. TensorRT only.
         version_compatible: Whether later releases can load an engine. TensorRT only.
+        null_weights: Whether an engine is built without the weights that a refit can replace, which are put in afterwards:
+            the build takes less memory. For refittable engines of TensorRT-RTX only.
     """
 
     workspace_mib: int = 0
@@ -73,6 +77,7 @@ class BuilderSpec:
     compute_capabilities: tuple[str, ...] = ()
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     version_compatible: bool = False
+    null_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,7 @@ class CompileSpec:
         auto: How `auto` searches.
         quantiser: What makes INT8 and FP8 graphs: this program, which chooses on the calibration set how INT8 is rounded,
             or rounds to the nearest, which a refit can do again; or nvidia-modelopt with one of its ways to find ranges.
+        attention: Its steps one by one, or one `Attention` node for each, or what is faster here and gives the same numbers.
         refittable: Whether engines of TensorRT are built so that `refit` can put another edit into them; needs a GPU.
         onnxruntime: Which providers graphs for ONNX Runtime are made for.
         tensorrt: How engines of TensorRT are built.
@@ -110,6 +116,7 @@ class CompileSpec:
     float32: tuple[str, ...] = ()
     auto: AutoSpec = AutoSpec()
     quantiser: Quantiser = "built-in"
+    attention: Attention = "steps"
     refittable: bool = False
     onnxruntime: OnnxRuntimeSpec = OnnxRuntimeSpec()
     tensorrt: BuilderSpec = BuilderSpec()
@@ -162,7 +169,10 @@ def check_profiles(profiles: tuple[Profile, ...], where: str) -> None:
 
 
 _LACKS = {
-    "tensorrt": {"compute_capabilities": "TensorRT builds for the GPU it runs on; see hardware_compatibility"},
+    "tensorrt": {
+        "compute_capabilities": "TensorRT builds for the GPU it runs on; see hardware_compatibility",
+        "null_weights": "TensorRT builds without the weights of convolutions only, and a tower has one",
+    },
     "tensorrt_rtx": {
         "hardware_compatibility": "TensorRT-RTX names its GPUs; use compute_capabilities",
         "version_compatible": "an engine of TensorRT-RTX is for one release of it; build again for another",

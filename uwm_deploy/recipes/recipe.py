@@ -194,7 +194,7 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     Raises:
         RecipeError: With the file, the key and the nearest valid key.
     """
-    _refuse_one_table(text, where)
+    _refuse_older(text, where)
     recipe = record_from_toml(Recipe, text, where)
     if not is_segment(recipe.name):
         raise RecipeError(f"{where}: name is {recipe.name!r}, and names folders", fix=f"use {SEGMENT_IS}")
@@ -202,8 +202,6 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     for number, step in enumerate(recipe.edit):
         check_step(step, f"{where}: edit[{number}]")
     check_reach(recipe, where)
-    if recipe.export.attention == "fused" and recipe.export.opset < 23:
-        raise RecipeError(f"{where}: export.attention is fused with opset {recipe.export.opset}", fix="use opset 23")
     check_profiles(recipe.compile.profiles, where)
     providers = recipe.compile.onnxruntime.providers
     if not providers or len(set(providers)) < len(providers):
@@ -217,12 +215,18 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     return recipe
 
 
-def _refuse_one_table(text: str, where: str) -> None:
-    """Recipes of the release before had one step, in a table."""
+def _refuse_older(text: str, where: str) -> None:
+    """Recipes of earlier releases had one step, in a table, and said how attention is exported."""
     try:
-        edit = tomllib.loads(text).get("edit")
+        body = tomllib.loads(text)
     except (ValueError, RecursionError):  # which is said with its line below
         return
+    edit, export = body.get("edit"), body.get("export")
+    if isinstance(export, dict) and "attention" in export:
+        raise RecipeError(
+            f"{where}: export.attention is compile.attention now, which is decided for each target",
+            fix="move the line from [export] to [compile]",
+        )
     if isinstance(edit, dict):
         raise RecipeError(
             f"{where}: edit is one table, and is a list of steps now",

@@ -18,6 +18,10 @@ BUILT_IN, CALIBRATED = "built-in", "built-in, calibrated"
 """What the record of a conversion calls this program's own ways: to the nearest, or as chosen on the calibration set."""
 
 
+STEPS, FUSED = "steps", "fused"
+"""How the record of an engine says that attention is computed: step by step, or as one node each."""
+
+
 class Precision(StrEnum):
     """What the linear layers of a graph compute in; `auto` searches for the cheapest mix that keeps the decisions.
 

@@ -14,6 +14,9 @@ import numpy as np
 
 from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.errors import ContractError, IntegrityError, PrerequisiteError
+from uwm_deploy.graphs.attention import fused_file
+from uwm_deploy.graphs.attention_choice import ROWS, Way, engine_by_measurement
+from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.constant_folding import computed_away
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
@@ -22,12 +25,24 @@ from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.codec import plain_from_record, read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, variant_name
+from uwm_deploy.records.graph import (
+    FUSED,
+    STEPS,
+    EngineArtifact,
+    OnnxArtifact,
+    Precision,
+    Profile,
+    Provider,
+    Target,
+    variant_name,
+)
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_graph, usable
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 from uwm_deploy.stages.job import Job
+from uwm_deploy.stages.models import Models
 
 BUILDER = "uwm_deploy.graphs.engine_builder"
 _NO_REFIT = "build it where the GPU is, or leave compile.refittable out"
@@ -48,6 +63,7 @@ def engine_from_onnx(
     profiles: Sequence[Profile] = (),
     builder: BuilderSpec = _DEFAULTS,
     provider: Provider = "any",
+    attention: Way = "steps",
 ) -> EngineArtifact:
     """Compiles one tower in the precision of its graph.
 
@@ -62,6 +78,7 @@ def engine_from_onnx(
         profiles: Parts of the profile that an engine of TensorRT is optimised for on their own; the whole when empty.
         builder: How an engine of TensorRT is built.
         provider: Of ONNX Runtime.
+        attention: In steps, or one node each.
 
     Raises:
         RecipeError: If the target does not have what is asked for.
@@ -77,11 +94,13 @@ def engine_from_onnx(
     if target is Target.ONNXRUNTIME:
         if reason := provider_reason(provider):
             raise PrerequisiteError(f"{target.value} with {provider}: {reason}", fix=_OTHER_PROVIDER)
-        built = _onnxruntime(graph, source, lowered, edits, folder, Wanted(provider, parts, builder))
+        built = _onnxruntime(graph, source, lowered, edits, folder, Wanted(provider, parts, builder, attention))
     else:
         _check_machine(target, refittable, builder)
         names = [edit.name for edit in edits] if refittable else []
-        file, details = _tensorrt(graph, source, target, lowered, parts, folder, names, builder)
+        file, details = _tensorrt(
+            graph, source, target, lowered, folder, names, Wanted(provider, parts, builder, attention)
+        )
         built = (file, "", details)
     return _record(graph, target, provider, profile, folder, built)
 
@@ -123,11 +142,12 @@ def _record(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a graph for ONNX Runtime is made for."""
+    """What an engine is made for, and how."""
 
     provider: Provider
     profiles: tuple[Profile, ...]
     builder: BuilderSpec
+    attention: Way
 
 
 def _built_on(target: Target, provider: Provider, runnable: bool) -> str:
@@ -182,7 +202,7 @@ def _onnxruntime(
     if lowered is Precision.BF16 and on_cpu:
         raise PrerequisiteError("ONNX Runtime has no bfloat16 kernels on the CPU", fix="use tensorrt or tensorrt-rtx")
     if not closed and lowered in (_AT_LOAD if on_cpu else {Precision.FP8}):
-        return file, external, _as_it_is(graph, source, lowered, folder, provider)
+        return file, external, _as_it_is(graph, source, lowered, folder, wanted)
     given, builder = graph.inputs[0], wanted.builder
     row = [size for size in given.shape[1:] if isinstance(size, int)]
     spec = {
@@ -196,6 +216,7 @@ def _onnxruntime(
         "fit_for_cpu": on_cpu and lowered is Precision.INT8,
         "weights_only": lowered is Precision.W8A16,
         "tf32": builder.tf32,
+        "attention": wanted.attention,
     }
     if closed:
         return file, "", made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
@@ -218,13 +239,13 @@ def _onnxruntime(
 _AT_LOAD = {Precision.FP16: AT_LOAD, Precision.FP8: BASIC_AT_LOAD}
 
 
-def _as_it_is(
-    graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path, provider: Provider
-) -> dict[str, Any]:
+def _as_it_is(graph: OnnxArtifact, source: Path, lowered: Precision, folder: Path, wanted: Wanted) -> dict[str, Any]:
     """A graph that ONNX Runtime optimises when it is opened; opened once, so that one it cannot open is not shipped."""
-    started = time.perf_counter()
+    started, attention, provider = time.perf_counter(), STEPS, wanted.provider
     for name in filter(None, (graph.file, graph.external_data)):
         shutil.copyfile(source.parent / name, folder / name)
+    if wanted.attention == FUSED:
+        attention = _fused(source, folder / graph.file)
     session = open_graph(
         folder / graph.file,
         graph,
@@ -235,11 +256,21 @@ def _as_it_is(
     where = session.where
     session.close()
     return {
-        "settings": {"optimisation": _AT_LOAD[lowered], "provider": provider},
+        "settings": {"optimisation": _AT_LOAD[lowered], "provider": provider, "attention": attention},
         "versions": {"onnxruntime": where["onnxruntime"]},
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": 0,
     }
+
+
+def _fused(source: Path, file: Path) -> str:
+    """Writes a graph with one node for each attention; what became of them, for the record."""
+    try:
+        model, found = fused_file(source)
+    except BuildFailed as error:
+        raise ContractError(str(error), fix="leave compile.attention out") from error
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    return str(found)
 
 
 def _weights(path: Path) -> Iterator[np.ndarray]:
@@ -251,22 +282,22 @@ def _tensorrt(
     source: Path,
     target: Target,
     lowered: Precision,
-    profiles: Sequence[Profile],
     folder: Path,
     refittable: Sequence[str],
-    builder: BuilderSpec,
+    given: Wanted,
 ) -> tuple[str, dict[str, Any]]:
     """An engine in the precision of its graph."""
-    stem, file = graph.tower.value, f"{graph.tower.value}.engine"
+    stem, file, builder = graph.tower.value, f"{graph.tower.value}.engine", given.builder
     spec = {
         "module": MODULES[target],
         "onnx": os.path.relpath(source, folder),
         "engine": file,
         "input": graph.inputs[0].name,
         "shape": list(graph.inputs[0].shape[1:]),
-        "profiles": [[part.min, part.opt, part.max] for part in profiles],
+        "profiles": [[part.min, part.opt, part.max] for part in given.profiles],
         "builder": plain_from_record(builder),
         "refittable": refittable,
+        "attention": given.attention,
     }
     body = made_by_child(BUILDER, spec, target.value, stem, folder)
     settings = body["settings"]
@@ -302,16 +333,32 @@ def make(job: Job, out: Path) -> None:
     for tower in TowerName:
         graph = read_record(OnnxArtifact, tower_record(source, tower))
         job.notes.progress(f"{target.value} {tower.value}", 0, 1)
-        engine = engine_from_onnx(
-            graph,
-            source,
-            target,
-            spec.profile,
-            edit.of(tower),
-            out,
-            refittable=spec.refittable,
-            profiles=spec.profiles,
-            builder=spec.builder(target, job.variant.provider),
-            provider=job.variant.provider,
-        )
+
+        def build(attention: Way, folder: Path, graph: OnnxArtifact = graph) -> EngineArtifact:
+            return engine_from_onnx(
+                graph,
+                source,
+                target,
+                spec.profile,
+                edit.of(graph.tower),
+                folder,
+                refittable=spec.refittable,
+                profiles=spec.profiles,
+                builder=spec.builder(target, job.variant.provider),
+                provider=job.variant.provider,
+                attention=attention,
+            )
+
+        if spec.attention == "measured":
+            engine = engine_by_measurement(build, out, _rows(job, graph))
+            chosen = engine.settings["attention"], engine.settings["attention_why"]
+            job.notes.line(f"compile    {engine.variant}, {tower.value} tower: attention {'; '.join(chosen)}")
+        else:
+            engine = build(spec.attention, out)
         write_record(tower_record(out, tower), engine)
+
+
+def _rows(job: Job, graph: OnnxArtifact) -> np.ndarray:
+    """Some inputs of the calibration set, safe ones and unsafe ones, as the graph takes them."""
+    batches = job.shared(Models).some_pairs(graph.tower, ROWS)
+    return np.concatenate([taken(part, graph.inputs[0]) for batch in batches for part in (batch.safe, batch.unsafe)])

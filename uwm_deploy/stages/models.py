@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from uwm_deploy.bundle.head import HeadFiles
+from uwm_deploy.data.order import some_of
 from uwm_deploy.data.ranks import Ranks
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.applied import select_and_apply
@@ -19,7 +20,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.memory import without_collection
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.job import Notes, Plan
-from uwm_deploy.towers.batch_size import pairs_that_fit
+from uwm_deploy.towers.batch_size import USUAL_PAIRS, pairs_that_fit
 from uwm_deploy.towers.protocol import LoadedModel
 
 
@@ -142,6 +143,16 @@ class Models:
             progress=_silent if quiet else self._notes.progress,
             sort_by_length=sort_by_length,
         )
+
+    def some_pairs(self, tower: TowerName, count: int) -> PairStream:
+        """Some pairs of the calibration set, evenly spaced, at full length.
+
+        Args:
+            tower: Which tower.
+            count: Largest number of pairs.
+        """
+        source = some_of(self._plan.calibration_source, count)
+        return self.pairs(source, tower, batch_pairs=USUAL_PAIRS[TowerName.IMAGE], quiet=True, sort_by_length=False)
 
     def _load(
         self,

@@ -175,6 +175,7 @@ def _compile_settings(plan: Plan, variant: Variant) -> object:
         "builder": plain_from_record(spec.builder(target, variant.provider)),
         "machine": usable(target) or provider_reason(variant.provider) or device_name(),
         "refittable": spec.refittable,
+        "attention": spec.attention,
     }
 
 
@@ -337,6 +338,7 @@ STAGES: tuple[Stage, ...] = (
         does="Compiles an engine for every target and precision.",
         make="uwm_deploy.stages.compile:make",
         reads=("edit", "export", "convert"),
+        sources=("checkpoint", "calibration"),
         settings=_compile_settings,
         says=_says_compile,
         each=_variants,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -15,7 +14,6 @@ from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.graph import Normalisation
 from uwm_deploy.records.model import ImageSpec, ModelRef, TowerName
-from uwm_deploy.towers.attention import fused_attention
 from uwm_deploy.towers.protocol import Tower
 
 
@@ -38,14 +36,13 @@ def traced(tower: Tower, sample: Tensor, spec: ExportSpec, normalisation: Normal
     Args:
         tower: On the CPU.
         sample: Two rows of input, (2, 3, H, W) float32 or (2, L) int64 or int32.
-        spec: Opset, length of embeddings, attention.
+        spec: Opset, length of embeddings.
         normalisation: What an image graph that takes crops does to them; None where it takes normalised pixels.
     """
-    with fused_attention(tower.graph_module()) if spec.attention == "fused" else contextlib.nullcontext():
-        model = graph_from_module(
-            _Graph(tower.graph_module(), spec).eval(), sample,
-            opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
-        )  # fmt: skip
+    model = graph_from_module(
+        _Graph(tower.graph_module(), spec).eval(), sample,
+        opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
+    )  # fmt: skip
     _restore_names(model)
     weights = {name for name, _ in tower.graph_module().named_parameters()}
     simplify(model, weights)

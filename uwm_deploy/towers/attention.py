@@ -6,9 +6,7 @@ inputs cannot be scored (method.md section 4), and its fused kernels export to a
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ class ExplicitAttention(nn.Module):
         if source.bias_k is not None or source.add_zero_attn or not source.batch_first:
             raise ValueError("this kind of attention is not supported")
         self.num_heads, self.head_dim = source.num_heads, source.head_dim
-        self.fused = False
         # Annotated as never None, but it is None where keys and values have a width of their own.
         self.in_proj_weight: nn.Parameter | None = source.in_proj_weight
         self.in_proj_bias = source.in_proj_bias
@@ -60,11 +57,8 @@ class ExplicitAttention(nn.Module):
         mask = attn_mask
         if mask is not None and mask.ndim == 3:
             mask = mask.view(-1, self.num_heads, *mask.shape[1:])
-        if self.fused:
-            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            logits = (q / math.sqrt(self.head_dim)) @ k.transpose(-2, -1)
-            mixed = torch.softmax(logits if mask is None else logits + mask, -1) @ v
+        logits = (q / math.sqrt(self.head_dim)) @ k.transpose(-2, -1)
+        mixed = torch.softmax(logits if mask is None else logits + mask, -1) @ v
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -80,25 +74,6 @@ class ExplicitAttention(nn.Module):
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.reshape(*rows.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-
-
-@contextlib.contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Runs attention as one operator for as long as the block lasts: from opset 23 on it is exported as one node."""
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
-    explicit = [m for m in model.modules() if isinstance(m, ExplicitAttention)]
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = "sdpa"
-        for module in explicit:
-            module.fused = True
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        for module in explicit:
-            module.fused = False
 
 
 def make_attention_explicit(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ from uwm_deploy.bundle.layout import tower_record
 from uwm_deploy.data.embedding import prepare
 from uwm_deploy.data.order import some_of
 from uwm_deploy.edits.canary_files import read_canaries
-from uwm_deploy.edits.pair_stream import PairStream
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.graphs.lowered import EIGHT_BITS
 from uwm_deploy.graphs.modelopt import quantised_by_modelopt
@@ -30,7 +29,6 @@ from uwm_deploy.stages.convert.convert import Ranges, converted, ranges_of
 from uwm_deploy.stages.convert.search import Source, search
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
-from uwm_deploy.towers.batch_size import USUAL_PAIRS
 from uwm_deploy.towers.protocol import MAPS
 from uwm_deploy.towers.safety_head import FLOAT32
 
@@ -91,7 +89,7 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
     ranges, quantised = None, None
     if lowered in EIGHT_BITS:
         job.notes.progress(f"ranges of the {tower.value} tower", 0, 1)
-        batches = list(_pairs(job, tower))
+        batches = list(job.shared(Models).some_pairs(tower, RANGE_PAIRS))
         given = record.inputs[0]
         rows = {"safe": [taken(b.safe, given) for b in batches], "unsafe": [taken(b.unsafe, given) for b in batches]}
         ranges, quantiser = ranges_of(file, rows, out), job.plan.recipe.compile.quantiser
@@ -110,13 +108,6 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
 def _vectors(edits: Sequence[TensorEdit]) -> set[str]:
     """Edited tensors that are no matrices: a graph in lower precision must hold them as they are."""
     return {edit.name for edit in edits if len(edit.shape) < 2}
-
-
-def _pairs(job: Job, tower: TowerName) -> PairStream:
-    """Some pairs of the calibration set, evenly spaced, at full length."""
-    source = some_of(job.plan.calibration_source, RANGE_PAIRS)
-    batch = USUAL_PAIRS[TowerName.IMAGE]
-    return job.shared(Models).pairs(source, tower, batch_pairs=batch, quiet=True, sort_by_length=False)
 
 
 def _float32_parts(job: Job, graph: OnnxArtifact) -> tuple[str, ...]:

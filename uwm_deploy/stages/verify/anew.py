@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from uwm_deploy.errors import UwmError
+from uwm_deploy.graphs.attention import fuse_attention, is_fused
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.lowered import EIGHT_BITS, largest_in, lowered_graph
 from uwm_deploy.graphs.onnx_builder import optimised
@@ -19,7 +20,7 @@ from uwm_deploy.graphs.structure import Departures, computation_of, departures
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.evidence import CONVERTED, GraphAudit
-from uwm_deploy.records.graph import BUILT_IN, CALIBRATED, EngineArtifact, OnnxArtifact, Precision
+from uwm_deploy.records.graph import BUILT_IN, CALIBRATED, FUSED, STEPS, EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.runtime.providers import FLOAT32
 from uwm_deploy.runtime.session import optimisation_of, provider_of
@@ -139,7 +140,10 @@ def compiled_anew(audit: GraphAudit, path: Path, engine: EngineArtifact, source:
     model = ir.load(path)
     if engine.digest == engine.onnx_digest:
         return _with(audit, Departures(), len(list(model.graph)), "compile")
-    apart, count = _apart(model, ir.load(source))
+    plain = ir.load(source)
+    if is_fused(engine):
+        fuse_attention(plain)
+    apart, count = _apart(model, plain)
     if apart and optimisation_of(engine) == "done":
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -170,6 +174,7 @@ def _optimised(engine: EngineArtifact, source: Path, folder: Path) -> Path:
             "options": dict(FLOAT32) if provider == "cuda" else {},
             "fit_for_cpu": provider in ("any", "cpu") and Precision(engine.precision) is Precision.INT8,
             "weights_only": Precision(engine.precision) is Precision.W8A16,
+            "attention": FUSED if is_fused(engine) else STEPS,
         }
     )
     return path

@@ -111,6 +111,35 @@ def no_mask(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name))
 
 
+def one_query_row(model: onnx.ModelProto) -> None:
+    """The last attention has the pooled token as its one query row, and is normalised over queries: every weight is 1.
+
+    An engine that fuses attention computes what TensorRT 10.13 to 11.1 has been seen to compute wrong: one query row.
+    """
+    softmax = _of_type(model, "Softmax")[-1]
+    softmax.attribute[0].i = 2
+    makers = {output: node for node in model.graph.node for output in node.output}
+    logits = makers[makers[softmax.input[0]].input[0]]
+    queries, logits.input[0] = logits.input[0], "pooled_query"
+    _constants(model, {"pooled_token": [0], "one_row": [-1, 1, _width(model, queries, makers)]})
+    joined = next(
+        node for node in list(model.graph.node)[list(model.graph.node).index(softmax) :] if node.op_type == "Reshape"
+    )
+    joined.input[1] = "one_row"
+    place = list(model.graph.node).index(logits)
+    pooled = onnx.helper.make_node("Gather", [queries, "pooled_token"], ["pooled_query"], axis=2)
+    model.graph.node.insert(place, pooled)
+    del model.graph.value_info[:]
+
+
+def _width(model: onnx.ModelProto, queries: str, makers: Mapping[str, onnx.NodeProto]) -> int:
+    """Channels of the queries of all heads."""
+    split = makers[makers[queries].input[0]]
+    value = next(value for value in model.graph.value_info if value.name == split.input[0])
+    width: int = value.type.tensor_type.shape.dim[2].dim_value
+    return width
+
+
 def no_projection(model: onnx.ModelProto) -> None:
     """The embedding before it is projected into the shared space."""
     (last,) = _of_type(model, "Gemm")

@@ -117,6 +117,7 @@ FAULTS = (
     Fault("nan", Cause.NUMBERS, "compile", "NaN in an engine", artifacts.not_a_number),
     Fault("map-in-half-precision", Cause.NUMBERS, "compile", "the maps are rounded to fp16", closed_form.map_in_half_precision, MAPPED),
     Fault("activation-in-engine", Cause.GRAPH, "compile", "an engine fused to GELU", compiled_with({IMAGE: surgery.gelu_for_quick_gelu})),
+    Fault("attention-one-row", Cause.GRAPH, "compile", "a fused attention of one query row, computed wrong", compiled_with({IMAGE: surgery.one_query_row})),
     Fault("engine-clamped", Cause.GRAPH, "compile", "an engine clamps activations", compiled_with({IMAGE: tampering.clamped(_IMAGE_MLP, -8.0, 8.0)})),
     Fault("engine-scaled", Cause.GRAPH, "compile", "a layer of an engine is 3% larger", compiled_with({TEXT: tampering.scaled(_TEXT_NORM, 1.03)})),
     Fault("engine-with-path", Cause.GRAPH, "compile", "a second path in an engine, too weak to be measured", compiled_with({IMAGE: tampering.leaking(1e-7)})),
