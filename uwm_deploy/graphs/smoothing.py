@@ -17,6 +17,7 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.rounding import is_rounded
 from uwm_deploy.graphs.token_scales import size_name
+from uwm_deploy.graphs.two_terms import second_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,13 @@ class Chosen:
         channels: By the name of an activation.
         codes: Layer to its weight in 8 bits, (out, in) int8.
         per_token: Activations with a scale per row (`graphs.token_scales`); the others have one for all rows.
+        two_terms: Layers that multiply two terms of their activation (`graphs.two_terms`).
     """
 
     channels: Mapping[str, Channels] = field(default_factory=dict)
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
     per_token: frozenset[str] = frozenset()
+    two_terms: frozenset[str] = frozenset()
 
 
 def spread_name(name: str) -> str:
@@ -159,7 +162,10 @@ def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
             raise ContractError(f"the weight of {name} is not the float32 graph's, rounded", fix="convert again")
         codes[name] = rows
     per_token = frozenset(name for name in channels if size_name(spread_name(name)) in made)
-    return Chosen(channels=channels, codes=codes, per_token=per_token)
+    two_terms = frozenset(
+        name for name, layer in linear_layers(source).items() if second_name(layer.weight.name or "") in made
+    )
+    return Chosen(channels=channels, codes=codes, per_token=per_token, two_terms=two_terms)
 
 
 def _may_be(weight: np.ndarray, codes: np.ndarray, channels: Channels) -> bool:
