@@ -134,6 +134,7 @@ class Conversion:
         canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
         canaries: Number of them.
         quantiser: What quantised it, with its version where it is another's; empty where nothing is quantised.
+        two_terms: Linear layers that multiply two 8-bit terms of their activation.
     """
 
     precision: Precision
@@ -147,6 +148,7 @@ class Conversion:
     canary_ratio_max: float | None = None
     canaries: int = 0
     quantiser: str = ""
+    two_terms: tuple[str, ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +158,14 @@ class LayerSensitivity:
     Attributes:
         sensitivity: Mean squared change of their margins.
         kept: Whether it stays in float32.
+        terms: Number of 8-bit terms of its activation (`graphs.two_terms`).
     """
 
     tower: TowerName
     name: str
     sensitivity: float
     kept: bool
+    terms: int = field(default=1, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +177,7 @@ class PrecisionStep:
         low_share: Share of the multiplications of linear layers that are in low precision.
         flips: Percentage of decisions of the worst preference metric that differ from the float32 graphs'.
         expected: The same, estimated from the changes of all margins (`safeground.expected_flips`); what is searched by.
+        twice: Share of the multiplications that are done twice, for two terms of an activation; part of `low_share`.
     """
 
     what: str
@@ -180,11 +185,12 @@ class PrecisionStep:
     low_share: float
     flips: float
     expected: float = field(default=0.0, metadata=LATER)
+    twice: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionPlan:
-    """What the search of precision `auto` chose, and why.
+    """What the search of precision `auto`, or of `int8`, chose, and why.
 
     Attributes:
         lowest: Precision of what is not kept.
@@ -196,6 +202,7 @@ class PrecisionPlan:
         expected: The same, estimated; it keeps the limit.
         layers: All linear layers, the most sensitive per multiplication first.
         steps: Every plan that was measured, in order.
+        twice: Share of the multiplications that are done twice, for two terms of an activation; part of `low_share`.
     """
 
     lowest: Precision
@@ -208,6 +215,11 @@ class PrecisionPlan:
     layers: tuple[LayerSensitivity, ...]
     steps: tuple[PrecisionStep, ...]
     expected: float = field(default=0.0, metadata=LATER)
+    twice: float = field(default=0.0, metadata=LATER)
+
+    def two_terms(self, tower: TowerName) -> tuple[str, ...]:
+        """Layers of a tower that multiply two 8-bit terms of their activation."""
+        return tuple(layer.name for layer in self.layers if layer.tower is tower and layer.terms > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,11 @@ class Ranges:
     coverage: Mapping[str, ActivationCoverage]
     chosen: Chosen = NEAREST
 
+    def with_two_terms(self, layers: Iterable[str]) -> Ranges:
+        """The same, with two terms in some layers that are quantised as was chosen."""
+        two = frozenset(layers)
+        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, two_terms=two)) if two else self
+
 
 def ranges_of(source: Path, batches: Mapping[str, Iterable[np.ndarray]], folder: Path) -> Ranges:
     """Ranges of every activation that enters a linear layer.
@@ -234,6 +239,7 @@ def converted(
             canary_ratio_max=worst,
             canaries=len(canaries.inputs) if worst is not None and canaries is not None else 0,
             quantiser=quantised[1] if quantised else _own_name(ranges, lowered),
+            two_terms=tuple(sorted(ranges.chosen.two_terms)) if ranges else (),
         ),
     )
 
