@@ -193,7 +193,7 @@ def test_no_second_term_without_a_scale_per_token() -> None:
 def test_rows_with_two_terms_do_not_depend_on_their_batch(
     exported: Exported, calibrated: Ranges, tmp_path: Path
 ) -> None:
-    """In the engine of a CPU: both products are of integers, the weight is there once, a row alone is the row among others."""
+    """In the engine of a CPU: both products are of integers, the weight is there once, a row alone is the row in a batch."""
     graph = converted_with(exported, tmp_path / "graph", calibrated.with_two_terms(calibrated.chosen.codes))
     (tmp_path / "engine").mkdir()
     engine = engine_from_onnx(

@@ -1,7 +1,7 @@
 """A second term of 8 bits for what the first one leaves: an activation has 15 bits then, and kernels still multiply 8.
 
-A row of an activation is at most 1 large (`graphs.token_scales`), so what rounding to 127 steps leaves is half a step at most.
-It is rounded to 127 steps of its own. Both terms are multiplied by the same 8-bit weight, and the products are added: one
+A row of an activation is at most 1 large (`graphs.token_scales`), so what rounding to 127 steps leaves is half a step. It is
+rounded to 127 steps of its own. Both terms are multiplied by the same 8-bit weight, and the products are added: one
 multiplication more for a layer, and no more weights. What is left is the rounding of the weight.
 """
 

@@ -43,8 +43,8 @@ _NEAR = 0.9
 """A plan that uses this share of the limit or more is near enough."""
 
 _LEFT = 0.15
-"""Share of a layer's mean squared change that stays with a second term: the rounding of its weight. On the demo it is 0.17 of
-all layers together."""
+"""Share of a layer's mean squared change that stays with a second term: the rounding of its weight. On the demo all layers
+together keep 0.17."""
 
 _COST = {"two terms": 1.0, "float32": 1.0}
 """Cost of a layer's next step, in 8-bit multiplications: float32 costs about three of them on a processor with VNNI."""
