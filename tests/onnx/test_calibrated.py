@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.quantise import quantise_graph
 from uwm_deploy.graphs.rounding import PAIR, fits, is_rounded, paired_scale, rounded_by_moments
 from uwm_deploy.graphs.smoothing import Channels, Chosen, chosen_in
+from uwm_deploy.graphs.two_terms import second_name
 from uwm_deploy.records.evidence import GraphAudit
 from uwm_deploy.records.graph import CALIBRATED, OnnxArtifact, Precision, Target
 from uwm_deploy.runtime.session import open_engine
@@ -162,7 +164,6 @@ def test_a_second_term_leaves_the_rounding_of_the_weight_alone(
         linear = achieved_precision(model)["linear"]
         assert (linear.get("int8-two-terms", 0), linear.get("int8", 0)) == (len(two), len(layers) - len(two))
         assert low_share({"linear": linear}, "int8") == len(layers) / sum(linear.values())
-        assert chosen_in(model, ir.load(source)).two_terms == frozenset(two)
         assert graph.conversion is not None
         assert graph.conversion.two_terms == tuple(two)
         assert graph.fingerprint.layers == len(exported.case.edits)
@@ -171,6 +172,41 @@ def test_a_second_term_leaves_the_rounding_of_the_weight_alone(
     errors = {name: float(np.abs(found - wanted).mean()) for name, found in made.items()}
     assert errors["all"] < 0.9 * errors["none"]
     assert not np.array_equal(made["one"], made["none"])
+
+
+def other_steps(model: ir.Model, layer: str) -> None:
+    """The second term in steps of another size."""
+    product = next(node for node in model.graph if node.name == second_name(f"{layer}.weight"))
+    scale = product.inputs[0].producer().inputs[1]  # type: ignore[union-attr]
+    assert scale is not None
+    scale.const_value = ir.tensor(2 * scale.const_value.numpy(), name=scale.name)  # type: ignore[union-attr]
+
+
+def left_out(model: ir.Model, layer: str) -> None:
+    """The first term alone, which the record does not say."""
+    product = next(node for node in model.graph if node.name == second_name(f"{layer}.weight"))
+    added = next(user for user, _ in product.outputs[0].uses())
+    ir.convenience.replace_all_uses_with(added.outputs[0], added.inputs[0])  # type: ignore[arg-type]
+    model.graph.remove([added, product], safe=True)
+
+
+def taken_away(model: ir.Model, layer: str) -> None:
+    """Subtracted instead of added."""
+    product = next(node for node in model.graph if node.name == second_name(f"{layer}.weight"))
+    next(user for user, _ in product.outputs[0].uses()).op_type = "Sub"
+
+
+@pytest.mark.parametrize("tamper", [other_steps, left_out, taken_away])
+def test_a_wrong_second_term_is_seen(
+    exported: Exported, calibrated: Ranges, tmp_path: Path, tamper: Callable[[ir.Model, str], None]
+) -> None:
+    """The graph differs from the one that is made anew as the record says."""
+    layer, source = sorted(calibrated.chosen.codes)[0], exported.folder / exported.artifact.file
+    graph = converted_with(exported, tmp_path, calibrated.with_two_terms([layer]))
+    model = ir.load(tmp_path / graph.file)
+    tamper(model, layer)
+    ir.save(model, tmp_path / graph.file)
+    assert converted_anew(CLEAN, tmp_path / graph.file, graph, source).structure
 
 
 def test_two_terms_together_have_15_bits() -> None:

@@ -17,7 +17,6 @@ from uwm_deploy.errors import ContractError
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.rounding import is_rounded
 from uwm_deploy.graphs.token_scales import size_name
-from uwm_deploy.graphs.two_terms import second_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +130,7 @@ def stored_as_rows(layer: LinearLayer) -> np.ndarray:
 
 
 def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
-    """What a graph in 8 bits was made with, read back from its own constants.
+    """What a graph in 8 bits was made with, read back from its own constants; second terms stand in its record.
 
     Args:
         lowered: The graph in 8 bits.
@@ -162,10 +161,7 @@ def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
             raise ContractError(f"the weight of {name} is not the float32 graph's, rounded", fix="convert again")
         codes[name] = rows
     per_token = frozenset(name for name in channels if size_name(spread_name(name)) in made)
-    two_terms = frozenset(
-        name for name, layer in linear_layers(source).items() if second_name(layer.weight.name or "") in made
-    )
-    return Chosen(channels=channels, codes=codes, per_token=per_token, two_terms=two_terms)
+    return Chosen(channels=channels, codes=codes, per_token=per_token)
 
 
 def _may_be(weight: np.ndarray, codes: np.ndarray, channels: Channels) -> bool:
