@@ -216,8 +216,7 @@ def converted(
     source = source_folder / graph.file
     model, clamped = (quantised[0], 0) if quantised else lower(source, lowered, patterns, layers, ranges)
     kept = set(linear_layers(model)) if quantised else set(layers)  # another tool has a mind of its own
-    achieved = achieved_precision(model)
-    _check_achieved(achieved, lowered, precision, graph.tower.value)
+    _check_achieved(achieved := achieved_precision(model), lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = _written(model, folder / graph.file, external)
     fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, None if quantised else ranges)
