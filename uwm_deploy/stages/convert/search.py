@@ -222,7 +222,7 @@ class Search:
                 break
             count = low + _between(left[low : high + 1], measured[low], measured.get(high), limit)
             mix = _mixed(moves[:count])
-            measured[count] = self.flips(mix, f"{len(mix.two)} in two terms, {len(mix.kept)} in float32")
+            measured[count] = self.flips(mix, f"{len(mix.two)} twice, {len(mix.kept)} in float32")
             low, high = (low, count) if measured[count] <= limit else (count, high)
             if _NEAR * limit <= measured[count] <= limit:
                 break
