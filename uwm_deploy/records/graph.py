@@ -199,7 +199,7 @@ class PrecisionPlan:
         n: Quadruples it measured on.
         kept: Layers in float32, per tower.
         flips: Percentage of decisions of the worst metric that differ on these quadruples.
-        expected: The same, estimated; it keeps the limit.
+        expected: The same, estimated; it keeps the limit, unless INT8 misses it with two terms in all layers.
         layers: All linear layers, the most sensitive per multiplication first.
         steps: Every plan that was measured, in order.
         twice: Share of the multiplications that are done twice, for two terms of an activation; part of `low_share`.
