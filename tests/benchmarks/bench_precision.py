@@ -37,7 +37,7 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.markdown_table import markdown_table
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.convert.convert import ranges_of
-from uwm_deploy.stages.convert.search import Layer, Search, Source, search
+from uwm_deploy.stages.convert.search import Layer, Mix, Search, Source, search
 from uwm_deploy.towers.load import load_model
 
 RANGE_ROWS = 128
@@ -114,7 +114,7 @@ def main() -> None:
     for name, part in sets.items():
         measuring = Search(sources, part, spec, (), work, lambda *_: None)
         for label, kept in plans.items():
-            measuring.flips(kept, label)
+            measuring.flips(Mix(kept=kept), label)
         measured[name] = measuring.steps
     counts = ", ".join(f"{len(part.ids)} {name}" for name, part in sets.items())
     print(f"Quadruples: {counts}; flips are percent of the worst metric's decisions.\n")

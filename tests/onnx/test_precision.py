@@ -31,8 +31,9 @@ from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.session import open_engine
 from uwm_deploy.safeground.canaries import Canaries, choose, ratios
 from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
 from uwm_deploy.stages.convert.convert import Ranges, converted, embed_with, lower, ranges_of
-from uwm_deploy.stages.convert.search import Source, search
+from uwm_deploy.stages.convert.search import Source, _between, search
 
 LOW = (Precision.FP16, Precision.INT8, Precision.FP8, Precision.W8A16)
 PROFILE = Profile(min=1, opt=2, max=4)
@@ -564,6 +565,42 @@ def test_auto_returns_only_what_decisions_depend_on(
         assert kept > 0
         assert plan.low_share < 1
     assert not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("to_float32", [True, False])
+def test_second_terms_come_before_float32(both: dict[TowerName, Exported], tmp_path: Path, to_float32: bool) -> None:
+    """Calibrated INT8 has a step more; without float32 it is the only one, and a plan ends with it in all layers at most."""
+    sources = {}
+    for name, part in both.items():
+        path = part.folder / part.artifact.file
+        chosen = chosen_for(path, one_row_layers(path), (), [rows(part, 8, seed) for seed in (1, 2)], tmp_path)
+        ranges = dataclasses.replace(ranges_for(part, tmp_path), chosen=chosen)
+        sources[name] = Source(part.artifact, path, ranges, float32=one_row_layers(path))
+    spec = AutoSpec(lowest=Precision.INT8, flips=0.2, items=100)
+    plan = search(sources, prepared(both, 100), spec, (), tmp_path, lambda *_: None, to_float32=to_float32)
+    two = [layer for name in TowerName for layer in plan.two_terms(name)]
+    kept = [layer for names in plan.kept.values() for layer in names]
+    assert len(two) + len(kept) <= len(plan.layers)
+    assert plan.steps[-1].twice == plan.twice <= plan.low_share
+    if to_float32:
+        assert kept
+        assert plan.expected <= plan.limit
+    else:
+        assert two
+        assert not kept
+        assert plan.low_share == 1
+        assert plan.expected < plan.steps[0].expected
+
+
+def test_the_next_plan_is_foreseen() -> None:
+    """Between plans, from both ends once both are measured; in the middle where nothing seems enough; never an end."""
+    left = np.array([1.0, 0.81, 0.5, 0.25, 0.09, 0.01, 0.0])
+    assert _between(left, 1.0, None, 0.5) == 3
+    assert _between(left, 1.0, 0.4, 0.5) == 4
+    assert _between(left, 1.0, None, 2.0) == 1
+    assert _between(left, 1.0, 0.9, 0.5) == 3
+    assert _between(left, 1.0, None, 0.0) == 5
+    assert _between(np.zeros(3), 1.0, None, 0.5) == 1
 
 
 def test_auto_kept_layers_stand_in_the_record(both: dict[TowerName, Exported], tmp_path: Path) -> None:

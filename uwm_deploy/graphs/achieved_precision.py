@@ -22,22 +22,41 @@ _CLASSES = {"Conv": "convolution", "LayerNormalization": "layer norm", "Softmax"
 def achieved_precision(model: ir.Model) -> dict[str, dict[str, int]]:
     """Number of nodes by class of operator (convolution, linear, attention, layer norm, softmax) and precision.
 
-    A linear layer is 8-bit when both of its factors come from a DequantizeLinear, and w8a16 when only the weight does.
+    A linear layer is 8-bit when both of its factors come from a DequantizeLinear, and w8a16 when only the weight does. One
+    that multiplies two terms of its activation (`graphs.two_terms`) counts once, as `int8-two-terms`.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for node in model.graph:
         if node.op_type in LINEAR:
             kind = "linear" if _has_weight(node) else "attention"
-            counts[kind][_linear_precision(node)] += 1
+            if not _is_second(node):
+                counts[kind][_linear_precision(node) + ("-two-terms" if _has_second(node) else "")] += 1
         elif node.op_type in _CLASSES:
             counts[_CLASSES[node.op_type]][_name(node.outputs[0])] += 1
     return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}
 
 
 def low_share(achieved: Mapping[str, Mapping[str, int]], precision: str) -> float:
-    """Share of the linear layers that have a precision."""
+    """Share of the linear layers that have a precision, with one term or two."""
     linear = achieved.get("linear", {})
-    return linear.get(precision, 0) / total if (total := sum(linear.values())) else 0.0
+    found = linear.get(precision, 0) + linear.get(f"{precision}-two-terms", 0)
+    return found / total if (total := sum(linear.values())) else 0.0
+
+
+def _is_second(node: ir.Node) -> bool:
+    """Whether it is the product of a second term, which is added to that of the first one."""
+    weight, added = node.inputs[1], [user for user, _ in node.outputs[0].uses() if user.op_type == "Add"]
+    if weight is None or len(added) != 1 or added[0].inputs[1] is not node.outputs[0]:
+        return False
+    first = added[0].inputs[0].producer() if added[0].inputs[0] is not None else None
+    return first is not None and first.op_type in LINEAR and first.inputs[1] is weight
+
+
+def _has_second(node: ir.Node) -> bool:
+    added = [user for user, _ in node.outputs[0].uses() if user.op_type == "Add"]
+    other = added[0].inputs[1] if len(added) == 1 else None
+    second = other.producer() if other is not None else None
+    return second is not None and second is not node and second.op_type in LINEAR and _is_second(second)
 
 
 def _producer(node: ir.Node, index: int) -> ir.Node | None:

@@ -8,6 +8,7 @@ them. What was chosen on calibration inputs (`graphs.smoothing`) goes in here; w
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from typing import Literal
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.rounding import paired_scale
 from uwm_deploy.graphs.smoothing import Channels, Chosen, correct_bias, spread, spread_weight, stored_as_rows
 from uwm_deploy.graphs.token_scales import scale_back, unit_rows
+from uwm_deploy.graphs.two_terms import Quantised, add_second, rest_of
 
 EightBitType = Literal["int8", "fp8"]
 _TYPE = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
@@ -53,31 +55,72 @@ def quantise_graph(
     found = linear_layers(model)
     if unknown := sorted(layers - set(found)):
         raise ContractError(f"the graph has no linear layer {unknown[0]}", fix="quantise the graph this plan is for")
-    shared: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    sizes: dict[ir.Value, ir.Value] = {}
+    shared: dict[ir.Value, _Entering] = {}
     for name in [name for name in found if name in layers]:
         layer = found[name]
         entering = _input_of(layer)
         channels = chosen.channels.get(entering.name or "")
         if entering not in shared:
-            changed = spread(model, entering, channels) if channels else entering
-            bound = largest.get(changed.name or "", np.nan)
-            if entering.name in chosen.per_token:
-                bound = 1.0
-                changed, sizes[entering] = unit_rows(model, changed)
-            if not np.isfinite(bound):
-                raise ContractError(f"activation {changed.name} has no range", fix="calibrate on this graph")
-            shared[entering] = _quantised_activation(model, changed, bound, kind)
+            shared[entering] = _entering(model, entering, channels, largest, kind, chosen)
         if channels:
             correct_bias(layer, channels)
         _quantise_weight(model, layer, kind, channels, chosen.codes.get(name))
-        back = ir.node("DequantizeLinear", shared[entering], name=f"dequantise_for_{layer.node.name}")
-        result = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with its own DQ
-        result.name, result.dtype, result.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
+        first = shared[entering]
+        back = ir.node("DequantizeLinear", first.quantised, name=f"dequantise_for_{layer.node.name}")
+        read = back.outputs[0]  # one per layer: ONNX Runtime fuses a multiplication only with its own DQ
+        read.name, read.dtype, read.shape = f"{layer.node.name}.input", ir.DataType.FLOAT, entering.shape
         model.graph.insert_before(layer.node, back)
-        layer.node.replace_input_with(0, result)
-        if entering in sizes:
-            scale_back(model, layer, sizes[entering])
+        layer.node.replace_input_with(0, read)
+        result = layer.node.outputs[0]
+        if name in chosen.two_terms:
+            result = add_second(model, layer, _second(model, first))
+        if first.size is not None:
+            scale_back(model, result, first.size)
+
+
+@dataclass(slots=True)
+class _Entering:
+    """An activation in 8 bits.
+
+    Attributes:
+        value: What was rounded, (..., k) float32.
+        quantised: In 8 bits, with scale and zero point.
+        size: What its rows were divided by, (..., 1) float32; None where it has one scale for all rows.
+        second: The second term; None where no layer has asked for it.
+    """
+
+    value: ir.Value
+    quantised: Quantised
+    size: ir.Value | None
+    second: Quantised | None = None
+
+
+def _entering(
+    model: ir.Model,
+    entering: ir.Value,
+    channels: Channels | None,
+    largest: Mapping[str, float],
+    kind: EightBitType,
+    chosen: Chosen,
+) -> _Entering:
+    changed = spread(model, entering, channels) if channels else entering
+    bound, size = largest.get(changed.name or "", np.nan), None
+    if entering.name in chosen.per_token:
+        bound = 1.0
+        changed, size = unit_rows(model, changed)
+    if not np.isfinite(bound):
+        raise ContractError(f"activation {changed.name} has no range", fix="calibrate on this graph")
+    return _Entering(changed, _quantised_activation(model, changed, bound, kind), size)
+
+
+def _second(model: ir.Model, first: _Entering) -> Quantised:
+    """The second term of an activation with a scale per token: what is left of it is at most half a step."""
+    if first.size is None:
+        raise ContractError(f"activation {first.value.name} has no scale per token", fix="choose for this graph")
+    if first.second is None:
+        rest = rest_of(model, first.value, first.quantised)
+        first.second = _quantised_activation(model, rest, 1 / (2 * LARGEST["int8"]), "int8")
+    return first.second
 
 
 def quantise_weights(model: ir.Model, layers: Set[str]) -> None:
@@ -101,9 +144,7 @@ def _input_of(layer: LinearLayer) -> ir.Value:
     return value
 
 
-def _quantised_activation(
-    model: ir.Model, value: ir.Value, bound: float, kind: EightBitType
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _quantised_activation(model: ir.Model, value: ir.Value, bound: float, kind: EightBitType) -> Quantised:
     """Puts a Q behind a value, and gives the quantised value, its scale and its zero point."""
     scale = _initialiser(
         model, f"{value.name}.scale", np.asarray(max(bound / LARGEST[kind], _SMALLEST_SCALE), np.float32)

@@ -40,11 +40,13 @@ class Chosen:
         channels: By the name of an activation.
         codes: Layer to its weight in 8 bits, (out, in) int8.
         per_token: Activations with a scale per row (`graphs.token_scales`); the others have one for all rows.
+        two_terms: Layers that multiply two terms of their activation (`graphs.two_terms`).
     """
 
     channels: Mapping[str, Channels] = field(default_factory=dict)
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
     per_token: frozenset[str] = frozenset()
+    two_terms: frozenset[str] = frozenset()
 
 
 def spread_name(name: str) -> str:
@@ -128,7 +130,7 @@ def stored_as_rows(layer: LinearLayer) -> np.ndarray:
 
 
 def chosen_in(lowered: ir.Model, source: ir.Model) -> Chosen:
-    """What a graph in 8 bits was made with, read back from its own constants.
+    """What a graph in 8 bits was made with, read back from its own constants; second terms stand in its record.
 
     Args:
         lowered: The graph in 8 bits.

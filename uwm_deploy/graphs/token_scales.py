@@ -10,8 +10,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from uwm_deploy.graphs.layers import LinearLayer
-
 _SMALLEST = 1e-12
 """A row of zeros is divided by this."""
 
@@ -42,15 +40,14 @@ def unit_rows(model: ir.Model, value: ir.Value) -> tuple[ir.Value, ir.Value]:
     return _after(model, size, "Div", [value, size], f"{value.name}.unit", whole), size
 
 
-def scale_back(model: ir.Model, layer: LinearLayer, size: ir.Value) -> None:
+def scale_back(model: ir.Model, result: ir.Value, size: ir.Value) -> None:
     """Multiplies what a layer gives by the sizes of its rows, before its bias is added.
 
     Args:
         model: Graph that the layer is in.
-        layer: It multiplies rows of size 1.
+        result: (..., n) float32, of rows of size 1.
         size: (..., 1) float32, what its rows were divided by.
     """
-    result = layer.node.outputs[0]
     readers = [(use.node, use.idx) for use in result.uses()]
     assert result.shape is not None
     whole = _after(model, result, "Mul", [result, size], f"{result.name}.sized", result.shape)

@@ -138,6 +138,7 @@ class Conversion:
         canary_ratio_max: Worst canary (`safeground.canaries`); None where the tower is not edited.
         canaries: Number of them.
         quantiser: What quantised it, with its version where it is another's; empty where nothing is quantised.
+        two_terms: Linear layers that multiply two 8-bit terms of their activation.
     """
 
     precision: Precision
@@ -151,6 +152,7 @@ class Conversion:
     canary_ratio_max: float | None = None
     canaries: int = 0
     quantiser: str = ""
+    two_terms: tuple[str, ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,12 +162,14 @@ class LayerSensitivity:
     Attributes:
         sensitivity: Mean squared change of their margins.
         kept: Whether it stays in float32.
+        terms: Number of 8-bit terms of its activation (`graphs.two_terms`).
     """
 
     tower: TowerName
     name: str
     sensitivity: float
     kept: bool
+    terms: int = field(default=1, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +181,7 @@ class PrecisionStep:
         low_share: Share of the multiplications of linear layers that are in low precision.
         flips: Percentage of decisions of the worst preference metric that differ from the float32 graphs'.
         expected: The same, estimated from the changes of all margins (`safeground.expected_flips`); what is searched by.
+        twice: Share of the multiplications that are done twice, for two terms of an activation; part of `low_share`.
     """
 
     what: str
@@ -184,11 +189,12 @@ class PrecisionStep:
     low_share: float
     flips: float
     expected: float = field(default=0.0, metadata=LATER)
+    twice: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionPlan:
-    """What the search of precision `auto` chose, and why.
+    """What the search of precision `auto`, or of `int8`, chose, and why.
 
     Attributes:
         lowest: Precision of what is not kept.
@@ -197,9 +203,10 @@ class PrecisionPlan:
         n: Quadruples it measured on.
         kept: Layers in float32, per tower.
         flips: Percentage of decisions of the worst metric that differ on these quadruples.
-        expected: The same, estimated; it keeps the limit.
+        expected: The same, estimated; it keeps the limit, unless INT8 misses it with two terms in all layers.
         layers: All linear layers, the most sensitive per multiplication first.
         steps: Every plan that was measured, in order.
+        twice: Share of the multiplications that are done twice, for two terms of an activation; part of `low_share`.
     """
 
     lowest: Precision
@@ -212,6 +219,11 @@ class PrecisionPlan:
     layers: tuple[LayerSensitivity, ...]
     steps: tuple[PrecisionStep, ...]
     expected: float = field(default=0.0, metadata=LATER)
+    twice: float = field(default=0.0, metadata=LATER)
+
+    def two_terms(self, tower: TowerName) -> tuple[str, ...]:
+        """Layers of a tower that multiply two 8-bit terms of their activation."""
+        return tuple(layer.name for layer in self.layers if layer.tower is tower and layer.terms > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -230,7 +230,7 @@ def plan(found: PrecisionPlan | None) -> Html | None:
             "layer": layer.name,
             "tower": layer.tower.value,
             "sensitivity": f"{layer.sensitivity:.2e}",
-            "precision": "fp32" if layer.kept else found.lowest.value,
+            "precision": "fp32" if layer.kept else f"{found.lowest.value}{', two terms' if layer.terms > 1 else ''}",
         }
         for layer in found.layers
     ]
@@ -239,13 +239,15 @@ def plan(found: PrecisionPlan | None) -> Html | None:
             "plan": step.what,
             "kept": str(step.kept),
             "low precision": f"{100 * step.low_share:.1f}%",
+            "done twice": f"{100 * step.twice:.1f}%",
             "flips": f"{step.flips:.2f}%",
         }
         for step in found.steps
     ]
     kept = sum(map(len, found.kept.values()))
     lead = (
-        f"{100 * found.low_share:.1f}% of the multiplications are in {found.lowest.value}; {kept} layers stay in float32. "
+        f"{100 * found.low_share:.1f}% of the multiplications are in {found.lowest.value}, {100 * found.twice:.1f}% are "
+        f"done twice, for two terms of an activation; {kept} layers stay in float32. "
         f"{found.flips:.2f}% of the decisions of the worst metric differ on {found.n} quadruples of the calibration set; "
         f"the search allowed {found.limit:g}%, the user {found.budget:g}%."
     )

@@ -20,7 +20,7 @@ from uwm_deploy.records.codec import json_from_record, read_record, write_record
 from uwm_deploy.records.edit import EditRecord, ScoreRecord
 from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact
+from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.replacing import tidied
 from uwm_deploy.records.verdict import Result, Verdict
@@ -147,7 +147,8 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
             parts[layout.onnx(name)] = folder.export / name
     for engine in manifest.engines:
         parts |= {path: folder.engines(engine.variant) / Path(path).name for path in engine_paths(engine)}
-    if any((made.folder / folder.precision_plan.name).is_file() for made in _converted(job)):
+    auto = [made for made in _converted(job) if made.variant.precision is Precision.AUTO]
+    if any((made.folder / folder.precision_plan.name).is_file() for made in auto):
         parts[layout.PLAN] = folder.precision_plan
     if plan.head is not None:
         parts |= {f"{PLACE}/{WEIGHTS}": plan.head.weights, f"{PLACE}/{TEXTS}": plan.head.texts}

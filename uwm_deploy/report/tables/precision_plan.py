@@ -13,7 +13,7 @@ def print_plan(plan: PrecisionPlan) -> None:
     kept = sum(map(len, plan.kept.values()))
     print_line(
         f"precision auto: {kept} of {len(plan.layers)} linear layers stay in float32, {100 * plan.low_share:.1f}% of the "
-        f"multiplications are {plan.lowest.value}"
+        f"multiplications are {plan.lowest.value}, {100 * plan.twice:.1f}% are done twice, for two terms"
     )
     print_rows(
         [
@@ -21,6 +21,7 @@ def print_plan(plan: PrecisionPlan) -> None:
                 "plan": _named(step.what),
                 "kept": step.kept,
                 f"% {plan.lowest.value}": f"{100 * step.low_share:.1f}",
+                "% twice": f"{100 * step.twice:.1f}",
                 "% flips": f"{step.flips:.2f}",
                 "expected": f"{step.expected:.2f}",
             }

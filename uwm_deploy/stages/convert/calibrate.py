@@ -13,9 +13,9 @@ from uwm_deploy.graphs.moments import ChannelStatistics, channel_statistics
 from uwm_deploy.graphs.rounding import rounded_by_moments
 from uwm_deploy.graphs.smoothing import Channels, Chosen, bias_of, spread_weight, stored_as_rows
 
-EVENNESS = 0.85
-"""Exponent of a channel's range in its factor. At 1 all channels reach equally far, and an input that goes beyond the ranges
-in one channel costs all others steps; below, small channels leave some room."""
+EVENNESS = 0.6
+"""Exponent of a channel's range in its factor. At 1 all channels reach equally far, which rounds the activation best, and
+the weights worst, since what a channel is divided by its weights are multiplied by."""
 
 _NARROWEST = 1e-4
 """Smallest range of a channel, as a share of the widest one's."""
@@ -78,7 +78,8 @@ def _movable(layers: Mapping[str, LinearLayer], fixed: Collection[str]) -> bool:
 
 def _channels(seen: ChannelStatistics, *, movable: bool) -> tuple[Channels, float]:
     """Factors and shifts, and the largest absolute value with them."""
-    middle = (seen.low + seen.high) / 2 if movable else np.zeros_like(seen.low)
+    # The middle of the range serves the activation, its mean the weights, whose errors it multiplies: halfway.
+    middle = (seen.low / 2 + seen.high / 2 + seen.mean) / 2 if movable else np.zeros_like(seen.low)
     reach = np.maximum(seen.high - middle, middle - seen.low)
     reach = np.maximum(reach, max(float(reach.max()) * _NARROWEST, 1e-12))
     factor = (reach**-EVENNESS).astype(np.float32)

@@ -59,6 +59,11 @@ class Ranges:
     coverage: Mapping[str, ActivationCoverage]
     chosen: Chosen = NEAREST
 
+    def with_two_terms(self, layers: Iterable[str]) -> Ranges:
+        """The same, with two terms in some layers that are quantised as was chosen."""
+        two = frozenset(layers)
+        return dataclasses.replace(self, chosen=dataclasses.replace(self.chosen, two_terms=two)) if two else self
+
 
 def ranges_of(source: Path, batches: Mapping[str, Iterable[np.ndarray]], folder: Path) -> Ranges:
     """Ranges of every activation that enters a linear layer.
@@ -211,8 +216,7 @@ def converted(
     source = source_folder / graph.file
     model, clamped = (quantised[0], 0) if quantised else lower(source, lowered, patterns, layers, ranges)
     kept = set(linear_layers(model)) if quantised else set(layers)  # another tool has a mind of its own
-    achieved = achieved_precision(model)
-    _check_achieved(achieved, lowered, precision, graph.tower.value)
+    _check_achieved(achieved := achieved_precision(model), lowered, precision, graph.tower.value)
     external = f"{graph.file}.data" if graph.external_data else ""
     digest = _written(model, folder / graph.file, external)
     fingerprint, zeroed = _fingerprint(source, model, edits, patch, lowered, None if quantised else ranges)
@@ -234,6 +238,7 @@ def converted(
             canary_ratio_max=worst,
             canaries=len(canaries.inputs) if worst is not None and canaries is not None else 0,
             quantiser=quantised[1] if quantised else _own_name(ranges, lowered),
+            two_terms=tuple(sorted(ranges.chosen.two_terms)) if ranges else (),
         ),
     )
 

@@ -35,6 +35,10 @@ from uwm_deploy.towers.safety_head import FLOAT32
 RANGE_PAIRS = 128
 """Pairs of the calibration set that the ranges of 8-bit activations are taken from."""
 
+FEWEST_QUADRUPLES = 256
+"""Where the calibration set has fewer, INT8 is not measured on it, and no layer gets a second term: a few flips more or less
+say nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Graph:
@@ -63,7 +67,7 @@ def make(job: Job, out: Path) -> None:
     lowered = spec.auto.lowest if precision is Precision.AUTO else precision
     edit, patch = read_record(EditRecord, job.folder.edit_record), Patch.from_file(job.folder.patch)
     graphs = [_graph(job, tower, lowered, out, edit.of(tower)) for tower in TowerName]
-    plan = _searched(job, graphs, out) if precision is Precision.AUTO else None
+    plan = _plan(job, graphs, out)
     for graph in graphs:
         tower = graph.record.tower
         artifact = converted(
@@ -74,7 +78,7 @@ def make(job: Job, out: Path) -> None:
             lowered=lowered,
             patterns=(*spec.float32, *graph.float32),
             layers=plan.kept[tower.value] if plan else (),
-            ranges=graph.ranges,
+            ranges=_with_terms(graph, plan),
             edits=edit.of(tower),
             patch=patch,
             canaries=read_canaries(job.folder.canaries, tower),
@@ -125,19 +129,37 @@ def _by_modelopt(
     return model, f"nvidia-modelopt {version}, {method}"
 
 
-def _searched(job: Job, graphs: Sequence[_Graph], out: Path) -> PrecisionPlan:
-    """The plan of precision `auto`, searched on the calibration set, and its record."""
+def _plan(job: Job, graphs: Sequence[_Graph], out: Path) -> PrecisionPlan | None:
+    """The plan of precision `auto`, and of INT8 where it is calibrated and the set is large enough to measure on."""
+    spec, source = job.plan.recipe.compile, job.plan.calibration_source
+    if job.variant.precision is Precision.AUTO:
+        return _searched(job, graphs, out, to_float32=True)
+    chosen = all(graph.ranges is not None and graph.ranges.chosen.codes for graph in graphs)
+    enough = source.has_images and source.has_texts and min(len(source), spec.auto.items) >= FEWEST_QUADRUPLES
+    return _searched(job, graphs, out, to_float32=False) if chosen and enough else None
+
+
+def _with_terms(graph: _Graph, plan: PrecisionPlan | None) -> Ranges | None:
+    """Its ranges, with the layers to which a plan gives two terms."""
+    if graph.ranges is None or plan is None:
+        return graph.ranges
+    return graph.ranges.with_two_terms(plan.two_terms(graph.record.tower))
+
+
+def _searched(job: Job, graphs: Sequence[_Graph], out: Path, *, to_float32: bool) -> PrecisionPlan:
+    """A plan, searched on the calibration set, and its record."""
     spec, models = job.plan.recipe.compile, job.shared(Models)
+    auto = spec.auto if to_float32 else dataclasses.replace(spec.auto, lowest=Precision.INT8)
     sources: Mapping[TowerName, Source] = {
         graph.record.tower: Source(graph.record, graph.file, graph.ranges, float32=graph.float32) for graph in graphs
     }
     prepared = prepare(
-        some_of(job.plan.calibration_source, spec.auto.items),
+        some_of(job.plan.calibration_source, auto.items),
         models.original.ref.image,
         models.tokenizer,
         workers=job.plan.workers,
         progress=job.notes.progress,
     )
-    plan = search(sources, prepared, spec.auto, spec.float32, out, job.notes.progress)
+    plan = search(sources, prepared, auto, spec.float32, out, job.notes.progress, to_float32=to_float32)
     write_record(out / job.folder.precision_plan.name, plan)
     return plan

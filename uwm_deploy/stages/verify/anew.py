@@ -116,6 +116,7 @@ def converted_anew(audit: GraphAudit, path: Path, record: OnnxArtifact, exported
     largest = largest_in(model, exported, made.lowered) if made.lowered in EIGHT_BITS else {}
     try:
         chosen = chosen_in(model, ir.load(exported)) if made.lowered is Precision.INT8 else NEAREST
+        chosen = dataclasses.replace(chosen, two_terms=frozenset(made.two_terms))
         wanted, _ = lowered_graph(exported, made.lowered, made.kept, largest, chosen)
     except UwmError as error:
         text = f"{CONVERTED}it cannot be made anew: {error.what}"
