@@ -25,12 +25,14 @@ from uwm_deploy.errors import UwmError
 from uwm_deploy.graphs.builder_log import BuildFailed, last_of, logger_of
 from uwm_deploy.graphs.builder_settings import add_profiles, apply_settings, settings_of
 from uwm_deploy.graphs.onnx_builder import compiled, optimised
+from uwm_deploy.graphs.openvino_builder import converted_to_ir
 from uwm_deploy.graphs.tensor_layout import mapped_weights
 from uwm_deploy.graphs.timing_cache import attach, cache_file, keep
 from uwm_deploy.recipes.compile_spec import BuilderSpec
 from uwm_deploy.records.codec import record_from_plain
 from uwm_deploy.records.graph import FUSED, STEPS, Profile, Target
 from uwm_deploy.records.machine import failure_of_machine
+from uwm_deploy.runtime.openvino import MODULE as OPENVINO
 from uwm_deploy.runtime.tensorrt import MODULES, device_name
 
 FAILED = 3
@@ -56,6 +58,8 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     make = _plan
     if spec["module"] == "onnxruntime":
         make = compiled if spec["compile"] else optimised
+    elif spec["module"] == OPENVINO:
+        make = converted_to_ir
     return make(spec) | {"peak_rss_bytes": _peak_rss_bytes()}
 
 

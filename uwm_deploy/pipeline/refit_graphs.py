@@ -228,6 +228,8 @@ def reason_against(engine: EngineArtifact) -> str:
             if closed
             else provider_reason(provider_of(engine))
         )
+    if engine.target is Target.OPENVINO:
+        return "a model of OpenVINO is converted from its graph (build)"
     if engine.settings.get("refittable") != "true":
         return "it was not built refittable (build --refittable, on a GPU)"
     return usable(engine.target)

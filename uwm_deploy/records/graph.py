@@ -43,6 +43,7 @@ class Target(StrEnum):
     ONNXRUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
+    OPENVINO = "openvino"
 
 
 Provider = Literal["any", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -273,7 +274,8 @@ class EngineArtifact:
     Attributes:
         variant: ``<target>-<precision>``; the image and the text engine of one variant share it.
         precision: Precision that was achieved, read back from the engine or the graph.
-        file: Name in its stage folder; an ONNX graph may have its weights in `external_data` beside it.
+        file: Name in its stage folder; an ONNX graph may have its weights in `external_data` beside it, a model of
+            OpenVINO always has.
         digest: Over the file and, when there is one, the external data file.
         onnx_digest: Digest of the OnnxArtifact it was compiled from, the exported one or one in lower precision.
         built_on: GPU name, ``"cpu"``, or ``"ahead of time"`` (compiled without the device it is for).

@@ -13,6 +13,7 @@ from uwm_deploy import __version__
 from uwm_deploy.records.graph import Precision, Provider, Target
 from uwm_deploy.runtime.cores import affinity, cores, quota
 from uwm_deploy.runtime.machine import gpus, processor
+from uwm_deploy.runtime.openvino import PRECISIONS, reason_not_usable
 from uwm_deploy.runtime.probe import PROBED, reason_not_executed
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import missing_package, usable
@@ -28,6 +29,7 @@ _PACKAGES = (
     "polygraphy",
     "onnxruntime-gpu",
     "onnxruntime",
+    "openvino",
     "tensorrt",
     "tensorrt_rtx",
     "cuda-bindings",
@@ -102,10 +104,8 @@ def _package(name: str) -> Capability:
 
 def _target(target: Target) -> Capability:
     """Whether engines of a target can be compiled and run here."""
-    module = {Target.ONNXRUNTIME: "onnxruntime", Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
-    if find_spec(module[target]) is None:
-        reason = f"not compiled, not run: package {module[target]} is not installed"
-        return Capability(what=f"target {target.value}", ok=False, detail=reason)
+    if missing := missing_package(target):
+        return Capability(what=f"target {target.value}", ok=False, detail=f"not compiled, not run: {missing}")
     reason = usable(target)
     detail = f"{_compiled(target)}, not run: {reason}" if reason else "compiled and run"
     return Capability(what=f"target {target.value}", ok=not reason, detail=detail)
@@ -129,10 +129,20 @@ def _precision(target: Target, precision: Precision, unusable: str) -> Capabilit
     if target is Target.ONNXRUNTIME:
         why = missing_package(target) or reason_not_executed(precision)
         detail = f"not run: {why}" if why else _ON_CPU.get(precision, "run on the CPU")
+    elif target is Target.OPENVINO:
+        why = _openvino_reason(precision)
+        detail = f"not run: {why}" if why else "run on the CPU"
     else:
         why = unusable
         detail = f"{_compiled(target)}, not run: {why}" if why else "compiled and run"
     return Capability(what=f"{target.value} {precision.value}", ok=not why, detail=detail)
+
+
+def _openvino_reason(precision: Precision) -> str:
+    """Why a precision is not run in OpenVINO; empty where it is."""
+    if precision not in PRECISIONS:
+        return "no CPU computes in it there"
+    return reason_not_usable(precision)
 
 
 def _gpu_only() -> Iterator[Capability]:

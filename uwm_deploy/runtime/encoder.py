@@ -433,7 +433,7 @@ def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[To
                 opened[tower] = WeightCache().open(engine, read, threads=threads)
                 continue
             device: Device = candidate.device if provider_of(engine) == "any" else "auto"
-            opened[tower] = open_engine(engine, *read(), device=device, threads=threads)
+            opened[tower] = open_engine(engine, *read(), device=device, threads=threads, calls=serving.calls)
     except BaseException:
         for session in opened.values():
             session.close()

@@ -47,10 +47,11 @@ class Serving:
             batches per call is the least.
         queue_timeout_s: How long a caller may wait in line; None is for ever.
         workers: Threads that decode and preprocess; 0 is one per core.
-        threads: Threads of ONNX Runtime on a CPU, of all calls together; 0 is one per core.
+        threads: Threads of ONNX Runtime or OpenVINO on a CPU, of all calls together; 0 is one per core.
         selftest_rows: Canaries per tower at load; 0 leaves the self-test out, where the evidence is from the same device.
         weights: "own" copies the weights into each process. "shared" keeps them on a CPU in the user's cache, as the
-            processor wants them, and maps them: processes have one copy, and all but the first open sooner.
+            processor wants them, and maps them: processes have one copy, and all but the first open sooner. OpenVINO has
+            no such file: its processes have their own.
     """
 
     max_batch: int = 0

@@ -16,6 +16,7 @@ from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Pr
 from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
 from uwm_deploy.runtime.node_order import weights_before_use
+from uwm_deploy.runtime.openvino import MODULE, OpenVinoSession, reason_not_usable
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
@@ -23,6 +24,9 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 Optimisation = Literal["done", "basic", "extended"]
 """Of an ONNX graph: applied when it was compiled, or applied by ONNX Runtime when it is opened."""
+
+CPU_TARGETS = (Target.ONNXRUNTIME, Target.OPENVINO)
+"""Those that run where there is no GPU."""
 
 Contents = tuple[bytes, Mapping[str, bytes]]
 """Of an ONNX graph: its bytes, and those of external data files by their name in the graph."""
@@ -82,6 +86,8 @@ def open_session(
     optimisation: Optimisation = "done",
     threads: int = 0,
     weights_only: bool = False,
+    precision: str = Precision.FP32,
+    calls: int = 1,
 ) -> Session:
     """Opens an engine from bytes that were already verified.
 
@@ -94,8 +100,10 @@ def open_session(
         external_data: Content of external data files by their name in the graph.
         device: Where it must run; `auto` takes the best that works of CUDA and CPU.
         optimisation: Of an ONNX graph.
-        threads: Of ONNX Runtime on a CPU; 0 leaves the number to it.
+        threads: Of ONNX Runtime or OpenVINO on a CPU; 0 leaves the number to it.
         weights_only: Whether weights are in 8 bits, and activations are not.
+        precision: Of a model for OpenVINO, which it must compute in.
+        calls: Calls that may be under way at once in OpenVINO, which share its threads.
 
     Raises:
         PrerequisiteError: If this machine cannot run it; never falls back silently.
@@ -104,6 +112,9 @@ def open_session(
         options = _options(optimisation, threads, weights_only=weights_only)
         _add_in_memory(options, external_data or {})
         return OnnxRuntimeSession(model, profile, inputs, outputs, options, device)
+    if target is Target.OPENVINO:
+        weights = b"".join((external_data or {}).values())
+        return OpenVinoSession(model, weights, profile, inputs, outputs, precision, threads=threads, calls=calls)
     from uwm_deploy.runtime.tensorrt import TensorRTSession
 
     return TensorRTSession(target, model, profile, inputs, outputs)
@@ -116,6 +127,7 @@ def open_engine(
     *,
     device: Device = "auto",
     threads: int = 0,
+    calls: int = 1,
 ) -> Session:
     """Opens what a record describes, with the provider it was made for; see `open_session`."""
     made_for = provider_of(engine)
@@ -132,6 +144,8 @@ def open_engine(
         optimisation=optimisation_of(engine),
         threads=threads,
         weights_only=_weights_only(engine),
+        precision=engine.precision,
+        calls=calls,
     )
 
 
@@ -235,6 +249,7 @@ _WHEN: Mapping[str, Optimisation] = {
     "compiled": "done",
     AT_LOAD: "extended",
     BASIC_AT_LOAD: "basic",
+    "at load": "extended",
 }
 """What an engine's settings say to when its graph is optimised."""
 
@@ -252,6 +267,8 @@ def provider_of(engine: EngineArtifact) -> Provider:
 
 def reason_not_executable(engine: EngineArtifact) -> str:
     """Empty when this machine can execute an engine, as far as can be told without opening it."""
+    if engine.target is Target.OPENVINO:
+        return reason_not_usable(engine.precision)
     return usable(engine.target) or provider_reason(provider_of(engine))
 
 
@@ -259,13 +276,13 @@ def missing_package(target: Target) -> str:
     """Empty when the target's package is installed, else what is missing."""
     from uwm_deploy.runtime.tensorrt import MODULES
 
-    module = MODULES.get(target, "onnxruntime")
+    module = MODULES.get(target, MODULE if target is Target.OPENVINO else "onnxruntime")
     return "" if importlib.util.find_spec(module) else f"package {module} is not installed"
 
 
 def usable(target: Target) -> str:
     """Empty when this machine can execute the target, else the reason why not."""
-    if target is Target.ONNXRUNTIME:
+    if target in CPU_TARGETS:
         return missing_package(target)
     from uwm_deploy.runtime.tensorrt import reason_not_usable
 

@@ -12,12 +12,12 @@ from uwm_deploy.bundle.open import Bundle
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.records.codec import record_from_plain
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
-from uwm_deploy.records.graph import Precision, Provider, Target
+from uwm_deploy.records.graph import EngineArtifact, Precision, Provider, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.plain_json import value_from_json
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.providers import provider_reason
-from uwm_deploy.runtime.session import Device, provider_of, usable
+from uwm_deploy.runtime.session import CPU_TARGETS, Device, provider_of, reason_not_executable, usable
 from uwm_deploy.runtime.tensorrt import compute_capability, gpu_reason
 
 Place = Literal["cuda", "cpu"]
@@ -28,13 +28,14 @@ ORDER: tuple[tuple[Target, Place], ...] = (
     (Target.TENSORRT, "cuda"),
     (Target.TENSORRT_RTX, "cuda"),
     (Target.ONNXRUNTIME, "cuda"),
+    (Target.OPENVINO, "cpu"),
     (Target.ONNXRUNTIME, "cpu"),
 )
-"""Best first."""
+"""Best first; on the CPU of two in one precision, for a precision tells more there."""
 
 PRECISIONS: Mapping[Place, tuple[Precision, ...]] = {
     "cuda": tuple(map(Precision, ("fp16", "bf16", "auto", "int8", "fp8", "fp32", "w8a16"))),
-    "cpu": tuple(map(Precision, ("int8", "auto", "fp32", "w8a16", "bf16", "fp16", "fp8"))),
+    "cpu": tuple(map(Precision, ("int8", "auto", "bf16", "fp32", "w8a16", "fp16", "fp8"))),
 }
 """Of variants that are all proven, the one that is usually fastest there first (docs/reference/runtime.md)."""
 
@@ -96,8 +97,8 @@ def candidates(bundle: Bundle, *, variant: str | None, device: Device, allow_uns
     evidence = _evidence(bundle)
     if variant:
         engines = bundle.engines(variant)
-        if engines[TowerName.IMAGE].target is not Target.ONNXRUNTIME and device == "cpu":
-            raise InputError(f"{variant} cannot run on the CPU", fix="choose an onnxruntime variant")
+        if engines[TowerName.IMAGE].target not in CPU_TARGETS and device == "cpu":
+            raise InputError(f"{variant} cannot run on the CPU", fix="choose an onnxruntime or openvino variant")
         reason = _unproven(bundle, variant, evidence)
         if reason and not allow_unsafe:
             raise IntegrityError(f"variant {variant} is {reason}", fix=_fix_of(reason))
@@ -109,13 +110,13 @@ def candidates(bundle: Bundle, *, variant: str | None, device: Device, allow_uns
                 "another one is asked for" if variant and name != variant else "",
                 f"{device} is asked for" if device not in ("auto", place) else "",
                 "" if allow_unsafe else _unproven(bundle, name, evidence),
-                _unusable(target, place),
+                _unusable(bundle.engines(name)[TowerName.IMAGE], place),
                 _made_for_another(provider_of(bundle.engines(name)[TowerName.IMAGE]), place),
                 _other_gpu(target, evidence.get(name)),
             ]
             refused = "; ".join(reason for reason in reasons if reason)
             found.append(Candidate(name, target, place, refused, _note(place, evidence.get(name))))
-    return found
+    return sorted(found, key=lambda one: (one.device == "cpu", _rank(one.variant, "cpu") if one.device == "cpu" else 0))
 
 
 def proven_variants(bundle: Bundle, target: Target, place: Place) -> list[str]:
@@ -214,10 +215,10 @@ def _rank(variant: str, place: Place) -> int:
     return names.index(asked) if asked in names else len(names)
 
 
-def _unusable(target: Target, place: Place) -> str:
-    if target is not Target.ONNXRUNTIME:
-        return usable(target)
-    if reason := usable(target):
+def _unusable(engine: EngineArtifact, place: Place) -> str:
+    if engine.target is Target.OPENVINO:
+        return reason_not_executable(engine)
+    if (reason := usable(engine.target)) or engine.target is not Target.ONNXRUNTIME:
         return reason
     if place == "cpu":
         return ""

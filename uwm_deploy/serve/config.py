@@ -106,7 +106,7 @@ def backend_of(engine: EngineArtifact) -> str:
     Raises:
         InputError: If Triton has none.
     """
-    if engine.target is Target.TENSORRT_RTX:
+    if engine.target not in (Target.ONNXRUNTIME, Target.TENSORRT):
         raise InputError(
             f"Triton has no backend for {engine.variant}",
             fix="choose an onnxruntime or tensorrt variant with --variant",

@@ -21,6 +21,7 @@ from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.graphs.constant_folding import computed_away
 from uwm_deploy.graphs.fingerprint import digest_of_onnx, fingerprint_by_source, fingerprint_by_value
 from uwm_deploy.graphs.onnx_builder import provider_options
+from uwm_deploy.graphs.openvino_builder import named_constants, weights_file
 from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.recipes.compile_spec import CURRENT_GPU, BuilderSpec
 from uwm_deploy.records.codec import plain_from_record, read_record, write_record
@@ -37,6 +38,7 @@ from uwm_deploy.records.graph import (
     variant_name,
 )
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.openvino import MODULE, PRECISIONS, reason_not_usable
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.providers import COMPILING, provider_reason
 from uwm_deploy.runtime.session import AT_LOAD, BASIC_AT_LOAD, missing_package, open_graph, usable
@@ -95,6 +97,8 @@ def engine_from_onnx(
         if reason := provider_reason(provider):
             raise PrerequisiteError(f"{target.value} with {provider}: {reason}", fix=_OTHER_PROVIDER)
         built = _onnxruntime(graph, source, lowered, edits, folder, Wanted(provider, parts, builder, attention))
+    elif target is Target.OPENVINO:
+        built = _openvino(graph, source, lowered, edits, folder)
     else:
         _check_machine(target, refittable, builder)
         names = [edit.name for edit in edits] if refittable else []
@@ -151,7 +155,7 @@ class Wanted:
 
 
 def _built_on(target: Target, provider: Provider, runnable: bool) -> str:
-    if target is Target.ONNXRUNTIME and provider in ("any", "cpu"):
+    if target is Target.OPENVINO or (target is Target.ONNXRUNTIME and provider in ("any", "cpu")):
         return "cpu"
     return device_name() if runnable else "ahead of time"
 
@@ -271,6 +275,44 @@ def _fused(source: Path, file: Path) -> str:
         raise ContractError(str(error), fix="leave compile.attention out") from error
     file.write_bytes(model.SerializeToString(deterministic=True))
     return str(found)
+
+
+def _openvino(
+    graph: OnnxArtifact, source: Path, lowered: Precision, edits: Sequence[TensorEdit], folder: Path
+) -> tuple[str, str, dict[str, Any]]:
+    """A model of OpenVINO; the edit is read back from its constants, which are the graph's own."""
+    if lowered not in PRECISIONS:
+        raise PrerequisiteError(
+            f"openvino does not compute in {lowered.value} on a CPU",
+            fix=f"use {', '.join(precision.value for precision in PRECISIONS)}",
+        )
+    file = f"{graph.tower.value}.xml"
+    if reason := reason_not_usable(lowered):
+        raise PrerequisiteError(f"openvino in {lowered.value}: {reason}", fix="use another precision")
+    spec = {"module": MODULE, "onnx": os.path.relpath(source, folder), "engine": file, "precision": lowered.value}
+    details = made_by_child(BUILDER, spec, Target.OPENVINO.value, graph.tower.value, folder)
+    arrays = [array for _, array in named_constants(folder / file)]
+    folded = computed_away(source)
+    if lowered is Precision.FP32:
+        found = fingerprint_by_value(arrays, edits, folded)
+    else:
+        found = fingerprint_by_source(arrays, dict(named_weights(source)), edits, folded)
+    if found.mismatches:
+        raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
+    kinds = details["settings"]["multiplied_in"]
+    if not any(part.startswith(_OPENVINO_NAMES[lowered]) for part in kinds.split(", ")):
+        raise ContractError(f"openvino multiplies {file} in {kinds}, not in {lowered.value}", fix="report this")
+    details["settings"] |= {"edited_layers": str(found.layers)}
+    return file, weights_file(file), details
+
+
+_OPENVINO_NAMES: dict[Precision, tuple[str, ...]] = {
+    Precision.FP32: ("f32*f32",),
+    Precision.BF16: ("bf16*bf16",),
+    Precision.INT8: ("i8*i8", "u8*i8"),
+    Precision.W8A16: ("f32*i8", "f32*u8"),
+}
+"""Activations and weights that its linear layers multiply, except those that stay in float32."""
 
 
 def _weights(path: Path) -> Iterator[np.ndarray]:
