@@ -113,7 +113,7 @@ def test_the_finding_of_the_readme_is_measured() -> None:
     found = re.search(r"smallest cosine of (0\.\d+) changed (\d+) of 1,000", readme)
     assert found is not None
     page = (ROOT / "docs" / "how-to" / "precision.md").read_text()
-    now = re.search(r"calibrated now changed (\d+), and passes", readme)
+    now = re.search(r"calibrated INT8 of this tool changed (\d+), and passes", readme)
     assert now is not None
     assert re.search(rf"^\| int8 \| 0\.{now[1]} \|.*\| proven \|$", page, re.MULTILINE)
     assert f"A cosine of {found[1]} looks harmless and flips {found[2]} decisions" in " ".join(page.split())

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from PIL import Image
 from pyarrow import parquet
 
@@ -115,12 +116,22 @@ def test_a_thread_that_cannot_be_started_says_nothing_about_the_bundle(bundle: P
     try:
         with pytest.raises(PrerequisiteError, match="no more threads"):
             (encoder or SafeEncoder.open(bundle)).encode_text(["a red circle"])
-        if encoder:
-            found = encoder._monitor
-            with pytest.raises(PrerequisiteError, match="no more threads"):
-                found.check_at_load(4, encoder._preprocessing, allow_unsafe=False)
     finally:
         threading.stack_size(before)
+
+
+def test_canaries_that_found_no_memory_say_nothing_about_the_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs may well be the edited model; with less memory nobody knows."""
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        raise RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc")
+
+    with SafeEncoder.open(bundle) as encoder:
+        monkeypatch.setattr(encoder._services[TowerName.TEXT]._batcher, "_run", run)
+        with pytest.raises(PrerequisiteError, match="not enough memory"):
+            encoder._monitor.check_at_load(4, encoder._preprocessing, allow_unsafe=False)
 
 
 def test_the_callable_is_small_until_it_works_and_opens_the_bundle_once(bundle: Path) -> None:

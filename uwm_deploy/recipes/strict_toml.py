@@ -32,9 +32,9 @@ def record_from_toml(cls: type[R], text: str, where: str, *, docs: str = "docs/r
     """
     try:
         body = tomllib.loads(text)
+        _refuse_large_numbers(body, where)
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables nested 3,000 deep
         raise RecipeError(f"{where} is not valid TOML: {reason_of(error)}", fix="mend the line") from error
-    _refuse_large_numbers(body, where)
     _refuse_unknown_keys(cls, body, where, docs)
     if body.get("format") != FORMAT:
         raise RecipeError(f"{where}: format is {body.get('format')!r}", fix=f"this release reads format = {FORMAT}")

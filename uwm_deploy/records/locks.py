@@ -40,7 +40,7 @@ def hold(path: Path, busy: str, fix: str, *, mode: int = 0o600, wait: bool = Fal
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(busy, fix=fix) from error
+            raise InputError(busy, fix=fix) from None  # nothing of the machine failed
         raise
     if not _is_at(descriptor, path):
         os.close(descriptor)
