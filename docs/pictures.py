@@ -28,8 +28,8 @@ SOURCES = {
 STEPS = (
     ("score, fit", "which weights matter for unsafe items"),
     ("edit", "change them, without training"),
-    ("canaries", "inputs that tell both models apart"),
     ("export", "two ONNX graphs"),
+    ("canaries", "inputs that tell both models apart"),
     ("convert, compile", "engines for each target"),
     ("verify", "run, and count decisions"),
     ("gate", "judge by a policy"),

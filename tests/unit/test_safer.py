@@ -303,7 +303,7 @@ def test_the_advice_names_what_does_not_pass() -> None:
     for name, result in (("PS.delta", Result.FAIL), ("GS.delta", Result.INCONCLUSIVE)):
         text = advice[name, result]
         assert "--method safety-axis`, or --method uwm+safety-axis" in text
-        assert "uwm-deploy compare --model made-up-model --evaluation SET" in text
+        assert "uwm-deploy compare --model MODEL --calibration SET --evaluation SET" in text
         assert ("more items" in text) is (result is Result.INCONCLUSIVE)
 
 

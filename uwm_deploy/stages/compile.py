@@ -391,12 +391,12 @@ def make(job: Job, out: Path) -> None:
                 attention=attention,
             )
 
-        if spec.attention == "measured":
+        if spec.attention == "measured" and target is not Target.OPENVINO:  # which fuses by itself
             engine = engine_by_measurement(build, out, _rows(job, graph))
             chosen = engine.settings["attention"], engine.settings["attention_why"]
             job.notes.line(f"compile    {engine.variant}, {tower.value} tower: attention {'; '.join(chosen)}")
         else:
-            engine = build(spec.attention, out)
+            engine = build("fused" if spec.attention == "fused" else "steps", out)
         write_record(tower_record(out, tower), engine)
 
 

@@ -136,7 +136,15 @@ def _plan(job: Job, graphs: Sequence[_Graph], out: Path) -> PrecisionPlan | None
         return _searched(job, graphs, out, to_float32=True)
     chosen = all(graph.ranges is not None and graph.ranges.chosen.codes for graph in graphs)
     enough = source.has_images and source.has_texts and min(len(source), spec.auto.items) >= FEWEST_QUADRUPLES
-    return _searched(job, graphs, out, to_float32=False) if chosen and enough else None
+    if not (chosen and enough):
+        return None
+    plan = _searched(job, graphs, out, to_float32=False)
+    layers = sum(len(plan.two_terms(tower)) for tower in TowerName)
+    job.notes.line(
+        f"convert    int8: {layers} of {len(plan.layers)} layers multiply two 8-bit terms, {100 * plan.twice:.0f}% of the "
+        f"multiplications; expected flips {plan.expected:.2f}%, allowed {plan.limit:g}%"
+    )
+    return plan
 
 
 def _with_terms(graph: _Graph, plan: PrecisionPlan | None) -> Ranges | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from uwm_deploy.recipes import shipped
 from uwm_deploy.records.verdict import Check, Result
 
 _EXACT = {
@@ -37,6 +38,8 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
     """
     if check.result is Result.PASS:
         return ""
+    if model not in shipped.names("export"):  # a name, and commands take the path of a recipe or of a checkpoint
+        model = "MODEL"
     if check.name in _EXACT:
         return _EXACT[check.name]
     if check.name == "faithful variants":
@@ -103,5 +106,5 @@ def _is_about_safety(check: Check) -> bool:
 def _other_method(model: str) -> str:
     return (
         f"another method: `uwm-deploy build --model {model} --method safety-axis`, or --method uwm+safety-axis; "
-        f"`uwm-deploy compare --model {model} --evaluation SET` measures all of them on your own pairs"
+        f"`uwm-deploy compare --model {model} --calibration SET --evaluation SET` measures all of them on your own pairs"
     )
