@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,10 +80,14 @@ def project_files(folder: Path) -> Mapping[str, str]:
             limit=1000,
             zero_shot=f"zero_shot = {shipped_sets}\n{_OWN_ZERO_SHOT}",
         ),
-        MODEL: _RECIPE + _named(_after_comments(recipe), "demo", "model"),
+        MODEL: _RECIPE + _named(_TRAIN.sub("", _after_comments(recipe)), "demo", "model"),
         POLICY: _POLICY + _named(policy, "default", "policy"),
         CI: _CI.format(bundle="dist/model", policy=(folder / POLICY).as_posix()),
     }
+
+
+_TRAIN = re.compile(r"\n(?:#[^\n]*\n)*\[train\]\n[^\[]*")
+"""Settings that were chosen for the demo's own training; a recipe without them has the published ones."""
 
 
 def _after_comments(text: str) -> str:
