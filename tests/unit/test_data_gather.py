@@ -116,6 +116,20 @@ def test_captions_alone_become_a_manifest(tmp_path: Path) -> None:
     assert source.read_texts(1) == ("a cup", "a cup of pills")
 
 
+def test_columns_that_were_not_read_are_named(tmp_path: Path) -> None:
+    """By name and with --column, in a table and in a saved set; none where all were read, as by a pattern."""
+    table = _csv(tmp_path)
+    code, output = _make(table, *COLUMNS[:4], "--out", tmp_path / "a.jsonl")
+    assert (code, "0 with both texts" in output) == (0, True)
+    assert re.search(r"not read: 2\n +good\n +bad\n.* --column safe_text=good\n", output), output
+    code, output = _make(table, "--column", "id=n-{number}", *COLUMNS[2:], "--out", tmp_path / "b.jsonl", "--json")
+    assert (code, json.loads(output)["unread_count"], json.loads(output)["unread"]) == (0, 0, [])
+    saved = _saved(tmp_path / "saved")
+    words = ["--column", "safe_text=unsafe_text", "--out", tmp_path / "c.parquet", "--embed", "--json"]
+    code, output = _make(saved, *words)
+    assert (code, json.loads(output)["unread"]) == (0, ["safe_text"])
+
+
 def test_a_saved_data_set_becomes_a_manifest(tmp_path: Path) -> None:
     """Rows of all its files in order; without --embed it is refused, since no path names what lies inside."""
     folder = _saved(tmp_path / "saved")

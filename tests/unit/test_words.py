@@ -204,6 +204,59 @@ def test_every_table_row_of_the_docs_is_in_a_table() -> None:
     assert not strays
 
 
+# --- what newcomers pass ---------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "a repository": ("build --model openai/clip-vit-base-patch32", "checkpoint is called clip-vit-b32"),
+    "its last part": ("build --model siglip-so400m-patch14-384", "checkpoint is called siglip-so400m"),
+    "its page": ("build --model https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14/", "checkpoint is called dfn-vit-h14"),
+    "a repository, misspelt": ("build --model openai/clip-vit-base-patch-32", "; nearest: clip-vit-b32, "),
+    "no such folder": ("build --model /no/such/folder", "/no/such/folder does not exist; pass a checkpoint folder; or"),
+    "no such path": ("build --model my/own/model", "my/own/model does not exist; pass a checkpoint folder; or"),
+    "weights": ("build --model pairs.jsonl", "pairs.jsonl is neither a checkpoint folder nor a recipe's file"),
+    "a project": ("build --model mine", "mine/config.json cannot be read: No such file or directory; pass a recipe's file "
+                  "in it: mine/model.toml"),
+    "a project as a policy": ("build --model demo --policy mine", "it is a folder; pass a file in it: mine/policy.toml"),
+    "a project as a set": ("data check mine", "it is a folder; pass a file in it: mine/test.toml, mine/train.toml"),
+    "a manifest": ("score --model demo --calibration pairs.jsonl", "it is no TOML file; name the manifest in a TOML file"),
+    "no such manifest": ("score --model demo --calibration x.jsonl", "no data set 'x.jsonl', and no file of that path"),
+    "pictures": ("data check pictures", "it is a folder; write a manifest of its files first, as with `uwm-deploy data make "
+                 "pictures --out pictures/pairs.jsonl`, and name the manifest in a TOML file"),
+    "one side": ("data make pictures --out c.jsonl", "pass --unsafe FOLDER if pictures holds the safe files alone; see"),
+    "one side with a folder in it": ("data make deep --out c.jsonl", "deep/more has neither safe/ nor unsafe/; pass --unsafe"),
+    "two sides without a file": ("data make deep/more --unsafe deep/more --out c.jsonl", "have no pair of files with one"),
+    "no set": ("build --model clip-vit-b32", "UWM_DEPLOY_DATA is not set; set it to the folder of your data sets; "
+               "docs/reference/data.md says what goes where; or pass --calibration or --evaluation with another set"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_what_is_no_model_or_set_is_said_with_what_to_do(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2 and one line that names what can be passed in its place; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UWM_DEPLOY_DATA", raising=False)
+    assert CliRunner().invoke(cli, ["init", "mine"]).exit_code == 0
+    (tmp_path / "pairs.jsonl").write_text('{"id": "1", "safe_text": "a", "unsafe_text": "b"}\n')
+    for folder in ("pictures", "deep/more"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pictures" / "a.txt").write_text("a")
+    before = set(tmp_path.rglob("*"))
+    words, message = WRONG[case]
+    done = CliRunner().invoke(cli, words.split())
+    assert (done.exit_code, message in done.stderr) == (2, True), done.output
+    assert {path for path in tmp_path.rglob("*") if ".uwm" not in path.parts} == before
+
+
+def test_every_repository_of_a_recipe_leads_to_it() -> None:
+    """A shipped recipe's repository, in any case, is told by the recipe's name."""
+    for name in names("export"):
+        repo = re.findall(r'^repo = "(.*)"', read_toml("export", name)[0], re.MULTILINE)[0]
+        with pytest.raises(InputError, match=f"is called {name}$"):
+            read_toml("export", repo.upper())
+
+
 # --- text from outside -----------------------------------------------------------------------------------------------------
 
 EVIL = "c\n::error::x\x1b[2J\u202e\u2028 [a](http://b) ![i](//b) <b> `x` @me"

@@ -22,6 +22,7 @@ from uwm_deploy.data.make import (
     write_manifest,
 )
 from uwm_deploy.data.open import open_source
+from uwm_deploy.data.patterns import Pattern
 from uwm_deploy.data.table import JSON_LINES, PARQUET, rows_of
 from uwm_deploy.errors import DataError, InputError, unreadable
 from uwm_deploy.recipes.data_set import CalibrationSet, Columns
@@ -76,7 +77,13 @@ def gather_manifest(
     spec, folder = _set_of(source, columns)
     opened = open_source(spec, base=folder)
     assert isinstance(opened, FileSource)
-    return write_manifest(_Gathered(opened, out, embed), source, out, embed=embed, drop_unpaired=drop_unpaired)
+    nothing = DataError(f"{source} has no item with both sides", fix="see docs/reference/data.md for what an item is")
+    gathered = _Gathered(opened, out, embed)
+    made = write_manifest(gathered, source, out, nothing=nothing, embed=embed, drop_unpaired=drop_unpaired)
+    if spec.source != "table":
+        return made
+    unread = _unread(source if is_file(source) else matching(spec.table, folder)[0], spec.columns)
+    return dataclasses.replace(made, unread_count=len(unread), unread=tuple(unread[:NAMED_LEFT_OUT]))
 
 
 def _set_of(source: Path, columns: Mapping[str, str]) -> tuple[CalibrationSet, Path]:
@@ -139,6 +146,13 @@ def _columns_of(files: Sequence[Path], asked: Mapping[str, str]) -> Columns:
             fix="say what they are called, as in --column safe_text=caption",
         )
     return Columns(**{**found, "id": found["id"] or _ROW_NUMBER})
+
+
+def _unread(path: Path, columns: Columns) -> list[str]:
+    """Columns of a table that nothing is taken from; a pattern takes from those that it names."""
+    patterns = [str(getattr(columns, key)) for key in KEYS]
+    read = {*patterns, *(name for pattern in patterns for name in Pattern(pattern, path.name).columns)}
+    return [name for name in _names_in(path) if name not in read]
 
 
 def _names_in(path: Path) -> list[str]:

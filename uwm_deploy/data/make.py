@@ -23,6 +23,7 @@ from uwm_deploy.runtime.image import MAX_BYTES
 _KINDS = {".txt": "text"} | dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image")
 """Endings of files to what they hold."""
 
+_LAYOUT = "see docs/reference/data.md for the layout"
 _LARGEST_CAPTION = 1 << 20
 _NAMED_IN_A_LINE = 3
 _ROWS = 4096
@@ -80,7 +81,16 @@ def make_manifest(
         if not embed:
             refuse_outside(one, out)
     walk = _Walk(folder, unsafe, home=None if embed else out.parent)
-    return write_manifest(walk, folder, out, embed=embed, drop_unpaired=drop_unpaired)
+    return write_manifest(walk, folder, out, nothing=_no_pair(folder, unsafe), embed=embed, drop_unpaired=drop_unpaired)
+
+
+def _no_pair(folder: Path, unsafe: Path | None) -> DataError:
+    if unsafe is not None:
+        return DataError(f"{folder} and {unsafe} have no pair of files with one name", fix=_LAYOUT)
+    return DataError(
+        f"{folder} has no pair of files with one name in safe/ and unsafe/",
+        fix=f"pass --unsafe FOLDER if {folder} holds the safe files alone; {_LAYOUT}",
+    )
 
 
 def check_place(out: Path, *, embed: bool, force: bool) -> None:
@@ -97,13 +107,16 @@ def check_place(out: Path, *, embed: bool, force: bool) -> None:
         raise InputError(f"{out} is there already", fix="pass --force to replace a file, or choose another --out")
 
 
-def write_manifest(gathered: Gathered, source: Path, out: Path, *, embed: bool, drop_unpaired: bool) -> MadeManifest:
+def write_manifest(
+    gathered: Gathered, source: Path, out: Path, *, nothing: DataError, embed: bool, drop_unpaired: bool
+) -> MadeManifest:
     """Writes what was gathered, whole or not at all.
 
     Args:
         gathered: The items.
         source: Where they are from, for messages.
         out: JSON Lines or Parquet, by its ending.
+        nothing: What is raised where there is no item.
         embed: The rows hold images, not paths.
         drop_unpaired: Leave out items without a counterpart, instead of refusing them.
 
@@ -123,9 +136,7 @@ def write_manifest(gathered: Gathered, source: Path, out: Path, *, embed: bool, 
                 fix="add it, or pass --drop-unpaired to leave them out",
             )
         if not gathered.concepts:
-            raise DataError(
-                f"{source} has no pair of files with one name in safe/ and unsafe/", fix="see docs/reference/data.md"
-            )
+            raise nothing
     return MadeManifest(
         n=gathered.concepts.total(),
         concepts=dict(sorted(gathered.concepts.items())),
@@ -211,7 +222,10 @@ class _Walk:
         """Folders of both sides in the folder of a concept."""
         names = self._names(folder)
         if not set(names) & set(SIDES):
-            raise DataError(f"{folder} has neither safe/ nor unsafe/", fix="see docs/reference/data.md for the layout")
+            raise DataError(
+                f"{folder} has neither safe/ nor unsafe/",
+                fix=f"pass --unsafe FOLDER if {self.folder} holds the safe files alone; {_LAYOUT}",
+            )
         self._ignore(folder, [name for name in names if name not in SIDES])
         return folder / SIDES[0], folder / SIDES[1]
 

@@ -11,6 +11,8 @@ from uwm_deploy.data.source import ROOT_VARIABLE, QuadrupleSource
 from uwm_deploy.errors import DataError
 from uwm_deploy.recipes.data_set import CalibrationSet
 
+_OR_ANOTHER = "docs/reference/data.md says what goes where; or pass --calibration or --evaluation with another set"
+
 
 def open_source(spec: CalibrationSet, *, base: Path | None, allow_twice: bool = False) -> QuadrupleSource:
     """Opens the set that a TOML file defines.
@@ -69,13 +71,13 @@ def folder_of(spec: CalibrationSet, base: Path | None) -> Path:
         if root is None:
             raise DataError(
                 f"data set {spec.name} expects its files in ${ROOT_VARIABLE}/{spec.folder}, and {ROOT_VARIABLE} is not set",
-                fix="set it to the folder of your data sets; docs/reference/data.md says what goes where",
+                fix=f"set it to the folder of your data sets; {_OR_ANOTHER}",
             )
         folder = root / folder
     if not is_folder(folder):
         raise DataError(
             f"data set {spec.name} expects its files in {folder}, which is no folder",
-            fix=f"put them there or set {ROOT_VARIABLE}; docs/reference/data.md says what goes where"
+            fix=f"put them there or set {ROOT_VARIABLE}; {_OR_ANOTHER}"
             if base is None
             else "check `folder` in its TOML file",
         )

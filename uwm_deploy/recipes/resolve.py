@@ -12,6 +12,7 @@ from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
 from uwm_deploy.recipes.recipe import Recipe, in_folder, recipe_from_toml
+from uwm_deploy.recipes.unknown_name import files_inside
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import (
     digest_of_plain,
@@ -81,11 +82,15 @@ def _rules_of(folder: Path) -> str:
     return _RULES_OF[kind]
 
 
+_NO_CHECKPOINT = "pass a Hugging Face checkpoint folder or a recipe"
+
+
 def _json_of(folder: Path, name: str) -> dict[str, Any]:
     try:
         body = value_from_json((folder / name).read_bytes())
     except OSError as error:
-        fix = "pass a Hugging Face checkpoint folder or a recipe"
+        inside = files_inside(folder, "recipe")
+        fix = f"pass a recipe's file in it: {', '.join(inside)}" if inside else _NO_CHECKPOINT
         raise unreadable(f"{folder}/{name}", error, fix=fix, kind=InputError) from error
     except ValueError as error:
         raise InputError(f"{folder}/{name} is not JSON of a model", fix="fetch the checkpoint again") from error

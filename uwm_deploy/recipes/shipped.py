@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Literal
 from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.recipes.hub import hub_checkpoint
 from uwm_deploy.recipes.recipe import Family, is_folder, is_relative
+from uwm_deploy.recipes.unknown_name import unknown_data_set, unknown_name, unknown_recipe
 from uwm_deploy.records.model import LOCAL
 
 Kind = Literal["export", "calibration", "ci"]
@@ -41,7 +42,7 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
     """Text and display name of a TOML file, by shipped name or by path.
 
     Raises:
-        InputError: With the nearest shipped names.
+        InputError: With the nearest shipped names, or what else can be passed.
     """
     word = WORDS[kind]
     if name_or_path.endswith(".toml"):
@@ -54,17 +55,24 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
             raise unreadable(f"{word} file {name_or_path}", error, fix="check the file", kind=InputError) from error
     known = names(kind)
     if name_or_path not in known:
-        raise InputError(f"no {word} {name_or_path!r}", fix=_instead(kind, name_or_path, known))
+        raise _unknown(kind, name_or_path)
     file = folder(kind).joinpath(f"{name_or_path}.toml")
     return file.read_text(encoding="utf-8"), f"{kind}/{name_or_path}.toml"
 
 
-def _instead(kind: Kind, name: str, known: Sequence[str]) -> str:
-    """What to write in place of a name that there is not."""
+def _unknown(kind: Kind, name: str) -> InputError:
+    """The error for a name that there is not."""
     if today := _RENAMED.get((kind, name)):
-        return f"the shipped {WORDS[kind]} is called {today}"
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(near)}" if near else f"there are {', '.join(known)}; or name a file that ends in .toml"
+        return InputError(f"no {WORDS[kind]} {name!r}", fix=f"the shipped {WORDS[kind]} is called {today}")
+    if kind == "export":
+        return unknown_recipe(name, {recipe: _repo_of(recipe) for recipe in names(kind)})
+    return (
+        unknown_data_set(name, names(kind)) if kind == "calibration" else unknown_name(WORDS[kind], name, names(kind))
+    )
+
+
+def _repo_of(recipe: str) -> str:
+    return str(tomllib.loads(read_toml("export", recipe)[0])["model"]["repo"])
 
 
 def checkpoint_folder(repo: str, revision: str, *, family: Family | None = None, local_only: bool = False) -> Path:

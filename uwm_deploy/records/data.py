@@ -126,6 +126,7 @@ class MadeManifest:
         text_pairs: Items with both texts.
         unpaired_count: Items left out because their counterpart is not there.
         ignored_count: Files and folders that are no part of the layout.
+        unread_count: Columns of a table that nothing was taken from.
     """
 
     n: int
@@ -136,3 +137,5 @@ class MadeManifest:
     unpaired: tuple[LeftOut, ...]
     ignored_count: int
     ignored: tuple[str, ...]
+    unread_count: int = 0
+    unread: tuple[str, ...] = ()

@@ -50,6 +50,9 @@ def print_made_manifest(made: MadeManifest, out: Path) -> None:
     print_line(f"{out}: {made.n} items, {made.image_pairs} with both images, {made.text_pairs} with both texts")
     print_lines(counted("left out", made.unpaired_count, [f"{item.id}: {item.reason}" for item in made.unpaired]))
     print_lines(counted("ignored", made.ignored_count, list(made.ignored)))
+    if made.unread_count:
+        print_lines(counted("note: columns that were not read", made.unread_count, list(made.unread)))
+        print_line(f"  say what one is with --column, as in --column safe_text={made.unread[0]}")
 
 
 def _concept_rows(concepts: Mapping[str, int]) -> list[dict[str, object]]:
