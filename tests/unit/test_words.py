@@ -223,7 +223,7 @@ WRONG = {
     "pictures": ("data check pictures", "it is a folder; write a manifest of its files first, as with `uwm-deploy data make "
                  "pictures --out pictures/pairs.jsonl`, and name the manifest in a TOML file"),
     "one side": ("data make pictures --out c.jsonl", "pass --unsafe FOLDER if pictures holds the safe files alone; see"),
-    "one side with a folder in it": ("data make deep --out c.jsonl", "deep/more has neither safe/ nor unsafe/; pass --unsafe"),
+    "one side with a folder in it": ("data make deep --out c.jsonl", "deep/more has neither safe/ nor unsafe/; pass --"),
     "two sides without a file": ("data make deep/more --unsafe deep/more --out c.jsonl", "have no pair of files with one"),
     "no set": ("build --model clip-vit-b32", "UWM_DEPLOY_DATA is not set; set it to the folder of your data sets; "
                "docs/reference/data.md says what goes where; or pass --calibration or --evaluation with another set"),
