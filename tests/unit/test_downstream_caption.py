@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("better_profanity", reason="extra downstream is not installed")
 pytest.importorskip("sacrebleu", reason="extra downstream is not installed")
@@ -141,7 +142,7 @@ def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert told.exit_code == 0, told.output
     assert read_record(DownstreamReport, out / "caption.json").flagged == from_run.flagged
-    assert "| words | unsafe |" in (out / "caption.md").read_text()
+    assert "| words, unsafe |" in (out / "caption.md").read_text()
     judged = [
         json.loads(
             CliRunner().invoke(cli, ["gate", str(world / "bundle"), "--policy", str(policy), "--json", *more]).stdout
@@ -156,6 +157,18 @@ def test_a_bundle_says_what_its_run_folder_says(world: Path, tmp_path: Path) -> 
     )
     assert shown.exit_code == 0, shown.output
     assert "Captions behind the edited tower" in page.read_text()
+
+
+def test_an_edit_of_another_tower_is_refused(world: Path, tmp_path: Path) -> None:
+    """Else the difference of two models would be told as what the edit does."""
+    shutil.copytree(world / "llava", other := tmp_path / "llava2")
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        named = {key: part * 1.01 if "vision_tower" in key else part for key, part in tensors.items()}
+        save_file(named, file, {"format": "pt"})
+    request = CaptionRequest(model=other, tower=world / "work", on=write_set(tmp_path), out=tmp_path / "out")
+    with pytest.raises(InputError, match="was not made of the tower of llava2"):
+        caption(request, Reporter(quiet=True))
 
 
 def test_what_cannot_change_a_caption_is_refused_first(world: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.downstream import DownstreamReport
 from uwm_deploy.report.console import Reporter
-from uwm_deploy.studies.downstream.diffusion import DrawModel
+from uwm_deploy.studies.downstream.diffusion import Drawing, DrawModel
 from uwm_deploy.studies.downstream.draw import SHEET, DrawRequest, draw
 from uwm_deploy.studies.downstream.judges import judge_from
 from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file
@@ -174,6 +174,8 @@ def test_a_bundle_draws_what_its_run_folder_draws(world: Path, bundled: Request,
     save_file({name: part + 1e-3 for name, part in load_file(weights).items()}, weights, metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="was not made of this pipeline's text encoder"):
         drawn(world, tmp_path / "no", model=other, tower=bundle)
+    with pytest.raises(InputError, match="was not made of the tower of other"):
+        drawn(world, tmp_path / "no", model=other)
 
 
 @pytest.mark.slow
@@ -203,7 +205,9 @@ def test_a_file_of_i2p_has_its_own_seeds(tmp_path: Path) -> None:
     assert prompts_of_file(lines, 5)[0][0].seed == 3
     for text, why in (
         ("prompt\n", "no rows"), ("text\nx\n", "no prompt"), ('prompt\n" "\n', "no prompt"),
-        ("prompt,sd_seed\na,b\n", "row 1"), ("prompt,sd_image_width,sd_image_height\na,1,x\n", "row 1"),
+        ("prompt,sd_seed\na,99999999999999999999999\n", "not a number of 63 bits"), ("prompt,sd_seed\na,b\n", "row 1"),
+        ("prompt,sd_guidance_scale\na,nan\n", "not finite"), ("prompt,sd_image_width,sd_image_height\na,1,x\n", "row 1"),
+        ("prompt,sd_image_width,sd_image_height\na,512,513\n", "512 x 513 pixels"),
     ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(DataError, match=why):
@@ -226,3 +230,10 @@ def test_the_sheet_blurs_what_is_flagged(tmp_path: Path) -> None:
         contrast[shown] = [sheet[30:80, x : x + 50].std() for x in (12, 172)]
     assert contrast[False][0] < 10 < 50 < contrast[False][1]
     assert min(contrast[True]) > 50
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"size": 33}, "use 32"), ({"guidance": float("nan")}, "finite")])
+def test_settings_that_no_pipeline_draws_with_are_refused_first(settings: dict[str, Any], says: str) -> None:
+    """Before a model is loaded."""
+    with pytest.raises(InputError, match=says):
+        Drawing(**settings)

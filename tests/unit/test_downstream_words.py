@@ -199,7 +199,7 @@ def test_the_report_is_read_again_and_shown() -> None:
     report = made_report()
     assert record_from_json(DownstreamReport, json_from_record(report), where="caption.json") == report
     text = downstream_markdown(report)
-    assert "| words | unsafe | 66.7 | 16.7 |" in text
+    assert "| words, unsafe | 66.7 | 16.7 |" in text
     assert "ROUGE-L" in text
     assert "edited by uwm (work)\n" in text
     headed = downstream_markdown(made_report(head_digest="sha256:1", adapter_digest="sha256:2"))

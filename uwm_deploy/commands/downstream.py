@@ -159,7 +159,12 @@ class DrawOptions:
     size: int | None = option(
         "--size", type=click.IntRange(8, 4096), help="Width and height in pixels. [default: the pipeline's]"
     )
-    seed: int = option("--seed", default=0, help="Seed of the first prompt without one; the next has one more.")
+    seed: int = option(
+        "--seed",
+        default=0,
+        type=click.IntRange(0, 2**62),
+        help="Seed of the first prompt without one; the next has one more.",
+    )
     batch: int = option(
         "--batch", default=4, type=click.IntRange(1, 256), help="Pictures per call; each keeps its own seed."
     )

@@ -19,13 +19,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, imported
 from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
 from uwm_deploy.records.codec import read_record
+from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_file, digest_of_folder
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.language import LanguageInputs, language_inputs_of
 from uwm_deploy.towers import checkpoint
-from uwm_deploy.towers.llava import FAMILY, FEATURES, check_same_images, put_vision, reads_of, vision_of_edited
+from uwm_deploy.towers.llava import (
+    FAMILY,
+    FEATURES,
+    check_same_images,
+    own_vision,
+    put_vision,
+    reads_of,
+    vision_of_edited,
+)
 from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.made_of import check_made_of
 from uwm_deploy.towers.preprocessing import processor_of
 from uwm_deploy.towers.refusal import refusals
 
@@ -174,16 +184,25 @@ class CaptionModel:
             labels[row, start:end] = torch.tensor(said)
         return ids, mask, labels
 
-    def put_edited(self, edited: Path) -> int:
+    def put_edited(self, edited: Path, record: EditRecord | None = None) -> int:
         """Puts the vision weights of an edited model in the place of its own, for good.
+
+        Args:
+            edited: Its folder.
+            record: Of the edit, if there is one: then it must have been made of these weights.
 
         Returns:
             Number of tensors that changed and that the language model reads.
 
         Raises:
-            InputError: If they do not fit, or nothing that is read changed.
+            InputError: If they do not fit, nothing that is read changed, or the edit was made of another tower.
         """
         new = vision_of_edited(edited, self.folder)
+        if record is not None:
+            whole = {f"vision_model.{key}": value for key, value in new.items()}
+            check_made_of(
+                own_vision(self.folder), record, TowerName.IMAGE, model=self.folder.name, name=edited.name, new=whole
+            )
         return put_vision(self._model, new, edited, reads_of(self.folder))
 
     def put_adapter(self, folder: Path) -> LanguageAdapter:
@@ -221,6 +240,8 @@ class CaptionModel:
         inner, head = self._model.model, bundle.manifest.head
         own = inner.vision_tower
         check_same_images(bundle.manifest.model.image, self.folder)
+        edit, name = bundle.manifest.edit, bundle.manifest.name
+        check_made_of(own_vision(self.folder), edit, TowerName.IMAGE, model=self.folder.name, name=name, new={})
         if head is not None and head.language is not None:
             self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
         inner.vision_tower, self._bundle = _GraphTower(bundle, own), bundle

@@ -253,6 +253,17 @@ def vision_of_edited(edited: Path, llava: Path, *, family_only: bool = False) ->
     return found
 
 
+def own_vision(llava: Path) -> dict[str, Tensor]:
+    """The vision weights of a LLaVA checkpoint, any shape, in the dtype of its files, by the names that CLIP has."""
+    found: dict[str, Tensor] = {}
+    for file in checkpoint.weight_files(llava):
+        with checkpoint.opened_weights(file) as opened:
+            for key in opened.keys():  # noqa: SIM118 -- not a mapping
+                if name := vision_name(key):
+                    found[f"vision_model.{name}"] = opened.get_tensor(key)
+    return found
+
+
 def put_vision(model: nn.Module, new: dict[str, Tensor], edited: Path, reads: Callable[[str], bool]) -> int:
     """Puts vision weights into a loaded LLaVA model.
 

@@ -25,7 +25,7 @@ def heading_of(report: DownstreamReport) -> str:
 def flagged_rows(report: DownstreamReport) -> list[dict[str, str]]:
     """One row per judge and side."""
     return [
-        {"judge": judge, "inputs": side, **_share_cells(found)}
+        {"judge, inputs": f"{judge}, {side}", **_share_cells(found)}
         for judge, sides in report.flagged.items()
         for side, found in sides.items()
     ]

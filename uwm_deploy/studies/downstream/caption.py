@@ -161,7 +161,7 @@ def _captioned(
             parts = (tower.weights_digest, variant, encoder.digest, adapter, mixed)
             rows[EDITED] = work.rows(EDITED, " ".join(filter(None, parts)))
     else:
-        tower = edited.told(changed=model.put_edited(edited.model))
+        tower = edited.told(changed=model.put_edited(edited.model, edited.record))
         rows[EDITED] = work.rows(EDITED, tower.weights_digest)
     return rows, tower, model
 

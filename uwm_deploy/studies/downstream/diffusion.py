@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel
 
 from uwm_deploy.edits.patch import Patch
@@ -20,6 +22,7 @@ from uwm_deploy.studies.downstream.packages import package
 from uwm_deploy.studies.downstream.prompts import Prompt
 from uwm_deploy.towers.formats import text_state
 from uwm_deploy.towers.load import resolve_device
+from uwm_deploy.towers.made_of import check_made_of
 from uwm_deploy.towers.refusal import refusals
 
 
@@ -33,6 +36,9 @@ class Drawing:
         size: Width and height in pixels, where a prompt has none; None takes the pipeline's.
         seed: Of the first prompt without one.
         batch: Pictures per call.
+
+    Raises:
+        InputError: If the pipeline could not draw with them.
     """
 
     steps: int = 50
@@ -40,6 +46,12 @@ class Drawing:
     size: int | None = None
     seed: int = 0
     batch: int = 4
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise InputError("--guidance is no finite number", fix="7.5 is usual")
+        if self.size is not None and self.size % 8:
+            raise InputError(f"--size is {self.size}, no multiple of 8", fix=f"use {self.size // 8 * 8}")
 
 
 class DrawModel:
@@ -78,21 +90,25 @@ class DrawModel:
         self._pipe.to(self.device)
         self.digest: Digest = digest_of_folder(folder)
 
-    def put_edited(self, edited: CLIPModel, name: str) -> int:
+    def put_edited(self, edited: CLIPModel, name: str, record: EditRecord | None = None) -> int:
         """Puts the text weights of an edited model in the place of its own, for good.
 
         Args:
             edited: The model.
             name: Of it, for messages.
+            record: Of the edit, if there is one: then it must have been made of these weights.
 
         Returns:
             Number of tensors that changed.
 
         Raises:
-            InputError: If they do not fit, or nothing changed.
+            InputError: If they do not fit, nothing changed, or the edit was made of another encoder.
         """
         own = self._pipe.text_encoder
         new, changed = text_state(edited, own), 0
+        if record is not None:
+            whole = _named(dict(self._encoder().named_parameters()))
+            check_made_of(whole, record, TowerName.TEXT, model=self.folder.name, name=name, new=_named(new))
         with torch.no_grad():
             for key, parameter in own.named_parameters():
                 if new[key].shape != parameter.shape:
@@ -106,6 +122,13 @@ class DrawModel:
         if not changed:
             raise InputError(f"{name} has the same text weights as the pipeline", fix="edit the text tower")
         return changed
+
+    def _encoder(self) -> CLIPTextModel:
+        """Its own text encoder once more, in float32, as edits and their digests are."""
+        with refusals(f"the text encoder of {self.folder.name} cannot be loaded"):
+            return CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
 
     def put_patched(self, edit: EditRecord, patch: Patch, name: str) -> int:
         """Makes an edit in its own text encoder, for good: its weights must be those that the edit was made of.
@@ -123,11 +146,8 @@ class DrawModel:
         """
         wanted = {tensor.name for tensor in edit.of(TowerName.TEXT) if tensor.changed}
         ours = Patch({key: part for key, part in patch.tensors.items() if key in wanted})
-        with refusals(f"the text encoder of {self.folder.name} cannot be loaded"):  # in float32, as patches are
-            encoder = CLIPTextModel.from_pretrained(
-                self.folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
-        named = {f"text_model.{key.removeprefix('text_model.')}": part for key, part in encoder.named_parameters()}
+        encoder = self._encoder()
+        named = _named(dict(encoder.named_parameters()))
         try:
             ours.apply(named)
         except IntegrityError as error:
@@ -171,3 +191,8 @@ class DrawModel:
                 **more,
             )
         return [image.convert("RGB") for image in made.images]
+
+
+def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a text encoder by the names that they have in CLIP, whatever the release of transformers calls them."""
+    return {f"text_model.{key.removeprefix('text_model.')}": part for key, part in tensors.items()}

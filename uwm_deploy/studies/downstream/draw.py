@@ -174,7 +174,7 @@ def _put(edited: EditedAt, model: DrawModel) -> EditedTower:
         changed = model.put_patched(edited.record, edited.patch, edited.path.resolve().name)
         return dataclasses.replace(edited.told(changed=changed), head_digest="")  # it judges images, none is given here
     clip, tower = _text_tower(edited)
-    return dataclasses.replace(tower, changed=model.put_edited(clip, tower.name))
+    return dataclasses.replace(tower, changed=model.put_edited(clip, tower.name, edited.record))
 
 
 def _text_tower(edited: EditedAt) -> tuple[CLIPModel, EditedTower]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ def _rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
+def _check_numbers(seed: Any, guidance: Any, sides: Sequence[Any]) -> None:
+    """Numbers of a row that a pipeline would refuse, or draw nothing sensible with, hours later."""
+    if seed not in (None, "") and not 0 <= int(seed) < 2**63:
+        raise ValueError(f"sd_seed is {int(seed):.3g}, not a number of 63 bits")
+    if guidance not in (None, "") and not math.isfinite(float(guidance)):
+        raise ValueError("sd_guidance_scale is not finite")
+    if any(side not in (None, "") and (int(side) < 8 or int(side) % 8) for side in sides):
+        raise ValueError(f"a picture of {' x '.join(map(str, sides))} pixels cannot be drawn: sides are multiples of 8")
+
+
 def _prompt(file: Path, number: int, row: Mapping[str, Any], seed: int) -> Prompt:
     text = row.get("prompt")
     if not isinstance(text, str) or not text.strip():
@@ -117,6 +128,7 @@ def _prompt(file: Path, number: int, row: Mapping[str, Any], seed: int) -> Promp
         own = row.get("sd_seed")
         guidance = row.get("sd_guidance_scale")
         sides = [row.get(f"sd_image_{name}") for name in ("width", "height")]
+        _check_numbers(own, guidance, sides)
         return Prompt(
             id=f"{number:06d}",
             side=UNSAFE,
