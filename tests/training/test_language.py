@@ -353,7 +353,7 @@ def test_a_build_takes_the_report(world: World, tmp_path: Path) -> None:
         ],
     )  # fmt: skip
     assert told.exit_code == 0, told.output
-    assert "| refused | unsafe |" in (out / "caption.md").read_text()
+    assert "| refused, unsafe |" in (out / "caption.md").read_text()
     asked = {
         "unsafe.refused": "at_least = 40.0",
         "benign.refused": "at_most = 15.0",

@@ -173,6 +173,7 @@ def test_a_part_that_memory_does_not_hold_counts_once(demo, wanted, tmp_path: Pa
     assert_same(found, wanted[Placement.WEIGHTS])
 
 
+@pytest.mark.slow
 def test_two_processes_fit_what_one_fits(tmp_path: Path, monkeypatch) -> None:
     """Every sum and every kept feature is the same number, after another step too."""
     text = f'format = 1\nname = "cal"\nsource = "demo"\nsplit = "calibration"\nlimit = {PAIRS}\n'

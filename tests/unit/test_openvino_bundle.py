@@ -24,9 +24,12 @@ from uwm_deploy.runtime.openvino import reason_not_usable
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.serve.config import backend_of
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="not run: package openvino is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("openvino") is None, reason="not run: package openvino is not installed"
+    ),
+]
 VARIANT, OTHER = "openvino-fp32", "onnxruntime-fp32"
 
 

@@ -24,7 +24,8 @@ def check_made_of(
         tower: Whose tensors they are.
         model: The downstream model, for messages.
         name: The edited model, for messages.
-        new: The edited model's tensors, any shape, any float dtype, by the same names; what the edit does not change must be equal. May be empty.
+        new: The edited model's tensors by the same names, any shape, any float dtype; may be empty. What the edit does not
+            change must be equal.
 
     Raises:
         InputError: If one differs.
