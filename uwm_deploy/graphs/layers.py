@@ -98,3 +98,19 @@ def after_the_last_layer(model: ir.Model) -> set[ir.Node]:
         found.add(node)
         waiting += [value.producer() for value in node.inputs if value is not None]
     return found
+
+
+def read_instead(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Lets all that reads one value read another, which is made of it; an output of the graph keeps its name.
+
+    Args:
+        model: Graph that both are in.
+        old: What is read now, any shape and dtype; the node that makes `new` goes on reading it.
+        new: What is read then, of the same shape and dtype.
+    """
+    for node, place in [(use.node, use.idx) for use in old.uses() if use.node is not new.producer()]:
+        node.replace_input_with(place, new)
+    if old.is_graph_output():
+        outputs = model.graph.outputs
+        outputs[outputs.index(old)] = new
+        new.name, old.name = old.name, new.name

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from uwm_deploy.graphs.layers import read_instead
+
 _SMALLEST = 1e-12
 """A row of zeros is divided by this."""
 
@@ -48,15 +50,9 @@ def scale_back(model: ir.Model, result: ir.Value, size: ir.Value) -> None:
         result: (..., n) float32, of rows of size 1.
         size: (..., 1) float32, what its rows were divided by.
     """
-    readers = [(use.node, use.idx) for use in result.uses()]
     assert result.shape is not None
     whole = _after(model, result, "Mul", [result, size], f"{result.name}.sized", result.shape)
-    for node, place in readers:
-        node.replace_input_with(place, whole)
-    if result.is_graph_output():
-        outputs = model.graph.outputs
-        outputs[outputs.index(result)] = whole
-        whole.name, result.name = result.name, whole.name
+    read_instead(model, result, whole)
 
 
 def _after(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from uwm_deploy.graphs.layers import LinearLayer
+from uwm_deploy.graphs.layers import LinearLayer, read_instead
 
 Quantised = tuple[ir.Value, ir.Value, ir.Value]
 """An activation in 8 bits, its scale and its zero point."""
@@ -60,17 +60,11 @@ def add_second(model: ir.Model, layer: LinearLayer, second: Quantised) -> ir.Val
     back = ir.node("DequantizeLinear", second, name=f"dequantise_for_{name}")
     product = ir.node("MatMul", [back.outputs[0], weight], name=name)
     both = ir.node("Add", [result, product.outputs[0]], name=f"{name}.added")
-    readers = [(use.node, use.idx) for use in result.uses() if use.node is not both]
     for node, label, shape in ((back, f"{name}.input", entering.shape), (product, name, result.shape)):
         value = node.outputs[0]
         value.name, value.dtype, value.shape = label, ir.DataType.FLOAT, shape
     found: ir.Value = both.outputs[0]
     found.name, found.dtype, found.shape = f"{name}.sum", ir.DataType.FLOAT, result.shape
     model.graph.insert_after(layer.node, [back, product, both])
-    for node, place in readers:
-        node.replace_input_with(place, found)
-    if result.is_graph_output():
-        outputs = model.graph.outputs
-        outputs[outputs.index(result)] = found
-        found.name, result.name = result.name, found.name
+    read_instead(model, result, found)
     return found

@@ -16,8 +16,8 @@ import numpy as np
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import Precision, Profile, TensorSpec
 from uwm_deploy.runtime.cores import cores
-from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
-from uwm_deploy.runtime.pixels import taken
+from uwm_deploy.runtime.fork import never_destroyed_in_a_fork
+from uwm_deploy.runtime.parts import InParts
 
 MODULE = "openvino"
 
@@ -95,7 +95,7 @@ def properties_of(precision: str, threads: int, calls: int) -> dict[str, Any]:
     }
 
 
-class OpenVinoSession:
+class OpenVinoSession(InParts):
     """A model in OpenVINO's CPU plugin, with its precision asserted; any thread may call.
 
     Args:
@@ -132,14 +132,12 @@ class OpenVinoSession:
             raise PrerequisiteError(f"a model for OpenVINO cannot run here: {reason}", fix=_FIX)
         import openvino
 
-        self.max_batch = profile.max
-        self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
+        super().__init__(profile, inputs, outputs)
         wanted = properties_of(precision, threads + calls - 1 if threads else cores(), calls)
         self._compiled = self._open(openvino, model, weights, wanted)
         self._free: SimpleQueue[Any] = SimpleQueue()
         for _ in range(calls):
             self._free.put(self._compiled.create_infer_request())
-        self._home = Home()
         never_destroyed_in_a_fork(self)
         self.where = {
             "provider": "openvino",
@@ -165,41 +163,12 @@ class OpenVinoSession:
             )
         return compiled
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """Embeds inputs; see `Session.run`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            (n, d) float32.
-        """
-        return self._run(batch, self._outputs[:1])[self._outputs[0]]
-
-    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Computes every output; see `Session.run_all`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            Outputs by name, (n, ...) float32; the embedding is the first.
-        """
-        return self._run(batch, self._outputs)
-
-    def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-        self._home.check()
-        data = taken(batch, self._input)
-        parts = [self._run_once(data[i : i + self.max_batch], names) for i in range(0, len(data), self.max_batch)]
-        columns = zip(names, zip(*parts, strict=True), strict=True)
-        return {name: np.concatenate(rows).astype(np.float32, copy=False) for name, rows in columns}
-
-    def _run_once(self, rows: np.ndarray, names: list[str]) -> list[np.ndarray]:
+    def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
         request = self._free.get()
         try:
             request.infer({self._input.name: rows}, share_inputs=True)
             # A copy: the next call of this request writes into the same memory.
-            return [np.array(request.get_tensor(name).data) for name in names]
+            return [np.array(request.get_tensor(spec.name).data) for spec in outputs]
         finally:
             self._free.put(request)
 

@@ -14,10 +14,10 @@ import numpy as np
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.cores import affinity, cores
-from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
+from uwm_deploy.runtime.fork import never_destroyed_in_a_fork
 from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.openvino import MODULE, OpenVinoSession, reason_not_usable
-from uwm_deploy.runtime.pixels import taken
+from uwm_deploy.runtime.parts import InParts
 from uwm_deploy.runtime.providers import FLOAT32, NAMES, add_provider, provider_reason
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]
@@ -289,7 +289,7 @@ def usable(target: Target) -> str:
     return reason_not_usable(target)
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(InParts):
     """An ONNX graph in ONNX Runtime, with the provider asserted."""
 
     where: Mapping[str, str]
@@ -306,9 +306,8 @@ class OnnxRuntimeSession:
     ) -> None:
         import onnxruntime as ort
 
-        self.max_batch = profile.max
-        self._input, self._outputs = inputs[0], [spec.name for spec in outputs]
-        self._session, self._home = self._open(ort, model, options, device), Home()
+        super().__init__(profile, inputs, outputs)
+        self._session = self._open(ort, model, options, device)
         never_destroyed_in_a_fork(self)
         provider = self._session.get_providers()[0]
         self.where = {"provider": provider, "onnxruntime": ort.__version__, "device": _device(provider)}
@@ -332,37 +331,9 @@ class OnnxRuntimeSession:
             raise PrerequisiteError(f"ONNX Runtime took {taken}, not {NAMES[provider]}", fix="see `uwm-deploy doctor`")
         return session
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """Embeds inputs; see `Session.run`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            (n, d) float32.
-        """
-        return self._run(batch, self._outputs[:1])[self._outputs[0]]
-
-    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Computes every output; see `Session.run_all`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            Outputs by name, (n, ...) float32; the embedding is the first.
-        """
-        return self._run(batch, self._outputs)
-
-    def _run(self, batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-        self._home.check()
-        data = taken(batch, self._input)
-        parts = [
-            self._session.run(names, {self._input.name: data[i : i + self.max_batch]})
-            for i in range(0, len(data), self.max_batch)
-        ]
-        columns = zip(names, zip(*parts, strict=True), strict=True)
-        return {name: np.concatenate(rows).astype(np.float32, copy=False) for name, rows in columns}
+    def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        found: list[np.ndarray] = self._session.run([spec.name for spec in outputs], {self._input.name: rows})
+        return found
 
     def close(self) -> None:
         """See `Session.close`."""

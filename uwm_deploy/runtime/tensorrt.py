@@ -16,8 +16,8 @@ import numpy as np
 from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.records.graph import Profile, Target, TensorSpec
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
-from uwm_deploy.runtime.fork import Home, never_destroyed_in_a_fork
-from uwm_deploy.runtime.pixels import taken
+from uwm_deploy.runtime.fork import never_destroyed_in_a_fork
+from uwm_deploy.runtime.parts import InParts
 
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 """Python module per flavour."""
@@ -101,7 +101,7 @@ def buckets_of(profiles: Sequence[Profile]) -> tuple[int, ...]:
     return tuple(sorted(n for n in powers | own if low <= n <= high))
 
 
-class TensorRTSession:
+class TensorRTSession(InParts):
     """A serialized engine, deserialized from verified bytes.
 
     Host code inside engines stays forbidden, and no plugin library is ever loaded. Two lanes, each a stream with its own
@@ -126,7 +126,7 @@ class TensorRTSession:
             raise PrerequisiteError(f"a {target.value} engine cannot run here: {reason}", fix="see `uwm-deploy doctor`")
         self._trt = importlib.import_module(MODULES[target])
         self._cuda = Cuda(importlib.import_module("cuda.bindings.runtime"))
-        self.max_batch, self._input, self._outputs = profile.max, inputs[0], outputs
+        super().__init__(profile, inputs, outputs)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._open_runtime(self._trt.Runtime(self._logger))
         self._runtime.engine_host_code_allowed = False
@@ -153,7 +153,7 @@ class TensorRTSession:
         self._free: SimpleQueue[EngineStream] = SimpleQueue()
         for lane in self._lanes:
             self._free.put(lane)
-        self.where, self._home = self._describe(target), Home()
+        self.where = self._describe(target)
         never_destroyed_in_a_fork(self)
 
     @staticmethod
@@ -177,39 +177,10 @@ class TensorRTSession:
             MODULES[target]: str(self._trt.__version__),
         }
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """Embeds inputs; see `Session.run`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            (n, d) float32.
-        """
-        return self._run(batch, self._outputs[:1])[self._outputs[0].name]
-
-    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Computes every output; see `Session.run_all`.
-
-        Args:
-            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
-
-        Returns:
-            Outputs by name, (n, ...) float32; the embedding is the first.
-        """
-        return self._run(batch, self._outputs)
-
-    def _run(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
-        data = taken(batch, self._input)
-        parts = [self._run_once(data[i : i + self.max_batch], wanted) for i in range(0, len(data), self.max_batch)]
-        columns = zip(wanted, zip(*parts, strict=True), strict=True)
-        return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
-
-    def _run_once(self, batch: np.ndarray, wanted: tuple[TensorSpec, ...]) -> list[np.ndarray]:
-        self._home.check()
+    def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
         lane = self._free.get()
         try:
-            return lane.run(batch, wanted)
+            return lane.run(rows, outputs)
         finally:
             self._free.put(lane)
 

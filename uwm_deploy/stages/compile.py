@@ -229,6 +229,15 @@ def _onnxruntime(
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
     if (lowered is Precision.FP32) != (kinds == {"float32"}):
         raise ContractError(f"{file} holds weights of {sorted(kinds)}", fix="ask for the precision it has")
+    layers = _edited_layers(arrays, source, lowered, edits, file)
+    details["settings"] |= {"edited_layers": str(layers), "weights": ",".join(sorted(kinds))}
+    return file, external, details
+
+
+def _edited_layers(
+    arrays: Sequence[np.ndarray], source: Path, lowered: Precision, edits: Sequence[TensorEdit], file: str
+) -> int:
+    """Number of edited layers that are found among the constants of what was compiled; all of them must be."""
     folded = computed_away(source)
     if lowered is Precision.FP32:
         found = fingerprint_by_value(arrays, edits, folded)
@@ -236,8 +245,7 @@ def _onnxruntime(
         found = fingerprint_by_source(arrays, dict(named_weights(source)), edits, folded)
     if found.mismatches:
         raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
-    details["settings"] |= {"edited_layers": str(found.layers), "weights": ",".join(sorted(kinds))}
-    return file, external, details
+    return found.layers
 
 
 _AT_LOAD = {Precision.FP16: AT_LOAD, Precision.FP8: BASIC_AT_LOAD}
@@ -292,17 +300,11 @@ def _openvino(
     spec = {"module": MODULE, "onnx": os.path.relpath(source, folder), "engine": file, "precision": lowered.value}
     details = made_by_child(BUILDER, spec, Target.OPENVINO.value, graph.tower.value, folder)
     arrays = [array for _, array in named_constants(folder / file)]
-    folded = computed_away(source)
-    if lowered is Precision.FP32:
-        found = fingerprint_by_value(arrays, edits, folded)
-    else:
-        found = fingerprint_by_source(arrays, dict(named_weights(source)), edits, folded)
-    if found.mismatches:
-        raise ContractError(f"the edit was lost in {file}: {'; '.join(found.mismatches[:3])}", fix="report this")
+    layers = _edited_layers(arrays, source, lowered, edits, file)
     kinds = details["settings"]["multiplied_in"]
     if not any(part.startswith(_OPENVINO_NAMES[lowered]) for part in kinds.split(", ")):
         raise ContractError(f"openvino multiplies {file} in {kinds}, not in {lowered.value}", fix="report this")
-    details["settings"] |= {"edited_layers": str(found.layers)}
+    details["settings"] |= {"edited_layers": str(layers)}
     return file, weights_file(file), details
 
 

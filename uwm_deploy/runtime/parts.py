@@ -1,0 +1,58 @@
+"""Rows of any number as calls of at most a session's largest batch; the same for every runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from uwm_deploy.records.graph import Profile, TensorSpec
+from uwm_deploy.runtime.fork import Home
+from uwm_deploy.runtime.pixels import taken
+
+
+class InParts(ABC):
+    """A session that a runtime executes; see `Session`.
+
+    Args:
+        profile: Batches that it accepts.
+        inputs: Its inputs; exactly one.
+        outputs: Its outputs; the embedding is the first.
+    """
+
+    def __init__(self, profile: Profile, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.max_batch, self._input, self._outputs = profile.max, inputs[0], outputs
+        self._home = Home()
+
+    @abstractmethod
+    def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        """Arrays of the outputs of at most `max_batch` rows."""
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Embeds inputs; see `Session.run`.
+
+        Args:
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
+
+        Returns:
+            (n, d) float32.
+        """
+        return self._run(batch, self._outputs[:1])[self._outputs[0].name]
+
+    def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Computes every output; see `Session.run_all`.
+
+        Args:
+            batch: (n, ...), n >= 1: (n, 3, H, W) float32 pixels, (n, H, W, 3) uint8 crops, or (n, L) integer ids.
+
+        Returns:
+            Outputs by name, (n, ...) float32; the embedding is the first.
+        """
+        return self._run(batch, self._outputs)
+
+    def _run(self, batch: np.ndarray, outputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+        self._home.check()
+        data = taken(batch, self._input)
+        parts = [self._call(data[i : i + self.max_batch], outputs) for i in range(0, len(data), self.max_batch)]
+        columns = zip(outputs, zip(*parts, strict=True), strict=True)
+        return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
