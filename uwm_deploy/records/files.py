@@ -22,6 +22,9 @@ from uwm_deploy.records.replacing import WORKPLACE, remove, replacing, sync_fold
 
 _CHUNK_BYTES = 1 << 20
 
+_STREAMS = {Path("/dev"), Path("/proc")}
+"""Where a name, such as /dev/stdout, stands for what is open already."""
+
 
 def digest_of_bytes(data: bytes | bytearray | memoryview) -> Digest:
     """Digest of some bytes."""
@@ -66,7 +69,7 @@ def write_output(path: Path, data: bytes | str) -> None:
         InputError: If nothing can be written there.
     """
     with disk_errors(path):
-        stream = Path("/dev") in path.absolute().parents or (_is_special(path.stat()) if path.exists() else False)
+        stream = bool(_STREAMS & set(path.absolute().parents)) or (path.exists() and _is_special(path.stat()))
     if not stream:
         write_atomic(path.resolve() if path.is_symlink() else path, data)
         return
