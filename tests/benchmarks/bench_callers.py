@@ -140,6 +140,12 @@ async def serve(path: Path, socket: Path) -> None:
         await server.serve_forever()
 
 
+async def listening(socket: Path) -> None:
+    """Until the other process serves."""
+    while not socket.exists():
+        await asyncio.sleep(0.01)
+
+
 async def killed(path: Path, callers: int, seconds: float, kills: int) -> bool:
     """Kills and restarts the other process under load; each request that was asked is answered in the end."""
     data, tally = pictures(), Tally()
@@ -151,8 +157,7 @@ async def killed(path: Path, callers: int, seconds: float, kills: int) -> bool:
         command = [sys.executable, __file__, str(path), "--serve", str(socket)]
         child = await asyncio.create_subprocess_exec(*command)
         over, down = False, list[float]()
-        while not socket.exists():
-            await asyncio.sleep(0.01)
+        await listening(socket)
         started = time.monotonic()
 
         async def caller(seed: int) -> None:
@@ -188,8 +193,7 @@ async def killed(path: Path, callers: int, seconds: float, kills: int) -> bool:
             fell = time.monotonic()
             socket.unlink(missing_ok=True)
             child = await asyncio.create_subprocess_exec(*command)
-            while not socket.exists():
-                await asyncio.sleep(0.01)
+            await listening(socket)
             down.append(time.monotonic() - fell)
         await asyncio.sleep(seconds / (kills + 1))
         over = True

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import modelopt_rules
@@ -30,11 +32,13 @@ from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.graphs.ranges import activation_maxima
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
+from uwm_deploy.recipes.compile_spec import AutoSpec
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
-from uwm_deploy.records.graph import Precision
+from uwm_deploy.records.graph import OnnxArtifact, Precision
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.markdown_table import markdown_table
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.convert.convert import ranges_of
 from uwm_deploy.stages.convert.search import Layer, Mix, Search, Source, search
@@ -43,14 +47,15 @@ from uwm_deploy.towers.load import load_model
 RANGE_ROWS = 128
 
 
-def rows_of(prepared: PreparedSet, tower: TowerName) -> dict[str, list[np.ndarray]]:
-    """Some safe and unsafe inputs of a tower, in small batches."""
-    image = tower is TowerName.IMAGE
+def rows_of(prepared: PreparedSet, graph: OnnxArtifact) -> dict[str, list[np.ndarray]]:
+    """Some safe and unsafe inputs of a tower, in small batches, as its graph takes them."""
+    image = graph.tower is TowerName.IMAGE
     safe = prepared.safe_pixels if image else prepared.safe_ids
     unsafe = prepared.unsafe_pixels if image else prepared.unsafe_ids
     step = len(prepared.ids) // RANGE_ROWS
     pick = np.array_split(np.arange(0, RANGE_ROWS * step, step), RANGE_ROWS // 16)
-    return {"safe": [safe[rows] for rows in pick], "unsafe": [unsafe[rows] for rows in pick]}
+    sides = {"safe": safe, "unsafe": unsafe}
+    return {side: [taken(found[rows], graph.inputs[0]) for rows in pick] for side, found in sides.items()}
 
 
 def magnitudes(source: Path, tower: TowerName, rows: list[np.ndarray], folder: Path) -> dict[str, dict[Layer, float]]:
@@ -67,13 +72,31 @@ def magnitudes(source: Path, tower: TowerName, rows: list[np.ndarray], folder: P
     }
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, default=Path(".uwm/bench-precision"))
-    work: Path = parser.parse_args().work
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What plans are made of and measured on.
+
+    Attributes:
+        sources: Graph and ranges of each tower.
+        rows: Inputs that the ranges are of.
+        sizes: Rule to layer to the largest absolute value that it looks at.
+        sets: Quadruples by name; the search sees the first.
+        spec: Of the search.
+        work: Folder for graphs.
+    """
+
+    sources: dict[TowerName, Source]
+    rows: dict[TowerName, list[np.ndarray]]
+    sizes: dict[str, dict[Layer, float]]
+    sets: dict[str, PreparedSet]
+    spec: AutoSpec
+    work: Path
+
+
+def scene_of(work: Path) -> Scene:
+    """Builds the demo up to its export, and opens both sets."""
     outcome = run(Request(work=work), until="export", reporter=Reporter())
-    recipe, spec = recipe_of("demo")[0], recipe_of("demo")[0].compile.auto
+    recipe = recipe_of("demo")[0]
     model = load_model(recipe, folder=work / "edit" / "model", device="cpu")
     tokenizer = Tokenizer(model.tokenizer_json, model.ref.text)
 
@@ -82,43 +105,44 @@ def main() -> None:
         source = some_of(open_source(definition, base=base), items)
         return prepare(source, model.ref.image, tokenizer, workers=0, progress=lambda *_: None)
 
-    calibration = prepared(recipe.data.calibration, spec.items)
+    calibration = prepared(recipe.data.calibration, recipe.compile.auto.items)
     sources, sizes = {}, dict[str, dict[Layer, float]]()
     rows: dict[TowerName, list[np.ndarray]] = {}
     for graph in outcome.onnx:
-        path, batches = work / "export" / graph.file, rows_of(calibration, graph.tower)
+        path, batches = work / "export" / graph.file, rows_of(calibration, graph)
         sources[graph.tower] = Source(graph, path, ranges_of(path, batches, work))
         rows[graph.tower] = [*batches["safe"], *batches["unsafe"]]
-        found = magnitudes(path, graph.tower, rows[graph.tower], work)
-        for rule, values in found.items():
+        for rule, values in magnitudes(path, graph.tower, rows[graph.tower], work).items():
             sizes.setdefault(rule, {}).update(values)
-    plan = search(sources, calibration, spec, (), work, lambda *_: None)
+    sets = {"calibration": calibration, "test": prepared(recipe.data.evaluation, 10**9)}
+    return Scene(sources=sources, rows=rows, sizes=sizes, sets=sets, spec=recipe.compile.auto, work=work)
+
+
+def plans_of(scene: Scene) -> dict[str, frozenset[Layer]]:
+    """The search's plan, and as many layers by each rule and at random."""
+    plan = search(scene.sources, scene.sets["calibration"], scene.spec, (), scene.work, lambda *_: None)
     chosen = frozenset((TowerName(tower), name) for tower, names in plan.kept.items() for name in names)
     plans = {"all INT8": frozenset[Layer](), "auto": chosen}
-    for rule, values in sizes.items():
+    for rule, values in scene.sizes.items():
         plans[rule] = frozenset(sorted(values, key=lambda layer: (-values[layer], layer))[: len(chosen)])
-    rng = np.random.default_rng(0)
-    every = sorted(sizes["largest outputs"])
+    rng, every = np.random.default_rng(0), sorted(scene.sizes["largest outputs"])
     for turn in range(3):
         picked = rng.choice(len(every), len(chosen), replace=False)
         plans[f"random {turn + 1}"] = frozenset(every[i] for i in picked)
-    modelopt = importlib.util.find_spec("modelopt") is not None
-    rule = None
-    if modelopt:
-        rule = modelopt_rules.autocast_rule(sources, rows)
-        value, autocast = modelopt_rules.as_many(rule, len(chosen))
-        plans[f"AutoCast, values above {value:.3g}"] = autocast
-    test = prepared(recipe.data.evaluation, 10**9)
-    sets = {"calibration": calibration, "test": test}
+    return plans
+
+
+def print_plans(scene: Scene, plans: Mapping[str, frozenset[Layer]]) -> None:
+    """A row per plan, measured on both sets."""
     measured = {}
-    for name, part in sets.items():
-        measuring = Search(sources, part, spec, (), work, lambda *_: None)
+    for name, part in scene.sets.items():
+        measuring = Search(scene.sources, part, scene.spec, (), scene.work, lambda *_: None)
         for label, kept in plans.items():
             measuring.flips(Mix(kept=kept), label)
         measured[name] = measuring.steps
-    counts = ", ".join(f"{len(part.ids)} {name}" for name, part in sets.items())
+    counts = ", ".join(f"{len(part.ids)} {name}" for name, part in scene.sets.items())
     print(f"Quadruples: {counts}; flips are percent of the worst metric's decisions.\n")
-    rows_of_plans = [
+    rows = [
         {
             "kept in float32": one.what,
             "layers": one.kept,
@@ -128,13 +152,12 @@ def main() -> None:
         }
         for one, other in zip(measured["calibration"], measured["test"], strict=True)
     ]
-    print(markdown_table(rows_of_plans))
-    if rule is None:
-        print("\nAutoCast and modelopt's graphs: not run, package nvidia-modelopt is not installed")
-        return
-    print(f"\nKept by auto: {shown(chosen)}.\n\nKept by AutoCast: {shown(autocast)}.\n")
-    usual = rule(modelopt_rules.DEFAULT_DATA_MAX)
-    print(f"AutoCast as it comes, values above {modelopt_rules.DEFAULT_DATA_MAX:g}: {len(usual)} linear layers kept.\n")
+    print(markdown_table(rows))
+
+
+def print_graphs(scene: Scene, usual: frozenset[Layer]) -> None:
+    """A row per graph of modelopt, or of ours beside it, measured on both sets."""
+    sources, sets, work = scene.sources, scene.sets, scene.work
     graphs: list[tuple[str, Precision, dict[TowerName, Path]]] = [
         ("fp16, AutoCast's layers kept", Precision.FP16, modelopt_rules.halved(sources, usual, work))
     ]
@@ -143,10 +166,10 @@ def main() -> None:
     for kind in kinds:
         for method in methods:
             label = f"{kind}, {f'modelopt, {method}' if method else 'built-in'}"
-            graphs.append((label, Precision(kind), modelopt_rules.quantised(sources, rows, kind, method, work)))
+            graphs.append((label, Precision(kind), modelopt_rules.quantised(sources, scene.rows, kind, method, work)))
     plain = {tower: source.path for tower, source in sources.items()}
     wanted = {name: modelopt_rules.decided(sources, plain, Precision.FP32, part) for name, part in sets.items()}
-    rows_of_graphs = []
+    rows = []
     for label, precision, paths in graphs:
         found_flips = [
             modelopt_rules.flips(modelopt_rules.decided(sources, paths, precision, part), wanted[name])
@@ -155,8 +178,27 @@ def main() -> None:
         counts_low = [achieved_precision(ir.load(path))["linear"].get(precision.value, 0) for path in paths.values()]
         numbers = (sum(counts_low), f"{found_flips[0]:.2f}", f"{found_flips[1]:.2f}")
         heads = ("linear layers in low precision", "flips, calibration", "flips, test")
-        rows_of_graphs.append({"graphs": label, **dict(zip(heads, numbers, strict=True))})
-    print(markdown_table(rows_of_graphs))
+        rows.append({"graphs": label, **dict(zip(heads, numbers, strict=True))})
+    print(markdown_table(rows))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, default=Path(".uwm/bench-precision"))
+    scene = scene_of(parser.parse_args().work)
+    plans = plans_of(scene)
+    if importlib.util.find_spec("modelopt") is None:
+        print_plans(scene, plans)
+        print("\nAutoCast and modelopt's graphs: not run, package nvidia-modelopt is not installed")
+        return
+    rule = modelopt_rules.autocast_rule(scene.sources, scene.rows)
+    value, autocast = modelopt_rules.as_many(rule, len(plans["auto"]))
+    print_plans(scene, plans | {f"AutoCast, values above {value:.3g}": autocast})
+    print(f"\nKept by auto: {shown(plans['auto'])}.\n\nKept by AutoCast: {shown(autocast)}.\n")
+    usual = rule(modelopt_rules.DEFAULT_DATA_MAX)
+    print(f"AutoCast as it comes, values above {modelopt_rules.DEFAULT_DATA_MAX:g}: {len(usual)} linear layers kept.\n")
+    print_graphs(scene, usual)
 
 
 def shown(layers: frozenset[Layer]) -> str:
