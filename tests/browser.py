@@ -53,20 +53,27 @@ def browse(address: str, width: int, *more: str) -> str:
 def said_by(script: str, page: str, width: int, folder: Path, *libraries: Path) -> Any:
     """What a script, which calls `done(value)`, finds on a page; all that is folded is open.
 
-    The page's own policy would forbid the script, so it is left out of the copy that is drawn.
+    The page's own policy would forbid the script, so it is left out of the copy that is drawn. It is drawn in a frame,
+    because Chromium has no window of less than 500 pixels.
     """
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     scripts = "".join(f"<script>{library.read_text(encoding='utf-8')}</script>" for library in libraries)
     script = (
         "document.querySelectorAll('details').forEach(d => d.open = true);"
-        "const done = value => { document.body.innerHTML = '<pre id=said></pre>';"
-        " document.getElementById('said').textContent = JSON.stringify(value); };"
+        "const done = value => parent.postMessage(JSON.stringify([innerWidth, value]), '*');"
         f"window.addEventListener('load', () => {{ {script} }});"
     )
     (copy := folder / "page.html").write_text(page.replace("</body>", f"{scripts}<script>{script}</script></body>"))
-    found = re.search(r'<pre id="said">(.*?)</pre>', browse(copy.as_uri(), width), re.DOTALL)
+    (frame := folder / "frame.html").write_text(
+        "<!doctype html><body style='margin:0'><pre id=said></pre><script>addEventListener('message', message => {"
+        " document.getElementById('said').textContent = message.data; });</script>"
+        f"<iframe src='{copy.as_uri()}' style='border:0;width:{width}px;height:1000px'></iframe>"
+    )
+    found = re.search(r'<pre id="said">(.+?)</pre>', browse(frame.as_uri(), max(width, 500)), re.DOTALL)
     assert found is not None, "the script did not end"
-    return json.loads(html.unescape(found[1]))
+    drawn, value = json.loads(html.unescape(found[1]))
+    assert drawn == width
+    return value
 
 
 def violations(page: str, width: int, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from uwm_deploy import __version__
-from uwm_deploy.commands.failure import say
+from uwm_deploy.commands.failure import say, silence_output
 from uwm_deploy.runtime.cores import fit_to_machine
 from uwm_deploy.runtime.memory import leave_at_once
 
@@ -103,9 +103,11 @@ class Commands(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
-        except (click.ClickException, click.Abort) as error:
+        except (click.ClickException, click.Abort, OSError) as error:
             if not standalone_mode:
                 raise
+            if isinstance(error, OSError):
+                silence_output()
             sys.exit(say(error, as_json="--json" in words))
         if not standalone_mode:
             return code

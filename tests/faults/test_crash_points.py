@@ -27,6 +27,7 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import edited_at
 from uwm_deploy.records.replacing import replacing, workplace_of
 from uwm_deploy.records.verdict import Result
+from uwm_deploy.report.inspection import describe
 from uwm_deploy.studies.build_files import build_files
 from uwm_deploy.studies.subjects import Subject
 
@@ -108,6 +109,7 @@ def test_a_bundle_without_a_name_for_a_moment_is_a_bundle(tiny: Scene) -> None:
     place.rename(beside / "old")
     assert is_bundle(place)
     assert Subject(label="it", model=str(place)).is_bundle
+    assert describe(place)["bundle"] == open_bundle(beside / "old", allow_failed=True).manifest.name
     assert build_files(place).name == open_bundle(beside / "old", allow_failed=True).manifest.name
     with pytest.raises(InputError, match="is a bundle"):
         edited_at(place)

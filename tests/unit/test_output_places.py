@@ -83,3 +83,43 @@ def test_the_exit_code_needs_no_standard_error(way: str, words: list[str], code:
     line = f'exec "$0" -m uwm_deploy.cli {" ".join(words)} {to}'
     done = subprocess.run(["sh", "-c", line, sys.executable], cwd=tmp_path, stdout=subprocess.PIPE)
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["build", "--help"]])
+def test_help_that_nobody_can_read_is_no_internal_error(words: list[str]) -> None:
+    """A full disk is the machine's failure, in one line; a reader who has read enough is told nothing."""
+    command = " ".join(["-m", "uwm_deploy.cli", *words])
+    full = subprocess.run(
+        ["sh", "-c", f'exec "$0" {command} >/dev/full', sys.executable], capture_output=True, text=True
+    )
+    assert full.returncode == 6
+    [line] = full.stderr.splitlines()
+    assert line.startswith("error: ")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        gone = subprocess.run([sys.executable, *command.split()], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert gone.stderr == ""
+
+
+def test_a_file_that_is_named_by_way_of_dev_is_a_file(tmp_path: Path) -> None:
+    """It is replaced, and not written behind what it holds."""
+    (tmp_path / "file").write_text("old")
+    write_output(Path(f"/dev/..{tmp_path}/file"), "new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("words", [["report", "/"], ["inspect", "/"], ["sign", "/", "--key", "none"], ["migrate", "/"]])
+def test_the_root_is_no_bundle(words: list[str]) -> None:
+    """It has no name, and nothing lies beside it."""
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("error: "), result.output
+
+
+def test_a_working_folder_that_was_removed_is_said(tmp_path: Path) -> None:
+    """Python's own error names no file."""
+    (tmp_path / "gone").mkdir()
+    line = 'cd gone && rmdir ../gone && exec "$0" -m uwm_deploy.cli init project'
+    done = subprocess.run(["sh", "-c", line, sys.executable], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("error: ")) == (2, True), done.stderr

@@ -93,9 +93,12 @@ def refused_unchanged(bundle: Path, *words: object, code: int, message: str) -> 
 
 
 def test_attest_signs_again_and_loses_no_signature_unasked(
-    built: tuple[Request, Outcome], place: Place, waiting: Path
+    built: tuple[Request, Outcome], place: Place, waiting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a key: exit code 2. Another key than the bundle's, or a changed file: 5. Nothing is changed by either."""
+    """Without a key: exit code 2. Another key than the bundle's, or a changed file: 5. Nothing is changed by either.
+
+    What is said of the signature is of the new bundle, also where it was asked for as `.`, which is the old one then.
+    """
     words = ["attest", waiting, "--policy", built[0].policy, "--workers", 0]
     refused_unchanged(waiting, *words, code=2, message="is signed, and what replaces it would not be")
     refused_unchanged(waiting, *words, "--key", place.other, code=5, message="another key")
@@ -107,7 +110,8 @@ def test_attest_signs_again_and_loses_no_signature_unasked(
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     refused_unchanged(waiting, *words, "--key", place.key, code=5, message="evidence/reference.safetensors")
     file.write_bytes(whole)
-    code, output = run(*words, "--key", place.key)
+    monkeypatch.chdir(waiting)
+    code, output = run("attest", ".", *words[2:], "--key", place.key)
     assert (code, "signed: " in output) == (0, True), output
     assert verify(waiting, place.public)[0] == 0
     assert SafeEncoder.open(waiting, public_key=place.public).variant == "onnxruntime-fp32"

@@ -136,6 +136,19 @@ def test_a_file_goes_by_its_own_name(kind: str, tmp_path: Path) -> None:
         assert f'\nname = "{name}"\n' in read_toml(kind, name)[0]
 
 
+@pytest.mark.parametrize("words", [["score", "--model", "demo"], ["selftest"], ["look", "bundle"]])
+def test_a_base_install_says_which_package_a_command_needs(words: list[str], tmp_path: Path) -> None:
+    """Exit code 6, and the extra that brings it."""
+    without = "import sys; sys.modules.update(torch=None, onnx=None, tokenizers=None, onnxruntime=None); "
+    code = f"{without}from uwm_deploy.cli import main; main({words!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: this command needs the package \w+, which is not installed; install the extra .*", said
+    )
+
+
 @pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
 def test_without_the_hub_a_build_ends_at_once(offline: str, tmp_path: Path) -> None:
     """Exit code 6 and one line that names --checkpoint: no retries, and no data set was read before it."""

@@ -106,15 +106,17 @@ class Seal:
         public_key: Whose signature must be on what is read; None when that does not matter.
         sign: Makes the new signature; None when there will be none.
         loses: The bundle was signed, and what replaces it is not.
+        place: Where the new one will lie, in full: a name such as `.` leads to the old one once that is replaced.
     """
 
     public_key: PublicKey | None
     sign: Sign | None
     loses: bool
+    place: Path
 
     def told(self, out: Path) -> str:
         """What became of the signature of the bundle that was written; empty when there was and is none."""
-        if os.path.lexists(out / SIGNATURE):
+        if is_signed(self.place):
             return f"signed: {out / SIGNATURE}"
         if self.sign is not None:
             return f"note: {out} is not signed: it does not pass"
@@ -137,6 +139,7 @@ def seal_for(asked: Resigning, source: Path, target: Path | None = None) -> Seal
         PrerequisiteError: If the package `cryptography` is missing.
     """
     target = target or source
+    place = target.resolve()
     if asked.key is not None and asked.unsigned:
         raise InputError("--key and --unsigned contradict each other", fix="give one of them")
     if asked.password is not None and asked.key is None:
@@ -148,10 +151,10 @@ def seal_for(asked: Resigning, source: Path, target: Path | None = None) -> Seal
             fix="give --key to sign it again, or --unsigned to go without",
         )
     if asked.key is None:
-        return Seal(public_key=asked.public_key, sign=None, loses=loses)
+        return Seal(public_key=asked.public_key, sign=None, loses=loses, place=place)
     private = _private_key(asked.key, asked.password)
     own = _pem(private.public_key()) if is_signed(source) else None
-    return Seal(public_key=asked.public_key or own, sign=partial(_signature, private), loses=False)
+    return Seal(public_key=asked.public_key or own, sign=partial(_signature, private), loses=False, place=place)
 
 
 def is_signed(bundle: Path) -> bool:

@@ -59,10 +59,17 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         fix = "finished stages are kept, the next run resumes after them"
         return Failure(kind="Interrupted", what="interrupted", fix=fix, exit_code=INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("uwm_deploy"):
+        what = f"this command needs the package {(error.name or str(error)).partition('.')[0]}, which is not installed"
+        fix = "install the extra `build`: pip install '.[build]', or a wheel with [build] behind its name"
+        return Failure(kind="PrerequisiteError", what=what, fix=fix, exit_code=int(ExitCode.ENVIRONMENT))
     line = visible(" ".join(str(error).split()), _LONGEST)
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of a path from outside
         what = visible(f"{os.fsdecode(error.filename or '')} cannot be used: {error.strerror}", _LONGEST)
         return Failure(kind="InputError", what=what, fix="check the path", exit_code=int(ExitCode.BAD_INPUT))
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of `os.getcwd` alone
+        what, fix = "the folder that this command was started in is not there any more", "change to another one"
+        return Failure(kind="InputError", what=what, fix=fix, exit_code=int(ExitCode.BAD_INPUT))
     if is_of_machine(error):
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             line = visible(f"{os.fsdecode(error.filename)} cannot be read or written: {error.strerror}", _LONGEST)

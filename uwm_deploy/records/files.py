@@ -22,8 +22,8 @@ from uwm_deploy.records.replacing import WORKPLACE, remove, replacing, sync_fold
 
 _CHUNK_BYTES = 1 << 20
 
-_STREAMS = {Path("/dev"), Path("/proc")}
-"""Where a name, such as /dev/stdout, stands for what is open already."""
+_STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+"""Names of what is open already."""
 
 
 def digest_of_bytes(data: bytes | bytearray | memoryview) -> Digest:
@@ -69,7 +69,7 @@ def write_output(path: Path, data: bytes | str) -> None:
         InputError: If nothing can be written there.
     """
     with disk_errors(path):
-        stream = bool(_STREAMS & set(path.absolute().parents)) or (path.exists() and _is_special(path.stat()))
+        stream = _is_open_already(path) or (path.exists() and _is_special(path.stat()))
     if not stream:
         write_atomic(path.resolve() if path.is_symlink() else path, data)
         return
@@ -126,6 +126,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         release(lock)
+
+
+def _is_open_already(path: Path) -> bool:
+    return os.path.abspath(path).startswith(_STREAMS)
 
 
 def _is_special(found: os.stat_result) -> bool:

@@ -128,7 +128,13 @@ def tidied(path: Path) -> None:
 
 
 def workplace_of(path: Path) -> Path:
-    """Where things lie while a folder is replaced."""
+    """Where things lie while a folder is replaced.
+
+    Raises:
+        InputError: If there is nothing beside it.
+    """
+    if not path.name:
+        raise InputError(f"{path} is no folder that can be replaced", fix="pass the folder of a bundle")
     return path.with_name(temporary_name(path.name))
 
 

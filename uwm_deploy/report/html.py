@@ -42,6 +42,8 @@ def place_of(path: Path, out: Path | None) -> Path:
         InputError: If that is a folder, or inside a bundle.
     """
     folder = path.resolve()
+    if not folder.name:
+        raise InputError(f"{path} is neither a bundle nor a run folder", fix="pass one")
     place = (out or folder.with_name(f"{folder.name}-report.html")).resolve()
     if place.is_dir():
         raise InputError(f"{out} is a folder", fix="pass a file with --out")

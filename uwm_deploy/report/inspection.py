@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import open_bundle
-from uwm_deploy.bundle.signature import SIGNATURE
+from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.errors import InputError, unreadable
 from uwm_deploy.recipes import shipped
 from uwm_deploy.recipes.recipe import Recipe, recipe_from_toml
@@ -25,7 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
         InputError: If there is no such thing.
         IntegrityError: If a bundle's digests do not match.
     """
-    if path.is_dir():
+    if path.is_dir() or is_bundle(path):
         return _describe_bundle(path)
     if path.suffix == ".safetensors" and path.is_file():
         return _describe_safetensors(path)
@@ -44,7 +43,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     bundle, name = open_bundle(path, allow_failed=True), BundleLayout.TRAINING
     listed = any(file.path == name for file in bundle.manifest.files)
     training = record_from_json(TrainingRecord, bundle.read(name), where=name) if listed else None
-    return described_bundle(bundle.manifest, signed=(path / SIGNATURE).exists(), training=training)
+    return described_bundle(bundle.manifest, signed=bundle.signature is not None, training=training)
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
