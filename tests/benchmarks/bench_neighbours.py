@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_neighbours.py --neighbours 2 -- build --model demo --target onnxruntime
 
 The neighbours are started and ended here. The variants take turns, so that a machine that becomes slower is so for all of
-them; printed are the medians and their ratios. `spinning` is how OpenMP's threads wait by default (`OMP_WAIT_POLICY` and the
-rest are not set), `now` is what the command does by itself, `passive` is `OMP_WAIT_POLICY=PASSIVE`.
+them; printed are the medians and their ratios. `spinning` is PyTorch's own number of threads, which wait as OpenMP's do by
+default. In `threads` they wait as commands make them. `now` is what the command does by itself, which is one thread for a
+small model, and `passive` is that with `OMP_WAIT_POLICY=PASSIVE`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ SPIN = "while True: pass"
 OURS = "from uwm_deploy.cli import main; import sys; main(sys.argv[1:])"
 # The command's own choice is left out; nothing else is changed.
 DEFAULT = "import uwm_deploy.cli as c, sys; c.fit_to_machine = lambda: None; c.main(sys.argv[1:])"
-VARIANTS = {"spinning": (DEFAULT, {}), "now": (OURS, {}), "passive": (OURS, {"OMP_WAIT_POLICY": "PASSIVE"})}
+VARIANTS = {
+    "spinning": (DEFAULT, {"OMP_NUM_THREADS": str(os.cpu_count())}),
+    "threads": (OURS, {"OMP_NUM_THREADS": str(os.cpu_count())}),
+    "now": (OURS, {}),
+    "passive": (OURS, {"OMP_WAIT_POLICY": "PASSIVE"}),
+}
 
 
 def seconds(variant: str, words: list[str], neighbours: int) -> float:

@@ -82,7 +82,9 @@ def threads_of(limit: float | None) -> Capability:
         limit: Cores' time that a container is given; None where there is no limit.
     """
     used = os.environ.get("OMP_NUM_THREADS") or str(cores())
-    detail = f"{used} of {affinity()} usable cores"
+    detail = (
+        f"{used} of {affinity()} usable cores{'' if 'OMP_NUM_THREADS' in os.environ else ', one for a small model'}"
+    )
     if limit is not None and limit < affinity():
         detail += (
             f"; a container's quota of {limit:g} cores: what waits for its next turn looks slow, so give it whole cores"

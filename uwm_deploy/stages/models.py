@@ -167,6 +167,7 @@ class Models:
             import torch
 
             from uwm_deploy.towers.load import load_model
+            from uwm_deploy.towers.threads import fit_threads
 
         plan = self._plan
         recipe = dataclasses.replace(plan.recipe, model=source) if source else plan.recipe
@@ -178,6 +179,7 @@ class Models:
                 weights="random" if random else "checkpoint",
                 device=plan.device,
             )
+        fit_threads(found.source)
         on_cpu = next(found.source.parameters()).device.type == "cpu"
         if on_cpu and plan.device == "auto" and torch.cuda.is_available():
             self._notes.line("load       no GPU has room for the model; it runs on the CPU")

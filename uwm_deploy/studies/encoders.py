@@ -83,6 +83,7 @@ def _bundle_encoders(subject: Subject) -> Encoders:
 def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encoders:
     from uwm_deploy.stages.verify.verify import EMBED_BATCH, encode_with
     from uwm_deploy.towers.load import load_model
+    from uwm_deploy.towers.threads import fit_threads
 
     recipe, _ = recipe_of(subject.model)
     if subject.method == NOTHING:
@@ -95,6 +96,7 @@ def _model_encoders(subject: Subject, reporter: Reporter, ranks: Ranks) -> Encod
         folder = RunFolder(outcome.work).edited_model
     with reporter.stage("load", subject.label):
         model = load_model(recipe, folder=folder, device=subject.request.device)
+    fit_threads(model.source)
     return Encoders(
         name=recipe.name if subject.method == NOTHING else f"{recipe.name}, {subject.method}",
         weights_digest=model.ref.weights_digest,

@@ -6,14 +6,11 @@ and other ranges of 8-bit numbers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.recipes import shipped as resources
@@ -22,6 +19,7 @@ from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.stages.verify.anew import Trace, kept_traces, tracer
 from uwm_deploy.studies.selftest.honest_builds import FOLDED, MAPPED, PAIRS_SCORED, QUADRUPLES, UWM, MadeBy, data_file
+from uwm_deploy.towers.threads import threads
 
 PER_EDIT = 5
 """Rebuilds that share scores, edit and export, and are compiled and verified anew."""
@@ -120,17 +118,6 @@ def rebuild_all(
             rebuild = _rebuilt(variation, folder, trace)
         yield rebuild
         progress("honest rebuilds", number + 1, len(chosen))
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """As many threads of PyTorch for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rebuilt(variation: Variation, folder: Path, trace: Trace) -> Rebuild:

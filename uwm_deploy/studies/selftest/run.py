@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-
-import torch
 
 from uwm_deploy.errors import InputError
 from uwm_deploy.records.studies import Rebuild, SelftestReport
@@ -17,8 +16,9 @@ from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.selftest.faults import plant_all
 from uwm_deploy.studies.selftest.honest_builds import POLICY, HonestBuilds
 from uwm_deploy.studies.selftest.peers import Peers
-from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, threads, variations
+from uwm_deploy.studies.selftest.rebuilds import PER_EDIT, rebuild_all, variations
 from uwm_deploy.studies.selftest.zoo import FAULTS, Fault
+from uwm_deploy.towers.threads import threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,7 +43,7 @@ def selftest(folder: Path, names: Sequence[str], rebuilds: int, *, peers: bool, 
     # A process of its own: both use one core each, and threads would fight over PyTorch's settings.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(rebuilt, folder / "rebuilds", rows) for rows in groups(rebuilds)]
-        with threads(1 if rebuilds else torch.get_num_threads()):
+        with threads(1) if rebuilds else contextlib.nullcontext():
             found = tuple(plant_all(HonestBuilds(folder), faults, Peers() if peers else None, progress))
         honest = _finished(waiting, folder / "rebuilds", groups(rebuilds), progress)
     return SelftestReport(
