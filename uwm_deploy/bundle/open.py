@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -45,12 +46,20 @@ class Bundle:
         manifest: What it holds; everything else was checked against it.
         held: Its files, which stay those that were opened; without them they are read from the folder.
         text: Content of the manifest's file, where it was read.
+        to_measure: Whether it was opened to measure what comes out behind its towers; see `open_bundle`.
     """
 
     path: Path
     manifest: Manifest
     held: HeldFiles | None = None
     text: bytes | None = None
+    to_measure: bool = False
+
+    @property
+    def may_run(self) -> tuple[str, ...]:
+        """Variants that the verdict proves; of a bundle that was opened to be measured, those that are faithful."""
+        verdict = self.manifest.verdict
+        return verdict.faithful if self.to_measure and verdict.only_outputs_block else verdict.proven
 
     @property
     def digest(self) -> Digest:
@@ -146,6 +155,7 @@ def open_bundle(
     path: str | Path,
     *,
     allow_failed: bool = False,
+    to_measure: bool = False,
     public_key: PublicKey | None = None,
     min_bundle_version: int = 0,
 ) -> Bundle:
@@ -154,6 +164,8 @@ def open_bundle(
     Args:
         path: Bundle folder.
         allow_failed: Open it even without a passing verdict (to look at it, never to serve).
+        to_measure: Open it, too, where nothing but limits on captions and pictures keeps its verdict from passing: they
+            can only be measured on the bundle itself. Never to serve.
         public_key: Whose signature it must have, checked before anything else is read: PEM, or a file with it. Without
             one a signature is not looked at.
         min_bundle_version: Refuse an older one; means something only together with `public_key`.
@@ -168,10 +180,14 @@ def open_bundle(
     for attempt in range(_TRIES):
         held = _held(folder)
         try:
-            return _checked(folder, held, public_key, min_bundle_version, allow_failed=allow_failed)
+            bundle = _checked(folder, held, public_key, min_bundle_version)
         except (ReplacedError, IntegrityError) as error:
             if isinstance(error, IntegrityError) and held.is_at(folder):
                 raise
+        else:
+            bundle = dataclasses.replace(bundle, to_measure=to_measure)
+            _check_passes(bundle, allow_failed=allow_failed)
+            return bundle
         time.sleep(_PAUSE_SECONDS * (attempt > 0))
     raise IntegrityError(f"{folder.name} is replaced again and again, or files disappear from it", fix=_RESTORE)
 
@@ -199,9 +215,7 @@ def _held(path: Path) -> HeldFiles:
     raise InputError(f"{path} is not a bundle: it has no {MANIFEST}", fix="pass the folder that `build` wrote")
 
 
-def _checked(
-    folder: Path, held: HeldFiles, public_key: PublicKey | None, min_bundle_version: int, *, allow_failed: bool
-) -> Bundle:
+def _checked(folder: Path, held: HeldFiles, public_key: PublicKey | None, min_bundle_version: int) -> Bundle:
     """One attempt at opening a bundle; see `open_bundle`."""
     if not held.has(MANIFEST):
         if any(held.has(name) for name in (SIGNATURE, *_REPORTS)) or not held.is_at(folder):
@@ -226,12 +240,17 @@ def _checked(
     _check_files(held, manifest)
     _check_chain(manifest)
     _check_reports(bundle)
-    if manifest.verdict.result is not Result.PASS and not allow_failed:
-        raise IntegrityError(
-            f"{folder.name} has no passing verdict: {manifest.verdict.result.value}",
-            fix=f"`uwm-deploy gate {folder}` says what it does not pass and what to try",
-        )
     return bundle
+
+
+def _check_passes(bundle: Bundle, *, allow_failed: bool) -> None:
+    folder, verdict = bundle.path, bundle.manifest.verdict
+    if verdict.result is Result.PASS or allow_failed or (bundle.to_measure and verdict.only_outputs_block):
+        return
+    raise IntegrityError(
+        f"{folder.name} has no passing verdict: {verdict.result.value}",
+        fix=f"`uwm-deploy gate {folder}` says what it does not pass and what to try",
+    )
 
 
 def _signed(held: HeldFiles, manifest: bytes, public_key: PublicKey) -> dict[str, Digest]:

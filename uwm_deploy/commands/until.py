@@ -36,6 +36,7 @@ from uwm_deploy.commands.options import (
 from uwm_deploy.commands.shown import Shown
 from uwm_deploy.commands.verdicts import ci_lines, exit_code_of
 from uwm_deploy.data.ranks import ALONE, Ranks
+from uwm_deploy.report.lines import Whole
 
 if TYPE_CHECKING:
     from uwm_deploy.pipeline.request import Request
@@ -148,6 +149,7 @@ def run_until(stage: str, asked: Any, outputs: OutputOptions | None = None) -> S
         asked: Options up to it.
         outputs: What is written of the verdict besides.
     """
+    from uwm_deploy.pipeline.measure_next import measure_next
     from uwm_deploy.pipeline.run import run
     from uwm_deploy.report.console import Reporter
     from uwm_deploy.report.tables.run_outcome import outcome_as_plain, print_outcome
@@ -159,7 +161,8 @@ def run_until(stage: str, asked: Any, outputs: OutputOptions | None = None) -> S
     def ended() -> tuple[int, tuple[str, ...]]:
         if outcome.verdict is None:
             return 0, ()
-        return exit_code_of(outcome.verdict), ci_lines(outcome.verdict, request.policy, outputs)
+        lines = ci_lines(outcome.verdict, request.policy, outputs)
+        return exit_code_of(outcome.verdict), (*lines, *map(Whole, measure_next(outcome)))
 
     code, notes = ranks.first_only(ended)
     if not ranks.first:

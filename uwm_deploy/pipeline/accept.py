@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from uwm_deploy.bundle.downstream import downstream_in
 from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.sign import Resigning, seal_for
 from uwm_deploy.bundle.write import rewriting
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.baseline import accepted, write_baseline, write_baseline_into
-from uwm_deploy.pipeline.judge import judge_with, report_at
+from uwm_deploy.pipeline.judge import judge_with, report_at, report_of_bundle
 from uwm_deploy.pipeline.shipping import note_signature
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.records.model import Digest
@@ -67,8 +68,14 @@ def accept_baseline(
 def _accepted(path: Path, policy_name: str, by: str, reason: str) -> tuple[Baseline | None, Verdict]:
     """The report as a baseline, if it passes, and the verdict on it."""
     policy, policy_digest = policy_of(policy_name)
-    report, digest = report_at(path)
-    verdict = judge_with(dataclasses.replace(policy, baseline=()), policy_digest, None)(report, digest)
+    judge = judge_with(dataclasses.replace(policy, baseline=()), policy_digest, None)
+    if path.is_dir():
+        bundle = open_bundle(path, allow_failed=True)
+        report, digest = report_of_bundle(bundle)
+        verdict = judge(report, digest, downstream=downstream_in(bundle, report))
+    else:
+        report, digest = report_at(path)
+        verdict = judge(report, digest)
     if verdict.result is not Result.PASS:
         return None, verdict
     return accepted(report, verdict, by=by, reason=reason), verdict

@@ -119,6 +119,16 @@ class Check:
         """Whether it keeps the verdict from being a pass."""
         return self.result is not Result.PASS and self.waiver is None
 
+    @property
+    def of_outputs(self) -> bool:
+        """Whether a `[[downstream]]` limit asked for it: captions and pictures are measured on a bundle that is there."""
+        return self.rule.startswith("downstream[")
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is about captions or pictures that were not measured yet: nothing is wrong, and nothing is shown."""
+        return self.of_outputs and self.result is Result.NOT_RUN
+
 
 def statement(name: str, subject: str, true: bool, otherwise: str, *, rule: str = "") -> Check:
     """A check of something that is true or not."""
@@ -221,6 +231,17 @@ class Verdict:
         results = {check.result for check in self.decoding}
         worst = (Result.FAIL, Result.NOT_RUN, Result.INCONCLUSIVE, Result.PASS)
         return next((one for one in worst if one in results), Result.NOT_RUN)
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """Kinds of outputs, such as ``caption``, that limits ask for and no report is about."""
+        return tuple(dict.fromkeys(check.name.split(".")[1] for check in self.checks if check.waits and check.blocks))
+
+    @property
+    def only_outputs_block(self) -> bool:
+        """Whether nothing but limits on captions and pictures keeps it from passing; they are measured on the bundle."""
+        blocking = [check for check in self.checks if check.blocks]
+        return bool(blocking) and all(check.of_outputs for check in blocking)
 
     @property
     def not_passed(self) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ class SafeEncoder:
         public_key: PublicKey | None = None,
         min_bundle_version: int = 0,
         decode: Decode = "full",
+        to_measure: bool = False,
     ) -> SafeEncoder:
         """Opens a bundle after checking every digest, and picks the best proven variant for this machine.
 
@@ -108,6 +109,8 @@ class SafeEncoder:
             min_bundle_version: Refuse an older bundle.
             decode: "scaled" decodes large JPEGs at a reduced size, which is faster, where the bundle proves that decisions
                 stay what they are (docs/reference/runtime.md).
+            to_measure: Open a bundle that nothing but limits on captions and pictures keeps from passing, to measure what
+                they limit; never to serve.
 
         Raises:
             EvidenceError: If scaled decoding is asked for and not proven.
@@ -117,14 +120,18 @@ class SafeEncoder:
         """
         started, limits = time.monotonic(), serving or Serving()
         bundle = open_bundle(
-            path, allow_failed=allow_unsafe, public_key=public_key, min_bundle_version=min_bundle_version
+            path,
+            allow_failed=allow_unsafe,
+            to_measure=to_measure,
+            public_key=public_key,
+            min_bundle_version=min_bundle_version,
         )
         check_decoding(bundle.manifest.verdict, decode, bundle.path.name, allow_unsafe=allow_unsafe)
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
         asked = variant is not None or device != "auto"
         selection, sessions = take(found, lambda candidate: _sessions(bundle, candidate, limits), asked=asked)
         chosen = selection.taken.variant
-        if chosen not in bundle.manifest.verdict.proven:
+        if chosen not in bundle.may_run:
             warnings.warn(f"UNSAFE OVERRIDE: serving {chosen} of {bundle.path.name} without proof", stacklevel=2)
         encoder = cls(bundle, selection, sessions, limits, decode)
         try:

@@ -197,7 +197,7 @@ def _unproven(bundle: Bundle, variant: str, evidence: Mapping[str, ArtifactEvide
         return "refused by the gate: it was measured and did not pass"
     if variant in verdict.inconclusive:
         return "inconclusive: it was measured on too few items"
-    if variant not in verdict.proven or found is None or found.evidence is not Evidence.EXECUTED:
+    if variant not in bundle.may_run or found is None or found.evidence is not Evidence.EXECUTED:
         return "unproven: it was never executed and measured"
     return ""
 

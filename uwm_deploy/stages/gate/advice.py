@@ -53,11 +53,13 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
             "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
             "if the change is wanted, accept it with `uwm-deploy baseline set`"
         )
-    if check.name.startswith("downstream.") and check.result is Result.NOT_RUN:
+    if check.waits:
         kind = check.name.split(".")[1]
-        return f"measure it with `uwm-deploy downstream {kind}`, and pass its {kind}.json with --downstream"
+        return f"measure it with `uwm-deploy downstream {kind}`, and give its {kind}.json to --downstream of `build` or `gate`"
     if check.name.startswith("zero_shot") and not check.n and check.result is not Result.FAIL:
         return _NO_ZERO_SHOT
+    if check.result is Result.INCONCLUSIVE and check.of_outputs:
+        return f"measure more of them: `uwm-deploy downstream {check.name.split('.')[1]}` with a larger set for --on"
     if check.result is Result.INCONCLUSIVE:
         return f"{_MORE_ITEMS}; or {_other_method(model)}" if _is_about_safety(check) else _MORE_ITEMS
     return _of_metric(check, model)

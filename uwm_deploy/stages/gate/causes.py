@@ -69,7 +69,7 @@ def _with_cause(check: Check, artifact: ArtifactEvidence | None, graph: Artifact
     cause, stage = Cause.DECISIONS, "edit"
     if check.name in _OWN:
         cause, stage = _OWN[check.name]
-    elif (check.name.startswith("downstream.") and check.result is Result.NOT_RUN) or check.subject == REPORT:
+    elif check.waits or check.subject == REPORT:
         cause, stage = Cause.EVIDENCE, "verify"
     elif check.subject == "data":
         cause, stage = Cause.DATA, "verify"
@@ -152,7 +152,7 @@ def blames(checks: Iterable[Check]) -> tuple[Blame, ...]:
     """The faults behind what blocks, the earliest stage first; what follows from another one is not named again."""
     found: dict[tuple[Cause, str], Blame] = {}
     for check in checks:
-        if not check.blocks or check.cause is None or check.result is Result.INCONCLUSIVE:
+        if not check.blocks or check.cause is None or check.waits or check.result is Result.INCONCLUSIVE:
             continue
         key = (check.cause, check.stage)
         if key not in found:

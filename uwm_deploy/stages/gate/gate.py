@@ -372,7 +372,8 @@ def _enough(faithful: int, undecided: int, variants: int, wanted: int) -> Check:
 
 
 def _overall(checks: Iterable[Check]) -> Result:
-    results = {found.result for found in checks if found.blocks}
+    """What was not run fails, but for captions and pictures: they are measured on what is judged, so they come later."""
+    results = {Result.INCONCLUSIVE if found.waits else found.result for found in checks if found.blocks}
     for worst in (Result.FAIL, Result.NOT_RUN, Result.INCONCLUSIVE):
         if worst in results:
             return Result.FAIL if worst is Result.NOT_RUN else worst

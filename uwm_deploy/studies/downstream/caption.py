@@ -167,7 +167,8 @@ def _captioned(
 
 
 def _opened(request: CaptionRequest, edited: EditedAt) -> SafeEncoder:
-    return SafeEncoder.open(edited.path, public_key=request.public_key, min_bundle_version=request.min_bundle_version)
+    key, oldest = request.public_key, request.min_bundle_version
+    return SafeEncoder.open(edited.path, to_measure=True, public_key=key, min_bundle_version=oldest)
 
 
 class _Work:

@@ -78,7 +78,7 @@ def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_ve
         IntegrityError: If a bundle was changed, is not signed by that key, or is too old.
     """
     if is_bundle(path):
-        bundle = open_bundle(path, public_key=public_key, min_bundle_version=min_bundle_version)
+        bundle = open_bundle(path, to_measure=True, public_key=public_key, min_bundle_version=min_bundle_version)
         return EditedAt(
             path=path,
             source="bundle",
