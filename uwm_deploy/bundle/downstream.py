@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout
@@ -14,18 +15,53 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.model import Digest
 
 
-def read_downstream(files: Sequence[Path]) -> tuple[DownstreamReport, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenReports:
+    """Reports that a user named.
+
+    Attributes:
+        reports: At most one of a kind.
+        files: Kind to the file that was named.
+    """
+
+    reports: tuple[DownstreamReport, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def check_of(self, verify: VerifyReport) -> None:
+        """Refuses reports of something else than what is judged.
+
+        Raises:
+            InputError: If one is; it names the file.
+        """
+        for report in self.reports:
+            check_own(report, foreign(report, verify), self.files[report.kind])
+
+    def check_head(self, head_digest: Digest) -> None:
+        """The same of the safety head alone, which is known before anything is computed.
+
+        Raises:
+            InputError: If one was measured with another head; it names the file.
+        """
+        for report in self.reports:
+            check_own(report, foreign_head(report, head_digest), self.files[report.kind])
+
+
+def read_downstream(files: Sequence[Path]) -> GivenReports:
     """Reports of files.
 
     Raises:
         InputError: If one cannot be read, or two are of one kind.
         IntegrityError: If one is no such report.
     """
-    found = tuple(read_record(DownstreamReport, file) for file in files)
-    kinds = [report.kind for report in found]
-    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
-        raise InputError(f"two reports are of {twice[0]}", fix="pass one of each kind")
-    return found
+    reports: list[DownstreamReport] = []
+    known: dict[str, Path] = {}
+    for file in files:
+        report = read_record(DownstreamReport, file)
+        if (other := known.get(report.kind)) is not None:
+            raise InputError(f"{other} and {file} are both reports of {report.kind}", fix="pass one of each kind")
+        known[report.kind] = file
+        reports.append(report)
+    return GivenReports(reports=tuple(reports), files=known)
 
 
 def downstream_in(bundle: Bundle, verify: VerifyReport) -> tuple[DownstreamReport, ...]:
@@ -78,18 +114,19 @@ def foreign_head(report: DownstreamReport, head_digest: Digest) -> str:
     return "another safety head" if head_digest else "a safety head, and what is judged has none"
 
 
-def check_own(report: DownstreamReport, told: str) -> None:
+def check_own(report: DownstreamReport, told: str, file: Path | None = None) -> None:
     """Refuses a report of something else.
 
     Args:
         report: The report.
         told: What it is of; empty where it is of what is judged.
+        file: The file that the user named, if there is one.
 
     Raises:
         InputError: If it is of something else.
     """
     if told:
         raise InputError(
-            f"{report.kind}.json was not measured on what is judged, but on {told}",
+            f"{file or f'the report of {report.kind}'} was not measured on what is judged, but on {told}",
             fix=f"build, run `uwm-deploy downstream {report.kind} --tower` with that bundle, and pass what it wrote",
         )

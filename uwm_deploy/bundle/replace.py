@@ -6,24 +6,16 @@ from pathlib import Path
 
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.sign import is_signed
-from uwm_deploy.errors import InputError
+from uwm_deploy.records.places import refuse_foreign
 
 
 def refuse_foreign_folder(out: Path) -> None:
-    """A folder that is not a bundle is never replaced, and none is made below what is no folder.
+    """A folder that is not a bundle is never replaced, and none is made where none can be.
 
     Raises:
         InputError: If there is one.
     """
-    for above in out.absolute().parents:
-        if above.is_symlink() and not above.exists():
-            raise InputError(f"{above} is a link to nothing, so {out} cannot be made", fix="choose another --out")
-        if above.exists():
-            if not above.is_dir():
-                raise InputError(f"{above} is no folder, so {out} cannot be made", fix="choose another --out")
-            break
-    if out.exists() and not (out / BundleLayout.MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle", fix="choose another --out or remove it")
+    refuse_foreign(out, BundleLayout.MANIFEST, "is not a bundle")
 
 
 def lost_signature(path: Path) -> str:

@@ -134,9 +134,10 @@ def judge_file(
     if path.is_dir():  # the signature comes first: the baseline lies inside the bundle
         bundle = open_bundle(path, allow_failed=True, public_key=public_key, min_bundle_version=min_bundle_version)
         report, digest = report_of_bundle(bundle)
+        behind.check_of(report)
         beside = dataclasses.replace(beside_in(bundle), executed=execute(bundle, report) if execute else ())
         judge = judge_with(*policy, _baseline_for(bundle, baseline))
-        known = {found.kind: found for found in (*downstream_in(bundle, report), *behind)}
+        known = {found.kind: found for found in (*downstream_in(bundle, report), *behind.reports)}
         verdict = judge(
             report, digest, earlier=bundle.manifest.verdict, beside=beside, downstream=tuple(known.values())
         )
@@ -146,7 +147,9 @@ def judge_file(
     if execute is not None:
         raise InputError(f"{path} is no bundle, so there is nothing to execute", fix="pass the bundle")
     report, digest = report_at(path)
-    return locked(judge_with(*policy, _baseline_for(None, baseline))(report, digest, downstream=behind), report)
+    behind.check_of(report)
+    verdict = judge_with(*policy, _baseline_for(None, baseline))(report, digest, downstream=behind.reports)
+    return locked(verdict, report)
 
 
 def judge_of_bundle(bundle: Bundle, policy_name: str) -> Judge:

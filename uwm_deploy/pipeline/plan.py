@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from uwm_deploy.bundle.downstream import check_own, foreign_head, read_downstream
+from uwm_deploy.bundle.downstream import read_downstream
 from uwm_deploy.bundle.layout import RunFolder
 from uwm_deploy.bundle.replace import refuse_foreign_folder
 from uwm_deploy.data.source import check_own_pairs
@@ -67,7 +67,7 @@ def plan_of(request: Request) -> Plan:
         batch_pairs=request.batch_pairs,
         score_dtype=_DTYPES[request.score_dtype],
         safety_head=request.safety_head,
-        downstream=read_downstream(request.downstream),
+        given=read_downstream(request.downstream),
     )
 
 
@@ -89,8 +89,8 @@ def check_first(plan: Plan, stages: frozenset[str]) -> None:
         len(plan.evaluation_source)
     if stages & {"export", "verify"}:
         _ = plan.head
-    for report in plan.downstream:
-        check_own(report, foreign_head(report, plan.head_digest))
+    if plan.given is not None:
+        plan.given.check_head(plan.head_digest)
     if "compile" in stages:
         for target in plan.recipe.compile.targets:
             if target in plan.asked_targets and (reason := missing_package(target)):

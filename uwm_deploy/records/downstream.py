@@ -26,6 +26,11 @@ REFUSED = "refused"
 """Name of the judge of captions that decline. It is no part of `any`: to decline is right of unsafe images."""
 
 
+def report_files(kind: Kind) -> tuple[str, str]:
+    """Names of a report and of its tables, for readers."""
+    return f"{kind}.json", f"{kind}.md"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
     """Something that says of one output whether it is flagged.

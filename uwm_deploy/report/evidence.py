@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from uwm_deploy.bundle.downstream import check_own, downstream_in, foreign, read_downstream
+from uwm_deploy.bundle.downstream import downstream_in, read_downstream
 from uwm_deploy.bundle.layout import BundleLayout, RunFolder, tower_record
 from uwm_deploy.bundle.open import is_bundle, open_bundle
 from uwm_deploy.bundle.tensors import arrays_from
@@ -117,9 +117,9 @@ def dossier_of(
             raise InputError(f"{compared} compares methods on other weights", fix="compare on the model of this report")
         dossier = dataclasses.replace(dossier, compared=methods)
     own = {found.kind: found for found in dossier.downstream}
-    for found in read_downstream(downstream):
-        check_own(found, foreign(found, dossier.verify))
-        own[found.kind] = found
+    given = read_downstream(downstream)
+    given.check_of(dossier.verify)
+    own |= {found.kind: found for found in given.reports}
     return dataclasses.replace(dossier, downstream=tuple(own[kind] for kind in KINDS if kind in own))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.codec import write_record
-from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.records.downstream import DownstreamReport, report_files
+from uwm_deploy.records.files import write_atomic
 from uwm_deploy.records.studies import MethodComparison, SweepReport
 from uwm_deploy.report.drawings import draw_comparison, draw_sweep
 from uwm_deploy.report.tables.compared_methods import markdown_of
@@ -40,8 +41,9 @@ def write_comparison(result: MethodComparison, folder: Path) -> None:
 
 def write_downstream(report: DownstreamReport, folder: Path) -> None:
     """Writes `caption.json` and `caption.md`, or `draw.json` and `draw.md`."""
-    write_record(folder / f"{report.kind}.json", report)
-    (folder / f"{report.kind}.md").write_text(downstream_markdown(report), encoding="utf-8")
+    record, tables = report_files(report.kind)
+    write_record(folder / record, report)
+    write_atomic(folder / tables, downstream_markdown(report))
 
 
 def write_adapter(adapter: LanguageAdapter, folder: Path) -> None:

@@ -22,6 +22,7 @@ from uwm_deploy.records.graph import Precision, Provider, Target
 from uwm_deploy.records.model import Digest
 
 if TYPE_CHECKING:  # so that a change of a verdict makes no score stale
+    from uwm_deploy.bundle.downstream import GivenReports
     from uwm_deploy.recipes.policy import Policy
     from uwm_deploy.records.data import CalibrationRecord
     from uwm_deploy.records.downstream import DownstreamReport
@@ -91,7 +92,7 @@ class Plan:
         batch_pairs: Pairs per forward pass; None takes what fits into memory.
         score_dtype: Of the scoring pass.
         safety_head: Folder of a trained head that goes into the image graph.
-        downstream: What came out behind the edited towers, for the policy's limits on it; at most one report of a kind.
+        given: What came out behind the edited towers, for the policy's limits on it.
     """
 
     recipe: Recipe
@@ -115,7 +116,12 @@ class Plan:
     batch_pairs: int | None = None
     score_dtype: Dtype = "float32"
     safety_head: Path | None = None
-    downstream: tuple[DownstreamReport, ...] = ()
+    given: GivenReports | None = None
+
+    @property
+    def downstream(self) -> tuple[DownstreamReport, ...]:
+        """What came out behind the edited towers, at most one report of a kind."""
+        return self.given.reports if self.given else ()
 
     @cached_property
     def checkpoint(self) -> Path | None:

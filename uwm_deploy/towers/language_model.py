@@ -205,6 +205,32 @@ class CaptionModel:
             )
         return put_vision(self._model, new, edited, reads_of(self.folder))
 
+    def check_edited(self, edited: Path, record: EditRecord | None = None) -> None:
+        """Checks that `put_edited` would do; its own weights are there again afterwards.
+
+        Raises:
+            InputError: See `put_edited`.
+        """
+        tower = self._model.model.vision_tower
+        own = {key: value.clone() for key, value in tower.state_dict().items()}
+        try:
+            self.put_edited(edited, record)
+        finally:
+            tower.load_state_dict(own)
+
+    def check_adapter(self, folder: Path) -> LanguageAdapter:
+        """Reads the record of adapters and checks that they were trained with this checkpoint, and can be put on it.
+
+        Raises:
+            InputError: If the folder holds none, or they were trained with another checkpoint.
+            IntegrityError: If a file is not the one of their record.
+            PrerequisiteError: If peft is not installed.
+        """
+        record = read_adapter(folder)
+        self.check_taught(record.model_digest, record.model, f"the adapters in {folder.name}")
+        _peft()
+        return record
+
     def put_adapter(self, folder: Path) -> LanguageAdapter:
         """Puts adapters on the language model, for good.
 
@@ -216,9 +242,7 @@ class CaptionModel:
             IntegrityError: If a file is not the one of their record.
             PrerequisiteError: If peft is not installed.
         """
-        record = read_adapter(folder)
-        self.check_taught(record.model_digest, record.model, f"the adapters in {folder.name}")
-        peft = imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
+        record, peft = self.check_adapter(folder), _peft()
         with refusals(f"the adapters in {folder.name} cannot be loaded"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that peft asks the model for
             peft.PeftModel.from_pretrained(self._model, str(folder))
@@ -244,7 +268,9 @@ class CaptionModel:
         check_made_of(own_vision(self.folder), edit, TowerName.IMAGE, model=self.folder.name, name=name, new={})
         if head is not None and head.language is not None:
             self.check_taught(head.language.model_digest, head.language.model, "the bundle's safety tokens")
-        inner.vision_tower, self._bundle = _GraphTower(bundle, own), bundle
+        side, tower = bundle.manifest.model.image.crop, _GraphTower(bundle, own)
+        tower.inputs_of(np.zeros((1, 3, side, side), np.float32))  # a graph that gives too little is told now
+        inner.vision_tower, self._bundle = tower, bundle
         try:
             yield bundle.variant
         finally:
@@ -311,6 +337,10 @@ class CaptionModel:
         new = made[:, inputs["input_ids"].shape[1] :]
         found: list[str] = self._processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+def _peft() -> Any:
+    return imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
 
 
 def read_adapter(folder: Path) -> LanguageAdapter:

@@ -127,7 +127,7 @@ def own_answers(
         "images": model.images,
         **versions(("torch", "transformers")),
     }
-    stored, keys = StoredRows(work, "own-answers", depends), [{"id": item} for item in ids]
+    stored, keys = StoredRows(work, "own-answers", depends, ("answer",)), [{"id": item} for item in ids]
     rows, place = stored.read(keys, decoding.batch), {item: row for row, item in enumerate(source.ids)}
     stored.keep(rows)
     with reporter.stage("answers", f"{model.folder.name} about {len(keys)} safe images"):

@@ -23,6 +23,7 @@ from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.files import digest_of_file, digest_of_plain, whole_folder
 from uwm_deploy.records.head import LanguageTraining
+from uwm_deploy.records.places import refuse_foreign
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.versions import versions
@@ -101,7 +102,7 @@ def train_language_adapter(request: AdapterRequest, reporter: Reporter) -> Langu
         PrerequisiteError: If peft or the device is missing.
     """
     package_peft()  # a missing package is told now, and not after hours
-    _refuse_foreign(request.out)
+    refuse_foreign(request.out, RECORD, "holds no adapters")
     head = read_head(request.head)
     taught = _taught(head, request.head)
     recipe = resolved_recipe(request.build)
@@ -132,12 +133,6 @@ def train_language_adapter(request: AdapterRequest, reporter: Reporter) -> Langu
         write_record(folder / RECORD, record)
     kept.file.unlink(missing_ok=True)
     return record
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A folder that holds no adapters is never replaced."""
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and holds no adapters", fix="choose another --out or remove it")
 
 
 def _taught(head: HeadFiles, folder: Path) -> LanguageTraining:

@@ -29,6 +29,7 @@ from uwm_deploy.records.files import digest_of_bytes, digest_of_plain, whole_fol
 from uwm_deploy.records.head import HeadTraining, LanguageTraining, SafetyHead
 from uwm_deploy.records.metrics import RiskReport
 from uwm_deploy.records.model import Digest, TowerName
+from uwm_deploy.records.places import refuse_foreign
 from uwm_deploy.records.tensor_file import all_tensors, open_tensors
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         InputError: If the set has no image pairs, or too few for a false-positive rate, or the tower gives no tokens.
         UwmError: Of the kind that went wrong while the edited model was made.
     """
-    _refuse_foreign(request.out)
+    refuse_foreign(request.out, RECORD, "is not a safety head")
     recipe, model = resolved_recipe(request.build), load_edited(request.build, reporter)
     token_graph(model.image)
     device, asked = resolve_device(request.build.device), request.language
@@ -267,12 +268,6 @@ def _language_record(asked: LanguageSettings, language: CaptionModel, trained: T
         loss_first=losses[0][LANGUAGE_LOSS],
         loss_last=losses[-1][LANGUAGE_LOSS],
     )
-
-
-def _refuse_foreign(out: Path) -> None:
-    """A folder that is no head is never replaced."""
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a safety head", fix="choose another --out or remove it")
 
 
 def set_of(name: str) -> tuple[QuadrupleSource, CalibrationSet]:

@@ -25,6 +25,7 @@ from uwm_deploy.recipes.resolve import TRAINING, calibration_set_of, read_traini
 from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.files import digest_of_plain, locked, whole_folder
 from uwm_deploy.records.model import Digest
+from uwm_deploy.records.places import refuse_foreign
 from uwm_deploy.records.training import EpochResult, Trainer, TrainingRecord, TrainingSettings
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.tokenizer import Tokenizer
@@ -83,8 +84,8 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainingRecord:
     """
     imported("peft", "package peft is not installed", fix="pip install 'uwm-deploy[train]'")
     there = read_training(request.out)
-    if there is None and request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise InputError(f"{request.out} exists and holds no trained model", fix="choose another --out or remove it")
+    if there is None:
+        refuse_foreign(request.out, TRAINING, "holds no trained model")
     run = _Run(request, reporter)
     if there is not None and run.made(there):
         reporter.line(f"train      {request.out} is what this would make, reused")

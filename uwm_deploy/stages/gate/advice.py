@@ -55,7 +55,9 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
         )
     if check.waits:
         kind = check.name.split(".")[1]
-        return f"measure it with `uwm-deploy downstream {kind}`, and give its {kind}.json to --downstream of `build` or `gate`"
+        return (
+            f"measure it with `uwm-deploy downstream {kind}`, and give {kind}.json to --downstream of `build` or `gate`"
+        )
     if check.name.startswith("zero_shot") and not check.n and check.result is not Result.FAIL:
         return _NO_ZERO_SHOT
     if check.result is Result.INCONCLUSIVE and check.of_outputs:

@@ -22,8 +22,11 @@ def make(job: Job, out: Path) -> None:
     """Judges the report by the policy and, where there is one, against the accepted report."""
     plan, file = job.plan, job.folder.report
     baseline, digest = plan.baseline or (None, "")
+    report = read_record(VerifyReport, file)
+    if plan.given is not None:
+        plan.given.check_of(report)
     verdict = gate(
-        read_record(VerifyReport, file),
+        report,
         plan.policy,
         policy_digest=plan.policy_digest,
         report_digest=digest_of_file(file),

@@ -15,14 +15,15 @@ from uwm_deploy.bundle.head import digest_of_head
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource, check_own_pairs
 from uwm_deploy.data.stored_rows import Row, StoredRows
-from uwm_deploy.errors import DataError, InputError
+from uwm_deploy.errors import DataError, InputError, IntegrityError
 from uwm_deploy.pipeline.reach import check_reaches_language_model
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.downstream import BENIGN, SIDES, UNSAFE, DownstreamReport, EditedTower
+from uwm_deploy.records.downstream import BENIGN, SIDES, UNSAFE, DownstreamReport, EditedTower, report_files
 from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.records.head import MIXED_FROM, SafetyHead
+from uwm_deploy.records.places import check_place
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.versions import versions
@@ -80,6 +81,7 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
         DataError: If the set has no images.
         PrerequisiteError: If a package or the device is missing.
     """
+    check_place(request.out, report_files("caption"))
     edited = edited_tower_at(
         request.tower, public_key=request.public_key, min_bundle_version=request.min_bundle_version
     )
@@ -152,18 +154,32 @@ def _captioned(
     """The captions of both; the model's own tower goes first, as an edited one takes its place."""
     model = CaptionModel.open(request.model, device=request.device, decoding=request.decoding)
     work = _Work(request, model, source, keys, reporter)
-    rows = {ORIGINAL: work.rows(ORIGINAL, "")}
     if edited.model is None:
-        with _opened(request, edited) as encoder, model.behind(encoder) as variant:
-            adapter = digest_of_plain(plain_from_record(model.put_adapter(request.adapter))) if request.adapter else ""
-            tower = edited.told(variant=variant, adapter_digest=adapter)
-            mixed = f"mixed from {MIXED_FROM.value} on" if edited.head else ""
-            parts = (tower.weights_digest, variant, encoder.digest, adapter, mixed)
-            rows[EDITED] = work.rows(EDITED, " ".join(filter(None, parts)))
+        with _opened(request, edited) as encoder:
+            tower = _behind_bundle(request, edited, model, encoder, work)
     else:
+        model.check_edited(edited.model, edited.record)  # told now, and not after the captions of the own tower
+        work.rows(ORIGINAL, "")
         tower = edited.told(changed=model.put_edited(edited.model, edited.record))
-        rows[EDITED] = work.rows(EDITED, tower.weights_digest)
-    return rows, tower, model
+        work.rows(EDITED, tower.weights_digest)
+    work.check_same_images()
+    return work.found, tower, model
+
+
+def _behind_bundle(
+    request: CaptionRequest, edited: EditedAt, model: CaptionModel, encoder: SafeEncoder, work: _Work
+) -> EditedTower:
+    with model.behind(encoder):  # what does not fit is told now
+        if request.adapter:
+            model.check_adapter(request.adapter)
+    work.rows(ORIGINAL, "")
+    with model.behind(encoder) as variant:
+        adapter = digest_of_plain(plain_from_record(model.put_adapter(request.adapter))) if request.adapter else ""
+        tower = edited.told(variant=variant, adapter_digest=adapter)
+        mixed = f"mixed from {MIXED_FROM.value} on" if edited.head else ""
+        parts = (tower.weights_digest, variant, encoder.digest, adapter, mixed)
+        work.rows(EDITED, " ".join(filter(None, parts)))
+    return tower
 
 
 def _opened(request: CaptionRequest, edited: EditedAt) -> SafeEncoder:
@@ -172,7 +188,12 @@ def _opened(request: CaptionRequest, edited: EditedAt) -> SafeEncoder:
 
 
 class _Work:
-    """Captions of one set by one model, kept on disk."""
+    """Captions of one set by one model, kept on disk.
+
+    Attributes:
+        found: Subject to the captions that were asked for.
+        files: Subject to the file that keeps them.
+    """
 
     def __init__(
         self,
@@ -183,13 +204,28 @@ class _Work:
         reporter: Reporter,
     ) -> None:
         self.request, self.model, self.source, self.keys, self.reporter = request, model, source, keys, reporter
+        self.found: dict[str, list[Row]] = {}
+        self.files: dict[str, Path] = {}
 
-    def rows(self, subject: str, tower: str) -> list[Row]:
+    def check_same_images(self) -> None:
+        """Checks that both towers were given the same images.
+
+        Raises:
+            IntegrityError: If not.
+        """
+        for before, after in zip(self.found[ORIGINAL], self.found[EDITED], strict=True):
+            if before["input"] != after["input"]:
+                raise IntegrityError(
+                    f"{self.files[ORIGINAL]} and {self.files[EDITED]} are of other images, first {before['side']} "
+                    f"{before['id']}: the set changed in between",
+                    fix="remove both files, and run again",
+                )
+
+    def rows(self, subject: str, tower: str) -> None:
         """Every caption behind one tower; those that are on disk are not made again."""
         batch, keys = self.request.decoding.batch, self.keys
-        stored = StoredRows(
-            self.request.out, subject, depends_on(self.request, self.model, self.source) | {"tower": tower}
-        )
+        depends = depends_on(self.request, self.model, self.source) | {"tower": tower}
+        stored = StoredRows(self.request.out, subject, depends, ("output", "safety", "input"))
         rows = stored.read(keys, batch)
         stored.keep(rows)
         with self.reporter.stage("caption", f"{subject}, {len(keys)} images"):
@@ -198,7 +234,7 @@ class _Work:
                 stored.append(made)
                 rows += made
                 self.reporter.progress(subject, len(rows), len(keys))
-        return rows
+        self.found[subject], self.files[subject] = rows, stored.file
 
     def _made(self, start: int, keys: Sequence[Row]) -> list[Row]:
         images = [self._image((start + i) // len(SIDES), key["side"]) for i, key in enumerate(keys)]
@@ -258,8 +294,6 @@ def _report(
     head: SafetyHead | None,
 ) -> DownstreamReport:
     original, edited = rows[ORIGINAL], rows[EDITED]
-    if [row["input"] for row in original] != [row["input"] for row in edited]:
-        raise InputError("the two towers were given other images", fix="remove the captions, and run again")
     inputs = Inputs(*(tuple(row[key] for row in original) for key in ("id", "side", "input")))
     texts = {name: [row["output"] for row in found] for name, found in rows.items()}
     flags = {name: {judge.record.name: judge.flags(found) for judge in judges} for name, found in texts.items()}

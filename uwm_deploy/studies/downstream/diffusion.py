@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ class DrawModel:
         self._pipe.set_progress_bar_config(disable=True)
         self._pipe.to(self.device)
         self.digest: Digest = digest_of_folder(folder)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Its own text encoder is there again after the block."""
+        own = {key: value.clone() for key, value in self._pipe.text_encoder.state_dict().items()}
+        try:
+            yield
+        finally:
+            self._pipe.text_encoder.load_state_dict(own)
 
     def put_edited(self, edited: CLIPModel, name: str, record: EditRecord | None = None) -> int:
         """Puts the text weights of an edited model in the place of its own, for good.

@@ -19,8 +19,9 @@ from uwm_deploy.pipeline.reach import check_reaches_diffusion
 from uwm_deploy.pipeline.save import checked_model
 from uwm_deploy.recipes.resolve import calibration_set_of, recipe_of
 from uwm_deploy.records.data import CalibrationRecord
-from uwm_deploy.records.downstream import DownstreamReport, EditedTower
+from uwm_deploy.records.downstream import DownstreamReport, EditedTower, report_files
 from uwm_deploy.records.files import whole_file
+from uwm_deploy.records.places import check_place
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.runtime.versions import versions
 from uwm_deploy.studies.downstream.clip_score import clip_scores, original_model
@@ -88,6 +89,7 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
         DataError: If there are no prompts.
         PrerequisiteError: If a package or the device is missing.
     """
+    check_place(request.out, (*report_files("draw"), SHEET))
     edited = _reaching(request)
     prompts, measured_on = _prompts_of(request)
     device = resolve_device(request.device)
@@ -97,6 +99,8 @@ def draw(request: DrawRequest, reporter: Reporter) -> DownstreamReport:
         raise InputError("no judge is named", fix="name one with --judge")
     before = original_model(edited.record, request.clip, device)
     model = DrawModel(request.model, device=request.device, drawing=request.drawing)
+    with model.restored():  # what does not fit is told now, and not after the pictures of the own encoder
+        _put(edited, model)
     work = _Work(request, model, prompts, measured_on, reporter)
     pictures = {ORIGINAL: work.pictures(ORIGINAL, "")}
     tower = _put(edited, model)
