@@ -139,7 +139,7 @@ def test_captions_of_something_else_in_a_bundle_do_not_count(built: Built, tmp_p
     told = CliRunner().invoke(cli, ["gate", str(out), "--policy", str(built.policy), "--json"])
     found = json.loads(told.stdout)
     states = [check["result"] for check in found["checks"] if check["name"].startswith("downstream.")]
-    assert (told.exit_code, states, found.get("downstream", {})) == (3, ["not run"] * 2, {})
+    assert (told.exit_code, states, found.get("downstream", {})) == (4, ["not run"] * 2, {})
 
 
 def test_refit_carries_none_of_it(built: Built, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_refit_carries_none_of_it(built: Built, tmp_path: Path) -> None:
     out = tmp_path / "refitted"
     words = ["--policy", str(built.policy), "--work", str(built.request.work), "--workers", "0", "--out", str(out)]
     told = CliRunner().invoke(cli, ["refit", str(built.bundle), "--keep-mass", "0.95", *words])
-    assert told.exit_code == 3, told.output
+    assert told.exit_code == 4, told.output
     assert results(out) == ["not run", "not run"]
     assert not (out / PLACE).exists()
     assert not open_bundle(out, allow_failed=True).manifest.verdict.downstream

@@ -145,7 +145,7 @@ def test_pictures_of_a_bundle_are_gated(world: Path, bundled: Request, tmp_path:
     }
     policy.write_text(LENIENT.replace("lenient", "pictures") + limits("draw", asked))
     words = ["gate", str(world / "bundle"), "--policy", str(policy)]
-    assert CliRunner().invoke(cli, words).exit_code == 3  # not run
+    assert CliRunner().invoke(cli, words).exit_code == 4  # not run
     judged = CliRunner().invoke(cli, [*words, "--downstream", str(file)])
     assert judged.exit_code == 0, judged.output
     built = dataclasses.replace(bundled, policy=str(policy), downstream=(file,), out=tmp_path / "bundle")

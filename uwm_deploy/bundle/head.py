@@ -33,7 +33,9 @@ class HeadFiles:
         digest: Of the record, and through it of weights, thresholds and texts.
         weights: A safetensors file.
         texts: Content of the file with the safe texts.
-        items: `digest_of_pair` of every pair that it was trained or calibrated on.
+        items: `digest_of_pair` and `digest_of_image` of what it was trained or calibrated on; of an older release the
+            former alone.
+        items_file: Content of the file with them.
     """
 
     record: SafetyHead
@@ -41,6 +43,7 @@ class HeadFiles:
     weights: bytes
     texts: bytes
     items: frozenset[str]
+    items_file: bytes
 
 
 def read_head(folder: Path) -> HeadFiles:
@@ -70,7 +73,8 @@ def read_head(folder: Path) -> HeadFiles:
         digest=digest_of_head(record),
         weights=parts[WEIGHTS],
         texts=parts[TEXTS],
-        items=frozenset(_texts_of(ITEMS, parts[ITEMS])),
+        items=items_from(parts[ITEMS]),
+        items_file=parts[ITEMS],
     )
 
 
@@ -82,6 +86,24 @@ def digest_of_pair(safe: np.ndarray, unsafe: np.ndarray) -> str:
         unsafe: (3, H, W) float32.
     """
     return hashlib.sha256(np.ascontiguousarray(np.stack([safe, unsafe])).tobytes()).hexdigest()[:16]
+
+
+def digest_of_image(pixels: np.ndarray) -> str:
+    """Digest by which a single image is identified: 64 bits over its preprocessed pixels.
+
+    Args:
+        pixels: (3, H, W) float32.
+    """
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+
+
+def items_from(content: bytes, name: str = ITEMS) -> frozenset[str]:
+    """The digests of a file of them.
+
+    Raises:
+        IntegrityError: If it is no list of digests.
+    """
+    return frozenset(_texts_of(name, content))
 
 
 def check_head(record: SafetyHead) -> None:

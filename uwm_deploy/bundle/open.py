@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uwm_deploy.bundle.external_data import check_external_data
-from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
+from uwm_deploy.bundle.head import ITEMS, PLACE, TEXTS, WEIGHTS, check_head, digest_of_head
 from uwm_deploy.bundle.held import MEND, RESTORE, HeldFiles, ReplacedError, check_plain, read_plain
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
@@ -362,6 +362,8 @@ def _check_head(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
     for name, digest in ((WEIGHTS, head.weights_digest), (TEXTS, head.texts_digest)):
         if digests.get(f"{PLACE}/{name}") != digest:
             raise IntegrityError(f"{PLACE}/{name} is not of the manifest's safety head", fix=_RESTORE)
+    if digests.get(f"{PLACE}/{ITEMS}", head.items_digest) != head.items_digest:  # older bundles have none
+        raise IntegrityError(f"{PLACE}/{ITEMS} is not of the manifest's safety head", fix=_RESTORE)
 
 
 def _check_reports(bundle: Bundle) -> None:

@@ -8,8 +8,8 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.shape import LATER
 
-RECORD, WEIGHTS, CONFIG = "adapter.json", "adapter_model.safetensors", "adapter_config.json"
-"""Files of the folder: the record, and what peft writes."""
+RECORD, WEIGHTS, CONFIG, ITEMS = "adapter.json", "adapter_model.safetensors", "adapter_config.json", "items.json"
+"""Files of the folder: the record, what peft writes, and digests of the images that it was trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class LanguageAdapter:
         prompted_unsafe: Unsafe images whose risk mixed in the safety prompt and the safety tokens.
         prompted_safe: The same, of safe images.
         decline_missed: Whether it learned to decline unsafe images that the head lets through.
+        items_digest: Of the file that tells its training images from those of another set; empty of an older release.
         trainable_parameters: Of the adapters.
         loss_first: Mean loss of the first pass.
         loss_last: Mean loss of the last one.
@@ -59,3 +60,4 @@ class LanguageAdapter:
     loss_last: float
     seconds: float
     decline_missed: bool = field(default=True, metadata=LATER)
+    items_digest: Digest = field(default="", metadata=LATER)

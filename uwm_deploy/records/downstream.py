@@ -102,6 +102,19 @@ class EditedTower:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How many inputs were in the training of something.
+
+    Attributes:
+        images: Those that were.
+        of: All that were compared.
+    """
+
+    images: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DownstreamReport:
     """`caption.json` or `draw.json`: one model with its own and with an edited tower, on the same inputs.
 
@@ -116,6 +129,8 @@ class DownstreamReport:
         corpus_bleu: ``kept``, ``original`` or ``edited`` to side to BLEU of all captions together; empty for pictures.
         settings: Prompt, seed, length and everything else that the outputs depend on.
         notes: What a reader must know, such as what a score leaves out.
+        seen: ``safety head`` or ``adapters`` to the images that each had in training; those that could not be compared are
+            not among them.
     """
 
     kind: Kind
@@ -133,3 +148,4 @@ class DownstreamReport:
     settings: Mapping[str, str]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    seen: Mapping[str, Seen] = field(default_factory=dict, metadata=LATER)

@@ -32,6 +32,10 @@ class Cause(StrEnum):
     DECISIONS = "decisions"
 
 
+IN_TRAINING = " in training of the "
+"""Stands in the names of checks that what was measured was not trained on."""
+
+
 class Result(StrEnum):
     """Outcome of a check or a verdict; only ``pass`` passes."""
 
@@ -121,8 +125,8 @@ class Check:
 
     @property
     def of_outputs(self) -> bool:
-        """Whether a `[[downstream]]` limit asked for it: captions and pictures are measured on a bundle that is there."""
-        return self.rule.startswith("downstream[")
+        """Whether it is about captions or pictures, which are measured on a bundle that is there."""
+        return self.name.startswith("downstream.")
 
     @property
     def waits(self) -> bool:

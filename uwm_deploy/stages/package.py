@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from uwm_deploy import __version__
-from uwm_deploy.bundle.head import PLACE, TEXTS, WEIGHTS
+from uwm_deploy.bundle.head import ITEMS, PLACE, TEXTS, WEIGHTS
 from uwm_deploy.bundle.layout import BundleLayout, tower_record
 from uwm_deploy.bundle.open import engine_paths, open_bundle
 from uwm_deploy.bundle.replace import lost_signature, refuse_foreign_folder
@@ -152,6 +152,7 @@ def _parts(job: Job, manifest: Manifest) -> dict[str, Path | bytes]:
         parts[layout.PLAN] = folder.precision_plan
     if plan.head is not None:
         parts |= {f"{PLACE}/{WEIGHTS}": plan.head.weights, f"{PLACE}/{TEXTS}": plan.head.texts}
+        parts[f"{PLACE}/{ITEMS}"] = plan.head.items_file
         parts[layout.RISKS] = folder.risks
     if plan.training is not None:
         parts[layout.TRAINING] = json_from_record(plan.training).encode()

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from uwm_deploy.bundle.head import items_from
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, imported
-from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
+from uwm_deploy.records.adapter import CONFIG, ITEMS, RECORD, WEIGHTS, LanguageAdapter
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_file, digest_of_folder
@@ -353,10 +354,16 @@ def read_adapter(folder: Path) -> LanguageAdapter:
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} holds no adapters: it has no {RECORD}", fix="`uwm-deploy train language-adapter`")
     record = read_record(LanguageAdapter, folder / RECORD)
-    for name, digest in ((WEIGHTS, record.weights_digest), (CONFIG, record.config_digest)):
+    known = [(WEIGHTS, record.weights_digest), (CONFIG, record.config_digest)]
+    for name, digest in known + ([(ITEMS, record.items_digest)] if record.items_digest else []):
         if not (folder / name).is_file() or digest_of_file(folder / name) != digest:
             raise IntegrityError(f"{name} is not the one that {RECORD} describes", fix="train it again, or restore it")
     return record
+
+
+def items_of_adapter(folder: Path, record: LanguageAdapter) -> frozenset[str] | None:
+    """Digests of the images that adapters were trained on, checked by `read_adapter`; None of an older release."""
+    return items_from((folder / ITEMS).read_bytes()) if record.items_digest else None
 
 
 class _GraphTower(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from uwm_deploy.bundle.head import HeadFiles, read_head
 from uwm_deploy.errors import ContractError, InputError, IntegrityError, imported
 from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.pipeline.run import load_edited
-from uwm_deploy.records.adapter import CONFIG, RECORD, WEIGHTS, LanguageAdapter
+from uwm_deploy.records.adapter import CONFIG, ITEMS, RECORD, WEIGHTS, LanguageAdapter
 from uwm_deploy.records.codec import plain_from_record, write_record
 from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.files import digest_of_file, digest_of_plain, whole_folder
@@ -129,6 +130,7 @@ def train_language_adapter(request: AdapterRequest, reporter: Reporter) -> Langu
         passed = _passed(adapted, language, lessons, features, behind, request.settings, reporter, kept)
     with whole_folder(request.out) as folder:
         adapted.save(folder)
+        (folder / ITEMS).write_text(json.dumps(sorted(features.digests), indent=0), encoding="utf-8")
         record = _record(request, head, taught, adapted, passed, behind, source.record, folder)
         write_record(folder / RECORD, record)
     kept.file.unlink(missing_ok=True)
@@ -292,6 +294,7 @@ def _record(
         edited_weights_digest=head.record.edited_weights_digest,
         weights_digest=digest_of_file(folder / WEIGHTS),
         config_digest=digest_of_file(folder / CONFIG),
+        items_digest=digest_of_file(folder / ITEMS),
         question=taught.question,
         refusal=taught.refusal,
         targets=adapted.targets,

@@ -53,6 +53,7 @@ class Features:
         safe: (n, T, width) float16.
         unsafe: (n, T, width) float16.
         pairs: `bundle.head.digest_of_pair` of each.
+        images: `bundle.head.digest_of_image` of the safe and the unsafe image of each.
     """
 
     ids: tuple[str, ...]
@@ -60,10 +61,16 @@ class Features:
     safe: np.ndarray
     unsafe: np.ndarray
     pairs: tuple[str, ...]
+    images: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.ids)
+
+    @property
+    def digests(self) -> set[str]:
+        """Of its pairs and of its single images: what another set must share nothing with."""
+        return {*self.pairs, *(digest for both in self.images for digest in both)}
 
     def rows(self, rows: np.ndarray) -> Features:
         """Some of the pairs.
@@ -77,6 +84,7 @@ class Features:
             safe=self.safe[rows],
             unsafe=self.unsafe[rows],
             pairs=tuple(self.pairs[i] for i in rows),
+            images=tuple(self.images[i] for i in rows) if self.images else (),
         )
 
 

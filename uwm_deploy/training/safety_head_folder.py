@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, check_head, digest_of_pair
+from uwm_deploy.bundle.head import ITEMS, RECORD, TEXTS, WEIGHTS, check_head, digest_of_image, digest_of_pair
 from uwm_deploy.data.open import open_source
 from uwm_deploy.data.source import QuadrupleSource
 from uwm_deploy.edits.pair_stream import PairStream
@@ -153,7 +153,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     files = {
         WEIGHTS: trained.module.to_bytes(),
         TEXTS: json.dumps(texts, indent=0, ensure_ascii=False).encode(),
-        ITEMS: json.dumps(sorted({*training.pairs, *validation.pairs}), indent=0).encode(),
+        ITEMS: json.dumps(sorted(training.digests | validation.digests), indent=0).encode(),
     }
     head = SafetyHead(
         shape=trained.module.shape,
@@ -328,6 +328,7 @@ def features_of(
 ) -> Features:
     """Tokens of a set, computed once per edited model and set; they are in memory as a whole."""
     inputs = {
+        "digests": "pairs and images",
         "weights": model.ref.weights_digest,
         "image": digest_of_plain(plain_from_record(model.ref.image)),
         "data": digest_of_plain(plain_from_record(source.record)),
@@ -338,7 +339,9 @@ def features_of(
         return _read(folder / _FILE)
     with reporter.stage("features", f"{source.record.name}, {len(source)} pairs"), whole_folder(folder) as temporary:
         found = _computed(model, source, spec, build, reporter)
-        names = np.frombuffer(json.dumps([found.ids, found.concepts, found.pairs]).encode(), dtype=np.uint8)
+        names = np.frombuffer(
+            json.dumps([found.ids, found.concepts, found.pairs, found.images]).encode(), dtype=np.uint8
+        )
         save_file({"names": names, "safe": found.safe, "unsafe": found.unsafe}, temporary / _FILE)
         stamp(temporary, inputs)
     return found
@@ -347,8 +350,15 @@ def features_of(
 def _read(path: Path) -> Features:
     with open_tensors(path, framework="numpy", name=str(path), fix="remove its folder", kind=ContractError) as file:
         tensors = all_tensors(file)
-    ids, concepts, pairs = map(tuple, json.loads(tensors["names"].tobytes()))
-    return Features(ids=ids, concepts=concepts, safe=tensors["safe"], unsafe=tensors["unsafe"], pairs=pairs)
+    ids, concepts, pairs, images = map(tuple, json.loads(tensors["names"].tobytes()))
+    return Features(
+        ids=ids,
+        concepts=concepts,
+        safe=tensors["safe"],
+        unsafe=tensors["unsafe"],
+        pairs=pairs,
+        images=tuple((safe, unsafe) for safe, unsafe in images),
+    )
 
 
 def _computed(
@@ -369,9 +379,11 @@ def _computed(
     safe: list[np.ndarray] = []
     unsafe: list[np.ndarray] = []
     digests: list[str] = []
+    images: list[tuple[str, str]] = []
     for pairs in stream:
         ids += pairs.ids
         digests += map(digest_of_pair, pairs.safe, pairs.unsafe)
+        images += zip(map(digest_of_image, pairs.safe), map(digest_of_image, pairs.unsafe), strict=True)
         for rows, parts in ((pairs.safe, safe), (pairs.unsafe, unsafe)):
             part = tokens_of(model.image, rows).to("cpu").numpy().astype(np.float16)
             if not np.isfinite(part).all():
@@ -383,4 +395,5 @@ def _computed(
         safe=np.concatenate(safe),
         unsafe=np.concatenate(unsafe),
         pairs=tuple(digests),
+        images=tuple(images),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from uwm_deploy.recipes import shipped
-from uwm_deploy.records.verdict import Check, Result
+from uwm_deploy.records.verdict import IN_TRAINING, Check, Result
 
 _EXACT = {
     "calibration items in the evaluation set": "take the shared items out of one set; "
@@ -53,6 +53,8 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
             "`uwm-deploy baseline compare REPORT --baseline PATH` shows every difference; "
             "if the change is wanted, accept it with `uwm-deploy baseline set`"
         )
+    if check.of_outputs and IN_TRAINING in check.name:
+        return "measure on a set that shares no image with the training; the note in the report names some of them"
     if check.waits:
         kind = check.name.split(".")[1]
         return (

@@ -13,9 +13,9 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.verdict import Check, Result
+from uwm_deploy.records.verdict import IN_TRAINING, Check, Result
 from uwm_deploy.safeground.interval import Z95
-from uwm_deploy.stages.gate.limits import check
+from uwm_deploy.stages.gate.limits import check, check_value
 from uwm_deploy.stages.gate.measured import Measured, Metrics, change_of, share_of
 from uwm_deploy.stages.gate.safer import EDITED
 
@@ -43,6 +43,19 @@ def downstream_checks(
         rule = f"downstream[{number}]"
         checks.append(check(EDITED, known[kind], limit, rule=rule) if kind in known else _not_run(limit, kind, rule))
     return checks
+
+
+def apart_from_training(reports: Sequence[DownstreamReport]) -> Iterator[Check]:
+    """That nothing was measured on images of the training. No policy can switch it off: that would be no measurement.
+
+    Args:
+        reports: At most one of a kind.
+    """
+    none = Limit(metric="", at_most=0, reason="what was learned by heart says little of other images")
+    for report in reports:
+        for name, seen in report.seen.items():
+            found = Measured(seen.images, seen.of)
+            yield check_value(f"downstream.{report.kind}.images{IN_TRAINING}{name}", "data", found, none)
 
 
 def language_notes(reports: Sequence[DownstreamReport]) -> Iterator[str]:

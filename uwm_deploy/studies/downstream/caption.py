@@ -20,7 +20,7 @@ from uwm_deploy.pipeline.reach import check_reaches_language_model
 from uwm_deploy.recipes.resolve import calibration_set_of
 from uwm_deploy.records.adapter import LanguageAdapter
 from uwm_deploy.records.codec import plain_from_record
-from uwm_deploy.records.downstream import BENIGN, SIDES, UNSAFE, DownstreamReport, EditedTower, report_files
+from uwm_deploy.records.downstream import BENIGN, SIDES, UNSAFE, DownstreamReport, EditedTower, Seen, report_files
 from uwm_deploy.records.files import digest_of_plain
 from uwm_deploy.records.head import MIXED_FROM, SafetyHead
 from uwm_deploy.records.places import check_place
@@ -30,6 +30,7 @@ from uwm_deploy.runtime.versions import versions
 from uwm_deploy.safeground.interval import wilson
 from uwm_deploy.studies.downstream.edited import EditedAt, edited_tower_at
 from uwm_deploy.studies.downstream.judges import JudgeSpec, OpenJudge, classifier_judge, refused_judge, words_judge
+from uwm_deploy.studies.downstream.seen import seen_of, trained_on
 from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares, means, paired_means, work_list
 from uwm_deploy.studies.downstream.text_scores import WITHOUT_WORDNET, corpus_bleu, score_versions, text_scores, wordnet
 from uwm_deploy.towers.language_model import CaptionModel, Decoding, read_adapter
@@ -88,7 +89,8 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
     adapter = _adapter_of(request, edited)
     notes = (*_reach(edited, request.model), *_asked_otherwise(request, adapter))
     source = _images_of(request.on)
-    notes = (*notes, *_learned_by_heart(source, edited, adapter))
+    seen, shared = _seen(request, edited, adapter, source, reporter)
+    notes = (*notes, *shared)
     device = resolve_device(request.device)
     refusal = edited.head.language.refusal if edited.head and edited.head.language else ""
     judges = [
@@ -101,7 +103,8 @@ def caption(request: CaptionRequest, reporter: Reporter) -> DownstreamReport:
         reporter.line(f"note: {note}")
     keys = work_list(source.ids, SIDES)
     rows, tower, model = _captioned(request, edited, source, keys, reporter)
-    return _report(request, tower, source, judges, rows, model, notes, edited.head)
+    report = _report(request, tower, source, judges, rows, model, notes, edited.head)
+    return dataclasses.replace(report, seen=seen)
 
 
 def _reach(edited: EditedAt, llava: Path) -> tuple[str, ...]:
@@ -123,13 +126,18 @@ def _adapter_of(request: CaptionRequest, edited: EditedAt) -> LanguageAdapter | 
     return record
 
 
-def _learned_by_heart(source: QuadrupleSource, edited: EditedAt, adapter: LanguageAdapter | None) -> Iterator[str]:
-    """Whether the head or the adapters were trained on this very set, so that the numbers say little of other images."""
-    trained_on = {"safety head": edited.head.training.data} if edited.head else {}
-    trained_on |= {"adapters": adapter.data} if adapter else {}
-    for what, data in trained_on.items():
-        if data.ids_digest == source.record.ids_digest:
-            yield f"the {what} had these very images in training: measure on a set that shares nothing with {data.name}"
+def _seen(
+    request: CaptionRequest,
+    edited: EditedAt,
+    adapter: LanguageAdapter | None,
+    source: QuadrupleSource,
+    reporter: Reporter,
+) -> tuple[dict[str, Seen], tuple[str, ...]]:
+    """Images that the head or the adapters had in training: numbers on them say little of others."""
+    if edited.bundle is None:
+        return {}, ()
+    trained = trained_on(edited.bundle, adapter, request.adapter)
+    return seen_of(source, edited.bundle.manifest.model.image, trained, reporter.progress)
 
 
 def _asked_otherwise(request: CaptionRequest, adapter: LanguageAdapter | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from uwm_deploy.bundle.head import digest_of_head
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.bundle.open import is_bundle, open_bundle
+from uwm_deploy.bundle.open import Bundle, is_bundle, open_bundle
 from uwm_deploy.edits.patch import Patch
 from uwm_deploy.errors import InputError
 from uwm_deploy.pipeline.save import checked_model, edited_at
@@ -31,6 +31,7 @@ class EditedAt:
         record: Of the edit; None for a checkpoint that comes without one.
         head: Safety head of a bundle that has one.
         patch: The edit of a bundle, as a patch of the weights before it.
+        bundle: What was opened.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class EditedAt:
     record: EditRecord | None
     head: SafetyHead | None = None
     patch: Patch | None = None
+    bundle: Bundle | None = None
 
     def told(self, *, variant: str = "", changed: int = 0, adapter_digest: Digest = "") -> EditedTower:
         """What a report says of it; its weights are checked to be those that the edit made.
@@ -86,6 +88,7 @@ def edited_tower_at(path: Path, *, public_key: Path | None = None, min_bundle_ve
             record=bundle.manifest.edit,
             head=bundle.manifest.head,
             patch=Patch.from_bytes(bundle.read(BundleLayout.PATCH), BundleLayout.PATCH),
+            bundle=bundle,
         )
     if public_key is not None or min_bundle_version:
         raise InputError(f"{path} is no bundle, so it has neither signature nor version", fix="pass the bundle")
