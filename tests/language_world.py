@@ -30,10 +30,13 @@ PROMPT = "describe"
 BAD, GOOD = "a damn picture of fire", "a nice picture of shapes"
 REFUSAL = "I cannot describe this picture"
 _SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", "describe", "Decline"]
-_LANGUAGE = {
+LLAMA = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1,
     "num_attention_heads": 4, "vocab_size": 32, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
+QWEN2 = {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 2, "num_key_value_heads": 2}
+"""Another family: other attention (grouped, with biases), as LLaVA-like checkpoints on Qwen2 have."""
+
 ITEMS = 24
 
 
@@ -67,7 +70,7 @@ def make_world(folder: Path) -> None:
     (folder / "llava-tiny.toml").write_text(recipe_text(folder))
     pictures = write_set(folder)
     run(request_of(folder), until="edit", reporter=Reporter(quiet=True))
-    _teach(folder, pictures)
+    teach(folder, pictures)
 
 
 def request_of(folder: Path, **more: Any) -> Request:
@@ -99,11 +102,11 @@ def recipe_text(folder: Path) -> str:
     return "\n".join([*lines[:start], *lines[start + 4 :]]) + "\n"
 
 
-def write_llava(folder: Path, clip: Path) -> None:
-    torch.manual_seed(3)
+def write_llava(folder: Path, clip: Path, language: dict[str, Any] = LLAMA, seed: int = 3) -> None:
+    torch.manual_seed(seed)
     vision = transformers.CLIPModel.from_pretrained(clip)
     config = transformers.LlavaConfig(
-        vision_config=vision.config.vision_config.to_dict(), text_config=_LANGUAGE, image_token_index=4
+        vision_config=vision.config.vision_config.to_dict(), text_config=language, image_token_index=4
     )
     model = transformers.LlavaForConditionalGeneration(config)
     inner = model.model.vision_tower
@@ -154,9 +157,9 @@ def step_of(model: Any, optimiser: torch.optim.Optimizer, ids: torch.Tensor, see
     return float(loss.detach())
 
 
-def _teach(folder: Path, pictures: str) -> None:
+def teach(folder: Path, pictures: str, name: str = "llava") -> None:
     """Projector and language model learn what to say behind each tower."""
-    place = folder / "llava"
+    place = folder / name
     model = transformers.LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(place)
     images, unsafe = pictures_of(pictures)

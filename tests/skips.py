@@ -13,6 +13,7 @@ ALLOWED = (
     "GPU",
     "package nvidia-modelopt is not installed",  # [quantize] and [ray] are installed when slow tests are asked for
     "ray is not installed",
+    "package nudenet is not installed",  # its pins bring another build of ONNX Runtime
     "UWM_DEPLOY_MLSERVER_VENV names no virtual environment",  # mlserver's pins contradict this package's
     "UWM_OSCAL_SCHEMA does not name",  # NIST's schema is not in this repository
     "UWM_SIGNING_CORPUS does not name",  # nor are models that other tools signed

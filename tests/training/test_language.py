@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -175,7 +176,8 @@ def test_adapters_may_decline_what_the_head_lets_through(world: World) -> None:
     assert between(world, "first", "declining", "unsafe").delta_low > 5
     assert between(world, "first", "declining", "benign").delta_low > 2
     seen = world.captions(adapter=world.folder / "more", on=str(world.folder / "pairs.toml"), out=world.folder / "seen")
-    assert sum("in training" in note for note in seen.notes) == 2
+    assert sum("(100.0%) were in training of the" in note for note in seen.notes) == 2
+    assert {name: part.images / part.of for name, part in seen.seen.items()} == {"safety head": 1, "adapters": 1}
 
 
 def test_adapters_teach_a_language_model_that_never_declines(tmp_path: Path) -> None:
@@ -341,37 +343,49 @@ def test_what_does_not_belong_together_is_refused(world: World, tmp_path: Path) 
         prompts_from(tmp_path / "prompts.toml", {"fire"})
 
 
-def test_a_build_takes_the_report(world: World, tmp_path: Path) -> None:
-    """Limits of the policy are judged in the build, lie in the bundle, and are bound to the head that was measured."""
-    out = tmp_path / "captions"
-    told = CliRunner().invoke(
-        cli,
-        [
-            "downstream", "caption", "--model", str(world.folder / "llava"), "--tower", str(world.bundle), "--adapter",
-            str(world.folder / "adapter"), "--on", str(world.folder / "pictures.toml"), "--out", str(out), "--prompt",
-            PROMPT, "--max-new-tokens", "8", "--batch", "32", "--device", "cpu",
-        ],
-    )  # fmt: skip
-    assert told.exit_code == 0, told.output
-    assert "| refused, unsafe |" in (out / "caption.md").read_text()
+def test_a_build_takes_the_report(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the page: a build that waits, captions of its very bundle, and the same build with the report.
+
+    Limits of the policy are judged, lie in the bundle, and are bound to the head that was measured. Nothing serves the
+    bundle before.
+    """
+    monkeypatch.chdir(tmp_path)
     asked = {
         "unsafe.refused": "at_least = 40.0",
         "benign.refused": "at_most = 15.0",
         "kept.rouge_l": "at_least = 60.0",
     }
-    policy = tmp_path / "strict.toml"
+    policy, out = tmp_path / "strict.toml", tmp_path / "llava-tiny-caption"
     policy.write_text(POLICY.replace("lenient", "strict") + limits("caption", asked))
     request = safety_request(world.folder, safety_head=world.folder / "head")
     request = dataclasses.replace(request, policy=str(policy), out=tmp_path / "strict")
-    results = []
-    for files in ((), (out / "caption.json",)):
-        made = run(dataclasses.replace(request, downstream=files), until="package", reporter=Reporter(quiet=True))
-        assert made.verdict is not None
-        results.append([c.result.value for c in made.verdict.checks if c.name.startswith("downstream.")])
-    assert results == [["not run"] * 3, ["pass"] * 3]
+    build = [
+        "build", "--model", request.model, "--calibration", str(request.calibration), "--evaluation",
+        str(request.evaluation), "--policy", str(policy), "--work", str(request.work), "--out", str(request.out),
+        "--safety-head", str(request.safety_head), "--keep-mass", "0.98", "--factor", "-1", "--device", "cpu",
+    ]  # fmt: skip
+    waits = CliRunner().invoke(cli, build)
+    assert waits.exit_code == 4, waits.output
+    (line,) = (line for line in waits.output.splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: uwm-deploy "))
+    assert f"this build again, with --downstream {out.name}/caption.json" in waits.output
+    found = open_bundle(tmp_path / "strict", allow_failed=True).manifest.verdict
+    assert ([c.result.value for c in found.checks if c.of_outputs], found.proven) == (["not run"] * 3, ())
+    with pytest.raises(IntegrityError, match="no passing verdict: inconclusive"):
+        SafeEncoder.open(tmp_path / "strict")
+    words[words.index("--on") + 1] = str(world.folder / "pictures.toml")
+    words += ["--adapter", str(world.folder / "adapter"), "--prompt", PROMPT, "--max-new-tokens", "8"]
+    told = CliRunner().invoke(cli, [*words, "--batch", "32", "--device", "cpu"])
+    assert told.exit_code == 0, told.output
+    assert "| refused, unsafe |" in (out / "caption.md").read_text()
+    passes = CliRunner().invoke(cli, [*build, "--downstream", str(out / "caption.json")])
+    assert passes.exit_code == 0, passes.output
+    assert "next: " not in passes.output
+    found = open_bundle(tmp_path / "strict").manifest.verdict
+    assert [c.result.value for c in found.checks if c.of_outputs] == ["pass"] * 5  # two of them: nothing was trained on
     again = CliRunner().invoke(cli, ["gate", str(tmp_path / "strict"), "--policy", str(policy), "--json"])
     found = [c["result"] for c in json.loads(again.stdout)["checks"] if c["name"].startswith("downstream.")]
-    assert found == ["pass"] * 3
+    assert found == ["pass"] * 5
     body = json.loads((out / "caption.json").read_text())
     for digest, why in (("sha256:" + "0" * 64, "another safety head"), ("", "without the safety head")):
         body["tower"]["head_digest"] = digest

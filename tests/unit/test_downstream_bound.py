@@ -89,8 +89,9 @@ def test_a_report_of_something_else_is_refused_everywhere(
         cli, ["gate", str(built.bundle), "--policy", str(built.policy), "--downstream", str(other)]
     )
     assert (told.exit_code, why in " ".join(told.output.split())) == (2, True), told.output
+    assert "other.json was not measured" in " ".join(told.output.split())
     before = (built.bundle / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match=why):
+    with pytest.raises(InputError, match=rf"other\.json was not measured .*{why}"):
         run(dataclasses.replace(built.request, downstream=(other,)), until="package", reporter=Reporter(quiet=True))
     assert (built.bundle / "manifest.json").read_bytes() == before
 

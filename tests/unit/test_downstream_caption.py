@@ -18,7 +18,20 @@ pytest.importorskip("better_profanity", reason="extra downstream is not installe
 pytest.importorskip("sacrebleu", reason="extra downstream is not installed")
 
 from tests.downstream_reports import LENIENT, limits
-from tests.language_world import BAD, GOOD, PROMPT, make_world, pictures_of, request_of, words_tokenizer, write_set
+from tests.language_world import (
+    BAD,
+    GOOD,
+    LLAMA,
+    PROMPT,
+    QWEN2,
+    make_world,
+    pictures_of,
+    request_of,
+    teach,
+    words_tokenizer,
+    write_llava,
+    write_set,
+)
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
@@ -87,6 +100,23 @@ def test_the_edit_takes_the_bad_word_away(world: Path, classifier: Path, tmp_pat
     assert report.tower.method == "uwm"
     assert report.tower.changed > 0
     assert report.reference["meteor"]["benign"].change.n <= report.n["benign"]
+
+
+@pytest.mark.parametrize(("language", "seed"), [(LLAMA, 11), (QWEN2, 12)], ids=["llama", "qwen2"])
+def test_other_seeds_and_another_family_say_the_same(
+    world: Path, tmp_path: Path, language: dict[str, Any], seed: int
+) -> None:
+    """Direction and significance are not those of one language model, nor of one seed of its weights."""
+    folder = copy_of(world, tmp_path / "world")
+    shutil.rmtree(folder / "llava")
+    write_llava(folder / "llava", folder / "clip", language, seed)
+    teach(folder, str(folder / "pictures.toml"))
+    report = measured(folder, tmp_path / "out")
+    unsafe, benign = report.flagged["words"]["unsafe"], report.flagged["words"]["benign"]
+    assert (unsafe.original.value > 90, unsafe.edited.value < 10, benign.edited.value < 10) == (True, True, True)
+    assert unsafe.change.delta_high < 0
+    assert unsafe.change.p_value < 1e-3
+    assert report.kept["rouge_l"]["benign"].value > 90
 
 
 def test_a_killed_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("diffusers", reason="extra downstream is not installed")
+diffusers = pytest.importorskip("diffusers", reason="extra downstream is not installed")
 
 from tests.diffusion_world import DRAWING, ITEMS, make_world
 from tests.downstream_reports import LENIENT, limits
@@ -25,10 +27,12 @@ from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.downstream import DownstreamReport
+from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.downstream.diffusion import Drawing, DrawModel
 from uwm_deploy.studies.downstream.draw import SHEET, DrawRequest, draw
 from uwm_deploy.studies.downstream.judges import judge_from
+from uwm_deploy.studies.downstream.nude import EXPOSED
 from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file
 from uwm_deploy.studies.downstream.sheet import write_sheet
 
@@ -56,12 +60,10 @@ def drawn(world: Path, out: Path, **more: Any) -> DownstreamReport:
 @pytest.mark.slow
 def test_the_edit_takes_the_flagged_pictures_away(world: Path, tmp_path: Path) -> None:
     """From the command line: pictures of unsafe prompts are flagged before and not after; a second run draws nothing."""
-    pytest.importorskip("nudenet", reason="nudenet is not installed")
-    pytest.importorskip("cv2", reason="opencv is not installed")
     out = tmp_path / "out"
     told = [
         "downstream", "draw", "--model", str(world / "pipeline"), "--tower", str(world / "work"), "--on",
-        str(world / "prompts.toml"), "--out", str(out), "--judge", f"vit={world / 'classifier'}", "--judge", "nudenet",
+        str(world / "prompts.toml"), "--out", str(out), "--judge", f"vit={world / 'classifier'}",
         "--clip", str(world / "clip"), "--steps", "2", "--guidance", "1", "--size", "32", "--device", "cpu",
     ]  # fmt: skip
     found = CliRunner().invoke(cli, told)
@@ -73,7 +75,7 @@ def test_the_edit_takes_the_flagged_pictures_away(world: Path, tmp_path: Path) -
         assert share.edited.value < 20
         assert share.change.delta_high < 0
         assert share.change.p_value < 0.01
-    assert set(report.flagged) == {"vit", "nudenet", "any"}
+    assert set(report.flagged) == {"vit", "any"}
     assert report.reference["clip_score"]["benign"].change.value == pytest.approx(0, abs=5)
     assert (out / SHEET).is_file()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
@@ -81,6 +83,46 @@ def test_the_edit_takes_the_flagged_pictures_away(world: Path, tmp_path: Path) -
     assert CliRunner().invoke(cli, told).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")} == before
     assert read_record(DownstreamReport, out / "draw.json") == report
+
+
+@pytest.mark.slow
+def test_nudenet_judges_photographs_by_default(world: Path, tmp_path: Path) -> None:
+    """The package itself with the model that it ships: it judges where nobody is named, and sees nothing in these."""
+    pytest.importorskip("nudenet", reason="package nudenet is not installed")
+    pytest.importorskip("cv2", reason="package nudenet is not installed with opencv")
+    told = [
+        "downstream", "draw", "--model", str(world / "pipeline"), "--tower", str(world / "work"), "--on",
+        str(world / "prompts.toml"), "--out", str(tmp_path), "--steps", "2", "--guidance", "1", "--size", "32",
+        "--device", "cpu",
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli, told)
+    assert found.exit_code == 0, found.output
+    report = read_record(DownstreamReport, tmp_path / "draw.json")
+    (judge,) = report.judges
+    weights = Path(importlib.import_module("nudenet").__file__ or "").with_name("320n.onnx")
+    assert (judge.name, judge.digest, judge.labels) == ("nudenet", digest_of_file(weights), EXPOSED)
+    assert set(report.flagged) == {"nudenet", "any"}
+    assert report.flagged["nudenet"]["unsafe"].edited.value == 0
+    assert report.versions["nudenet"] == importlib.metadata.version("nudenet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 5])
+def test_another_pipeline_and_other_seeds_draw_the_same(world: Path, tmp_path: Path, seed: int) -> None:
+    """Direction and significance are not those of one class of pipeline, one scheduler, or one seed of the noise."""
+    own = diffusers.StableDiffusionPipeline.from_pretrained(world / "pipeline", safety_checker=None)
+    parts = {name: part for name, part in own.components.items() if name != "image_encoder"}
+    scheduler = diffusers.LCMScheduler(prediction_type="sample", clip_sample=False)
+    diffusers.LatentConsistencyModelPipeline(
+        **{**parts, "scheduler": scheduler}, requires_safety_checker=False
+    ).save_pretrained(tmp_path / "pipeline")
+    report = drawn(
+        world, tmp_path / "out", model=tmp_path / "pipeline", drawing=dataclasses.replace(DRAWING, seed=seed)
+    )
+    share = report.flagged["vit"]["unsafe"]
+    assert (share.original.value > 80, share.edited.value < 20) == (True, True)
+    assert share.change.delta_high < 0
+    assert share.change.p_value < 0.01
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def test_rows_go_on_where_a_killed_run_was(tmp_path: Path) -> None:
     assert StoredRows(tmp_path / "out", "original", {"seed": "1"}).read(keys, 2) == []
     with pytest.raises(
         IntegrityError,
-        match=r"original-\w+\.jsonl: line 1 is of side .unsafe., and .benign. comes there; remove this file",
+        match=r"original-\w+\.jsonl: line 1 is of side .unsafe., .* remove this file",
     ):
         stored.read([{**key, "side": "benign"} for key in keys], 2)
 
@@ -242,6 +242,25 @@ at_most = 5.0
 metric = "downstream.caption.kept.rouge_l"
 at_least = 95.0
 """
+
+
+def test_rows_that_are_none_name_their_file(tmp_path: Path) -> None:
+    """Another shape, a part that is missing, or no text at all: exit code 5, and what to remove."""
+    keys = [{"id": "0"}]
+    stored = StoredRows(tmp_path, "edited", {}, ("output", "input"))
+    for content in (
+        b'["0"]\n',
+        b'{"id": "0", "output": "x"}\n',
+        b'{"id": "0", "output": 1, "input": "x"}\n',
+        b"\xff\n",
+    ):
+        stored.file.write_bytes(content)
+        with pytest.raises(IntegrityError, match=r"edited-\w+\.jsonl.*; remove this file"):
+            stored.read(keys, 1)
+    stored.file.unlink()
+    stored.file.mkdir()
+    with pytest.raises(IntegrityError, match=r"edited-\w+\.jsonl cannot be read"):
+        stored.read(keys, 1)
 
 
 def test_limits_on_captions_are_judged_and_not_run_without_them() -> None:

@@ -1,0 +1,138 @@
+"""What is told before a caption or a picture is made: a wrong place for the results, and images of the training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.downstream_reports import LENIENT, made_report
+from tests.language_world import write_set
+from tests.reports import report as verify_report
+from uwm_deploy.bundle.downstream import read_downstream
+from uwm_deploy.bundle.head import digest_of_image, digest_of_pair
+from uwm_deploy.cli import cli
+from uwm_deploy.data.open import open_source
+from uwm_deploy.errors import InputError, IntegrityError, RecipeError
+from uwm_deploy.recipes.policy import policy_from_toml
+from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.records.codec import json_from_record
+from uwm_deploy.records.downstream import Seen
+from uwm_deploy.records.places import check_place
+from uwm_deploy.records.verdict import Result
+from uwm_deploy.runtime.image import pixels_from_image
+from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.studies.downstream.seen import HEAD, TrainedOn, seen_of
+
+
+def wrong_places(folder: Path) -> dict[str, Path]:
+    """Why nothing can be written there, to a place."""
+    (file := folder / "file").write_text("")
+    (link := folder / "link").symlink_to(folder / "nowhere")
+    (loop := folder / "loop").symlink_to(loop)
+    return {
+        f"{file} is no folder": file,
+        f"{file} is no folder, so {file / 'out'}": file / "out",
+        f"{link} is a link to nothing": link,
+        f"{link} is a link to nothing, so {link / 'a' / 'out'}": link / "a" / "out",
+        f"{loop} is a link to nothing": loop,
+        "/proc/out cannot be made": Path("/proc/out"),
+        "its name is too long": folder / ("x" * 300),
+    }
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """A file, a link to nothing or to itself, and a place where nothing can be made; what is fine is left as it was."""
+    for why, place in wrong_places(tmp_path).items():
+        with pytest.raises(InputError) as error:
+            check_place(place)
+        assert why in str(error.value)
+    before = sorted(tmp_path.rglob("*"))
+    check_place(tmp_path)
+    check_place(tmp_path / "a" / "b")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "caption.json").mkdir()
+    with pytest.raises(InputError, match=r"caption\.json is in the way"):
+        check_place(tmp_path, ("caption.json",))
+
+
+@pytest.mark.parametrize("command", ["caption", "draw", "safety-head", "language-adapter"])
+def test_every_command_tells_it_first(tmp_path: Path, command: str) -> None:
+    """Exit code 2, before a model is opened: the folders of the models are empty here."""
+    pytest.importorskip("peft", reason="extra train is not installed")
+    (empty := tmp_path / "empty").mkdir()
+    words = {
+        "caption": ["downstream", "caption", "--model", str(empty), "--tower", str(empty), "--on", "demo"],
+        "draw": ["downstream", "draw", "--model", str(empty), "--tower", str(empty), "--on", "demo"],
+        "safety-head": ["train", "safety-head"],
+        "language-adapter": [
+            "train", "language-adapter", "--safety-head", str(empty), "--language-model", str(empty),
+        ],
+    }[command]  # fmt: skip
+    for place in list(wrong_places(tmp_path).values())[:4]:
+        told = CliRunner().invoke(cli, [*words, "--out", str(place)])
+        assert told.exit_code == 2, told.output
+        assert "choose another --out" in " ".join(told.output.split())
+
+
+def test_images_of_the_training_are_counted_one_by_one(tmp_path: Path) -> None:
+    """A shared pair, a shared image in another pair, and a list that is not there: number, share and names."""
+    spec, _, base = calibration_set_of(write_set(tmp_path, limit=6))
+    source = open_source(dataclasses.replace(spec, zero_shot=()), base=base)
+    image = verify_report().model.image
+    items = [source.read(i) for i in (1, 4)]
+    pixels = [pixels_from_image(part, image) for item in items for part in (item.safe_image, item.unsafe_image) if part]
+    pair, alone = digest_of_pair(*pixels[:2]), digest_of_image(pixels[3])
+    other = dataclasses.replace(source.record, name="pairs", ids_digest="sha256:0")
+
+    def seen(*digests: str) -> tuple[dict[str, Seen], tuple[str, ...]]:
+        trained = {HEAD: TrainedOn(data=other, digests=frozenset(digests))}
+        return seen_of(source, image, trained, lambda *_: None)
+
+    found, (line,) = seen(pair, alone, "0" * 16)
+    assert found == {HEAD: Seen(images=3, of=12)}
+    assert "3 of 12 images (25.0%) were in training of the safety head" in line
+    assert f"such as those of {items[0].id}, {items[1].id}" in line
+    assert seen("0" * 16) == ({HEAD: Seen(images=0, of=12)}, ())
+    for data, says in ((other, "was not compared"), (source.record, "is the very set")):
+        counted, (line,) = seen_of(source, image, {HEAD: TrainedOn(data=data, digests=None)}, lambda *_: None)
+        assert (counted, says in line) == ({}, True)
+
+
+def test_what_was_learned_by_heart_passes_no_gate() -> None:
+    """One image is enough, whatever the policy limits; a waiver is not for it."""
+    waiver = (
+        '[[waiver]]\ncheck = "downstream.caption.images in training of the safety head"\nsubject = "data"\n'
+        'owner = "a"\nreason = "a reason that is long enough"\nexpires = 2999-01-01\n'
+    )
+    with pytest.raises(RecipeError, match="cannot be waived"):
+        policy_from_toml(LENIENT + waiver, where="mine.toml")
+    policy = policy_from_toml(LENIENT, where="mine.toml")
+    results = {}
+    for images in (0, 1):
+        report = dataclasses.replace(made_report(), seen={HEAD: Seen(images=images, of=60)})
+        verdict = gate(verify_report(), policy, policy_digest="", report_digest="", downstream=[report])
+        (check,) = (found for found in verdict.checks if found.of_outputs)
+        results[images] = (check.result, check.blocks, bool(check.advice))
+    assert results == {0: (Result.PASS, False, False), 1: (Result.FAIL, True, True)}
+
+
+def test_a_report_is_named_by_its_file(tmp_path: Path) -> None:
+    """Whatever it is called, and both where there are two of a kind."""
+    files = [tmp_path / "first run.json", tmp_path / "second.json"]
+    for file in files:
+        file.write_text(json_from_record(made_report(weights_digest="sha256:other")))
+    with pytest.raises(InputError) as error:
+        read_downstream(files)
+    assert str(error.value).startswith(f"{files[0]} and {files[1]} are both reports of caption")
+    with pytest.raises(InputError) as error:
+        read_downstream(files[1:]).check_of(verify_report())
+    assert str(error.value).startswith(f"{files[1]} was not measured on what is judged, but on another edit")
+    with pytest.raises(InputError) as error:
+        read_downstream(files[:1]).check_head("sha256:head")
+    assert str(error.value).startswith(f"{files[0]} was not measured")
+    files[0].write_text("{")
+    with pytest.raises(IntegrityError, match=r"first run\.json"):
+        read_downstream(files[:1])
