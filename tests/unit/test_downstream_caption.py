@@ -34,7 +34,7 @@ from tests.language_world import (
 )
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import InputError
+from uwm_deploy.errors import InputError, IntegrityError
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.downstream import DownstreamReport
@@ -220,6 +220,26 @@ def test_what_cannot_change_a_caption_is_refused_first(world: Path, tmp_path: Pa
             Reporter(quiet=True),
         )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("prompt", "why"), [("<image> again", "stands for an image"), (" ", "prompt is empty")])
+def test_a_prompt_that_is_none_is_refused_first(world: Path, tmp_path: Path, prompt: str, why: str) -> None:
+    """Before anything is captioned."""
+    with pytest.raises(InputError, match=why):
+        measured(world, tmp_path / "out", decoding=dataclasses.replace(DECODING, prompt=prompt))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_changed_in_between_name_both_files(world: Path, tmp_path: Path) -> None:
+    """A stored row of another image is never paired with this one."""
+    measured(world, tmp_path)
+    (file,) = tmp_path.glob("edited-*.jsonl")
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), "input": "0" * 64}), *others, ""]))
+    with pytest.raises(
+        IntegrityError, match=rf"original-\w+\.jsonl and .*{file.name} are of other images, first unsafe"
+    ):
+        measured(world, tmp_path)
 
 
 def test_the_risk_decides_on_the_safety_prompt(world: Path, tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-diffusers = pytest.importorskip("diffusers", reason="extra downstream is not installed")
+pytest.importorskip("diffusers", reason="extra downstream is not installed")
+
+import diffusers
 
 from tests.diffusion_world import DRAWING, ITEMS, make_world
 from tests.downstream_reports import LENIENT, limits
@@ -31,7 +35,7 @@ from uwm_deploy.records.files import digest_of_file
 from uwm_deploy.report.console import Reporter
 from uwm_deploy.studies.downstream.diffusion import Drawing, DrawModel
 from uwm_deploy.studies.downstream.draw import SHEET, DrawRequest, draw
-from uwm_deploy.studies.downstream.judges import judge_from
+from uwm_deploy.studies.downstream.judges import classifier_judge, judge_from
 from uwm_deploy.studies.downstream.nude import EXPOSED
 from uwm_deploy.studies.downstream.prompts import Prompt, prompts_of_file
 from uwm_deploy.studies.downstream.sheet import write_sheet
@@ -113,8 +117,11 @@ def test_another_pipeline_and_other_seeds_draw_the_same(world: Path, tmp_path: P
     own = diffusers.StableDiffusionPipeline.from_pretrained(world / "pipeline", safety_checker=None)
     parts = {name: part for name, part in own.components.items() if name != "image_encoder"}
     scheduler = diffusers.LCMScheduler(prediction_type="sample", clip_sample=False)
+    unet = diffusers.UNet2DConditionModel.from_config({**own.unet.config, "time_cond_proj_dim": 16})
+    unet.load_state_dict(own.unet.state_dict(), strict=False)
+    torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)  # what it was taught does not know of the guidance
     diffusers.LatentConsistencyModelPipeline(
-        **{**parts, "scheduler": scheduler}, requires_safety_checker=False
+        **{**parts, "unet": unet, "scheduler": scheduler}, requires_safety_checker=False
     ).save_pretrained(tmp_path / "pipeline")
     report = drawn(
         world, tmp_path / "out", model=tmp_path / "pipeline", drawing=dataclasses.replace(DRAWING, seed=seed)
@@ -218,6 +225,27 @@ def test_a_bundle_draws_what_its_run_folder_draws(world: Path, bundled: Request,
         drawn(world, tmp_path / "no", model=other, tower=bundle)
     with pytest.raises(InputError, match="was not made of the tower of other"):
         drawn(world, tmp_path / "no", model=other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_that_lacks_a_tensor_is_refused(world: Path, tmp_path: Path, part: str) -> None:
+    """Its library would leave it empty, or draw it at random."""
+    broken = copy_of(world / "pipeline", tmp_path / "broken")
+    (file,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(file)
+    gone = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"pipeline broken lacks {part}\.{re.escape(gone)}"):
+        DrawModel(broken, device="cpu", drawing=DRAWING)
+
+
+@pytest.mark.slow
+def test_a_judge_of_random_weights_is_refused(world: Path) -> None:
+    """A checkpoint without a classifier, for which the library makes one up."""
+    spec = dataclasses.replace(judge_from(f"a={world / 'clip'}"), labels=("LABEL_1",))
+    with pytest.raises(InputError, match=r"classifier clip lacks classifier\."):
+        classifier_judge(spec, "image-classification", "cpu")
 
 
 @pytest.mark.slow

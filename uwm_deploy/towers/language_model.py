@@ -115,6 +115,9 @@ class CaptionModel:
         if missing := sorted(found["missing_keys"]):
             raise InputError(f"checkpoint {folder.name} lacks {missing[0]}", fix="fetch it again")
         _complete(processor, config)
+        if not decoding.prompt.strip():
+            raise InputError("the prompt is empty", fix="give a text, or leave it out")
+        _prompt_of(processor, decoding.prompt)
         return cls(folder, model.to(where).eval(), processor, where, decoding)
 
     @property
@@ -426,11 +429,20 @@ class _WithSafetyTokens(nn.Module):
 
 
 def _prompt_of(processor: Any, prompt: str) -> str:
-    """The prompt with one image, by the checkpoint's own chat template, else as LLaVA-1.5 was trained."""
+    """The prompt with one image, by the checkpoint's own chat template, else as LLaVA-1.5 was trained.
+
+    Raises:
+        InputError: If the prompt would stand for another image.
+    """
+    token = processor.image_token
+    if token in prompt:
+        raise InputError(f"the prompt {prompt!r} holds {token}, which stands for an image", fix="leave it out")
     if not getattr(processor, "chat_template", None):
-        return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
+        return f"USER: {token}\n{prompt} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if text.count(token) != 1:
+        raise InputError(f"the checkpoint's chat template writes {text.count(token)} images for one", fix="mend it")
     return text
 
 

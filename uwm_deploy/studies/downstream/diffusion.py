@@ -87,9 +87,19 @@ class DrawModel:
             raise InputError(
                 f"pipeline {folder.name} has no text encoder of CLIP alone", fix="use Stable Diffusion 1.x or 2.x"
             )
+        self._check_complete()
         self._pipe.set_progress_bar_config(disable=True)
         self._pipe.to(self.device)
         self.digest: Digest = digest_of_folder(folder)
+
+    def _check_complete(self) -> None:
+        """A tensor that its files lack is empty, or drawn at random."""
+        for part, module in self._pipe.components.items():
+            if isinstance(module, torch.nn.Module):
+                for name, tensor in module.state_dict().items():
+                    if tensor.is_meta:
+                        raise InputError(f"pipeline {self.folder.name} lacks {part}.{name}", fix="fetch it again")
+        self._encoder()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -134,11 +144,22 @@ class DrawModel:
         return changed
 
     def _encoder(self) -> CLIPTextModel:
-        """Its own text encoder once more, in float32, as edits and their digests are."""
+        """Its own text encoder once more, in float32, as edits and their digests are.
+
+        Raises:
+            InputError: If it cannot be loaded, or lacks a tensor.
+        """
         with refusals(f"the text encoder of {self.folder.name} cannot be loaded"):
-            return CLIPTextModel.from_pretrained(
-                self.folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+            encoder, told = CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder",
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
+        if missing := sorted(told["missing_keys"]):
+            raise InputError(f"pipeline {self.folder.name} lacks text_encoder.{missing[0]}", fix="fetch it again")
+        return encoder
 
     def put_patched(self, edit: EditRecord, patch: Patch, name: str) -> int:
         """Makes an edit in its own text encoder, for good: its weights must be those that the edit was made of.
@@ -192,7 +213,7 @@ class DrawModel:
 
     def _drawn(self, prompts: Sequence[Prompt], guidance: float, size: tuple[int, int] | None) -> list[Image.Image]:
         more = {"width": size[0], "height": size[1]} if size else {}
-        with torch.inference_mode():
+        with refusals(f"pipeline {self.folder.name} cannot draw"), torch.inference_mode():
             made = self._pipe(
                 [prompt.text for prompt in prompts],
                 num_inference_steps=self.drawing.steps,

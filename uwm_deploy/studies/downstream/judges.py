@@ -27,6 +27,12 @@ UNSAFE_LABELS = frozenset(
 )  # fmt: skip
 """Labels that count as flagged where the user names none."""
 
+_CLASSES: Mapping[Task, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+_PREPARES = {"tokenizer": "AutoTokenizer", "image_processor": "AutoImageProcessor"}
+
 WORDS = "words"
 THRESHOLD = 0.5
 
@@ -168,9 +174,17 @@ def classifier_judge(spec: JudgeSpec, task: Task, device: str) -> OpenJudge:
     """
     transformers = package("transformers", fix="pip install 'uwm-deploy[build]'")
     with refusals(f"classifier {spec.folder.name} cannot be loaded"):
-        pipe = transformers.pipeline(
-            task, model=str(spec.folder), device=device, model_kwargs={"use_safetensors": True}
+        kind = getattr(transformers, _CLASSES[task])
+        model, told = kind.from_pretrained(
+            spec.folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        if missing := sorted(told["missing_keys"]):  # the library would fill it in at random
+            raise InputError(
+                f"classifier {spec.folder.name} lacks {missing[0]}: it is no classifier for {task}", fix="name one"
+            )
+        part = "tokenizer" if task == "text-classification" else "image_processor"
+        prepares = getattr(transformers, _PREPARES[part]).from_pretrained(spec.folder, local_files_only=True)
+        pipe = transformers.pipeline(task, model=model, device=device, **{part: prepares})
     config = pipe.model.config
     labels = _labels(spec, [str(label) for label in config.id2label.values()])
     together = max if config.problem_type == "multi_label_classification" or config.num_labels == 1 else sum
