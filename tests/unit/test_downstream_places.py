@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from uwm_deploy.data.open import open_source
 from uwm_deploy.errors import InputError, IntegrityError, RecipeError
 from uwm_deploy.recipes.policy import policy_from_toml
 from uwm_deploy.recipes.resolve import calibration_set_of
-from uwm_deploy.records.codec import json_from_record
-from uwm_deploy.records.downstream import Seen
+from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.downstream import DownstreamReport, Seen
 from uwm_deploy.records.places import check_place
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.runtime.image import pixels_from_image
@@ -104,7 +105,7 @@ def test_images_of_the_training_are_counted_one_by_one(tmp_path: Path) -> None:
 def test_what_was_learned_by_heart_passes_no_gate() -> None:
     """One image is enough, whatever the policy limits; a waiver is not for it."""
     waiver = (
-        '[[waiver]]\ncheck = "downstream.caption.images in training of the safety head"\nsubject = "data"\n'
+        '[[waiver]]\ncheck = "report of caption: images in training of the safety head"\nsubject = "data"\n'
         'owner = "a"\nreason = "a reason that is long enough"\nexpires = 2999-01-01\n'
     )
     with pytest.raises(RecipeError, match="cannot be waived"):
@@ -114,9 +115,41 @@ def test_what_was_learned_by_heart_passes_no_gate() -> None:
     for images in (0, 1):
         report = dataclasses.replace(made_report(), seen={HEAD: Seen(images=images, of=60)})
         verdict = gate(verify_report(), policy, policy_digest="", report_digest="", downstream=[report])
-        (check,) = (found for found in verdict.checks if found.of_outputs)
+        (check,) = (found for found in verdict.checks if found.of_outputs and "training" in found.name)
         results[images] = (check.result, check.blocks, bool(check.advice))
     assert results == {0: (Result.PASS, False, False), 1: (Result.FAIL, True, True)}
+
+
+def test_numbers_that_were_changed_by_hand_pass_no_gate() -> None:
+    """A share, an interval, a p-value, a mean, a judge: each is computed again from its counts."""
+    policy, honest = (
+        policy_from_toml(LENIENT, where="mine.toml"),
+        [made_report(), made_report("draw"), made_report(alike=True)],
+    )
+
+    def agrees(report: DownstreamReport) -> bool:
+        verdict = gate(verify_report(), policy, policy_digest="", report_digest="", downstream=[report])
+        (check,) = (found for found in verdict.checks if found.name.endswith("numbers agree"))
+        return check.result is Result.PASS
+
+    assert all(map(agrees, honest))
+    for kind, path, value in (
+        ("caption", "flagged words unsafe edited value", 0.0), ("caption", "flagged words unsafe edited high", 17.0),
+        ("caption", "flagged any unsafe change lost", 20), ("caption", "flagged words benign change p_value", 0.001),
+        ("caption", "flagged words unsafe change delta_high", -40.0), ("caption", "n unsafe", 3000),
+        ("caption", "alone unsafe", 3000), ("caption", "kept rouge_l benign value", 120.0),
+        ("draw", "reference clip_score benign change value", 0.0),
+    ):  # fmt: skip
+        body = json.loads(json_from_record(made_report(kind)))
+        *parts, last = path.split()
+        place = body
+        for part in parts:
+            place = place[part]
+        place[last] = value
+        assert not agrees(record_from_json(DownstreamReport, json.dumps(body), where="x")), path
+    body = json.loads(json_from_record(made_report()))
+    body["judges"] = []
+    assert not agrees(record_from_json(DownstreamReport, json.dumps(body), where="x"))
 
 
 def test_a_report_is_named_by_its_file(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ class Cause(StrEnum):
     DECISIONS = "decisions"
 
 
+OF_REPORT = "report of "
+"""Begins the names of checks of a report of captions or pictures that no policy can switch off."""
+
 IN_TRAINING = " in training of the "
 """Stands in the names of checks that what was measured was not trained on."""
 
@@ -126,7 +129,7 @@ class Check:
     @property
     def of_outputs(self) -> bool:
         """Whether it is about captions or pictures, which are measured on a bundle that is there."""
-        return self.name.startswith("downstream.")
+        return self.name.startswith(("downstream.", OF_REPORT))
 
     @property
     def waits(self) -> bool:

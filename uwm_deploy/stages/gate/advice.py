@@ -55,6 +55,8 @@ def advice_for(check: Check, model: str, unproven: Sequence[str] = ()) -> str:
         )
     if check.of_outputs and IN_TRAINING in check.name:
         return "measure on a set that shares no image with the training; the note in the report names some of them"
+    if check.of_outputs and check.name.endswith(": numbers agree"):
+        return "the report was changed: run `uwm-deploy downstream` again"
     if check.waits:
         kind = check.name.split(".")[1]
         return (

@@ -13,10 +13,11 @@ from uwm_deploy.records.evidence import VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.metrics import Estimate
 from uwm_deploy.records.model import Digest
-from uwm_deploy.records.verdict import IN_TRAINING, Check, Result
+from uwm_deploy.records.verdict import IN_TRAINING, OF_REPORT, Check, Result, statement
 from uwm_deploy.safeground.interval import Z95
 from uwm_deploy.stages.gate.limits import check, check_value
 from uwm_deploy.stages.gate.measured import Measured, Metrics, change_of, share_of
+from uwm_deploy.stages.gate.outputs_agree import contradictions
 from uwm_deploy.stages.gate.safer import EDITED
 
 
@@ -45,17 +46,19 @@ def downstream_checks(
     return checks
 
 
-def apart_from_training(reports: Sequence[DownstreamReport]) -> Iterator[Check]:
-    """That nothing was measured on images of the training. No policy can switch it off: that would be no measurement.
+def sound_outputs(reports: Sequence[DownstreamReport]) -> Iterator[Check]:
+    """That the numbers agree, and nothing was measured on images of the training. No policy can switch it off.
 
     Args:
         reports: At most one of a kind.
     """
     none = Limit(metric="", at_most=0, reason="what was learned by heart says little of other images")
     for report in reports:
+        wrong = next(contradictions(report), "")
+        yield statement(f"{OF_REPORT}{report.kind}: numbers agree", "data", not wrong, f"{wrong}; measure it again")
         for name, seen in report.seen.items():
             found = Measured(seen.images, seen.of)
-            yield check_value(f"downstream.{report.kind}.images{IN_TRAINING}{name}", "data", found, none)
+            yield check_value(f"{OF_REPORT}{report.kind}: images{IN_TRAINING}{name}", "data", found, none)
 
 
 def language_notes(reports: Sequence[DownstreamReport]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from uwm_deploy.stages.gate.anomalies import as_published, not_better
 from uwm_deploy.stages.gate.binding import Beside, belongs
 from uwm_deploy.stages.gate.causes import blames, with_causes
 from uwm_deploy.stages.gate.decoding import decoding_checks, decoding_note
-from uwm_deploy.stages.gate.downstream import apart_from_training, digests_of, downstream_checks, language_notes
+from uwm_deploy.stages.gate.downstream import digests_of, downstream_checks, language_notes, sound_outputs
 from uwm_deploy.stages.gate.evidence import is_for, missing, ran_where, required
 from uwm_deploy.stages.gate.limits import check, check_value, power_note
 from uwm_deploy.stages.gate.measured import (
@@ -187,7 +187,7 @@ class _Judge:
     def downstream(self, found: Sequence[DownstreamReport]) -> list[Check]:
         """Of captions and pictures behind the edited towers."""
         report, limits = self.report, self.policy.downstream
-        return [*apart_from_training(found), *self._waived(downstream_checks(found, limits, report))]
+        return [*sound_outputs(found), *self._waived(downstream_checks(found, limits, report))]
 
     def artifact(self, artifact: ArtifactEvidence) -> list[Check]:
         """Of one artifact; none when it was not executed."""
