@@ -331,6 +331,8 @@ def test_what_does_not_belong_together_is_refused(world: World, tmp_path: Path) 
         train_language_adapter(
             dataclasses.replace(world.adapter_request(out=tmp_path / "out"), model=other), Reporter(quiet=True)
         )
+    asked = world.head_request().language
+    assert asked is not None
     plain = world.head_request(out=tmp_path / "plain", language=None, prompts=None)
     train_safety_head(plain, Reporter(quiet=True))
     with pytest.raises(InputError, match="has no safety tokens"):
@@ -338,6 +340,10 @@ def test_what_does_not_belong_together_is_refused(world: World, tmp_path: Path) 
             world.adapter_request(head=tmp_path / "plain", out=tmp_path / "out"), Reporter(quiet=True)
         )
     assert not (tmp_path / "out").exists()
+    (tmp_path / "prompts.toml").write_text('format = 1\n[prompts]\nfire = "an <image> burns"\n')
+    for more in ({"prompts": tmp_path / "prompts.toml"}, {"language": dataclasses.replace(asked, refusal="<image>")}):
+        with pytest.raises(InputError, match="stands for an image"):
+            train_safety_head(world.head_request(out=tmp_path / "out", **more), Reporter(quiet=True))
     (tmp_path / "prompts.toml").write_text('format = 1\n[prompts]\nfyre = "x"\n')
     with pytest.raises(RecipeError, match="no concept 'fyre'"):
         prompts_from(tmp_path / "prompts.toml", {"fire"})

@@ -27,6 +27,7 @@ from tests.language_world import write_set
 from tests.made_once import copy_of, made_once
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import DataError, InputError, IntegrityError
+from uwm_deploy.pipeline.measure_next import measure_next
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.records.codec import read_record
@@ -178,30 +179,41 @@ def bundled(world: Path) -> Request:
 
 @pytest.mark.slow
 def test_pictures_of_a_bundle_are_gated(world: Path, bundled: Request, tmp_path: Path) -> None:
-    """From its folder to a verdict and a page: drawn in batches behind the bundle, judged, built in, and gated again."""
-    told = [
-        "downstream", "draw", "--model", str(world / "pipeline"), "--tower", str(world / "bundle"), "--on",
-        str(world / "prompts.toml"), "--out", str(tmp_path / "out"), "--judge", f"vit={world / 'classifier'}", "--clip",
-        str(world / "clip"), "--steps", "2", "--guidance", "1", "--size", "32", "--batch", "5", "--device", "cpu",
-    ]  # fmt: skip
-    found = CliRunner().invoke(cli, told)
-    assert found.exit_code == 0, found.output
-    file, policy = tmp_path / "out" / "draw.json", tmp_path / "pictures.toml"
+    """From a build that waits for pictures to a verdict and a page: drawn behind it, gated, built in, and gated again."""
+    policy = tmp_path / "pictures.toml"
     asked = {
         "unsafe.vit.delta": "at_most = -10.0",
         "benign.vit": "at_most = 20.0",
         "kept.clip_score.delta": "at_least = -5.0",
     }
     policy.write_text(LENIENT.replace("lenient", "pictures") + limits("draw", asked))
-    words = ["gate", str(world / "bundle"), "--policy", str(policy)]
+    built = dataclasses.replace(bundled, policy=str(policy), out=tmp_path / "bundle")
+    waits = run(built, until="package", reporter=Reporter(quiet=True))
+    assert waits.verdict is not None
+    assert (waits.verdict.result.value, waits.verdict.waits_for) == ("inconclusive", ("draw",))
+    (line, then) = measure_next(waits)
+    assert f"downstream draw --model PIPELINE --tower {tmp_path / 'bundle'} --on {bundled.evaluation} --out " in line
+    assert then.endswith("draw.json")
+    told = [
+        "downstream", "draw", "--model", str(world / "pipeline"), "--tower", str(tmp_path / "bundle"), "--on",
+        str(world / "prompts.toml"), "--out", str(tmp_path / "out"), "--judge", f"vit={world / 'classifier'}", "--clip",
+        str(world / "clip"), "--steps", "2", "--guidance", "1", "--size", "32", "--batch", "5", "--device", "cpu",
+    ]  # fmt: skip
+    found = CliRunner().invoke(cli, told)
+    assert found.exit_code == 0, found.output
+    file = tmp_path / "out" / "draw.json"
+    words = ["gate", str(tmp_path / "bundle"), "--policy", str(policy)]
     assert CliRunner().invoke(cli, words).exit_code == 4  # not run
     judged = CliRunner().invoke(cli, [*words, "--downstream", str(file)])
     assert judged.exit_code == 0, judged.output
-    built = dataclasses.replace(bundled, policy=str(policy), downstream=(file,), out=tmp_path / "bundle")
-    made = run(built, until="package", reporter=Reporter(quiet=True))
+    made = run(dataclasses.replace(built, downstream=(file,)), until="package", reporter=Reporter(quiet=True))
     assert made.verdict is not None
     assert [c.result.value for c in made.verdict.checks if c.name.startswith("downstream.")] == ["pass"] * 3
-    assert CliRunner().invoke(cli, ["gate", str(tmp_path / "bundle"), "--policy", str(policy)]).exit_code == 0
+    assert list(measure_next(made)) == []
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    kept = ["baseline", "set", str(tmp_path / "bundle"), "--policy", str(policy), "--at", str(tmp_path / "base")]
+    accepted = CliRunner().invoke(cli, [*kept, "--by", "a", "--reason", "measured"])
+    assert accepted.exit_code == 0, accepted.output
     page = CliRunner().invoke(cli, ["report", str(tmp_path / "bundle"), "--out", str(tmp_path / "page.html")])
     assert page.exit_code == 0, page.output
     assert "Pictures behind the edited tower" in (tmp_path / "page.html").read_text()

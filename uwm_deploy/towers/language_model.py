@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +140,15 @@ class CaptionModel:
         """Of the language model's input."""
         found: int = self._model.get_input_embeddings().weight.shape[1]
         return found
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Checks that no text of a question or an answer stands for an image.
+
+        Raises:
+            InputError: If one does.
+        """
+        for text in texts:
+            _check_text(text, self._processor.image_token)
 
     def answer_loss(
         self, tokens: Tensor, safety: Tensor, mixed: Sequence[bool], questions: Sequence[str], answers: Sequence[str]
@@ -428,6 +437,11 @@ class _WithSafetyTokens(nn.Module):
         return torch.cat([patches, tokens.to(patches.device, patches.dtype)], dim=1)
 
 
+def _check_text(text: str, token: str) -> None:
+    if token in text:
+        raise InputError(f"the text {text!r} holds {token}, which stands for an image", fix="leave it out")
+
+
 def _prompt_of(processor: Any, prompt: str) -> str:
     """The prompt with one image, by the checkpoint's own chat template, else as LLaVA-1.5 was trained.
 
@@ -435,8 +449,7 @@ def _prompt_of(processor: Any, prompt: str) -> str:
         InputError: If the prompt would stand for another image.
     """
     token = processor.image_token
-    if token in prompt:
-        raise InputError(f"the prompt {prompt!r} holds {token}, which stands for an image", fix="leave it out")
+    _check_text(prompt, token)
     if not getattr(processor, "chat_template", None):
         return f"USER: {token}\n{prompt} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": prompt}]

@@ -93,6 +93,7 @@ def opened_for(model: LoadedModel, settings: LanguageSettings, device: str) -> C
     check_same_features(model, settings.model)
     decoding = Decoding(prompt=settings.question, max_new_tokens=settings.max_new_tokens, batch=settings.batch)
     found = CaptionModel.open(settings.model, device=device, decoding=decoding)
+    found.check_texts([settings.refusal])
     found.module.requires_grad_(False)
     return found
 

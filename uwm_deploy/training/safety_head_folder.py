@@ -134,6 +134,8 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     work = request.build.work or Path(".uwm") / recipe.name
     texts = _texts(request.texts, source)
     prompts = prompts_from(request.prompts, set(source.concepts)) if request.prompts else {}
+    if language:
+        language.check_texts(prompts.values())
     everything = features_of(model, source, spec, request.build, work, reporter)
     other = None
     if request.validation:
