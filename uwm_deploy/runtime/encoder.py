@@ -109,8 +109,7 @@ class SafeEncoder:
             min_bundle_version: Refuse an older bundle.
             decode: "scaled" decodes large JPEGs at a reduced size, which is faster, where the bundle proves that decisions
                 stay what they are (docs/reference/runtime.md).
-            to_measure: Open a bundle that nothing but limits on captions and pictures keeps from passing, to measure what
-                they limit; never to serve.
+            to_measure: See `open_bundle`; never to serve.
 
         Raises:
             EvidenceError: If scaled decoding is asked for and not proven.
@@ -119,13 +118,8 @@ class SafeEncoder:
             PrerequisiteError: If no proven variant runs here.
         """
         started, limits = time.monotonic(), serving or Serving()
-        bundle = open_bundle(
-            path,
-            allow_failed=allow_unsafe,
-            to_measure=to_measure,
-            public_key=public_key,
-            min_bundle_version=min_bundle_version,
-        )
+        trust: dict[str, Any] = {"public_key": public_key, "min_bundle_version": min_bundle_version}
+        bundle = open_bundle(path, allow_failed=allow_unsafe, to_measure=to_measure, **trust)
         check_decoding(bundle.manifest.verdict, decode, bundle.path.name, allow_unsafe=allow_unsafe)
         found = candidates(bundle, variant=variant, device=device, allow_unsafe=allow_unsafe)
         asked = variant is not None or device != "auto"

@@ -133,9 +133,7 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
     source, spec = set_of(request.train_on or recipe.data.calibration)
     work = request.build.work or Path(".uwm") / recipe.name
     texts = _texts(request.texts, source)
-    prompts = prompts_from(request.prompts, set(source.concepts)) if request.prompts else {}
-    if language:
-        language.check_texts(prompts.values())
+    prompts = _prompts(request, source, language)
     everything = features_of(model, source, spec, request.build, work, reporter)
     other = None
     if request.validation:
@@ -176,6 +174,14 @@ def train_safety_head(request: HeadRequest, reporter: Reporter) -> HeadResult:
         kept.file.unlink(missing_ok=True)
     found = RiskSet(concepts=validation.concepts, safe=safe, unsafe=unsafe)
     return HeadResult(out=request.out, head=head, validation=risk_report(head, found), texts=len(texts))
+
+
+def _prompts(request: HeadRequest, source: QuadrupleSource, language: CaptionModel | None) -> dict[str, str]:
+    """What a language model is told about a category; none stands for an image of its own."""
+    prompts = prompts_from(request.prompts, set(source.concepts)) if request.prompts else {}
+    if language:
+        language.check_texts(prompts.values())
+    return prompts
 
 
 def _apart(everything: Features) -> tuple[Features, Features]:
