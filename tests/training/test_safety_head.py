@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from tests.families import FAMILIES, model_of
 from tests.serve.server import Server, needs_triton_client, started, wait
 from tests.uwm_edit import UWM, UWM_OPTIONS
-from uwm_deploy.bundle.head import digest_of_pair, read_head, texts_from
+from uwm_deploy.bundle.head import digest_of_image, digest_of_pair, read_head, texts_from
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
@@ -592,7 +592,12 @@ def test_evaluation_images_that_a_head_saw_are_known(made: Made, tmp_path: Path)
     pairs = [
         digest_of_pair(prepared.safe_pixels[i : i + 1][0], prepared.unsafe_pixels[i : i + 1][0]) for i in range(104)
     ]
-    assert set(pairs) == items
+    both = (prepared.safe_pixels, prepared.unsafe_pixels)
+    images = {digest_of_image(pixels[i : i + 1][0]) for pixels in both for i in range(104)}
+    assert {*pairs, *images} == items
+    assert read_head(tmp_path / "head").items_file == (tmp_path / "head" / "items.json").read_bytes()
+    listed = {file.path: file.digest for file in open_bundle(made.bundle).manifest.files}
+    assert listed["safety-head/items.json"] == read_head(made.head).record.items_digest
     assert not set(pairs) & read_head(made.head).items
 
 
