@@ -23,6 +23,8 @@ pytest_plugins = ["pytester"]
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
+gc.disable()  # until all tests are collected: next to nothing of what is made before is garbage, and looking takes seconds
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where all tests must run, a skip is no success."""
@@ -46,6 +48,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

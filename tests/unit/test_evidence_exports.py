@@ -10,7 +10,6 @@ import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jsonschema
 import pytest
 from click.testing import CliRunner
 
@@ -87,6 +86,8 @@ def test_oscal_is_valid_by_the_schema(verdicts: list[Verdict]) -> None:
     schema = json.loads(
         re.sub(r"\\\\p\{(\w)\}", lambda m: {"L": "[a-zA-Z]", "N": "[0-9]"}[m[1]], Path(file).read_text())
     )
+    import jsonschema  # reads grammars for a second, and every worker imports this file
+
     for verdict in verdicts:
         body = json.loads(oscal_from_verdict(verdict, version="1", at=AT))
         jsonschema.Draft7Validator(schema).validate(body)

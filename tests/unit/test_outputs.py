@@ -13,7 +13,6 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -246,6 +245,8 @@ def test_every_output_names_every_finding(failing: Verdict, render) -> None:
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_published_schemas_are_current(name: str) -> None:
     """docs/schema/ holds what the records say; `python -m uwm_deploy.records.schema NAME` writes it."""
+    import jsonschema  # reads grammars for a second, and every worker imports this file
+
     record = PUBLISHED[name]
     assert (ROOT / "docs" / "schema" / f"{name}.schema.json").read_text() == text_of(record)
     jsonschema.Draft202012Validator.check_schema(schema_of(record))
@@ -253,6 +254,8 @@ def test_published_schemas_are_current(name: str) -> None:
 
 def test_what_is_written_follows_the_schemas(built, failing: Verdict) -> None:
     """The bundle's reports are valid; a missing or unknown key, or a wrong type, is not."""
+    import jsonschema
+
     request, _ = built
     for name in ("verdict", "verify"):
         body = json.loads((request.out / "reports" / f"{name}.json").read_text())

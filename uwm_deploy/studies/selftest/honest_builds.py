@@ -390,6 +390,16 @@ class HonestBuild:
         return first, second
 
     def _differences(self, build: Build) -> dict[TowerName, Differences]:
+        if build.original is self.original and build.calibration is self.honest.calibration:
+            return self._honest_differences
+        return self._differences_of(build)
+
+    @cached_property
+    def _honest_differences(self) -> dict[TowerName, Differences]:
+        """Most faults leave the source model and the calibration set as they are."""
+        return self._differences_of(self.honest)
+
+    def _differences_of(self, build: Build) -> dict[TowerName, Differences]:
         tokenizer = Tokenizer(build.original.tokenizer_json, build.original.ref.text)
         return differences_of(build.original, build.calibration, tokenizer, workers=0, progress=_silent)
 
