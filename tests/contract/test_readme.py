@@ -136,7 +136,7 @@ def test_a_wheel_installs_and_runs(tmp_path: Path) -> None:
     tool = str(home / "bin" / "uwm-deploy")
     assert said(tool, "--version").startswith("uwm-deploy, version ")
     assert "clip-vit-l14" in said(tool, "models", "--json")
-    assert "mine/model.toml" in said(tool, "init", "mine")
+    assert "mine/mine.toml" in said(tool, "init", "mine")
     code = "import uwm_deploy.report.search_page as page; print(page.__file__); assert page.style_text()"
     assert said(str(python), "-c", code).startswith(str(home))
 

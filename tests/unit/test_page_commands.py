@@ -31,7 +31,7 @@ ELSEWHERE = {
     (r"README\.md|docs/tutorial\.md", r"python3 -m venv .*"): ".ci/run",
     (r"README\.md", r"\.venv/bin/python -m pytest -q"): ".ci/run",
     (r"docs/.*", r"pip install '\.\[.*\]'"): "tests/unit/test_page_commands.py::test_extras_that_pages_install_exist",
-    (r"docs/tutorial\.md", r"(?s).*my-project.*|.*dist/mine.*"): "tests/unit/test_tutorial.py",
+    (r"docs/tutorial\.md", r"(?s).*my-project.*"): "tests/unit/test_tutorial.py",
     (r"docs/how-to/fault-walkthrough\.md", r".*"): "tests/unit/test_walkthrough.py",
     (
         r"docs/how-to/embedding\.md",

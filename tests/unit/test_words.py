@@ -228,7 +228,7 @@ WRONG = {
     "no such path": ("build --model my/own/model", "my/own/model does not exist; pass a checkpoint folder; or"),
     "weights": ("build --model pairs.jsonl", "pairs.jsonl is neither a checkpoint folder nor a recipe's file"),
     "a project": ("build --model mine", "mine/config.json cannot be read: No such file or directory; pass a recipe's file "
-                  "in it: mine/model.toml"),
+                  "in it: mine/mine.toml"),
     "a project as a policy": ("build --model demo --policy mine", "it is a folder; pass a file in it: mine/policy.toml"),
     "a project as a set": ("data check mine", "it is a folder; pass a file in it: mine/test.toml, mine/train.toml"),
     "a manifest": ("score --model demo --calibration pairs.jsonl", "it is no TOML file; name the manifest in a TOML file"),
