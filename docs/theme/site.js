@@ -7,6 +7,7 @@ function complete() {
     if (nav.getAttribute("aria-label") !== name) nav.setAttribute("aria-label", name);
   });
   for (const option of document.querySelectorAll(".md-option[aria-hidden]")) option.tabIndex = -1;
+  for (const head of document.querySelectorAll("th:not([role])")) if (!head.textContent.trim()) head.setAttribute("role", "cell");
   document.querySelector(".md-search[role=dialog]:not([aria-label])")?.setAttribute("aria-label", "Search");
 }
 new MutationObserver(complete).observe(document.body, { childList: true, subtree: true });
