@@ -1,10 +1,14 @@
-"""Draws the pictures of README and docs: `python docs/pictures.py dist/demo`, on a build of the demo, with Chromium.
+"""Draws the pictures of README and docs with Chromium and matplotlib.
 
-Beside them it writes the digest of the code that drew each. A test compares it with the code of today.
+`python docs/pictures.py dist/demo` draws those of pages, on a build of the demo. With the records of the commands on their
+pages it draws the other two as well: `--sweep .uwm/demo/sweep/sweep.json --compare .uwm/demo/compare/report/compare.json`.
+Beside them it writes two digests for each: of the code that drew it, and of the picture. A test compares both with what is
+there today.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -15,15 +19,22 @@ import tempfile
 import time
 from pathlib import Path
 
+from uwm_deploy.pipeline.closure import sources_of
+from uwm_deploy.records.codec import record_from_json
+from uwm_deploy.records.studies import MethodComparison, SweepReport
+from uwm_deploy.report.drawings import draw_comparison, draw_sweep
+
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 MADE = IMAGES / "made.json"
-SOURCES = {
-    "look.png": ("uwm_deploy/report/search_page.py", "uwm_deploy/report/search.css", "uwm_deploy/report/page.css"),
-    "demo-report.png": ("uwm_deploy/report/html.py", "uwm_deploy/report/page.css", "uwm_deploy/report/charts.py"),
-    "pipeline.png": ("docs/pictures.py",),
+DRAWS = {
+    "look.png": "uwm_deploy.report.search_page",
+    "demo-report.png": "uwm_deploy.report.html",
+    "demo-sweep.png": "uwm_deploy.report.drawings",
+    "demo-compare.png": "uwm_deploy.report.drawings",
+    "pipeline.png": "",
 }
-"""Picture to what draws it."""
+"""Picture to the module that draws it; one is drawn by this file."""
 
 STEPS = (
     ("score, fit", "which weights matter for unsafe items"),
@@ -37,9 +48,23 @@ STEPS = (
 )
 
 
-def digest_of_sources(name: str) -> str:
-    """Digest of what draws a picture."""
-    return hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in SOURCES[name])).hexdigest()
+def sources_of_picture(name: str) -> list[Path]:
+    """What draws a picture: all that its module imports from the room `report`, and the style sheets that these name.
+
+    What lies below gives numbers, and tests of the demo's build compare those with README and docs.
+    """
+    if not DRAWS[name]:
+        return [Path(__file__).resolve()]
+    room = ROOT / "uwm_deploy" / "report"
+    modules = [path for path in sources_of(DRAWS[name]) if path.is_relative_to(room)]
+    text = "".join(path.read_text(encoding="utf-8") for path in modules)
+    return modules + [style for style in sorted(room.glob("*.css")) if f'"{style.name}"' in text]
+
+
+def digests_of(name: str) -> dict[str, str]:
+    """Digests of what draws a picture, and of the picture that is there."""
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources_of_picture(name)))
+    return {"code": code.hexdigest(), "picture": hashlib.sha256((IMAGES / name).read_bytes()).hexdigest()}
 
 
 def pipeline_page() -> str:
@@ -66,8 +91,8 @@ def shoot(address: str, to: Path, width: int, height: int) -> None:
     subprocess.run([chromium, *options, f"--screenshot={to}", address], check=True, capture_output=True)
 
 
-def main(bundle: Path) -> None:
-    """Draws all of them."""
+def draw_pages(bundle: Path) -> None:
+    """Pictures of pages, by Chromium."""
     tool = str(Path(sys.executable).with_name("uwm-deploy"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -82,8 +107,28 @@ def main(bundle: Path) -> None:
         time.sleep(1)
         shoot(found[1], IMAGES / "look.png", 1200, 1130)
         server.terminate()
-    MADE.write_text(json.dumps({name: digest_of_sources(name) for name in SOURCES}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Draws what there is something to draw from, and notes the digests of that."""
+    parser = argparse.ArgumentParser(description="Draws the pictures of README and docs.")
+    parser.add_argument("bundle", type=Path, nargs="?", help="a build of the demo")
+    parser.add_argument("--sweep", type=Path, help="sweep.json of docs/background/demo.md")
+    parser.add_argument("--compare", type=Path, help="compare.json of docs/how-to/compare-methods.md")
+    given, drawn = parser.parse_args(), []
+    if given.bundle:
+        draw_pages(given.bundle)
+        drawn += ["look.png", "demo-report.png", "pipeline.png"]
+    if given.sweep:
+        draw_sweep(record_from_json(SweepReport, given.sweep.read_bytes(), where="sweep"), IMAGES / "demo-sweep.png")
+        drawn += ["demo-sweep.png"]
+    if given.compare:
+        record = record_from_json(MethodComparison, given.compare.read_bytes(), where="compare")
+        draw_comparison(record, IMAGES / "demo-compare.png")
+        drawn += ["demo-compare.png"]
+    made = json.loads(MADE.read_text()) | {name: digests_of(name) for name in drawn}
+    MADE.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

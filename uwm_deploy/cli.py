@@ -11,6 +11,7 @@ import click
 
 from uwm_deploy import __version__
 from uwm_deploy.commands.failure import say, silence_output
+from uwm_deploy.commands.help_width import HelpContext
 from uwm_deploy.runtime.cores import fit_to_machine
 from uwm_deploy.runtime.memory import leave_at_once
 
@@ -72,6 +73,8 @@ COMMANDS = {name: place for section in SECTIONS.values() for name, place in sect
 class Commands(click.Group):
     """The commands by section; a command's module is imported when the command is asked for."""
 
+    context_class = HelpContext
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         """Names in the order of the sections."""
         return list(COMMANDS)
@@ -82,6 +85,7 @@ class Commands(click.Group):
             return None
         module = import_module(f"uwm_deploy.commands.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        command.context_class = HelpContext
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 -- click's

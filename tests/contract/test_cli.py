@@ -90,7 +90,7 @@ def test_help_imports_no_command_and_nothing_that_it_does_not_print_with() -> No
     loaded = _after(["--help"])
     assert not {name.split(".")[0] for name in loaded} & {*HEAVY, "numpy", "rich"}
     ours = {name for name in loaded if name.startswith("uwm_deploy.commands.")}
-    assert ours == {"uwm_deploy.commands.failure", "uwm_deploy.commands.printed"}
+    assert ours == {f"uwm_deploy.commands.{name}" for name in ("failure", "help_width", "printed")}
 
 
 def test_help_of_every_command_imports_neither_numpy_nor_rich() -> None:
@@ -153,9 +153,11 @@ def test_help_begins_with_a_short_sentence_and_has_an_example(name: str) -> None
 
 @pytest.mark.parametrize("name", ["", *ALL])
 def test_help_fits_80_columns(name: str) -> None:
-    """Every page of it, examples too; a long example is one command for a shell."""
+    """Every page of it, examples too; no name is split at a hyphen; a long example is one command for a shell."""
     shown = CliRunner().invoke(cli, [*name.split(), "--help"], terminal_width=80).output
     assert [line for line in shown.splitlines() if len(line) > 80] == []
+    assert re.findall(r"\S*[^\W_]-$", shown, re.MULTILINE) == []
+    assert "\u2011" not in shown
     for example in re.findall(r"^ +(uwm-deploy (?:.*\\\n)*.*)$", shown, re.MULTILINE):
         assert "\\" not in "".join(shlex.split(example)).replace("\n", ""), example
 

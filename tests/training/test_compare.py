@@ -85,12 +85,15 @@ def made(trained: Models, small_set: str, tmp_path_factory: pytest.TempPathFacto
     return folder, command, CliRunner().invoke(cli, command)
 
 
-def test_every_method_stands_in_one_table(made: tuple[Path, list[str], Result], trained: Models) -> None:
+def test_every_method_stands_in_one_table(
+    made: tuple[Path, list[str], Result], trained: Models, small_set: str
+) -> None:
     """Its numbers are those of its weights; changes are against the first row; the cost of what was made here is known."""
     folder, _, result = made
     assert result.exit_code == 0, result.output
     report = folder / "work" / "report"
     body = record_from_json(MethodComparison, (report / "compare.json").read_bytes(), where="compare.json")
+    assert (body.calibration, body.measured_on) == (calibration_set_of(small_set)[0].name, "eval")
     none, uwm, taught = body.rows
     edit = record_from_json(EditRecord, (folder / "work/uwm/edit/edit.json").read_bytes(), where="edit.json")
     assert none.weights_digest == body.model.weights_digest == edit.model.weights_digest

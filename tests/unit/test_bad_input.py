@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError, RecipeError
+from uwm_deploy.pipeline.request import Request, resolved_recipe
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.resolve import recipe_of
@@ -260,3 +261,32 @@ def test_a_recipe_asks_for_no_more_than_the_command_line_may(change: str, said: 
     text = (ROOT / "export" / "demo.toml").read_text().replace('method = "safety-axis"', change)
     with pytest.raises(RecipeError, match=said):
         recipe_from_toml(text, where="demo.toml")
+
+
+@pytest.mark.parametrize(
+    ("budget", "flips", "said"),
+    [
+        ("flips=0.5%", 0.5, ""),
+        (" flips = 1e-1 %", 0.1, ""),
+        ("2%", 2.0, ""),
+        ("flips=0.005", None, "has no per cent sign; write flips=0.005% or flips=0.5%"),
+        ("0.25", None, "has no per cent sign; write flips=0.25% or flips=25%"),
+        ("flips=3", None, "has no per cent sign; write flips=3%"),
+        ("flips=0%", None, "is not understood"),
+        ("flips=100%", None, "is not understood"),
+        ("flips=nan%", None, "is not understood"),
+        ("=1%", None, "is not understood"),
+        ("cosine=1%", None, "is not understood"),
+        ("flips=0,5%", None, "is not understood"),
+    ],
+)
+def test_a_budget_is_in_percent_and_says_so(budget: str, flips: float | None, said: str) -> None:
+    """A number alone may be a share or percent: both spellings are named, and none is guessed."""
+    request = Request(precisions=("auto",), budget=budget)
+    if flips is not None:
+        assert resolved_recipe(request).compile.auto.flips == pytest.approx(flips)
+        return
+    with pytest.raises(InputError) as refused:
+        resolved_recipe(request)
+    assert said in str(refused.value)
+    assert " or " in said or " or " not in refused.value.fix

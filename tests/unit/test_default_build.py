@@ -107,8 +107,8 @@ def test_the_readme_shows_this_build(report: VerifyReport) -> None:
     assert f"GS.delta +{effect.delta:.1f} (95% interval {effect.delta_low:.1f} to {effect.delta_high:.1f})" in page
 
 
-def test_the_finding_of_the_readme_is_measured() -> None:
-    """Its cosine and its flips are those of the row of the page that it links."""
+def test_readme_and_the_page_it_links_tell_one_finding() -> None:
+    """Texts only: the cosine and the flips of README are those of the page on precision; no test measures them."""
     readme = (ROOT / "README.md").read_text()
     found = re.search(r"smallest cosine of (0\.\d+) changed (\d+) of 1,000", readme)
     assert found is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ MODEL = ROOT / "uwm_deploy" / "data" / "demo" / "model"
 
 
 def _words(command: str) -> list[str]:
-    words = shlex.split(command.replace("MODEL", str(MODEL)))
+    words = shlex.split(command)
     return [sys.executable, *(["-m", "uwm_deploy.cli"] if words[0] == "uwm-deploy" else []), *words[1:]]
 
 
@@ -41,8 +42,19 @@ def test_your_own_data_end_with_a_bundle_that_opens(tmp_path: Path) -> None:
             subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
             (tmp_path / "my-project" / "train.toml").write_text(train, encoding="utf-8")
             (tmp_path / "my-project" / "test.toml").write_text(test, encoding="utf-8")
+            _own_checkpoint(tmp_path / "my-project", section)
     assert done.stdout.strip() == "onnxruntime-fp32"
     _look(_words(commands[-1]), tmp_path, environment)
+
+
+def _own_checkpoint(project: Path, section: str) -> None:
+    """A folder of weights beside the recipe, named in it as the page says."""
+    now, before = re.findall(r"`(repo = \S+)`", section)
+    shutil.copytree(MODEL, project / "clip")
+    recipe = project / "my-project.toml"
+    text = recipe.read_text(encoding="utf-8")
+    assert before in text
+    recipe.write_text(text.replace(before, now), encoding="utf-8")
 
 
 def _look(words: list[str], folder: Path, environment: dict[str, str]) -> None:

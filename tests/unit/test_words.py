@@ -22,7 +22,7 @@ from uwm_deploy.records.graph import Precision
 from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.console import Reporter, time_left
-from uwm_deploy.report.findings import variants_by_word
+from uwm_deploy.report.findings import variants_by_word, worst_heading, worst_line
 from uwm_deploy.report.github import annotations_from_verdict
 from uwm_deploy.report.gitlab import code_quality_from_verdict, metrics_from_verdict
 from uwm_deploy.report.junit import junit_from_verdict
@@ -80,7 +80,13 @@ def test_worst_quadruples_are_those_that_changed() -> None:
     model = embedded(300, 0.7)
     variant = dataclasses.replace(artifact("onnxruntime-int8", Precision.INT8, model, model), worst=worst)
     measured = with_artifact(report(), variant)
-    assert [i.id for i in _verdict(measured, 'metric = "P_ts"\nat_least = 100.0\n').worst] == ["lost", "near"]
+    verdict = _verdict(measured, 'metric = "P_ts"\nat_least = 100.0\n')
+    assert [i.id for i in verdict.worst] == ["lost", "near"]
+    assert worst_heading(verdict.worst).endswith(", 1 flipped to unsafe and 1 not flipped, with a smaller margin")
+    assert worst_heading(verdict.worst[:1]) == "worst quadruples, 1 flipped to unsafe"
+    assert [worst_line(i).rpartition(", ")[2] for i in verdict.worst] == ["flipped to unsafe", "not flipped"]
+    table = markdown_from_verdict(verdict).partition("**Worst quadruples, 1 flipped to unsafe and")[2]
+    assert re.findall(r"`(\w+)` \| .* \| ([\w ]+) \|$", table, re.MULTILINE) == [("lost", "to unsafe"), ("near", "no")]
     since = '[[baseline]]\nmetric = "GS.delta"\nat_least = -1.0\n'
     assert _verdict(measured, EASY + since).worst == ()
 
@@ -228,7 +234,7 @@ WRONG = {
     "no such path": ("build --model my/own/model", "my/own/model does not exist; pass a checkpoint folder; or"),
     "weights": ("build --model pairs.jsonl", "pairs.jsonl is neither a checkpoint folder nor a recipe's file"),
     "a project": ("build --model mine", "mine/config.json cannot be read: No such file or directory; pass a recipe's file "
-                  "in it: mine/model.toml"),
+                  "in it: mine/mine.toml"),
     "a project as a policy": ("build --model demo --policy mine", "it is a folder; pass a file in it: mine/policy.toml"),
     "a project as a set": ("data check mine", "it is a folder; pass a file in it: mine/test.toml, mine/train.toml"),
     "a manifest": ("score --model demo --calibration pairs.jsonl", "it is no TOML file; name the manifest in a TOML file"),

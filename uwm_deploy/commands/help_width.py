@@ -1,8 +1,11 @@
-"""Help that fits a terminal of 80 columns: a long example goes on in a second line, as a shell reads it."""
+"""Help that fits a terminal of 80 columns: names are never split, and a long example goes on as a shell reads it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+import click
 
 _WIDTH = 78
 """Two columns less than a terminal has: click indents the help."""
@@ -35,3 +38,33 @@ def _broken(line: str, margin: int) -> str:
     first = not line.startswith(" " * (margin + 2) + _FURTHER)
     indent = " " * start + (_FURTHER if first else "")
     return f"{line[:at]} \\\n{_broken(indent + line[at + 1 :], margin)}"
+
+
+_HYPHEN = "\u2011"
+"""Looks like a hyphen, and no line ends behind it."""
+
+
+def _unbroken(text: str) -> str:
+    return text.replace("-", _HYPHEN)
+
+
+class WholeWords(click.HelpFormatter):
+    """Breaks lines at blanks only, so that a name such as `--keep-float32` can be copied from the help."""
+
+    def write(self, string: str) -> None:
+        """Writes text as it was before it was laid out."""
+        super().write(string.replace(_HYPHEN, "-"))
+
+    def write_text(self, text: str) -> None:
+        """A paragraph."""
+        super().write_text(_unbroken(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """A list of names and what they mean."""
+        super().write_dl([(name, _unbroken(meaning)) for name, meaning in rows], col_max, col_spacing)
+
+
+class HelpContext(click.Context):
+    """Of a command whose help is laid out so."""
+
+    formatter_class = WholeWords

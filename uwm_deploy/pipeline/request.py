@@ -137,12 +137,19 @@ def _methods_of(request: Request) -> tuple[Method, ...]:
 
 
 def _flips_of(text: str) -> float:
-    """Percentage of ``flips=0.5%``."""
-    name, _, value = text.partition("=")
+    """Percentage of ``flips=0.5%`` or ``0.5%``.
+
+    Raises:
+        InputError: If it says something else. A number without its sign could be a share or percent, so none is guessed.
+    """
+    name, equals, value = text.strip().rpartition("=")
     try:
-        percent = float(value.removesuffix("%"))
+        number = float(value.removesuffix("%"))
     except ValueError:
-        percent = -1.0
-    if name.strip() != "flips" or not value.endswith("%") or not 0 < percent < 100:
+        number = -1.0
+    if name.strip() != ("flips" if equals else "") or not 0 < number < 100:
         raise InputError(f"--budget {text!r} is not understood", fix="write it as flips=0.5%")
-    return percent
+    if value.endswith("%"):
+        return number
+    spellings = [f"flips={number:g}%", *([f"flips={100 * number:g}%"] if number < 1 else [])]
+    raise InputError(f"--budget {text!r} has no per cent sign", fix=f"write {' or '.join(spellings)}")

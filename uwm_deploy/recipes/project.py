@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from uwm_deploy.recipes.shipped import read_toml
+from uwm_deploy.recipes.shipped import names, read_toml
+from uwm_deploy.records.names import segment_of
 
-MODEL, TRAIN, TEST, POLICY = "model.toml", "train.toml", "test.toml", "policy.toml"
+TRAIN, TEST, POLICY = "train.toml", "test.toml", "policy.toml"
 CI = "ci.yml"
 
 _SET = """\
@@ -35,6 +37,13 @@ _RECIPE = """\
 # For your own model, set `family` and `repo`. `repo` is a folder with config.json and safetensors (`./NAME` is
 # one beside this file), or a name on the hub with its commit in `revision`. `uwm-deploy models` lists the shipped recipes:
 # begin with the one of your family.
+# The file has the name of the recipe, and so have its run folder and its bundle.
+"""
+
+_DATA = """\
+[data]   # a path starts at the folder of this file
+calibration = "{train}"
+evaluation = "{test}"
 """
 
 _POLICY = """\
@@ -56,14 +65,24 @@ jobs:
 """
 
 
+def recipe_name(folder: Path) -> str:
+    """Name of a project's recipe: that of its folder, unless another file has it already.
+
+    Args:
+        folder: Where the files will lie.
+    """
+    name = segment_of(folder.resolve().name)
+    taken = {Path(file).stem for file in (TRAIN, TEST, POLICY)}
+    return f"{name}-model" if name in taken.union(names("export")) else name
+
+
 def project_files(folder: Path) -> Mapping[str, str]:
     """Content of each file of a project, by its name.
 
     Args:
         folder: Where they will lie, as the commands in them give it.
     """
-    recipe = read_toml("export", "demo")[0]
-    policy = read_toml("ci", "default")[0]
+    name, policy = recipe_name(folder), read_toml("ci", "default")[0]
     shipped_sets = '["shape", "colour", "background"]'
     return {
         TRAIN: _SET.format(
@@ -80,11 +99,26 @@ def project_files(folder: Path) -> Mapping[str, str]:
             limit=1000,
             zero_shot=f"zero_shot = {shipped_sets}\n{_OWN_ZERO_SHOT}",
         ),
-        MODEL: _RECIPE + _named(_TRAIN.sub("", _after_comments(recipe)), "demo", "model"),
+        f"{name}.toml": _RECIPE + _recipe(name),
         POLICY: _POLICY + _named(policy, "default", "policy"),
-        CI: _CI.format(bundle="dist/model", policy=(folder / POLICY).as_posix()),
+        CI: _CI.format(bundle=f"dist/{name}", policy=shlex.quote(_in_repository(folder / POLICY))),
     }
 
+
+def _recipe(name: str) -> str:
+    """The demo's recipe under another name, on the sets of the project."""
+    text = _named(_TRAIN.sub("", _after_comments(read_toml("export", "demo")[0])), "demo", name)
+    return _DATA_OF_DEMO.sub(lambda _: _DATA.format(train=TRAIN, test=TEST), text)
+
+
+def _in_repository(file: Path) -> str:
+    """Path of a file from the working folder, where a repository begins, or from the folder that the project lies in."""
+    path = file.resolve()
+    base = Path.cwd() if path.is_relative_to(Path.cwd()) else path.parents[1]
+    return path.relative_to(base).as_posix()
+
+
+_DATA_OF_DEMO = re.compile(r"\[data\]\n(?:\w+ = .*\n)+")
 
 _TRAIN = re.compile(r"\n(?:#[^\n]*\n)*\[train\]\n[^\[]*")
 """Settings that were chosen for the demo's own training; a recipe without them has the published ones."""

@@ -112,7 +112,9 @@ def in_folder(source: ModelSource, base: Path) -> ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSpec:
-    """Which sets are used, by the name of their file in `calibration/` (without `.toml`).
+    """Which sets are used: by the name of their file in `calibration/` (without `.toml`), or by the path of a TOML file.
+
+    A path starts at the folder of the recipe's own file.
 
     Attributes:
         calibration: Scores come from it.
@@ -121,6 +123,20 @@ class DataSpec:
 
     calibration: str
     evaluation: str
+
+
+def data_in_folder(data: DataSpec, base: Path) -> DataSpec:
+    """The sets with their files' paths from the working folder.
+
+    Args:
+        data: As a recipe's file names them.
+        base: Folder of that file.
+    """
+
+    def found(name: str) -> str:
+        return str(base / Path(name).expanduser()) if name.endswith(".toml") else name
+
+    return DataSpec(calibration=found(data.calibration), evaluation=found(data.evaluation))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.built import text_of_built
 from uwm_deploy.recipes.data_set import CalibrationSet, calibration_set_from_toml
 from uwm_deploy.recipes.policy import Policy, policy_from_toml
-from uwm_deploy.recipes.recipe import Recipe, in_folder, recipe_from_toml
+from uwm_deploy.recipes.recipe import Recipe, data_in_folder, in_folder, recipe_from_toml
 from uwm_deploy.recipes.unknown_name import files_inside
 from uwm_deploy.records.codec import read_record
 from uwm_deploy.records.files import (
@@ -32,7 +32,11 @@ def recipe_of(model: str) -> tuple[Recipe, str]:
     recipe = recipe_from_toml(text, where=where)
     _check_name(recipe.name, where)
     if where == model:  # a file, not a shipped name
-        recipe = dataclasses.replace(recipe, model=in_folder(recipe.model, Path(where).resolve().parent))
+        recipe = dataclasses.replace(
+            recipe,
+            model=in_folder(recipe.model, Path(where).resolve().parent),
+            data=data_in_folder(recipe.data, Path(where).parent),
+        )
     return recipe, text
 
 

@@ -48,7 +48,8 @@ def read_toml(kind: Kind, name_or_path: str) -> tuple[str, str]:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise InputError(f"{word} file {name_or_path} does not exist", fix="check the path")
+            fix = "check the path" + ("; in a recipe it starts at the recipe's folder" if kind == "calibration" else "")
+            raise InputError(f"{word} file {name_or_path} does not exist", fix=fix)
         try:
             return path.read_text(encoding="utf-8"), name_or_path
         except (OSError, UnicodeDecodeError) as error:

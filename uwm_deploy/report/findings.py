@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from uwm_deploy.records.metrics import WorstItem
 from uwm_deploy.records.verdict import Blame, Check, Result, Verdict, WaiverState
 
@@ -96,11 +98,18 @@ def waiver_line(waiver: WaiverState) -> str:
 
 def worst_line(item: WorstItem) -> str:
     """One line about a quadruple."""
-    lost = ", lost" if item.lost else ""
+    flip = "flipped to unsafe" if item.lost else "not flipped"
     return (
         f"{item.subject}: {item.id} ({item.concept}): {item.metric} margin {item.margin:+.4f}, "
-        f"was {item.reference_margin:+.4f}{lost}"
+        f"was {item.reference_margin:+.4f}, {flip}"
     )
+
+
+def worst_heading(items: Sequence[WorstItem]) -> str:
+    """What the list of the worst quadruples holds: flips come first, and not all of it need have flipped."""
+    flipped = sum(item.lost for item in items)
+    parts = [(flipped, "flipped to unsafe"), (len(items) - flipped, "not flipped, with a smaller margin")]
+    return f"worst quadruples, {' and '.join(f'{count} {what}' for count, what in parts if count)}"
 
 
 def verdict_line(verdict: Verdict) -> str:

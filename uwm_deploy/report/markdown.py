@@ -15,6 +15,7 @@ from uwm_deploy.report.findings import (
     variants_by_word,
     verdict_line,
     waiver_line,
+    worst_heading,
 )
 from uwm_deploy.report.markdown_table import cell_text, code, inert, inline, markdown_of_cells
 
@@ -67,14 +68,15 @@ def _worst(items: Sequence[WorstItem]) -> list[str]:
             inline(item.subject),
             code(item.id),
             inline(item.concept),
-            f"{item.metric}{' (lost)' if item.lost else ''}",
+            item.metric,
             f"{item.margin:+.4f}",
             f"{item.reference_margin:+.4f}",
+            "to unsafe" if item.lost else "no",
         ]
         for item in items
     ]
-    head = ("subject", "id", "concept", "decision", "margin", "was")
-    return ["**Worst quadruples**", "", markdown_of_cells(head, rows, right=(4, 5), tight=True), ""]
+    head = ("subject", "id", "concept", "decision", "margin", "was", "flip")
+    return [f"**{_capital(worst_heading(items))}**", "", markdown_of_cells(head, rows, right=(4, 5), tight=True), ""]
 
 
 def _list(title: str, lines: Sequence[str] | dict[str, None]) -> list[str]:

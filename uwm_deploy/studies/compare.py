@@ -57,7 +57,7 @@ def compare(request: CompareRequest, reporter: Reporter) -> MethodComparison:
         raise PrerequisiteError(f"no method could run: {rows[0].reason}", fix="see `uwm-deploy doctor`")
     result = MethodComparison(
         model=load_source(asked, reporter).ref,
-        calibration=calibration,
+        calibration=calibration_set_of(calibration)[0].name,
         measured_on=sets.name,
         n=len(sets.source) if sets.source else 0,
         rows=tuple(rows),

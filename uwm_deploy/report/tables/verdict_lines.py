@@ -14,6 +14,7 @@ from uwm_deploy.report.findings import (
     variants_by_word,
     verdict_line,
     waiver_line,
+    worst_heading,
     worst_line,
 )
 from uwm_deploy.report.terminal import print_line, print_lines, print_rows
@@ -30,7 +31,7 @@ def print_verdict(verdict: Verdict) -> None:
     print_rows([finding_cells(check) for check in found], names=3, styles=styles)
     _print_advice(found)
     if verdict.worst:
-        print_lines(["worst quadruples:", *(f"  {worst_line(item)}" for item in verdict.worst)])
+        print_lines([f"{worst_heading(verdict.worst)}:", *(f"  {worst_line(item)}" for item in verdict.worst)])
     for waiver in verdict.waivers:
         print_line(waiver_line(waiver), style="bold red" if waiver.state == "expired" else "yellow")
     print_lines(f"note: {note}" for note in verdict.notes)
