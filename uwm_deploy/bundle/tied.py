@@ -8,7 +8,7 @@ from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.errors import IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
-from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, TensorSpec
+from uwm_deploy.records.graph import TOKENS, EngineArtifact, OnnxArtifact, TensorSpec
 from uwm_deploy.records.model import Digest, ImageSpec, ModelRef, TowerName
 from uwm_deploy.records.names import is_inside, is_segment
 
@@ -73,14 +73,30 @@ def check_rows(model: ModelRef, graph: OnnxArtifact | EngineArtifact) -> None:
     """
     given, side = graph.inputs[0], model.image.crop
     _check_normalisation(model.image, given)
+    _check_lengths(model, graph.tower, given)
     pixels = (3, side, side) if given.normalisation is None else (side, side, 3)
-    rows = {TowerName.IMAGE: pixels, TowerName.TEXT: (model.text.context_length,)}
+    ids = (model.text.context_length,) if given.lengths is None else (TOKENS,)
+    rows = {TowerName.IMAGE: pixels, TowerName.TEXT: ids}
     wanted = rows[graph.tower], (model.embed_dim,)
     found = tuple(graph.inputs[0].shape[1:]), tuple(graph.outputs[0].shape[1:])
     if found != wanted:
         raise IntegrityError(
             f"the {graph.tower.value} tower's graph is of rows {found[0]} and embeddings {found[1]}, and the model in "
             f"{BundleLayout.MANIFEST} is of {wanted[0]} and {wanted[1]}",
+            fix=_RESTORE,
+        )
+
+
+def _check_lengths(model: ModelRef, tower: TowerName, given: TensorSpec) -> None:
+    """Rows are cut only where the model's captions end on the right, and at its own end token."""
+    by, text = given.lengths, model.text
+    if by is None:
+        return
+    whole = tower is not TowerName.TEXT or text.fixed_length or text.padding_side != "right"
+    if whole or (by.longest, by.end_id) != (text.context_length, text.eos_id) or not 0 < by.step <= by.longest:
+        raise IntegrityError(
+            f"the {tower.value} tower's graph takes rows that are cut at id {by.end_id} or have {by.longest} ids, and the "
+            f"model in {BundleLayout.MANIFEST} does not",
             fix=_RESTORE,
         )
 

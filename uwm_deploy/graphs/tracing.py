@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -39,9 +39,9 @@ class _Whole(ExportedProgram):
 
 @torch.no_grad()
 def graph_from_module(
-    module: nn.Module, sample: Tensor, *, opset: int, input_name: str, output_names: Sequence[str]
+    module: nn.Module, sample: Tensor, *, opset: int, input_name: str, output_names: Sequence[str], further: str = ""
 ) -> ir.Model:
-    """Traces a module; only the first dimension of its input, named ``batch``, may vary.
+    """Traces a module; the first dimension of its input, named ``batch``, may vary, and the second where it has a name.
 
     Args:
         module: Takes one tensor; in evaluation mode.
@@ -49,31 +49,39 @@ def graph_from_module(
         opset: Opset of the graph.
         input_name: Name of the graph's input.
         output_names: Names of its outputs.
+        further: Name of the second dimension of the input, if it varies; the sample then needs another size of it than 2.
 
     Returns:
         The graph as the exporter makes it; it shares the weights of the module.
     """
+    varying = {0: "batch"} | ({1: further} if further else {})
     with _quiet(), without_collection():
-        program = _program_of(module, sample)
+        program = _program_of(module, sample, varying)
         if _made_whole(program):
             with contextlib.suppress(OnnxExporterError):  # an operator has to be decomposed after all
-                return _translated(program, sample, opset, [input_name], list(output_names))
-            program = _program_of(module, sample)
-        return _translated(program, sample, opset, [input_name], list(output_names))
+                return _translated(program, sample, opset, [input_name], list(output_names), varying)
+            program = _program_of(module, sample, varying)
+        return _translated(program, sample, opset, [input_name], list(output_names), varying)
 
 
-def _program_of(module: nn.Module, sample: Tensor) -> ExportedProgram:
+def _program_of(module: nn.Module, sample: Tensor, varying: Mapping[int, str]) -> ExportedProgram:
     # As in the exporter: tracing must not specialise on a batch of two rows.
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined] # put there when it is imported
-        return torch.export.export(module, (sample,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+        dynamic = (dict.fromkeys(varying, Dim.DYNAMIC),)
+        return torch.export.export(module, (sample,), dynamic_shapes=dynamic, strict=False)
 
 
 def _translated(
-    program: ExportedProgram, sample: Tensor, opset: int, input_names: list[str], output_names: list[str]
+    program: ExportedProgram,
+    sample: Tensor,
+    opset: int,
+    input_names: list[str],
+    output_names: list[str],
+    varying: Mapping[int, str],
 ) -> ir.Model:
     translated = torch.onnx.export(
         program, (sample,), dynamo=True, optimize=False, verbose=False, opset_version=opset, input_names=input_names,
-        output_names=output_names, dynamic_shapes=({0: "batch"},),
+        output_names=output_names, dynamic_shapes=(dict(varying),),
     )  # fmt: skip
     assert translated is not None
     model: ir.Model = translated.model

@@ -19,12 +19,15 @@ class ExportSpec:
         normalise: Whether the graph ends with L2 normalisation.
         ids_dtype: Element type of the text graph's `input_ids`.
         pixels: What the image graph takes: crops of 8 bits, which it normalises itself, or normalised pixels.
+        rows: What the text graph takes: rows that are cut behind the end token, where nothing that follows it changes the
+            embedding, or whole rows.
     """
 
     opset: int = 20
     normalise: bool = True
     ids_dtype: Literal["int64", "int32"] = "int64"
     pixels: Literal["uint8", "float32"] = "uint8"
+    rows: Literal["cut", "whole"] = "cut"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,10 @@ BUILT_IN, CALIBRATED = "built-in", "built-in, calibrated"
 """What the record of a conversion calls this program's own ways: to the nearest, or as chosen on the calibration set."""
 
 
+TOKENS = "tokens"
+"""Name of the number of ids of a row, where it varies."""
+
+
 STEPS, FUSED = "steps", "fused"
 """How the record of an engine says that attention is computed: step by step, or as one node each."""
 
@@ -77,6 +81,26 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowLengths:
+    """Which lengths the rows of a text graph have, where what stands behind a caption's end token changes nothing.
+
+    Attributes:
+        longest: Ids of a whole row.
+        end_id: The end token.
+        step: Rows are cut to a multiple of this many ids, or are whole.
+    """
+
+    longest: int
+    end_id: int
+    step: int
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every length, ascending."""
+        return (*range(self.step, self.longest, self.step), self.longest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """A graph's input or output.
 
@@ -85,12 +109,14 @@ class TensorSpec:
         dtype: Type of its elements, as numpy names it.
         shape: Its shape; a string is a dimension that varies.
         normalisation: Of an input that takes crops, (batch, H, W, 3) uint8; None where pixels come normalised.
+        lengths: Of ids whose number varies, (batch, tokens); None where every row is whole.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     normalisation: Normalisation | None = field(default=None, metadata=LATER)
+    lengths: RowLengths | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +264,7 @@ class OnnxArtifact:
         weights_digest: The edited model's weights it was exported from.
         conversion: For a graph in lower precision, made from the exported one.
         head_digest: Of the safety head in it; empty without one.
+        whole_rows: Why a text graph takes whole rows only; empty where it takes shorter ones, and for images.
 
     After a refit, the digest of a lower-precision graph that is not in the bundle is over its former digest and the
     patch's: the engine was refitted, the graph was not made again.
@@ -256,6 +283,7 @@ class OnnxArtifact:
     fingerprint: Fingerprint
     conversion: Conversion | None = None
     head_digest: Digest = ""
+    whole_rows: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

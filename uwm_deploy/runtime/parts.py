@@ -1,4 +1,4 @@
-"""Rows of any number as calls of at most a session's largest batch; the same for every runtime."""
+"""Rows of any number as calls of one length and at most a session's largest batch; the same for every runtime."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from uwm_deploy.records.graph import Profile, TensorSpec
 from uwm_deploy.runtime.fork import Home
+from uwm_deploy.runtime.lengths import parts_of
 from uwm_deploy.runtime.pixels import taken
 
 
@@ -52,7 +53,9 @@ class InParts(ABC):
 
     def _run(self, batch: np.ndarray, outputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
         self._home.check()
-        data = taken(batch, self._input)
-        parts = [self._call(data[i : i + self.max_batch], outputs) for i in range(0, len(data), self.max_batch)]
-        columns = zip(outputs, zip(*parts, strict=True), strict=True)
-        return {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
+        parts = list(parts_of(taken(batch, self._input), self._input, self.max_batch))
+        columns = zip(outputs, zip(*(self._call(rows, outputs) for _, rows in parts), strict=True), strict=True)
+        back = np.argsort(np.concatenate([places for places, _ in parts]), kind="stable")
+        in_order = len(parts) == 1 or self._input.lengths is None
+        found = {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
+        return found if in_order else {name: rows[back] for name, rows in found.items()}

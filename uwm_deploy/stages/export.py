@@ -21,10 +21,11 @@ from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
-from uwm_deploy.records.graph import Normalisation, OnnxArtifact, TensorSpec
+from uwm_deploy.records.graph import TOKENS, Normalisation, OnnxArtifact, RowLengths, TensorSpec
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
+from uwm_deploy.stages.text_rows import WHOLE, WHOLE_ROWS, TextRows, text_rows
 from uwm_deploy.stages.traced import in_its_type, normalisation_of, sample_for, traced
 from uwm_deploy.towers.protocol import Tower
 
@@ -43,6 +44,7 @@ def onnx_from_tower(
     external_data_bytes: int = INLINE_BYTES,
     head_digest: Digest = "",
     normalisation: Normalisation | None = None,
+    rows: TextRows = WHOLE,
 ) -> OnnxArtifact:
     """Exports one tower and checks what came out.
 
@@ -56,6 +58,7 @@ def onnx_from_tower(
         folder: Where ``<tower>.onnx`` goes.
         external_data_bytes: Size of weights above which they go into ``<tower>.onnx.data``.
         head_digest, normalisation: Of the safety head that the tower has, or empty; see `traced`.
+        rows: Which lengths the rows of a text graph may have, see `text_rows`.
 
     Raises:
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
@@ -63,12 +66,12 @@ def onnx_from_tower(
     """
     sample = in_its_type(sample, spec)
     _check_pooling(tower, sample)
-    model = traced(tower, sample, spec, normalisation)
+    model = traced(tower, sample, spec, normalisation, rows.lengths)
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
     external = f"{name}.data" if sum(array.nbytes for array in arrays.values()) > external_data_bytes else ""
     proto = weightless(model)
-    _check_graph(name, proto, set(arrays), tower, spec)
+    _check_graph(name, proto, set(arrays), tower, spec, rows.lengths)
     with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
         found = pool.submit(fingerprint_of_graph, arrays, edits, patch.tensors)
         digest = write_graph(model, folder / name, external)
@@ -84,12 +87,13 @@ def onnx_from_tower(
         digest=digest,
         weights_digest=weights_digest,
         opset=spec.opset,
-        inputs=(dataclasses.replace(_spec_of(proto.graph.input[0]), normalisation=normalisation),),
+        inputs=(dataclasses.replace(_spec_of(proto.graph.input[0]), normalisation=normalisation, lengths=rows.lengths),),
         outputs=tuple(_spec_of(v) for v in proto.graph.output),
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},
         fingerprint=fingerprint,
         head_digest=head_digest,
+        whole_rows=rows.why_whole,
     )
 
 
@@ -121,7 +125,9 @@ def _check_pooling(tower: Tower, sample: Tensor) -> None:
         )
 
 
-def _check_graph(file: str, proto: onnx.ModelProto, names: Set[str], tower: Tower, spec: ExportSpec) -> None:
+def _check_graph(
+    file: str, proto: onnx.ModelProto, names: Set[str], tower: Tower, spec: ExportSpec, lengths: RowLengths | None
+) -> None:
     """Checks the graph's message, in which large weights are inputs after the one that is the graph's own."""
     onnx.checker.check_model(proto, full_check=True)
     opsets = [(o.domain, o.version) for o in proto.opset_import]
@@ -134,13 +140,20 @@ def _check_graph(file: str, proto: onnx.ModelProto, names: Set[str], tower: Towe
         if tuple(v.name for v in values) != wanted:
             raise ContractError(f"{file} has {[v.name for v in values]}, not {list(wanted)}", fix="report this")
         for value in values:
-            dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            if dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
-                raise ContractError(
-                    f"{file}: {value.name} has shape {dims}, only the batch may vary", fix="report this"
-                )
+            _check_shape(file, value, lengths if value.name == tower.input_name else None)
     if lost := sorted({n for n, _ in tower.graph_module().named_parameters()} - names):
         raise ContractError(f"{file} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
+
+
+def _check_shape(file: str, value: onnx.ValueInfoProto, lengths: RowLengths | None) -> None:
+    dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+    if lengths is not None:
+        if dims != ["batch", TOKENS]:
+            raise ContractError(
+                f"{file}: {value.name} has shape {dims}, and the number of its ids must vary", fix=WHOLE_ROWS
+            )
+    elif dims[0] != "batch" or any(not isinstance(d, int) for d in dims[1:]):
+        raise ContractError(f"{file}: {value.name} has shape {dims}, only the batch may vary", fix="report this")
 
 
 def _spec_of(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -169,6 +182,9 @@ def make(job: Job, out: Path) -> None:
             folder=out,
             head_digest=job.plan.head_digest if name is TowerName.IMAGE else "",
             normalisation=normalisation_of(name, ref.image, job.plan.recipe.export),
+            rows=text_rows(tower, ref, job.plan.recipe.export),
         )
+        if artifact.whole_rows:
+            job.notes.line(f"export     text.onnx takes whole rows: {artifact.whole_rows}")
         write_record(tower_record(out, name), artifact)
         (out / job.folder.tokenizer.name).write_bytes(model.tokenizer_json)

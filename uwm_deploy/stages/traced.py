@@ -12,7 +12,7 @@ from uwm_deploy.graphs.passes import simplify
 from uwm_deploy.graphs.pixels import take_crops
 from uwm_deploy.graphs.tracing import graph_from_module
 from uwm_deploy.recipes.compile_spec import ExportSpec
-from uwm_deploy.records.graph import Normalisation
+from uwm_deploy.records.graph import TOKENS, Normalisation, RowLengths
 from uwm_deploy.records.model import ImageSpec, ModelRef, TowerName
 from uwm_deploy.towers.protocol import Tower
 
@@ -30,7 +30,13 @@ class _Graph(nn.Module):
         return (embeds / embeds.norm(dim=-1, keepdim=True) if self.normalise else embeds, *further)
 
 
-def traced(tower: Tower, sample: Tensor, spec: ExportSpec, normalisation: Normalisation | None = None) -> ir.Model:
+def traced(
+    tower: Tower,
+    sample: Tensor,
+    spec: ExportSpec,
+    normalisation: Normalisation | None = None,
+    lengths: RowLengths | None = None,
+) -> ir.Model:
     """The lean graph of a tower, in which every weight has its name.
 
     Args:
@@ -38,10 +44,14 @@ def traced(tower: Tower, sample: Tensor, spec: ExportSpec, normalisation: Normal
         sample: Two rows of input, (2, 3, H, W) float32 or (2, L) int64 or int32.
         spec: Opset, length of embeddings.
         normalisation: What an image graph that takes crops does to them; None where it takes normalised pixels.
+        lengths: Of the rows of a text graph; None where all are whole.
     """
+    if lengths is not None:  # a size that no table of the tower has, or the tracer takes the one for the other
+        sample = sample[:, : lengths.longest - 1]
     model = graph_from_module(
         _Graph(tower.graph_module(), spec).eval(), sample,
         opset=spec.opset, input_name=tower.input_name, output_names=tower.output_names,
+        further=TOKENS if lengths is not None else "",
     )  # fmt: skip
     _restore_names(model)
     weights = {name for name, _ in tower.graph_module().named_parameters()}

@@ -25,6 +25,7 @@ from uwm_deploy.records.model import ModelRef, TowerName
 from uwm_deploy.runtime.providers import FLOAT32
 from uwm_deploy.runtime.session import optimisation_of, provider_of
 from uwm_deploy.stages.job import Notes, Plan
+from uwm_deploy.stages.text_rows import text_rows
 from uwm_deploy.stages.traced import normalisation_of, sample_for, traced
 from uwm_deploy.towers.protocol import Tower
 
@@ -75,7 +76,8 @@ def traced_on_the_cpu(tower: Tower, ref: ModelRef, spec: ExportSpec) -> ir.Model
     device = next(module.parameters()).device
     module.to("cpu")
     try:
-        return traced(tower, sample_for(tower, ref, spec), spec, normalisation_of(tower.name, ref.image, spec))
+        by, rows = normalisation_of(tower.name, ref.image, spec), text_rows(tower, ref, spec)
+        return traced(tower, sample_for(tower, ref, spec), spec, by, rows.lengths)
     finally:
         module.to(device)
 
