@@ -104,7 +104,8 @@ from uwm_deploy.records.graph import OnnxArtifact
 folder, name = Path(sys.argv[4]), sys.argv[2]
 graph = record_from_json(OnnxArtifact, (folder / f"{name}.json").read_bytes(), where=name)
 build({"module": "tensorrt_rtx", "onnx": str(folder / graph.file), "engine": str(folder / f"{name}.engine"),
-       "input": graph.inputs[0].name, "shape": list(graph.inputs[0].shape[1:]), "profiles": [[1, 8, 32]]})
+       "input": graph.inputs[0].name, "row": [[s.min, s.opt, s.max] for s in graph.inputs[0].row_sizes],
+       "profiles": [[1, 8, 32]]})
 """
 PLAIN_ENGINE = """
 import sys

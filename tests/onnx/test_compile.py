@@ -133,7 +133,7 @@ def test_unknown_input_is_an_error(exported, tmp_path):
         "onnx": str(exported.folder / exported.artifact.file),
         "engine": "x.engine",
         "input": "nothing",
-        "shape": list(exported.artifact.inputs[0].shape[1:]),
+        "row": [[size] * 3 for size in exported.artifact.inputs[0].shape[1:]],
         "profiles": [[1, 2, 4]],
     }
     (tmp_path / "x.build.json").write_text(json.dumps(spec), encoding="utf-8")
@@ -152,7 +152,7 @@ def test_graph_that_cannot_be_parsed_is_an_error(tmp_path):
     graph = onnx.helper.make_graph([node], "broken", ends[:1], ends[1:])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "broken.onnx")
     spec = {"module": "tensorrt_rtx", "onnx": str(tmp_path / "broken.onnx"), "engine": str(tmp_path / "x.engine")}
-    spec |= {"input": "x", "shape": [3], "profiles": [[1, 2, 4]]}
+    spec |= {"input": "x", "row": [[3, 3, 3]], "profiles": [[1, 2, 4]]}
     with pytest.raises(engine_builder.BuildFailed, match="NoSuchOperator"):
         engine_builder.build(spec)
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")

@@ -25,6 +25,7 @@ from uwm_deploy.records.graph import (
     Profile,
     Provider,
     Target,
+    TensorSpec,
     target_of,
     variant_name,
 )
@@ -34,6 +35,12 @@ from uwm_deploy.stages.compile import BUILDER, engine_from_onnx
 from uwm_deploy.stages.gate.evidence import is_for
 
 PROFILE = Profile(min=1, opt=2, max=4)
+
+
+def _input(*row: int) -> TensorSpec:
+    return TensorSpec(name="x", dtype="float32", shape=("batch", *row))
+
+
 WITH_GPU: tuple[Provider, ...] = ("cuda", "tensorrt", "tensorrt-rtx")
 without_gpu = pytest.mark.skipif(not gpu_reason(), reason="this machine has a GPU")
 
@@ -107,7 +114,7 @@ def build_spec(exported: Exported, provider: Provider, compiling: bool) -> dict[
         "engine": "out.onnx",
         "external_data": "",
         "provider": provider,
-        "options": provider_options(provider, "x", [3], [PROFILE], BuilderSpec()),
+        "options": provider_options(provider, _input(3), [PROFILE], BuilderSpec()),
         "compile": compiling,
         "tf32": False,
         "fit_for_cpu": False,
@@ -118,16 +125,16 @@ def test_settings_reach_a_provider_in_its_own_words() -> None:
     """Profiles as shapes, workspace in bytes; the CUDA provider multiplies float32 as float32."""
     builder = BuilderSpec(workspace_mib=64, optimisation_level=4)
     two = (Profile(min=1, opt=1, max=2), Profile(min=2, opt=8, max=8))
-    assert provider_options("cpu", "x", [3], two, builder) == {}
-    assert provider_options("cuda", "x", [3], two, builder) == {"use_tf32": "0"}
-    assert provider_options("tensorrt", "x", [3, 4], two, builder) == {
+    assert provider_options("cpu", _input(3), two, builder) == {}
+    assert provider_options("cuda", _input(3), two, builder) == {"use_tf32": "0"}
+    assert provider_options("tensorrt", _input(3, 4), two, builder) == {
         "trt_profile_min_shapes": "x:1x3x4,x:2x3x4",
         "trt_profile_opt_shapes": "x:1x3x4,x:8x3x4",
         "trt_profile_max_shapes": "x:2x3x4,x:8x3x4",
         "trt_max_workspace_size": str(64 << 20),
         "trt_builder_optimization_level": "4",
     }
-    rtx = provider_options("tensorrt-rtx", "x", [3], two[:1], BuilderSpec())
+    rtx = provider_options("tensorrt-rtx", _input(3), two[:1], BuilderSpec())
     assert rtx == {f"nv_profile_{size}_shapes": f"x:{n}x3" for size, n in (("min", 1), ("opt", 1), ("max", 2))}
 
 

@@ -57,7 +57,7 @@ def apply_settings(trt: Any, config: Any, spec: BuilderSpec, *, refittable: bool
 
 
 def add_profiles(
-    builder: Any, config: Any, name: str, row: Sequence[int], profiles: Sequence[Profile], messages: Sequence[str]
+    builder: Any, config: Any, name: str, row: Sequence[Profile], profiles: Sequence[Profile], messages: Sequence[str]
 ) -> None:
     """Adds optimisation profiles, in their order.
 
@@ -65,7 +65,7 @@ def add_profiles(
         builder: The flavour's builder.
         config: Its configuration.
         name: The network's input.
-        row: Shape of one row of the input, without the batch.
+        row: Sizes of each dimension of one row of the input, without the batch.
         profiles: Batch sizes.
         messages: Messages of its logger.
 
@@ -73,7 +73,8 @@ def add_profiles(
         BuildFailed: If one is not accepted.
     """
     for number, part in enumerate(profiles):
-        shapes = [(size, *row) for size in (part.min, part.opt, part.max)]
+        sizes = (part, *row)
+        shapes = [tuple(getattr(size, which) for size in sizes) for which in ("min", "opt", "max")]
         profile = builder.create_optimization_profile()
         if profile is None:
             raise BuildFailed(f"no optimisation profile: {last_of(messages)}")

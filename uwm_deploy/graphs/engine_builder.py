@@ -47,10 +47,10 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         spec: ``module``, ``onnx``, ``engine`` (paths). For ONNX Runtime also the settings of `onnx_builder`, and
-            ``compile``, whether the provider compiles the graph into engines. For TensorRT also ``input``, ``shape`` without
-            the batch, ``profiles`` (min, opt and max of each), ``builder``, a `recipe.BuilderSpec` that may be left out, and
-            ``refittable``, names of the weights that a refit may replace later; none when it is left out. For all,
-            ``attention``, ``"fused"`` where each attention is to be one node.
+            ``compile``, whether the provider compiles the graph into engines. For TensorRT also ``input``, ``row``, the
+            sizes of its dimensions without the batch, and ``profiles`` (min, opt and max of each), ``builder``, a
+            `recipe.BuilderSpec` that may be left out, and ``refittable``, names of the weights that a refit may replace
+            later; none when it is left out. For all, ``attention``, ``"fused"`` where each attention is to be one node.
 
     Returns:
         Versions, settings, seconds and peak memory of the build.
@@ -67,7 +67,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     """A TensorRT or TensorRT-RTX engine."""
     trt = importlib.import_module(spec["module"])
     asked = record_from_plain(BuilderSpec, spec.get("builder", {}), where="builder")
-    profiles = [Profile(min=low, opt=usual, max=high) for low, usual, high in spec["profiles"]]
+    profiles, row = _sizes(spec["profiles"]), _sizes(spec["row"])
     messages: list[str] = []
     logger = logger_of(trt, messages)
     builder = _made(lambda: trt.Builder(logger), "builder", messages)
@@ -83,7 +83,7 @@ def _plan(spec: dict[str, Any]) -> dict[str, Any]:
     if names:
         mark_refittable(network, names, messages)
     apply_settings(trt, config, asked, refittable=bool(names), messages=messages)
-    add_profiles(builder, config, spec["input"], spec["shape"], profiles, messages)
+    add_profiles(builder, config, spec["input"], row, profiles, messages)
     times = _times_file(trt, asked)
     timing = attach(config, times, messages) if times else {"timing_cache": "none"}
     started = time.perf_counter()
@@ -177,6 +177,11 @@ def _parsed(
         raise BuildFailed("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)) or last_of(messages))
     _decompose_attention(trt, network)
     return network, attention, (parser, weights)
+
+
+def _sizes(parts: Sequence[Sequence[int]]) -> list[Profile]:
+    """From smallest, most usual and largest of each."""
+    return [Profile(min=low, opt=usual, max=high) for low, usual, high in parts]
 
 
 def _times_file(trt: Any, asked: BuilderSpec) -> Path | None:

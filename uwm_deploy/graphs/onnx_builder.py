@@ -15,7 +15,7 @@ from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.cpu_integers import add_biases, fit_for_cpu
 from uwm_deploy.graphs.weight_blocks import in_one_block
 from uwm_deploy.recipes.compile_spec import BuilderSpec
-from uwm_deploy.records.graph import FUSED, STEPS, Profile, Provider
+from uwm_deploy.records.graph import FUSED, STEPS, Profile, Provider, TensorSpec
 from uwm_deploy.runtime.node_order import weights_before_use
 from uwm_deploy.runtime.providers import COMPILING, FLOAT32, NAMES, add_provider
 
@@ -147,14 +147,13 @@ def compiled(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def provider_options(
-    provider: Provider, name: str, row: Sequence[int], profiles: Sequence[Profile], builder: BuilderSpec
+    provider: Provider, given: TensorSpec, profiles: Sequence[Profile], builder: BuilderSpec
 ) -> dict[str, str]:
     """Settings of a recipe, as options of a provider.
 
     Args:
         provider: The provider.
-        name: The graph's input.
-        row: Shape of one row of the input, without the batch.
+        given: The graph's input.
         profiles: Batch sizes.
         builder: Settings of the flavour of TensorRT that the provider uses.
     """
@@ -165,7 +164,7 @@ def provider_options(
     prefix = _PREFIX[provider]
     found = {
         f"{prefix}_profile_{size}_shapes": ",".join(
-            f"{name}:{'x'.join(str(n) for n in (getattr(part, size), *row))}" for part in profiles
+            f"{given.name}:{'x'.join(str(getattr(n, size)) for n in (part, *given.row_sizes))}" for part in profiles
         )
         for size in ("min", "opt", "max")
     }

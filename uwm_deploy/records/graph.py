@@ -81,6 +81,15 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Smallest, most usual and largest size that an engine accepts of one dimension, above all of the batch."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowLengths:
     """Which lengths the rows of a text graph have, where what stands behind a caption's end token changes nothing.
 
@@ -117,6 +126,18 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     normalisation: Normalisation | None = field(default=None, metadata=LATER)
     lengths: RowLengths | None = field(default=None, metadata=LATER)
+
+    @property
+    def row_sizes(self) -> tuple[Profile, ...]:
+        """Smallest, most usual and largest size of each dimension of a row of an input."""
+        found = []
+        for size in self.shape[1:]:
+            if isinstance(size, int):
+                found.append(Profile(min=size, opt=size, max=size))
+            elif self.lengths is not None:
+                usual = min(2 * self.lengths.step, self.lengths.longest)  # most captions have 8 to 15 ids
+                found.append(Profile(min=1, opt=usual, max=self.lengths.longest))
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,15 +305,6 @@ class OnnxArtifact:
     conversion: Conversion | None = None
     head_digest: Digest = ""
     whole_rows: str = field(default="", metadata=LATER)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """Smallest, most usual and largest batch an engine accepts."""
-
-    min: int
-    opt: int
-    max: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

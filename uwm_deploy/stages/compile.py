@@ -208,14 +208,13 @@ def _onnxruntime(
     if not closed and lowered in (_AT_LOAD if on_cpu else {Precision.FP8}):
         return file, external, _as_it_is(graph, source, lowered, folder, wanted)
     given, builder = graph.inputs[0], wanted.builder
-    row = [size for size in given.shape[1:] if isinstance(size, int)]
     spec = {
         "module": "onnxruntime",
         "onnx": os.path.relpath(source, folder),
         "engine": file,
         "external_data": "" if closed else external,
         "provider": provider,
-        "options": provider_options(provider, given.name, row, wanted.profiles, builder),
+        "options": provider_options(provider, given, wanted.profiles, builder),
         "compile": closed,
         "fit_for_cpu": on_cpu and lowered is Precision.INT8,
         "weights_only": lowered is Precision.W8A16,
@@ -337,7 +336,7 @@ def _tensorrt(
         "onnx": os.path.relpath(source, folder),
         "engine": file,
         "input": graph.inputs[0].name,
-        "shape": list(graph.inputs[0].shape[1:]),
+        "row": [[size.min, size.opt, size.max] for size in graph.inputs[0].row_sizes],
         "profiles": [[part.min, part.opt, part.max] for part in given.profiles],
         "builder": plain_from_record(builder),
         "refittable": refittable,

@@ -87,7 +87,9 @@ def onnx_from_tower(
         digest=digest,
         weights_digest=weights_digest,
         opset=spec.opset,
-        inputs=(dataclasses.replace(_spec_of(proto.graph.input[0]), normalisation=normalisation, lengths=rows.lengths),),
+        inputs=(
+            dataclasses.replace(_spec_of(proto.graph.input[0]), normalisation=normalisation, lengths=rows.lengths),
+        ),
         outputs=tuple(_spec_of(v) for v in proto.graph.output),
         normalised=spec.normalise,
         versions={package: metadata.version(package) for package in _EXPORTERS},

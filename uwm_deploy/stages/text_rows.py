@@ -81,7 +81,9 @@ def _captions(tower: Tower, text: TextSpec, lengths: RowLengths) -> Tensor:
     tables = [m.num_embeddings for m in tower.graph_module().modules() if isinstance(m, nn.Embedding)]
     words = text.vocabulary or max(tables)
     rows = torch.randint(0, words, (len(lengths.all), lengths.longest), generator=torch.Generator().manual_seed(0))
-    rows[rows >= text.eos_id] = 0 if text.eos_id else 1  # none is the end token, or larger: some towers pool at the largest
+    rows[rows >= text.eos_id] = (
+        0 if text.eos_id else 1
+    )  # none is the end token, or larger: some towers pool at the largest
     for place, length in enumerate(lengths.all):
         rows[place, length - 1] = text.eos_id
     return rows
