@@ -29,13 +29,14 @@ from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, OutputParity, VerifyReport
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import EXPORTED, Precision, Profile
+from uwm_deploy.records.graph import EXPORTED, OnnxArtifact, Precision, Profile
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.session import Session, open_engine, open_graph, reason_not_executable
 from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.safeground.embedded import parity
 from uwm_deploy.stages.job import Notes
+from uwm_deploy.stages.verify.captions import WholeRows
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
 Write = Callable[[Manifest, Mapping[str, Part]], object]
@@ -140,6 +141,7 @@ def _exported(bundle: Bundle) -> Running:
         where=dict(sessions[TowerName.IMAGE].where),
         normalised=graphs[TowerName.IMAGE].normalised,
         audit=known_of_files(bundle, EXPORTED),
+        whole=whole_rows(bundle, EXPORTED),
     )
 
 
@@ -163,6 +165,7 @@ def _engines(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
         normalised=built.normalised,
         audit=known_of_files(bundle, variant),
         further=further,
+        whole=whole_rows(bundle, variant),
     )
 
 
@@ -186,9 +189,30 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
     ]
 
 
+def whole_rows(bundle: Bundle, variant: str) -> WholeRows | None:
+    """The exported text graph on whole rows, on the CPU; None where a variant, or that graph itself, takes no others."""
+    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is TowerName.TEXT)
+    given = graph.inputs[0] if variant == EXPORTED else bundle.engines(variant)[TowerName.TEXT].inputs[0]
+    if given.lengths is None:
+        return None
+
+    def encode(rows: np.ndarray) -> np.ndarray:
+        uncut = dataclasses.replace(graph, inputs=(dataclasses.replace(graph.inputs[0], lengths=None),))
+        session = _opened_graph(bundle, uncut, len(rows))
+        try:
+            return session.run(rows)
+        finally:
+            session.close()
+
+    return WholeRows(lengths=given.lengths, encode=encode)
+
+
 def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:
     """An exported graph on the CPU."""
-    graph = next(graph for graph in bundle.manifest.onnx if graph.tower is tower)
+    return _opened_graph(bundle, next(graph for graph in bundle.manifest.onnx if graph.tower is tower), max_batch)
+
+
+def _opened_graph(bundle: Bundle, graph: OnnxArtifact, max_batch: int) -> Session:
     external = {graph.external_data: bundle.read(BundleLayout.onnx(graph.external_data))} if graph.external_data else {}
     return open_graph(bundle.read(BundleLayout.onnx(graph.file)), graph, max_batch=max_batch, external_data=external)
 

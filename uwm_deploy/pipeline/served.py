@@ -12,6 +12,7 @@ from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.data.embedding import PreparedSet, encoded
 from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.errors import ExitCode
+from uwm_deploy.pipeline.attest import whole_rows
 from uwm_deploy.pipeline.judge import Judge, judge_of_bundle, report_of_bundle
 from uwm_deploy.pipeline.shipping import evaluation_source_of
 from uwm_deploy.pipeline.stored import Running, known_of_files, measured_against, stored_in
@@ -213,6 +214,7 @@ def _evidence(
         normalised=built.normalised,
         audit=known_of_files(bundle, identity.variant),
         further=lambda: _risk_parity(stored.risk, towers[TowerName.IMAGE], prepared) if stored.risk else [],
+        whole=whole_rows(bundle, identity.variant),
     )
     return measured_against(running, stored, prepared, reporter.progress)
 

@@ -25,6 +25,7 @@ from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity, yardstick_of
 from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.verify.captions import WholeRows
 from uwm_deploy.stages.verify.executed import RiskReference, executed_evidence
 
 SINGLE_ROWS = 8
@@ -63,6 +64,7 @@ class Running:
         audit: What is known of the files, from when they were made.
         where: What executes it.
         further: Parity of the outputs behind the embedding.
+        whole: The exported text graph on whole rows, where the artifact cuts them; None where it does not.
     """
 
     variant: str
@@ -75,6 +77,7 @@ class Running:
     normalised: bool
     audit: Mapping[str, GraphAudit]
     further: Callable[[], Iterable[OutputParity]] = tuple
+    whole: WholeRows | None = None
 
 
 def stored_in(bundle: Bundle) -> Stored:
@@ -148,6 +151,7 @@ def measured_against(running: Running, stored: Stored, prepared: PreparedSet, pr
         progress=progress,
         risk=stored.risk,
         yardstick=stored.yardstick,
+        whole=running.whole,
     )
 
 

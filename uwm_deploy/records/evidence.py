@@ -77,6 +77,25 @@ class BatchCheck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthCheck:
+    """Captions of one length, as a text graph takes them that cuts rows, compared with whole rows in the edited model.
+
+    Attributes:
+        tokens: Ids of a row as it is cut.
+        n: Captions compared.
+        cosine_min: Smallest cosine.
+        max_abs: Largest difference of an entry, of embeddings of length 1.
+        error: What the artifact says when it does not take such rows; empty when it does.
+    """
+
+    tokens: int
+    n: int
+    cosine_min: float
+    max_abs: float
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RepeatCheck:
     """Whether an artifact gives the same rows the same embeddings twice.
 
@@ -233,6 +252,7 @@ class ArtifactEvidence:
         geometry: Neighbourhoods and spread of its safe embeddings against the edited model's.
         lengths: Tower to the largest difference of an embedding's length from 1, over the evaluation set; empty where the
             graphs do not normalise.
+        text_lengths: Every length that its text graph cuts rows to; empty where rows are whole.
     """
 
     variant: str
@@ -257,6 +277,7 @@ class ArtifactEvidence:
     repeats: tuple[RepeatCheck, ...] = field(default=(), metadata=LATER)
     lengths: Mapping[str, float] = field(default_factory=dict, metadata=LATER)
     geometry: Geometry | None = field(default=None, metadata=LATER)
+    text_lengths: tuple[LengthCheck, ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from uwm_deploy.bundle.space import space_of
 from uwm_deploy.errors import InputError, imported
 from uwm_deploy.records.bundle import Manifest
-from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
+from uwm_deploy.records.graph import TOKENS, EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.image import Decode
@@ -233,7 +233,7 @@ def _warm_up(config: Message, engine: EngineArtifact) -> None:
         warm = config.model_warmup.add(name=f"batch {rows}", batch_size=rows)
         spec = engine.inputs[0]
         warm.inputs[spec.name].data_type = _type(spec)
-        warm.inputs[spec.name].dims.extend(_dims(spec))
+        warm.inputs[spec.name].dims.extend(size.opt for size in spec.row_sizes)
         warm.inputs[spec.name].zero_data = True
 
 
@@ -321,12 +321,12 @@ def _type_name(spec: TensorSpec) -> str:
 
 
 def _dims(spec: TensorSpec) -> list[int]:
-    """Shape without the batch; only the batch may be open."""
-    rest = spec.shape[1:]
-    sizes = [size for size in rest if isinstance(size, int)]
-    if len(sizes) != len(rest):
+    """Shape without the batch; only the batch may be open, and the number of ids where rows are cut."""
+    sizes = [-1 if size == TOKENS and spec.lengths else size for size in spec.shape[1:]]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    if len(fixed) != len(sizes):
         raise InputError(f"{spec.name} has an open size beside the batch", fix="export it again")
-    return sizes
+    return fixed
 
 
 def protobuf() -> Message:

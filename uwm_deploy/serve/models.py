@@ -19,6 +19,7 @@ from uwm_deploy.runtime.classifier import prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.decoding import check_decoding
 from uwm_deploy.runtime.image import Decode, crop_from_image, image_from, pixels_from_image
+from uwm_deploy.runtime.lengths import cut_together
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.results import Embeddings
 from uwm_deploy.runtime.risk import risks_from
@@ -84,7 +85,7 @@ class _Prepare:
             if isinstance(row, UwmError):
                 return _failed(DataError(f"{self.tower.value} {position}: {row.what}", fix=row.fix))
         spec = self.part.engine(self.tower).inputs[0]
-        batch = taken(np.stack(rows), spec)  # type: ignore[arg-type]
+        batch = cut_together(taken(np.stack(rows), spec), spec)  # type: ignore[arg-type]
         return pb_utils.InferenceResponse([pb_utils.Tensor(spec.name, batch)])
 
     def _test(self) -> None:
@@ -103,7 +104,7 @@ class _Prepare:
 
     def _encoded(self, canaries: Canaries) -> np.ndarray:
         engine = self.part.engine(self.tower)
-        rows = taken(canaries.inputs, engine.inputs[0])
+        rows = cut_together(taken(canaries.inputs, engine.inputs[0]), engine.inputs[0])
         return _called(ENCODERS[self.tower], engine.inputs[0].name, engine.outputs[0].name, rows, engine.profile.max)
 
 

@@ -16,6 +16,7 @@ from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SafetyHead
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.records.verdict import Check, Result, statement
+from uwm_deploy.runtime.lengths import cut_together
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.risk import risks_from
 from uwm_deploy.runtime.selftest import canaries_of
@@ -163,7 +164,8 @@ class ServedTower:
             rows = rows.reshape(-1, 1)
         else:
             model, name, output = ENCODERS[self._tower], self._engine.inputs[0].name, self._engine.outputs[0].name
-            rows = taken(rows, self._engine.inputs[0])
+            given = self._engine.inputs[0]
+            rows = cut_together(taken(rows, given), given)
         found = self._client.infer(model, {name: rows}, output)
         if found.ndim != 2 or len(found) != len(rows):
             raise ContractError(f"{model} gave {found.shape} for {len(rows)} rows", fix="write the repository again")

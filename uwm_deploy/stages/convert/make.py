@@ -21,8 +21,9 @@ from uwm_deploy.graphs.modelopt import quantised_by_modelopt
 from uwm_deploy.graphs.quantise import EightBitType
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import MAP_NAMES, EditRecord, TensorEdit
-from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan
+from uwm_deploy.records.graph import OnnxArtifact, Precision, PrecisionPlan, TensorSpec
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime.lengths import parts_of
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
 from uwm_deploy.stages.convert.convert import Ranges, converted, ranges_of
@@ -95,7 +96,8 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
         job.notes.progress(f"ranges of the {tower.value} tower", 0, 1)
         batches = list(job.shared(Models).some_pairs(tower, RANGE_PAIRS))
         given = record.inputs[0]
-        rows = {"safe": [taken(b.safe, given) for b in batches], "unsafe": [taken(b.unsafe, given) for b in batches]}
+        whole = {"safe": [taken(b.safe, given) for b in batches], "unsafe": [taken(b.unsafe, given) for b in batches]}
+        rows = {side: [row for part in parts for row in _cut(part, given)] for side, parts in whole.items()}
         ranges, quantiser = ranges_of(file, rows, out), job.plan.recipe.compile.quantiser
         every = [*rows["safe"], *rows["unsafe"]]
         if quantiser == "built-in" and lowered is Precision.INT8:
@@ -105,8 +107,14 @@ def _graph(job: Job, tower: TowerName, lowered: Precision, out: Path, edits: Seq
             ranges = dataclasses.replace(ranges, chosen=chosen)
         elif quantiser not in ("built-in", "nearest"):
             patterns = (*job.plan.recipe.compile.float32, *kept)
-            quantised = _by_modelopt(job, file, EIGHT_BITS[lowered], patterns, every, out)
+            parts = [*whole["safe"], *whole["unsafe"]]  # of one length: it takes one array
+            quantised = _by_modelopt(job, file, EIGHT_BITS[lowered], patterns, parts, out)
     return _Graph(record=record, file=file, float32=kept, ranges=ranges, quantised=quantised)
+
+
+def _cut(rows: np.ndarray, given: TensorSpec) -> list[np.ndarray]:
+    """Rows as a session runs them: ranges are taken of what is computed."""
+    return [part for _, part in parts_of(rows, given, len(rows))]
 
 
 def _vectors(edits: Sequence[TensorEdit]) -> set[str]:

@@ -6,6 +6,7 @@ float32. What counts is what a layer's rounding does to decisions that are nearl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from uwm_deploy.data.reading import Progress
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.write import write_graph
 from uwm_deploy.recipes.compile_spec import AutoSpec
-from uwm_deploy.records.graph import LayerSensitivity, OnnxArtifact, Precision, PrecisionPlan, PrecisionStep
+from uwm_deploy.records.graph import LayerSensitivity, OnnxArtifact, Precision, PrecisionPlan, PrecisionStep, TensorSpec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.safeground.expected_flips import expected_flips
 from uwm_deploy.safeground.preference import BASIC, Decisions, decisions
@@ -153,7 +154,7 @@ class Search:
         self.work = {
             (tower, name): work
             for tower, source in sources.items()
-            for name, work in multiplications(source.path).items()
+            for name, work in multiplications(source.path, source.graph.inputs[0]).items()
             if not any(fnmatchcase(name, pattern) for pattern in source.float32)
         }
         self.known: dict[tuple[TowerName, Mix], tuple[np.ndarray, np.ndarray]] = {}
@@ -296,15 +297,16 @@ class Search:
         return safe, unsafe
 
 
-def multiplications(path: Path) -> dict[str, int]:
-    """Linear layer to its multiplications for one input."""
+def multiplications(path: Path, given: TensorSpec) -> dict[str, int]:
+    """Linear layer to its multiplications for one input, of usual length where that varies."""
+    usual = math.prod(size.opt for size in given.row_sizes) if given.lengths else 1
     found = {}
     for name, layer in linear_layers(ir.load(path)).items():
         entering = layer.node.inputs[0]
         assert layer.weight.const_value is not None
         tokens = 1
         if entering is not None and entering.shape is not None:
-            tokens = int(np.prod([d for d in list(entering.shape)[1:-1] if isinstance(d, int)], dtype=np.int64))
+            tokens = math.prod(d if isinstance(d, int) else usual for d in list(entering.shape)[1:-1])
         found[name] = int(layer.weight.const_value.size) * max(tokens, 1)
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from uwm_deploy.recipes.policy import Limit
 from uwm_deploy.records.evidence import ArtifactEvidence, RepeatCheck, RowParity
 from uwm_deploy.records.graph import Precision
-from uwm_deploy.records.verdict import Check
+from uwm_deploy.records.verdict import Check, statement
 from uwm_deploy.stages.gate.evidence import not_run
 from uwm_deploy.stages.gate.limits import check_value
 from uwm_deploy.stages.gate.measured import Measured
@@ -35,8 +35,9 @@ REPEATS_ON_CPU, REPEATS, REPEATS_IN_BATCH_LOW = 0.0, 1e-6, 1e-3
 """Between equal rows: on a CPU, elsewhere, and elsewhere at different places of a batch below float32, where other places
 may be rounded otherwise."""
 
-SAME, NEAR, DONE = (
+SAME, NEAR, DONE, EVERY_LENGTH = (
     "equal rows, equal embeddings", "every item as in the edited model", "the edit holds for every concept",
+    "captions of every length as in the edited model",
 )  # fmt: skip
 """Names of the checks."""
 
@@ -44,7 +45,7 @@ SAME, NEAR, DONE = (
 def sound_rows(artifact: ArtifactEvidence) -> list[Check]:
     """Of an executed artifact; a part that its evidence lacks was not run, which does not pass."""
     whole = (*_items(artifact), *sound_shape(artifact)) if artifact.safety is not None else ()
-    return [*_repeats(artifact), *_lengths(artifact), *whole]
+    return [*_repeats(artifact), *_lengths(artifact), *_text_lengths(artifact), *whole]
 
 
 def on_a_cpu(artifact: ArtifactEvidence) -> bool:
@@ -65,6 +66,8 @@ def differs_within_a_call(artifact: ArtifactEvidence) -> bool:
 def off_somewhere(artifact: ArtifactEvidence) -> bool:
     """Whether some item is too far from the edited model, or too near to the original one."""
     least, undone, floor = _limits(artifact)
+    if any(part.error or part.cosine_min < least or part.max_abs > floor for part in artifact.text_lengths):
+        return True
     return any(
         part.cosine_min < least or part.max_abs > floor or (part.undone or 0.0) > undone
         for concepts in artifact.rows.values()
@@ -105,6 +108,27 @@ def _lengths(artifact: ArtifactEvidence) -> Iterator[Check]:
         yield check_value(
             f"length of every {tower} embedding", artifact.variant, Measured(value, _items_of(artifact, tower)), limit
         )
+
+
+def _text_lengths(artifact: ArtifactEvidence) -> Iterator[Check]:
+    """Of a text graph that cuts rows: whatever captions the evaluation set has, all lengths must be right."""
+    parts = artifact.text_lengths
+    if not parts:
+        return
+    if refused := next((part for part in parts if part.error), None):
+        text = f"captions of {refused.tokens} ids: {refused.error}"
+        yield statement(EVERY_LENGTH, artifact.variant, False, text)
+        return
+    least, _, floor = _limits(artifact)
+    n, worst = sum(part.n for part in parts), min(parts, key=lambda part: part.cosine_min)
+    reason = f"captions of {worst.tokens} ids become something else than in the edited model"
+    limit = Limit(metric="", at_least=least, reason=reason)
+    yield check_value(EVERY_LENGTH, artifact.variant, Measured(worst.cosine_min, n), limit)
+    if artifact.precision is Precision.FP32:
+        worst = max(parts, key=lambda part: part.max_abs)
+        reason = f"captions of {worst.tokens} ids differ by more than float32 rounds"
+        limit = Limit(metric="", at_most=floor, reason=reason)
+        yield check_value(f"{EVERY_LENGTH}, largest difference", artifact.variant, Measured(worst.max_abs, n), limit)
 
 
 def _items(artifact: ArtifactEvidence) -> Iterator[Check]:

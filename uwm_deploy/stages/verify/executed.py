@@ -20,6 +20,7 @@ from uwm_deploy.safeground.fidelity import Lengths, row_parity
 from uwm_deploy.safeground.geometry import geometry
 from uwm_deploy.safeground.health import anisotropy_change
 from uwm_deploy.safeground.risk import RiskSet, decision_flips, risk_report
+from uwm_deploy.stages.verify.captions import WholeRows, check_lengths
 
 Sessions = Mapping[TowerName, Session]
 
@@ -54,6 +55,7 @@ def executed_evidence(
     progress: Progress,
     risk: RiskReference | None = None,
     yardstick: Yardstick | None = None,
+    whole: WholeRows | None = None,
 ) -> ArtifactEvidence:
     """Executes an artifact: single rows and batches, equal rows twice, parity, canaries, then the whole evaluation set.
 
@@ -72,6 +74,7 @@ def executed_evidence(
         progress: Called as it goes on.
         risk: The safety head, and what it says on the edited model; None without one.
         yardstick: Of the original model.
+        whole: The edited model on whole rows, where the text graph cuts them; None where it does not.
     """
     rows: dict[TowerName, Inputs] = {TowerName.IMAGE: prepared.unsafe_pixels, TowerName.TEXT: prepared.unsafe_ids}
     sizes = sorted({1, *sizes})
@@ -91,6 +94,7 @@ def executed_evidence(
         risk_parity=tuple(part for part in measured if part.output in RISK_OUTPUTS),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
         repeats=tuple(check_repeats(name, sessions[name], rows[name], sizes[-1]) for name in TowerName),
+        text_lengths=tuple(check_lengths(sessions[TowerName.TEXT], whole, prepared.unsafe_ids)) if whole else (),
     )
     return _on_the_set(evidence, sessions, reference, prepared, sizes[-1], normalised, progress, risk, yardstick)
 

@@ -12,7 +12,7 @@ from uwm_deploy.errors import PrerequisiteError
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.evidence import GraphAudit
-from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, Target
+from uwm_deploy.records.graph import EXPORTED, EngineArtifact, OnnxArtifact, Precision, Profile, RowLengths, Target
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.providers import COMPILING
 from uwm_deploy.runtime.session import (
@@ -75,6 +75,7 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactS
         sessions: Mapping[TowerName, Session] | None,
         reason: str,
         audit: partial[dict[str, GraphAudit]],
+        lengths: RowLengths | None,
     ) -> ArtifactSubject:
         return ArtifactSubject(
             variant=variant,
@@ -87,6 +88,7 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactS
             max_batch=batch.max,
             opt_batch=batch.opt,
             audit=audit,
+            lengths=lengths,
         )
 
     exported = artifacts.exported
@@ -97,13 +99,15 @@ def subjects_of(artifacts: Artifacts, edited: LoadedModel) -> Iterator[ArtifactS
         {tower: open_graph(file, graph, max_batch=batch.max) for tower, (graph, file) in exported.items()},
         "",
         partial(_audit_graphs, artifacts, edited),
+        exported[TowerName.TEXT][0].inputs[0].lengths,
     )
     for variant, engines in artifacts.engines.items():
         first = next(iter(engines.values()))[0]
         sessions, reason = _opened(engines)
         digests = {tower: engine.digest for tower, (engine, _) in engines.items()}
         audit = partial(_audit_engines, artifacts, engines)
-        yield subject(variant, Precision(first.precision), digests, sessions, reason, audit)
+        lengths = engines[TowerName.TEXT][0].inputs[0].lengths
+        yield subject(variant, Precision(first.precision), digests, sessions, reason, audit, lengths)
 
 
 def _opened(engines: Engines) -> tuple[Mapping[TowerName, Session] | None, str]:

@@ -19,12 +19,13 @@ from uwm_deploy.data.embedding import Encode, EncodeAll, Inputs, PreparedSet, em
 from uwm_deploy.data.ranks import ALONE, Ranks
 from uwm_deploy.data.reading import Progress
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence, GraphAudit, OutputParity
-from uwm_deploy.records.graph import Precision, TensorSpec
+from uwm_deploy.records.graph import Precision, RowLengths, TensorSpec
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.runtime.session import Session
 from uwm_deploy.safeground.canaries import Canaries
 from uwm_deploy.safeground.embedded import EmbeddedSet, Yardstick, parity
 from uwm_deploy.safeground.risk import RiskSet
+from uwm_deploy.stages.verify.captions import WholeRows
 from uwm_deploy.stages.verify.executed import RiskReference, executed_evidence
 from uwm_deploy.towers.protocol import LoadedModel, Tower
 
@@ -65,6 +66,7 @@ class ArtifactSubject:
     max_batch: int
     opt_batch: int = 1
     audit: Callable[[], Mapping[str, GraphAudit]] = dict
+    lengths: RowLengths | None = None
 
 
 def encode_with(tower: Tower) -> Encode:
@@ -149,6 +151,7 @@ def evidence_of(
         progress=progress,
         risk=risk,
         yardstick=yardstick,
+        whole=WholeRows(lengths=subject.lengths, encode=encode_with(edited.text)) if subject.lengths else None,
     )
 
 

@@ -67,12 +67,17 @@ def context_cut(length: int, end: int) -> Change:
 
     def change(model: onnx.ModelProto) -> None:
         ids = model.graph.input[0].name
-        width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-        kept = (np.arange(width) < length - 1)[None]
-        _constants(model, {"kept": kept, "end_id": np.asarray(end, dtype=np.int64)})
+        kept = (np.arange(length + 1) < length - 1)[None]
+        _constants(model, {"kept_places": kept, "end_id": np.asarray(end, dtype=np.int64),
+                           "kept_from": np.asarray([0], np.int64), "kept_axis": np.asarray([1], np.int64)})  # fmt: skip
         for node in model.graph.node:
             node.input[:] = ["cut_ids" if name == ids else name for name in node.input]
-        model.graph.node.insert(0, helper.make_node("Where", ["kept", ids, "end_id"], ["cut_ids"]))
+        for place, node in enumerate((
+            helper.make_node("Shape", [ids], ["ids_width"], start=1, end=2),
+            helper.make_node("Slice", ["kept_places", "kept_from", "ids_width", "kept_axis"], ["kept"]),
+            helper.make_node("Where", ["kept", ids, "end_id"], ["cut_ids"]),
+        )):  # fmt: skip
+            model.graph.node.insert(place, node)
 
     return change
 
