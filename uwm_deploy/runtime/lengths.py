@@ -20,7 +20,7 @@ def lengths_of(rows: np.ndarray, by: RowLengths) -> np.ndarray:
     end token is no caption, and stays whole.
 
     Args:
-        rows: (n, L) integer ids, L at most the longest length.
+        rows: (n, L) int64 or int32 ids, L at most the longest length.
         by: Lengths of the graph.
 
     Returns:
@@ -45,12 +45,13 @@ def parts_of(rows: np.ndarray, spec: TensorSpec, most: int) -> Iterator[tuple[np
     """Rows as calls of one length each.
 
     Args:
-        rows: (n, ...) in the type of a graph's input.
+        rows: (n, ...) float32, uint8, int64 or int32, as the graph's input has it.
         spec: The input.
         most: Largest number of rows of one call.
 
     Yields:
-        Places (k,) int64 among the rows, and the rows (k, ...) of one call, contiguous and cut where the graph takes that.
+        Places (k,) int64 among the rows, and the rows (k, ...) of one call in their dtype, contiguous and cut where the graph
+        takes that.
     """
     if spec.lengths is None:
         for start in range(0, len(rows), most):
@@ -69,11 +70,11 @@ def cut_together(rows: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Rows of one request as one array: all as long as the one that needs most.
 
     Args:
-        rows: (n, ...) in the type of a graph's input.
+        rows: (n, ...) float32, uint8, int64 or int32, as the graph's input has it.
         spec: The input.
 
     Returns:
-        (n, ...), the same or shorter rows.
+        (n, ...) in their dtype, the same or shorter rows.
     """
     if spec.lengths is None or not len(rows):
         return rows

@@ -21,7 +21,7 @@ from uwm_deploy.graphs.write import INLINE_BYTES, weightless, write_graph
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import read_record, write_record
 from uwm_deploy.records.edit import EditRecord, TensorEdit
-from uwm_deploy.records.graph import TOKENS, Normalisation, OnnxArtifact, RowLengths, TensorSpec
+from uwm_deploy.records.graph import TOKENS, Fingerprint, Normalisation, OnnxArtifact, RowLengths, TensorSpec
 from uwm_deploy.records.model import Digest, TowerName
 from uwm_deploy.stages.job import Job
 from uwm_deploy.stages.models import Models
@@ -76,10 +76,7 @@ def onnx_from_tower(
         found = pool.submit(fingerprint_of_graph, arrays, edits, patch.tensors)
         digest = write_graph(model, folder / name, external)
         fingerprint = found.result()
-    if fingerprint.mismatches:
-        raise ContractError(
-            f"the edit is not in {name}: {'; '.join(fingerprint.mismatches[:3])}", fix="export the edited model"
-        )
+    _check_edit(name, fingerprint)
     return OnnxArtifact(
         tower=tower.name,
         file=name,
@@ -145,6 +142,13 @@ def _check_graph(
             _check_shape(file, value, lengths if value.name == tower.input_name else None)
     if lost := sorted({n for n, _ in tower.graph_module().named_parameters()} - names):
         raise ContractError(f"{file} lost {len(lost)} weights by name, first {lost[0]}", fix="report this")
+
+
+def _check_edit(file: str, found: Fingerprint) -> None:
+    if found.mismatches:
+        raise ContractError(
+            f"the edit is not in {file}: {'; '.join(found.mismatches[:3])}", fix="export the edited model"
+        )
 
 
 def _check_shape(file: str, value: onnx.ValueInfoProto, lengths: RowLengths | None) -> None:

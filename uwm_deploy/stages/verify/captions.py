@@ -28,7 +28,7 @@ class WholeRows:
 
     Attributes:
         lengths: That it cuts them to.
-        encode: What embeds the same rows whole.
+        encode: What embeds the same rows whole: (n, L) int64 to (n, d) float32.
     """
 
     lengths: RowLengths
