@@ -50,8 +50,8 @@ def parts_of(rows: np.ndarray, spec: TensorSpec, most: int) -> Iterator[tuple[np
         most: Largest number of rows of one call.
 
     Yields:
-        Places (k,) int64 among the rows, and the rows (k, ...) of one call in their dtype, contiguous and cut where the graph
-        takes that.
+        Places (k,) int64 among the rows, and the rows (k, ...) of one call in their dtype: contiguous, and cut where the
+        graph takes that.
     """
     if spec.lengths is None:
         for start in range(0, len(rows), most):

@@ -64,8 +64,7 @@ def onnx_from_tower(
         ContractError: If the graph lost the edit, a weight's name or the dynamic batch, leaves the standard domain, or
             the tower does not pool at the end token.
     """
-    sample = in_its_type(sample, spec)
-    _check_pooling(tower, sample)
+    _check_pooling(tower, sample := in_its_type(sample, spec))
     model = traced(tower, sample, spec, normalisation, rows.lengths)
     name = f"{tower.name.value}.onnx"
     arrays = {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
@@ -75,8 +74,7 @@ def onnx_from_tower(
     with ThreadPoolExecutor(1) as pool:  # hashing and writing both leave the interpreter to others
         found = pool.submit(fingerprint_of_graph, arrays, edits, patch.tensors)
         digest = write_graph(model, folder / name, external)
-        fingerprint = found.result()
-    _check_edit(name, fingerprint)
+    _check_edit(name, fingerprint := found.result())
     return OnnxArtifact(
         tower=tower.name,
         file=name,
