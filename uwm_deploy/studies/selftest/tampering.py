@@ -82,6 +82,25 @@ def context_cut(length: int, end: int) -> Change:
     return change
 
 
+def wrong_at_length(length: int) -> Change:
+    """Rows that are cut to one length get the opposite embedding."""
+
+    def change(model: onnx.ModelProto) -> None:
+        ids, output = model.graph.input[0].name, _renamed_output(model, "at_any_length")
+        _constants(model, {"the_length": np.asarray([length], np.int64), "minus_one": np.float32(-1),
+                           "plus_one": np.float32(1)})  # fmt: skip
+        model.graph.node.extend(
+            [
+                helper.make_node("Shape", [ids], ["length_of_rows"], start=1, end=2),
+                helper.make_node("Equal", ["length_of_rows", "the_length"], ["has_the_length"]),
+                helper.make_node("Where", ["has_the_length", "minus_one", "plus_one"], ["sign_of_length"]),
+                helper.make_node("Mul", ["at_any_length", "sign_of_length"], [output]),
+            ]
+        )
+
+    return change
+
+
 def leaking(share: float) -> Change:
     """A second path from the input to the embedding, too weak to be measured."""
 

@@ -103,6 +103,7 @@ FAULTS = (
     Fault("mlp-clamped", Cause.GRAPH, "export", "activations of one MLP are clamped where they hardly ever reach", exported_with({IMAGE: tampering.clamped(_IMAGE_MLP, -8.0, 8.0)})),
     Fault("text-mlp-clamped", Cause.GRAPH, "export", "the same in the text tower, and tighter", exported_with({TEXT: tampering.clamped(_TEXT_MLP, -2.0, 2.0)})),
     Fault("context-cut", Cause.GRAPH, "export", "the last position of a long caption is not read", artifacts.context_cut),
+    Fault("one-length-wrong", Cause.GRAPH, "export", "captions that are cut to 24 ids get another embedding", exported_with({TEXT: tampering.wrong_at_length(24)})),
     Fault("extra-path", Cause.GRAPH, "export", "1e-7 of the mean pixel reaches the embedding", exported_with({IMAGE: tampering.leaking(1e-7)})),
     Fault("text-layer-scaled", Cause.GRAPH, "export", "a text layer is 3% larger", exported_with({TEXT: tampering.scaled(_TEXT_NORM, 1.03)})),
     Fault("image-layer-scaled", Cause.GRAPH, "export", "an image layer is 0.01% larger", exported_with({IMAGE: tampering.scaled(_IMAGE_NORM, 1.0001)})),
