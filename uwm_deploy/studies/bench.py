@@ -260,7 +260,7 @@ def inputs_of(bundle: Bundle, tower: TowerName, rows: int) -> np.ndarray:
     """Rows for a tower in the dtype of its input.
 
     They are noise, pixels (rows, 3, height, width) or crops (rows, height, width, 3), or ids of captions (rows, positions).
-    The time does not depend on what they show or say.
+    The time does not depend on what they show or say, but on how long captions are: these are of usual length.
     """
     spec = _given(bundle, tower)
     if tower is TowerName.IMAGE:

@@ -124,6 +124,9 @@ class Engine {
     type_ = type_of(input.at("dtype").text);
     for (const Json& size : input.at("shape").items)
       if (size.kind == Json::number) shape_.push_back(static_cast<int64_t>(size.value));
+    // A graph for rows of any length takes whole rows, too.
+    if (const auto lengths = input.members.find("lengths"); lengths != input.members.end())
+      shape_.push_back(static_cast<int64_t>(lengths->second.at("longest").value));
     largest_ = static_cast<int64_t>(about_.at("profile").at("max").value);
     width_ = static_cast<int64_t>(about_.at("outputs").items.at(0).at("shape").items.at(1).value);
     if (const auto data = about_.members.find("external_data"); data != about_.members.end() && !data->second.text.empty())
