@@ -30,7 +30,7 @@ from uwm_deploy.cli import cli
 from uwm_deploy.data.encoded import objects
 from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError
 from uwm_deploy.pipeline.request import Request
-from uwm_deploy.records.graph import EngineArtifact, Target
+from uwm_deploy.records.graph import TOKENS, EngineArtifact, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.session import open_engine
@@ -89,7 +89,7 @@ def test_encoders_have_a_warm_up_per_profile_batch_and_the_engines_shapes(bundle
         assert [warm.batch_size for warm in config.model_warmup] == [1, engine.profile.opt, engine.profile.max]
         assert config.max_batch_size == engine.profile.max
         assert config.input[0].name == engine.inputs[0].name
-        assert list(config.input[0].dims) == list(engine.inputs[0].shape[1:])
+        assert list(config.input[0].dims) == [-1 if size == TOKENS else size for size in engine.inputs[0].shape[1:]]
         assert list(config.output[0].dims) == list(engine.outputs[0].shape[1:])
         assert config.platform == "onnxruntime_onnx"
 

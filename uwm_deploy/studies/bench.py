@@ -29,7 +29,7 @@ from uwm_deploy.runtime.tokenizer import Tokenizer
 from uwm_deploy.stages.gate.rows import COSINE, COSINE_8_BITS
 
 CAPTIONS = ("a red circle on a blue ground", "two green squares", "a small yellow triangle beside a grey wall")
-"""Rows of text; every tower computes all positions, so their words do not matter."""
+"""Rows of text, of usual length; their words do not matter."""
 
 COLD_ROUNDS = 3
 """Sessions that are opened one after another to measure a cold start."""
