@@ -40,6 +40,9 @@ from uwm_deploy.stages.verify.captions import WholeRows
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
 Write = Callable[[Manifest, Mapping[str, Part]], object]
+
+_WORDS = 200
+"""Captions whose words are enough to make others of."""
 """What writes the bundle with the new evidence, whole or not at all."""
 
 
@@ -118,7 +121,7 @@ def running_here(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running
         variant: Which.
         prepared: Inputs, of which some go through the outputs behind the embedding.
     """
-    return _exported(bundle) if variant == EXPORTED else _engines(bundle, variant, prepared)
+    return _exported(bundle, prepared) if variant == EXPORTED else _engines(bundle, variant, prepared)
 
 
 def reason_not_here(bundle: Bundle, variant: str) -> str:
@@ -126,7 +129,7 @@ def reason_not_here(bundle: Bundle, variant: str) -> str:
     return "" if variant == EXPORTED else reason_not_executable(next(iter(bundle.engines(variant).values())))
 
 
-def _exported(bundle: Bundle) -> Running:
+def _exported(bundle: Bundle, prepared: PreparedSet) -> Running:
     profiles = [engine.profile for engine in bundle.manifest.engines]
     profile = Profile(min=1, opt=max(p.opt for p in profiles), max=max(p.max for p in profiles))
     graphs = {graph.tower: graph for graph in bundle.manifest.onnx}
@@ -141,7 +144,7 @@ def _exported(bundle: Bundle) -> Running:
         where=dict(sessions[TowerName.IMAGE].where),
         normalised=graphs[TowerName.IMAGE].normalised,
         audit=known_of_files(bundle, EXPORTED),
-        whole=whole_rows(bundle, EXPORTED),
+        whole=whole_rows(bundle, EXPORTED, prepared.unsafe_ids),
     )
 
 
@@ -165,7 +168,7 @@ def _engines(bundle: Bundle, variant: str, prepared: PreparedSet) -> Running:
         normalised=built.normalised,
         audit=known_of_files(bundle, variant),
         further=further,
-        whole=whole_rows(bundle, variant),
+        whole=whole_rows(bundle, variant, prepared.unsafe_ids),
     )
 
 
@@ -189,8 +192,14 @@ def _further_parity(bundle: Bundle, tower: TowerName, session: Session, rows: np
     ]
 
 
-def whole_rows(bundle: Bundle, variant: str) -> WholeRows | None:
-    """The exported text graph on whole rows, on the CPU; None where a variant, or that graph itself, takes no others."""
+def whole_rows(bundle: Bundle, variant: str, texts: np.ndarray) -> WholeRows | None:
+    """The exported text graph on whole rows, on the CPU; None where a variant, or that graph itself, takes no others.
+
+    Args:
+        bundle: The bundle.
+        variant: Which.
+        texts: Captions whose words are taken: (n, L) int64 ids, or (n,) object, in UTF-8.
+    """
     graph = next(graph for graph in bundle.manifest.onnx if graph.tower is TowerName.TEXT)
     given = graph.inputs[0] if variant == EXPORTED else bundle.engines(variant)[TowerName.TEXT].inputs[0]
     if given.lengths is None:
@@ -204,7 +213,10 @@ def whole_rows(bundle: Bundle, variant: str) -> WholeRows | None:
         finally:
             session.close()
 
-    return WholeRows(lengths=given.lengths, encode=encode)
+    if texts.dtype == object:
+        tokenizer = Tokenizer(bundle.read(BundleLayout.TOKENIZER), bundle.manifest.model.text)
+        texts = tokenizer.encode([bytes(text).decode() for text in texts[:_WORDS]])
+    return WholeRows(lengths=given.lengths, ids=texts, encode=encode)
 
 
 def _open_exported(bundle: Bundle, tower: TowerName, max_batch: int) -> Session:

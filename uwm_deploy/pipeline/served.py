@@ -214,7 +214,7 @@ def _evidence(
         normalised=built.normalised,
         audit=known_of_files(bundle, identity.variant),
         further=lambda: _risk_parity(stored.risk, towers[TowerName.IMAGE], prepared) if stored.risk else [],
-        whole=whole_rows(bundle, identity.variant),
+        whole=whole_rows(bundle, identity.variant, prepared.unsafe_ids),
     )
     return measured_against(running, stored, prepared, reporter.progress)
 

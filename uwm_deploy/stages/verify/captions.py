@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uwm_deploy.data.embedding import Inputs, unit_rows
+from uwm_deploy.data.embedding import unit_rows
 from uwm_deploy.records.evidence import LengthCheck
 from uwm_deploy.records.graph import RowLengths
 from uwm_deploy.runtime.session import Session
@@ -28,25 +28,26 @@ class WholeRows:
 
     Attributes:
         lengths: That it cuts them to.
+        ids: (n, L) int64, captions whose words are taken.
         encode: What embeds the same rows whole: (n, L) int64 to (n, d) float32.
     """
 
     lengths: RowLengths
+    ids: np.ndarray
     encode: Encode
 
 
-def check_lengths(session: Session, reference: WholeRows, ids: Inputs) -> list[LengthCheck]:
-    """Embeds captions of every length, which are made of the words of an evaluation set.
+def check_lengths(session: Session, reference: WholeRows) -> list[LengthCheck]:
+    """Embeds captions of every length, which are made of the words of other captions.
 
     Args:
         session: The artifact's text tower.
         reference: The edited model.
-        ids: (n, L) int64, captions of the set.
 
     Returns:
         One check per length, ascending.
     """
-    rows = captions_of_every_length(np.asarray(ids[: len(ids)]), reference.lengths)
+    rows = captions_of_every_length(reference.ids, reference.lengths)
     wanted, found = unit_rows(reference.encode(rows)), []
     for place, tokens in enumerate(reference.lengths.all):
         mine = slice(place * _EACH, (place + 1) * _EACH)

@@ -94,7 +94,7 @@ def executed_evidence(
         risk_parity=tuple(part for part in measured if part.output in RISK_OUTPUTS),
         canaries={name.value: part.worst(sessions[name].run(part.inputs)) for name, part in canaries.items()},
         repeats=tuple(check_repeats(name, sessions[name], rows[name], sizes[-1]) for name in TowerName),
-        text_lengths=tuple(check_lengths(sessions[TowerName.TEXT], whole, prepared.unsafe_ids)) if whole else (),
+        text_lengths=tuple(check_lengths(sessions[TowerName.TEXT], whole)) if whole else (),
     )
     return _on_the_set(evidence, sessions, reference, prepared, sizes[-1], normalised, progress, risk, yardstick)
 

@@ -138,7 +138,9 @@ def evidence_of(
     evidence = dataclasses.replace(
         _known_of(subject, Evidence.EXECUTED, sessions[TowerName.IMAGE].where), audit=dict(subject.audit())
     )
-    sizes = (subject.opt_batch, subject.max_batch)
+    sizes, whole = (subject.opt_batch, subject.max_batch), None
+    if subject.lengths is not None:
+        whole = WholeRows(lengths=subject.lengths, ids=prepared.unsafe_ids, encode=encode_with(edited.text))
     return executed_evidence(
         evidence,
         sessions,
@@ -151,7 +153,7 @@ def evidence_of(
         progress=progress,
         risk=risk,
         yardstick=yardstick,
-        whole=WholeRows(lengths=subject.lengths, encode=encode_with(edited.text)) if subject.lengths else None,
+        whole=whole,
     )
 
 
