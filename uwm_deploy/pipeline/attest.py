@@ -40,10 +40,10 @@ from uwm_deploy.stages.verify.captions import WholeRows
 
 Judge = Callable[[VerifyReport, Digest], Verdict]
 Write = Callable[[Manifest, Mapping[str, Part]], object]
+"""What writes the bundle with the new evidence, whole or not at all."""
 
 _WORDS = 200
 """Captions whose words are enough to make others of."""
-"""What writes the bundle with the new evidence, whole or not at all."""
 
 
 def attest(
