@@ -274,7 +274,7 @@ def test_gate_with_execute_asks_the_engines_themselves(built: Built, tmp_path: P
         ),
         (
             lambda m: dataclasses.replace(m, text=dataclasses.replace(m.text, context_length=31)),
-            "text tower's graph is",
+            "text tower's graph takes rows that are cut at id",
         ),
         (lambda m: dataclasses.replace(m, embed_dim=32), "and embeddings (64,)"),
     ],

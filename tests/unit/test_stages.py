@@ -165,7 +165,7 @@ def test_stages_read_earlier_ones_and_known_sources() -> None:
 
 def test_every_module_of_the_room_is_a_stage() -> None:
     """`ls uwm_deploy/stages` shows the stages, and what they are given."""
-    given = {"__init__", "job", "models", "table", "traced", "__pycache__"}
+    given = {"__init__", "job", "models", "table", "text_rows", "traced", "__pycache__"}
     assert {path.stem for path in (root() / "stages").iterdir()} - given == set(NAMES)
 
 

@@ -67,7 +67,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # of a path from outside
         what = visible(f"{os.fsdecode(error.filename or '')} cannot be used: {error.strerror}", _LONGEST)
         return Failure(kind="InputError", what=what, fix="check the path", exit_code=int(ExitCode.BAD_INPUT))
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # of `os.getcwd` alone
+    if isinstance(error, FileNotFoundError) and _is_homeless():
         what, fix = "the folder that this command was started in is not there any more", "change to another one"
         return Failure(kind="InputError", what=what, fix=fix, exit_code=int(ExitCode.BAD_INPUT))
     if is_of_machine(error):
@@ -83,6 +83,15 @@ def failure_of(error: BaseException) -> Failure:
         fix="run again with --debug and report it",
         exit_code=int(ExitCode.INTERNAL),
     )
+
+
+def _is_homeless() -> bool:
+    """Whether the working folder was removed: what is looked up from there is not found, by an error that names no file."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 _SAID = (

@@ -208,10 +208,10 @@ def crop_from_image(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     # Where transparency is dropped, it is dropped last: resizing weighs colours by it.
     try:
         cropped = _resized_crop(_over_white(image) if spec.alpha == "white" else image, spec)
+        return np.asarray(cropped if cropped.mode == "RGB" else cropped.convert("RGB"))
     except MemoryError as error:
         what = f"an image of {image.width} x {image.height} pixels cannot be resized: not enough memory"
         raise UnreadableError(what, fix="use fewer --workers, or a machine with more") from error
-    return np.asarray(cropped if cropped.mode == "RGB" else cropped.convert("RGB"))
 
 
 def pixels_from_crops(crops: np.ndarray, spec: ImageSpec) -> np.ndarray:

@@ -226,11 +226,16 @@ def _onnxruntime(
     details = made_by_child(BUILDER, spec, Target.ONNXRUNTIME.value, graph.tower.value, folder)
     arrays = list(_weights(folder / file))
     kinds = {str(array.dtype) for array in arrays if array.ndim == 2 and not np.issubdtype(array.dtype, np.int64)}
-    if (lowered is Precision.FP32) != (kinds == {"float32"}):
+    if _is_float32(graph) != (kinds == {"float32"}):
         raise ContractError(f"{file} holds weights of {sorted(kinds)}", fix="ask for the precision it has")
     layers = _edited_layers(arrays, source, lowered, edits, file)
     details["settings"] |= {"edited_layers": str(layers), "weights": ",".join(sorted(kinds))}
     return file, external, details
+
+
+def _is_float32(graph: OnnxArtifact) -> bool:
+    """Whether no linear layer is in lower precision; precision `auto` may need all layers of a tower in float32."""
+    return graph.conversion is None or set(graph.conversion.achieved.get("linear", {})) == {Precision.FP32.value}
 
 
 def _edited_layers(

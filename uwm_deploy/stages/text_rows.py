@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.graph import RowLengths
+from uwm_deploy.records.machine import failure_of_machine
 from uwm_deploy.records.model import ModelRef, TextSpec, TowerName
 from uwm_deploy.towers.protocol import Tower
 
@@ -72,6 +73,8 @@ def _problem(tower: Tower, text: TextSpec, lengths: RowLengths) -> str:
             if not apart <= _SAME:
                 return f"cut to {length} ids, an embedding differs by {apart:.2g} of its largest entry"
     except Exception as error:  # towers are built of any modules; one that fails on short rows takes whole ones
+        if failure_of_machine(error) is not None:
+            raise
         return f"the tower does not take shorter ones: {str(error).strip().splitlines()[:1]}"[:200]
     return ""
 

@@ -38,7 +38,7 @@ SHARE_OF_BUDGET = 0.9
 """The plan is chosen on other quadruples than it is judged on, so it must keep this share of the budget here."""
 
 GUESSES = 4
-"""Plans that are tried between one that keeps the limit and one that does not."""
+"""Plans that are tried between one that keeps the limit and one that does not; more where none of them keeps it."""
 
 _NEAR = 0.9
 """A plan that uses this share of the limit or more is near enough."""
@@ -214,19 +214,21 @@ class Search:
         return ranges is not None and layer[1] in ranges.chosen.codes and self.spec.lowest is Precision.INT8
 
     def _fewest(self, moves: Sequence[_Move], sensitivity: Mapping[Layer, float], limit: float) -> int:
-        """How many of the moves must be made, so that the plan keeps the limit; all of them where none does."""
+        """How many of the moves must be made, so that the plan keeps the limit; all of them where none does.
+
+        All of them would be float32 everywhere. So where the guesses were too low, they go on, and each aims lower.
+        """
         left = _left(moves, sensitivity)
-        low, high = 0, len(moves)
+        low, high, aim = 0, len(moves), limit
         measured = {low: self.steps[-1].expected}
-        for _ in range(GUESSES):
-            if high - low <= 1:
-                break
-            count = low + _between(left[low : high + 1], measured[low], measured.get(high), limit)
+        while high - low > 1 and (len(measured) <= GUESSES or high not in measured):
+            count = low + _between(left[low : high + 1], measured[low], measured.get(high), aim)
             mix = _mixed(moves[:count])
             measured[count] = self.flips(mix, f"{len(mix.two)} twice, {len(mix.kept)} in float32")
             low, high = (low, count) if measured[count] <= limit else (count, high)
             if _NEAR * limit <= measured[count] <= limit:
                 break
+            aim = limit if high in measured else _NEAR * aim
         return high
 
     def _sensitivities(self) -> dict[Layer, float]:
