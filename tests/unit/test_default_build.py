@@ -16,6 +16,7 @@ from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
 from uwm_deploy.pipeline.stored import reference_of
 from uwm_deploy.recipes.resolve import calibration_set_of
+from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.codec import record_from_json
 from uwm_deploy.records.edit import EditRecord, Placement
 from uwm_deploy.records.evidence import VerifyReport
@@ -26,6 +27,7 @@ from uwm_deploy.report.console import Reporter
 from uwm_deploy.report.sections import MEANING
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.safeground.embedded import EmbeddedSet
+from uwm_deploy.safeground.preference import BASIC
 from uwm_deploy.safeground.tradeoff import mean_recall, zero_shot_mean
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +110,7 @@ def test_the_readme_shows_this_build(report: VerifyReport) -> None:
 
 
 def test_readme_and_the_page_it_links_tell_one_finding() -> None:
-    """Texts only: the cosine and the flips of README are those of the page on precision; no test measures them."""
+    """Texts only: the cosine and the flips of README are those of the page on precision; the next test measures them."""
     readme = (ROOT / "README.md").read_text()
     found = re.search(r"smallest cosine of (0\.\d+) changed (\d+) of 1,000", readme)
     assert found is not None
@@ -117,6 +119,38 @@ def test_readme_and_the_page_it_links_tell_one_finding() -> None:
     assert now is not None
     assert re.search(rf"^\| int8 \| 0\.{now[1]} \|.*\| proven \|$", page, re.MULTILINE)
     assert f"A cosine of {found[1]} looks harmless and flips {found[2]} decisions" in " ".join(page.split())
+
+
+@pytest.mark.slow  # two builds, of which the second one goes on from the first
+def test_the_finding_of_the_readme_is_measured(tmp_path: Path) -> None:
+    """INT8 to the nearest fails with README's cosine and flips, and calibrated INT8 passes with README's."""
+    text, _ = read_toml("export", "demo")
+    found = []
+    for quantiser in ("nearest", "built-in"):
+        (recipe := tmp_path / f"{quantiser}.toml").write_text(
+            text.replace('name = "demo"', f'name = "{quantiser}"').replace(
+                "[compile]\n", f'[compile]\nquantiser = "{quantiser}"\n'
+            )
+        )
+        request = Request(
+            model=str(recipe),
+            targets=("onnxruntime",),
+            precisions=("int8",),
+            work=tmp_path / "work",
+            out=tmp_path / quantiser,
+        )
+        outcome = run(request, until="package", reporter=Reporter(quiet=True))
+        assert outcome.report is not None
+        assert outcome.verdict is not None
+        [made] = [part for part in outcome.report.artifacts if part.variant == "onnxruntime-int8"]
+        worst = max(made.flips[name].gained + made.flips[name].lost for name in BASIC)
+        cosine = min(part.cosine_min for part in made.parity)
+        found.append((worst, f"{cosine:.4f}", "onnxruntime-int8" in outcome.verdict.proven))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    (bad, cosine, _), (good, _, _) = found
+    assert [proven for _, _, proven in found] == [False, True]
+    assert f"smallest cosine of {cosine} changed {bad} of 1,000 safety decisions" in readme
+    assert f"calibrated INT8 of this tool changed {good}, and passes" in readme
 
 
 def test_the_page_of_the_demo_shows_this_choice(report: VerifyReport, choice: StrengthChoice) -> None:
