@@ -43,8 +43,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> HonestBuilds:
     """The second build has UWM as its first step, so it goes on from the scores of the first one."""
     folder = tmp_path_factory.mktemp("worlds")
     found = HonestBuilds(folder)
-    first = found.of(UWM).folder
-    copy_of(first / "work", folder / "world-1" / "work")
+    copy_of(found.of(UWM).folder / "work", folder / "world-1" / "work")
     return found
 
 
