@@ -106,7 +106,15 @@ def alone(folder: Path, one_thread: None) -> Outcome:
 def together(folder: Path) -> subprocess.CompletedProcess[str]:
     """Its edit by two processes of torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(folder / "child.py"), "edit", *sets_in(folder)[:2], "--work", str(folder / "two"), "--device", "cpu"]
+    command += [
+        str(folder / "child.py"),
+        "edit",
+        *sets_in(folder)[:2],
+        "--work",
+        str(folder / "two"),
+        "--device",
+        "cpu",
+    ]
     return subprocess.run([*command, "--json", *UWM_OPTIONS], capture_output=True, text=True, env=environment())
 
 
