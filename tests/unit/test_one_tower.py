@@ -58,7 +58,10 @@ def request(sets: Path, kind: str, work: Path, towers: tuple[str, ...]) -> Reque
 
 @pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.slow), "image"])
 def test_one_tower_is_edited_and_both_ship(kind: str, sets: Path, tmp_path: Path) -> None:
-    """The whole chain, in the case that is not slow up to the report; in the other tower nothing is selected, and its graph is proven to hold the unedited weights."""
+    """In the other tower nothing is selected, and its graph is proven to hold the unedited weights.
+
+    The slow case is packed as well; what packs a bundle does not ask which towers were edited.
+    """
     until = "package" if kind == "text" else "verify"
     outcome = run(request(sets, kind, tmp_path, (kind,)), until=until, reporter=Reporter(quiet=True))
     assert outcome.score is not None
