@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from uwm_deploy.recipes import shipped as resources
 from uwm_deploy.recipes.recipe import Architecture, Recipe, recipe_from_toml
 
@@ -24,6 +26,10 @@ FAMILIES = (
     "llava-1.5-7b",
 )
 """One recipe per way of being built."""
+SIBLINGS = ("dfn-vit-h14", "siglip2-base")
+"""Those of them that differ from another one in activation, tokenizer and sizes alone."""
+QUICK_FAMILIES = tuple(pytest.param(name, marks=[pytest.mark.slow] * (name in SIBLINGS)) for name in FAMILIES)
+"""All of them, for tests that are about how a tower is put together."""
 
 _HF = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _OPEN_CLIP = {"layers": 2, "width": 64}

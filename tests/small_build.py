@@ -19,13 +19,23 @@ def build_small(factory: pytest.TempPathFactory) -> tuple[Request, Outcome]:
 
     Its stages are made once per run of the tests and taken over here.
     """
+    folder = factory.mktemp("build")
+    copy_small_work(factory, folder / "work")
+    request = _request(folder)
+    return request, run(request, until="package", reporter=Reporter(quiet=True))
+
+
+def copy_small_work(factory: pytest.TempPathFactory, to: Path) -> None:
+    """The stages of that build, for one that shares its edit and is measured or compiled in another way.
+
+    Args:
+        factory: Of temporary folders of this worker.
+        to: The run folder.
+    """
     made = made_once(
         factory, "small-build", lambda to: run(_request(to), until="package", reporter=Reporter(quiet=True))
     )
-    folder = factory.mktemp("build")
-    copy_of(made / "work", folder / "work")
-    request = _request(folder)
-    return request, run(request, until="package", reporter=Reporter(quiet=True))
+    copy_of(made / "work", to)
 
 
 def write_sets(folder: Path, calibration: int = 96, evaluation: int = 240, zero_shot: int = 210) -> None:

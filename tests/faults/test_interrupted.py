@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.uwm_edit import UWM_OPTIONS
+from uwm_deploy.cli import cli
+from uwm_deploy.edits import sharded_sums
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -102,15 +105,17 @@ def test_an_ended_build_resumes(tmp_path: Path) -> None:
     assert not [path for path in work.iterdir() if path.name.startswith(".tmp-")]
 
 
-def test_interrupted_scoring_resumes(tmp_path: Path) -> None:
+def test_interrupted_scoring_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C between two shards: one line, exit code 130, no stage; the same command goes on after the last whole shard."""
     _command(tmp_path, shards=3)
     work = tmp_path / "work"
-    command = [sys.executable, str(tmp_path / "child.py"), "score", "--calibration", str(tmp_path / "cal.toml")]
-    command += ["--method", "uwm", "--work", str(work), "--device", "cpu", "--workers", "0"]
+    arguments = ["score", "--calibration", str(tmp_path / "cal.toml"), "--method", "uwm", "--work", str(work)]
+    arguments += ["--device", "cpu", "--workers", "0"]
+    command = [sys.executable, str(tmp_path / "child.py"), *arguments]
     _ended(command, (work / ".scoring" / "image-0000.safetensors").exists, signal.SIGINT)
     assert _stages(work) == set()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    last = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    monkeypatch.setattr(sharded_sums, "SHARD_PAIRS", PAIRS)
+    last = CliRunner().invoke(cli, arguments)
+    assert last.exit_code == 0, last.output
     assert last.stderr.count(": resumed after ") == 2
     assert _stages(work) == {"score"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.made_once import copy_of
 from uwm_deploy.cli import cli
 from uwm_deploy.edits.proof import proof_of
 from uwm_deploy.edits.replay import expected_edit
@@ -39,7 +40,11 @@ ONE_OF_EACH = list({(fault.cause, fault.stage, fault.world): fault for fault in 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> HonestBuilds:
-    return HonestBuilds(tmp_path_factory.mktemp("worlds"))
+    """The second build has UWM as its first step, so it goes on from the scores of the first one."""
+    folder = tmp_path_factory.mktemp("worlds")
+    found = HonestBuilds(folder)
+    copy_of(found.of(UWM).folder / "work", folder / "world-1" / "work")
+    return found
 
 
 @pytest.mark.parametrize(

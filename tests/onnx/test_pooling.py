@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.families import FAMILIES, model_of, reduced
+from tests.families import QUICK_FAMILIES, model_of, reduced
 from uwm_deploy.graphs import passes
 from uwm_deploy.graphs.layers import linear_layers
 from uwm_deploy.graphs.passes import simplify
@@ -56,7 +56,7 @@ def entering(model: ir.Model) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("tower", list(TowerName))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_every_family_pools_before_its_last_layers(
     family: str, tower: TowerName, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families import FAMILIES, model_of, reduced
+from tests.families import QUICK_FAMILIES, model_of, reduced
 from uwm_deploy.edits.patch import Patch, TensorPatch
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.head import RISK_LEVEL, RISK_LOGITS, SAFETY_TOKENS, HeadShape
@@ -21,7 +21,7 @@ from uwm_deploy.towers.safety_head import SafetyHeadModule, tokens_of, with_head
 DIGEST = "sha256:" + "1" * 64
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_head_is_exported_with_every_family(family: str, tmp_path: Path) -> None:
     """Its outputs are PyTorch's at any batch, and the embedding is the one of a graph without it, to rounding.
 

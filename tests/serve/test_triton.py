@@ -597,13 +597,23 @@ def plain(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_a_model_file_that_is_swapped_behind_a_running_server_fails(
+def test_a_running_server_of_something_else_fails(
     repository: Path, bundle: Path, unedited: Path, plain: Path, request_of_build: Request, tmp_path: Path
 ) -> None:
-    """A server that loads files again when they change serves the unedited model: only its canaries tell, exit code 5."""
+    """Other preprocessing fails the gate; then a model file that is swapped behind the server fails its canaries.
+
+    The right engine behind images whose colours are reversed: canaries pass, SafeGround on the served path does not. A
+    server that loads files again when they change serves the unedited model: only its canaries tell, exit code 5.
+    """
     copy = shutil.copytree(repository, tmp_path / "models")
+    with (copy / "clip_preprocess" / "1" / "model.py").open("a") as stream:
+        stream.write(
+            "\nclass TritonPythonModel(TritonPythonModel):\n"
+            "    def _pixels(self, raw):\n        return super()._pixels(raw)[::-1]\n"
+        )
     with started(tmp_path / "server", copy, backends=plain, control="poll") as server:
         client = wait(server).client("grpc")
+        reversed_colours = _check(server, bundle, request_of_build.policy)
         before = _embedded(client, TowerName.IMAGE, [_image(3)])
         swapped = copy / ENCODERS[TowerName.IMAGE] / "1" / "model.onnx"
         shutil.copy(unedited, tmp_path / "new")
@@ -613,26 +623,23 @@ def test_a_model_file_that_is_swapped_behind_a_running_server_fails(
             time.sleep(0.3)
         client.close()
         done = _check(server, bundle, request_of_build.policy)
+    assert reversed_colours.exit_code == 3, reversed_colours.output
+    assert not _failing(reversed_colours)
+    assert json.loads(reversed_colours.stdout)["verdict"]["failed"] == [VARIANT]
     assert done.exit_code == 5, done.output
     assert _failing(done) == {"canaries"}
 
 
-def test_a_server_does_not_start_with_a_swapped_model_file(
-    repository: Path, unedited: Path, plain: Path, tmp_path: Path
+def test_a_server_does_not_start_with_a_swapped_model_file_nor_without_the_gpu_that_is_asked_for(
+    bundle: Path, unedited: Path, plain: Path, tmp_path: Path
 ) -> None:
-    """Whatever the backend of the encoder is, preprocessing refuses to be loaded beside another engine."""
-    copy = shutil.copytree(repository, tmp_path / "models")
-    shutil.copy(unedited, copy / ENCODERS[TowerName.IMAGE] / "1" / "model.onnx")
-    with started(tmp_path / "server", copy, backends=plain) as server:
+    """Whatever the encoder's backend is, preprocessing refuses another engine beside it; `--place gpu` is never the CPU."""
+    models = tmp_path / "models"
+    write_repository(open_bundle(bundle), models, settings=ServerSettings(place="gpu"))
+    shutil.copy(unedited, models / ENCODERS[TowerName.IMAGE] / "1" / "model.onnx")
+    with started(tmp_path / "server", models, backends=plain, settings={"CUDA_VISIBLE_DEVICES": ""}) as server:
         assert server.process.wait(60) == 1
         assert "clip_image_encoder has not the engine of the bundle" in server.said()
-
-
-def test_a_server_without_gpu_does_not_start_where_one_is_asked_for(bundle: Path, tmp_path: Path) -> None:
-    """`--place gpu` is never the CPU instead."""
-    write_repository(open_bundle(bundle), tmp_path / "models", settings=ServerSettings(place="gpu"))
-    with started(tmp_path / "server", tmp_path / "models", settings={"CUDA_VISIBLE_DEVICES": ""}) as server:
-        assert server.process.wait(60) == 1
         assert "KIND_GPU but no GPUs are available" in server.said()
 
 
@@ -652,23 +659,6 @@ def test_nothing_is_answered_while_the_canaries_fail(
         assert _embedded(client, TowerName.TEXT, [b"a star"]).shape == (1, 64)
         client.close()
         assert _check(server, bundle, request_of_build.policy).exit_code == 5
-
-
-def test_other_preprocessing_fails_the_gate(
-    repository: Path, bundle: Path, request_of_build: Request, tmp_path: Path
-) -> None:
-    """The right engine behind images whose colours are reversed: canaries pass, SafeGround on the served path does not."""
-    copy = shutil.copytree(repository, tmp_path / "models")
-    with (copy / "clip_preprocess" / "1" / "model.py").open("a") as stream:
-        stream.write(
-            "\nclass TritonPythonModel(TritonPythonModel):\n"
-            "    def _pixels(self, raw):\n        return super()._pixels(raw)[::-1]\n"
-        )
-    with started(tmp_path / "server", copy) as server:
-        done = _check(wait(server), bundle, request_of_build.policy)
-    assert done.exit_code == 3, done.output
-    assert not _failing(done)
-    assert json.loads(done.stdout)["verdict"]["failed"] == [VARIANT]
 
 
 def test_an_address_is_for_one_protocol() -> None:

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from tests.families import FAMILIES, model_of
+from tests.families import QUICK_FAMILIES, model_of
 from tests.serve.server import Server, needs_triton_client, started, wait
 from tests.uwm_edit import UWM, UWM_OPTIONS
 from uwm_deploy.bundle.head import digest_of_image, digest_of_pair, read_head, texts_from
@@ -218,7 +218,7 @@ def test_held_out_pairs_are_of_every_concept() -> None:
     assert [concepts[i] for i in np.flatnonzero(apart)] == ["a", "a", "b", "c"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_every_family_gives_tokens_and_keeps_its_embedding(family: str) -> None:
     """The head's outputs come after the tower's own, which are the same bits as without it."""
     tower = model_of(family).image

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests.small_build import copy_small_work, write_sets
 from tests.uwm_edit import UWM
 from uwm_deploy.bundle.open import open_bundle
 from uwm_deploy.cli import cli
@@ -52,16 +53,16 @@ reason = "INT8 is not that near, so one variant fails"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small build with a proven, a failed and, without a GPU, an unproven variant."""
     folder = tmp_path_factory.mktemp("bench")
-    for name, split, limit in (("cal", "calibration", 16), ("eval", "test", 16)):
-        text = f'format = 1\nname = "{name}"\nsource = "demo"\nsplit = "{split}"\nlimit = {limit}\n'
-        (folder / f"{name}.toml").write_text(text)
+    copy_small_work(tmp_path_factory, folder / "work")
+    write_sets(folder, evaluation=16, zero_shot=16)
     (folder / "policy.toml").write_text(POLICY)
     request = Request(
         **UWM, calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"),
         policy=str(folder / "policy.toml"), precisions=("fp32", "int8"), out=folder / "bundle", work=folder / "work",
         workers=0,
     )  # fmt: skip
-    run(request, until="package", reporter=Reporter(quiet=True))
+    outcome = run(request, until="package", reporter=Reporter(quiet=True))
+    assert {"score", "edit", "export"} <= set(outcome.reused)
     return folder / "bundle"
 
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from tests.families import FAMILIES, model_of, reduced
+from tests.families import QUICK_FAMILIES, model_of, reduced
 from tests.uwm_edit import STEP, UWM, entries, with_edit
 from uwm_deploy.cli import cli
 from uwm_deploy.data.demo.source import DemoSource
@@ -224,7 +224,7 @@ def test_number_of_entries_of_a_share(count: int, keep: float, wanted: int) -> N
 # --- scores of every kind -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", QUICK_FAMILIES)
 def test_importance_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tower that is edited: the gradient of the whole batch, though it was taken in parts; the model is as it was."""
     model = model_of(name)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from safetensors.numpy import load, load_file, save
 
 from tests.data_sets import put
-from tests.small_build import build_small
+from tests.small_build import build_small, write_sets
 from tests.unit.test_examples import example
 from uwm_deploy.bundle.open import Bundle, open_bundle
 from uwm_deploy.bundle.space import space_before, space_of
@@ -57,10 +57,32 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Request:
 AXIS: dict[str, Any] = {"placement": "embedding", "axis": AxisSetting(g=0.7, o=0.5, kappa=0.4, a=1.0, tau=0.0)}
 
 
+POLICY = """format = 1
+name = "policy"
+edit = []
+
+[[artifact]]
+metric = "parity.cosine_min"
+at_least = 0.999
+min_n = 1
+reason = "whether the edit does any good is not looked at here"
+"""
+ITEMS = 40
+
+
 @pytest.fixture(scope="module")
-def axis(small: Request) -> Path:
+def axis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One step, which maps embeddings."""
-    return _built(small, "safety-axis", keep_mass=None, precisions=("fp32", "fp16"), **AXIS)
+    folder = tmp_path_factory.mktemp("axis")
+    write_sets(folder, calibration=48, evaluation=ITEMS, zero_shot=16)
+    (folder / "policy.toml").write_text(POLICY)
+    request = Request(
+        calibration=str(folder / "cal.toml"), evaluation=str(folder / "eval.toml"), policy=str(folder / "policy.toml"),
+        method="safety-axis", targets=("onnxruntime",), precisions=("fp32", "fp16"), work=folder / "work",
+        out=folder / "bundle", workers=0, **AXIS,
+    )  # fmt: skip
+    run(request, until="package", reporter=Reporter(quiet=True))
+    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +131,7 @@ def test_embeddings_of_the_unedited_model_become_the_bundles_own(axis: Path, tmp
     done = _migrate(tmp_path / "old.npy", *common)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert (report["rows"], report["checked"]) == (480, 480)
+    assert (report["rows"], report["checked"]) == (2 * ITEMS, 2 * ITEMS)
     np.testing.assert_allclose(np.load(tmp_path / "new.npy"), _rows(_evidence(axis, "edited"), tower), atol=1e-6)
     with SafeEncoder.open(axis, variant=FP32) as encoder:
         assert report["space"] == encoder.space
@@ -118,7 +140,7 @@ def test_embeddings_of_the_unedited_model_become_the_bundles_own(axis: Path, tmp
 def test_stored_embeddings_are_found_with_queries_of_the_bundle(axis: Path, tmp_path: Path) -> None:
     """What the runtime embeds is what the migrated rows lie beside: the nearest row of an item is its own."""
     original, texts = _evidence(axis, "original"), ["a red circle", "a blue star", "a tree"]
-    np.save(tmp_path / "old.npy", original.safe_text[:50])
+    np.save(tmp_path / "old.npy", original.safe_text)
     assert (
         _migrate(tmp_path / "old.npy", "--bundle", axis, "--tower", "text", "--out", tmp_path / "new.npy").exit_code
         == 0
@@ -128,8 +150,8 @@ def test_stored_embeddings_are_found_with_queries_of_the_bundle(axis: Path, tmp_
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 
 
-def test_embeddings_of_another_model_are_refused_by_key(axis: Path, uwm: Path, tmp_path: Path) -> None:
-    """Rows of the UWM-edited demo and of the other tower under keys of the evidence: exit code 5, nothing written."""
+def test_embeddings_of_another_model_are_refused_by_key(axis: Path, tmp_path: Path) -> None:
+    """Rows of the edited demo and of the other tower under keys of the evidence: exit code 5, nothing written."""
     keys = put(tmp_path / "keys.txt", "\n".join(_evidence(axis, "original").ids))
     for rows in (_evidence(axis, "edited").safe_image, _evidence(axis, "original").safe_text):
         np.save(tmp_path / "old.npy", rows)
