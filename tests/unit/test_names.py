@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,13 +16,16 @@ from tests.unit.test_signature import write_keys
 from uwm_deploy.bundle.open import MANIFEST, open_bundle
 from uwm_deploy.bundle.sign import sign_bundle
 from uwm_deploy.bundle.signature import SIGNATURE, signed_digests
+from uwm_deploy.bundle.tied import check_cut
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import IntegrityError, RecipeError, UwmError
+from uwm_deploy.errors import EvidenceError, IntegrityError, RecipeError, UwmError
 from uwm_deploy.graphs.child_process import made_by_child
 from uwm_deploy.recipes.recipe import recipe_from_toml
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.codec import json_from_record, record_from_json
+from uwm_deploy.records.graph import TOKENS, RowLengths, TensorSpec
+from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.names import is_inside, is_segment, segment_of
 from uwm_deploy.records.verdict import Result
 
@@ -78,6 +82,43 @@ def test_what_a_manifest_names_is_a_listed_file(change, says: str, made: Made, t
     (bundle / MANIFEST).write_text(json_from_record(dataclasses.replace(manifest, **change(manifest))))
     with pytest.raises(IntegrityError, match=says):
         open_bundle(bundle, allow_failed=True)
+
+
+def cut(manifest: Manifest, by: RowLengths, parts: tuple[str, ...] = ("onnx", "engines")) -> Manifest:
+    """The manifest with text graphs that cut rows so."""
+
+    def changed(item: Any) -> Any:
+        if item.tower is not TowerName.TEXT:
+            return item
+        ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", TOKENS), lengths=by)
+        return dataclasses.replace(item, inputs=(ids,))
+
+    return dataclasses.replace(manifest, **{name: tuple(map(changed, getattr(manifest, name))) for name in parts})
+
+
+def test_every_length_that_rows_are_cut_to_was_measured(made: Made, tmp_path: Path) -> None:
+    """Neither a manifest that cuts rows otherwise than was measured, nor a report that lacks some length, is opened."""
+    bundle = write_bundle(made, tmp_path / "tiny")
+    whole = open_bundle(bundle, allow_failed=True).manifest
+    text = whole.model.text
+    by = RowLengths(longest=text.context_length, end_id=text.eos_id, step=text.context_length // 2)
+    (bundle / MANIFEST).write_text(json_from_record(cut(whole, by)))
+    with pytest.raises(EvidenceError, match="captions of every length"):
+        open_bundle(bundle, allow_failed=True)
+    check_cut(whole, {"onnx": ()})
+    check_cut(cut(whole, by), {"onnx": by.all, "onnxruntime-fp32": by.all})
+    finer = dataclasses.replace(by, step=1)
+    for manifest, measured, says in (
+        (whole, by.all, "captions of every length"),
+        (cut(whole, by), by.all[:-1], "captions of every length"),
+        (cut(whole, finer), by.all, "captions of every length"),
+        (cut(cut(whole, by), finer, ("onnx",)), by.all, "more than one way"),
+        (cut(whole, by, ("onnx",)), by.all, "more than one way"),
+        (cut(whole, dataclasses.replace(by, end_id=text.eos_id + 1)), by.all, "cut at id"),
+        (cut(whole, dataclasses.replace(by, longest=text.context_length + 1)), by.all, "cut at id"),
+    ):
+        with pytest.raises(IntegrityError, match=says):
+            check_cut(manifest, {"onnx": measured})
 
 
 def test_a_patch_is_that_of_the_edit(made: Made, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from uwm_deploy.bundle.held import MEND, RESTORE, HeldFiles, ReplacedError, chec
 from uwm_deploy.bundle.layout import BundleLayout
 from uwm_deploy.bundle.signature import SIGNATURE, PublicKey, signed_digests
 from uwm_deploy.bundle.space import spaces_of
-from uwm_deploy.bundle.tied import check_names, check_tied
+from uwm_deploy.bundle.tied import check_cut, check_names, check_tied
 from uwm_deploy.errors import EvidenceError, InputError, IntegrityError, UnreadableError, is_of_machine
 from uwm_deploy.records.bundle import BundleFile, Manifest
 from uwm_deploy.records.codec import json_from_record, plain_from_record, record_from_json, record_from_plain
@@ -380,8 +380,9 @@ def _check_reports(bundle: Bundle) -> None:
     for kind, digest in verdict.downstream.items():
         if listed.get(BundleLayout.downstream(kind)) != digest:
             raise EvidenceError(f"{BundleLayout.downstream(kind)} is not the report that was judged", fix=_RESTORE)
-    measured = _model_of(bundle.read(BundleLayout.REPORT))
+    measured, lengths = _measured_in(bundle.read(BundleLayout.REPORT))
     _check_model(manifest.model, measured, "reports/verify.json")
+    check_cut(manifest, lengths)
     if json_from_record(manifest.edit).encode() != bundle.read(BundleLayout.EDIT):
         raise EvidenceError("the manifest's edit is not that of reports/edit.json", fix=_RESTORE)
 
@@ -405,13 +406,15 @@ def _first_difference(model: ModelRef, other: ModelRef, name: str) -> str:
     return next(f"{key} {left.get(key)}, not {right.get(key)}" for key in names if left.get(key) != right.get(key))
 
 
-def _model_of(report: bytes) -> ModelRef:
-    """The model that a report is about; the rest of the report is not needed to open a bundle."""
+def _measured_in(report: bytes) -> tuple[ModelRef, dict[str, tuple[int, ...]]]:
+    """The model that a report is about, and lengths of captions by variant; to open a bundle the rest is not needed."""
     try:
-        body = value_from_json(report)["model"]
-    except (ValueError, KeyError, TypeError) as error:
+        body = value_from_json(report)
+        model, executed = body["model"], [part for part in body["artifacts"] if part.get("safety") is not None]
+        lengths = {part["variant"]: tuple(one["tokens"] for one in part.get("text_lengths", ())) for part in executed}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvidenceError(f"{BundleLayout.REPORT} does not say what it is about", fix=_RESTORE) from error
-    return record_from_plain(ModelRef, body, where=f"{BundleLayout.REPORT}.model")
+    return record_from_plain(ModelRef, model, where=f"{BundleLayout.REPORT}.model"), lengths
 
 
 def engine_path(engine: EngineArtifact) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from uwm_deploy.bundle.layout import BundleLayout
-from uwm_deploy.errors import IntegrityError
+from uwm_deploy.errors import EvidenceError, IntegrityError
 from uwm_deploy.records.bundle import Manifest
 from uwm_deploy.records.files import digest_of_bytes, joined_digest
 from uwm_deploy.records.graph import TOKENS, EngineArtifact, OnnxArtifact, TensorSpec
@@ -59,6 +59,32 @@ def check_tied(manifest: Manifest, digests: Mapping[str, Digest]) -> None:
         raise IntegrityError(f"{BundleLayout.PATCH} is not the patch of the manifest's edit", fix=_RESTORE)
     if digest_of_bytes(manifest.recipe.encode()) != manifest.recipe_digest:
         raise IntegrityError(f"the recipe in {BundleLayout.MANIFEST} is not {BundleLayout.RECIPE}", fix=_RESTORE)
+
+
+def check_cut(manifest: Manifest, measured: Mapping[str, tuple[int, ...]]) -> None:
+    """All text graphs cut rows in one way, which is the model's, and captions of every such length were measured.
+
+    Args:
+        manifest: Of the bundle.
+        measured: Ids of the captions of every length that each variant was measured on; of variants with numbers only.
+
+    Raises:
+        IntegrityError: If a graph cuts rows in another way.
+        EvidenceError: If a variant was measured on captions of other lengths, or of some only.
+    """
+    graphs = [(graph.tower, given) for graph in (*manifest.onnx, *manifest.converted, *manifest.engines)
+              for given in graph.inputs]  # fmt: skip
+    for tower, given in graphs:
+        _check_lengths(manifest.model, tower, given)
+    ways = {given.lengths for tower, given in graphs if tower is TowerName.TEXT}
+    if len(ways) > 1:
+        raise IntegrityError(f"the text graphs in {BundleLayout.MANIFEST} cut rows in more than one way", fix=_RESTORE)
+    wanted = tuple(length for way in ways if way is not None for length in way.all)
+    if lacking := [variant for variant, tokens in measured.items() if tokens != wanted]:
+        raise EvidenceError(
+            f"{BundleLayout.REPORT} does not measure {lacking[0]} on captions of every length that its text graph takes",
+            fix=_RESTORE,
+        )
 
 
 def check_rows(model: ModelRef, graph: OnnxArtifact | EngineArtifact) -> None:
