@@ -21,9 +21,10 @@ from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.codec import json_from_record
 from uwm_deploy.records.edit import TensorEdit
 from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
-from uwm_deploy.records.graph import OnnxArtifact, Precision, RowLengths, TensorSpec
+from uwm_deploy.records.graph import OnnxArtifact, Precision, Profile, RowLengths, TensorSpec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.lengths import cut_together, lengths_of
+from uwm_deploy.runtime.parts import InParts
 from uwm_deploy.runtime.session import Session, open_graph
 from uwm_deploy.stages.export import onnx_from_tower
 from uwm_deploy.stages.gate.rows import sound_rows
@@ -189,6 +190,25 @@ def test_rows_that_are_too_long_are_refused() -> None:
     """A graph has positions for its longest rows only."""
     with pytest.raises(ContractError, match="at most 77 ids"):
         lengths_of(np.zeros((1, 78), dtype=np.int64), BY)
+
+
+class Counting(InParts):
+    """A runtime whose embedding of a row is the number of its ids."""
+
+    def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        return [np.full((len(rows), 1), rows.shape[1], dtype=np.float32) for _ in outputs]
+
+
+@pytest.mark.parametrize("by", [BY, None])
+def test_no_rows_are_refused(by: RowLengths | None) -> None:
+    """In words, whichever rows the graph takes."""
+    given = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"), lengths=by)
+    out = TensorSpec(name="text_embeds", dtype="float32", shape=("batch", 1))
+    session, rows = Counting(Profile(min=1, opt=1, max=2), (given,), (out,)), np.full((3, 77), 90, dtype=np.int64)
+    assert session.run(rows).ravel().tolist() == [8 if by else 77] * 3
+    for call in (session.run, session.run_all):
+        with pytest.raises(ContractError, match="no rows to embed"):
+            call(rows[:0])
 
 
 def test_ids_without_an_end_token_are_embedded_whole(graphs: Callable[..., tuple[OnnxArtifact, Path]]) -> None:

@@ -479,6 +479,15 @@ def test_a_broken_image_does_not_fail_others_in_its_batch(server: Server, bundle
     client.close()
 
 
+def test_rows_of_ids_that_are_too_long_are_the_callers_error(server: Server, bundle: Path) -> None:
+    """A graph for rows of any length has positions for so many ids only; the server itself lets any number through."""
+    engine, client = open_bundle(bundle).engines(VARIANT)[TowerName.TEXT], server.client("grpc")
+    ids = np.ones((1, 400), dtype=engine.inputs[0].dtype)
+    with pytest.raises(AnswerError, match="rows of ids have 1 to"):
+        client.infer(ENCODERS[TowerName.TEXT], {engine.inputs[0].name: ids}, engine.outputs[0].name)
+    client.close()
+
+
 @pytest.mark.parametrize("wrong", [10**6, -1])
 def test_ids_without_an_embedding_fail_their_request_only(server: Server, bundle: Path, wrong: int) -> None:
     """Whoever sends ids to the encoder itself shares its batches; an id beyond the table, or below it, is his own error."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from uwm_deploy.errors import ContractError
 from uwm_deploy.records.graph import Profile, TensorSpec
 from uwm_deploy.runtime.fork import Home
 from uwm_deploy.runtime.lengths import parts_of
@@ -37,6 +38,9 @@ class InParts(ABC):
 
         Returns:
             (n, d) float32.
+
+        Raises:
+            ContractError: If there is no row, or the graph does not take such rows.
         """
         return self._run(batch, self._outputs[:1])[self._outputs[0].name]
 
@@ -53,6 +57,8 @@ class InParts(ABC):
 
     def _run(self, batch: np.ndarray, outputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
         self._home.check()
+        if not len(batch):
+            raise ContractError("there are no rows to embed", fix="pass at least one")
         parts = list(parts_of(taken(batch, self._input), self._input, self.max_batch))
         columns = zip(outputs, zip(*(self._call(rows, outputs) for _, rows in parts), strict=True), strict=True)
         back = np.argsort(np.concatenate([places for places, _ in parts]), kind="stable")

@@ -19,7 +19,7 @@ from mlserver.codecs import NumpyCodec
 from mlserver.errors import InferenceError, MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters, RequestInput
 
-from uwm_deploy.errors import BusyError, InputError
+from uwm_deploy.errors import BusyError, ContractError, InputError
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.fork import after_fork
@@ -99,7 +99,10 @@ class SafeModel(MLModel):  # type: ignore[misc]  # the package is not typed for 
                 engine = self._opened.session(self._tower)
                 name, prepared = self._engine.outputs[0].name, NumpyCodec.decode_input(payload.inputs[0])
                 self._check(prepared)
-                rows = await asyncio.to_thread(engine.run, prepared)
+                try:
+                    rows = await asyncio.to_thread(engine.run, prepared)
+                except ContractError as error:  # rows of another type or size are the caller's own
+                    raise InputError(error.what, fix=error.fix) from error
         except BusyError as error:
             raise MLServerError(str(error), _UNAVAILABLE) from error
         except InputError as error:

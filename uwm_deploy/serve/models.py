@@ -210,7 +210,10 @@ class Encoder:
         """The error of ids that a caller made himself and that the text tower knows nothing of."""
         if self._tower is TowerName.IMAGE:
             return None
-        wrong = without_embedding(rows, self._part.bundle.manifest.model.text)
+        text = self._part.bundle.manifest.model.text
+        if rows.ndim != 2 or not 0 < rows.shape[1] <= text.context_length:
+            return DataError(f"rows of ids have 1 to {text.context_length} ids, not {rows.shape[1:]}")
+        wrong = without_embedding(rows, text)
         return DataError(f"row {wrong.argmax()} has an id without an embedding") if wrong.any() else None
 
     def finalize(self) -> None:
