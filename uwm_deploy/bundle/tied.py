@@ -72,8 +72,8 @@ def check_cut(manifest: Manifest, measured: Mapping[str, tuple[int, ...]]) -> No
         IntegrityError: If a graph cuts rows in another way.
         EvidenceError: If a variant was measured on captions of other lengths, or of some only.
     """
-    graphs = [(graph.tower, given) for graph in (*manifest.onnx, *manifest.converted, *manifest.engines)
-              for given in graph.inputs]  # fmt: skip
+    made: list[OnnxArtifact | EngineArtifact] = [*manifest.onnx, *manifest.converted, *manifest.engines]
+    graphs = [(graph.tower, given) for graph in made for given in graph.inputs]
     for tower, given in graphs:
         _check_lengths(manifest.model, tower, given)
     ways = {given.lengths for tower, given in graphs if tower is TowerName.TEXT}
