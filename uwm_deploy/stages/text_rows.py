@@ -66,10 +66,10 @@ def _problem(tower: Tower, text: TextSpec, lengths: RowLengths) -> str:
     """Empty where captions of every length have one embedding, cut or whole and whatever follows their end token."""
     rows = _captions(tower, text, lengths)
     try:
-        wanted = tower.embed(rows)
+        whole = torch.stack([tower.embed(rows), tower.embed(_padded(rows, text, lengths))])
         for place, length in enumerate(lengths.all):
-            found = tower.embed(rows[place : place + 1, :length])[0]
-            apart = float((found - wanted[place]).abs().max() / wanted[place].abs().max())
+            found, wanted = tower.embed(rows[place : place + 1, :length])[0], whole[:, place]
+            apart = float((found - wanted).abs().max() / wanted.abs().max())
             if not apart <= _SAME:
                 return f"cut to {length} ids, an embedding differs by {apart:.2g} of its largest entry"
     except Exception as error:  # towers are built of any modules; one that fails on short rows takes whole ones
@@ -84,9 +84,16 @@ def _captions(tower: Tower, text: TextSpec, lengths: RowLengths) -> Tensor:
     tables = [m.num_embeddings for m in tower.graph_module().modules() if isinstance(m, nn.Embedding)]
     words = text.vocabulary or max(tables)
     rows = torch.randint(0, words, (len(lengths.all), lengths.longest), generator=torch.Generator().manual_seed(0))
-    rows[rows >= text.eos_id] = (
-        0 if text.eos_id else 1
-    )  # none is the end token, or larger: some towers pool at the largest
+    # None is the end token, or larger: some towers pool at the largest.
+    rows[rows >= text.eos_id] = 0 if text.eos_id else 1
     for place, length in enumerate(lengths.all):
         rows[place, length - 1] = text.eos_id
     return rows
+
+
+def _padded(rows: Tensor, text: TextSpec, lengths: RowLengths) -> Tensor:
+    """The same captions as the tokenizer pads them, (lengths, L) int64."""
+    padded = rows.clone()
+    for place, length in enumerate(lengths.all):
+        padded[place, length:] = text.pad_id
+    return padded
