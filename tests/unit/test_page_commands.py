@@ -325,11 +325,11 @@ def place(tmp_path: Path, built: tuple[Request, Outcome], monkeypatch: pytest.Mo
         calibration = (tmp_path / "cal.toml").read_text().replace("limit = 96", CALIBRATION.get(page, "limit = 160"))
         put(tmp_path / "cal.toml", calibration)
         recipe = (ROOT / "export" / "demo.toml").read_text()
-        recipe = recipe.replace('"demo-test"', '"eval.toml"').replace(
-            'calibration = "demo"', 'calibration = "cal.toml"'
-        )
         for name in ("demo", "mine", "path/to/recipe"):
-            put(tmp_path / f"{name}.toml", recipe.replace('name = "demo"', f'name = "{Path(name).name}"'))
+            up = "../" * name.count("/")  # a set's path starts at the recipe's folder
+            own = recipe.replace('"demo-test"', f'"{up}eval.toml"')
+            own = own.replace('calibration = "demo"', f'calibration = "{up}cal.toml"')
+            put(tmp_path / f"{name}.toml", own.replace('name = "demo"', f'name = "{Path(name).name}"'))
         put(tmp_path / "loose.toml", LOOSE)
         for name in ("photo.jpg", "a.jpg", "b.jpg", "b.png"):
             Image.new("RGB", (60, 50), (200, 30, 40)).save(tmp_path / name)
