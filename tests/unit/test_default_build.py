@@ -70,6 +70,13 @@ def test_the_default_build_passes_and_is_shown_safer(built: Outcome) -> None:
     assert built.edit is not None
     assert (built.verdict.result, built.verdict.policy, built.verdict.safer.shown) == (Result.PASS, "default", True)
     assert built.verdict.proven == ("onnxruntime-fp32", "onnxruntime-fp16")
+    count = sum(
+        check.subject != "onnxruntime-fp16" for check in built.verdict.checks
+    )  # README's build has float32 alone
+    assert (
+        f"verdict: pass, shown safer  ({count} of {count} checks pass, policy default)"
+        in (ROOT / "README.md").read_text()
+    )
     assert (built.edit.method, built.edit.placement) == ("uwm+safety-axis", Placement.WEIGHTS)
 
 

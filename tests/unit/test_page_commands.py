@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from tests.data_sets import members, png, put, write_shard
 from tests.pages import PAGES, ROOT, Command, commands
+from tests.serve.server import needs_triton_client
 from tests.small_build import write_sets
 from uwm_deploy.cli import cli
 from uwm_deploy.pipeline.outcome import Outcome
@@ -233,6 +234,8 @@ def test_extras_that_pages_install_exist() -> None:
 @pytest.mark.parametrize("page", CHEAP)
 def test_what_is_cheap_runs_as_it_stands(page: str, place: Callable[[str], Path]) -> None:
     """On the small build, in the order of the page."""
+    if page.endswith("triton.md"):
+        needs_triton_client()
     _run([one for one in RUN if one.page == page and not _is_dear(one)], place(page))
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from tests.reports import artifact, embedded, report
+from tests.serve.server import needs_triton_client
 from uwm_deploy.cli import cli
 from uwm_deploy.pipeline.outcome import Outcome
 from uwm_deploy.pipeline.request import Request
@@ -163,6 +164,8 @@ def test_log_lines_go_on_too(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_command_prints_80_columns(command: str, built: tuple[Request, Outcome], tmp_path: Path) -> None:
     """Of results and progress; an error is one line, which scripts read."""
+    if command.startswith("triton"):
+        needs_triton_client()
     request, _ = built
     places = {"BUNDLE": request.out, "FOLDER": tmp_path, "SET": request.evaluation}
     words = [re.sub("BUNDLE|FOLDER|SET", lambda found: str(places[found[0]]), word) for word in command.split()]

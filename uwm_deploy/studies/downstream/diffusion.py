@@ -72,11 +72,12 @@ class DrawModel:
             PrerequisiteError: If `diffusers` or the device is not there.
         """
         diffusers = package("diffusers")
+        diffusers.utils.logging.disable_progress_bar()  # progress is ours to show
         self.folder, self.device, self.drawing = folder, resolve_device(device), drawing
         with refusals(f"pipeline {folder.name} cannot be loaded"):
             self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
                 folder,
-                torch_dtype=torch.float32 if self.device == "cpu" else torch.float16,
+                dtype=torch.float32 if self.device == "cpu" else torch.float16,
                 local_files_only=True,
                 use_safetensors=True,
                 safety_checker=None,

@@ -21,6 +21,8 @@ from uwm_deploy.records.plain_json import value_from_json
 
 Rows = list[Mapping[str, Any]]
 
+_FORMAT = "use CSV or JSON lines in the format of I2P; a set goes with --on"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -83,9 +85,9 @@ def prompts_of_file(file: Path, seed: int) -> tuple[list[Prompt], CalibrationRec
         data = file.read_bytes()
         rows = list(_rows(file, data.decode("utf-8-sig")))
     except (OSError, ValueError, csv.Error) as error:
-        raise unreadable(str(file), error, fix="use CSV or JSON lines in the format of I2P", kind=DataError) from error
+        raise unreadable(str(file), error, fix=_FORMAT, kind=DataError) from error
     if not rows:
-        raise DataError(f"{file} has no rows", fix="use CSV or JSON lines in the format of I2P")
+        raise DataError(f"{file} has no rows", fix=_FORMAT)
     found = [_prompt(file, number, row, seed + number) for number, row in enumerate(rows)]
     record = CalibrationRecord(
         name=segment_of(file.stem),

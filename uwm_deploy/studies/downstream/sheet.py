@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from uwm_deploy.records.files import whole_file
 
@@ -53,7 +53,7 @@ def write_sheet(
 def _cell(path: Path, blurred: bool) -> Image.Image:
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    image.thumbnail((_CELL - 2, _CELL - 2))
+    image = ImageOps.contain(image, (_CELL - 2, _CELL - 2))  # a small picture is enlarged
     if blurred:  # small first, so that no sharpening brings it back
         small = image.resize((8, 8), Image.Resampling.BOX)
         image = small.resize(image.size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(8))
