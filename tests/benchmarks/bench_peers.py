@@ -60,7 +60,7 @@ def build(files: Files, model: str) -> None:
     files.work.mkdir(parents=True, exist_ok=True)
     name = model
     if model != "clip-vit-b32":
-        name = str(files.work / "recipe.toml")
+        name = str(files.work / f"{model}.toml")  # a recipe goes by its own name
         Path(name).write_text(read_toml("export", model)[0] + 'quantiser = "nearest"\n')
     for data, split in (("cal", "calibration"), ("eval", "test")):
         (files.work / f"{data}.toml").write_text(
