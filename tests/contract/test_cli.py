@@ -390,12 +390,20 @@ def error_of(result: Result) -> Mapping[str, Any]:
     return body["error"]
 
 
+CAPTION = ["downstream", "caption", "--model", ".", "--tower", ".", "--on", "demo"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["build", "--model", "dmo"], 2, "nearest: demo"),
         (["build", "--model", "demo", "--calibration", "nope"], 2, "no data set 'nope'"),
         (["build", "--model", "demo", "--keep-mass", "1.5"], 2, "range"),
+        (["build", "--keep-mass", "nan"], 2, "nan is no finite number"),  # ranges of click take it
+        (["build", "--factor", "inf"], 2, "inf is no finite number"),
+        ([*CAPTION, "--threshold", "nan"], 2, "nan is no finite number"),
+        ([*CAPTION, "--seed", str(2**63)], 2, "range"),
+        (["train", "safety-head", "--out", "head", "--seed", str(2**64)], 2, "range"),
         (["gate", "nowhere"], 2, "nowhere"),
         (["inspect", "nowhere"], 2, "nowhere"),
         (["nonsense"], 2, "no command 'nonsense'"),

@@ -290,6 +290,10 @@ def test_a_file_of_i2p_has_its_own_seeds(tmp_path: Path) -> None:
         ("prompt,sd_seed\na,99999999999999999999999\n", "not a number of 63 bits"), ("prompt,sd_seed\na,b\n", "row 1"),
         ("prompt,sd_guidance_scale\na,nan\n", "not finite"), ("prompt,sd_image_width,sd_image_height\na,1,x\n", "row 1"),
         ("prompt,sd_image_width,sd_image_height\na,512,513\n", "512 x 513 pixels"),
+        ("prompt,sd_image_width,sd_image_height\na,8000000,8\n", "up to 4096"),
+        ("prompt,sd_image_width\na,512\n", "not both"),
+        (f"prompt,sd_seed\na,{'9' * 400}\n", "not a number of 63 bits"), ("prompt,sd_seed\na,1.5\n", "row 1"),
+        ('prompt,sd_seed\n"a,1\nb,2\n', "cannot be read"),
     ):  # fmt: skip
         file.write_text(text)
         with pytest.raises(DataError, match=why):
@@ -297,6 +301,25 @@ def test_a_file_of_i2p_has_its_own_seeds(tmp_path: Path) -> None:
     lines.write_text("[1]\n")
     with pytest.raises(DataError, match="cannot be read"):
         prompts_of_file(lines, 0)
+
+
+@pytest.mark.parametrize("number", ["1.5", "true", "1e999", "[1]"])
+@pytest.mark.parametrize("column", ["sd_seed", "sd_image_width"])
+def test_a_number_that_is_not_whole_is_not_cut(tmp_path: Path, column: str, number: str) -> None:
+    """The row is named, whatever JSON made of the number."""
+    (file := tmp_path / "i2p.jsonl").write_text(f'{{"prompt": "a", "sd_image_height": 512, "{column}": {number}}}\n')
+    with pytest.raises(DataError, match=f"row 1: {column} is .*, no whole number"):
+        prompts_of_file(file, 0)
+    file.write_text(f'{{"prompt": "a", "sd_guidance_scale": {"9" * 400}}}\n')
+    with pytest.raises(DataError, match="row 1: int too large"):
+        prompts_of_file(file, 0)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b"])
+def test_only_csv_says_where_a_row_ends(tmp_path: Path, mark: str) -> None:
+    """Prompts of the web hold other separators of lines; one of them made two prompts, with another's seed."""
+    (file := tmp_path / "i2p.CSV").write_text(f"prompt,sd_seed\na cat{mark}on a mat,5\n")
+    assert [(prompt.text, prompt.seed) for prompt in prompts_of_file(file, 0)[0]] == [(f"a cat{mark}on a mat", 5)]
 
 
 def test_the_sheet_blurs_what_is_flagged(tmp_path: Path) -> None:

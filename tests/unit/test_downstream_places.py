@@ -139,6 +139,8 @@ def test_numbers_that_were_changed_by_hand_pass_no_gate() -> None:
         ("caption", "flagged words unsafe change delta_high", -40.0), ("caption", "n unsafe", 3000),
         ("caption", "alone unsafe", 3000), ("caption", "kept rouge_l benign value", 120.0),
         ("draw", "reference clip_score benign change value", 0.0),
+        ("caption", "flagged words unsafe edited clusters", 3000), ("caption", "flagged any unsafe change clusters", 3000),
+        ("caption", "kept rouge_l benign n", 3000), ("draw", "reference clip_score benign change n", 3000),
     ):  # fmt: skip
         body = json.loads(json_from_record(made_report(kind)))
         *parts, last = path.split()

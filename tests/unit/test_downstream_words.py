@@ -80,6 +80,8 @@ def test_words_flag_a_caption(tmp_path: Path) -> None:
         said = better_profanity.Profanity().contains_profanity(text)
         assert bool(words_judge(None).flags([text])[0]) == said, text
     assert judge.record.digest != words_judge(None).record.digest
+    own.write_text("wolf\n", encoding="utf-8-sig")  # as some editors write it
+    assert list(words_judge(own).flags(["a wolf"])) == [True]
     own.write_text("# nothing\n\n")
     with pytest.raises(InputError, match="names no word"):
         words_judge(own)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import FILE, FOLDER, PATH, flag, option, repeated, takes_options
+from uwm_deploy.commands.fields import FILE, FOLDER, PATH, SEED, flag, option, repeated, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import DeviceOptions, MarkdownOptions, TrustOptions
@@ -74,7 +74,7 @@ class CaptionOptions:
     max_new_tokens: int = option(
         "--max-new-tokens", default=64, type=click.IntRange(1, 4096), help="Longest caption, in tokens."
     )
-    seed: int = option("--seed", default=0, help="Seed. [default: 0]")
+    seed: int = option("--seed", default=0, type=SEED, help="Seed. [default: 0]")
     batch: int = option("--batch", default=8, type=click.IntRange(1, 512), help="Images per call.")
 
 
@@ -162,7 +162,7 @@ class DrawOptions:
     seed: int = option(
         "--seed",
         default=0,
-        type=click.IntRange(0, 2**62),
+        type=SEED,
         help="Seed of the first prompt without one; the next has one more.",
     )
     batch: int = option(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,6 +18,8 @@ _OPTION = "option"
 PATH = click.Path(path_type=Path, readable=False)
 FILE = click.Path(path_type=Path, dir_okay=False, readable=False)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False, readable=False)
+SEED = click.IntRange(0, 2**62)
+"""What every generator takes, with room to count on from there."""
 
 
 def option(*names: str, default: Any = None, required: bool = False, **settings: Any) -> Any:
@@ -52,15 +55,24 @@ def takes_options(command: Callable[..., R]) -> Callable[..., R]:
     """
     hints = get_type_hints(command)
     records = {name: kind for name, kind in hints.items() if name != "return" and dataclasses.is_dataclass(kind)}
+    options = [one for kind in records.values() for one in options_of(kind)]
 
     @functools.wraps(command)
     def with_records(**values: Any) -> R:
+        _check_finite(options, values)
         made = {name: _record(kind, values) for name, kind in records.items()}
         return command(**made, **values)
 
-    for name, names, settings in reversed([one for kind in records.values() for one in options_of(kind)]):
+    for name, names, settings in reversed(options):
         click.option(*names, name, **settings)(with_records)
     return with_records
+
+
+def _check_finite(options: Iterable[tuple[str, tuple[str, ...], Mapping[str, Any]]], values: Mapping[str, Any]) -> None:
+    """Refuses numbers that are none: a range of click takes nan, and nothing ever reaches such a threshold."""
+    for name, names, _ in options:
+        if isinstance(value := values.get(name), float) and not math.isfinite(value):
+            raise click.BadParameter(f"{value} is no finite number", param_hint=repr(names[0]))
 
 
 def options_of(kind: Any) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from uwm_deploy.commands.fields import PATH, filled, option, takes_options
+from uwm_deploy.commands.fields import PATH, SEED, filled, option, takes_options
 from uwm_deploy.commands.group import InOrder
 from uwm_deploy.commands.options import DataOptions, DeviceOptions, ModelOptions, WorkerOptions
 from uwm_deploy.commands.shown import Shown, prints
@@ -95,7 +95,7 @@ class PublishedSettings:
         type=click.Choice(["fp32", "bf16"]),
         help="Precision of the forward passes; weights stay float32. [default: fp32]",
     )
-    seed: int | None = option("--seed", type=click.IntRange(0), help="Seed of adapters and order. [default: 0]")
+    seed: int | None = option("--seed", type=SEED, help="Seed of adapters and order. [default: 0]")
 
 
 def _trained(method: Trainer, source: TrainSource, settings: PublishedSettings) -> Shown:

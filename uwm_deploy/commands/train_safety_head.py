@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from uwm_deploy.commands.fields import FILE, FOLDER, PATH, filled, option, takes_options
+from uwm_deploy.commands.fields import FILE, FOLDER, PATH, SEED, filled, option, takes_options
 from uwm_deploy.commands.names import DATA_SETS
 from uwm_deploy.commands.options import (
     DataOptions,
@@ -51,7 +51,7 @@ def rate_option(default: float) -> Any:
 def seed_option() -> Any:
     """Seed of a training."""
     told = "Seed of all that is drawn at random."
-    return option("--seed", default=0, show_default=True, type=click.IntRange(0), help=told)
+    return option("--seed", default=0, show_default=True, type=SEED, help=told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

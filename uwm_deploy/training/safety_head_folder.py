@@ -306,7 +306,7 @@ def _texts(given: Path | None, source: QuadrupleSource) -> list[str]:
     """Safe texts without repetition: those of a file, or safe captions of the set, evenly spaced."""
     if given is not None:
         try:
-            lines = given.read_text(encoding="utf-8").splitlines()
+            lines = given.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             fix = "give one text a line, in UTF-8"
             raise unreadable(str(given), error, fix=fix, kind=InputError) from error

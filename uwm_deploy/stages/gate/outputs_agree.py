@@ -34,12 +34,19 @@ def contradictions(report: DownstreamReport) -> Iterator[str]:
                 below = (share.original.value > whole.original.value, share.edited.value > whole.edited.value)
                 if any(below):
                     yield f"{judge}, {side}: more is flagged by it than by any"
+    yield from _of_means(report)
+
+
+def _of_means(report: DownstreamReport) -> Iterator[str]:
     for score, kept in report.kept.items():
-        yield from (f"{score}, {side}: the mean is not within its interval" for side, e in kept.items() if _outside(e))
+        for side, mean in kept.items():
+            if _outside(mean) or mean.n != report.alone.get(side):
+                yield f"{score}, {side}: the mean is not within its interval, or of other inputs"
     for score, both in report.reference.items():
         for side, found in both.items():
             apart = found.change.value - (found.edited.value - found.original.value)
-            if not abs(apart) < _CLOSE or any(map(_outside, (found.original, found.edited, found.change))):
+            parts = (found.original, found.edited, found.change)
+            if not abs(apart) < _CLOSE or any(_outside(part) or part.n != report.alone.get(side) for part in parts):
                 yield f"{score}, {side}: the change is not that of the two means"
 
 
@@ -49,6 +56,8 @@ def _of_share(share: Flagged, n: int, alone: int) -> str:
     stay = counts[0] - change.lost
     if change.n != n or stay < 0 or stay + change.gained != counts[1] or stay + change.lost + change.gained > n:
         return "the shares are not those of what was lost and gained"
+    if any(part.independent != alone for part in (share.original, share.edited, change)):
+        return "it counts other independent inputs"
     cells = ((True, True, stay), (True, False, change.lost), (False, True, change.gained))
     rest = n - stay - change.lost - change.gained
     before, after = (

@@ -157,7 +157,7 @@ def _pattern(entries: Sequence[str], spellings: Mapping[str, Sequence[str]]) -> 
 
 def _entries(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # a mark of byte order is no part of the first word
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(str(file), error, fix="one word or phrase per line, in UTF-8", kind=InputError) from error
     entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

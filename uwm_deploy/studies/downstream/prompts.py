@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from uwm_deploy.records.data import CalibrationRecord
 from uwm_deploy.records.downstream import BENIGN, UNSAFE
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.names import segment_of
-from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.records.plain_json import reason_of, value_from_json
 
-Rows = list[Mapping[str, Any]]
+LARGEST = 4096
+"""Longest side of a picture, in pixels."""
 
 _FORMAT = "use CSV or JSON lines in the format of I2P; a set goes with --on"
 
@@ -101,8 +103,8 @@ def prompts_of_file(file: Path, seed: int) -> tuple[list[Prompt], CalibrationRec
 
 
 def _rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
-    if file.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines(keepends=True))
+    if file.suffix.lower() == ".csv":  # a prompt may hold any separator of Unicode: only CSV says where a row ends
+        yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
         return
     for line in text.split("\n"):
         if line.strip():
@@ -112,14 +114,48 @@ def _rows(file: Path, text: str) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _check_numbers(seed: Any, guidance: Any, sides: Sequence[Any]) -> None:
-    """Numbers of a row that a pipeline would refuse, or draw nothing sensible with, hours later."""
-    if seed not in (None, "") and not 0 <= int(seed) < 2**63:
-        raise ValueError(f"sd_seed is {int(seed):.3g}, not a number of 63 bits")
-    if guidance not in (None, "") and not math.isfinite(float(guidance)):
+def _given(row: Mapping[str, Any], column: str) -> Any:
+    """What a row says in a column; None where it says nothing."""
+    value = row.get(column)
+    return None if value == "" else value
+
+
+def _whole(row: Mapping[str, Any], column: str) -> int | None:
+    """A whole number as it is written: one that is cut to be whole would be another seed, or another size."""
+    value = _given(row, column)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{column} is {value!r}, no whole number")
+    return int(value)
+
+
+def _seed(row: Mapping[str, Any]) -> int | None:
+    seed = _whole(row, "sd_seed")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError("sd_seed is not a number of 63 bits")
+    return seed
+
+
+def _guidance(row: Mapping[str, Any]) -> float | None:
+    given = _given(row, "sd_guidance_scale")
+    guidance = None if given is None else float(given)
+    if guidance is not None and not math.isfinite(guidance):
         raise ValueError("sd_guidance_scale is not finite")
-    if any(side not in (None, "") and (int(side) < 8 or int(side) % 8) for side in sides):
-        raise ValueError(f"a picture of {' x '.join(map(str, sides))} pixels cannot be drawn: sides are multiples of 8")
+    return guidance
+
+
+def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = (_whole(row, f"sd_image_{name}") for name in ("width", "height"))
+    if width is None and height is None:
+        return None
+    if width is None or height is None:
+        raise ValueError("it has one of sd_image_width and sd_image_height, not both")
+    if any(side % 8 or not 8 <= side <= LARGEST for side in (width, height)):
+        raise ValueError(
+            f"a picture of {width} x {height} pixels cannot be drawn: sides are multiples of 8, up to {LARGEST}"
+        )
+    return width, height
 
 
 def _prompt(file: Path, number: int, row: Mapping[str, Any], seed: int) -> Prompt:
@@ -127,18 +163,15 @@ def _prompt(file: Path, number: int, row: Mapping[str, Any], seed: int) -> Promp
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{file}: row {number + 1} has no prompt", fix="give every row one")
     try:
-        own = row.get("sd_seed")
-        guidance = row.get("sd_guidance_scale")
-        sides = [row.get(f"sd_image_{name}") for name in ("width", "height")]
-        _check_numbers(own, guidance, sides)
+        own = _seed(row)
         return Prompt(
             id=f"{number:06d}",
             side=UNSAFE,
             concept=str(row.get("categories") or "all"),
             text=text,
-            seed=int(own) if own not in (None, "") else seed,
-            guidance=float(guidance) if guidance not in (None, "") else None,
-            size=(int(sides[0]), int(sides[1])) if all(side not in (None, "") for side in sides) else None,  # type: ignore[arg-type]
+            seed=seed if own is None else own,
+            guidance=_guidance(row),
+            size=_size(row),
         )
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file}: row {number + 1}: {error}", fix="correct its numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{file}: row {number + 1}: {reason_of(error)}", fix="correct its numbers") from error
