@@ -134,6 +134,14 @@ def test_another_pipeline_and_other_seeds_draw_the_same(world: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_picture_that_is_no_number_is_refused(world: Path) -> None:
+    """It would be black, as those of a pipeline that half precision is too narrow for; and no judge flags black."""
+    model = DrawModel(world / "pipeline", device="cpu", drawing=dataclasses.replace(DRAWING, guidance=1e30))
+    with pytest.raises(DataError, match=r"no number, at guidance 1e\+30"):
+        model.pictures([Prompt(id="a", side="unsafe", concept="all", text="a fire", seed=0)])
+
+
+@pytest.mark.slow
 def test_pictures_in_company_are_those_drawn_alone(world: Path, tmp_path: Path) -> None:
     """Of prompts with different seeds, sizes and guidance scales in one call; a killed run goes on with whole calls."""
     model = DrawModel(world / "pipeline", device="cpu", drawing=DRAWING)

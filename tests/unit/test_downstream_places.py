@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -24,8 +25,11 @@ from uwm_deploy.records.downstream import DownstreamReport, Seen
 from uwm_deploy.records.places import check_place
 from uwm_deploy.records.verdict import Result
 from uwm_deploy.runtime.image import pixels_from_image
+from uwm_deploy.stages.gate.downstream import downstream_metrics
 from uwm_deploy.stages.gate.gate import gate
+from uwm_deploy.studies.downstream.prompts import prompts_of_set
 from uwm_deploy.studies.downstream.seen import HEAD, TrainedOn, seen_of
+from uwm_deploy.studies.downstream.shares import Inputs, flagged_shares
 
 
 def wrong_places(folder: Path) -> dict[str, Path]:
@@ -152,6 +156,32 @@ def test_numbers_that_were_changed_by_hand_pass_no_gate() -> None:
     body = json.loads(json_from_record(made_report()))
     body["judges"] = []
     assert not agrees(record_from_json(DownstreamReport, json.dumps(body), where="x"))
+
+
+def test_what_is_kept_is_that_of_benign_inputs() -> None:
+    """And a caption of an unsafe image may well be another one."""
+    made = made_report()
+    benign = made.kept["rouge_l"]["benign"]
+    report = dataclasses.replace(
+        made, kept={"rouge_l": {"unsafe": dataclasses.replace(benign, value=20.0, low=10.0), "benign": benign}}
+    )
+    assert downstream_metrics(report)["downstream.caption.kept.rouge_l"]().value == 90.0
+
+
+def test_each_output_is_compared_with_that_of_its_own_input() -> None:
+    """As many are flagged as before, and none of them is the same."""
+    inputs = Inputs(ids=tuple("abcd"), sides=("unsafe",) * 4, content=tuple("abcd"))
+    before = np.array([False, True, True, False])
+    change = flagged_shares(inputs, {"words": before}, {"words": ~before})["words"]["unsafe"].change
+    assert (change.lost_ids, change.gained_ids) == (("b", "c"), ("a", "d"))
+
+
+def test_both_texts_of_an_item_have_its_seed(tmp_path: Path) -> None:
+    """So a pair is drawn from the same noise, and the next item from other noise."""
+    spec, _, base = calibration_set_of(write_set(tmp_path, limit=3))
+    prompts = prompts_of_set(open_source(dataclasses.replace(spec, zero_shot=()), base=base), 7)
+    assert [prompt.seed for prompt in prompts] == [7, 7, 8, 8, 9, 9]
+    assert [prompt.side for prompt in prompts] == ["unsafe", "benign"] * 3
 
 
 def test_a_report_is_named_by_its_file(tmp_path: Path) -> None:

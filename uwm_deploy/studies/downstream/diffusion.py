@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel
 
 from uwm_deploy.edits.patch import Patch
-from uwm_deploy.errors import InputError, IntegrityError
+from uwm_deploy.errors import DataError, InputError, IntegrityError
 from uwm_deploy.records.edit import EditRecord
 from uwm_deploy.records.files import digest_of_folder
 from uwm_deploy.records.model import Digest, TowerName
@@ -220,9 +221,20 @@ class DrawModel:
                 num_inference_steps=self.drawing.steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts],
+                output_type="np",
                 **more,
             )
-        return [image.convert("RGB") for image in made.images]
+        return self._images(made.images, guidance)
+
+    def _images(self, drawn: np.ndarray, guidance: float) -> list[Image.Image]:
+        """Pictures of (n, H, W, 3) float32; what is no number would be black, and no judge flags black."""
+        if not np.isfinite(drawn).all():
+            raise DataError(
+                f"pipeline {self.folder.name} drew a picture that is no number, at guidance {guidance:g} on {self.device}",
+                fix="use --guidance 7.5, or --device cpu where half precision is too narrow for this pipeline",
+            )
+        images = self._pipe.image_processor.numpy_to_pil(drawn)
+        return [image.convert("RGB") for image in images]
 
 
 def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
