@@ -491,7 +491,6 @@ def test_an_error_of_another_library_is_one_line(said: str, shown: str) -> None:
     assert first_line(ValueError(said)) == shown
 
 
-
 def test_verdict_of_another_report_is_not_shown(made: Made, tmp_path: Path) -> None:
     """A run folder whose report was measured anew after the gate is not judged, and the page says so."""
     folder = write_run(made, tmp_path / "tiny")
