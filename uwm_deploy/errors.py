@@ -170,6 +170,16 @@ def imported(module: str, missing: str, *, fix: str) -> Any:
         raise PrerequisiteError(f"{missing}{broken}", fix=fix) from error
 
 
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """What an error of another library says first; the name of its type where it says nothing.
+
+    Args:
+        error: Of any library.
+        longest: Characters that are kept.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:longest]
+
+
 def visible(text: str, longest: int = LONGEST) -> str:
     """One line in which every character can be seen: control, bidirectional, breaking and broken ones are written out.
 

@@ -207,15 +207,27 @@ class Counting(InParts):
     """A runtime whose embedding of a row is the number of its ids."""
 
     def _call(self, rows: np.ndarray, outputs: tuple[TensorSpec, ...]) -> list[np.ndarray]:
+        assert rows.flags.c_contiguous
         return [np.full((len(rows), 1), rows.shape[1], dtype=np.float32) for _ in outputs]
+
+
+def counting(by: RowLengths | None) -> Counting:
+    given = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"), lengths=by)
+    out = TensorSpec(name="text_embeds", dtype="float32", shape=("batch", 1))
+    return Counting(Profile(min=1, opt=1, max=2), (given,), (out,))
+
+
+def test_the_length_of_a_row_is_its_own() -> None:
+    """Whatever rows lie beside it, and however many; each result is that of its row, and each call is one whole array."""
+    rows = np.zeros((6, 77), dtype=np.int64)
+    rows[range(6), [3, 40, 20, 5, 7, 76]] = 90
+    assert counting(BY).run(rows).ravel().tolist() == [8, 48, 24, 8, 8, 77]
 
 
 @pytest.mark.parametrize("by", [BY, None])
 def test_no_rows_are_refused(by: RowLengths | None) -> None:
     """In words, whichever rows the graph takes."""
-    given = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "tokens"), lengths=by)
-    out = TensorSpec(name="text_embeds", dtype="float32", shape=("batch", 1))
-    session, rows = Counting(Profile(min=1, opt=1, max=2), (given,), (out,)), np.full((3, 77), 90, dtype=np.int64)
+    session, rows = counting(by), np.full((3, 77), 90, dtype=np.int64)
     assert session.run(rows).ravel().tolist() == [8 if by else 77] * 3
     for call in (session.run, session.run_all):
         with pytest.raises(ContractError, match="no rows to embed"):

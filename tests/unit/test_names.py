@@ -107,13 +107,20 @@ def test_every_length_that_rows_are_cut_to_was_measured(made: Made, tmp_path: Pa
         open_bundle(bundle, allow_failed=True)
     check_cut(whole, {"onnx": ()})
     check_cut(cut(whole, by), {"onnx": by.all, "onnxruntime-fp32": by.all})
+    with pytest.raises(EvidenceError, match="measure onnxruntime-fp32 on captions"):
+        check_cut(cut(whole, by), {"onnx": by.all, "onnxruntime-fp32": ()})
     finer = dataclasses.replace(by, step=1)
+    left = dataclasses.replace(whole.model, text=dataclasses.replace(text, padding_side="left"))
+    images = tuple(dataclasses.replace(graph, tower=TowerName.IMAGE) for graph in cut(whole, by).onnx)
     for manifest, measured, says in (
         (whole, by.all, "captions of every length"),
         (cut(whole, by), by.all[:-1], "captions of every length"),
         (cut(whole, finer), by.all, "captions of every length"),
         (cut(cut(whole, by), finer, ("onnx",)), by.all, "more than one way"),
         (cut(whole, by, ("onnx",)), by.all, "more than one way"),
+        (dataclasses.replace(cut(whole, by), converted=cut(whole, finer).onnx), by.all, "more than one way"),
+        (dataclasses.replace(cut(whole, by), model=left), by.all, "cut at id"),
+        (dataclasses.replace(whole, onnx=images), by.all, "the image tower's graph takes rows that are cut"),
         (cut(whole, dataclasses.replace(by, end_id=text.eos_id + 1)), by.all, "cut at id"),
         (cut(whole, dataclasses.replace(by, longest=text.context_length + 1)), by.all, "cut at id"),
     ):

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from tests.unit.test_report import make, write_bundle
 from uwm_deploy.cli import cli
 from uwm_deploy.errors import InputError
-from uwm_deploy.records.files import write_atomic, write_output
+from uwm_deploy.records.files import _is_open_already, write_atomic, write_output
+from uwm_deploy.records.places import refuse_foreign
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_standard_output_that_is_a_file_is_not_emptied(tmp_path: Path) -> None:
 
     By its name in /proc, where no broken code can put a file in the place of the machine's own.
     """
-    code = "from pathlib import Path; from uwm_deploy.records.files import write_output as w; "
+    code = "from pathlib import Path; from uwm_deploy.records.files import _is_open_already, write_output as w; "
     code += "print('first', flush=True); w(Path('/proc/self/fd/1'), 'second\\n')"
     with (tmp_path / "out.txt").open("a") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
@@ -123,3 +124,30 @@ def test_a_working_folder_that_was_removed_is_said(tmp_path: Path) -> None:
     line = 'cd gone && rmdir ../gone && exec "$0" -m uwm_deploy.cli init project'
     done = subprocess.run(["sh", "-c", line, sys.executable], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.startswith("error: ")) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/dev/stdout", True),
+        ("/dev/stderr", True),
+        ("/dev/fd/3", True),
+        ("/proc/self/fd/3", True),
+        ("/dev/../dev/stdout", True),
+        ("/dev/shm/results.json", False),
+        ("/dev/fd/../shm/results.json", False),
+    ],
+)
+def test_names_of_what_is_open_already(path: str, known: bool) -> None:
+    """Only these are written behind what they hold; a file in shared memory is a file. Nothing is opened here."""
+    assert _is_open_already(Path(path)) is known
+
+
+def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path: Path) -> None:
+    """An empty one is, and one with the mark of its kind."""
+    refuse_foreign(tmp_path, "mark", "is no such folder")
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(InputError, match="exists and is no such folder"):
+        refuse_foreign(tmp_path, "mark", "is no such folder")
+    (tmp_path / "mark").write_text("")
+    refuse_foreign(tmp_path, "mark", "is no such folder")

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from uwm_deploy.bundle.write import bundle_from_parts
 from uwm_deploy.cli import cli
-from uwm_deploy.errors import InputError, IntegrityError, visible
+from uwm_deploy.errors import InputError, IntegrityError, first_line, visible
 from uwm_deploy.recipes.resolve import policy_of
 from uwm_deploy.recipes.shipped import read_toml
 from uwm_deploy.records.bundle import Manifest
@@ -481,6 +481,14 @@ def test_bundle_and_run_folder_give_the_same_numbers(made: Made, run_folder: Pat
     (bundle / "reports" / "verify.json").write_bytes(b"{}")
     with pytest.raises(IntegrityError):
         dossier_of(bundle)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("", "ValueError"), (" \n", "ValueError"), ("\n a: b \n c", "a: b "), ("x" * 201, "x" * 200)]
+)
+def test_an_error_of_another_library_is_one_line(said: str, shown: str) -> None:
+    """Some say nothing at all."""
+    assert first_line(ValueError(said)) == shown
 
 
 def test_verdict_of_another_report_is_not_shown(made: Made, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from uwm_deploy.errors import ContractError, IntegrityError
+from uwm_deploy.errors import ContractError, IntegrityError, first_line
 from uwm_deploy.graphs.write import INLINE_BYTES
 from uwm_deploy.records.diagnosis import Difference, WalkedValue
 
@@ -182,7 +182,7 @@ class _Part:
             source = str(path) if large else model.SerializeToString()
             self.session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no base class
-            line = str(error).strip().splitlines()[0][:200]
+            line = first_line(error)
             raise ContractError(f"ONNX Runtime cannot open a part of the graph: {line}", fix="report this") from error
         finally:
             for name in (path, folder / f"{path.name}.data"):

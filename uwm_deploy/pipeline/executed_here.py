@@ -18,7 +18,7 @@ from uwm_deploy.data.embedding import PreparedSet, prepare
 from uwm_deploy.data.evaluation import check_measured_on
 from uwm_deploy.data.order import some_of
 from uwm_deploy.data.source import QuadrupleSource
-from uwm_deploy.errors import IntegrityError, UwmError
+from uwm_deploy.errors import IntegrityError, UwmError, first_line
 from uwm_deploy.pipeline.attest import reason_not_here, running_here
 from uwm_deploy.pipeline.stored import Running, Stored, measured_against, stored_in
 from uwm_deploy.records.evidence import ArtifactEvidence, VerifyReport
@@ -85,8 +85,7 @@ def _of(
     except Exception as error:  # engines share no base class; what is no failure of the machine is one of the variant
         if failure_of_machine(error) is not None:
             raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        yield statement(name, REPORT, False, f"it does not run on the evaluation set: {line}")
+        yield statement(name, REPORT, False, f"it does not run on the evaluation set: {first_line(error)}")
         return
     yield statement(name, REPORT, not problem, problem)
     yield from _judged(name, evidence, sample)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from uwm_deploy.errors import InputError, PrerequisiteError, UwmError, is_of_machine, unreadable
+from uwm_deploy.errors import (
+    LONGEST_LINE,
+    InputError,
+    PrerequisiteError,
+    UwmError,
+    first_line,
+    is_of_machine,
+    unreadable,
+)
 from uwm_deploy.recipes.recipe import Family
 from uwm_deploy.records.plain_json import value_from_json
 
@@ -115,9 +123,8 @@ _FOLDER = "pass --checkpoint FOLDER with its files"
 
 
 def _refusal(repo: str, revision: str, error: Exception, missing: str) -> UwmError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     here = f"is not whole on this machine ({missing}), and " if missing else ""
-    what = f"{repo}@{revision[:12]} {here}cannot be fetched: {lines[0]}"
+    what = f"{repo}@{revision[:12]} {here}cannot be fetched: {first_line(error, LONGEST_LINE)}"
     if any(kind.__name__ in _NOT_THERE for kind in type(error).__mro__):
         return InputError(what, fix=f"check name, revision and access, or {_FOLDER}")
     return PrerequisiteError(what, fix=f"{_FOLDER}, or try again where the hub can be reached")

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from uwm_deploy.errors import BusyError, ContractError, InputError, UwmError
+from uwm_deploy.errors import BusyError, ContractError, InputError, UwmError, first_line
 from uwm_deploy.records.machine import failure_of_machine
 
 _LOG = logging.getLogger("uwm_deploy.runtime")
@@ -279,8 +279,8 @@ def _own(answers: list[np.ndarray | Exception]) -> list[np.ndarray | Exception]:
 def _refused(error: Exception) -> Exception:
     if isinstance(error, UwmError | MemoryError) or failure_of_machine(error) is not None:
         return error  # which says nothing about the item
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    refused = ContractError(f"the engine cannot embed this item: {line}", fix="leave it out; other items are answered")
+    what = f"the engine cannot embed this item: {first_line(error)}"
+    refused = ContractError(what, fix="leave it out; other items are answered")
     refused.__cause__ = error
     return refused
 

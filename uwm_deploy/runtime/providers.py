@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.errors import PrerequisiteError, first_line
 from uwm_deploy.records.graph import Provider
 from uwm_deploy.runtime.tensorrt import gpu_reason
 
@@ -66,7 +66,7 @@ def add_provider(ort: Any, options: Any, provider: Provider, settings: Mapping[s
     except PrerequisiteError:
         raise
     except Exception as error:  # its errors share no base class
-        line = str(error).strip().splitlines()[0][:200]
+        line = first_line(error)
         raise PrerequisiteError(f"ONNX Runtime has no working {name}: {line}", fix="see `uwm-deploy doctor`") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from uwm_deploy.errors import PrerequisiteError
+from uwm_deploy.errors import PrerequisiteError, first_line
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Profile, Provider, Target, TensorSpec
 from uwm_deploy.runtime.cores import affinity, cores
 from uwm_deploy.runtime.fork import never_destroyed_in_a_fork
@@ -322,7 +322,7 @@ class OnnxRuntimeSession(InParts):
         try:
             session = ort.InferenceSession(model, options, enable_fallback=0)  # which prints to standard output
         except Exception as error:  # its errors share no base class
-            line = str(error).strip().splitlines()[0][:200]
+            line = first_line(error)
             raise PrerequisiteError(
                 f"ONNX Runtime cannot open the graph: {line}", fix="see `uwm-deploy doctor`"
             ) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from uwm_deploy.errors import first_line
 from uwm_deploy.recipes.compile_spec import ExportSpec
 from uwm_deploy.records.graph import RowLengths
 from uwm_deploy.records.machine import failure_of_machine
@@ -75,7 +76,7 @@ def _problem(tower: Tower, text: TextSpec, lengths: RowLengths) -> str:
     except Exception as error:  # towers are built of any modules; one that fails on short rows takes whole ones
         if failure_of_machine(error) is not None:
             raise
-        return f"the tower does not take shorter ones: {str(error).strip().splitlines()[:1]}"[:200]
+        return f"the tower does not take shorter ones: {first_line(error)}"
     return ""
 
 

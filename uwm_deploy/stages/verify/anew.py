@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from uwm_deploy.errors import UwmError
+from uwm_deploy.errors import UwmError, first_line
 from uwm_deploy.graphs.attention import fuse_attention, is_fused
 from uwm_deploy.graphs.builder_log import BuildFailed
 from uwm_deploy.graphs.lowered import EIGHT_BITS, largest_in, lowered_graph
@@ -61,7 +61,7 @@ def exported_anew(
     try:
         wanted = trace(tower, ref, spec)
     except Exception as error:  # exporters share no base class; a tower that cannot be exported explains no graph
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        line = first_line(error)
         return _with(audit, Departures(operators=(f"the tower cannot be exported anew: {line}",)), 0, "export")
     names = {name for name, _ in module.named_parameters()}
     found, right = computation_of(ir.load(path), names), computation_of(wanted, names)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uwm_deploy.data.embedding import unit_rows
+from uwm_deploy.errors import first_line
 from uwm_deploy.records.evidence import LengthCheck
 from uwm_deploy.records.graph import RowLengths
 from uwm_deploy.runtime.session import Session
@@ -54,8 +55,7 @@ def check_lengths(session: Session, reference: WholeRows) -> list[LengthCheck]:
         try:
             got = unit_rows(session.run(rows[mine]))
         except Exception as error:  # runtimes share no base class; whatever it is, the artifact cannot do this
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            found.append(LengthCheck(tokens=tokens, n=0, cosine_min=-1.0, max_abs=2.0, error=text[0][:200]))
+            found.append(LengthCheck(tokens=tokens, n=0, cosine_min=-1.0, max_abs=2.0, error=first_line(error)))
             continue
         found.append(_compared(tokens, wanted[mine], got))
     return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from uwm_deploy.data.embedding import Inputs, PreparedSet, embed, risks
 from uwm_deploy.data.reading import Progress
+from uwm_deploy.errors import first_line
 from uwm_deploy.records.evidence import ArtifactEvidence, BatchCheck, OutputParity, RepeatCheck
 from uwm_deploy.records.head import RISK_OUTPUTS, SafetyHead
 from uwm_deploy.records.model import TowerName
@@ -168,8 +169,7 @@ def check_batches(tower: TowerName, session: Session, inputs: Inputs, sizes: Ite
             else:
                 cosine = _least_cosine(alone, _among_others(session, inputs, count, size))
         except Exception as error:  # runtimes share no base class; whatever it is, the artifact cannot do this
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            found.append(BatchCheck(tower=tower, batch=size, n=0, cosine_min=-1.0, error=text[0][:200]))
+            found.append(BatchCheck(tower=tower, batch=size, n=0, cosine_min=-1.0, error=first_line(error)))
             continue
         found.append(BatchCheck(tower=tower, batch=size, n=count, cosine_min=cosine))
     return found
