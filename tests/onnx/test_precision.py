@@ -617,3 +617,17 @@ def test_auto_kept_layers_stand_in_the_record(both: dict[TowerName, Exported], t
     assert graph.conversion is not None
     assert graph.conversion.kept == kept
     assert graph.conversion.achieved["linear"]["fp32"] == 1
+
+
+def test_a_tower_whose_layers_all_stay_in_float32_compiles(both: dict[TowerName, Exported], tmp_path: Path) -> None:
+    """Where a budget leaves none in INT8, the engine is what the record says."""
+    part = both[TowerName.IMAGE]
+    kept = tuple(linear_layers(ir.load(part.folder / part.artifact.file)))
+    graph = convert(part, tmp_path / "graphs", Precision.INT8, asked=Precision.AUTO, layers=kept)
+    assert graph.conversion is not None
+    assert set(graph.conversion.achieved["linear"]) == {"fp32"}
+    (tmp_path / "engine").mkdir()
+    engine = engine_from_onnx(
+        graph, tmp_path / "graphs", Target.ONNXRUNTIME, PROFILE, part.case.edits, tmp_path / "engine"
+    )
+    assert engine.settings["weights"] == "float32"

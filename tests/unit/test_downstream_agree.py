@@ -40,6 +40,13 @@ def changed(of: Flagged, **change: int) -> Flagged:
     return dataclasses.replace(of, change=dataclasses.replace(of.change, **change))
 
 
+def test_a_report_of_more_inputs_than_a_run_could_have_costs_no_memory() -> None:
+    """Its numbers are computed again from its counts, one entry an input."""
+    report = with_shares(any=share(20, 5), words=share(20, 5))
+    told = list(contradictions(dataclasses.replace(report, n={**report.n, "unsafe": 10**12})))
+    assert "any, unsafe: 1000000000000 inputs are none that could have been run" in told
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

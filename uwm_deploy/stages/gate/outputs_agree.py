@@ -14,6 +14,9 @@ from uwm_deploy.safeground.interval import flips, wilson
 _CLOSE = 1e-6
 """Percent, for sums in another order."""
 
+_MOST = 10_000_000
+"""Inputs of a side, far above any run: a report that says more would only cost memory."""
+
 
 def contradictions(report: DownstreamReport) -> Iterator[str]:
     """What cannot be, where there is something: each share, change and interval is computed again from its counts.
@@ -53,6 +56,8 @@ def _of_means(report: DownstreamReport) -> Iterator[str]:
 def _of_share(share: Flagged, n: int, alone: int) -> str:
     """Empty where both shares, the change and all intervals follow from four counts."""
     change, counts = share.change, [round(part.value / 100 * n) for part in (share.original, share.edited)]
+    if not 0 < n <= _MOST:
+        return f"{n} inputs are none that could have been run"
     stay = counts[0] - change.lost
     if change.n != n or stay < 0 or stay + change.gained != counts[1] or stay + change.lost + change.gained > n:
         return "the shares are not those of what was lost and gained"

@@ -253,7 +253,7 @@ def settings_of(request: DrawRequest, model: DrawModel) -> dict[str, str]:
     drawing = request.drawing
     return {
         "steps": str(drawing.steps),
-        "guidance": f"{drawing.guidance:g}",
+        "guidance": repr(drawing.guidance).removesuffix(".0"),
         "size": str(drawing.size or "the pipeline's"),
         "seed": str(drawing.seed),
         "batch": str(drawing.batch),
