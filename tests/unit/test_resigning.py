@@ -112,7 +112,7 @@ def test_attest_signs_again_and_loses_no_signature_unasked(
     file.write_bytes(whole)
     monkeypatch.chdir(waiting)
     code, output = run("attest", ".", *words[2:], "--key", place.key)
-    assert (code, "signed: " in output) == (0, True), output
+    assert (code, "\nsigned: " in f"\n{output}") == (0, True), output
     assert verify(waiting, place.public)[0] == 0
     assert SafeEncoder.open(waiting, public_key=place.public).variant == "onnxruntime-fp32"
 
