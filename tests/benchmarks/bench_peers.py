@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--cold-rounds", type=int, default=2, help="0 leaves out memory and cold start")
     parser.add_argument("--cold-only", action="store_true", help="memory and cold start alone")
     parser.add_argument("--peer", action="append", dest="peers", choices=list(PEERS), help="default all")
+    parser.add_argument("--tower", action="append", dest="towers", choices=TOWERS, help="default both")
     parser.add_argument("--optimum", default=sys.executable, help="a Python that has optimum-onnx")
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
@@ -232,7 +233,7 @@ def main() -> None:
     print(
         f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, texts padded to {LENGTH} for the graphs"
     )
-    for tower in () if options.cold_only else TOWERS:
+    for tower in () if options.cold_only else options.towers or TOWERS:
         measure(files, tower, options)
         KEPT.clear()  # of a large model there is no room for all
     if options.cold_rounds:
