@@ -602,8 +602,8 @@ def test_a_build_of_nothing_fails_with_its_reason(request_of: Request) -> None:
     [
         (["edit", "--method", "uvm"], "there is no method 'uvm'"),
         (["edit", "--selection", "soft"], "'soft' is not one of"),
-        (["edit", "--factor", "nan"], "--factor is nan"),
-        (["edit", "--keep-mass", "nan"], "--keep-mass is nan"),
+        (["edit", "--factor", "nan"], "'--factor': nan is no finite number"),
+        (["edit", "--keep-mass", "nan"], "'--keep-mass': nan is no finite number"),
         (["build", "--method", "none", "--factor", "0"], "so --factor has no effect"),
         (["build", "--method", "none", "--per-concept"], "so --per-concept has no effect"),
         (["sweep", "--method", "none"], "no strength"),
