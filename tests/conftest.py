@@ -119,6 +119,7 @@ def _operators_are_read_once() -> None:
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
+@pytest.hookimpl(tryfirst=True)  # before temporary folders are removed
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """What tests share is as it was made, else none of them is believed."""
     if hasattr(session.config, "workerinput"):

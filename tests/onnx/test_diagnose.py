@@ -47,7 +47,7 @@ TOWER = TowerName.TEXT
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of a tiny model: exported, converted to int8 and fp16, compiled for ONNX Runtime."""
+    """A run folder of a tiny model: exported, converted to int8, w8a16 and fp16, compiled for ONNX Runtime."""
     path = tmp_path_factory.mktemp("run") / "tiny"
     layers, weights = [], {}
     for tower in TowerName:
@@ -62,7 +62,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         canaries_to_folder(before.tower, case.tower, [batch], path / "canaries")
         ranges = ranges_of(path / "export" / artifact.file, {"safe": pairs[:1], "unsafe": pairs[1:]}, path)
         graphs = {"fp32": (path / "export", artifact)}
-        for precision in (Precision.INT8, Precision.FP16):
+        for precision in (Precision.INT8, Precision.W8A16, Precision.FP16):
             folder = path / f"convert-{precision.value}"
             folder.mkdir(exist_ok=True)
             graph = converted(
@@ -160,7 +160,7 @@ def first_of(walk: StageWalk) -> str:
     return walk.first.layer or walk.first.after
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8, Precision.FP16])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8, Precision.W8A16, Precision.FP16])
 def test_nothing_is_found_in_healthy_artifacts(healthy: Path, precision: Precision) -> None:
     """Own errors lie far within the tolerance, no file differs beyond rounding, and the last value is the embedding."""
     found = diagnose(healthy, f"onnxruntime-{precision.value}")
@@ -207,11 +207,12 @@ def test_a_changed_epsilon_is_named(run_folder: Path) -> None:
     assert lower.differences[0].detail == "2e-05, reference 1e-05"
 
 
-def test_a_broken_scale_is_named_with_its_stage(run_folder: Path) -> None:
-    """The int8 scale of one layer's weight: found in the converted graph already, so the compiler is not to blame."""
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.W8A16])
+def test_a_broken_scale_is_named_with_its_stage(run_folder: Path, precision: Precision) -> None:
+    """The 8-bit scale of one layer's weight: found in the converted graph already, so the compiler is not to blame."""
     name = f"{layer('self_attn.out_proj', 0)}.weight.scale"
-    plant(run_folder / "convert-int8" / f"{TOWER.value}.onnx", on_tensor(name, lambda scale: scale * 4))
-    found = diagnose(run_folder, "onnxruntime-int8")
+    plant(run_folder / f"convert-{precision.value}" / f"{TOWER.value}.onnx", on_tensor(name, lambda scale: scale * 4))
+    found = diagnose(run_folder, f"onnxruntime-{precision.value}")
     wrong = [w for w in found.walks if leaves_reference(w)]
     assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "convert")]
     assert first_of(wrong[0]) == layer("self_attn.out_proj", 0)
@@ -420,7 +421,7 @@ def test_other_graphs_are_refused(healthy: Path, tmp_path: Path) -> None:
 def test_a_graph_does_not_differ_from_itself(healthy: Path) -> None:
     """The comparison of files finds nothing where there is nothing, in each precision."""
     base = Graph(healthy / "export" / f"{TOWER.value}.onnx")
-    for name in ("export", "convert-int8", "convert-fp16", "compile-onnxruntime-int8"):
+    for name in ("export", "convert-int8", "convert-w8a16", "convert-fp16", "compile-onnxruntime-int8"):
         assert differences(base, Graph(healthy / name / f"{TOWER.value}.onnx")) == []
 
 

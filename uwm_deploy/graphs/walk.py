@@ -395,8 +395,11 @@ def _from_8_bits(got: np.ndarray, name: str, artifact: Graph) -> tuple[np.ndarra
     for node in artifact.nodes:
         if node.op_type == "DequantizeLinear" and node.input[0] == name and node.input[1] in artifact.initialisers:
             scale = numpy_helper.to_array(artifact.initialisers[node.input[1]]).astype(np.float64)
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            if scale.ndim:
+            of = {attribute.name: attribute.i for attribute in node.attribute}
+            axis, block = of.get("axis", 1), of.get("block_size", 0)
+            if block:
+                scale = np.repeat(scale, block, axis)[tuple(map(slice, got.shape))]
+            elif scale.ndim:
                 scale = np.expand_dims(scale, tuple(i for i in range(got.ndim) if i != axis % got.ndim))
             values = got.astype(np.float64) * scale
             steps = 0.5 if got.dtype == np.int8 else np.maximum(np.abs(got.astype(np.float64)) / 16, 2.0**-10)

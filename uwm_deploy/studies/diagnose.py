@@ -33,7 +33,7 @@ TOLERANCE = {
     Precision.BF16: 0.1,
     Precision.INT8: 0.35,
     Precision.FP8: 0.35,
-    Precision.W8A16: 0.35,
+    Precision.W8A16: 0.1,
 }
 """Largest relative error of one part, given the reference's values, that rounding in a precision explains."""
 
