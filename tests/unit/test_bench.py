@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -261,6 +262,10 @@ def test_plan_is_printed_with_its_reasons(capsys: pytest.CaptureFixture[str]) ->
         assert part in text
     assert "kept in the text tower, most sensitive first: nothing" in text
     assert "the search allows 0.25%, the budget is 0.5%" in text
+    assert "computes in float32" not in text
+    print_plan(dataclasses.replace(plan, low_share=0.0))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "No layer is in int8 within this budget: this variant computes in float32. One flip of 512" in text
 
 
 def test_inputs_fit_the_graphs(bundle: Path) -> None:

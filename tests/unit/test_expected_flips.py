@@ -42,3 +42,5 @@ def test_without_a_change_nothing_flips_and_few_items_are_enough(n: int) -> None
     before = np.linspace(0.1, 0.2, n)
     assert expected_flips(decided(before), decided(before)) == 0
     assert expected_flips(decided(before), decided(-before)) == 50
+    before[0] = 0  # a tie
+    assert expected_flips(decided(before), decided(before)) == 0

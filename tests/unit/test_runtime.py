@@ -119,6 +119,21 @@ def test_an_end_token_hides_nothing(encoder: SafeEncoder) -> None:
     np.testing.assert_allclose(plain[0], exact[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("word", ["Neutral", "x", None])
+def test_a_misspelt_choice_picks_nothing(encoder: SafeEncoder, built, word: str | None) -> None:
+    """Neither in a call nor at opening: another word must not be the mode that hides what follows an end token."""
+    for call in (
+        lambda: encoder.encode_text("a red circle", special_tokens=word),
+        lambda: asyncio.run(encoder.aencode_text(["a red circle"], special_tokens=word)),
+        lambda: encoder.encode_text(["a red circle"], on_error=word),
+        lambda: encoder.encode_image([b"broken"], on_error=word),
+        lambda: SafeEncoder.open(built[0].out, decode=word),
+        lambda: SafeEncoder.open(built[0].out, device=word),
+    ):
+        with pytest.raises(InputError, match=rf"is {word!r}; pass "):
+            call()
+
+
 def test_zero_shot(encoder: SafeEncoder) -> None:
     """Labels are scored by cosine, templates averaged, and a broken image gets no label."""
     labels = ["red", "blue", "{odd}"]

@@ -151,6 +151,38 @@ class CompileSpec:
         return (self.precision,) if isinstance(self.precision, Precision) else self.precision
 
 
+def check_compile(spec: CompileSpec, where: str) -> None:
+    """Checks what is compiled, and how `auto` searches.
+
+    Args:
+        spec: To check.
+        where: File for error messages.
+
+    Raises:
+        RecipeError: If nothing is named, something is named twice, or a value is out of range.
+    """
+    check_profiles(spec.profiles, where)
+    named = {
+        "targets": spec.targets,
+        "precision": spec.precisions,
+        "onnxruntime.providers": spec.onnxruntime.providers,
+    }
+    for key, found in named.items():
+        if not found or len(set(found)) < len(found):
+            raise RecipeError(
+                f"{where}: compile.{key} is {[str(one) for one in found]}", fix="name each once, at least one"
+            )
+    auto = spec.auto
+    if auto.lowest in (Precision.FP32, Precision.AUTO):
+        raise RecipeError(f"{where}: compile.auto.lowest is {auto.lowest}", fix="name a lower precision, such as int8")
+    if not 0 < auto.flips < 100:
+        raise RecipeError(f"{where}: compile.auto.flips is {auto.flips:g}", fix="use a percentage between 0 and 100")
+    if auto.items < 1:
+        raise RecipeError(f"{where}: compile.auto.items is {auto.items}", fix="use 1 or more")
+    check_builder(spec.tensorrt, "tensorrt", where)
+    check_builder(spec.tensorrt_rtx, "tensorrt_rtx", where)
+
+
 def check_profiles(profiles: tuple[Profile, ...], where: str) -> None:
     """Checks that profiles together take every batch from the smallest to the largest.
 

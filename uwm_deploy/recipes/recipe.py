@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from uwm_deploy.errors import RecipeError
-from uwm_deploy.recipes.compile_spec import CompileSpec, ExportSpec, check_builder, check_profiles
+from uwm_deploy.recipes.compile_spec import CompileSpec, ExportSpec, check_compile
 from uwm_deploy.recipes.edit_spec import (
     AxisSpec,
     ClosedForm,
@@ -218,12 +218,7 @@ def recipe_from_toml(text: str, *, where: str) -> Recipe:
     for number, step in enumerate(recipe.edit):
         check_step(step, f"{where}: edit[{number}]")
     check_reach(recipe, where)
-    check_profiles(recipe.compile.profiles, where)
-    providers = recipe.compile.onnxruntime.providers
-    if not providers or len(set(providers)) < len(providers):
-        raise RecipeError(f"{where}: compile.onnxruntime.providers is {list(providers)}", fix="name each once")
-    check_builder(recipe.compile.tensorrt, "tensorrt", where)
-    check_builder(recipe.compile.tensorrt_rtx, "tensorrt_rtx", where)
+    check_compile(recipe.compile, where)
     if min(dataclasses.astuple(recipe.train)) < 0:
         raise RecipeError(f"{where}: train holds a negative number", fix="use 0 for the published one")
     if recipe.bundle_version < 0:

@@ -28,6 +28,7 @@ from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.records.graph import EngineArtifact
 from uwm_deploy.records.head import SafetyHead
 from uwm_deploy.records.model import Digest, ModelRef, TowerName
+from uwm_deploy.runtime.choices import check_choice
 from uwm_deploy.runtime.classifier import TEMPLATE, ZeroShotClassifier, prompts_of, weights_from
 from uwm_deploy.runtime.cores import cores
 from uwm_deploy.runtime.decoding import check_decoding
@@ -116,7 +117,10 @@ class SafeEncoder:
             IntegrityError: If the bundle was changed, is not signed by that key, is too old, has no passing verdict, the
                 variant is unproven, or what runs does not answer like the edited model.
             PrerequisiteError: If no proven variant runs here.
+            InputError: If an argument is no choice.
         """
+        check_choice(decode, Decode, "decode")
+        check_choice(device, Device, "device")
         started, limits = time.monotonic(), serving or Serving()
         trust: dict[str, Any] = {"public_key": public_key, "min_bundle_version": min_bundle_version}
         bundle = open_bundle(path, allow_failed=allow_unsafe, to_measure=to_measure, **trust)
@@ -177,9 +181,10 @@ class SafeEncoder:
         Raises:
             DataError: If an image is broken and it is the only one, or `on_error` is "raise"; its position is named.
             BusyError: If there was no place in the queue for too long.
-            InputError: If risks are asked for and the bundle has no safety head.
+            InputError: If risks are asked for and the bundle has no safety head, or an argument is no choice.
         """
         _check_head(self._head, risk)
+        check_choice(on_error, OnError, "on_error")
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = self._services[TowerName.IMAGE].encode(items, self._preprocessing.pixels)
@@ -205,6 +210,7 @@ class SafeEncoder:
             (n, d) in the asked dtype, rows of length 1; see `encode_image`.
         """
         _check_head(self._head, risk)
+        check_choice(on_error, OnError, "on_error")
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = await self._services[TowerName.IMAGE].aencode(items, self._preprocessing.pixels)
@@ -233,7 +239,9 @@ class SafeEncoder:
         Raises:
             DataError: See `encode_image`.
             BusyError: See `encode_image`.
+            InputError: If an argument is no choice.
         """
+        check_choice(on_error, OnError, "on_error")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = self._services[TowerName.TEXT].encode(items, self._preprocessing.ids(special_tokens))
@@ -252,6 +260,7 @@ class SafeEncoder:
         Returns:
             (n, d) in the asked dtype, rows of length 1; see `encode_text`.
         """
+        check_choice(on_error, OnError, "on_error")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = await self._services[TowerName.TEXT].aencode(items, self._preprocessing.ids(special_tokens))

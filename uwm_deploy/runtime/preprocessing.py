@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from uwm_deploy.errors import UwmError
 from uwm_deploy.records.model import ModelRef
+from uwm_deploy.runtime.choices import check_choice
 from uwm_deploy.runtime.image import Decode, ImageLike, crop_from_image, image_from, pixels_from_image
 from uwm_deploy.runtime.service import Answer, Prepare
 from uwm_deploy.runtime.tokenizer import SpecialTokens, Tokenizer
@@ -45,7 +46,11 @@ class Preprocessing:
 
         Args:
             special_tokens: What the name of a special token inside a text is.
+
+        Raises:
+            InputError: If it is no such choice.
         """
+        check_choice(special_tokens, SpecialTokens, "special_tokens")
 
         def prepare(texts: Sequence[object]) -> list[Answer]:
             return list(self._opened_tokenizer().rows(texts, special_tokens))

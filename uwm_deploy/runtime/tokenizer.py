@@ -13,6 +13,7 @@ import numpy as np
 from uwm_deploy.errors import DataError, IntegrityError
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.model import TextSpec
+from uwm_deploy.runtime.choices import check_choice
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -46,6 +47,7 @@ class Tokenizer:
     def __init__(self, tokenizer_json: bytes, spec: TextSpec, special_tokens: SpecialTokens = "neutral") -> None:
         if digest_of_bytes(tokenizer_json) != spec.tokenizer_digest:
             raise IntegrityError("tokenizer.json is not the one of this model", fix="restore it or build again")
+        check_choice(special_tokens, SpecialTokens, "special_tokens")
         self.spec, self.special_tokens = spec, special_tokens
         self._content = tokenizer_json
         # One backend per mode, made when first used: a large vocabulary takes a tenth of a second, and the mode is a
@@ -125,6 +127,7 @@ class Tokenizer:
             Per caption its ids (context_length,) int64 and their number without padding, or the error; see `rows`.
         """
         mode = special_tokens or self.special_tokens
+        check_choice(mode, SpecialTokens, "special_tokens")
         backend = self._backend(mode)
         problems = [problem_of(text) for text in texts]
         good = [str(text) for text, problem in zip(texts, problems, strict=True) if not problem]

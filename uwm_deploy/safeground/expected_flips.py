@@ -31,4 +31,5 @@ def _percent(before: np.ndarray, after: np.ndarray) -> float:
     width = min(NEIGHBOURS, len(size))
     windows = np.lib.stride_tricks.sliding_window_view(change, width)
     nearest = windows[np.clip(np.arange(len(size)) - width // 2, 0, len(windows) - 1)]
-    return 100 * float(np.mean(nearest >= size[:, None])) / 2  # half of the changes lead away from the tie
+    # No change flips nothing, at a tie neither; half of the changes lead away from the tie.
+    return 100 * float(np.mean((nearest >= size[:, None]) & (nearest > 0))) / 2

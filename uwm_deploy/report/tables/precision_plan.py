@@ -35,6 +35,11 @@ def print_plan(plan: PrecisionPlan) -> None:
         f"{plan.flips:.2f}% of the worst metric's decisions differ on {plan.n} calibration quadruples, {plan.expected:.2f}% "
         f"are expected to; the search allows {plan.limit:g}%, the budget is {plan.budget:g}%"
     )
+    if not plan.low_share:
+        print_line(
+            f"No layer is in {plan.lowest.value} within this budget: this variant computes in float32. One flip of {plan.n} "
+            f"decisions is {100 / plan.n:.2g}%. Allow more, or raise compile.auto.items."
+        )
 
 
 def _named(what: str) -> str:

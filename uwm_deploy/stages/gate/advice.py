@@ -101,9 +101,10 @@ def _of_metric(check: Check, model: str) -> str:
             return _other_method(model)
         return f"another edit: `uwm-deploy sweep --model {model}` measures many; or --method, or other calibration data"
     if check.name.startswith("parity."):
-        return "keep sensitive layers in float32 (--keep-float32 PATTERN) or use a higher --precision"
+        return "keep sensitive layers in float32 (--keep-float32 PATTERN), or build without this --precision"
     return (
-        "use --precision auto with a smaller --budget, keep layers in float32 (--keep-float32), or a higher --precision"
+        "keep layers in float32 (--keep-float32 PATTERN, or --precision auto with a smaller --budget), or build without "
+        "this --precision"
     )
 
 
