@@ -6,6 +6,7 @@ import warnings
 
 from uwm_deploy.errors import EvidenceError
 from uwm_deploy.records.verdict import Result, Verdict
+from uwm_deploy.runtime.choices import check_choice
 from uwm_deploy.runtime.image import Decode
 
 
@@ -20,7 +21,9 @@ def check_decoding(verdict: Verdict, decode: Decode, name: str, *, allow_unsafe:
 
     Raises:
         EvidenceError: If it is not proven.
+        InputError: If `decode` is no such choice.
     """
+    check_choice(decode, Decode, "decode")
     if decode == "full" or verdict.scaled_decoding is Result.PASS:
         return
     if allow_unsafe:

@@ -119,8 +119,6 @@ class SafeEncoder:
             PrerequisiteError: If no proven variant runs here.
             InputError: If an argument is no choice.
         """
-        check_choice(decode, Decode, "decode")
-        check_choice(device, Device, "device")
         started, limits = time.monotonic(), serving or Serving()
         trust: dict[str, Any] = {"public_key": public_key, "min_bundle_version": min_bundle_version}
         bundle = open_bundle(path, allow_failed=allow_unsafe, to_measure=to_measure, **trust)
@@ -184,7 +182,6 @@ class SafeEncoder:
             InputError: If risks are asked for and the bundle has no safety head, or an argument is no choice.
         """
         _check_head(self._head, risk)
-        check_choice(on_error, OnError, "on_error")
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = self._services[TowerName.IMAGE].encode(items, self._preprocessing.pixels)
@@ -210,7 +207,6 @@ class SafeEncoder:
             (n, d) in the asked dtype, rows of length 1; see `encode_image`.
         """
         _check_head(self._head, risk)
-        check_choice(on_error, OnError, "on_error")
         single = _is_image(images)
         items: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item,assignment]
         answers = await self._services[TowerName.IMAGE].aencode(items, self._preprocessing.pixels)
@@ -241,7 +237,6 @@ class SafeEncoder:
             BusyError: See `encode_image`.
             InputError: If an argument is no choice.
         """
-        check_choice(on_error, OnError, "on_error")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = self._services[TowerName.TEXT].encode(items, self._preprocessing.ids(special_tokens))
@@ -260,7 +255,6 @@ class SafeEncoder:
         Returns:
             (n, d) in the asked dtype, rows of length 1; see `encode_text`.
         """
-        check_choice(on_error, OnError, "on_error")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         answers = await self._services[TowerName.TEXT].aencode(items, self._preprocessing.ids(special_tokens))
@@ -375,6 +369,7 @@ def _check_head(head: SafetyHead | None, risk: bool) -> None:
 def _result(
     encoder: SafeEncoder, answers: Sequence[Answer], what: str, dtype: Kind, on_error: OnError, *, risk: bool = False
 ) -> Embeddings:
+    check_choice(on_error, OnError, "on_error")
     width = encoder.manifest.model.embed_dim
     found = joined([row if isinstance(row, Exception) else row[:width] for row in answers], width, dtype)
     if risk and encoder._head is not None:

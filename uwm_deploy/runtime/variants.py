@@ -15,6 +15,7 @@ from uwm_deploy.records.evidence import ArtifactEvidence, Evidence
 from uwm_deploy.records.graph import EngineArtifact, Precision, Provider, Target
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.plain_json import value_from_json
+from uwm_deploy.runtime.choices import check_choice
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.providers import provider_reason
 from uwm_deploy.runtime.session import CPU_TARGETS, Device, provider_of, reason_not_executable, usable
@@ -91,9 +92,10 @@ def candidates(bundle: Bundle, *, variant: str | None, device: Device, allow_uns
         allow_unsafe: Whether variants without proof may be taken.
 
     Raises:
-        InputError: If there is no variant of that name, or it can never run on that device.
+        InputError: If there is no variant or device of that name, or it can never run on that device.
         IntegrityError: If the variant that is wanted is not proven.
     """
+    check_choice(device, Device, "device")
     evidence = _evidence(bundle)
     if variant:
         engines = bundle.engines(variant)
