@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from tokenizers import models, normalizers, processors
 
 from uwm_deploy.errors import BusyError, ContractError, DataError, InputError, PrerequisiteError
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import Profile, TensorSpec
+from uwm_deploy.records.graph import Normalisation, Profile, RowLengths, TensorSpec
 from uwm_deploy.records.model import ImageSpec, TextSpec
 from uwm_deploy.report.doctor import threads_of
 from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher
@@ -33,6 +34,7 @@ from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
 from uwm_deploy.runtime.logs import JsonFormatter, event
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.results import Embeddings, ItemError, Predictions, joined
 from uwm_deploy.runtime.tensorrt import buckets_of
 from uwm_deploy.runtime.tokenizer import MAX_CHARACTERS, Tokenizer
@@ -473,6 +475,62 @@ def test_doctor_says_what_threads_are_used(monkeypatch: pytest.MonkeyPatch, give
     found = threads_of(None)
     assert said in found.detail
     assert found.ok == ("no library" not in found.detail)
+
+
+CROPS = TensorSpec(
+    name="pixels", dtype="uint8", shape=("batch", 4, 5, 3),
+    normalisation=Normalisation(rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+)  # fmt: skip
+PIXELS = TensorSpec(name="pixels", dtype="float32", shape=("batch", 3, 4, 5))
+IDS = TensorSpec(name="ids", dtype="int32", shape=("batch", "tokens"), lengths=RowLengths(longest=9, end_id=7, step=4))
+EITHER = "takes (n, 4, 5, 3) uint8 or (n, 3, 4, 5) float32, not "
+NO_ROWS: list[tuple[TensorSpec, object, str]] = [
+    (CROPS, np.zeros((2, 3, 4, 5), np.uint8), f"{EITHER}(2, 3, 4, 5) uint8"),
+    (CROPS, np.zeros((2, 4, 5, 4), np.uint8), f"{EITHER}(2, 4, 5, 4) uint8"),
+    (CROPS, np.zeros((4, 5, 3), np.uint8), f"{EITHER}(4, 5, 3) uint8"),
+    (CROPS, np.zeros((2, 4, 5, 3), np.float32), f"{EITHER}(2, 4, 5, 3) float32"),
+    (CROPS, np.zeros((2, 4, 5, 3), np.int64), f"{EITHER}(2, 4, 5, 3) int64"),
+    (CROPS, np.full((2, 3, 4, 5), np.nan, np.float32), "a pixel is not finite"),
+    (CROPS, [[1, 2], [3]], "takes an array of (n, 4, 5, 3) uint8 or (n, 3, 4, 5) float32, not a list"),
+    (PIXELS, np.zeros((2, 4, 5, 3), np.uint8), "takes (n, 3, 4, 5) float32, not (2, 4, 5, 3) uint8"),
+    (PIXELS, np.zeros((2, 3, 4, 5), np.uint8), "takes (n, 3, 4, 5) float32, not (2, 3, 4, 5) uint8"),
+    (PIXELS, np.full((2, 3, 4, 5), -np.inf, np.float32), "a pixel is not finite"),
+    (PIXELS, np.full((2, 3, 4, 5), 1e300), "a pixel is not finite"),
+    (IDS, np.array([1, 2]), "takes (n, 1 to 9) int32, not (2,) int64"),
+    (IDS, np.array([[1.0, 2.0]]), "takes (n, 1 to 9) int32, not (1, 2) float64"),
+    (IDS, np.array([[True, False]]), "takes (n, 1 to 9) int32, not (1, 2) bool"),
+    (IDS, np.array([["a"]]), "takes (n, 1 to 9) int32, not (1, 1) <U1"),
+    (IDS, np.array([[5, -1]]), "the ids 0 to 99, not of -1"),
+    (IDS, np.array([[5, 100]]), "the ids 0 to 99, not of 100"),
+    (IDS, np.array([[5, 2**40]]), f"the ids 0 to 99, not of {2**40}"),
+]
+
+
+@pytest.mark.parametrize(("spec", "rows", "said"), NO_ROWS)
+def test_rows_that_a_graph_does_not_take_are_refused(spec: TensorSpec, rows: object, said: str) -> None:
+    """Before any runtime has them; each says it in its own words, or computes with them."""
+    with pytest.raises(ContractError, match=re.escape(said)):
+        taken(rows, spec, vocabulary=100)  # type: ignore[arg-type]
+
+
+def test_rows_that_a_graph_takes_are_let_pass() -> None:
+    """The last id of the table, no row at all, and finite numbers whose sum is not; without a record ids of 32 bits."""
+    assert taken(np.array([[0, 99]]), IDS, vocabulary=100).tolist() == [[0, 99]]
+    assert taken(np.array([[2**31 - 1]], np.uint64), IDS).tolist() == [[2**31 - 1]]
+    assert taken(np.zeros((0, 2), np.int64), IDS).shape == (0, 2)
+    large = np.full((2, 3, 4, 5), 3e38, np.float32)
+    assert np.array_equal(taken(large, PIXELS), large)
+    with pytest.raises(ContractError, match=f"not of {2**31}"):
+        taken(np.array([[2**31]]), IDS)
+
+
+@pytest.mark.parametrize("shape", [(0, 48, 3), (48, 0, 3), (0, 0)])
+def test_an_image_without_pixels_is_refused(shape: tuple[int, ...]) -> None:
+    """As an array or as an image of Pillow: nothing can be resized from it."""
+    array = np.zeros(shape, np.uint8)
+    for source in (array, Image.new("RGB", (shape[1], shape[0]))):
+        with pytest.raises(DataError, match=f"image of {shape[1]} x {shape[0]} pixels is empty"):
+            image_from(source)
 
 
 def test_buckets_are_powers_of_two_and_the_profile() -> None:
