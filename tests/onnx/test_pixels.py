@@ -162,7 +162,7 @@ def test_a_tower_takes_crops_and_keeps_every_weight(exported: Exported) -> None:
     session, rows = open_graph(path, graph, max_batch=4), crops(3)
     assert np.abs(session.run(rows) - wanted_of(exported, rows)).max() < 1e-5
     assert np.array_equal(session.run(pixels_from_crops(rows, image_spec(CLIP))), session.run(rows))
-    with pytest.raises(ContractError, match="takes uint8, not int64"):
+    with pytest.raises(ContractError, match=r"uint8 or .* float32, not .* int64"):
         session.run(rows.astype(np.int64))
 
 
@@ -263,7 +263,7 @@ def test_normalised_pixels_go_back_to_every_level(by: Normalisation) -> None:
 def test_rows_that_a_graph_does_not_take_are_refused() -> None:
     """Floats would become bytes without a word, and crops would be taken for pixels."""
     plain = TensorSpec(name="x", dtype="uint8", shape=("batch", 2, 2, 3))
-    with pytest.raises(ContractError, match="takes uint8, not float32"):
+    with pytest.raises(ContractError, match=r"uint8, not .* float32"):
         taken(np.zeros((1, 3, 2, 2), np.float32), plain)
     assert taken(np.ones((1, 4), np.int64), TensorSpec(name="x", dtype="int32", shape=("batch", 4))).dtype == np.int32
 

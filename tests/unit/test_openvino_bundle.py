@@ -11,7 +11,7 @@ import pytest
 
 from tests.made_once import copy_of
 from uwm_deploy.bundle.open import engine_path, open_bundle
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError
+from uwm_deploy.errors import ContractError, InputError, IntegrityError, PrerequisiteError
 from uwm_deploy.pipeline.refit_graphs import reason_against
 from uwm_deploy.pipeline.request import Request
 from uwm_deploy.pipeline.run import run
@@ -104,3 +104,20 @@ def test_what_it_cannot_do_is_said(bundle: Path) -> None:
     assert not told["openvino fp16"].ok
     assert told["openvino bf16"].ok == (not reason_not_usable(Precision.BF16))
     assert engine.target is Target.OPENVINO
+
+
+@pytest.mark.parametrize("variant", [VARIANT, OTHER])
+def test_rows_that_a_graph_does_not_take_are_refused(bundle: Path, variant: str) -> None:
+    """In the same words by either runtime, of which one took ids that are not in the table, and the other negative ones."""
+    with SafeEncoder.open(bundle, variant=variant, serving=Serving(selftest_rows=0)) as encoder:
+        image, text, model = encoder.session(TowerName.IMAGE), encoder.session(TowerName.TEXT), encoder.manifest.model
+        size, last = model.image.crop, model.text.vocabulary - 1
+        takes = rf"takes \(n, {size}, {size}, 3\) uint8 or \(n, 3, {size}, {size}\) float32"
+        for wrong in (np.zeros((2, 3, size, size), np.uint8), np.zeros((2, size, size, 3), np.float32)):
+            with pytest.raises(ContractError, match=takes):
+                image.run(wrong)
+        ids = np.zeros((1, 7), np.int64)
+        assert np.isfinite(text.run(np.append(ids, [[last]], axis=1))).all()
+        for wrong_id in (last + 1, 2**40, -1):
+            with pytest.raises(ContractError, match=f"ids 0 to {last}, not of {wrong_id}"):
+                text.run(np.append(ids, [[wrong_id]], axis=1))

@@ -296,6 +296,11 @@ def test_more_calls_of_the_engine_are_under_way_at_once(built, monkeypatch: pyte
     assert seen == [8, 8, 8]
     with pytest.raises(InputError, match="calls is 0"):
         Serving(calls=0)
+    for wrong in ({"threads": 1.5}, {"calls": "2"}, {"max_delay_ms": "1"}, {"queue_timeout_s": "1"}, {"workers": None}):
+        with pytest.raises(InputError, match=rf"{next(iter(wrong))} is .*; pass a (whole )?number"):
+            Serving(**wrong)
+    with pytest.raises(InputError, match="pass 0 or more"):
+        Serving(max_delay_ms=float("nan"))
 
 
 @pytest.mark.parametrize(

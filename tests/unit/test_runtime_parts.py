@@ -8,7 +8,9 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -23,15 +25,16 @@ from tokenizers import models, normalizers, processors
 
 from uwm_deploy.errors import BusyError, ContractError, DataError, InputError, PrerequisiteError
 from uwm_deploy.records.files import digest_of_bytes
-from uwm_deploy.records.graph import Profile, TensorSpec
+from uwm_deploy.records.graph import Normalisation, Profile, RowLengths, TensorSpec
 from uwm_deploy.records.model import ImageSpec, TextSpec
 from uwm_deploy.report.doctor import threads_of
 from uwm_deploy.runtime.batching import HOLD, AdmissionQueue, Batcher
-from uwm_deploy.runtime.cores import affinity, cores, fit_to_machine, quota
+from uwm_deploy.runtime.cores import affinity, cores, fit_to_machine, quota, threads_asked
 from uwm_deploy.runtime.drift import DriftMonitor, unit_mean
 from uwm_deploy.runtime.engine_stream import Cuda, EngineStream
 from uwm_deploy.runtime.image import _resized, crop_from_image, image_from, pixels_from_crops, pixels_from_image
 from uwm_deploy.runtime.logs import JsonFormatter, event
+from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.results import Embeddings, ItemError, Predictions, joined
 from uwm_deploy.runtime.tensorrt import buckets_of
 from uwm_deploy.runtime.tokenizer import MAX_CHARACTERS, Tokenizer
@@ -385,28 +388,64 @@ def test_events_reach_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["opened variant=v"]
 
 
-@pytest.mark.parametrize(
-    ("given", "most"), [("100000 100000", 1), ("250000 100000", 3), ("max 100000", 10**6), ("", 10**6)]
-)
-def test_cores_keep_the_quota_of_a_container(tmp_path: Path, given: str, most: int) -> None:
-    """A container with one core's time is not given the threads of its host."""
-    (tmp_path / "cpu.max").write_text(given)
-    assert 1 <= cores(tmp_path / "cpu.max") <= most
-    assert cores(tmp_path / "missing") >= 1
-    assert quota(tmp_path / "cpu.max") == {1: 1.0, 3: 2.5}.get(most)
+def grouped(folder: Path, lines: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """Control groups as the system shows them, and the file that names a process's own."""
+    for name, text in {"own": lines, **{f"groups/{name}": text for name, text in files.items()}}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / "groups", folder / "own"
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")])
+V1 = "4:memory:/m\n3:cpu,cpuacct:/a/b\n0::/\n"
+LIMITS: dict[str, tuple[str, dict[str, str], float | None]] = {
+    "container": ("0::/\n", {"cpu.max": "100000 100000\n"}, 1.0),
+    "fraction": ("0::/\n", {"cpu.max": "250000 100000\n"}, 2.5),
+    "no limit": ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+    "empty": ("0::/\n", {"cpu.max": ""}, None),
+    "no period": ("0::/\n", {"cpu.max": "1 0\n"}, None),
+    "no file": ("", {"other": ""}, None),
+    "service": ("0::/a/b.service\n", {"a/b.service/cpu.max": "50000 100000\n", "a/cpu.max": "max 100000\n"}, 0.5),
+    "slice": ("0::/a/b.service\n", {"a/b.service/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),
+    "smallest": ("0::/a\n", {"a/cpu.max": "90000 100000\n", "cpu.max": "50000 100000\n"}, 0.5),
+    "of the host": ("0::/gone/x\n", {"cpu.max": "50000 100000\n"}, 0.5),
+    "outside": ("0::/../x\n", {"cpu.max": "50000 100000\n"}, 0.5),
+    "hybrid": ("0::/x\n", {"unified/x/cpu.max": "50000 100000\n"}, 0.5),
+    "version 1": (
+        V1,
+        {"cpu,cpuacct/a/b/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n"},
+        0.5,
+    ),
+    "its parent": (V1, {"cpu/a/cpu.cfs_quota_us": "150000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 1.5),
+    "its top": (V1, {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+    "-1": (V1, {"cpu/a/b/cpu.cfs_quota_us": "-1\n", "cpu/a/b/cpu.cfs_period_us": "100000\n"}, None),
+    "of another": (V1, {"cpu/c/cpu.cfs_quota_us": "50000\n", "cpu/c/cpu.cfs_period_us": "100000\n"}, None),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_cores_keep_the_quota_of_a_container(tmp_path: Path, name: str) -> None:
+    """A process with one core's time is not given the threads of its host, whatever made its control group."""
+    lines, files, wanted = LIMITS[name]
+    groups = grouped(tmp_path, lines, files)
+    assert quota(*groups) == wanted
+    assert cores(*groups) == (affinity() if wanted is None else max(1, min(affinity(), math.ceil(wanted))))
+    assert quota(tmp_path / "missing", tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, None), ({"OMP_NUM_THREADS": "3"}, 3)])
 def test_threads_keep_the_quota_of_a_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: int | None
 ) -> None:
-    """Half a core is one thread of PyTorch; who said another number has it."""
-    (tmp_path / "cpu.max").write_text("50000 100000")
+    """Half a core is one thread of PyTorch; who said another number has it. What was set here is nobody's own number."""
+    monkeypatch.setattr("uwm_deploy.runtime.cores.affinity", lambda: 2)
     monkeypatch.setattr(os, "environ", given)
-    fit_to_machine(tmp_path / "cpu.max")
-    assert given.get("OMP_NUM_THREADS", "1") == found
-    assert ("OMP_NUM_THREADS" in given) == (affinity() > 1 or found == "3")
+    for _ in range(2):  # again in a process that a command starts
+        fit_to_machine(*grouped(tmp_path, "0::/\n", {"cpu.max": "50000 100000"}))
+        assert given["OMP_NUM_THREADS"] == str(found or 1)
+        assert threads_asked() == found
     assert given["GOMP_SPINCOUNT"] == "1000"
+    given["OMP_NUM_THREADS"] = "2"
+    assert threads_asked() == 2
 
 
 def test_doctor_warns_of_a_quota() -> None:
@@ -414,6 +453,84 @@ def test_doctor_warns_of_a_quota() -> None:
     half, none = threads_of(0.5), threads_of(None)
     assert (half.ok, "quota of 0.5 cores" in half.detail) == (False, True)
     assert (none.ok, "quota" in none.detail) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "PyTorch 2 of 2 usable cores, 1 for a small model; ONNX Runtime and OpenVINO 2"),
+        ("1", "PyTorch 1 of 2 usable cores (OMP_NUM_THREADS=1); ONNX Runtime and OpenVINO 2"),
+        ("1000", "PyTorch 2 of 2 usable cores (OMP_NUM_THREADS=1000); ONNX Runtime and OpenVINO 2"),
+        (" 1, 2", "PyTorch 1 of 2 usable cores (OMP_NUM_THREADS=1); ONNX Runtime and OpenVINO 2"),
+        *((given, f"small model; ONNX Runtime and OpenVINO 2; OMP_NUM_THREADS is '{given}', which no library takes: set")
+          for given in ("0", "-1", "abc", "", "2x")),
+    ],
+)  # fmt: skip
+def test_doctor_says_what_threads_are_used(monkeypatch: pytest.MonkeyPatch, given: str | None, said: str) -> None:
+    """Not what the variable says: PyTorch has no use for more than the cores, and the others do not read it."""
+    for module in ("report.doctor", "runtime.cores"):
+        monkeypatch.setattr(f"uwm_deploy.{module}.affinity", lambda: 2)
+    monkeypatch.setattr("uwm_deploy.runtime.cores.quota", lambda *_: None)
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_NUM_THREADS": given})
+    found = threads_of(None)
+    assert said in found.detail
+    assert found.ok == ("no library" not in found.detail)
+
+
+CROPS = TensorSpec(
+    name="pixels", dtype="uint8", shape=("batch", 4, 5, 3),
+    normalisation=Normalisation(rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+)  # fmt: skip
+PIXELS = TensorSpec(name="pixels", dtype="float32", shape=("batch", 3, 4, 5))
+IDS = TensorSpec(name="ids", dtype="int32", shape=("batch", "tokens"), lengths=RowLengths(longest=9, end_id=7, step=4))
+EITHER = "takes (n, 4, 5, 3) uint8 or (n, 3, 4, 5) float32, not "
+NO_ROWS: list[tuple[TensorSpec, object, str]] = [
+    (CROPS, np.zeros((2, 3, 4, 5), np.uint8), f"{EITHER}(2, 3, 4, 5) uint8"),
+    (CROPS, np.zeros((2, 4, 5, 4), np.uint8), f"{EITHER}(2, 4, 5, 4) uint8"),
+    (CROPS, np.zeros((4, 5, 3), np.uint8), f"{EITHER}(4, 5, 3) uint8"),
+    (CROPS, np.zeros((2, 4, 5, 3), np.float32), f"{EITHER}(2, 4, 5, 3) float32"),
+    (CROPS, np.zeros((2, 4, 5, 3), np.int64), f"{EITHER}(2, 4, 5, 3) int64"),
+    (CROPS, np.full((2, 3, 4, 5), np.nan, np.float32), "a pixel is not finite"),
+    (CROPS, [[1, 2], [3]], "takes an array of (n, 4, 5, 3) uint8 or (n, 3, 4, 5) float32, not a list"),
+    (PIXELS, np.zeros((2, 4, 5, 3), np.uint8), "takes (n, 3, 4, 5) float32, not (2, 4, 5, 3) uint8"),
+    (PIXELS, np.zeros((2, 3, 4, 5), np.uint8), "takes (n, 3, 4, 5) float32, not (2, 3, 4, 5) uint8"),
+    (PIXELS, np.full((2, 3, 4, 5), -np.inf, np.float32), "a pixel is not finite"),
+    (PIXELS, np.full((2, 3, 4, 5), 1e300), "a pixel is not finite"),
+    (IDS, np.array([1, 2]), "takes (n, 1 to 9) int32, not (2,) int64"),
+    (IDS, np.array([[1.0, 2.0]]), "takes (n, 1 to 9) int32, not (1, 2) float64"),
+    (IDS, np.array([[True, False]]), "takes (n, 1 to 9) int32, not (1, 2) bool"),
+    (IDS, np.array([["a"]]), "takes (n, 1 to 9) int32, not (1, 1) <U1"),
+    (IDS, np.array([[5, -1]]), "the ids 0 to 99, not of -1"),
+    (IDS, np.array([[5, 100]]), "the ids 0 to 99, not of 100"),
+    (IDS, np.array([[5, 2**40]]), f"the ids 0 to 99, not of {2**40}"),
+]
+
+
+@pytest.mark.parametrize(("spec", "rows", "said"), NO_ROWS)
+def test_rows_that_a_graph_does_not_take_are_refused(spec: TensorSpec, rows: object, said: str) -> None:
+    """Before any runtime has them; each says it in its own words, or computes with them."""
+    with pytest.raises(ContractError, match=re.escape(said)):
+        taken(rows, spec, vocabulary=100)  # type: ignore[arg-type]
+
+
+def test_rows_that_a_graph_takes_are_let_pass() -> None:
+    """The last id of the table, no row at all, and finite numbers whose sum is not; without a record ids of 32 bits."""
+    assert taken(np.array([[0, 99]]), IDS, vocabulary=100).tolist() == [[0, 99]]
+    assert taken(np.array([[2**31 - 1]], np.uint64), IDS).tolist() == [[2**31 - 1]]
+    assert taken(np.zeros((0, 2), np.int64), IDS).shape == (0, 2)
+    large = np.full((2, 3, 4, 5), 3e38, np.float32)
+    assert np.array_equal(taken(large, PIXELS), large)
+    with pytest.raises(ContractError, match=f"not of {2**31}"):
+        taken(np.array([[2**31]]), IDS)
+
+
+@pytest.mark.parametrize("shape", [(0, 48, 3), (48, 0, 3), (0, 0)])
+def test_an_image_without_pixels_is_refused(shape: tuple[int, ...]) -> None:
+    """As an array or as an image of Pillow: nothing can be resized from it."""
+    array = np.zeros(shape, np.uint8)
+    for source in (array, Image.new("RGB", (shape[1], shape[0]))):
+        with pytest.raises(DataError, match=f"image of {shape[1]} x {shape[0]} pixels is empty"):
+            image_from(source)
 
 
 def test_buckets_are_powers_of_two_and_the_profile() -> None:

@@ -72,3 +72,6 @@ def test_a_small_model_computes_in_one_thread(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     fit_threads(demo)
     assert torch.get_num_threads() == 2
+    monkeypatch.setenv("UWM_DEPLOY_OMP_NUM_THREADS", "2")  # a command set it, for the quota of its container
+    fit_threads(demo)
+    assert torch.get_num_threads() == 1

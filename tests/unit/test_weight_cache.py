@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from uwm_deploy.errors import InputError, PrerequisiteError
+from uwm_deploy.errors import InputError
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.files import digest_of_bytes
 from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.model import TowerName
+from uwm_deploy.runtime import weight_cache
 from uwm_deploy.runtime.encoder import SafeEncoder
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.session import Contents, open_engine
@@ -248,17 +251,69 @@ def test_processes_at_once_make_it_once(cache: WeightCache, wanted: np.ndarray) 
     assert sum(out.count("read") for out, _ in told) == 1
 
 
-def test_a_disk_without_room_is_an_error_and_leaves_nothing(cache: WeightCache) -> None:
-    """Of a limit or a full disk alike."""
+def test_a_disk_that_fills_up_costs_the_sharing_only(cache: WeightCache, wanted: np.ndarray) -> None:
+    """A limit is like a full disk: the process has weights of its own, and leaves nothing in the cache."""
     limited = started(cache, "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
                              "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))")  # fmt: skip
-    _, error = limited.communicate(timeout=60)
-    assert PrerequisiteError.__name__ in error
+    told, error = limited.communicate(timeout=60)
+    assert wanted.tobytes().hex() in told, error
+    assert "weights-not-shared" in error
     assert not [path for path in cache.folder.iterdir() if path.is_dir()]
 
 
-def test_a_limit_of_the_machine_is_no_damage(cache: WeightCache) -> None:
-    """Without a free descriptor the entry cannot be looked at: it stays, and the error says what helps."""
+def test_a_disk_without_room_costs_the_sharing_only(
+    cache: WeightCache, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same where it is known beforehand; the log line says what is needed."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert np.array_equal(embedded(cache, Reader()), wanted)
+    assert "MiB, and there are 0; free space" in caplog.text
+
+
+DELETED = {"lock": "hold", "writing": "pack", "reading": "open_packed"}
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("moment", DELETED)
+def test_a_cache_may_be_deleted_at_any_time(
+    cache: WeightCache, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    moment: str, whole: bool, always: bool,
+) -> None:  # fmt: skip
+    """Once, and the entry is made again; each time, and the process has weights of its own, and says so."""
+    place = f"uwm_deploy.runtime.weight_cache.{DELETED[moment]}"
+    before, times = getattr(weight_cache, DELETED[moment]), []
+
+    def after_it_was_deleted(*args: object, **named: object) -> object:
+        if always or not times:
+            times.append(1)
+            for path in [cache.folder] if whole else list(cache.folder.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return before(*args, **named)
+
+    monkeypatch.setattr(place, after_it_was_deleted)
+    assert np.array_equal(embedded(cache, Reader()), wanted)
+    harmless = moment == "lock" and not whole  # there was nothing yet
+    assert ("weights-not-shared" in caplog.text) == (always and not harmless)
+    monkeypatch.setattr(place, before)
+    read = Reader()
+    assert np.array_equal(embedded(cache, read), wanted)
+    assert read.times == (always and not harmless)
+
+
+def test_a_folder_in_place_of_a_lock_is_named(cache: WeightCache) -> None:
+    """By the path that the user knows, not by the number of an open file."""
+    embedded(cache, Reader())
+    lock = next(cache.folder.glob("*.lock"))
+    shutil.rmtree(entry_of(cache))
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(InputError, match=re.escape(f"{lock} is in the way")):
+        embedded(cache, Reader())
+
+
+def test_a_limit_of_the_machine_is_no_damage(cache: WeightCache, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a free descriptor the entry cannot be looked at: it stays, and the log says what helps."""
     embedded(cache, Reader())
     kept = sorted((path.name, path.stat().st_mtime_ns) for path in entry_of(cache).iterdir())
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -268,8 +323,9 @@ def test_a_limit_of_the_machine_is_no_damage(cache: WeightCache) -> None:
     try:
         for more in (1, 2, 3):
             resource.setrlimit(resource.RLIMIT_NOFILE, (holes[-1] + more, before[1]))
-            with pytest.raises((PrerequisiteError, OSError), match="open"):
-                embedded(cache, Reader())
+            caplog.clear()
+            embedded(cache, Reader())
+            assert "too many files are open" in caplog.text
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         for hole in holes:
@@ -328,6 +384,10 @@ def test_a_bundle_is_served_from_shared_weights(built, tmp_path: Path, monkeypat
             found.append((encoder.encode_image(images), encoder.encode_text(["a circle"])))
     assert all(np.array_equal(a, b) for row in found[1:] for a, b in zip(row, found[0], strict=True))
     assert len(list((tmp_path / "cache" / "weights").glob("*/" + RECORD))) == 2
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with SafeEncoder.open(bundle) as own, SafeEncoder.open(bundle, serving=Serving(weights="shared")) as without_room:
+        assert without_room.why == own.why  # no other variant
     for path in [bundle, *bundle.rglob("*")]:
         path.chmod(0o700)
     with pytest.raises(InputError, match='pass "own" or "shared"'):

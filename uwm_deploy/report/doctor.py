@@ -10,8 +10,9 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from uwm_deploy import __version__
+from uwm_deploy.errors import visible
 from uwm_deploy.records.graph import Precision, Provider, Target
-from uwm_deploy.runtime.cores import affinity, cores, quota
+from uwm_deploy.runtime.cores import affinity, cores, quota, threads_asked, threads_not_understood
 from uwm_deploy.runtime.machine import gpus, processor
 from uwm_deploy.runtime.openvino import PRECISIONS, reason_not_usable
 from uwm_deploy.runtime.probe import PROBED, reason_not_executed
@@ -81,15 +82,19 @@ def threads_of(limit: float | None) -> Capability:
     Args:
         limit: Cores' time that a container is given; None where there is no limit.
     """
-    used = os.environ.get("OMP_NUM_THREADS") or str(cores())
-    detail = (
-        f"{used} of {affinity()} usable cores{'' if 'OMP_NUM_THREADS' in os.environ else ', one for a small model'}"
-    )
+    asked, strange = threads_asked(), threads_not_understood()
+    # OpenMP knows nothing of a quota, and a value that it cannot read keeps others from setting one.
+    torch = min(asked or (cores() if strange is None else affinity()), affinity())
+    detail = f"PyTorch {torch} of {affinity()} usable cores"
+    detail += f" (OMP_NUM_THREADS={asked})" if asked else ", 1 for a small model"
+    detail += f"; ONNX Runtime and OpenVINO {cores()}"
+    if strange is not None:
+        detail += f"; OMP_NUM_THREADS is {visible(strange, 40)!r}, which no library takes: set a whole number from 1"
     if limit is not None and limit < affinity():
         detail += (
             f"; a container's quota of {limit:g} cores: what waits for its next turn looks slow, so give it whole cores"
         )
-    return Capability(what="threads", ok=limit is None or limit >= 1, detail=detail)
+    return Capability(what="threads", ok=strange is None and (limit is None or limit >= 1), detail=detail)
 
 
 def _gpu() -> Capability:

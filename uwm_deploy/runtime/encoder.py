@@ -37,6 +37,7 @@ from uwm_deploy.runtime.fork import Home, stays_here
 from uwm_deploy.runtime.image import Decode, ImageLike
 from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.monitor import Monitor
+from uwm_deploy.runtime.parts import InParts
 from uwm_deploy.runtime.preprocessing import Preprocessing
 from uwm_deploy.runtime.results import Embeddings, Kind, joined, raise_first
 from uwm_deploy.runtime.risk import SafetyPolicy, risks_beside, run_with_risk
@@ -436,9 +437,11 @@ def _sessions(bundle: Bundle, candidate: Candidate, serving: Serving) -> dict[To
             read = partial(_contents, bundle, engine)
             if serving.weights == "shared" and candidate.device == "cpu" and optimisation_of(engine) == "done":
                 opened[tower] = WeightCache().open(engine, read, threads=threads)
-                continue
-            device: Device = candidate.device if provider_of(engine) == "any" else "auto"
-            opened[tower] = open_engine(engine, *read(), device=device, threads=threads, calls=serving.calls)
+            else:
+                device: Device = candidate.device if provider_of(engine) == "any" else "auto"
+                opened[tower] = open_engine(engine, *read(), device=device, threads=threads, calls=serving.calls)
+            if isinstance(session := opened[tower], InParts):
+                session.vocabulary = bundle.manifest.model.text.vocabulary
     except BaseException:
         for session in opened.values():
             session.close()

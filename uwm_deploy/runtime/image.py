@@ -120,6 +120,8 @@ def _decode(data: bytes, scaled_for: ImageSpec | None) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if min(image.size) < 1:
+            raise ValueError(f"{image.width} x {image.height} is no pixel")
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
         if max(image.size) > MAX_SIDE:
@@ -156,6 +158,8 @@ def _size_and_extent(image: Image.Image) -> tuple[tuple[int, int], tuple[float, 
 
 
 def _refuse_strip(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise DataError(f"image of {size[0]} x {size[1]} pixels is empty", fix="pass at least one pixel a side")
     if max(size) > MAX_SIDE:
         raise DataError(f"image of {size[0]} x {size[1]} pixels is too long", fix=f"pass at most {MAX_SIDE} a side")
 

@@ -20,7 +20,12 @@ class InParts(ABC):
         profile: Batches that it accepts.
         inputs: Its inputs; exactly one.
         outputs: Its outputs; the embedding is the first.
+
+    Attributes:
+        vocabulary: Rows of the model's table of embeddings, for a text tower; 0 where that is not known.
     """
+
+    vocabulary = 0
 
     def __init__(self, profile: Profile, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self.max_batch, self._input, self._outputs = profile.max, inputs[0], outputs
@@ -57,11 +62,12 @@ class InParts(ABC):
 
     def _run(self, batch: np.ndarray, outputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
         self._home.check()
-        if not len(batch):
+        rows = taken(batch, self._input, self.vocabulary)
+        if not len(rows):
             raise ContractError("there are no rows to embed", fix="pass at least one")
-        parts = list(parts_of(taken(batch, self._input), self._input, self.max_batch))
-        columns = zip(outputs, zip(*(self._call(rows, outputs) for _, rows in parts), strict=True), strict=True)
+        parts = list(parts_of(rows, self._input, self.max_batch))
+        columns = zip(outputs, zip(*(self._call(part, outputs) for _, part in parts), strict=True), strict=True)
         back = np.argsort(np.concatenate([places for places, _ in parts]), kind="stable")
         in_order = len(parts) == 1 or self._input.lengths is None
-        found = {spec.name: np.concatenate(rows).astype(np.float32, copy=False) for spec, rows in columns}
-        return found if in_order else {name: rows[back] for name, rows in found.items()}
+        found = {spec.name: np.concatenate(some).astype(np.float32, copy=False) for spec, some in columns}
+        return found if in_order else {name: values[back] for name, values in found.items()}

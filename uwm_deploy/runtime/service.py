@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -65,8 +66,15 @@ class Serving:
     weights: Literal["own", "shared"] = "own"
 
     def __post_init__(self) -> None:
+        for name in ("max_batch", "calls", "queue_items", "workers", "threads", "selftest_rows"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(f"{name} is {getattr(self, name)!r}", fix="pass a whole number")
+        for name in ("max_delay_ms", "queue_timeout_s"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (name == "queue_timeout_s" and value is None):
+                raise InputError(f"{name} is {value!r}", fix="pass a number")
         for name in ("max_batch", "max_delay_ms", "queue_items", "workers", "threads", "selftest_rows"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # a number that is none is not
                 raise InputError(f"{name} is {getattr(self, name)}", fix="pass 0 or more")
         if self.weights not in ("own", "shared"):
             raise InputError(f"weights is {self.weights!r}", fix='pass "own" or "shared"')

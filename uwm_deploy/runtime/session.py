@@ -58,6 +58,9 @@ class Session(Protocol):
 
         Returns:
             (n, d) float32.
+
+        Raises:
+            ContractError: If there is no row, or the graph does not take such rows.
         """
 
     def run_all(self, batch: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,11 +9,16 @@ weight by a hash of its content: one that was rearranged for another processor i
 
 A mapped file can be changed by who may write it. So the cache is the user's alone, and nobody else may write to it: who
 has the user's account has the process, too.
+
+A cache only saves memory and time. Where it fails, because its disk is full or it is deleted meanwhile, the process takes a
+copy of its own: the same numbers. Only a folder that others could write to, or that is no folder, is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import platform
 import shutil
@@ -23,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from uwm_deploy.bundle.held import HeldFiles, ReplacedError
-from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, is_of_machine
+from uwm_deploy.errors import InputError, IntegrityError, PrerequisiteError, UwmError, first_line, is_of_machine
 from uwm_deploy.records.cache_folder import VARIABLE, cache_folder
 from uwm_deploy.records.codec import json_from_record, record_from_json
 from uwm_deploy.records.files import digest_of_plain
@@ -33,8 +38,9 @@ from uwm_deploy.records.machine import disk_errors
 from uwm_deploy.records.model import Digest
 from uwm_deploy.records.replacing import remove, sync_folder
 from uwm_deploy.runtime.cores import cores
+from uwm_deploy.runtime.logs import event
 from uwm_deploy.runtime.memory import give_back
-from uwm_deploy.runtime.session import Contents, OnnxRuntimeSession, open_packed, pack
+from uwm_deploy.runtime.session import Contents, OnnxRuntimeSession, Session, open_engine, open_packed, pack
 
 GRAPH, WEIGHTS, RECORD = "graph.onnx", "weights.bin", "entry.json"
 """Files of an entry."""
@@ -99,21 +105,37 @@ class WeightCache:
 
     folder: Path = field(default_factory=lambda: cache_folder() / "weights")
 
-    def open(self, engine: EngineArtifact, read: Read, *, threads: int = 0) -> OnnxRuntimeSession:
+    def open(self, engine: EngineArtifact, read: Read, *, threads: int = 0) -> Session:
         """Opens an engine with weights that other processes share; the first one to come makes the entry.
+
+        Where the cache fails, the engine is opened with weights of its own, and a log line says why. So what is raised for
+        want of something here is about the engine, never about the cache.
 
         Args:
             engine: A graph for ONNX Runtime that was optimised when it was compiled.
-            read: Gives its checked bytes; called only if there is no entry.
+            read: Gives its checked bytes; called only if there is no entry, or it cannot be used.
             threads: Of ONNX Runtime; 0 leaves the number to it.
 
         Raises:
-            IntegrityError: If the entry is not what was just written, or is changed while it is opened.
-            InputError: If the folder cannot be made, or is not the user's alone.
-            PrerequisiteError: If the disk is full, or this machine cannot run the graph.
+            InputError: If the folder cannot be written, or is not the user's alone.
+            PrerequisiteError: If this machine cannot run the graph.
         """
+        try:
+            with disk_errors(self.folder):
+                try:
+                    return self._shared(engine, read, threads)
+                except (FileNotFoundError, IntegrityError, ReplacedError):  # deleted or changed meanwhile
+                    with contextlib.suppress(FileNotFoundError):
+                        return self._shared(engine, read, threads)
+            reason = f"{self.folder} was deleted while it was used"
+        except (PrerequisiteError, IntegrityError, ReplacedError, OSError) as error:
+            reason = first_line(error)
+        event(logging.WARNING, "weights-not-shared", variant=engine.variant, tower=engine.tower, reason=reason)
+        return open_engine(engine, *read(), device="cpu", threads=threads)
+
+    def _shared(self, engine: EngineArtifact, read: Read, threads: int) -> OnnxRuntimeSession:
         key = key_of(engine)
-        with disk_errors(self.folder), _own_folder(self.folder) as base:
+        with _own_folder(self.folder) as base, _real_names(base, self.folder):
             place = _Place(base, digest_of_plain(key).partition(":")[2][:32], key)
             if (session := place.opened(engine, threads)) is not None:
                 return session
@@ -164,6 +186,10 @@ class _Place:
             return session
         except (IntegrityError, InputError, ReplacedError, FileNotFoundError):
             return None
+        except PrerequisiteError:
+            if set(os.listdir(descriptor)) >= {GRAPH, WEIGHTS, RECORD}:
+                raise
+            return None  # it was deleted meanwhile, which ONNX Runtime says in words of its own
         finally:
             os.close(descriptor)
 
@@ -204,7 +230,9 @@ class _Place:
             remove(target)
             temporary.rename(target)
             sync_folder(_inside(self.base))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, PrerequisiteError) and not temporary.is_dir():  # see `opened`
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(temporary)) from error
             remove(temporary)
             raise
 
@@ -241,6 +269,22 @@ def _own_folder(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _real_names(folder: int, path: Path) -> Iterator[None]:
+    """Errors name what is in an open folder by the path that the user knows."""
+    inside = f"{_inside(folder)}/"
+    try:
+        yield
+    except UwmError as error:
+        if inside not in error.what:
+            raise
+        raise type(error)(error.what.replace(inside, f"{path}/"), fix=error.fix) from error
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(inside, f"{path}/")
+        raise
 
 
 def _inside(folder: int, name: str = "") -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+from uwm_deploy.runtime.cores import threads_asked
 
 _SMALL = 4_000_000
 """Parameters of both towers up to which one thread computes. A second one saves a fifth of a forward pass of such towers
@@ -34,9 +35,9 @@ def fit_threads(model: nn.Module) -> None:
     """Takes one thread for a small model, and PyTorch's own number for any other.
 
     Threads wait for each other after every operation. Where an operation is short, and another program holds a core, they
-    mostly wait. `OMP_NUM_THREADS` wins, and so does `threads`.
+    mostly wait. The user's own `OMP_NUM_THREADS` wins, and so does `threads`.
     """
-    if _HELD.get() or "OMP_NUM_THREADS" in os.environ:
+    if _HELD.get() or threads_asked() is not None:
         return
     usual = _usual()
     torch.set_num_threads(1 if sum(part.numel() for part in model.parameters()) <= _SMALL else usual)
