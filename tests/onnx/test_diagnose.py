@@ -96,7 +96,7 @@ def calibrated(healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = (*one_row_layers(source), layer("self_attn.k_proj", 1))
     ranges = dataclasses.replace(
         ranges_of(source, {"safe": pairs[:1], "unsafe": pairs[1:]}, path),
-        chosen=chosen_for(source, kept, (), pairs, path),
+        chosen=chosen_for(source, kept, {f"{layer('mlp.fc1', 0)}.bias"}, pairs, path),  # a factor without a shift
     ).with_two_terms([layer("self_attn.v_proj", 0)])
     folder = path / "convert-int8"
     graph = converted(
@@ -279,7 +279,7 @@ def test_a_fault_among_smoothed_channels_is_named(smoothed_folder: Path, part: s
     def change(array: np.ndarray) -> np.ndarray:
         if part == "weight.scale":
             return array * 4
-        array[..., :4] = -array[..., :4]  # a weight is stored as (in, out)
+        array[..., ::2] = -array[..., ::2]  # a weight is stored as (in, out)
         return array
 
     plant(smoothed_folder / "convert-int8" / f"{TOWER.value}.onnx", on_tensor(name, change))
@@ -303,6 +303,20 @@ def test_a_fault_of_compiling_smoothed_channels_is_named(smoothed_folder: Path, 
     assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "compile")]
     assert layer(part, 0).rpartition(".")[0] in {d.layer for d in wrong[0].differences} | {first_of(wrong[0])}
     assert {d.what for d in wrong[0].differences} <= {layer(part, 0)}
+
+
+def test_without_the_compiled_graph_a_wrong_norm_is_named_by_its_reader(smoothed_folder: Path) -> None:
+    """Folded factors can only be read from the norm itself then: the layer that divides by them does not fit."""
+    (smoothed_folder / "convert-int8" / f"{TOWER.value}.json").unlink()
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[:8] *= 5
+        return array
+
+    fault = on_tensor(layer("layer_norm1.weight", 0), change)
+    plant(smoothed_folder / "compile-onnxruntime-int8" / f"{TOWER.value}.onnx", fault)
+    wrong = walked(smoothed_folder, "onnxruntime-int8", "compile")
+    assert first_of(wrong) == layer("self_attn.q_proj", 0)
 
 
 def test_a_broken_activation_scale_is_named(run_folder: Path) -> None:

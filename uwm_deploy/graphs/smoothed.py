@@ -16,14 +16,23 @@ import onnx_ir as ir
 from uwm_deploy.graphs.layers import LinearLayer, linear_layers
 from uwm_deploy.graphs.norm_folding import fold_into_norms
 from uwm_deploy.graphs.smoothing import (
-    Channels, bias_of, correct_bias, spread, spread_name, spread_weight, stored_as_rows,
-)  # fmt: skip
+    Channels,
+    bias_of,
+    correct_bias,
+    spread,
+    spread_name,
+    spread_weight,
+    stored_as_rows,
+)
 from uwm_deploy.graphs.token_scales import scale_back, size_name, unit_rows
 from uwm_deploy.graphs.two_terms import second_name
 from uwm_deploy.graphs.walk import Graph
 
 _NORMS = {"LayerNormalization": (1, 2), "SkipLayerNormalization": (2, 3)}
 """Where a normalisation has its weight and its bias among its inputs."""
+
+_DIGITS = 1e-6
+"""A difference of two float32 numbers that is smaller than this share of them is rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +130,10 @@ def _worked_out(made: ir.Node, artifact: Graph, name: str) -> Channels | None:
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(weight == 0, 1.0, new_weight / weight)
-    shift = (new_bias - bias * factor).astype(np.float32)
-    return _positive(factor.astype(np.float32), shift)
+    shift = new_bias - bias * factor
+    # Layers without a bias have no shift; what is left then is the rounding of the folded bias.
+    moved = bool((np.abs(shift) > _DIGITS * (np.abs(new_bias) + np.abs(bias * factor))).any())
+    return _positive(factor.astype(np.float32), shift.astype(np.float32) if moved else None)
 
 
 def _positive(factor: np.ndarray, shift: np.ndarray | None) -> Channels | None:
@@ -145,7 +156,7 @@ def _changed(
     Returns:
         Names of the constants that depend on the factors.
     """
-    names = set()
+    names: set[str] = set()
     made = entering.producer()
     if made is not None and made.op_type in _NORMS:
         names.update(value.name or "" for value in made.inputs[1:] if value is not None)
