@@ -37,6 +37,7 @@ from uwm_deploy.records.verdict import Result, Verdict
 from uwm_deploy.report.tables.diagnoses import diagnosis_rows, leaves_reference
 from uwm_deploy.stages.canaries import canaries_to_folder
 from uwm_deploy.stages.compile import engine_from_onnx
+from uwm_deploy.stages.convert.calibrate import chosen_for, one_row_layers
 from uwm_deploy.stages.convert.convert import converted, ranges_of
 from uwm_deploy.studies.diagnose import TOLERANCE, diagnose
 
@@ -80,6 +81,38 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(weights, path / "edit" / "model" / "model.safetensors")
     write(path / "edit" / "edit.json", edit_record(layers))
     return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run folder, with an INT8 text tower whose channels were smoothed on calibration inputs.
+
+    One layer has two terms, and one stays in float32 beside others that read the same activation, as in `auto`.
+    """
+    path = Path(shutil.copytree(healthy, tmp_path_factory.mktemp("calibrated") / "tiny"))
+    case = make_edited(TOWER)
+    artifact = record_from_json(OnnxArtifact, (path / "export" / f"{TOWER.value}.json").read_bytes(), where="export")
+    source, pairs = path / "export" / artifact.file, [case.inputs(8, seed).numpy() for seed in (1, 2)]
+    kept = (*one_row_layers(source), layer("self_attn.k_proj", 1))
+    ranges = dataclasses.replace(
+        ranges_of(source, {"safe": pairs[:1], "unsafe": pairs[1:]}, path),
+        chosen=chosen_for(source, kept, {f"{layer('mlp.fc1', 0)}.bias"}, pairs, path),  # a factor without a shift
+    ).with_two_terms([layer("self_attn.v_proj", 0)])
+    folder = path / "convert-int8"
+    graph = converted(
+        artifact, path / "export", folder, precision=Precision.INT8, lowered=Precision.INT8, patterns=kept, layers=(),
+        ranges=ranges, edits=case.edits, patch=case.patch, canaries=None,
+    )  # fmt: skip
+    write(folder / f"{TOWER.value}.json", graph)
+    out = path / "compile-onnxruntime-int8"
+    write(out / f"{TOWER.value}.json", engine_from_onnx(graph, folder, Target.ONNXRUNTIME, PROFILE, case.edits, out))
+    return path
+
+
+@pytest.fixture
+def smoothed_folder(calibrated: Path, tmp_path: Path) -> Path:
+    """A copy of it to plant a fault in."""
+    return Path(shutil.copytree(calibrated, tmp_path / "tiny"))
 
 
 def edit_record(layers: list) -> EditRecord:
@@ -220,6 +253,70 @@ def test_a_broken_scale_is_named_with_its_stage(run_folder: Path, precision: Pre
     line = next(line for line in found.findings if TOWER.value in line)
     assert "stage convert" in line
     assert layer("self_attn.out_proj", 0) in line
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_smoothed_channels_are_no_fault(smoothed_folder: Path, kept: bool) -> None:
+    """What calibration moved from channels into weights, biases and norms is undone first; a bundle keeps no graph of it."""
+    if not kept:
+        (smoothed_folder / "convert-int8" / f"{TOWER.value}.json").unlink()
+    found = [w for w in diagnose(smoothed_folder, "onnxruntime-int8").walks if w.tower is TOWER]
+    assert [w.stage for w in found] == (["export", "convert", "compile"] if kept else ["export", "compile"])
+    for w in found[1:]:
+        assert not leaves_reference(w), (w.first, w.differences)
+        assert max(v.own for v in w.values) < 0.02
+        layers = {v.layer for v in w.values if v.layer}
+        assert {layer(part, 0) for part in ("mlp.fc1", "self_attn.q_proj", "self_attn.v_proj")} <= layers
+        assert all(name.startswith("text_") for name in layers)
+        assert any(v.value.endswith("self_attn.v_proj.weight.second.sum") for v in w.values)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight.scale", "bias"])
+def test_a_fault_among_smoothed_channels_is_named(smoothed_folder: Path, part: str) -> None:
+    """Some rows of a layer that reads changed channels are wrong, in the converted graph: the compiler is not to blame."""
+    name = f"{layer('mlp.fc1', 0)}.{part}"
+
+    def change(array: np.ndarray) -> np.ndarray:
+        if part == "weight.scale":
+            return array * 4
+        array[..., ::2] = -array[..., ::2]  # a weight is stored as (in, out)
+        return array
+
+    plant(smoothed_folder / "convert-int8" / f"{TOWER.value}.onnx", on_tensor(name, change))
+    wrong = [w for w in diagnose(smoothed_folder, "onnxruntime-int8").walks if leaves_reference(w)]
+    assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "convert")]
+    assert [(d.layer, d.what) for d in wrong[0].differences] == [(layer("mlp.fc1", 0), name.removesuffix(".scale"))]
+    if part != "bias":
+        assert first_of(wrong[0]) == layer("mlp.fc1", 0)
+
+
+@pytest.mark.parametrize("part", ["mlp.fc2.bias", "layer_norm2.weight", "mlp.fc1.weight"])
+def test_a_fault_of_compiling_smoothed_channels_is_named(smoothed_folder: Path, part: str) -> None:
+    """Factors were folded into the norm; they are known from the graph that was compiled, so the norm can be blamed."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[..., :8] = -array[..., :8]
+        return array
+
+    plant(smoothed_folder / "compile-onnxruntime-int8" / f"{TOWER.value}.onnx", on_tensor(layer(part, 0), change))
+    wrong = [w for w in diagnose(smoothed_folder, "onnxruntime-int8").walks if leaves_reference(w)]
+    assert [(w.tower, w.stage) for w in wrong] == [(TOWER, "compile")]
+    assert layer(part, 0).rpartition(".")[0] in {d.layer for d in wrong[0].differences} | {first_of(wrong[0])}
+    assert {d.what for d in wrong[0].differences} <= {layer(part, 0)}
+
+
+def test_without_the_compiled_graph_a_wrong_norm_is_named_by_its_reader(smoothed_folder: Path) -> None:
+    """Folded factors can only be read from the norm itself then: the layer that divides by them does not fit."""
+    (smoothed_folder / "convert-int8" / f"{TOWER.value}.json").unlink()
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array[:8] *= 5
+        return array
+
+    fault = on_tensor(layer("layer_norm1.weight", 0), change)
+    plant(smoothed_folder / "compile-onnxruntime-int8" / f"{TOWER.value}.onnx", fault)
+    wrong = walked(smoothed_folder, "onnxruntime-int8", "compile")
+    assert first_of(wrong) == layer("self_attn.q_proj", 0)
 
 
 def test_a_broken_activation_scale_is_named(run_folder: Path) -> None:

@@ -20,10 +20,13 @@ from uwm_deploy.graphs.openvino_builder import named_constants
 from uwm_deploy.graphs.stored_weights import named_weights
 from uwm_deploy.records.files import digest_of_file, joined_digest
 from uwm_deploy.records.graph import EngineArtifact, OnnxArtifact, Precision, Target
+from uwm_deploy.records.studies import BenchSubject
 from uwm_deploy.runtime.openvino import OpenVinoSession, _SignalStack, reason_not_usable
 from uwm_deploy.runtime.session import external_data_of, open_engine
 from uwm_deploy.stages.compile import engine_from_onnx
 from uwm_deploy.stages.convert.convert import embed_with
+from uwm_deploy.studies.bench import Contender
+from uwm_deploy.studies.bench import _opened as bench_opened
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="not run: package openvino is not installed"
@@ -76,6 +79,11 @@ def test_lower_precisions_are_multiplied_in_what_they_say(
     kinds = {part.split()[0] for part in engine.settings["multiplied_in"].split(", ")}
     assert {"int8": "i8*i8", "w8a16": "f32*i8", "bf16": "bf16*bf16"}[precision] in kinds
     session, wanted = opened(engine, tmp_path / "engine"), reference(exported, 5)
+    subject = BenchSubject(name=engine.variant, precision=lowered, state="proven", digests={})
+    timed, where = bench_opened(Contender(subject, lambda _: opened(engine, tmp_path / "engine")), engine.tower)
+    timed.close()
+    assert (where["threads"], where["multiplied_in"]) == ("1", engine.settings["multiplied_in"])
+    assert "computes_in" not in where
     found = session.run(rows(exported, 5))
     assert (found * wanted).sum(1).min() > cosine
     assert not np.array_equal(found, wanted)

@@ -111,6 +111,18 @@ def test_islands_stay_in_float32(exported: Exported, tmp_path: Path) -> None:
         lower(exported.folder / exported.artifact.file, Precision.FP16, ("*.no_such",), (), None)
 
 
+def test_a_pattern_that_matches_nothing_is_told_what_there_is(exported: Exported) -> None:
+    """The nearest layers, or the first ones: no command lists the layers of a graph."""
+    source = exported.folder / exported.artifact.file
+    layers = list(linear_layers(ir.load(source)))
+    near = next(name for name in layers if name.endswith("fc1"))
+    for pattern, named in ((f"*{near}x", [near]), ("nosuch*", layers[:3])):
+        with pytest.raises(InputError, match="matches no layer") as caught:
+            lower(source, Precision.FP16, (pattern,), (), None)
+        assert all(name in caught.value.fix for name in named)
+        assert "inspect" not in caught.value.fix
+
+
 def test_a_precision_that_is_not_achieved_is_an_error(exported: Exported, tmp_path: Path) -> None:
     """Asking for fp16 and keeping everything in float32 is not fp16."""
     with pytest.raises(InputError, match="no linear layer"):

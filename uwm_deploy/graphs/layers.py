@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from uwm_deploy.errors import InputError
 from uwm_deploy.records.edit import MAP_NAMES
 
 LINEAR = ("MatMul", "Gemm")
+_NAMED = 3
+"""Layers that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +75,22 @@ def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
         if not matches:
             raise InputError(
                 f"pattern {pattern!r} matches no layer, node or operator of the graph",
-                fix="`uwm-deploy inspect` lists the layers of a graph",
+                fix=_hint(pattern, list(linear_layers(model))),
             )
         chosen |= matches
     turns = {
         part.transpose for part in linear_layers(model).values() if part.node in chosen and part.transpose is not None
     }
     return chosen | turns
+
+
+def _hint(pattern: str, layers: Sequence[str]) -> str:
+    """Some layers of a graph: those that a pattern may have meant, else the first ones."""
+    near = difflib.get_close_matches(pattern.strip("*"), layers, n=_NAMED, cutoff=0.6)
+    if near:
+        return f"near to it are the layers {', '.join(near)}"
+    some = f"{', '.join(layers[:_NAMED])}{', ...' if len(layers) > _NAMED else ''}"
+    return f"its {len(layers)} linear layers are {some}" if layers else "the graph has no linear layer to name"
 
 
 def _weights(node: ir.Node) -> Iterable[ir.Value]:

@@ -7,7 +7,6 @@ that kernels want, is chosen when the model is opened, for the processor there.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from uwm_deploy.graphs.builder_log import BuildFailed
-from uwm_deploy.runtime.openvino import properties_of
+from uwm_deploy.runtime.openvino import multiplied_in, properties_of
 
 
 def weights_file(model: str) -> str:
@@ -54,16 +53,11 @@ def converted_to_ir(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _multiplied_in(core: Any, spec: dict[str, Any]) -> str:
-    """Types of activations and weights of the linear layers once the model is opened, and how many layers have them.
+    """What the linear layers multiply once the model is opened.
 
     A quantised graph that OpenVINO does not recognise as one is computed in float32 silently.
     """
-    compiled = core.compile_model(spec["engine"], "CPU", properties_of(spec["precision"], 1, 1))
-    counts: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ops():
-        if node.get_rt_info()["layerType"].astype(str) in ("FullyConnected", "MatMul"):
-            counts["*".join(node.get_input_element_type(place).get_type_name() for place in (0, 1))] += 1
-    return ", ".join(f"{kinds} {count}" for kinds, count in sorted(counts.items()))
+    return multiplied_in(core.compile_model(spec["engine"], "CPU", properties_of(spec["precision"], 1, 1)))
 
 
 def named_constants(path: Path) -> Iterator[tuple[str, np.ndarray]]:

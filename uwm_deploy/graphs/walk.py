@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,9 @@ _HALF_LARGEST = 65504.0
 _MASK = 1e30
 """Larger numbers are masks. Half precision clips them to its largest number or infinity; a softmax gives the same."""
 
+_DIGITS = 1e-5
+"""Share of its largest entry to which a tensor is known that was worked out from rounded numbers."""
+
 _ENDLESS = 1e9
 """Relative error of a value that is not finite, or that should be 0 and is not."""
 
@@ -56,6 +60,17 @@ class Graph:
             self.proto = onnx.load(path)
         except (DecodeError, ValueError) as error:
             raise IntegrityError(f"{path.name} is not a whole ONNX file: {error}", fix="build again") from error
+        self._index()
+
+    @classmethod
+    def of(cls, proto: onnx.ModelProto) -> Graph:
+        """A graph that is in memory, with its data."""
+        made = cls.__new__(cls)
+        made.proto = proto
+        made._index()
+        return made
+
+    def _index(self) -> None:
         graph = self.proto.graph
         self.nodes = list(graph.node)
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
@@ -90,9 +105,14 @@ class Graph:
                 "Transpose", "Cast", "Identity", "DequantizeLinear",
             ):  # fmt: skip
                 source = self.nodes[self.producer[source]].input[0]
-            if source in self.initialisers and "." in source:  # constants of the exporter have no dots
+            if source in self.initialisers and self.layer_of(source):
                 names.append(source)
         return names
+
+    def layer_of(self, name: str) -> str:
+        """Module path of a weight; empty for a constant of the exporter, and for one that is named after a value."""
+        path = name.rpartition(".")[0]
+        return "" if path in self.producer else path
 
 
 def places(reference: Graph, artifact: Graph) -> list[_Place]:
@@ -100,7 +120,7 @@ def places(reference: Graph, artifact: Graph) -> list[_Place]:
     alive, found = reference.depends_on_input(), []
     last: dict[str, str] = {}
     for node in reference.nodes:
-        own = [name.rpartition(".")[0] for name in reference.weights_of(node)]
+        own = [reference.layer_of(name) for name in reference.weights_of(node)]
         before = next((last[name] for name in reversed(node.input) if last.get(name)), "")
         for name in node.output:
             last[name] = own[0] if own else before
@@ -285,17 +305,28 @@ def _pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
 
 
-def differences(reference: Graph, artifact: Graph) -> list[Difference]:
+def differences(
+    reference: Graph, artifact: Graph, *, together: Set[str] = frozenset(), about: Set[str] = frozenset()
+) -> list[Difference]:
     """Weights, constants and attributes that differ from the reference's by more than the artifact's precision explains.
 
     Tensors and nodes that were renamed or fused away are not compared.
+
+    Args:
+        reference: Float32 graph.
+        artifact: Graph of any precision.
+        together: Weights of which every entry may be rounded up or down (`graphs.rounding`).
+        about: Tensors that the reference knows only to some digits.
     """
     where = _layers(reference)
     found = []
     kept = _tensors(artifact)
     for name, tensor in _tensors(reference).items():
-        if name in kept and (detail := _apart(tensor, kept[name], name, artifact)):
-            layer = name.rpartition(".")[0] if "." in name else where.get(name, "")
+        if name not in kept:
+            continue
+        steps, share = 2.0 if name in together else 1.0, _DIGITS if name in about else 0.0
+        if detail := _apart(tensor, kept[name], name, artifact, steps=steps, share=share):
+            layer = reference.layer_of(name) or where.get(name, "")
             found.append(Difference(layer=layer, what=name, detail=detail))
     for node in reference.nodes:
         for output in node.output:
@@ -323,7 +354,7 @@ def _layers(graph: Graph) -> dict[str, str]:
     """Layer of each value and constant, or the nearest layer before it."""
     found: dict[str, str] = {}
     for node in graph.nodes:
-        own = [name.rpartition(".")[0] for name in graph.weights_of(node)]
+        own = [graph.layer_of(name) for name in graph.weights_of(node)]
         before = next((found[name] for name in reversed(node.input) if found.get(name)), "")
         for name in node.output:
             found[name] = own[0] if own else before
@@ -339,7 +370,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, float | int | tuple[int, ...]
         return {}
     kinds = onnx.AttributeProto
     result: dict[str, float | int | tuple[int, ...]] = {}
-    for attribute in node.attribute:
+    # ONNX Runtime writes out values that the standard gives to an attribute that is not there.
+    for attribute in (*_standard(node.op_type, node.domain), *node.attribute):
         if attribute.type == kinds.FLOAT:
             result[attribute.name] = float(np.float32(attribute.f))
         elif attribute.type == kinds.INT:
@@ -347,6 +379,15 @@ def _attributes(node: onnx.NodeProto) -> dict[str, float | int | tuple[int, ...]
         elif attribute.type == kinds.INTS:
             result[attribute.name] = tuple(attribute.ints)
     return result
+
+
+@cache
+def _standard(operator: str, domain: str) -> tuple[onnx.AttributeProto, ...]:
+    """Attributes that an operator has when a node does not name them; none for an operator outside the standard."""
+    if not onnx.defs.has(operator, domain):
+        return ()
+    schema = onnx.defs.get_schema(operator, domain)
+    return tuple(one.default_value for one in schema.attributes.values() if one.default_value.name)
 
 
 def _tensors(graph: Graph) -> dict[str, onnx.TensorProto]:
@@ -361,8 +402,18 @@ def _tensors(graph: Graph) -> dict[str, onnx.TensorProto]:
     return constants | graph.initialisers
 
 
-def _apart(reference: onnx.TensorProto, tensor: onnx.TensorProto, name: str, artifact: Graph) -> str:
-    """Difference of a tensor from the reference's beyond rounding, in words; empty when there is none."""
+def _apart(
+    reference: onnx.TensorProto, tensor: onnx.TensorProto, name: str, artifact: Graph, *, steps: float, share: float
+) -> str:
+    """Difference of a tensor from the reference's beyond rounding, in words; empty when there is none.
+
+    Args:
+        reference, tensor: What is compared.
+        name: Of both.
+        artifact: Graph that the tensor is in.
+        steps: Largest rounding error in 8 bits, in halves of a step.
+        share: Of the largest entry, by which the reference itself may be wrong.
+    """
     wanted, got = numpy_helper.to_array(reference), numpy_helper.to_array(tensor)
     if not np.issubdtype(wanted.dtype, np.floating):
         return ""
@@ -374,10 +425,11 @@ def _apart(reference: onnx.TensorProto, tensor: onnx.TensorProto, name: str, art
         wanted = np.clip(wanted, -limit, limit).astype(got.dtype)
         values, bound = got.astype(np.float64), np.zeros(got.shape)
     elif (known := _from_8_bits(got, name, artifact)) is not None:
-        values, bound = known
+        values, bound = known[0], known[1] * steps
     else:
         return ""
     plain = wanted.astype(np.float64)
+    bound = bound + share * np.abs(plain).max(initial=0.0)
     pairs = [
         (v, b) for v, b in ((values, bound), (values.T, bound.T)) if v.shape == plain.shape
     ]  # as it lies or turned

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from queue import SimpleQueue
@@ -95,6 +96,19 @@ def properties_of(precision: str, threads: int, calls: int) -> dict[str, Any]:
     }
 
 
+def multiplied_in(compiled: Any) -> str:
+    """Types that the linear layers of a compiled model multiply, activations first, and how many layers have them.
+
+    Args:
+        compiled: OpenVINO's `CompiledModel`.
+    """
+    counts: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        if node.get_rt_info()["layerType"].astype(str) in ("FullyConnected", "MatMul"):
+            counts["*".join(node.get_input_element_type(place).get_type_name() for place in (0, 1))] += 1
+    return ", ".join(f"{kinds} {count}" for kinds, count in sorted(counts.items()))
+
+
 class OpenVinoSession(InParts):
     """A model in OpenVINO's CPU plugin, with its precision asserted; any thread may call.
 
@@ -171,6 +185,14 @@ class OpenVinoSession(InParts):
             return [np.array(request.get_tensor(spec.name).data) for spec in outputs]
         finally:
             self._free.put(request)
+
+    def conditions(self) -> dict[str, str]:
+        """What OpenVINO itself says of this model: its threads, and what its linear layers multiply.
+
+        These depend on the machine, so they are no part of `where`, which goes into the evidence.
+        """
+        threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
+        return {"threads": str(threads), "multiplied_in": multiplied_in(self._compiled)}
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -22,6 +22,7 @@ from uwm_deploy.records.model import TowerName
 from uwm_deploy.records.studies import WARM_ROUNDS, BenchReport, BenchSubject, ColdStart, Latency
 from uwm_deploy.records.verdict import Verdict
 from uwm_deploy.runtime.machine import clocks, machine
+from uwm_deploy.runtime.openvino import OpenVinoSession
 from uwm_deploy.runtime.pixels import taken
 from uwm_deploy.runtime.selftest import stored_canaries
 from uwm_deploy.runtime.session import Session, open_engine, reason_not_executable
@@ -277,12 +278,16 @@ def _given(bundle: Bundle, tower: TowerName) -> TensorSpec:
 
 
 def _opened(one: Contender, tower: TowerName) -> tuple[Session, dict[str, str]]:
-    """A session, where it runs, and how many threads ONNX Runtime took on the CPU, which no setting of ours says."""
+    """A session, and where it runs, with what no setting of ours says: threads on the CPU, and what OpenVINO multiplies."""
     before = _threads()
     session = one.open(tower)
     where = dict(session.where)
     if where["provider"] == "CPUExecutionProvider":
         where["threads"] = str(1 + _threads() - before)
+    elif isinstance(session, OpenVinoSession):
+        where |= session.conditions()
+        # A hint: it says f32 for a model that multiplies in 8 bits, too.
+        del where["computes_in"]
     return session, where
 
 

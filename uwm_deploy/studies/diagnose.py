@@ -15,6 +15,7 @@ import numpy as np
 
 from uwm_deploy.errors import InputError, UwmError
 from uwm_deploy.graphs.fingerprint import digest_of_array
+from uwm_deploy.graphs.smoothed import smoothed_as
 from uwm_deploy.graphs.walk import Graph, differences, walk
 from uwm_deploy.records.diagnosis import Diagnosis, Difference, StageWalk, WalkedStage
 from uwm_deploy.records.evidence import Evidence
@@ -128,8 +129,9 @@ def _variant(files: BuildFiles, engine: EngineArtifact, folder: Path) -> Iterato
         folder: Scratch space.
     """
     converted = files.converted(engine)
+    source = converted.path if converted is not None else None
     if converted is not None:
-        yield _walked(files, engine, "convert", converted, folder)
+        yield _walked(files, engine, "convert", converted, folder, None)
     if engine.target is not Target.ONNXRUNTIME or engine.settings.get("optimisation") == "compiled":
         kept = converted is not None or Precision(engine.precision) is Precision.FP32
         why = f"an engine of {engine.target.value} cannot be opened up" + (
@@ -142,15 +144,29 @@ def _variant(files: BuildFiles, engine: EngineArtifact, folder: Path) -> Iterato
     if canaries is not None:
         data = external_data_of(file.path.parent, engine.external_data)
         ratio = _ratio(open_engine(engine, file.path.read_bytes(), data), canaries)
-    found = _walked(files, engine, "compile", file, folder)
+    found = _walked(files, engine, "compile", file, folder, source)
     yield found if found.evidence is Evidence.NOT_RUN else replace(found, canary_ratio=ratio)
 
 
-def _walked(files: BuildFiles, engine: EngineArtifact, stage: WalkedStage, file: GraphFile, folder: Path) -> StageWalk:
-    """Compares the values of one graph file with those of the exported graph."""
+def _walked(
+    files: BuildFiles, engine: EngineArtifact, stage: WalkedStage, file: GraphFile, folder: Path, source: Path | None
+) -> StageWalk:
+    """Compares the values of one graph file with those of the exported graph, changed as the file changes its channels.
+
+    Args:
+        files: Of the build.
+        engine: What the file belongs to.
+        stage: That made the file.
+        file: The graph.
+        folder: Scratch space.
+        source: Graph that the file was compiled from; None where it is that graph, or it was not kept.
+    """
     canaries, tolerance = files.canaries(engine.tower), TOLERANCE[Precision(engine.precision)]
-    reference, artifact = Graph(files.exported[engine.tower].path), Graph(file.path)
-    found = replace(_walk_of(engine, stage), differences=tuple(differences(reference, artifact)), note=file.note)
+    artifact = Graph(file.path)
+    smoothed = smoothed_as(Graph(files.exported[engine.tower].path), artifact, source)
+    reference = smoothed.graph
+    unlike = differences(reference, artifact, together=smoothed.together, about=smoothed.about)
+    found = replace(_walk_of(engine, stage), differences=tuple(unlike), note=file.note)
     try:
         rows = canaries.inputs if canaries is not None else files.inputs(engine.tower)
         values = walk(reference, artifact, taken(rows, engine.inputs[0]), folder)
