@@ -116,7 +116,7 @@ def test_a_pattern_that_matches_nothing_is_told_what_there_is(exported: Exported
     source = exported.folder / exported.artifact.file
     layers = list(linear_layers(ir.load(source)))
     near = next(name for name in layers if name.endswith("fc1"))
-    for pattern, named in ((f"*{near}x", [near]), ("nosuch*", layers[:3])):
+    for pattern, named in ((f"*{near}x", [near]), ("*.mlp.fc3", [near]), ("nosuch*", layers[:3])):
         with pytest.raises(InputError, match="matches no layer") as caught:
             lower(source, Precision.FP16, (pattern,), (), None)
         assert all(name in caught.value.fix for name in named)

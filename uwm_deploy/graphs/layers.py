@@ -86,9 +86,12 @@ def matching_nodes(model: ir.Model, patterns: Sequence[str]) -> set[ir.Node]:
 
 def _hint(pattern: str, layers: Sequence[str]) -> str:
     """Some layers of a graph: those that a pattern may have meant, else the first ones."""
-    near = difflib.get_close_matches(pattern.strip("*"), layers, n=_NAMED, cutoff=0.6)
-    if near:
-        return f"near to it are the layers {', '.join(near)}"
+    bare = pattern.strip("*.")
+    parts = bare.count(".") + 1
+    # A pattern is often the end of a name: as many parts of a name are compared, and the first layer stands for all.
+    ends = {".".join(name.split(".")[-parts:]): name for name in reversed(layers)}
+    if near := difflib.get_close_matches(bare, ends, n=_NAMED, cutoff=0.6):
+        return f"near to it are the layers {', '.join(ends[end] for end in near)}"
     some = f"{', '.join(layers[:_NAMED])}{', ...' if len(layers) > _NAMED else ''}"
     return f"its {len(layers)} linear layers are {some}" if layers else "the graph has no linear layer to name"
 
