@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,15 @@ def library_of(name: str, folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Folder of each family, saved by our code."""
-    logging.getLogger().setLevel(logging.ERROR)
-    root = tmp_path_factory.mktemp("saved")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Folder of each family, saved by our code; its libraries warn of weights that are random here."""
+    log = logging.getLogger()
+    level, root = log.level, tmp_path_factory.mktemp("saved")
+    log.setLevel(logging.ERROR)
     for name in FAMILIES:
         model_of(name).save(root / name)
-    return lambda name: root / name
+    yield lambda name: root / name
+    log.setLevel(level)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

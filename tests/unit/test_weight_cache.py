@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import resource
@@ -26,6 +27,7 @@ from uwm_deploy.records.graph import EngineArtifact, Profile, Target, TensorSpec
 from uwm_deploy.records.model import TowerName
 from uwm_deploy.runtime import weight_cache
 from uwm_deploy.runtime.encoder import SafeEncoder
+from uwm_deploy.runtime.logs import NAME
 from uwm_deploy.runtime.service import Serving
 from uwm_deploy.runtime.session import Contents, open_engine
 from uwm_deploy.runtime.weight_cache import GRAPH, RECORD, WEIGHTS, Entry, WeightCache, key_of
@@ -33,6 +35,12 @@ from uwm_deploy.runtime.weight_cache import GRAPH, RECORD, WEIGHTS, Entry, Weigh
 ROOT = Path(__file__).parents[2]
 WIDE = 1024
 """Width of the graph whose memory is measured: 16 weights of 4 MiB."""
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever level a library has given to all logs."""
+    caplog.set_level(logging.WARNING, NAME)
 
 
 def graph_of(width: int, layers: int) -> tuple[EngineArtifact, bytes]:
